@@ -1,0 +1,45 @@
+# make setup   .venv with the package, the command `graft` and the tools of the tests
+# make demo    trains full, LoRA and QLoRA on the bundled base and data
+# make test    lint, types, tests
+# make lint | types | unit | format   one of them
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint types unit format docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard graftlm/kernels/native/*.[ch])
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Graft needs Python 3.11 or newer, found {v}; run: make PYTHON=python3.12 setup")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/graft demo
+
+test: lint types unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/basedpyright
+
+unit: setup
+	$(BIN)/python -m pytest
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python -m graftlm.options > docs/options.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,52 @@
+"""One tree of exceptions. Each message says what was found, what was expected, and the way out.
+
+    GraftError
+    |-- ConfigError      an option is unknown, out of range, or contradicts another
+    |-- DataError        a data file or a row of it cannot be trained on (lists up to 20 rows at once)
+    |-- ModelError       a base model cannot be found, loaded, or trained as asked
+    |-- AdapterError     an adapter's files do not fit together, or do not fit this base
+    |-- RunError         a run folder is in use, damaged, or belongs to another run
+    `-- TrainingError    training itself cannot go on (a loss that is not finite, no trainable tensor)
+
+Raise these for what a user can mend; use `assert` for what only a developer can break. The command line prints a
+GraftError without a traceback and exits with 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GraftError(Exception):
+    """Base of every error that a user of Graft can mend."""
+
+
+class ConfigError(GraftError):
+    """An option is unknown, out of range, or contradicts another."""
+
+
+class DataError(GraftError):
+    """A data file or rows of it cannot be trained on."""
+
+
+class ModelError(GraftError):
+    """A base model cannot be found, loaded, or trained as asked."""
+
+
+class AdapterError(GraftError):
+    """An adapter's files do not fit together, or do not fit this base."""
+
+
+class RunError(GraftError):
+    """A run folder is in use, damaged, or belongs to another run."""
+
+
+class TrainingError(GraftError):
+    """Training cannot go on."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `, did you mean 'x'?` for the known name closest to `name`, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,158 @@
+"""Segments: the one description of a ragged batch.
+
+Documents of different lengths are laid end to end in one row of tokens, never padded:
+
+    tokens    [ a a a a | b b b b | c c ]        T = 10 tokens, 3 segments
+    starts      0         4         8
+    lengths     4         4         2            attention sees one segment; positions restart in each
+    slots       1         1         2            which adapter of the bank each segment uses (0: the bare base)
+
+Training packs documents into it, serving packs the prompts and the next tokens of many requests into it; attention and
+the bank of adapters read it. `nn.Linear` takes no keyword arguments, so both learn it from `current()`, which must hold
+during the backward pass too: activation checkpointing runs layers again there.
+
+Two orders make it cheap to read: segments of one slot stand together (one range of rows per adapter), and within a slot
+those of one length (one attention call per run of equal lengths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from graftlm.kernels.counter import hash_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """A ragged batch laid end to end; all tuples have one entry a segment."""
+
+    lengths: tuple[int, ...]
+    """New tokens of each segment."""
+    slots: tuple[int, ...]
+    """The adapter slot of each segment; 0 is the bare base."""
+    cached: tuple[int, ...] = ()
+    """Tokens of each segment's past that a key-value cache already holds; empty means none."""
+    streams: tuple[tuple[int, int], ...] = ()
+    """(trial seed, draw) of each segment: the key of its random numbers; empty where nothing is random."""
+    stacked: bool = False
+    """True when the model sees (documents, length) with its own attention instead of (1, tokens) with ours."""
+
+    def __post_init__(self) -> None:
+        assert len(self.lengths) == len(self.slots)
+        assert all(length > 0 for length in self.lengths)
+        assert not self.stacked or len(set(self.lengths)) == 1, "a stack needs documents of equal length"
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Index of each segment's first token."""
+        starts: list[int] = []
+        at = 0
+        for length in self.lengths:
+            starts.append(at)
+            at += length
+        return tuple(starts)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of tokens, T."""
+        return sum(self.lengths)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Position of each token within its own segment, (T,)."""
+        pasts = self.cached or (0,) * len(self.lengths)
+        return torch.cat([torch.arange(past, past + n) for past, n in zip(pasts, self.lengths)])
+
+    @cached_property
+    def equal_runs(self) -> tuple[tuple[int, int, int], ...]:
+        """(first token, segments, length) of each run of neighbouring segments with the same length."""
+        runs: list[tuple[int, int, int]] = []
+        for start, length in zip(self.starts, self.lengths):
+            if runs and runs[-1][2] == length:
+                first, count, _ = runs[-1]
+                runs[-1] = (first, count + 1, length)
+            else:
+                runs.append((start, 1, length))
+        return tuple(runs)
+
+    @cached_property
+    def slot_ranges(self) -> tuple[tuple[int, int, int], ...]:
+        """(slot, first token, past the last token) of each run of neighbouring segments with the same slot."""
+        ranges: list[tuple[int, int, int]] = []
+        for slot, start, length in zip(self.slots, self.starts, self.lengths):
+            if ranges and ranges[-1][0] == slot:
+                ranges[-1] = (slot, ranges[-1][1], start + length)
+            else:
+                ranges.append((slot, start, start + length))
+        return tuple(ranges)
+
+    @cached_property
+    def token_keys(self) -> torch.Tensor:
+        """A 32-bit key for each token from (trial seed, draw, position), (T,) int32: where dropout gets its numbers.
+
+        It depends on nothing else, so splitting a batch otherwise, running a layer again, resuming, or training beside
+        other trials gives every token the same random numbers.
+        """
+        assert self.streams, "these segments carry no random streams"
+        heads = torch.tensor([hash_words(seed, draw) for seed, draw in self.streams], dtype=torch.int64)
+        per_token = torch.repeat_interleave(heads, torch.tensor(self.lengths))  # (T,)
+        return (per_token + self.positions * 0x9E3779B1).to(torch.int32)  # wraps: a Weyl step a position
+
+    def rows(self, slot: int) -> Iterator[tuple[int, int]]:
+        """The token ranges that use `slot`."""
+        return ((start, stop) for s, start, stop in self.slot_ranges if s == slot)
+
+
+_current: Segments | None = None
+
+
+def current() -> Segments | None:
+    """The segments of the pass that is running, or None outside of one."""
+    return _current
+
+
+@contextmanager
+def running(segments: Segments) -> Iterator[Segments]:
+    """Make `segments` the current ones during forward and backward of one pass.
+
+    A plain global and no context variable: autograd runs the backward of a GPU on threads of its own, which would not
+    see one. One process runs one pass at a time.
+    """
+    global _current
+    before, _current = _current, segments
+    try:
+        yield segments
+    finally:
+        _current = before
+
+
+def pack(
+    lengths: Sequence[int], slots: Sequence[int], tokens_per_pass: int, *, equal_lengths: bool = False
+) -> list[list[int]]:
+    """Split documents into passes of at most `tokens_per_pass` tokens; a longer document gets a pass of its own.
+
+    Returns the documents' indices for each pass, ordered by slot and then by length. With `equal_lengths` a pass holds
+    one length only, for models that run on stacks. First fit over documents from the longest to the shortest, so the
+    passes are few and even.
+    """
+    assert tokens_per_pass > 0
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    passes: list[list[int]] = []
+    used: list[int] = []
+    for i in order:
+        for p, tokens in enumerate(used):
+            if tokens + lengths[i] <= tokens_per_pass and (not equal_lengths or lengths[passes[p][0]] == lengths[i]):
+                passes[p].append(i)
+                used[p] += lengths[i]
+                break
+        else:
+            passes.append([i])
+            used.append(lengths[i])
+    for group in passes:
+        group.sort(key=lambda i: (slots[i], lengths[i], i))
+    return passes
