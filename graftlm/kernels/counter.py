@@ -1,0 +1,56 @@
+"""Random numbers from a counter, not from a generator's state.
+
+A number is a hash of what it is for: (trial seed, draw, position, module, feature). So nothing has to be saved to resume,
+and it does not matter in which order, in how many pieces, or beside whom it is computed. `mix` is Wellons' `lowbias32`
+(https://nullprogram.com/blog/2018/07/31/), a bijection of 32-bit words with an avalanche bias of 0.17.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+_M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # the second one as a signed 32-bit word
+
+
+def hash_words(*words: int | str) -> int:
+    """A 31-bit number from any integers and strings; stable over versions and machines."""
+    text = "\x1f".join(str(word) for word in words).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") >> 1
+
+
+def mix(words: torch.Tensor) -> torch.Tensor:
+    """Hash every 32-bit word of an int32 tensor of any shape; torch's int32 product wraps, its shift is arithmetic."""
+    words = words ^ ((words >> 16) & 0xFFFF)
+    words = words * _M1
+    words = words ^ ((words >> 15) & 0x1FFFF)
+    words = words * _M2
+    return words ^ ((words >> 16) & 0xFFFF)
+
+
+def keep_mask(token_keys: torch.Tensor, module_key: int, features: int, dropout: float) -> torch.Tensor:
+    """Which features of which tokens survive dropout, as a boolean (tokens, features); each is kept with 1 - dropout.
+
+    `token_keys` (tokens,) int32 names the tokens, `module_key` the layer.
+    """
+    # Hashed before the layer's key comes in: were the key added, two layers with keys close by would share columns.
+    columns = mix(torch.arange(features, dtype=torch.int32, device=token_keys.device)) ^ (module_key & 0x7FFFFFFF)
+    words = mix(mix(token_keys)[:, None] ^ mix(columns)[None, :])  # (tokens, features)
+    threshold = int(dropout * (1 << 32)) - (1 << 31)
+    return words >= threshold
+
+
+def uniform_words(count: int, *key: int | str, device: torch.device | None = None) -> torch.Tensor:
+    """`count` 32-bit words for a named purpose, (count,) int32."""
+    index = torch.arange(count, dtype=torch.int64, device=device)
+    return mix(mix((index + hash_words(*key) * 0x9E3779B1).to(torch.int32)) ^ hash_words("words", *key))
+
+
+def uniform(shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
+    """Numbers in [0, 1) for a named purpose, float32 of `shape`, 24 random bits each."""
+    count = 1
+    for n in shape:
+        count *= n
+    words = uniform_words(count, *key)
+    return (((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24).reshape(shape)

@@ -1,0 +1,385 @@
+"""The C kernels behind the reference's functions: loading them, checking them once, calling them without a copy.
+
+The library is plain C reached through ctypes, which releases the interpreter lock while it runs. It takes the tables
+of `reference.py` when it is loaded, so there is one truth about the codes; it runs on PyTorch's own OpenMP threads, as
+many as `torch.get_num_threads()` says.
+
+Products come in two kinds. For a few rows of x the codes are decoded in registers and never written down. For more, a
+panel of W is made dense in a scratch that fits the second-level cache and goes to PyTorch's own matrix product at once,
+so that dense W never travels through memory.
+
+Each operation is compared with the reference on a small odd shape before its first use. `usable` is false, with one
+warning for the process, when the library is missing, does not load, or gives another answer.
+
+Letters: x (rows, in), W (out, in), y (rows, out), dy (rows, out), dx (rows, in).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graftlm.kernels import reference
+from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum float_type in kernels.h
+FEW_ROWS = 16  # up to here the codes are decoded once for every 8 rows; beyond, panels are faster
+PANEL_BYTES = 4 << 20  # of dense W at once
+HUGE_BYTES = (
+    8 << 20
+)  # results from here on ask the system for large pages: faulting in small ones costs more than the work
+
+_pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "graft_openmp": (None, [_pointer]),
+    "graft_name": (ctypes.c_char_p, [_int]),
+    "graft_init": (_int, [_pointer, _pointer, _pointer, _pointer, _int]),
+    "graft_nf4_dequantize": (None, [_pointer] * 4 + [_long] * 4 + [_pointer, _int, _int]),
+    "graft_nf4_quantize": (None, [_pointer, _int, _long, _pointer, _pointer, _int]),
+    "graft_absmax_quantize": (None, [_pointer, _long, _pointer, _pointer, _pointer, _int]),
+    "graft_nf4_matvec": (_int, [_pointer] * 4 + [_long] * 3 + [_pointer, _long, _long, _pointer, _int]),
+    "graft_int8_dequantize": (None, [_pointer, _pointer] + [_long] * 3 + [_pointer, _int, _int]),
+    "graft_int8_matvec": (None, [_pointer, _pointer, _long, _long, _pointer, _long, _long, _pointer, _int]),
+    "graft_huge_pages": (None, [_pointer, _long]),
+}
+
+
+def _openmp_of_torch() -> int:
+    """The address of GOMP_parallel in the OpenMP library that PyTorch has loaded, or 0."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return 0
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libgomp" in line}
+    for path in sorted(paths, key=lambda path: "torch" not in path):
+        try:
+            function = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, _pointer).value or 0
+    return 0
+
+
+class _Library:
+    """The loaded library, its chosen instruction set, and which operations have passed their check."""
+
+    def __init__(self) -> None:
+        self.calls: ctypes.CDLL | None = None
+        self.reason = ""
+        self.instructions = ""
+        self.passed: dict[str, bool] = {}
+        self.lock = threading.RLock()
+        try:
+            found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+            if not found:
+                raise OSError("they were not compiled when this package was installed (was there a C compiler?)")
+            calls = ctypes.CDLL(str(found[-1]))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(calls, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            self.reason = str(error)
+            return
+        self.calls = calls
+        calls.graft_openmp(_openmp_of_torch() or None)
+        self.choose(-1)
+
+    def choose(self, choice: int) -> None:
+        """Use instruction set `choice`; -1 for the widest one this machine has."""
+        if self.calls is not None:
+            tables = (
+                reference.NF4_CODE,
+                reference.NF4_MIDPOINTS,
+                reference.DYNAMIC_CODE,
+                reference.DYNAMIC_BINS,
+            )
+            chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
+            self.instructions = self.calls.graft_name(chosen).decode()
+
+    def fail(self, reason: str) -> None:
+        self.reason = reason
+        warnings.warn(
+            f"Graft's C kernels are not used: {reason}. PyTorch does their work, more slowly.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+_library: _Library | None = None
+_loading = threading.Lock()
+
+
+def _get() -> _Library:
+    global _library
+    if _library is None:
+        with _loading:
+            if _library is None:
+                library = _Library()
+                if library.calls is None:
+                    library.fail(library.reason)
+                _library = library
+    return _library
+
+
+def status() -> str:
+    """Which instruction set is used, or why none is."""
+    library = _get()
+    return f"C kernels ({library.instructions})" if not library.reason else f"without C kernels: {library.reason}"
+
+
+def instruction_sets() -> list[str]:
+    """The sets this machine can run, from plain to wide; the last one is used."""
+    calls = _get().calls
+    names = [calls.graft_name(choice) for choice in range(3)] if calls is not None else []
+    return [name.decode() for name in names if name is not None]
+
+
+def choose(name: str | None) -> None:
+    """Use the instruction set `name` of `instruction_sets()`, or None for the widest again (tests and benchmarks)."""
+    _get().choose(-1 if name is None else instruction_sets().index(name))
+
+
+def usable(operation: str, tensor: Tensor) -> bool:
+    """Whether `operation` may run here on `tensor`: on a CPU, in a float type we know, compiled, and checked."""
+    if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype not in TYPES):
+        return False
+    library = _get()
+    passed = library.passed.get(operation)
+    if passed is None:
+        with library.lock:
+            passed = library.passed.get(operation)
+            if passed is None:
+                passed = False
+                if library.calls is not None:
+                    try:
+                        passed = _CHECKS[operation]()
+                    except Exception as error:
+                        library.fail(f"{operation} failed its check: {error!r}")
+                    else:
+                        if not passed:
+                            library.fail(f"{operation} does not give the reference's answer on this machine")
+                library.passed[operation] = passed
+    return passed
+
+
+def _calls() -> ctypes.CDLL:
+    calls = _get().calls
+    assert calls is not None, "usable() is asked first"
+    return calls
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialized result; a large one in large pages, where the system gives them."""
+    out = torch.empty(shape, dtype=dtype)
+    if out.nbytes >= HUGE_BYTES:
+        _calls().graft_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+# ---- quantize and dequantize --------------------------------------------------------------------------------------
+
+
+def nf4_quantize(weight: Tensor) -> Nf4:
+    flat = weight.detach().reshape(-1).contiguous()  # (n,)
+    n = flat.numel()
+    blocks = -(-n // BLOCK)
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8)
+    largest = torch.empty(blocks, dtype=torch.float32)
+    calls, threads = _calls(), torch.get_num_threads()
+    calls.graft_nf4_quantize(flat.data_ptr(), TYPES[flat.dtype], n, packed.data_ptr(), largest.data_ptr(), threads)
+    offset = largest.mean() if blocks else torch.zeros(())
+    absmax = torch.empty(blocks, dtype=torch.uint8)
+    scale = torch.empty(-(-blocks // GROUP), dtype=torch.float32)
+    calls.graft_absmax_quantize(
+        largest.data_ptr(), blocks, offset.data_ptr(), absmax.data_ptr(), scale.data_ptr(), threads
+    )
+    return Nf4(packed, absmax, scale, offset, tuple(weight.shape))
+
+
+def _nf4_pointers(weight: Nf4) -> tuple[int, int, int, int]:
+    return (
+        weight.packed.data_ptr(),
+        weight.absmax.data_ptr(),
+        weight.absmax_scale.data_ptr(),
+        weight.offset.data_ptr(),
+    )
+
+
+def _dequantize_into(out: Tensor, weight: Stored, row: int, column: int) -> None:
+    """W[row : row + rows, column : column + columns] into the contiguous `out` (rows, columns)."""
+    rows, columns = out.shape
+    inner = weight.shape[-1]
+    first = row * inner + column
+    to = (out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+    if isinstance(weight, Nf4):
+        _calls().graft_nf4_dequantize(*_nf4_pointers(weight), weight.start + first, rows, inner, columns, *to)
+    else:
+        values, scale = weight.values.data_ptr() + first, weight.scale.data_ptr() + 4 * row
+        _calls().graft_int8_dequantize(values, scale, rows, inner, columns, *to)
+
+
+def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = _empty(weight.shape, dtype)
+    _dequantize_into(out.view(1, -1), weight.view(1, weight.numel), 0, 0)
+    return out
+
+
+def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = _empty(weight.shape, dtype)
+    if weight.numel:
+        rows = Int8(weight.values.flatten(0, -2).contiguous(), weight.scale.flatten().contiguous())
+        _dequantize_into(out.flatten(0, -2), rows, 0, 0)
+    return out
+
+
+# ---- products -----------------------------------------------------------------------------------------------------
+
+
+def _product_type(dtype: torch.dtype) -> torch.dtype:
+    """The type products are taken in: most CPUs multiply 16-bit matrices more slowly than float32 ones (measured)."""
+    return dtype if dtype == torch.bfloat16 and _has_bfloat16_tiles() else torch.float32
+
+
+def _has_bfloat16_tiles() -> bool:
+    check: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(check())
+
+
+def _contiguous(weight: Stored) -> Stored:
+    return weight if isinstance(weight, Nf4) else Int8(weight.values.contiguous(), weight.scale.contiguous())
+
+
+def _panel(length: int, other: int, dtype: torch.dtype) -> int:
+    """How much of the dimension that is summed over, `length`, one panel covers: equal panels, in whole blocks."""
+    most = max(PANEL_BYTES // (max(other, 1) * dtype.itemsize), BLOCK)
+    panels = max(math.ceil(length / most), 1)
+    return max(math.ceil(length / panels / BLOCK), 1) * BLOCK
+
+
+def matmul(x: Tensor, weight: Stored) -> Tensor:
+    """x (..., in) -> x @ W.T (..., out)."""
+    outer, inner = weight.shape
+    weight = _contiguous(weight)
+    rows = x.reshape(-1, inner)  # (rows, in)
+    if not rows.numel() or not outer:
+        return x.new_zeros(*x.shape[:-1], outer)
+    y = _matvec(rows, weight) if len(rows) <= FEW_ROWS else _matmul_panels(rows, weight)  # (rows, out)
+    return y.view(*x.shape[:-1], outer)
+
+
+def _matvec(x: Tensor, weight: Stored) -> Tensor:
+    outer, inner = weight.shape
+    dtype, x = x.dtype, x.float()  # (rows, in)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(len(x), outer)  # (rows, out) float32
+    of_x = (x.data_ptr(), x.stride(0), len(x), y.data_ptr(), torch.get_num_threads())
+    if isinstance(weight, Nf4):
+        if _calls().graft_nf4_matvec(*_nf4_pointers(weight), weight.start, outer, inner, *of_x):
+            raise MemoryError(f"no memory for a copy of x {tuple(x.shape)}")
+    else:
+        _calls().graft_int8_matvec(weight.values.data_ptr(), weight.scale.data_ptr(), outer, inner, *of_x)
+    return y.to(dtype)
+
+
+def _matmul_panels(x: Tensor, weight: Stored) -> Tensor:
+    outer, inner = weight.shape
+    dtype = _product_type(x.dtype)
+    dense_x = x.to(dtype)  # (rows, in)
+    step = _panel(inner, outer, dtype)
+    scratch = torch.empty(outer * min(step, inner), dtype=dtype)
+    y = torch.empty(len(x), outer, dtype=dtype)
+    for first in range(0, inner, step):
+        count = min(step, inner - first)
+        panel = scratch[: outer * count].view(outer, count)
+        _dequantize_into(panel, weight, 0, first)
+        y.addmm_(dense_x[:, first : first + count], panel.T, beta=1.0 if first else 0.0)
+    return y.to(x.dtype)
+
+
+def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
+    """dy (..., out) -> dy @ W (..., in)."""
+    outer, inner = weight.shape
+    weight = _contiguous(weight)
+    dtype = _product_type(dy.dtype)
+    rows = dy.reshape(-1, outer).to(dtype)  # (rows, out)
+    if not rows.numel() or not inner:
+        return dy.new_zeros(*dy.shape[:-1], inner)
+    step = _panel(outer, inner, dtype)
+    scratch = torch.empty(min(step, outer), inner, dtype=dtype)
+    dx = torch.empty(len(rows), inner, dtype=dtype)
+    for first in range(0, outer, step):
+        count = min(step, outer - first)
+        _dequantize_into(scratch[:count], weight, first, 0)
+        dx.addmm_(rows[:, first : first + count], scratch[:count], beta=1.0 if first else 0.0)
+    return dx.to(dy.dtype).view(*dy.shape[:-1], inner)
+
+
+# ---- the check before first use -----------------------------------------------------------------------------------
+
+
+def _sample(*shape: int) -> Tensor:
+    """Fixed values of both signs and many sizes, without touching any generator's state."""
+    n = math.prod(shape)
+    return (torch.arange(n, dtype=torch.float32).mul_(0.7).sin_() * torch.arange(n).remainder(97).add(1)).view(shape)
+
+
+def _same(a: Nf4, b: Nf4) -> bool:
+    return all(torch.equal(tensor, b.tensors()[name]) for name, tensor in a.tensors().items())
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).norm() <= 1e-5 * b.norm()).item())
+
+
+def _check_nf4_quantize() -> bool:
+    weight = _sample(37, 1001)
+    return all(_same(nf4_quantize(w), reference.nf4_quantize(w)) for w in (weight, weight.bfloat16(), weight.half()))
+
+
+def _check_nf4_dequantize() -> bool:
+    weight = reference.nf4_quantize(_sample(37, 1001))
+    parts = (weight, weight.narrow(3, 7))
+    return all(
+        torch.equal(nf4_dequantize(part, dtype), reference.nf4_dequantize(part, dtype))
+        for part in parts
+        for dtype in TYPES
+    )
+
+
+def _check_int8_dequantize() -> bool:
+    weight = reference.int8_quantize(_sample(13, 77))
+    return all(torch.equal(int8_dequantize(weight, t), reference.int8_dequantize(weight, t)) for t in TYPES)
+
+
+def _check_matmul() -> bool:
+    dense = _sample(13, 331)
+    weights = (
+        reference.nf4_quantize(dense),
+        reference.nf4_quantize(dense).narrow(3, 5),
+        reference.int8_quantize(dense),
+    )
+    xs = (_sample(1, 331), _sample(FEW_ROWS - 1, 331), _sample(FEW_ROWS + 1, 331))
+    return all(_close(matmul(x, w), reference.matmul(x, w)) for x in xs for w in weights)
+
+
+def _check_matmul_t() -> bool:
+    dense = _sample(13, 331)
+    weights = (reference.nf4_quantize(dense), reference.int8_quantize(dense))
+    return all(_close(matmul_t(_sample(5, 13), w), reference.matmul_t(_sample(5, 13), w)) for w in weights)
+
+
+_CHECKS: dict[str, Callable[[], bool]] = {
+    "nf4_quantize": _check_nf4_quantize,
+    "nf4_dequantize": _check_nf4_dequantize,
+    "int8_dequantize": _check_int8_dequantize,
+    "matmul": _check_matmul,
+    "matmul_t": _check_matmul_t,
+}

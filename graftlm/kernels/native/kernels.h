@@ -1,0 +1,135 @@
+/* What the files of this folder share: float types, the tables, and the list of primitives that each instruction set
+ * implements. `kernels.c` exports the operations and does everything that is the same everywhere (threads, part blocks,
+ * alignment, undoing the second quantization); a primitive only ever sees whole blocks of 64 values.
+ *
+ * Results of quantize and dequantize are the reference's bit for bit: build with -ffp-contract=off, so that no compiler
+ * fuses a product with the sum behind it where the reference rounds twice. Products with x use fused sums on purpose.
+ */
+#ifndef GRAFT_KERNELS_H
+#define GRAFT_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 64       /* values that share one absmax */
+#define BLOCK_BYTES 32 /* their packed 4-bit codes */
+#define GROUP 256      /* absmax codes that share one scale */
+#define MAX_ROWS 8     /* rows of x that one pass over the weight serves */
+
+enum float_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct tables {
+    float nf4[16];
+    float midpoints[15];
+    float dynamic[256];
+    uint8_t bins[65536];
+};
+extern struct tables tables; /* filled once by graft_init from the reference's own constants */
+
+/* Every pointer may have any alignment. `scales` has one float32 absmax for each block. */
+struct primitives {
+    const char *name;
+    /* out[0 .. 64 * blocks] = codes * scales, rounded to `type` */
+    void (*nf4_dequantize)(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type);
+    /* in[0 .. 64 * blocks] of `type` -> packed codes and absmax of each block */
+    void (*nf4_quantize)(const void *in, int type, int64_t blocks, uint8_t *packed, float *absmax);
+    /* sums[k] += dot(weights, x_k) for k < rows <= MAX_ROWS. x_k comes split: value 2j of the blocks (the high half of
+     * byte j) meets high[k * stride + j], value 2j + 1 meets low[k * stride + j]. */
+    void (*nf4_dot)(const uint8_t *packed, const float *scales, int64_t blocks, const float *high, const float *low,
+                    int64_t stride, int rows, float *sums);
+    /* out[0 .. n] = values * scale, rounded to `type` */
+    void (*int8_dequantize)(const int8_t *values, float scale, int64_t n, void *out, int type);
+    /* sums[k] += dot(values, x + k * stride), the scale left out */
+    void (*int8_dot)(const int8_t *values, int64_t n, const float *x, int64_t stride, int rows, float *sums);
+    /* out[i] = dynamic[codes[i]] * scale + offset */
+    void (*absmax_decode)(const uint8_t *codes, float scale, float offset, int64_t n, float *out);
+};
+
+extern const struct primitives graft_scalar;
+void graft_absmax_decode(const uint8_t *codes, float scale, float offset, int64_t n, float *out); /* in plain C */
+const struct primitives *graft_x86(int level);  /* 0 AVX2, 1 AVX-512; NULL where the processor lacks it */
+const struct primitives *graft_neon(void);      /* NULL on other architectures */
+
+/* Calls work(context, first, last) over 0 .. count in pieces of `grain`, on up to `threads` threads. */
+typedef void (*graft_work)(void *context, int64_t first, int64_t last);
+void graft_parallel(int64_t count, int64_t grain, int threads, graft_work work, void *context);
+
+/* ---- float types, one value at a time ---- */
+
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t to_bfloat16(float value) { /* nearest, ties to even */
+    uint32_t bits = bits_of(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline uint16_t to_float16(float value) { /* nearest, ties to even */
+    uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 and above round to infinity */
+    if (size < 0x38800000) {                                  /* subnormal: let a float addition round at 2^-24 */
+        float rounded = float_of(size) + 0.5f;
+        return (uint16_t)(sign | (bits_of(rounded) - 0x3f000000));
+    }
+    size += 0xc8000fff + ((size >> 13) & 1);
+    return (uint16_t)(sign | (size >> 13));
+}
+
+static inline float from_float16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7fff;
+    if (size >= 0x7c00) return float_of(sign | 0x7f800000 | (size & 0x3ff) << 13);
+    /* a product with 2^112 moves the exponent's bias and makes normal numbers of subnormal ones */
+    return float_of(sign | bits_of(float_of(size << 13) * 0x1p112f));
+}
+
+static inline float load_float(const void *in, int type, int64_t i) {
+    uint16_t half;
+    float value;
+    if (type == FLOAT32) {
+        memcpy(&value, (const char *)in + 4 * i, 4);
+        return value;
+    }
+    memcpy(&half, (const char *)in + 2 * i, 2);
+    return type == BFLOAT16 ? float_of((uint32_t)half << 16) : from_float16(half);
+}
+
+static inline void store_float(void *out, int type, int64_t i, float value) {
+    uint16_t half;
+    if (type == FLOAT32) {
+        memcpy((char *)out + 4 * i, &value, 4);
+        return;
+    }
+    half = type == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+    memcpy((char *)out + 2 * i, &half, 2);
+}
+
+static inline int64_t float_bytes(int type) { return type == FLOAT32 ? 4 : 2; }
+
+/* How many midpoints lie below `value`; a value that is not a number counts as above all, as torch.bucketize has it. */
+static inline int nf4_nearest(float value) {
+    int code = 0;
+    for (int i = 0; i < 15; i++) code += !(value <= tables.midpoints[i]);
+    return code;
+}
+
+static inline int nf4_code(const uint8_t *packed, int64_t i) { return i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4; }
+
+/* The larger magnitude of two, as bits: integers order floats, and put what is not a number above infinity. */
+static inline uint32_t larger_magnitude(uint32_t largest, float value) {
+    uint32_t size = bits_of(value) & 0x7fffffff;
+    return size > largest ? size : largest;
+}
+
+#endif

@@ -1,0 +1,177 @@
+/* Random shapes, offsets, float types and thread counts through every exported operation and every instruction set of
+ * this machine, against loops too simple to be wrong. Every buffer is exactly as long as it may be, so that
+ * AddressSanitizer sees a byte read or written beyond; test_native_sanitized.py builds and runs it.
+ *
+ *     fuzz ROUNDS SEED
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "kernels.h"
+
+const char *graft_name(int choice);
+int graft_init(const float *nf4, const float *midpoints, const float *dynamic, const uint8_t *bins, int choice);
+void graft_nf4_dequantize(const uint8_t *packed, const uint8_t *absmax, const float *group_scale, const float *offset,
+                          int64_t start, int64_t rows, int64_t in, int64_t columns, void *out, int type, int threads);
+void graft_nf4_quantize(const void *in, int type, int64_t n, uint8_t *packed, float *absmax, int threads);
+void graft_absmax_quantize(const float *absmax, int64_t blocks, const float *offset, uint8_t *codes, float *scale,
+                           int threads);
+int graft_nf4_matvec(const uint8_t *packed, const uint8_t *absmax, const float *group_scale, const float *offset,
+                     int64_t start, int64_t out, int64_t in, const float *x, int64_t stride, int64_t rows, float *y,
+                     int threads);
+void graft_int8_dequantize(const int8_t *values, const float *scale, int64_t rows, int64_t in, int64_t columns,
+                           void *dense, int type, int threads);
+void graft_int8_matvec(const int8_t *values, const float *scale, int64_t out, int64_t in, const float *x,
+                       int64_t stride, int64_t rows, float *y, int threads);
+
+static uint64_t state;
+
+static uint32_t random_bits(void) { /* splitmix64 */
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)((z ^ (z >> 31)) >> 16);
+}
+
+static int64_t below(int64_t n) { return (int64_t)(random_bits() % (uint32_t)n); }
+static float random_float(void) { return (float)((int32_t)random_bits() * 0x1p-31) * powf(2, (float)(below(9) - 4)); }
+
+/* `bytes` at an odd multiple of the element's size and no byte more; free_all gives everything back. */
+static void *taken[64];
+static int count_taken;
+
+static void *take(int64_t bytes, int64_t step) {
+    int64_t shift = (1 + below(15)) * step;
+    char *base = malloc((size_t)(bytes + shift));
+    if (!base) abort();
+    taken[count_taken++] = base;
+    return base + shift;
+}
+
+static void free_all(void) {
+    while (count_taken) free(taken[--count_taken]);
+}
+
+static void fail(const char *what, int choice) {
+    fprintf(stderr, "%s differs with %s\n", what, graft_name(choice));
+    exit(1);
+}
+
+static struct tables made;
+
+static void make_tables(void) {
+    static const float nf4[16] = {-1.0f, -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f,
+                                  -0.091050036f, 0, 0.0795803f, 0.1609302f, 0.2461123f, 0.33791524f, 0.44070983f,
+                                  0.562617f, 0.72295684f, 1.0f};
+    memcpy(made.nf4, nf4, sizeof nf4);
+    for (int i = 0; i < 15; i++) made.midpoints[i] = (nf4[i] + nf4[i + 1]) / 2;
+    for (int i = 0; i < 256; i++) made.dynamic[i] = (float)((i - 127) * abs(i - 127)) / 16384;
+    for (int i = 0, code = 0; i < 65536; i++) {
+        while (code < 255 && (made.dynamic[code] + made.dynamic[code + 1]) / 2 < 2.0f * (float)i / 65535 - 1) code++;
+        made.bins[i] = (uint8_t)code;
+    }
+}
+
+static void use_set(int choice) {
+    if (graft_init(made.nf4, made.midpoints, made.dynamic, made.bins, choice) != choice) fail("the chosen set", choice);
+}
+
+static int same_bits(const void *a, const void *b, int64_t bytes) { return memcmp(a, b, (size_t)bytes) == 0; }
+
+static void compare_products(const char *what, int choice, const float *y, const double *truth, const double *size,
+                             int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (!(fabs(y[i] - truth[i]) <= 1e-5 * size[i] + 1e-30)) fail(what, choice);
+}
+
+static void round_of(int sets) {
+    int type = (int)below(3), threads = 1 + (int)below(3);
+    int64_t rows = 1 + below(19), out = 1 + below(70), in = 1 + below(below(2) ? 70 : 900), before = below(200);
+    int64_t n = before + out * in, blocks = (n + BLOCK - 1) / BLOCK, groups = (blocks + GROUP - 1) / GROUP;
+    int64_t columns = 1 + below(in), bytes = float_bytes(type);
+    if (below(3) == 0) columns = in;
+
+    void *dense = take(n * bytes, bytes);
+    for (int64_t i = 0; i < n; i++) store_float(dense, type, i, random_float());
+    if (below(8) == 0) store_float(dense, type, below(n), NAN);
+    if (below(8) == 0) store_float(dense, type, below(n), INFINITY);
+
+    /* quantize: plain C is the truth here, the Python tests compare it with the reference */
+    uint8_t *packed = take((n + 1) / 2, 1), *packed_too = take((n + 1) / 2, 1);
+    float *absmax = take(blocks * 4, 4), *absmax_too = take(blocks * 4, 4);
+    uint8_t *codes = take(blocks, 1), *codes_too = take(blocks, 1);
+    float *scale = take(groups * 4, 4), *scale_too = take(groups * 4, 4), offset = 0.5f;
+    use_set(0);
+    graft_nf4_quantize(dense, type, n, packed, absmax, 1);
+    graft_absmax_quantize(absmax, blocks, &offset, codes, scale, 1);
+    for (int choice = 1; choice < sets; choice++) {
+        use_set(choice);
+        graft_nf4_quantize(dense, type, n, packed_too, absmax_too, threads);
+        graft_absmax_quantize(absmax_too, blocks, &offset, codes_too, scale_too, threads);
+        if (!same_bits(packed, packed_too, (n + 1) / 2)) fail("packed", choice);
+        for (int64_t i = 0; i < blocks; i++)
+            if (absmax[i] != absmax_too[i] && !(isnan(absmax[i]) && isnan(absmax_too[i]))) fail("absmax", choice);
+        if (!same_bits(codes, codes_too, blocks) || !same_bits(scale, scale_too, groups * 4)) fail("scales", choice);
+    }
+
+    /* from here on any codes and finite scales will do */
+    for (int64_t i = 0; i < (n + 1) / 2; i++) packed[i] = (uint8_t)random_bits();
+    for (int64_t i = 0; i < blocks; i++) codes[i] = (uint8_t)random_bits();
+    for (int64_t i = 0; i < groups; i++) scale[i] = fabsf(random_float());
+    float *values = take(out * in * 4, 4);
+    for (int64_t i = 0; i < out * in; i++) {
+        int64_t at = before + i, block = at / BLOCK;
+        float product = made.dynamic[codes[block]] * scale[block / GROUP];
+        values[i] = made.nf4[at % 2 ? packed[at / 2] & 15 : packed[at / 2] >> 4] * (product + offset);
+    }
+    int64_t stride = in + below(4);
+    float *x = take(((rows - 1) * stride + in) * 4, 4), *y = take(rows * out * 4, 4);
+    for (int64_t i = 0; i < (rows - 1) * stride + in; i++) x[i] = random_float();
+    int8_t *bytes8 = take(out * in, 1);
+    float *row_scale = take(out * 4, 4);
+    for (int64_t i = 0; i < out * in; i++) bytes8[i] = (int8_t)(below(255) - 127);
+    for (int64_t i = 0; i < out; i++) row_scale[i] = fabsf(random_float());
+    double *truth = take(rows * out * 8, 8), *size = take(rows * out * 8, 8);
+    double *truth8 = take(rows * out * 8, 8), *size8 = take(rows * out * 8, 8);
+    for (int64_t k = 0; k < rows; k++)
+        for (int64_t o = 0; o < out; o++) {
+            double sum = 0, all = 0, sum8 = 0, all8 = 0;
+            for (int64_t i = 0; i < in; i++) {
+                double term = (double)values[o * in + i] * x[k * stride + i];
+                double term8 = (double)bytes8[o * in + i] * row_scale[o] * x[k * stride + i];
+                sum += term, all += fabs(term), sum8 += term8, all8 += fabs(term8);
+            }
+            truth[k * out + o] = sum, size[k * out + o] = all, truth8[k * out + o] = sum8, size8[k * out + o] = all8;
+        }
+    void *part = take(out * columns * bytes, bytes), *expected = take(out * columns * bytes, bytes);
+    void *part8 = take(out * columns * bytes, bytes), *expected8 = take(out * columns * bytes, bytes);
+    for (int64_t o = 0; o < out; o++)
+        for (int64_t i = 0; i < columns; i++) {
+            store_float(expected, type, o * columns + i, values[o * in + i]);
+            store_float(expected8, type, o * columns + i, (float)bytes8[o * in + i] * row_scale[o]);
+        }
+    for (int choice = 0; choice < sets; choice++) {
+        use_set(choice);
+        graft_nf4_dequantize(packed, codes, scale, &offset, before, out, in, columns, part, type, threads);
+        if (!same_bits(part, expected, out * columns * bytes)) fail("nf4 dequantize", choice);
+        graft_int8_dequantize(bytes8, row_scale, out, in, columns, part8, type, threads);
+        if (!same_bits(part8, expected8, out * columns * bytes)) fail("int8 dequantize", choice);
+        if (graft_nf4_matvec(packed, codes, scale, &offset, before, out, in, x, stride, rows, y, threads))
+            fail("nf4 matvec's memory", choice);
+        compare_products("nf4 matvec", choice, y, truth, size, rows * out);
+        graft_int8_matvec(bytes8, row_scale, out, in, x, stride, rows, y, threads);
+        compare_products("int8 matvec", choice, y, truth8, size8, rows * out);
+    }
+    free_all();
+}
+
+int main(int count, char **arguments) {
+    int rounds = count > 1 ? atoi(arguments[1]) : 100, sets = 0;
+    state = count > 2 ? (uint64_t)atoll(arguments[2]) : 1;
+    make_tables();
+    while (sets < 3 && graft_name(sets)) printf("%s\n", graft_name(sets++));
+    for (int i = 0; i < rounds; i++) round_of(sets);
+    printf("%d rounds\n", rounds);
+    return 0;
+}
