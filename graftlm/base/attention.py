@@ -1,0 +1,141 @@
+"""Attention over segments, and the checks that decide whether a model may use it.
+
+Queries, keys and values of a whole pass come as one row of tokens; each run of equally long segments is one call of
+PyTorch's fused attention, so no token sees another document and nothing is padded. transformers hands us
+(1, heads, T, head width) and wants (1, T, heads, head width) back.
+
+A model is switched to it only after three checks on its actual weights (`may_pack`): the same logits as its own attention
+alone, no token sees a later one, no document sees another. Some models ignore a registered attention, some mix tokens
+elsewhere (convolutions, state spaces), some turn positions into a bias of their own; they fail a check and keep their own
+attention on stacks of equally long documents, which needs no padding either.
+
+Letters: T tokens, n segments of a run, L their length, H heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graftlm import segments as segs
+from graftlm.segments import Segments
+
+# Keywords that do not change what is computed here: the mask and the cache are ours, positions are already in q and k.
+_IGNORED = {
+    "attention_mask", "cache_position", "is_causal", "layer_idx", "num_items_in_batch", "output_attentions",
+    "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
+    "return_dict", "use_cache", "logits_to_keep", "deterministic",
+}  # fmt: skip
+
+
+class UnsupportedAttention(Exception):
+    """A model asks for attention that ours does not compute; it then keeps its own."""
+
+
+def segment_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each current segment: q (1, H, T, D), k and v (1, K, T, D) -> (1, T, H, D).
+
+    Refuses, with UnsupportedAttention, every keyword that it does not know and that is not None: one that changes the
+    mathematics must not be dropped in silence.
+    """
+    pass_segments = segs.current()
+    if pass_segments is None or pass_segments.stacked:
+        raise UnsupportedAttention("no packed segments are running")
+    unknown = [name for name, given in others.items() if given is not None and name not in _IGNORED]
+    if unknown:
+        raise UnsupportedAttention(f"attention keyword '{unknown[0]}'")
+    if dropout:
+        raise UnsupportedAttention("attention dropout")
+    if query.shape[2] != pass_segments.tokens or key.shape[2] != pass_segments.tokens:
+        raise UnsupportedAttention(f"{query.shape[2]} queries for {pass_segments.tokens} tokens")
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = (t.transpose(1, 2)[0] for t in (query, key, value))  # (T, H or K, D)
+    runs = pass_segments.equal_runs
+    sizes = [count * length for _, count, length in runs]
+    out: list[Tensor] = []
+    # One split, whose backward is one concatenation; a slice each would fill a whole row of zeros for every run.
+    for (_, count, length), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
+        run = [t.unflatten(0, (count, length)).transpose(1, 2) for t in parts]  # (n, heads, L, D)
+        y = _causal(run[0], run[1], run[2], groups, scaling, sliding_window, softcap)  # (n, H, L, D)
+        out.append(y.transpose(1, 2).flatten(0, 1))  # (n L, H, D)
+    joined = out[0] if len(out) == 1 else torch.cat(out)
+    return joined.unsqueeze(0), None  # (1, T, H, D)
+
+
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, groups: int, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """q (n, H, L, D), k and v (n, K, L, D) with H = K groups -> (n, H, L, D)."""
+    length = q.shape[2]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (n, H, L, D)
+    windowed = window is not None and window < length
+    if not windowed and softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=length > 1)
+    at = torch.arange(length, device=q.device)
+    allowed = at[:, None] >= at[None, :]  # (L, L)
+    if windowed:
+        allowed &= at[:, None] - at[None, :] < window
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)
+    scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # (n, H, L, L)
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def may_pack(
+    own: Callable[[Tensor], Tensor], packed: Callable[[Tensor, Segments], Tensor], vocabulary: int
+) -> tuple[bool, str]:
+    """Run the three checks; returns whether the model may use our attention, and the reason when it may not.
+
+    `own(ids (1, L))` gives the untouched model's logits (L, vocabulary) for one document, `packed(ids (1, T), segments)`
+    those with our attention, (T, vocabulary). Logits count as the same within 1e-3 of their spread in float32 and 5e-2 in
+    16 bits; a leak shows as a larger difference, because the documents are random tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (1, 24), generator=generator)
+    first, second = ids[:, :13], ids[:, 13:]
+    two = Segments(lengths=(13, 11), slots=(0, 0))
+    try:
+        expected = torch.cat([own(first), own(second)])  # (24, vocabulary)
+        found = packed(ids, two)
+        spread = expected.float().std() + 1e-6
+        tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
+
+        def differ(a: Tensor, b: Tensor) -> bool:
+            error = ((a.float() - b.float()).abs().max() / spread).item()
+            return not error < tolerance  # also true for NaN
+
+        if found.shape != expected.shape or differ(found[:13], expected[:13]):
+            return False, "its logits change under packed attention"
+        if differ(found[13:], expected[13:]):
+            return False, "a packed document sees its neighbour"
+        later = ids.clone()
+        later[0, 12] = (later[0, 12] + 1) % vocabulary
+        if differ(packed(later, two)[:12], expected[:12]):
+            return False, "a token sees a later one"
+        other = ids.clone()
+        other[0, :13] = (other[0, :13] + 7) % vocabulary
+        if differ(packed(other, two)[13:], expected[13:]):
+            return False, "a packed document sees its neighbour"
+    except UnsupportedAttention as error:
+        return False, f"it needs {error}"
+    except (KeyError, TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
+        return False, f"packed attention fails in it ({type(error).__name__}: {str(error)[:80]})"
+    return True, ""

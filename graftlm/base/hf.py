@@ -1,0 +1,638 @@
+"""Every touch of transformers' internals, and nothing else.
+
+What Graft needs from a `AutoModelForCausalLM` that its public interface does not give:
+
+    stream(...)      load tensor by tensor, each brought into its stored form at once, through transformers' own extension
+                     point for quantizers, so that the renaming and stacking it does for each architecture comes along
+    install(...)     replace linear layers, routers and stacked experts by stored ones (`linear.py`)
+    Anatomy          where the body ends and the head begins, the repeated layers, what could not be stored and why
+    hidden / logits  the body alone over segments; then the model's own code from there on, for a few tokens at a time
+    switch           use our attention (`attention.py`) or the model's own
+    plain_state      the weights under the names and in the layout that transformers saves
+
+The contract tests in `tests/base/test_hf.py` fail first when transformers changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from graftlm.base.attention import segment_attention
+from graftlm.base.linear import Stored, StoredLinear, StoredStack, WeightHandle
+from graftlm.base.precision import DTYPES, kept_precision
+from graftlm.config import Precision
+from graftlm.errors import ModelError
+from graftlm.segments import Segments
+
+ATTENTION = "graft_segments"
+EXPERTS = "graft_experts"
+
+_LINEAR_CLASSES = {"Linear", "Conv1D", "FalconLinear"}  # y = x W + b and nothing else; a subclass may do more
+
+
+# ---- which weights are stored ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Targets:
+    """The stored modules that will replace parts of a model, by the name of the parameter each one takes."""
+
+    linears: dict[str, StoredLinear] = field(default_factory=dict[str, StoredLinear])  # "….q_proj.weight"
+    routers: dict[str, StoredLinear] = field(default_factory=dict[str, StoredLinear])  # "….gate.weight"
+    stacks: dict[str, StoredStack] = field(default_factory=dict[str, StoredStack])  # "….experts.gate_up_proj"
+    kept: dict[str, str] = field(default_factory=dict[str, str])  # module name -> why it stays as it is
+
+    def all(self) -> dict[str, Stored]:
+        return {**self.linears, **self.routers, **self.stacks}
+
+
+def _head_and_embedding(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not isinstance(embedding, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no output head or embedding that Graft can find; it cannot be trained")
+    return head, embedding
+
+
+def find_targets(model: PreTrainedModel, precision: Precision) -> Targets:
+    """Decide which modules of `model` (on any device, meta included) are stored in `precision`."""
+    head, embedding = _head_and_embedding(model)
+    dense = precision in DTYPES
+    targets = Targets()
+    tied = {id(embedding.weight)} if hasattr(embedding, "weight") else set[int]()
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if module is head or module is embedding:
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            weight = module.weight
+            if kind not in _LINEAR_CLASSES:
+                targets.kept[name] = f"{kind} computes more than a linear layer"
+            elif id(weight) in tied:
+                targets.kept[name] = "its weight is tied to the embedding"
+            else:
+                turned = isinstance(module, Conv1D)
+                shape = (weight.shape[1], weight.shape[0]) if turned else (weight.shape[0], weight.shape[1])
+                targets.linears[f"{name}.weight"] = StoredLinear(shape, precision, turned=turned)
+        elif _is_stacked(module):
+            turned = bool(getattr(module, "is_transposed", False))
+            for stack_name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.ndim == 3:
+                    e, a, b = parameter.shape
+                    shape3 = (e, b, a) if turned else (e, a, b)
+                    targets.stacks[f"{name}.{stack_name}"] = StoredStack(shape3, precision, turned=turned)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            for child_name, child in parent.named_children():
+                weight = child._parameters.get("weight")
+                if child is module or isinstance(child, nn.Linear) or weight is None or weight.ndim != 2:
+                    continue
+                path = f"{name.rpartition('.')[0]}.{child_name}"
+                if weight.shape[0] == getattr(module, "num_experts", None):
+                    # A router is a thousandth of the model and decides who computes: it keeps 16 or 32 bits.
+                    stored: Precision = precision if dense else kept_precision(precision)
+                    targets.routers[f"{path}.weight"] = StoredLinear((weight.shape[0], weight.shape[1]), stored)
+        elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
+            targets.kept[name] = f"{kind} holds stacked weights outside of transformers' experts interface"
+    if not targets.linears and not targets.stacks:
+        raise ModelError(f"{type(model).__name__} has no linear layer that Graft can store or adapt")
+    return targets
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether a module holds an expert mixture's stacked weights behind transformers' experts interface."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
+
+
+def install(model: PreTrainedModel, targets: Targets, precision: Precision, compute: torch.dtype) -> None:
+    """Put the stored modules in their places; those without a value yet take it from the module they replace."""
+    for name, stored in targets.all().items():
+        if stored.weight is None and stored.compressed is None:
+            stored.put(model.get_parameter(name))
+    for name, stored in targets.linears.items():
+        path = name.removesuffix(".weight")
+        stored.bias = model.get_submodule(path).bias  # loaded into the module that is replaced
+        _replace(model, path, stored)
+    for name, stored in targets.stacks.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        del module._parameters[attribute]
+        module.add_module(attribute, stored)
+    for name, stored in list(targets.routers.items()):
+        router = model.get_submodule(name.removesuffix(".weight"))
+        original = router._parameters.pop("weight")
+        router.add_module("stored", stored)
+        router.__dict__["weight"] = WeightHandle(stored)
+        try:
+            with torch.no_grad():
+                router(torch.zeros(2, stored.in_features, dtype=compute, device=stored.value.device))
+        except (TypeError, AttributeError, RuntimeError) as error:
+            del router.__dict__["weight"], router._modules["stored"]
+            router.register_parameter("weight", original if original is None or not original.is_meta else stored.weight)
+            targets.kept[name.removesuffix(".weight")] = f"its router does not multiply with F.linear ({error})"
+            del targets.routers[name]
+    if targets.stacks:
+        _set_experts(model)
+
+    head, embedding = _head_and_embedding(model)
+    keep = DTYPES[kept_precision(precision)]
+    _widen_output(embedding, compute)
+    for name, module in model.named_modules():
+        if module is embedding or module is head or isinstance(module, Stored):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            # Norms, biases, position tables: thousandths of the model, kept in the type that products run in.
+            if parameter.is_floating_point() and parameter.dtype != compute and not parameter.is_meta:
+                setattr(module, key, nn.Parameter(parameter.detach().to(compute), requires_grad=False))
+        del name
+    if type(head) is nn.Linear:
+        head_name = next(name for name, module in model.named_modules() if module is head)
+        linear = StoredLinear((head.weight.shape[0], head.weight.shape[1]), kept_precision(precision), head.bias)
+        if head.weight.dtype != keep and not head.weight.is_meta:
+            shared = embedding.weight is head.weight
+            narrowed = nn.Parameter(head.weight.detach().to(keep), requires_grad=False)
+            linear.weight = narrowed
+            if shared:
+                embedding.weight = narrowed
+        else:
+            linear.weight = head.weight
+        _replace(model, head_name, linear)
+    if embedding.weight.dtype != keep and isinstance(embedding.weight, nn.Parameter) and not embedding.weight.is_meta:
+        embedding.weight = nn.Parameter(embedding.weight.detach().to(keep), requires_grad=False)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    model.get_submodule(parent).add_module(attribute, module)
+
+
+def _widen_output(embedding: nn.Module, compute: torch.dtype) -> None:
+    """Embeddings leave in the type of the products, so that the residual stream has it too."""
+
+    def widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.to(compute)
+
+    embedding.register_forward_hook(widen)
+
+
+def _set_experts(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if _is_stacked(module):
+            config: Any = module.config
+            config._experts_implementation = EXPERTS
+
+
+def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A mixture's experts over stored weights: each expert gets its tokens, in order, with whom they belong to.
+
+    hidden (T, in), top_k_index and top_k_weights (T, k) -> (T, in). Registered with transformers' experts interface.
+    """
+    out = torch.zeros_like(hidden)
+    first: StoredStack = module.gate_up_proj if module.has_gate else module.up_proj
+    first_bias = getattr(module, "gate_up_proj_bias" if module.has_gate else "up_proj_bias", None)
+    last: StoredStack = module.down_proj
+    last_bias = getattr(module, "down_proj_bias", None)
+    for expert in torch.unique(top_k_index).tolist():
+        if expert >= module.num_experts:
+            continue
+        rows, place = torch.where(top_k_index == expert)  # (t,), (t,)
+        h = first.of_expert(expert, hidden[rows], rows)  # (t, 2 inner) or (t, inner)
+        if first_bias is not None:
+            h = h + first_bias[expert]
+        h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # (t, inner)
+        y = last.of_expert(expert, h, rows)  # (t, in)
+        if last_bias is not None:
+            y = y + last_bias[expert]
+        if getattr(module, "has_post_expert_norm", False):
+            y = module.post_expert_norm(y)
+        out = out.index_add(0, rows, (y * top_k_weights[rows, place, None]).to(out.dtype))
+    return out
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, segment_attention)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+
+
+# ---- streaming a checkpoint into its stored form ---------------------------------------------------------------------
+
+
+@register_quantization_config("graft")
+class StoredFormConfig(QuantizationConfigMixin):
+    """Tells transformers' loader that our quantizer takes the weights; never written to a file."""
+
+    def __init__(self, precision: Precision = "float32", compute: torch.dtype = torch.float32) -> None:
+        self.quant_method = "graft"  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.precision: Precision = precision
+        self.compute = compute
+
+
+class _Put(ConversionOps):
+    """Takes one finished tensor (renamed, split or stacked as the architecture wants) into its stored module."""
+
+    def __init__(self, targets: dict[str, Stored]) -> None:
+        self.targets = targets
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Tensor]:
+        for name, value in input_dict.items():
+            self.targets[name].put(value[0] if isinstance(value, list) else value)
+            if context.get("missing_keys") is not None:
+                context["missing_keys"].discard(name)
+        return {}
+
+    def __deepcopy__(self, memo: Any) -> _Put:
+        return self
+
+
+@register_quantizer("graft")
+class StoredFormQuantizer(HfQuantizer):
+    """Brings each weight into its stored form as soon as the loader has it, so that only one is ever there in full."""
+
+    requires_calibration = False
+    quantization_config: StoredFormConfig
+    targets: Targets
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        return {"nf4": 0.52, "int8": 1.0}.get(self.quantization_config.precision)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        precision, compute = self.quantization_config.precision, self.quantization_config.compute
+        self.targets = find_targets(model, precision)
+        self._by_name = self.targets.all()
+        keep = DTYPES[kept_precision(precision)]
+        head, embedding = _head_and_embedding(model)
+        taken = set(self._by_name)
+        for name, parameter in list(model.named_parameters()):
+            if name in taken or not parameter.is_floating_point():
+                continue
+            owner = model.get_submodule(name.rpartition(".")[0])
+            wanted = keep if owner is head or owner is embedding else compute
+            if parameter.dtype != wanted:  # the loader casts a tensor to the type that waits for it
+                parameter.data = parameter.data.to(wanted)
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._by_name
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Put(self._by_name)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def stream(
+    path: str, precision: Precision, compute: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Targets]:
+    """Load a model folder tensor by tensor into its stored form.
+
+    Memory at the peak: the final form, plus the largest tensor in the checkpoint's type and once more while converted.
+    Raises ModelError for missing, unexpected-in-shape or unreadable tensors.
+    """
+    keep = DTYPES[kept_precision(precision)]
+    with _quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            quantization_config=StoredFormConfig(precision, compute),
+            dtype=compute,
+            device_map={"": device} if device.type != "cpu" else None,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    quantizer: StoredFormQuantizer = model.hf_quantizer
+    targets = quantizer.targets
+    _check_loaded(info, targets, path)
+    quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+    assert keep is not None
+    install(model, targets, precision, compute)
+    return _ready(model), targets
+
+
+def _check_loaded(info: Any, targets: Targets, path: str) -> None:
+    missing = sorted(info["missing_keys"])
+    missing += sorted(n for n, s in targets.all().items() if s.weight is None and s.compressed is None and n not in missing)
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} tensors are missing from the checkpoint, the first is '{missing[0]}'; "
+            "download the model again, or start with --init random"
+        )
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(f"{path}: tensor '{name}' has shape {tuple(found)}, the config asks for {tuple(wanted)}")
+    errors = info.get("conversion_errors") or {}
+    if errors or info.get("error_msgs"):
+        first = next(iter(errors.values()), "") or str(info.get("error_msgs"))
+        raise ModelError(f"{path}: the checkpoint does not load: {str(first).strip().splitlines()[-1]}")
+
+
+def adopt(
+    model: PreTrainedModel, precision: Precision, compute: torch.dtype
+) -> tuple[PreTrainedModel, Targets]:
+    """Bring a model that is already in memory (fresh, or dequantized) into stored form, module by module."""
+    targets = find_targets(model, precision)
+    install(model, targets, precision, compute)
+    return _ready(model), targets
+
+
+def fresh(config: Any, seed: int, trust_remote_code: bool) -> PreTrainedModel:
+    """A model of `config` with random weights, the same for the same seed."""
+    with _quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def load_dequantized(path: str, method: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a checkpoint that is already quantized as a plain 16-bit model, by transformers' own dequantization.
+
+    Raises ModelError, by name, for kinds that cannot be brought back.
+    """
+    if method in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        extra: dict[str, Any] = {}
+    elif method == "fp8":
+        extra = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+    elif method == "mxfp4":
+        extra = {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+    else:
+        raise ModelError(
+            f"{path} is already quantized with '{method}', which Graft does not undo; "
+            "take the 16-bit original of this model (bitsandbytes, fp8 and mxfp4 checkpoints are read)"
+        )
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True, **extra
+            )
+            return model.dequantize() if not extra else model
+    except ImportError as error:
+        raise ModelError(f"{path} is quantized with '{method}', and undoing that needs a package: {error}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own bars and load reports stay off the user's terminal; what matters is raised as an error."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.utils.logging.enable_progress_bar()
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """Frozen and in evaluation mode: the model's own dropout draws from a generator's state, so it stays off."""
+    model.requires_grad_(False)
+    model.eval()
+    config: Any = model.config
+    config.use_cache = False
+    return model
+
+
+# ---- body, head, layers ----------------------------------------------------------------------------------------------
+
+
+class _BodyOutput(dict[str, Any]):
+    """What a body returns, with nothing in it but the hidden states we give; any other field reads as None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__(last_hidden_state=hidden)
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.last_hidden_state if index in (0, "last_hidden_state") else None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return (self.last_hidden_state,)
+
+
+class _Given(nn.Module):
+    """Stands in for a model's body and returns hidden states that are already there."""
+
+    def __init__(self, body: nn.Module, hidden: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "_body", body)
+        self._hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
+        return _BodyOutput(self._hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_body"), name)
+
+
+class Anatomy:
+    """Where the parts of a causal language model are: body, head, embedding, layers."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Find the parts and prove that body and head together give the untouched logits; ModelError when not."""
+        self.model = model
+        names = {id(module): name for name, module in model.named_modules()}
+        head, embedding = _head_and_embedding(model)
+        self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
+        self.embedding = embedding
+        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        config: Any = model.config.get_text_config()
+        self.vocabulary = int(head.weight.shape[0])
+        self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 0)
+        ids = torch.arange(6, device=model.device)[None] % self.vocabulary
+        self.body_name = self._find_body(head, ids)
+        parameters = inspect.signature(self.body.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+
+    @property
+    def body(self) -> nn.Module:
+        return self.model.get_submodule(self.body_name)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_submodule(self.head_name)
+
+    @torch.no_grad()
+    def _find_body(self, head: nn.Module, ids: Tensor) -> str:
+        outputs: list[tuple[str, Tensor]] = []
+        seen: list[Tensor] = []
+
+        def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+            if isinstance(first, Tensor):
+                outputs.append((name, first))
+
+        hooks = [m.register_forward_hook(partial(keep, n)) for n, m in self.model.named_modules() if n]
+        hooks.append(head.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
+        try:
+            expected = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        hidden = seen[0]
+        same = [n for n, t in outputs if t.shape == hidden.shape and t.data_ptr() == hidden.data_ptr()]
+        candidates = sorted(same, key=lambda n: n.count("."))[:1]
+        base_name = self.model.base_model_prefix
+        if base_name and hasattr(self.model, base_name):
+            candidates.append(base_name)
+        reached = dict(outputs)
+        for name in candidates:
+            self.body_name = name
+            try:
+                found = self.logits(reached[name])
+            except Exception:  # any failure only means that this candidate is not the body
+                continue
+            if found.shape == expected[0].shape and torch.allclose(found, expected[0], rtol=1e-4, atol=1e-4):
+                return name
+        raise ModelError(
+            f"{type(self.model).__name__}: the part between its layers and its logits cannot be run on its own, so Graft "
+            "cannot compute its loss; please report this architecture"
+        )
+
+    def hidden(self, ids: Tensor, segments: Segments) -> Tensor:
+        """The body alone: ids (T,) laid out as `segments` -> hidden states (T, width)."""
+        if segments.stacked:
+            count, length = len(segments.lengths), segments.lengths[0]
+            output = self.body(input_ids=ids.view(count, length), use_cache=False)
+        else:
+            positions = segments.positions.to(ids.device)[None]
+            output = self.body(input_ids=ids[None], position_ids=positions, use_cache=False)
+        hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """From hidden states (n, width) or (1, n, width) to logits (n, vocabulary), by the model's own code.
+
+        The class's forward runs with its body replaced by the states we have, so soft caps and scales come along.
+        """
+        states = hidden if hidden.ndim == 3 else hidden[None]
+        path, _, attribute = self.body_name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        body = owner._modules[attribute]
+        assert body is not None
+        owner._modules[attribute] = _Given(body, states)
+        try:
+            ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            owner._modules[attribute] = body
+
+    def checkpoint_layers(self, on: bool) -> int:
+        """Keep only the inputs of each layer and run it again in the backward pass; returns how many layers do."""
+        for layer in self.layers:
+            layer.gradient_checkpointing = on
+            # The layers run only in training mode; their children stay in evaluation mode, without dropout.
+            layer.training = on
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return len(self.layers)
+
+
+def switch(model: PreTrainedModel, implementation: str) -> None:
+    """Set the attention of a model and of every part of it."""
+    with _quiet():
+        model.set_attn_implementation(implementation)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", None) not in (None, implementation):
+            config._attn_implementation = implementation
+
+
+def position_dependent_rotary(config: Any) -> str | None:
+    """The rotary type whose frequencies depend on the longest position in the batch, or None."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [parameters] if "rope_type" in parameters or "type" in parameters else list(parameters.values())
+    for kind in kinds:
+        if isinstance(kind, dict):
+            name = kind.get("rope_type", kind.get("type"))
+            if name in ("longrope", "dynamic"):
+                return str(name)
+    return None
+
+
+def plain_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every weight under transformers' own name and in its layout, tied copies left out, as dense `dtype` tensors."""
+    state: dict[str, Tensor] = {}
+    stored = {name: module for name, module in model.named_modules() if isinstance(module, Stored)}
+    seen: set[int] = set()
+    for name, module in stored.items():
+        value = module.weight
+        if value is not None and id(value) in seen:
+            continue
+        if value is not None:
+            seen.add(id(value))
+        if isinstance(module, StoredStack):
+            key = name
+        else:
+            key = f"{name.removesuffix('.stored')}.weight"
+        state[key] = module.original(dtype)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            state[f"{name}.bias"] = bias.detach().to(dtype)
+    owned = {f"{name}.{key}" for name in stored for key in ("weight", "bias")}
+    for name, parameter in model.named_parameters():  # tied parameters come once, under their first name
+        if name in owned:
+            if id(parameter) in seen and name not in state and name.removesuffix(".stored.weight") == name:
+                pass
+            continue
+        if id(parameter) in seen:
+            # The embedding of a tied head: the embedding's name is the one that is saved.
+            for key in [k for k, s in stored.items() if s.weight is parameter]:
+                state.pop(f"{key}.weight", None)
+        state[name] = parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()
+        seen.add(id(parameter))
+    persistent = set(model.state_dict().keys())
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            state[name] = buffer
+    return state
+
+
+def save(model: PreTrainedModel, folder: str, dtype: torch.dtype) -> None:
+    """Write a plain Hugging Face model folder: sharded safetensors and config.json."""
+    config: Any = model.config
+    cache, implementation, kind = config.use_cache, config._attn_implementation, config.dtype
+    experts = getattr(config, "_experts_implementation", None)
+    config.use_cache, config.dtype = True, dtype
+    try:
+        with _quiet():
+            model.save_pretrained(folder, state_dict=plain_state(model, dtype), max_shard_size="4GB")
+    finally:
+        config.use_cache, config.dtype = cache, kind
+        config._attn_implementation = implementation
+        if experts is not None:
+            config._experts_implementation = experts

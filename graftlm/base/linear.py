@@ -1,0 +1,211 @@
+"""One stored weight, in any precision, that may carry a bank of adapters.
+
+    StoredLinear      y = x W^T + b      W (out, in): nn.Linear, Conv1D (turned), a router's weight, the head
+    StoredStack       y = x W[e]^T       W (experts, out, in): the stacked weights of a mixture
+
+A module of the original model is replaced by one of these; its modelling code stays. `weight` is a Parameter when dense
+(trained when `requires_grad`), and plain codes and scales when compressed. Products run in the type of their input; a
+stored weight is widened for one product at a time and, in the backward pass, once more, so that only its stored form stays
+in memory. `bank` is set by `adapters.attach`, and knows which tokens use which adapter.
+
+Letters: T tokens, `in`, `out` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftlm import kernels
+from graftlm.base.precision import Weight, nbytes, restore, store
+from graftlm.config import Precision
+
+Range = tuple[int, int, int]
+"""(slot, first token, one past the last token)."""
+
+
+class Bank(Protocol):
+    """What a stored module asks of the adapters on it (`adapters.bank` implements it)."""
+
+    def __call__(self, x: Tensor, module: Any, weight: Weight, bias: Tensor | None, *key: Any) -> Tensor: ...
+
+
+class _Product(torch.autograd.Function):
+    """x (T, in) times a stored W (out, in) transposed, gradient to x, and to W where W is dense and trained.
+
+    Unlike autograd's own record it keeps the stored form, never the widened copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dense: Tensor | None, compressed: Any) -> Tensor:  # (T, out)
+        ctx.save_for_backward(*((x, dense) if dense is not None and dense.requires_grad else (None, dense)))
+        ctx.compressed = compressed
+        return x @ dense.to(x.dtype).T if dense is not None else kernels.matmul(x, compressed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        (dy,) = grads  # (T, out)
+        x, dense = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ dense.to(dy.dtype) if dense is not None else kernels.matmul_t(dy, ctx.compressed)
+        if ctx.needs_input_grad[1]:
+            dw = (dy.T @ x).to(dense.dtype)
+        return dx, dw, None
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x (T, in) with W (out, in) in any stored form -> (T, out), in x's type; gradients to x and to a trained W."""
+    if isinstance(weight, Tensor):
+        if weight.dtype == x.dtype:
+            return F.linear(x, weight, bias)
+        y = _Product.apply(x, weight, None)
+    else:
+        y = _Product.apply(x, None, weight)
+    assert isinstance(y, Tensor)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class Stored(nn.Module):
+    """A weight in its stored form; dense ones are the Parameter `weight`, compressed ones stand in `compressed`."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, shape: tuple[int, ...], precision: Precision, *, turned: bool = False) -> None:
+        super().__init__()
+        self.shape = shape
+        self.precision: Precision = precision
+        self.turned = turned  # the original module keeps this weight transposed
+        self.compressed: Any = None
+        self.bank: Bank | None = None
+        self.register_parameter("weight", None)
+
+    def put(self, original: Tensor) -> None:
+        """Take the weight in the original module's layout and bring it into the stored form.
+
+        Works in place of the old value; the largest temporary is one copy of the tensor. Raises ValueError for a shape
+        that is not this module's.
+        """
+        weight = original.detach()
+        weight = weight.transpose(-1, -2) if self.turned else weight
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"weight of shape {tuple(weight.shape)} where {self.shape} is expected")
+        if self.precision in ("int8", "nf4"):
+            self.compressed = store(weight, self.precision)
+        else:
+            dense = store(weight, self.precision)
+            assert isinstance(dense, Tensor)
+            self.weight = nn.Parameter(dense.contiguous(), requires_grad=False)
+
+    @property
+    def value(self) -> Weight:
+        """The weight as it is stored."""
+        if self.weight is not None:
+            return self.weight
+        assert self.compressed is not None, "this weight was never loaded"
+        return self.compressed
+
+    def original(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a dense tensor in the original module's layout."""
+        weight = restore(self.value, dtype).detach()
+        return weight.transpose(-1, -2).contiguous() if self.turned else weight
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weight."""
+        return nbytes(self.value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
+        """Move compressed tensors along with the module; their types are part of the format and stay."""
+        super()._apply(fn, recurse)
+        if self.compressed is not None:
+            probe = next(iter(self.compressed.tensors().values()))
+            device = fn(probe.new_empty(0)).device
+            if device != probe.device:
+                self.compressed = self.compressed.to(device)
+        return self
+
+
+class StoredLinear(Stored):
+    """y = x W^T + b with W (out, in) stored in any precision."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, shape: tuple[int, int], precision: Precision, bias: nn.Parameter | None = None, *, turned: bool = False
+    ) -> None:
+        super().__init__(shape, precision, turned=turned)
+        self.out_features, self.in_features = shape
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)  # (T, in)
+        if self.bank is not None:
+            y = self.bank(rows, self, self.value, self.bias)
+        else:
+            y = product(rows, self.value, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, {self.precision}"
+
+
+class StoredStack(Stored):
+    """The same linear layer of every expert of a mixture, W (experts, out, in)."""
+
+    def __init__(self, shape: tuple[int, int, int], precision: Precision, *, turned: bool = False) -> None:
+        super().__init__(shape, precision, turned=turned)
+        self.experts, self.out_features, self.in_features = shape
+
+    def of_expert(self, expert: int, x: Tensor, rows: Tensor) -> Tensor:
+        """x (t, in), the tokens that expert `expert` got, with `rows` (t,) their ascending indices in the pass -> (t, out)."""
+        weight = self.value[expert]
+        if self.bank is not None:
+            return self.bank(x, self, weight, None, expert, rows)
+        return product(x, weight)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, in={self.in_features}, out={self.out_features}, {self.precision}"
+
+
+class WeightHandle:
+    """Stands where a module's own code reads a weight, and turns `F.linear(x, weight)` into a call of a StoredLinear.
+
+    A router multiplies with `F.linear(x, self.weight)` inside its own forward; with this in place of the tensor, its
+    product goes through the stored weight and its bank, and the code around it stays the model's own.
+    """
+
+    def __init__(self, linear: StoredLinear) -> None:
+        self.linear = linear
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.linear.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weight = self.linear.weight
+        assert weight is not None
+        return weight.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> WeightHandle:
+        """Type changes happen at the product; the handle stays."""
+        return self
+
+    type = to
+
+    def float(self) -> WeightHandle:
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) >= 2 and isinstance(args[1], WeightHandle):
+            y = args[1].linear(args[0])
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return y if bias is None else y + bias
+        raise TypeError(f"a stored weight was used in {getattr(func, '__name__', func)}; only F.linear is supported")

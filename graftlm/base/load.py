@@ -1,0 +1,252 @@
+"""From a name to a base model that can be trained on: found, checked, streamed into its precision, and understood.
+
+    base = load_base("Qwen/Qwen3-0.6B", precision="nf4")
+    base.hidden(ids, segments)      # the layers
+    base.logits(hidden)             # the head, for a few tokens
+
+Weights are read from safetensors only. Nothing is unpickled, and no code of the model's runs unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from graftlm import demo
+from graftlm.base import hf
+from graftlm.base.attention import may_pack
+from graftlm.base.fingerprint import fingerprint, weight_files
+from graftlm.base.linear import Stored
+from graftlm.base.precision import DTYPES, default_compute, nbytes
+from graftlm.config import Compute, Precision
+from graftlm.errors import ModelError
+from graftlm.segments import Segments, running
+
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass
+class Base:
+    """A base model in a chosen precision, ready for adapters or for full training."""
+
+    name: str
+    """What the user called it; a label."""
+    folder: Path
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    precision: Precision
+    compute: Compute
+    anatomy: hf.Anatomy
+    kept: dict[str, str]
+    """Modules that are neither stored in `precision` nor adaptable, with the reason."""
+    packs: bool = True
+    """Whether it runs on packed segments; otherwise on stacks of equally long documents."""
+    why_not: str = ""
+    own_attention: str = "sdpa"
+    """The attention it came with."""
+    random: bool = False
+    """Whether its weights are fresh instead of the folder's."""
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.compute]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The base's identity by content; `random` for fresh weights, which have no checkpoint."""
+        return "random" if self.random else fingerprint(self.folder)
+
+    def hidden(self, ids: Tensor, segments: Segments) -> Tensor:
+        """ids (T,) -> the states before the head (T, width); `segments` must be the running ones."""
+        return self.anatomy.hidden(ids, segments)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, width) -> (n, vocabulary), with everything that the model's class does after its layers."""
+        return self.anatomy.logits(hidden)
+
+    def stored(self) -> dict[str, Stored]:
+        """The stored modules by name, the head included."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, Stored)}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights as they are stored, tied ones once."""
+        compressed = sum(nbytes(m.compressed) for m in self.stored().values() if m.compressed is not None)
+        return compressed + sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def parameters(self) -> int:
+        """How many values the base has, in whatever form they are stored."""
+        compressed = sum(m.compressed.numel for m in self.stored().values() if m.compressed is not None)
+        return compressed + sum(p.numel() for p in self.model.parameters())
+
+
+def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True) -> Path:
+    """The local folder of a model: `demo`, a directory, or a hub id, downloaded without its pickle files.
+
+    Raises ModelError that says what was looked for and what to do.
+    """
+    folder = Path(demo.resolve_model(name))
+    if folder.is_dir():
+        return _checked(folder, name, weights)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"no such model: '{name}' is neither a directory nor a hub id (owner/name), nor `demo`")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [p for p in _WANTED if weights or "safetensors" not in p] + (["*.py"] if trust_remote_code else [])
+    try:
+        found = snapshot_download(name, allow_patterns=patterns)
+    except RepositoryNotFoundError:
+        raise ModelError(f"no model '{name}' on the hub; check its spelling, or log in if it is private") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"model '{name}' is not a directory here and the hub did not give it: {str(error).splitlines()[0]}"
+        ) from None
+    return _checked(Path(found), name, weights)
+
+
+def _checked(folder: Path, name: str, weights: bool) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name}: {folder} has no config.json, so it is not a Hugging Face model folder")
+    if weights and not weight_files(folder):
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{name} has only pickle weights ({pickles[0]}), which can run code when they are read; convert it once in a "
+                "place that you trust: AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER)"
+            )
+        raise ModelError(
+            f"{name} has no weights: {folder} holds no *.safetensors file; "
+            "download the model completely, or start fresh with --method full --init random"
+        )
+    return folder
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The model's config; ModelError for one that transformers cannot read."""
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        hint = "" if trust_remote_code else "; if you trust this model's own code, add --trust-remote-code"
+        raise ModelError(f"{folder}/config.json is not understood: {str(error).splitlines()[0]}{hint}") from None
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; ModelError when the folder has none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+
+
+def default_device(asked: str | None) -> torch.device:
+    """The asked device, else the first GPU, else the CPU."""
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ModelError(f"unknown device '{asked}'; take cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device '{asked}' is asked for, and this PyTorch ({torch.__version__}) sees no CUDA device; take cpu")
+    return device
+
+
+def load_base(
+    name: str,
+    *,
+    precision: Precision = "float32",
+    compute: Compute | None = None,
+    device: str | None = None,
+    init: Literal["pretrained", "random"] = "pretrained",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Base:
+    """Find, check and load a base model.
+
+    The storage `precision` is the user's, `compute` the hardware's unless given. Raises ModelError.
+    """
+    place = default_device(device)
+    folder = resolve(name, trust_remote_code, weights=init == "pretrained")
+    config = load_config(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    chosen = compute or default_compute(place)
+    dtype = DTYPES[chosen]
+    quantized = _quantization_of(folder)
+    if init == "random":
+        model, targets = hf.adopt(hf.fresh(config, seed, trust_remote_code), precision, dtype)
+        model.to(place)
+    elif quantized is not None:
+        model, targets = hf.adopt(hf.load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype)
+        model.to(place)
+    else:
+        model, targets = hf.stream(str(folder), precision, dtype, place, trust_remote_code)
+    base = Base(
+        name=name,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        precision=precision,
+        compute=chosen,
+        anatomy=hf.Anatomy(model),
+        kept=targets.kept,
+        random=init == "random",
+    )
+    _choose_attention(base)
+    return base
+
+
+def _quantization_of(folder: Path) -> str | None:
+    """The quantization method that a checkpoint's config names, or None."""
+    with contextlib.suppress(json.JSONDecodeError):
+        config = json.loads((folder / "config.json").read_text())
+        found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+        if found:
+            return str(found.get("quant_method") or "bitsandbytes")
+    return None
+
+
+@torch.no_grad()
+def _choose_attention(base: Base) -> None:
+    """Switch to our attention if the three checks pass on these weights; else keep the model's own, and say why."""
+    own = base.own_attention = base.model.config._attn_implementation
+    rotary = hf.position_dependent_rotary(base.model.config)
+    if rotary is not None:
+        base.packs, base.why_not = False, f"its rotary frequencies ({rotary}) depend on the longest position in a batch"
+        return
+    if not base.anatomy.takes_positions:
+        base.packs, base.why_not = False, "it takes no position ids"
+        return
+
+    def alone(ids: Tensor) -> Tensor:
+        segments = Segments(lengths=(ids.shape[1],), slots=(0,), stacked=True)
+        hf.switch(base.model, own)
+        with running(segments):
+            return base.logits(base.hidden(ids[0].to(base.device), segments))
+
+    def packed(ids: Tensor, segments: Segments) -> Tensor:
+        hf.switch(base.model, hf.ATTENTION)
+        with running(segments):
+            return base.logits(base.hidden(ids[0].to(base.device), segments))
+
+    base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary)
+    hf.switch(base.model, hf.ATTENTION if base.packs else own)
+
+
+def frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that training must not touch."""
+    return [(name, p) for name, p in model.named_parameters() if not p.requires_grad]

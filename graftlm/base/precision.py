@@ -1,0 +1,70 @@
+"""How a weight is stored, and what that costs.
+
+    float32    32 bits a value
+    bfloat16   16 bits
+    int8        8 bits and one float32 scale a row (absmax)
+    nf4         4.127 bits: 16 quantiles, blocks of 64, each block's absmax in 8 bits (Dettmers et al. 2023)
+
+Storage is the user's choice, the type of the products is the hardware's: a CPU without bfloat16 instructions multiplies
+bfloat16 about seven times slower than float32, one with AVX-512's about twice slower. So there 16-bit and 4-bit weights
+are widened to float32 for each product.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graftlm import kernels
+from graftlm.config import Compute, Precision
+from graftlm.kernels import Int8, Nf4
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Weight = Tensor | Int8 | Nf4
+"""A stored weight: a dense tensor of 16 or 32 bits, or one of the two compressed forms."""
+
+
+def store(weight: Tensor, precision: Precision) -> Weight:
+    """Bring a float tensor, (out, in) or stacked (experts, out, in), into its stored form."""
+    if precision == "nf4":
+        return kernels.nf4_quantize(weight)
+    if precision == "int8":
+        return kernels.int8_quantize(weight)
+    return weight.to(DTYPES[precision])
+
+
+def restore(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The stored weight as a dense tensor of `dtype`."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else kernels.dequantize(weight, dtype)
+
+
+def nbytes(weight: Weight) -> int:
+    """Bytes that the stored form takes."""
+    return weight.numel() * weight.element_size() if isinstance(weight, Tensor) else weight.nbytes
+
+
+def kept_precision(precision: Precision) -> Precision:
+    """How embeddings and the output head are stored when the linear layers are stored in `precision`: never below 16 bits."""
+    return "float32" if precision == "float32" else "bfloat16"
+
+
+@cache
+def _cpu_multiplies_bfloat16_faster() -> bool:
+    if platform.machine() in ("arm64", "aarch64"):
+        return False  # some do; products in float32 are right everywhere
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags  # AVX-512's bfloat16 products reach about half of float32's rate (measured), AMX's do not
+
+
+def default_compute(device: torch.device) -> Compute:
+    """The type in which `device` multiplies fastest without losing what training needs."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if device.type == "cpu" and _cpu_multiplies_bfloat16_faster() else "float32"
