@@ -1,0 +1,254 @@
+"""Which layers an adapter adapts, and putting it on and off a base.
+
+    layers = choose(base, ("all-linear",))           # every pattern must match something
+    adapter = new_adapter(base, layers, plan, seed)
+    attach(base, adapter, slot=1); ...; detach(base, slot=1)
+
+An adapter is a plain object: a name for each trained tensor, and the numbers of its formula. Attaching puts its tensors
+into the banks of the stored layers under a slot number; the base's own tensors are never touched.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.adapters.bank import Bank, EmbeddingBank, LowRank, Rows, Slot, Whole, new_low_rank
+from graftlm.base.linear import Stored, StoredLinear, StoredStack
+from graftlm.base.load import Base
+from graftlm.base.precision import restore
+from graftlm.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an adapter is made of, apart from where it sits; the fields are PEFT's under plainer names."""
+
+    rank: int
+    alpha: float
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    dora: bool = False
+    ranks: dict[str, int] = field(default_factory=dict[str, int])  # pattern -> rank
+    alphas: dict[str, float] = field(default_factory=dict[str, float])
+    whole: tuple[str, ...] = ()  # modules trained whole
+    tokens: tuple[int, ...] = ()  # ids whose embedding rows are trained
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One adapter's tensors, by the name of the layer each slot sits on, and the plan they were made from."""
+
+    plan: Plan
+    slots: dict[str, Slot]
+    base_fingerprint: str = ""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained tensor under `layer.tensor`, in a fixed order."""
+        return {f"{layer}.{name}": tensor for layer in sorted(self.slots) for name, tensor in self.slots[layer].named().items()}
+
+    @property
+    def count(self) -> int:
+        """Trained values."""
+        return sum(p.numel() for p in self.parameters().values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the saved tensors."""
+        return sum(p.numel() * p.element_size() for p in self.parameters().values())
+
+
+def adaptable(base: Base) -> dict[str, Stored]:
+    """The layers that a low-rank adapter can sit on, by the name PEFT knows them by; the head is not among them."""
+    head = base.anatomy.head
+    found: dict[str, Stored] = {}
+    for name, module in base.stored().items():
+        if module is not head:
+            found[name.removesuffix(".stored")] = module
+    return found
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names a layer: the whole name, its end after a dot, or a glob with * ? [ ] over the whole name."""
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith("." + pattern)
+
+
+def choose(base: Base, targets: Sequence[str]) -> list[str]:
+    """Layer names for `all-linear`, `attention`, `mlp` or patterns; ConfigError for a pattern that matches nothing."""
+    layers = list(adaptable(base))
+    chosen: set[str] = set()
+    for target in targets:
+        if target == "all-linear":
+            hit = layers
+        elif target in ("attention", "mlp"):
+            inside = {name: _in_attention(base, name) for name in layers}
+            hit = [name for name in layers if inside[name] == (target == "attention")]
+        else:
+            hit = [name for name in layers if matches(name, target)]
+        if not hit:
+            ends = {name.rpartition(".")[2] for name in layers} | {"all-linear", "attention", "mlp"}
+            head = base.anatomy.head_name
+            if matches(head, target):
+                raise ConfigError(f"target '{target}' is the output head; train it whole with --modules-to-save head")
+            kept = [f"{name} ({why})" for name, why in base.kept.items() if matches(name, target)]
+            if kept:
+                raise ConfigError(f"target '{target}' cannot be adapted: {kept[0]}")
+            raise ConfigError(
+                f"target '{target}' matches no layer of this model{nearest(target, ends)} known: {', '.join(sorted(ends))}"
+            )
+        chosen.update(hit)
+    return [name for name in layers if name in chosen]
+
+
+def _in_attention(base: Base, name: str) -> bool:
+    """Whether a layer lies within an attention module, told by the classes of the modules around it."""
+    path = name.split(".")
+    for end in range(len(path) - 1, 0, -1):
+        kind = type(base.model.get_submodule(".".join(path[:end]))).__name__.lower()
+        if "attention" in kind or "attn" in kind:
+            return True
+    return False
+
+
+def whole_modules(base: Base, names: Sequence[str]) -> list[str]:
+    """Full names of modules to train whole: `embeddings`, `head`, or patterns over these two."""
+    anatomy = base.anatomy
+    found: list[str] = []
+    for name in names:
+        known = {"embeddings": anatomy.embedding_name, "head": anatomy.head_name}
+        hits = [full for short, full in known.items() if name == short or matches(full, name)]
+        if not hits:
+            options = [*known, *known.values()]
+            raise ConfigError(
+                f"modules-to-save '{name}' is neither the embeddings nor the head{nearest(name, options)} "
+                f"known: {', '.join(options)}"
+            )
+        found.extend(h for h in hits if h not in found)
+    return found
+
+
+def new_adapter(base: Base, layers: Sequence[str], plan: Plan, seed: int) -> Adapter:
+    """An untrained adapter that leaves the base's output as it is.
+
+    Raises ConfigError for a rank or alpha pattern that matches none of the layers, and for dropout or DoRA on experts.
+    """
+    stored = adaptable(base)
+    for patterns, what in ((plan.ranks, "rank-pattern"), (plan.alphas, "alpha-pattern")):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in layers):
+                ends = {name.rpartition(".")[2] for name in layers}
+                raise ConfigError(f"{what} '{pattern}' matches no adapted layer{nearest(pattern, ends)}")
+    stacks = [name for name in layers if isinstance(stored[name], StoredStack)]
+    if stacks and (plan.dropout or plan.dora):
+        what = "dropout" if plan.dropout else "dora"
+        raise ConfigError(
+            f"{what} does not work on the stacked experts of this model ({stacks[0]}); "
+            f"leave {what} out, or take --targets attention"
+        )
+    slots: dict[str, Slot] = {}
+    for name in layers:
+        rank = _of_pattern(name, plan.ranks, plan.rank)
+        alpha = _of_pattern(name, plan.alphas, plan.alpha)
+        slots[name] = new_low_rank(
+            stored[name], name, rank=rank, alpha=alpha, rank_stabilized=plan.rank_stabilized,
+            dropout=plan.dropout, dora=plan.dora, seed=seed,
+        )  # fmt: skip
+    for name in whole_modules(base, plan.whole):
+        weight: Tensor = base.model.get_submodule(name).weight
+        slots[name] = Whole(nn.Parameter(weight.detach().to(torch.float32, copy=True)))
+    if plan.tokens:
+        name = base.anatomy.embedding_name
+        if name in slots:
+            raise ConfigError("train-tokens and modules-to-save embeddings exclude each other; the latter trains every row")
+        weight = restore(base.anatomy.embedding.weight.detach(), torch.float32)  # pyright: ignore
+        values = weight[list(plan.tokens)].clone()
+        slots[name] = Rows(plan.tokens, nn.Parameter(values), vocabulary=len(weight))
+    return Adapter(plan, slots)
+
+
+def _of_pattern(name: str, patterns: dict[str, Any], default: Any) -> Any:
+    """The value of the first pattern that names the layer."""
+    return next((value for pattern, value in patterns.items() if matches(name, pattern)), default)
+
+
+def attach(base: Base, adapter: Adapter, slot: int = 1) -> None:
+    """Put an adapter's tensors into the banks under a slot number; slot 0 is the bare base and stays free."""
+    assert slot > 0
+    stored = {**adaptable(base), base.anatomy.head_name: base.anatomy.head}
+    for name, part in adapter.slots.items():
+        if name == base.anatomy.embedding_name:
+            _embedding_bank(base).slots[slot] = part
+            head = base.anatomy.head
+            if isinstance(part, Rows) and isinstance(head, StoredLinear) and head.weight is base.anatomy.embedding.weight:
+                _bank(head).slots[slot] = part
+            continue
+        module = stored.get(name)
+        assert isinstance(module, Stored), f"no stored layer '{name}'"
+        _bank(module).slots[slot] = part
+
+
+def detach(base: Base, slot: int = 1) -> None:
+    """Take the adapter in `slot` off every layer."""
+    for module in base.stored().values():
+        bank = module.bank
+        if isinstance(bank, Bank):
+            bank.slots.pop(slot, None)
+            if not bank.slots:
+                module.bank = None
+    embedding_bank = getattr(base.anatomy.embedding, "graft_bank", None)
+    if embedding_bank is not None:
+        embedding_bank.slots.pop(slot, None)
+
+
+def _bank(module: Stored) -> Bank:
+    if module.bank is None:
+        module.bank = Bank()
+    assert isinstance(module.bank, Bank)
+    return module.bank
+
+
+def _embedding_bank(base: Base) -> EmbeddingBank:
+    embedding: Any = base.anatomy.embedding
+    if not hasattr(embedding, "graft_bank"):
+        bank = EmbeddingBank(base.compute_dtype)
+        embedding.graft_bank = bank
+        embedding.register_forward_hook(bank)
+    return embedding.graft_bank
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """How many layers of one kind are adapted."""
+
+    kind: str
+    adapted: int
+    total: int
+    parameters: int
+    rank: str
+
+
+def coverage(base: Base, adapter: Adapter) -> list[CoverageRow]:
+    """Adapted of total for each kind of layer (the last part of its name), with its trained values."""
+    totals: Counter[str] = Counter(name.rpartition(".")[2] for name in adaptable(base))
+    rows: dict[str, list[tuple[str, Slot]]] = {kind: [] for kind in totals}
+    for name, slot in adapter.slots.items():
+        rows.setdefault(name.rpartition(".")[2], []).append((name, slot))
+    for name in (base.anatomy.embedding_name, base.anatomy.head_name):
+        totals.setdefault(name.rpartition(".")[2], 1)
+    table: list[CoverageRow] = []
+    for kind, slots in rows.items():
+        ranks = sorted({slot.rank for _, slot in slots if isinstance(slot, LowRank)})
+        trained = sum(p.numel() for _, slot in slots for p in slot.named().values())
+        label = ", ".join(map(str, ranks)) if ranks else ("whole" if slots else "")
+        if any(isinstance(slot, Rows) for _, slot in slots):
+            label = "rows"
+        table.append(CoverageRow(kind, len(slots), totals[kind], trained, label))
+    return table

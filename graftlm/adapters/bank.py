@@ -1,0 +1,340 @@
+"""The low-rank formula, and a bank of adapters over one stored weight.
+
+    y = x W^T + b + s (drop(x) A^T) B^T            LoRA (Hu et al. 2021), s = alpha / r, or alpha / sqrt(r) rank-stabilized
+    y = m / |W + s B A| (x W^T + s (drop(x) A^T) B^T) + b                                        DoRA (Liu et al. 2024)
+
+A bank holds one `Slot` for each adapter that adapts this layer, of any rank; the running segments say which tokens use
+which. Training one adapter is a bank of one; a sweep and a server fill more. W is multiplied once for all tokens, then each
+slot adds to its own range. One autograd function does both, so that its backward pass needs only x, the narrow h = x A^T,
+and the stored form of W.
+
+Letters: T tokens, `in`, `out` features, r rank, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftlm import kernels
+from graftlm import segments as segs
+from graftlm.base.linear import Stored, StoredLinear, StoredStack, product
+from graftlm.base.precision import Weight, restore
+from graftlm.kernels.counter import hash_words, keep_mask, uniform
+
+
+def scale_of(alpha: float, rank: int, rank_stabilized: bool) -> float:
+    """s = alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (Kalajdzievski 2023)."""
+    return alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
+
+
+@dataclass(eq=False)
+class LowRank:
+    """One adapter's A and B on one layer. For stacked experts both hold all experts, in PEFT's layout."""
+
+    A: nn.Parameter  # (r, in), or (E r, in)
+    B: nn.Parameter  # (out, r), or (out, r E) with the expert running fastest
+    scale: float
+    alpha: float
+    rank: int
+    dropout: float = 0.0
+    key: int = 0
+    """Names this layer to the random numbers of dropout."""
+    experts: int = 0
+    magnitude: nn.Parameter | None = None  # (out,), DoRA's m
+
+    def factors(self, expert: int | None) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the layer, or of one of its experts."""
+        if expert is None:
+            return self.A, self.B
+        A = self.A.view(self.experts, self.rank, -1)[expert]
+        B = self.B.view(-1, self.rank, self.experts)[:, :, expert]
+        return A, B
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """The trained tensors, under the names that PEFT gives them."""
+        found = {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        if self.magnitude is not None:
+            found["lora_magnitude_vector"] = self.magnitude
+        return found
+
+
+@dataclass(eq=False)
+class Whole:
+    """A module trained whole for one adapter (PEFT's `modules_to_save`): its own copy of the weight, in float32."""
+
+    weight: nn.Parameter  # (out, in)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight}
+
+
+@dataclass(eq=False)
+class Rows:
+    """Some rows of an embedding (and of a head tied to it) trained for one adapter (PEFT's `trainable_token_indices`)."""
+
+    tokens: tuple[int, ...]
+    values: nn.Parameter  # (rows, width), the rows themselves
+    lookup: Tensor = field(init=False)  # (vocabulary,) row of a token id, -1 for others
+
+    vocabulary: int = 0
+
+    def __post_init__(self) -> None:
+        self.lookup = torch.full((self.vocabulary,), -1, dtype=torch.long)
+        self.lookup[list(self.tokens)] = torch.arange(len(self.tokens))
+        self.lookup = self.lookup.to(self.values.device)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        return {"token_adapter.trainable_tokens_delta": self.values}
+
+
+Slot = LowRank | Whole | Rows
+
+
+def new_low_rank(
+    module: Stored,
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    rank_stabilized: bool = False,
+    dropout: float = 0.0,
+    dora: bool = False,
+    seed: int = 0,
+) -> LowRank:
+    """An untrained slot: A uniform within 1 / sqrt(in), as `nn.Linear` starts, B zero, so that it changes nothing yet.
+
+    A's numbers depend on (seed, layer name) only, so they are the same beside whatever other layers or trials.
+    """
+    device = module.value.device
+    experts = module.experts if isinstance(module, StoredStack) else 0
+    out_features, in_features = module.shape[-2:]
+    bound = 1.0 / math.sqrt(in_features)
+    rows = rank * max(experts, 1)
+    A = (uniform((rows, in_features), seed, "A", name) * 2 - 1) * bound
+    B = torch.zeros(out_features, rows)
+    magnitude = None
+    if dora:
+        magnitude = nn.Parameter(torch.linalg.vector_norm(restore(module.value, torch.float32), dim=1))
+    return LowRank(
+        A=nn.Parameter(A.to(device)),
+        B=nn.Parameter(B.to(device)),
+        scale=scale_of(alpha, rank, rank_stabilized),
+        alpha=alpha,
+        rank=rank,
+        dropout=dropout,
+        key=hash_words("dropout", name),
+        experts=experts,
+        magnitude=magnitude,
+    )
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One slot's share of a product: rows first..last of x use factor pair `index`, with these random numbers."""
+
+    first: int
+    last: int
+    index: int
+    scale: float
+    dropout: float
+    key: int
+    token_keys: Tensor | None
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """drop(x) for this use's rows of x (T, in) -> (t, in), each kept feature scaled by 1 / (1 - p)."""
+        rows = x[self.first : self.last]
+        keep = self.keep(x)
+        return rows if keep is None else rows * keep
+
+    def keep(self, x: Tensor) -> Tensor | None:
+        if self.token_keys is None or not self.dropout:
+            return None
+        mask = keep_mask(self.token_keys, self.key, x.shape[1], self.dropout)  # (t, in)
+        return mask.to(x.dtype) * (1.0 / (1.0 - self.dropout))
+
+
+class _Banked(torch.autograd.Function):
+    """x (T, in) -> x W^T + sum over uses of s (drop(x) A^T) B^T, (T, out); gradients to x, every A and every B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, uses: Sequence[_Use], *factors: Tensor) -> Tensor:
+        if isinstance(weight, Tensor):
+            y = x @ weight.to(x.dtype).T
+        else:
+            y = kernels.matmul(x, weight)
+        hidden = [
+            kernels.low_rank(y[u.first : u.last], u.dropped(x), factors[2 * u.index], factors[2 * u.index + 1], u.scale)
+            for u in uses
+        ]  # each (t, r)
+        ctx.save_for_backward(x, *factors, *hidden)
+        ctx.weight, ctx.uses, ctx.count = weight, uses, len(factors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        dy = grads[0].contiguous()  # (T, out)
+        x, *rest = ctx.saved_tensors
+        factors, hidden = rest[: ctx.count], rest[ctx.count :]
+        weight = ctx.weight
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight.to(dy.dtype) if isinstance(weight, Tensor) else kernels.matmul_t(dy, weight)
+        totals: list[Tensor | None] = [None] * ctx.count
+        for use, h in zip(ctx.uses, hidden):
+            A, B = factors[2 * use.index], factors[2 * use.index + 1]
+            rows = slice(use.first, use.last)
+            keep = use.keep(x)
+            if keep is None:
+                dA, dB = kernels.low_rank_backward(dy[rows], x[rows], h, A, B, use.scale, None if dx is None else dx[rows])
+            else:
+                dx_use = None if dx is None else torch.zeros_like(x[rows])
+                dA, dB = kernels.low_rank_backward(dy[rows], x[rows] * keep, h, A, B, use.scale, dx_use)
+                if dx is not None and dx_use is not None:
+                    dx[rows] += dx_use * keep
+            for place, gradient in ((2 * use.index, dA), (2 * use.index + 1, dB)):
+                known = totals[place]
+                totals[place] = gradient if known is None else known + gradient
+        return (dx, None, None, *totals)
+
+
+class Bank:
+    """The slots of one layer, called by the stored module in place of its own product."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, Slot] = {}
+
+    def __call__(
+        self, x: Tensor, module: Stored, weight: Weight, bias: Tensor | None, expert: int | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (T, in) -> (T, out). For an expert, `rows` (T,) are the ascending indices of its tokens in the pass."""
+        ranges = _ranges(len(x), rows)
+        used = [(self.slots[slot], first, last) for slot, first, last in ranges if slot in self.slots]
+        if all(isinstance(slot, LowRank) and slot.magnitude is None for slot, _, _ in used):
+            y = self._low_rank(x, weight, used, expert, rows)
+            return y if bias is None else y + bias.to(y.dtype)
+        parts = [self._one(x[first:last], weight, bias, self.slots.get(slot), first, last, rows)
+                 for slot, first, last in ranges]  # fmt: skip
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _low_rank(
+        self, x: Tensor, weight: Weight, used: Sequence[tuple[Any, int, int]], expert: int | None, rows: Tensor | None
+    ) -> Tensor:
+        if not used:
+            return product(x, weight)
+        uses: list[_Use] = []
+        factors: list[Tensor] = []
+        index: dict[int, int] = {}
+        for slot, first, last in used:
+            if id(slot) not in index:
+                index[id(slot)] = len(index)
+                factors.extend(slot.factors(expert))
+            uses.append(_use(slot, first, last, index[id(slot)], rows))
+        y = _Banked.apply(x, weight, uses, *factors)
+        assert isinstance(y, Tensor)
+        return y
+
+    def _one(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, slot: Slot | None, first: int, last: int, rows: Tensor | None
+    ) -> Tensor:
+        """One range of tokens through one slot of any kind, composed from differentiable parts; x (t, in) -> (t, out)."""
+        if isinstance(slot, Whole):
+            return product(x, slot.weight.to(x.dtype), bias)
+        y = product(x, weight)  # (t, out)
+        if isinstance(slot, Rows):  # a head that shares the embedding's rows
+            own = product(x, slot.values.to(x.dtype))  # (t, rows)
+            y = y.index_copy(1, torch.tensor(slot.tokens, device=y.device), own)
+        elif isinstance(slot, LowRank):
+            use = _use(slot, first, last, 0, rows)
+            keep = use.keep(x)
+            A, B = slot.factors(None)
+            y = y + slot.scale * F.linear(F.linear(x if keep is None else x * keep, A.to(x.dtype)), B.to(x.dtype))
+            if slot.magnitude is not None:
+                y = y * (slot.magnitude / combined_norm(weight, A, B, slot.scale)).to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+@torch.no_grad()
+def combined_norm(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """|W + s B A| of each row, (out,), a constant to the gradient as DoRA's section 4.3 has it.
+
+    |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b for each row w of W and b of B: no (out, in) sum is made.
+    """
+    W = restore(weight, torch.float32)  # (out, in)
+    square = W.square().sum(1) + 2 * scale * ((W @ A.T) * B).sum(1) + scale**2 * ((B @ (A @ A.T)) * B).sum(1)
+    return square.clamp_min(0).sqrt()
+
+
+def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None) -> _Use:
+    keys = None
+    running = segs.current()
+    if slot.dropout and torch.is_grad_enabled() and running is not None and running.streams:
+        keys = running.token_keys.to(slot.A.device)
+        keys = keys[first:last] if rows is None else keys[rows[first:last]]
+    return _Use(first, last, index, slot.scale, slot.dropout, slot.key, keys)
+
+
+def _ranges(tokens: int, rows: Tensor | None) -> Sequence[tuple[int, int, int]]:
+    """(slot, first, last) over the rows of x: those of the running segments, or of an expert's share of them."""
+    running = segs.current()
+    assert running is not None, "an adapter is attached and no segments are running"
+    ranges = running.slot_ranges
+    if rows is None:
+        assert tokens == running.tokens, f"{tokens} rows for {running.tokens} tokens"
+        return ranges
+    if len(ranges) == 1:
+        return ((ranges[0][0], 0, tokens),)
+    bounds = torch.tensor([stop for _, _, stop in ranges], device=rows.device)
+    cuts = [0, *torch.searchsorted(rows, bounds).tolist()]
+    return [(slot, a, b) for (slot, _, _), a, b in zip(ranges, cuts, cuts[1:]) if b > a]
+
+
+class EmbeddingBank:
+    """Slots on an embedding, as a forward hook: its own tokens get an adapter's rows, or all of an adapter's weight.
+
+    The module's own forward runs with the other weight, so a scale that its class applies comes along.
+    """
+
+    def __init__(self, compute: torch.dtype) -> None:
+        self.compute = compute
+        self.slots: dict[int, Slot] = {}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        running = segs.current()
+        if running is None or not self.slots:
+            return output
+        ids = args[0].reshape(-1)  # (T,)
+        flat = output.reshape(-1, output.shape[-1])  # (T, width)
+        parts: list[Tensor] = []
+        for number, first, last in running.slot_ranges:
+            slot, part = self.slots.get(number), ids[first:last]
+            if isinstance(slot, Whole):
+                parts.append(self._with(module, slot.weight, part))
+            elif isinstance(slot, Rows):
+                place = slot.lookup[part]  # (t,)
+                own = self._with(module, slot.values, place.clamp_min(0))
+                parts.append(torch.where((place >= 0)[:, None], own, flat[first:last]))
+            else:
+                parts.append(flat[first:last])
+        return torch.cat(parts).view(output.shape)
+
+    def _with(self, module: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
+        padding = getattr(module, "padding_idx", None)
+        module.padding_idx = None  # it only stops a gradient, and may lie outside of these rows  # pyright: ignore
+        try:
+            found = torch.func.functional_call(module, {"weight": weight}, (ids,), strict=False)
+        finally:
+            module.padding_idx = padding  # pyright: ignore
+        return found.to(self.compute)
+
+
+__all__ = [
+    "Bank", "EmbeddingBank", "LowRank", "Rows", "Slot", "StoredLinear", "Whole", "combined_norm", "new_low_rank", "scale_of",
+]  # fmt: skip
