@@ -1,0 +1,247 @@
+"""`graft check`: what would be trained on, before anything is.
+
+Every row is read and tokenized as training would, and the findings are one value, a Report: how many rows, tokens and
+trained tokens, how long the documents are, which rows are bad or too long, which occur twice or in both training and
+validation data, and two rows with the trained tokens in colour. The report writes itself as JSON or to a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from graftlm.base.chat import Encoder
+from graftlm.data.documents import Document, Progress, read_all
+from graftlm.data.rows import SHOWN, Fault
+from graftlm.data.sources import Source
+
+_EXAMPLE_TOKENS = 400  # most tokens shown of an example
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bin:
+    """Documents of `low` up to `high` tokens, both included."""
+
+    low: int
+    high: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A stretch of an example's text, trained or not."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """An example row as pieces of text; `tokens` may be more than what is shown."""
+
+    row: str
+    tokens: int
+    trained_tokens: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What `graft check` found."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    kinds: dict[str, int]
+    shortest: int
+    median: int
+    longest: int
+    histogram: tuple[Bin, ...]
+    max_tokens: int | None
+    too_long: int
+    too_long_rows: tuple[str, ...]  # the first 20
+    duplicates: int  # rows beyond the first of their kind
+    duplicate_rows: tuple[tuple[str, ...], ...]  # the first 20 groups, at most 4 rows of each
+    eval_rows: int
+    overlap: int  # validation rows that are also training rows
+    overlap_rows: tuple[tuple[str, str], ...]  # (validation row, training row), the first 20
+    faults: int
+    fault_rows: tuple[str, ...]  # the first 20
+    examples: tuple[Shown, ...]
+    template: str  # "of the model" or "plain"
+    template_digest: str
+    date: str
+    notes: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether training would start: no bad row, and no row too long."""
+        return self.faults == 0 and self.too_long == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**_plain(asdict(self)), "good": self.good}
+
+    def render(self, console: Console) -> None:
+        """Write the report to a terminal."""
+        facts = Table(show_header=False, box=None, pad_edge=False)
+        facts.add_column(style="bold")
+        facts.add_column()
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
+        share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
+        facts.add_row("rows", f"{self.rows:,} ({kinds})" if kinds else f"{self.rows:,}")
+        facts.add_row("tokens", f"{self.tokens:,}")
+        facts.add_row("trained tokens", f"{self.trained_tokens:,}{share}")
+        facts.add_row("length", f"{self.shortest:,} to {self.longest:,} tokens, median {self.median:,}")
+        facts.add_row("template", f"{self.template}, date {self.date}" if "chat" in self.kinds else "not used")
+        if self.max_tokens is not None:
+            facts.add_row("too long", f"{self.too_long:,} of more than {self.max_tokens:,} tokens")
+        facts.add_row("duplicates", f"{self.duplicates:,}")
+        if self.eval_rows:
+            facts.add_row("validation", f"{self.eval_rows:,} rows, {self.overlap:,} of them also in the training data")
+        facts.add_row("bad rows", f"{self.faults:,}")
+        console.print(facts)
+        self._render_histogram(console)
+        for note in self.notes:
+            console.print(f"note: {note}", style="yellow", markup=False)
+        self._render_list(console, "too long", self.too_long, self.too_long_rows)
+        self._render_list(console, "duplicates", len(self.duplicate_rows), [" = ".join(g) for g in self.duplicate_rows])
+        self._render_list(console, "overlap", self.overlap, [" = ".join(pair) for pair in self.overlap_rows])
+        self._render_list(console, "bad rows", self.faults, self.fault_rows)
+        for shown in self.examples:
+            title = f"{shown.row}: {shown.tokens:,} tokens, {shown.trained_tokens:,} trained (in green)"
+            console.print(f"\n[bold]{escape(title)}[/bold]")
+            text = Text()
+            for piece in shown.pieces:
+                text.append(piece.text, style="green" if piece.trained else "dim")
+            console.print(text)
+
+    def _render_histogram(self, console: Console) -> None:
+        if not self.histogram:
+            return
+        most = max(step.rows for step in self.histogram)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("tokens", justify="right")
+        table.add_column("rows", justify="right")
+        table.add_column("")
+        for step in self.histogram:
+            table.add_row(f"{step.low:,}-{step.high:,}", f"{step.rows:,}", "█" * round(40 * step.rows / most))
+        console.print()
+        console.print(table)
+
+    def _render_list(self, console: Console, title: str, count: int, rows: Sequence[str]) -> None:
+        if not rows:
+            return
+        console.print(f"\n[bold]{title}[/bold]")
+        for row in rows:
+            console.print(f"  {row}", markup=False, highlight=False)
+        if count > len(rows):
+            console.print(f"  and {count - len(rows)} more")
+
+
+def check(
+    sources: Sequence[Source],
+    encoder: Encoder,
+    *,
+    eval_sources: Sequence[Source] = (),
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Read every row as training would, and report. Raises DataError for a source that cannot be read at all."""
+    reading = read_all(sources, encoder, progress=progress)
+    faults: list[Fault] = list(reading.faults)
+    documents = [document for part in reading.parts for document in part.documents]
+    held_out: list[Document] = []
+    if eval_sources:
+        other = read_all(eval_sources, encoder, progress=progress)
+        faults += other.faults
+        held_out = [document for part in other.parts for document in part.documents]
+    lengths = np.array([document.tokens for document in documents], np.int64)  # (rows,)
+    too_long = [d for d in (*documents, *held_out) if max_tokens is not None and d.tokens > max_tokens]
+    groups: dict[str, list[str]] = {}
+    for document in documents:
+        groups.setdefault(document.digest, []).append(document.row)
+    repeated = [rows for rows in groups.values() if len(rows) > 1]
+    overlap = [(d.row, groups[d.digest][0]) for d in held_out if d.digest in groups]
+    return Report(
+        rows=len(documents),
+        tokens=int(lengths.sum()),
+        trained_tokens=sum(document.trained_tokens for document in documents),
+        kinds={str(kind): count for kind, count in reading.kinds.items()},
+        shortest=int(lengths.min()) if len(lengths) else 0,
+        median=int(np.median(lengths)) if len(lengths) else 0,
+        longest=int(lengths.max()) if len(lengths) else 0,
+        histogram=histogram(lengths),
+        max_tokens=max_tokens,
+        too_long=len(too_long),
+        too_long_rows=tuple(f"{d.row} ({d.tokens:,} tokens)" for d in too_long[:SHOWN]),
+        duplicates=sum(len(rows) - 1 for rows in repeated),
+        duplicate_rows=tuple(tuple(rows[:4]) for rows in repeated[:SHOWN]),
+        eval_rows=len(held_out),
+        overlap=len(overlap),
+        overlap_rows=tuple(overlap[:SHOWN]),
+        faults=len(faults),
+        fault_rows=tuple(str(fault) for fault in faults[:SHOWN]),
+        examples=tuple(_shown(document, encoder) for document in _two(documents)),
+        template="of the model" if encoder.has_own_template else "plain (the model has none)",
+        template_digest=encoder.template_digest,
+        date=encoder.date,
+        notes=encoder.notes,
+    )
+
+
+def histogram(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Bin, ...]:
+    """Documents by length, in steps that double (1-16, 17-32, 33-64, ...), from the shortest to the longest."""
+    if not len(lengths):
+        return ()
+    bins: list[Bin] = []
+    low, high = 1, 16
+    while low <= lengths.max():
+        rows = int(np.count_nonzero((lengths >= low) & (lengths <= high)))
+        if rows or bins:
+            bins.append(Bin(low=low, high=high, rows=rows))
+        low, high = high + 1, high * 2
+    return tuple(bins)
+
+
+def _two(documents: Sequence[Document]) -> Sequence[Document]:
+    """The first row, and the one of middle length."""
+    if len(documents) < 2:
+        return documents
+    middle = sorted(documents[1:], key=lambda document: document.tokens)[(len(documents) - 1) // 2]
+    return (documents[0], middle)
+
+
+def _shown(document: Document, encoder: Encoder) -> Shown:
+    """Stretches of trained and untrained tokens, each decoded as a whole so that multi-token characters stay whole."""
+    trained = document.trained[:_EXAMPLE_TOKENS]  # (shown,)
+    borders = [0, *(int(at) + 1 for at in np.flatnonzero(trained[1:] != trained[:-1])), len(trained)]
+    pieces: list[Piece] = []
+    for start, end in pairwise(borders):
+        ids: list[int] = document.ids[start:end].tolist()
+        text = str(encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        pieces.append(Piece(text=text, trained=bool(trained[start])))
+    if document.tokens > _EXAMPLE_TOKENS:
+        pieces.append(Piece(text=f" ... ({document.tokens - _EXAMPLE_TOKENS:,} more tokens)", trained=False))
+    return Shown(
+        row=document.row,
+        tokens=document.tokens,
+        trained_tokens=document.trained_tokens,
+        pieces=tuple(pieces),
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

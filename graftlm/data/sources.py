@@ -1,0 +1,283 @@
+"""Where rows come from: files (JSONL, JSON, CSV, Parquet, gzipped or not), dataset folders and datasets of the hub.
+
+Every row carries where it stands, as `file:line`, so that whatever is wrong with it later can be found with an editor.
+That is why JSONL, JSON and CSV are read here line by line; folders and the hub are read through `datasets`, whose rows
+are counted instead.
+
+A source is written `PATH[:weight]`; a hub dataset is `owner/name` or `owner/name@split`. The weight says how many times
+an epoch sees each of its rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.data.rows import Fault, Raw
+from graftlm.errors import DataError, nearest
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.\[\]:%+-]+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One place that rows come from."""
+
+    path: str  # a file, a folder, or a hub id; `@split` included
+    weight: float = 1.0  # times an epoch sees each row
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """Read `PATH[:weight]`. Raises DataError where the weight is no positive number."""
+        head, colon, tail = text.rpartition(":")
+        if not colon or not head or Path(text).exists() or not re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|nan|inf", tail):
+            return cls(path=text)
+        try:
+            weight = float(tail)
+        except ValueError:
+            return cls(path=text)
+        if not (math.isfinite(weight) and weight > 0):
+            raise DataError(f"the weight of '{head}' is {tail}; expected a number above 0, such as 0.5 or 2")
+        return cls(path=head, weight=weight)
+
+
+def read(source: Source) -> Iterator[Raw | Fault]:
+    """The rows of a source in order; a line without a row comes as a Fault. Raises DataError for the source itself."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise DataError(f"{source.path} is empty (0 bytes); expected one row a line")
+        yield from _counted(source.path, _read_file(path, source.path))
+    elif path.is_dir():
+        if not any(_format(inner) for inner in path.rglob("*")):
+            raise DataError(
+                f"{source.path} is a folder without data files ({', '.join(FORMATS)}); give a file, such as "
+                f"{source.path.rstrip('/')}/train.jsonl"
+            )
+        yield from _counted(source.path, _read_dataset(source.path))
+    elif _format(path) is None and path.suffix == "" and _may_be_hub(source.path):
+        yield from _counted(source.path, _read_dataset(source.path))
+    else:
+        raise _missing(path, source.path)
+
+
+def _counted(name: str, rows: Iterator[Raw | Fault]) -> Iterator[Raw | Fault]:
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{name} holds no row; expected at least one")
+
+
+def _format(path: Path) -> str | None:
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return suffix.lower() if suffix.lower() in FORMATS else None
+
+
+def _may_be_hub(text: str) -> bool:
+    if _HUB.fullmatch(text) is None:
+        return False
+    parent = Path(text).parent
+    return str(parent) == "." or not parent.is_dir()  # a folder of that name here means that a file was meant
+
+
+def _missing(path: Path, name: str) -> DataError:
+    folder = path.parent
+    if not folder.is_dir():
+        return DataError(f"there is no file {name}: the folder {folder} does not exist")
+    near = nearest(path.name, (inner.name for inner in folder.iterdir()))
+    return DataError(f"there is no file {name}{near or f'; {folder.resolve()} has no file of a similar name'}")
+
+
+def _read_file(path: Path, name: str) -> Iterator[Raw | Fault]:
+    kind = _format(path)
+    if kind in (".jsonl", ".ndjson"):
+        return _read_jsonl(path, name)
+    if kind == ".json":
+        return _read_json(path, name)
+    if kind == ".csv":
+        return _read_csv(path, name)
+    if kind == ".parquet" and path.suffix != ".gz":
+        return _read_parquet(path, name)
+    found = f"the file name ends in '{path.suffix}'" if path.suffix else "the file name has no ending"
+    near = nearest(path.suffix, FORMATS) if path.suffix else ""
+    raise DataError(f"{name}: {found}{near}; expected one of {', '.join(FORMATS)} (the text formats also with .gz)")
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _lines(path: Path, name: str) -> Iterator[bytes]:
+    """Lines ended by a line feed only: JSON strings may hold other line ends of Unicode."""
+    with _open(path) as stream:
+        try:
+            yield from stream
+        except (OSError, EOFError) as error:
+            raise DataError(
+                f"{name} cannot be read as gzip ({error}); write it again, or take .gz off its name"
+            ) from error
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[Raw | Fault]:
+    for number, line in enumerate(_lines(path, name), 1):
+        where = f"{name}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            yield Fault(where, "line", f"bytes that are no UTF-8 (at byte {error.start})", "UTF-8", "save it as UTF-8")
+            continue
+        if not text:
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            found = f"broken JSON at column {error.colno} ({error.msg}): {_around(text, error.pos)}"
+            yield Fault(where, "line", found, "one JSON object a line", "repair or remove the line")
+            continue
+        except RecursionError:
+            yield Fault(where, "line", "JSON nested too deep", "one JSON object a line", "remove the line")
+            continue
+        yield _object(where, value)
+
+
+def _read_json(path: Path, name: str) -> Iterator[Raw | Fault]:
+    try:
+        text = b"".join(_lines(path, name)).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 (at byte {error.start}); save it as UTF-8") from error
+    decoder = json.JSONDecoder()
+    space = re.compile(r"[\s]*")
+
+    def skip(at: int) -> int:
+        match = space.match(text, at)
+        return match.end() if match else at
+
+    at = skip(0)
+    if not text[at : at + 1] == "[":
+        raise DataError(
+            f"{name} begins with {text[at : at + 20]!r}; expected a list of rows, [{{...}}, {{...}}]. "
+            "If it has one object a line, name it .jsonl"
+        )
+    line, counted = 1, 0
+    at = skip(at + 1)
+    while text[at : at + 1] != "]":
+        line += text.count("\n", counted, at)
+        counted = at
+        where = f"{name}:{line}"
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            found = (
+                f"broken JSON at line {error.lineno}, column {error.colno} ({error.msg}): {_around(text, error.pos)}"
+            )
+            yield Fault(where, "file", found, "a list of JSON objects", "repair the file; what follows was not read")
+            return
+        yield _object(where, value)
+        at = skip(at)
+        if text[at : at + 1] == ",":
+            at = skip(at + 1)
+        elif text[at : at + 1] != "]":
+            line += text.count("\n", counted, at)
+            found = f"{_around(text, at)} after a row" if text[at:] else "the end of the file"
+            yield Fault(f"{name}:{line}", "file", found, "',' or ']'", "repair the file; what follows was not read")
+            return
+
+
+def _read_csv(path: Path, name: str) -> Iterator[Raw | Fault]:
+    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        header: list[str] | None = None
+        line = 1
+        while True:
+            where = f"{name}:{line}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except (csv.Error, UnicodeDecodeError) as error:
+                yield Fault(where, "line", f"broken CSV ({error})", "CSV in UTF-8", "repair it; the rest was not read")
+                return
+            line = reader.line_num + 1
+            if header is None:
+                header = [cell.strip() for cell in cells]
+            elif cells and len(cells) != len(header):
+                expected = f"{len(header)} ({', '.join(header)})"
+                yield Fault(where, "line", f"{len(cells)} columns", expected, "quote cells that hold commas")
+            elif cells:
+                yield Raw(where, {key: _cell(value) for key, value in zip(header, cells, strict=True)})
+
+
+def _cell(value: str) -> Any:
+    """A cell; one that holds a JSON list (messages, tools) as that list."""
+    if value[:1] == "[":
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Raw | Fault]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table: Any = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name} is no Parquet file that can be read ({error}); write it again") from error
+    number = 0
+    for batch in table.iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield _object(f"{name}:{number}", _without_nothing(row))
+
+
+def _read_dataset(name: str) -> Iterator[Raw | Fault]:
+    """Rows of a dataset folder, or of a dataset of the hub, through `datasets`."""
+    import datasets
+
+    path, _, split = name.partition("@")
+    if Path(name).is_dir():
+        path, split = name, ""
+    try:
+        rows: Any = datasets.load_dataset(path, split=split or "train")
+    except Exception as error:  # the library raises whatever its parts raise; the user needs one sentence
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"'{name}' is no file here, and as a dataset it cannot be loaded ({reason[:200]}). "
+            "Give a file, a folder with data files, or owner/name@split of a dataset on the hub"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield _object(f"{name}:{number}", _without_nothing(row))
+
+
+def _without_nothing(value: Any) -> Any:
+    """Arrow gives every row all keys of all rows; those that are None here were not in the row."""
+    if isinstance(value, dict):
+        return {str(key): _without_nothing(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nothing(inner) for inner in value]
+    return value
+
+
+def _object(where: str, value: Any) -> Raw | Fault:
+    if isinstance(value, dict):
+        return Raw(where, {str(key): inner for key, inner in value.items()})
+    mend = 'write {"prompt": ..., "completion": ...}'
+    return Fault(where, "line", f"{type(value).__name__} {_around(json.dumps(value), 0)}", "a JSON object", mend)
+
+
+def _around(text: str, position: int) -> str:
+    begin = max(0, position - 20)
+    return repr(text[begin : position + 20])
