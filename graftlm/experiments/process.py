@@ -1,0 +1,85 @@
+"""A training run in a process of its own, so that its peak memory is its own and nothing of it stays behind.
+
+The parent writes the config as JSON to the child's standard input; the child answers with one JSON object a line:
+
+    {"event": "step", "step": 3, "steps": 60, "loss": 2.1, "tokens": 1500}      after every optimizer step
+    {"event": "note", "text": "..."}                                            what a person might want to know
+    {"event": "done", "summary": {...}}   or   {"event": "error", "kind": "DataError", "message": "..."}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from graftlm import errors
+from graftlm.config import TrainConfig
+from graftlm.errors import GraftError, TrainingError
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def run_apart(config: TrainConfig, on_event: OnEvent) -> dict[str, Any]:
+    """Run a training in another process; returns its summary, or raises the GraftError that ended it."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "graftlm.experiments.process"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
+    )  # fmt: skip
+    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+    try:
+        child.stdin.write(json.dumps(config.to_json()))
+        child.stdin.close()
+        for line in child.stdout:
+            event = json.loads(line)
+            if event["event"] == "done":
+                child.wait()
+                return event["summary"]
+            if event["event"] == "error":
+                kind = getattr(errors, event["kind"], TrainingError)
+                raise kind(event["message"])
+            on_event(event)
+        status = child.wait()
+        last = child.stderr.read().strip().splitlines()[-3:]
+        raise TrainingError(f"the training process ended with status {status}: {' | '.join(last) or 'no message'}")
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+        child.stdout.close()
+        child.stderr.close()
+
+
+def main(source: TextIO, answers: TextIO) -> None:
+    """The child: read a config, train, answer."""
+    from rich.console import Console
+
+    from graftlm.training.loop import StepResult
+    from graftlm.training.run import run
+    from graftlm.training.trial import Trial
+    from graftlm.training.view import View
+
+    def answer(**event: Any) -> None:
+        answers.write(json.dumps(event) + "\n")
+        answers.flush()
+
+    class Told(View):
+        def note(self, text: str) -> None:
+            answer(event="note", text=text)
+
+        def stepped(self, trial: Trial, result: StepResult) -> None:
+            answer(event="step", step=result.step, steps=trial.order.steps, loss=result.loss, tokens=result.tokens)
+
+    try:
+        answer(event="done", summary=run(TrainConfig.build(json.load(source)), Told(Console(quiet=True))))
+    except GraftError as error:
+        answer(event="error", kind=type(error).__name__, message=str(error))
+
+
+if __name__ == "__main__":
+    channel = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints must not get between the answers
+    main(sys.stdin, channel)

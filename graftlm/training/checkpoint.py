@@ -1,0 +1,120 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
+
+    checkpoints/000040/  trainable.safetensors  optimizer.safetensors  state.json  manifest.json
+    best.json            which step had the lowest held-out loss
+
+There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is whole or not there (see
+`files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from graftlm.errors import RunError
+from graftlm.files import damage, whole_folder, write_json
+from graftlm.training.trial import Evaluation, RowLoss, Trial
+
+
+def save(run: Path, trial: Trial, identity: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint of `trial` after its current step; keeps the newest `keep` and the best."""
+    place = run / "checkpoints" / f"{trial.step:06d}"
+    with whole_folder(place, manifest=True) as folder:
+        tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
+        save_file(tensors, folder / "trainable.safetensors")
+        save_file({n: t.cpu().contiguous() for n, t in trial.optimizer.state().items()}, folder / "optimizer.safetensors")
+        state = {
+            "step": trial.step,
+            "optimizer_steps": trial.optimizer.steps,
+            "tokens": trial.tokens,
+            "trained_tokens": trial.trained_tokens,
+            "evaluations": trial.evaluations,
+            "first": _to_json(trial.first),
+            "last": _to_json(trial.last),
+            "best": _to_json(trial.best),
+            "identity": identity,
+        }
+        write_json(folder / "state.json", state)
+    if trial.best is not None:
+        write_json(run / "best.json", {"step": trial.best.step, "loss": trial.best.loss})
+    best = trial.best.step if trial.best is not None else -1
+    for old in _folders(run)[:-keep]:
+        if int(old.name) != best:
+            shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint that is whole; None when none was ever written.
+
+    Raises RunError when there are some and every one is damaged.
+    """
+    folders = _folders(run)
+    problems: list[str] = []
+    for folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        problems.append(f"{folder.name}: {problem}")
+    if problems:
+        raise RunError(f"{run}: no checkpoint is whole ({'; '.join(problems)}); start over in another --out")
+    return None
+
+
+def load(folder: Path, trial: Trial, identity: dict[str, Any]) -> None:
+    """Put a checkpoint back into `trial`; RunError names every option, data or base that is not the same any more."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    changed = [
+        f"{key} was {state['identity'].get(key)!r}, now {value!r}"
+        for key, value in identity.items()
+        if state["identity"].get(key) != value
+    ]
+    if changed:
+        raise RunError(f"{folder} belongs to another run: {'; '.join(changed)}. Take the same options, or another --out")
+    load_parameters(folder, trial)
+    trial.optimizer.load(load_file(folder / "optimizer.safetensors"), state["optimizer_steps"])
+    trial.step, trial.tokens, trial.trained_tokens = state["step"], state["tokens"], state["trained_tokens"]
+    trial.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
+    trial.first, trial.last, trial.best = (_from_json(state[key]) for key in ("first", "last", "best"))
+
+
+def load_parameters(folder: Path, trial: Trial) -> None:
+    """Put only the trained tensors of a checkpoint back."""
+    tensors = load_file(folder / "trainable.safetensors")
+    if set(tensors) != set(trial.parameters):
+        odd = sorted(set(tensors) ^ set(trial.parameters))[0]
+        raise RunError(f"{folder} holds other tensors than this run trains, for one '{odd}'")
+    with torch.no_grad():
+        for name, parameter in trial.parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def best_folder(run: Path, trial: Trial) -> Path | None:
+    """The checkpoint of the best step when that is not the current one."""
+    if trial.best is None or trial.best.step == trial.step:
+        return None
+    folder = run / "checkpoints" / f"{trial.best.step:06d}"
+    return folder if folder.is_dir() and damage(folder) is None else None
+
+
+def _folders(run: Path) -> list[Path]:
+    folder = run / "checkpoints"
+    return sorted(p for p in folder.glob("*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+
+
+def _to_json(evaluation: Evaluation | None) -> Any:
+    if evaluation is None:
+        return None
+    return {"step": evaluation.step, "rows": [[r.row, r.trained_tokens, r.loss] for r in evaluation.rows]}
+
+
+def _from_json(value: Any) -> Evaluation | None:
+    if value is None:
+        return None
+    return Evaluation(value["step"], tuple(RowLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"]))

@@ -1,0 +1,231 @@
+"""The training loop: evaluate, step, log, save.
+
+One optimizer step, for any number of trials on one base:
+
+    1. each trial draws its documents; all of them are packed into passes of at most `tokens_per_pass` tokens
+    2. each pass runs forward and backward once; every token uses its own trial's adapter, and its loss is weighted by
+       1 / (trained tokens of its trial in this step), so how the documents are split does not change the gradient
+    3. each trial clips its own gradients and takes its own step
+
+There is no second loop: one adapter, full training, and a sweep are the same call.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftlm.base.load import Base
+from graftlm.data.documents import Document
+from graftlm.errors import TrainingError
+from graftlm.segments import Segments, pack, running
+from graftlm.training.loss import weighted_loss
+from graftlm.training.optimizer import clip, gradient_norm
+from graftlm.training.trial import Evaluation, RowLoss, Trial
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step of one trial did."""
+
+    step: int
+    loss: float
+    """Mean loss of a trained token, before the update."""
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+
+
+class Observer(Protocol):
+    """What the outside hears of a run; the loop itself writes nothing."""
+
+    def stepped(self, trial: Trial, result: StepResult) -> None: ...
+    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+    def settled(self, trials: Sequence[Trial]) -> bool:
+        """After every step: save what is due; False ends the run here."""
+        ...
+
+
+def train(base: Base, trials: Sequence[Trial], tokens_per_pass: int, observer: Observer) -> None:
+    """Train every trial to its last step, or until the observer ends the run.
+
+    Raises TrainingError when a loss or gradient is not finite.
+    """
+    for trial in trials:
+        if trial.wants_evaluation and trial.first is None:
+            _evaluate(base, trial, tokens_per_pass, observer)
+    while active := [trial for trial in trials if not trial.done]:
+        for trial, result in zip(active, optimizer_step(base, active, tokens_per_pass)):
+            observer.stepped(trial, result)
+        for trial in active:
+            if trial.wants_evaluation:
+                _evaluate(base, trial, tokens_per_pass, observer)
+        if not observer.settled(trials):
+            return
+
+
+def _evaluate(base: Base, trial: Trial, tokens_per_pass: int, observer: Observer) -> None:
+    rows = tuple(row_losses(base, trial.held_out, trial.slot, tokens_per_pass))
+    bad = [row.row for row in rows if not math.isfinite(row.loss)]
+    if bad:
+        raise TrainingError(
+            f"{trial.name}: the loss is not finite after step {trial.step} on held-out rows {_some(bad)}. "
+            "Lower --learning-rate, or look at these rows"
+        )
+    evaluation = Evaluation(trial.step, rows)
+    observer.evaluated(trial, evaluation, trial.record(evaluation))
+
+
+def _some(rows: Sequence[str]) -> str:
+    return ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One document of one trial in one pass."""
+
+    document: Document
+    slot: int
+    stream: tuple[int, int]  # (trial seed, draw): what its dropout is keyed by
+    weight: float  # of each trained token's loss
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass as tensors: ids (T,), and for its n trained tokens where they are predicted from, what they are, their weight."""
+
+    segments: Segments
+    ids: Tensor  # (T,)
+    sources: Tensor  # (n,) index of the token in front of each trained one
+    labels: Tensor  # (n,)
+    weights: Tensor  # (n,) float32
+    slots: tuple[tuple[int, int, int], ...]  # (slot, first, last) over the n
+    counts: tuple[int, ...]  # trained tokens of each document
+
+
+def lay_out(base: Base, work: Sequence[Work]) -> Pass:
+    """Lay documents end to end, in the order given."""
+    segments = Segments(
+        lengths=tuple(len(w.document.ids) for w in work),
+        slots=tuple(w.slot for w in work),
+        streams=tuple(w.stream for w in work),
+        stacked=not base.packs,
+    )
+    trained = [np.flatnonzero(w.document.trained[1:]) for w in work]  # token t is predicted from token t - 1
+    sources = np.concatenate([start + t for start, t in zip(segments.starts, trained)])
+    labels = np.concatenate([w.document.ids[1:][t] for w, t in zip(work, trained)])
+    weights = np.concatenate([np.full(len(t), w.weight) for w, t in zip(work, trained)])
+    slots: list[tuple[int, int, int]] = []
+    at = 0
+    for w, t in zip(work, trained):
+        if slots and slots[-1][0] == w.slot:
+            slots[-1] = (w.slot, slots[-1][1], at + len(t))
+        else:
+            slots.append((w.slot, at, at + len(t)))
+        at += len(t)
+    device = base.device
+    return Pass(
+        segments=segments,
+        ids=torch.from_numpy(np.concatenate([w.document.ids for w in work]).astype(np.int64)).to(device),
+        sources=torch.from_numpy(sources).to(device),
+        labels=torch.from_numpy(labels.astype(np.int64)).to(device),
+        weights=torch.from_numpy(weights.astype(np.float32)).to(device),
+        slots=tuple(slots),
+        counts=tuple(len(t) for t in trained),
+    )
+
+
+def passes(base: Base, work: Sequence[Work], tokens_per_pass: int) -> list[list[Work]]:
+    """Split documents into passes, as the base can take them: packed, or stacks of one length."""
+    groups = pack(
+        [len(w.document.ids) for w in work], [w.slot for w in work], tokens_per_pass, equal_lengths=not base.packs
+    )
+    return [[work[i] for i in group] for group in groups]
+
+
+def forward(base: Base, laid: Pass) -> tuple[Tensor, Tensor]:
+    """One pass, its segments running: the weighted loss, with gradients where they are on, and each trained token's."""
+    hidden = base.hidden(laid.ids, laid.segments)  # (T, width)
+    return weighted_loss(base, hidden[laid.sources], laid.labels, laid.weights, laid.slots)
+
+
+def optimizer_step(base: Base, trials: Sequence[Trial], tokens_per_pass: int) -> list[StepResult]:
+    """One step of every trial, their documents sharing the passes."""
+    started = time.perf_counter()
+    work: list[Work] = []
+    counts: list[tuple[int, int]] = []
+    for trial in trials:
+        drawn = [(draw, trial.documents[document]) for draw, document in trial.order.step(trial.step)]
+        trained = sum(int(document.trained[1:].sum()) for _, document in drawn)
+        counts.append((sum(len(document.ids) for _, document in drawn), trained))
+        work += [Work(document, trial.slot, (trial.seed, draw), 1.0 / trained) for draw, document in drawn]
+        trial.optimizer.zero_grad()
+
+    sums: dict[int, float] = {trial.slot: 0.0 for trial in trials}
+    bad: list[Work] = []  # documents whose loss is not finite
+    for group in passes(base, work, tokens_per_pass):
+        laid = lay_out(base, group)
+        with running(laid.segments):
+            total, losses = forward(base, laid)
+            total.backward()
+        for slot, first, last in laid.slots:
+            sums[slot] += float(losses[first:last].sum())
+        if not torch.isfinite(losses).all():
+            finite = [bool(part.isfinite().all()) for part in losses.split(list(laid.counts))]
+            bad += [w for w, good in zip(group, finite) if not good]
+
+    results: list[StepResult] = []
+    for trial, (tokens, trained) in zip(trials, counts):
+        loss = sums[trial.slot] / trained
+        norm = gradient_norm(trial.parameters.values())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rows = [w.document.row for w in bad if w.slot == trial.slot]
+            rows = rows or [trial.documents[i].row for _, i in trial.order.step(trial.step)]
+            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+            raise TrainingError(
+                f"{trial.name}: {what} at step {trial.step + 1} on rows {_some(rows)}. "
+                "Lower --learning-rate, or look at these rows"
+            )
+        clip(trial.parameters.values(), norm, trial.max_grad_norm)
+        rate = trial.schedule(trial.step)
+        trial.optimizer.step(rate)
+        trial.optimizer.zero_grad()
+        trial.step += 1
+        trial.tokens += tokens
+        trial.trained_tokens += trained
+        results.append(StepResult(trial.step, loss, rate, norm, tokens, trained, time.perf_counter() - started))
+    return results
+
+
+@torch.no_grad()
+def row_losses(
+    base: Base,
+    documents: Sequence[Document],
+    slot: int,
+    tokens_per_pass: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[RowLoss]:
+    """Each document's summed loss through the adapter in `slot`, in the documents' order, without dropout."""
+    work = [Work(document, slot, (0, i), 1.0) for i, document in enumerate(documents)]
+    found: dict[int, RowLoss] = {}
+    for group in passes(base, work, tokens_per_pass):
+        laid = lay_out(base, group)
+        with running(laid.segments):
+            _, losses = forward(base, laid)
+        at = 0
+        for w, count in zip(group, laid.counts):
+            index = w.stream[1]
+            found[index] = RowLoss(documents[index].row, count, float(losses[at : at + count].double().sum()))
+            at += count
+        if progress is not None:
+            progress(len(group))
+    return [found[i] for i in range(len(documents))]

@@ -1,0 +1,130 @@
+"""The run folder: what a run was asked, with what, on what, and what came out.
+
+    config.json        every option, resolved        plan.json       bytes and time, and what was measured
+    environment.json   versions, hardware, dates     data.json       digest, rows, tokens, trained tokens, template date
+    metrics.jsonl      one object a line: step, kind (train | eval | event), loss, learning_rate, ...
+    evaluation.jsonl   per evaluation row: row id, trained tokens, summed loss before and after
+    checkpoints/       best.json                     adapter/ or model/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm import __version__, kernels
+from graftlm.errors import RunError
+from graftlm.files import write_json
+
+_LOCK = ".running"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the time, as they are now."""
+    versions = {"graftlm": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("transformers", "tokenizers", "safetensors", "datasets", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "kernels": kernels.backend("cuda" if gpus else "cpu"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def check_free(out: Path, resume: bool) -> None:
+    """Refuse an output folder that already holds something, unless its run is to go on."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; name a folder")
+    filled = out.is_dir() and any(out.iterdir())
+    if filled and not resume:
+        known = "a run" if (out / "config.json").is_file() else "other files"
+        raise RunError(f"--out {out} already holds {known}; take another folder, or --resume to go on with it")
+    if filled and resume and not (out / "config.json").is_file():
+        raise RunError(f"--resume: {out} holds files and no run (there is no config.json); take another folder")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a run folder for this process; RunError while another living process has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / _LOCK
+    for _ in range(2):
+        try:
+            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            owner = _owner(lock)
+            if owner is not None:
+                raise RunError(f"{out} is in use by process {owner}; wait for it, or take another --out") from None
+            lock.unlink(missing_ok=True)  # its process is gone
+    else:
+        raise RunError(f"{out} is in use by another process; take another --out")
+    try:
+        os.write(descriptor, str(os.getpid()).encode())
+        os.close(descriptor)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _owner(lock: Path) -> int | None:
+    try:
+        pid = int(lock.read_text() or "0")
+        os.kill(pid, 0)
+    except (ValueError, OSError):
+        return None
+    return pid if pid != os.getpid() else None
+
+
+class Metrics:
+    """metrics.jsonl, one line at once; a run that goes on drops the lines after the step it goes on from."""
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        kept = [line for line in read_lines(path) if line.get("step", 0) <= from_step] if path.is_file() else []
+        self._stream = path.open("w", encoding="utf-8")
+        for line in kept:
+            self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut short by a crash is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON-lines file in one piece."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+__all__ = ["Metrics", "check_free", "environment", "locked", "read_lines", "write_json", "write_lines"]

@@ -1,0 +1,88 @@
+"""A trial: the parameters of one adapter, or of the whole model, and everything that moves them.
+
+`graft train` runs one; a sweep runs many beside each other on one base. A trial owns its optimizer, learning rate, order
+of documents, clipping and stop, and no generator state: all its randomness follows from (seed, draw, position, layer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from graftlm.data.documents import Document
+from graftlm.data.order import Order
+from graftlm.training.optimizer import AdamW, Schedule
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """What the model makes of one evaluation row."""
+
+    row: str
+    trained_tokens: int
+    loss: float
+    """Summed over the row's trained tokens."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses on the held-out rows at one step."""
+
+    step: int
+    rows: tuple[RowLoss, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a trained token, in nats."""
+        return math.fsum(r.loss for r in self.rows) / sum(r.trained_tokens for r in self.rows)
+
+
+@dataclass(eq=False, kw_only=True)
+class Trial:
+    """One line of training."""
+
+    name: str
+    slot: int
+    """Where its adapter sits in the bank; 0 when the base itself is trained."""
+    seed: int
+    parameters: dict[str, nn.Parameter]
+    optimizer: AdamW
+    schedule: Schedule
+    documents: Sequence[Document]
+    order: Order
+    held_out: Sequence[Document] = ()
+    max_grad_norm: float = 1.0
+    eval_every: int = 0
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    first: Evaluation | None = None
+    last: Evaluation | None = None
+    best: Evaluation | None = None
+    """The one with the lowest loss after at least one step."""
+    evaluations: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.order.steps
+
+    @property
+    def wants_evaluation(self) -> bool:
+        """Before the first step, every `eval_every` steps, and at the end."""
+        if not self.held_out:
+            return False
+        return self.step == 0 or self.done or (self.eval_every > 0 and self.step % self.eval_every == 0)
+
+    def record(self, evaluation: Evaluation) -> bool:
+        """Remember an evaluation; returns whether it is the best so far. Untrained weights are nobody's result."""
+        self.first = self.first or evaluation
+        self.last = evaluation
+        self.evaluations.append((evaluation.step, evaluation.loss))
+        better = evaluation.step > 0 and (self.best is None or evaluation.loss < self.best.loss)
+        if better:
+            self.best = evaluation
+        return better
