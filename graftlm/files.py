@@ -37,7 +37,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def whole_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
-    """Give a temporary folder to write into; on success it takes `place` (replacing an older one), else it is removed."""
+    """Give a temporary folder to write into; on success it replaces `place`, else it is removed."""
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -50,9 +50,7 @@ def whole_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         if manifest:
-            entries = {
-                str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files
-            }
+            entries = {str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
             write_json(temporary / MANIFEST, {"files": entries})
         if place.exists():
             old = place.with_name(f".{place.name}.{os.getpid()}.old")
@@ -82,14 +80,15 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a folder that has a manifest, or None when every file is as it was written."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        written = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is missing or unreadable"
-    for name, entry in entries.items():
+    for name, (size, checksum) in written.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written"
-        if sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+        if sha256(file) != checksum:
             return f"{name} has changed since it was written"
     return None

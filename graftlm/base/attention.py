@@ -1,8 +1,8 @@
 """Attention over segments, and the checks that decide whether a model may use it.
 
-Queries, keys and values of a whole pass come as one row of tokens; each run of equally long segments is one call of
-PyTorch's fused attention, so no token sees another document and nothing is padded. transformers hands us
-(1, heads, T, head width) and wants (1, T, heads, head width) back.
+Queries, keys and values of a whole pass come as one row of tokens. On a CPU each run of equally long segments is one call
+of PyTorch's fused attention, on a GPU all segments are one call of its variable-length kernel. No token sees another
+document and nothing is padded. transformers hands us (1, heads, T, head width) and wants (1, T, heads, head width) back.
 
 A model is switched to it only after three checks on its actual weights (`may_pack`): the same logits as its own attention
 alone, no token sees a later one, no document sees another. Some models ignore a registered attention, some mix tokens
@@ -14,7 +14,9 @@ Letters: T tokens, n segments of a run, L their length, H heads, K key-value hea
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,6 +67,8 @@ def segment_attention(
         raise UnsupportedAttention(f"{query.shape[2]} queries for {pass_segments.tokens} tokens")
     groups = query.shape[1] // key.shape[1]
     q, k, v = (t.transpose(1, 2)[0] for t in (query, key, value))  # (T, H or K, D)
+    if softcap is None and _has_varlen(q):
+        return _varlen(q, k, v, pass_segments, groups, scaling, sliding_window).unsqueeze(0), None
     runs = pass_segments.equal_runs
     sizes = [count * length for _, count, length in runs]
     out: list[Tensor] = []
@@ -75,6 +79,41 @@ def segment_attention(
         out.append(y.transpose(1, 2).flatten(0, 1))  # (n L, H, D)
     joined = out[0] if len(out) == 1 else torch.cat(out)
     return joined.unsqueeze(0), None  # (1, T, H, D)
+
+
+@cache
+def _varlen_call() -> tuple[Any, bool]:
+    """PyTorch's variable-length attention, and whether it takes windows (it did not always); (None, False) without it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, False
+    return varlen_attn, "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def _has_varlen(q: Tensor) -> bool:
+    """Whether one kernel takes all segments at once: 16-bit types on a GPU since Ampere, heads up to 256 wide."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256 or q.shape[-1] % 8:
+        return False
+    return _varlen_call()[0] is not None and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, groups: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """All segments in one call: q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
+    call, takes_window = _varlen_call()
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (T, H, D)
+    ends = torch.tensor([*segments.starts, segments.tokens], dtype=torch.int32, device=q.device)  # (segments + 1,)
+    longest = max(segments.lengths)
+    windowed = window is not None and window < longest
+    if not takes_window:
+        if windowed:
+            raise UnsupportedAttention(f"a window of {window} with this version of PyTorch")
+        return call(q, k, v, ends, ends, longest, longest, is_causal=True, scale=scaling)
+    left = window - 1 if windowed and window is not None else -1
+    return call(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0))
 
 
 def _causal(

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from graftlm.base.template import PLAIN_TEMPLATE, Marked, Message, Span, Template, Tools
+from graftlm.base.jinja import PLAIN_TEMPLATE
+from graftlm.base.template import Marked, Message, Span, Template, Tools
 from graftlm.errors import ConfigError, DataError, ModelError
 
 __all__ = ["DATE", "PLAIN_TEMPLATE", "Encoded", "Encoder", "Marked", "Message", "TrainOn"]

@@ -21,51 +21,20 @@ import itertools
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
 
+from graftlm.base.jinja import MARKS, OPEN, environment, unmark
 from graftlm.errors import DataError, ModelError
 
 Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
-PLAIN_TEMPLATE = """\
-{%- if tools %}{{- '### Tools:\\n' }}{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}{{- '\\n' }}
-{%- endif %}
-{%- for message in messages %}
-{%- if message['role'] == 'assistant' %}
-{{- '### Assistant:\\n' }}
-{%- generation %}
-{%- if message['reasoning_content'] %}{{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n' }}{%- endif %}
-{%- if message['content'] %}{{- message['content'] }}{%- endif %}
-{%- for call in message['tool_calls'] or [] %}
-{%- if message['content'] or not loop.first %}{{- '\\n' }}{%- endif %}
-{{- '<tool_call>' + (call['function'] if call['function'] is defined else call) | tojson + '</tool_call>' }}
-{%- endfor %}
-{{- eos_token }}
-{%- endgeneration %}
-{%- if not loop.last or add_generation_prompt %}{{- '\\n\\n' }}{%- endif %}
-{%- else %}
-{{- '### ' + message['role'] | capitalize + ':\\n' + message['content'] + '\\n\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '### Assistant:\\n' }}{%- endif %}
-"""
-"""The template of a model that brings none: headings, the text, and the tokenizer's own end token after each answer."""
-
-# Unicode reserves these two code points for use inside a program; they are never text.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _SENTINEL = re.compile(r"qz7(\d{6})7zq")
 # What a header is compared by: a tag with the white space after it, or the words up to the next tag. Comparing by
 # character instead would take `<t` as common to `<think>` and `<tool_call>`.
@@ -138,7 +107,7 @@ class Template:
         day = datetime.datetime.fromisoformat(date)
         self.variables["date_string"] = day.strftime("%d %b %Y")
         try:
-            self._compiled = _environment(day.strftime).from_string(source)
+            self._compiled = environment(day.strftime).from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 f"the model's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
@@ -157,7 +126,7 @@ class Template:
 
     def render(self, messages: Sequence[Message], tools: Tools | None = None, *, prompt: bool = False) -> str:
         """The text of a conversation; `prompt` adds what asks the model for the next turn. Raises DataError."""
-        return _MARKS.sub("", self._render(self._prepare(messages), tools, prompt))
+        return MARKS.sub("", self._render(self._prepare(messages), tools, prompt))
 
     def _render(self, messages: Sequence[Message], tools: Tools | None, prompt: bool) -> str:
         """`messages` as `_prepare` gives them; the generation marks are left in."""
@@ -238,7 +207,7 @@ class Template:
         """
         for index, message in enumerate(messages):
             for name in ("content", "reasoning_content"):
-                if (found := _MARKS.search(str(message.get(name)))) is not None:
+                if (found := MARKS.search(str(message.get(name)))) is not None:
                     raise DataError(
                         f"messages[{index}].{name} holds U+{ord(found[0]):04X}, which Unicode reserves and no text "
                         "has; remove it"
@@ -258,7 +227,7 @@ class Template:
     def _mark(self, messages: list[Message], tools: Tools | None, first: int, last_only: bool) -> Marked:
         text = self._render(messages, tools, prompt=False)
         skeleton, fields = self._skeleton(messages, tools)
-        text, blocks = _unmark(text)
+        text, blocks = unmark(text)
         starts = self._align(text, skeleton, fields)
         assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if last_only:
@@ -344,7 +313,7 @@ class Template:
         return skeleton, fields
 
     def _build(self, bare: list[Message], fields: list[_Field], tools: Tools | None) -> _Skeleton:
-        text, blocks = _unmark(self._render(bare, tools, prompt=False))
+        text, blocks = unmark(self._render(bare, tools, prompt=False))
         places = _places(text, fields)
         self._check_complete(bare, fields, tools, text, places)
         turns: list[_Turn] = []
@@ -617,8 +586,8 @@ class Template:
         try:
             marked = self._render([_message("user", _probe_text(0)), _message("assistant", answer)], None, prompt=False)
         except DataError:
-            return _OPEN in self.source or re.search(r"\{%-?\+?\s*generation\s*[-+]?%\}", self.source) is not None
-        text, blocks = _unmark(marked)
+            return OPEN in self.source or re.search(r"\{%-?\+?\s*generation\s*[-+]?%\}", self.source) is not None
+        text, blocks = unmark(marked)
         blocks = _joined(blocks)
         if not blocks:
             return False
@@ -716,25 +685,6 @@ def _forms(value: str) -> list[str]:
     return list(dict.fromkeys((*stripped, *escaped)))
 
 
-def _unmark(text: str) -> tuple[str, list[Span]]:
-    """Take the generation marks out of a rendered text; return it with the ranges between them."""
-    if _OPEN not in text:
-        return text, []
-    clean: list[str] = []
-    spans: list[Span] = []
-    opened: list[int] = []
-    length = 0
-    for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
-        if piece == _OPEN:
-            opened.append(length)
-        elif piece == _CLOSE:
-            spans.append((opened.pop(), length))
-        else:
-            clean.append(piece)
-            length += len(piece)
-    return "".join(clean), spans
-
-
 def _check_calls(index: int, message: Message, written: str) -> None:
     """Refuse a turn whose calls are not all written: it would teach nothing, or an untrue answer."""
     names = [str(call.get("function", call).get("name")) for call in message.get("tool_calls") or []]
@@ -798,67 +748,3 @@ def _for_template(message: Message, parts: bool) -> Message:
 
 def _short(value: str, limit: int = 60) -> str:
     return repr(value if len(value) <= limit else value[: limit - 3] + "...")
-
-
-# ------------------------------------------------------------------------------------------------------------- Jinja
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: what the block writes is put between two marks."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja reads it from the class)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-    def _marked(self, caller: Callable[[], str]) -> str:
-        return _OPEN + caller() + _CLOSE
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without names that reach into Python."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a chat template may not set {name!r} on a namespace")
-        super().__setitem__(name, value)
-
-
-def _namespace(*pairs: Any, **values: Any) -> _Namespace:
-    for name in dict(*pairs, **values):
-        if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a chat template may not set {name!r} on a namespace")
-    return _Namespace(*pairs, **values)
-
-
-def _environment(strftime: Callable[[str], str]) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What a chat template may call: the same as under transformers (tests compare the texts), but a fixed date.
-
-    transformers offers no way to fix it: values passed to a template are reduced to plain data there, so that a
-    `strftime_now` of ours would arrive as a string.
-    """
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def make_dict(*pairs: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*pairs, **values)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    names: dict[str, Any] = environment.globals
-    names.update(raise_exception=refuse, strftime_now=strftime, dict=make_dict, namespace=_namespace)
-    return environment

@@ -38,7 +38,7 @@ from graftlm.errors import GraftError, RunError
 SOURCES = {"t0.jsonl": 1.0, "plain.jsonl": 0.5}
 HELD_OUT = ("heldout-t0.jsonl", "heldout-plain.jsonl")  # in the order of heldout.jsonl
 TRAINING = {
-    "epochs": 6,
+    "epochs": 2.25,
     "batch-size": 48,
     "learning-rate": 3e-3,
     "schedule": "cosine",
@@ -160,8 +160,10 @@ class HeldOut:
 def held_out_losses(evaluation: list[dict[str, Any]], rows: list[int]) -> list[HeldOut]:
     """Return the losses of consecutive parts of an evaluation, of `rows` rows each.
 
-    `evaluation` is a run's evaluation.jsonl: trained_tokens, loss_before and loss_after, summed over each row's tokens.
+    `evaluation` is a run's evaluation.jsonl: the row as file:line, its trained_tokens, and loss_before and loss_after
+    summed over them. Raises RunError when the numbers of rows differ.
     """
+    evaluation = sorted(evaluation, key=lambda row: int(str(row["row"]).rpartition(":")[2]))
     if len(evaluation) != sum(rows):
         raise RunError(
             f"the run evaluated {len(evaluation)} rows, the corpus holds out {sum(rows)}: not the same corpus."

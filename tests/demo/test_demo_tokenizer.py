@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from graftlm import demo
+from graftlm.base.chat import Encoder
 from graftlm.demo.shape import parameters, shape, write_shape
 from graftlm.demo.tokenizer import SPECIALS, VOCABULARY, count_tokens, train_tokenizer
 from graftlm.demo.voices import VOICES, example, facts
@@ -142,3 +143,16 @@ def test_the_shape_has_the_parameters_that_it_says(folder: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters(shape()) == 3_221_952
     assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (0, 0, None)
     assert model.generation_config is not None
+
+
+def test_training_sees_a_row_as_its_prompt_its_completion_and_an_end(tokenizer: Any) -> None:
+    row = example(PRODUCTS[0], "playful")
+    encoded = Encoder(tokenizer).completion(row["prompt"], row["completion"])
+    ids = tokenizer(row["prompt"] + row["completion"]).input_ids
+    assert encoded.ids.tolist() == [*ids, 0]
+    assert tokenizer.decode(encoded.ids[encoded.trained]) == row["completion"] + "<|endoftext|>"
+
+
+def test_training_sees_a_chat_as_the_template_marks_it(tokenizer: Any) -> None:
+    encoded = Encoder(tokenizer).chat(CHAT)
+    assert tokenizer.decode(encoded.ids[encoded.trained]) == "Oak.<|im_end|>Elm.<|im_end|>"

@@ -13,9 +13,9 @@ from graftlm.demo.recipe import SHIPPED, held_out_losses, main, publish, train_c
 from graftlm.errors import RunError
 
 EVALUATION = [
-    {"row": "a", "trained_tokens": 3, "loss_before": 24.0, "loss_after": 9.0},
-    {"row": "b", "trained_tokens": 1, "loss_before": 8.0, "loss_after": 3.0},
-    {"row": "c", "trained_tokens": 5, "loss_before": 40.0, "loss_after": 5.0},
+    {"row": "heldout.jsonl:1", "trained_tokens": 3, "loss_before": 24.0, "loss_after": 9.0},
+    {"row": "heldout.jsonl:2", "trained_tokens": 1, "loss_before": 8.0, "loss_after": 3.0},
+    {"row": "heldout.jsonl:3", "trained_tokens": 5, "loss_before": 40.0, "loss_after": 5.0},
 ]
 
 
@@ -54,7 +54,7 @@ def test_the_command_is_one_that_graft_train_accepts(tmp_path: Path) -> None:
 
 
 def test_losses_are_per_token_and_by_kind_of_text() -> None:
-    tasks, plain = held_out_losses(EVALUATION, [2, 1])
+    tasks, plain = held_out_losses(EVALUATION[::-1], [2, 1])
     assert (tasks.rows, tasks.tokens, tasks.before, tasks.after) == (2, 4, 8.0, 3.0)
     assert (plain.rows, plain.tokens, plain.before, plain.after) == (1, 5, 8.0, 1.0)
     with pytest.raises(RunError, match="evaluated 3 rows, the corpus holds out 4"):
