@@ -32,6 +32,8 @@ def finished(tmp_path: Path) -> Path:
     (tmp_path / "counts.json").write_text(json.dumps(counts))
     config = TrainConfig.build(dict(_options(tmp_path)))
     (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_json()))
+    manifest = {"format": 1, "data": {"train": {"formats": {"text": 3}, "sources": []}}}
+    (tmp_path / "run" / "model" / "graft.json").write_text(json.dumps(manifest))
     (tmp_path / "run" / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EVALUATION))
     return tmp_path
 
@@ -66,7 +68,8 @@ def test_publishing_writes_sixteen_bits_and_a_card_without_gaps(finished: Path, 
     base.mkdir()
     (base / "old").write_text("")
     publish(finished, base)
-    assert {path.name for path in base.iterdir()} == {*SHIPPED, "model.safetensors", "README.md"}
+    assert {path.name for path in base.iterdir()} == {*SHIPPED, "model.safetensors", "graft.json", "README.md"}
+    assert json.loads((base / "graft.json").read_text())["data"]["train"]["formats"] == {"text": 3}
     tensor = load_file(base / "model.safetensors")["w"]
     assert tensor.dtype == torch.bfloat16
     assert torch.equal(tensor, torch.linspace(-1, 1, 35).reshape(5, 7).to(torch.bfloat16))
