@@ -19,7 +19,7 @@ setup(
             SOURCES,
             depends=["graftlm/kernels/native/kernels.h"],
             # Results are compared bit for bit: no compiler may fuse a product with the sum behind it.
-            extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
             extra_link_args=["-pthread"] if sys.platform.startswith("linux") else [],
             optional=True,
         )

@@ -13,18 +13,13 @@ here records gradients: callers wrap these in their own autograd functions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from graftlm.kernels import native, reference
-from graftlm.kernels.reference import (
-    Range,
-    Slots,
-    low_rank,
-    low_rank_backward,
-    low_rank_routed,
-    low_rank_routed_backward,
-)
+from graftlm.kernels import native, reference, triton
+from graftlm.kernels.reference import Range, Slots, low_rank, low_rank_backward
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored
 
 __all__ = [
@@ -34,11 +29,15 @@ __all__ = [
 ]  # fmt: skip
 
 
+FLOATS = tuple(native.TYPES)  # what the faster backends know
+
+
 def backend(device: torch.device | str = "cpu") -> str:
     """One line: which backend runs on `device`, and why."""
-    if torch.device(device).type == "cpu":
+    kind = torch.device(device).type
+    if kind == "cpu":
         return native.status()
-    return f"PyTorch reference on {device}"
+    return triton.status() if kind == "cuda" else f"PyTorch (no kernels of our own for {kind})"
 
 
 def nf4_quantize(weight: Tensor) -> Nf4:
@@ -48,11 +47,17 @@ def nf4_quantize(weight: Tensor) -> Nf4:
     return reference.nf4_quantize(weight)
 
 
-def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight as a dense tensor: each value computed in float32, then rounded once to `dtype`."""
-    if dtype in native.TYPES and native.usable("nf4_dequantize", weight.packed):
-        return native.nf4_dequantize(weight, dtype)
-    return reference.nf4_dequantize(weight, dtype)
+def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """The weight as a dense tensor: each value computed in float32, then rounded once to `dtype`.
+
+    `out`, contiguous and of the weight's shape, takes the result in its own type; `dtype` is then left aside.
+    """
+    dtype = dtype if out is None else out.dtype
+    if dtype in FLOATS and native.usable("nf4_dequantize", weight.packed):
+        return native.nf4_dequantize(weight, dtype, out)
+    fast = triton if dtype in FLOATS and triton.usable("nf4_dequantize", weight.packed) else reference
+    dense = fast.nf4_dequantize(weight, dtype)
+    return dense if out is None else out.copy_(dense)
 
 
 def int8_quantize(weight: Tensor) -> Int8:
@@ -60,11 +65,17 @@ def int8_quantize(weight: Tensor) -> Int8:
     return reference.int8_quantize(weight)
 
 
-def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight as a dense tensor: each value computed in float32, then rounded once to `dtype`."""
-    if dtype in native.TYPES and native.usable("int8_dequantize", weight.values):
-        return native.int8_dequantize(weight, dtype)
-    return reference.int8_dequantize(weight, dtype)
+def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """The weight as a dense tensor: each value computed in float32, then rounded once to `dtype`.
+
+    `out`, contiguous and of the weight's shape, takes the result in its own type; `dtype` is then left aside.
+    """
+    dtype = dtype if out is None else out.dtype
+    if dtype in FLOATS and native.usable("int8_dequantize", weight.values):
+        return native.int8_dequantize(weight, dtype, out)
+    fast = triton if dtype in FLOATS and triton.usable("int8_dequantize", weight.values) else reference
+    dense = fast.int8_dequantize(weight, dtype)
+    return dense if out is None else out.copy_(dense)
 
 
 def dequantize(weight: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,15 +85,17 @@ def dequantize(weight: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def matmul(x: Tensor, weight: Stored) -> Tensor:
     """x (..., in) with W (out, in) stored -> x @ W.T (..., out), in x's type."""
-    if native.usable("matmul", x):
-        return native.matmul(x, weight)
+    for fast in (native, triton):
+        if fast.usable("matmul", x):
+            return fast.matmul(x, weight)
     return reference.matmul(x, weight)
 
 
 def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
     """dy (..., out) with W (out, in) stored -> dy @ W (..., in), in dy's type: the gradient of `matmul` to x."""
-    if native.usable("matmul_t", dy):
-        return native.matmul_t(dy, weight)
+    for fast in (native, triton):
+        if fast.usable("matmul_t", dy):
+            return fast.matmul_t(dy, weight)
     return reference.matmul_t(dy, weight)
 
 
@@ -90,3 +103,31 @@ nf4_matmul = matmul
 nf4_matmul_t = matmul_t
 int8_matmul = matmul
 int8_matmul_t = matmul_t
+
+
+def low_rank_routed(
+    y: Tensor, x: Tensor, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float]
+) -> list[Tensor | None]:
+    """y (tokens, out) += s (x A^T) B^T in place, each range of tokens with its slot; returns h of each range.
+
+    Ranges are disjoint; tokens in no range, or in one whose slot is None, stay as they are.
+    """
+    if triton.usable("low_rank_routed", x) and triton.fits(x, y, A):
+        return triton.low_rank_routed(y, x, ranges, A, B, scale)
+    return reference.low_rank_routed(y, x, ranges, A, B, scale)
+
+
+def low_rank_routed_backward(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Sequence[Tensor | None],
+    ranges: Sequence[Range],
+    A: Slots,
+    B: Slots,
+    scale: Sequence[float],
+    dx: Tensor | None = None,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients to each slot's A and B, summed over its ranges (None for a slot no range uses); dx is added to."""
+    if triton.usable("low_rank_routed", dy) and triton.fits(dy, dy if dx is None else dx, A):
+        return triton.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)
+    return reference.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)

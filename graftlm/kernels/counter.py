@@ -1,8 +1,8 @@
 """Random numbers from a counter, not from a generator's state.
 
-A number is a hash of what it is for: (trial seed, draw, position, module, feature). So nothing has to be saved to resume,
-and it does not matter in which order, in how many pieces, or beside whom it is computed. `mix` is Wellons' `lowbias32`
-(https://nullprogram.com/blog/2018/07/31/), a bijection of 32-bit words with an avalanche bias of 0.17.
+A number is a hash of what it is for: (trial seed, draw, position, module, feature). So nothing has to be saved to
+resume, and it does not matter in which order, in how many pieces, or beside whom it is computed. `mix` is Wellons'
+`lowbias32` (https://nullprogram.com/blog/2018/07/31/), a bijection of 32-bit words with an avalanche bias of 0.17.
 """
 
 from __future__ import annotations

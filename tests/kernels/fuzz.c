@@ -13,7 +13,8 @@
 const char *graft_name(int choice);
 int graft_init(const float *nf4, const float *midpoints, const float *dynamic, const uint8_t *bins, int choice);
 void graft_nf4_dequantize(const uint8_t *packed, const uint8_t *absmax, const float *group_scale, const float *offset,
-                          int64_t start, int64_t rows, int64_t in, int64_t columns, void *out, int type, int threads);
+                          int64_t start, int64_t rows, int64_t in, int64_t columns, void *out, int type, int stream,
+                          int threads);
 void graft_nf4_quantize(const void *in, int type, int64_t n, uint8_t *packed, float *absmax, int threads);
 void graft_absmax_quantize(const float *absmax, int64_t blocks, const float *offset, uint8_t *codes, float *scale,
                            int threads);
@@ -21,7 +22,7 @@ int graft_nf4_matvec(const uint8_t *packed, const uint8_t *absmax, const float *
                      int64_t start, int64_t out, int64_t in, const float *x, int64_t stride, int64_t rows, float *y,
                      int threads);
 void graft_int8_dequantize(const int8_t *values, const float *scale, int64_t rows, int64_t in, int64_t columns,
-                           void *dense, int type, int threads);
+                           void *dense, int type, int stream, int threads);
 void graft_int8_matvec(const int8_t *values, const float *scale, int64_t out, int64_t in, const float *x,
                        int64_t stride, int64_t rows, float *y, int threads);
 
@@ -86,7 +87,7 @@ static void compare_products(const char *what, int choice, const float *y, const
 }
 
 static void round_of(int sets) {
-    int type = (int)below(3), threads = 1 + (int)below(3);
+    int type = (int)below(3), stream = (int)below(2), threads = 1 + (int)below(3);
     int64_t rows = 1 + below(19), out = 1 + below(70), in = 1 + below(below(2) ? 70 : 900), before = below(200);
     int64_t n = before + out * in, blocks = (n + BLOCK - 1) / BLOCK, groups = (blocks + GROUP - 1) / GROUP;
     int64_t columns = 1 + below(in), bytes = float_bytes(type);
@@ -153,9 +154,9 @@ static void round_of(int sets) {
         }
     for (int choice = 0; choice < sets; choice++) {
         use_set(choice);
-        graft_nf4_dequantize(packed, codes, scale, &offset, before, out, in, columns, part, type, threads);
+        graft_nf4_dequantize(packed, codes, scale, &offset, before, out, in, columns, part, type, stream, threads);
         if (!same_bits(part, expected, out * columns * bytes)) fail("nf4 dequantize", choice);
-        graft_int8_dequantize(bytes8, row_scale, out, in, columns, part8, type, threads);
+        graft_int8_dequantize(bytes8, row_scale, out, in, columns, part8, type, stream, threads);
         if (!same_bits(part8, expected8, out * columns * bytes)) fail("int8 dequantize", choice);
         if (graft_nf4_matvec(packed, codes, scale, &offset, before, out, in, x, stride, rows, y, threads))
             fail("nf4 matvec's memory", choice);

@@ -84,6 +84,14 @@ def test_nf4_quantize_breaks_ties_as_the_reference_does(instructions: str) -> No
 
 
 @needs_library
+@pytest.mark.parametrize("value", [0.0, 1e-39, -3e-38])
+def test_nf4_quantize_gives_a_last_part_block_of_almost_nothing_the_least_absmax(value: float) -> None:
+    weight = torch.full((64 + 6,), value)
+    for name, tensor in native.nf4_quantize(weight).tensors().items():
+        assert same(tensor, reference.nf4_quantize(weight).tensors()[name]), name
+
+
+@needs_library
 def test_dequantize_equals_the_reference_bit_for_bit(instructions: str) -> None:
     pick = random.Random(5)
     for round_ in range(40):
@@ -96,6 +104,24 @@ def test_dequantize_equals_the_reference_bit_for_bit(instructions: str) -> None:
             assert same(native.nf4_dequantize(weight, dtype), reference.nf4_dequantize(weight, dtype)), shape
             assert same(native.nf4_dequantize(part, dtype), reference.nf4_dequantize(part, dtype)), (shape, part.start)
             assert same(native.int8_dequantize(small, dtype), reference.int8_dequantize(small, dtype)), shape
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_result_too_large_for_the_caches_is_the_same(instructions: str, dtype: torch.dtype) -> None:
+    weight = reference.nf4_quantize(randn(1027, 9001))  # streamed past the caches; rows begin at any alignment
+    small = reference.int8_quantize(randn(1027, 9001))
+    assert same(native.nf4_dequantize(weight, dtype), reference.nf4_dequantize(weight, dtype))
+    part = weight.narrow(1, 1025)
+    assert same(native.nf4_dequantize(part, dtype), reference.nf4_dequantize(part, dtype))
+    assert same(native.int8_dequantize(small, dtype), reference.int8_dequantize(small, dtype))
+    given = torch.empty(1027, 9001, dtype=dtype)
+    for out in (given, odd_view(given)):
+        assert kernels.nf4_dequantize(weight, out=out) is out
+        assert same(out, reference.nf4_dequantize(weight, dtype))
+        assert same(kernels.int8_dequantize(small, out=out), reference.int8_dequantize(small, dtype))
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.nf4_dequantize(weight, out=given.T)
 
 
 @needs_library
@@ -190,7 +216,7 @@ def test_threads_started_for_the_call_do_the_work_where_no_openmp_can_be_borrowe
     try:
         library.calls.graft_openmp(None)
         pointers = [tensor.data_ptr() for tensor in weight.tensors().values()]
-        library.calls.graft_nf4_dequantize(*pointers, 0, 300, 1000, 1000, out.data_ptr(), 0, 3)
+        library.calls.graft_nf4_dequantize(*pointers, 0, 300, 1000, 1000, out.data_ptr(), 0, 0, 3)
     finally:
         native._Library()  # pyright: ignore[reportPrivateUsage]  # hands the team over again
     assert same(out, reference.nf4_dequantize(weight))
@@ -200,7 +226,7 @@ def test_threads_started_for_the_call_do_the_work_where_no_openmp_can_be_borrowe
 def test_every_operation_passes_its_own_check() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for operation in native._CHECKS:  # pyright: ignore[reportPrivateUsage]
+        for operation in ("nf4_quantize", "nf4_dequantize", "int8_dequantize", "matmul", "matmul_t"):
             assert native.usable(operation, torch.zeros(1)), operation
 
 
@@ -209,6 +235,7 @@ def test_without_the_library_the_reference_does_the_work_and_one_warning_says_so
 ) -> None:
     monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "trust", native.new_trust())
     weight = randn(5, 77)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -223,7 +250,7 @@ def test_without_the_library_the_reference_does_the_work_and_one_warning_says_so
 
 @needs_library
 def test_an_operation_with_a_wrong_answer_is_left_aside_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "trust", native.new_trust())
     monkeypatch.setattr(native, "nf4_dequantize", lambda weight, dtype=torch.float32: torch.zeros(weight.shape))
     weight = reference.nf4_quantize(randn(5, 77))
     with pytest.warns(RuntimeWarning, match="nf4_dequantize does not give the reference's answer"):

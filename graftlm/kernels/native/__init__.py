@@ -5,11 +5,11 @@ of `reference.py` when it is loaded, so there is one truth about the codes; it r
 many as `torch.get_num_threads()` says.
 
 Products come in two kinds. For a few rows of x the codes are decoded in registers and never written down. For more, a
-panel of W is made dense in a scratch that fits the second-level cache and goes to PyTorch's own matrix product at once,
-so that dense W never travels through memory.
+panel of W is made dense in a scratch that stays in the cache and goes to PyTorch's own matrix product at once, so that
+the whole of dense W never exists.
 
-Each operation is compared with the reference on a small odd shape before its first use. `usable` is false, with one
-warning for the process, when the library is missing, does not load, or gives another answer.
+Each operation is compared with the reference on a small odd shape before its first use (`trust.py`). `usable` is false,
+with one warning for the process, when the library is missing, does not load, or gives another answer.
 
 Letters: x (rows, in), W (out, in), y (rows, out), dy (rows, out), dx (rows, in).
 """
@@ -19,8 +19,8 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-import warnings
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -28,24 +28,27 @@ from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored
+from graftlm.kernels.trust import Trust
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum float_type in kernels.h
 FEW_ROWS = 16  # up to here the codes are decoded once for every 8 rows; beyond, panels are faster
-PANEL_BYTES = 4 << 20  # of dense W at once
-HUGE_BYTES = (
-    8 << 20
-)  # results from here on ask the system for large pages: faulting in small ones costs more than the work
+PANEL_BYTES, PANEL_BYTES_FOR_MANY = 8 << 20, 16 << 20  # of dense W at once, for fewer than MANY_ROWS and for more
+MANY_ROWS = 512
+LARGE_BYTES = 16 << 20  # results from here on will not be found in a cache, and deserve large pages
+
+VERSION = 2  # graft_version() of the library this file knows how to call
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "graft_version": (_int, []),
     "graft_openmp": (None, [_pointer]),
     "graft_name": (ctypes.c_char_p, [_int]),
     "graft_init": (_int, [_pointer, _pointer, _pointer, _pointer, _int]),
-    "graft_nf4_dequantize": (None, [_pointer] * 4 + [_long] * 4 + [_pointer, _int, _int]),
+    "graft_nf4_dequantize": (None, [_pointer] * 4 + [_long] * 4 + [_pointer, _int, _int, _int]),
     "graft_nf4_quantize": (None, [_pointer, _int, _long, _pointer, _pointer, _int]),
     "graft_absmax_quantize": (None, [_pointer, _long, _pointer, _pointer, _pointer, _int]),
     "graft_nf4_matvec": (_int, [_pointer] * 4 + [_long] * 3 + [_pointer, _long, _long, _pointer, _int]),
-    "graft_int8_dequantize": (None, [_pointer, _pointer] + [_long] * 3 + [_pointer, _int, _int]),
+    "graft_int8_dequantize": (None, [_pointer, _pointer] + [_long] * 3 + [_pointer, _int, _int, _int]),
     "graft_int8_matvec": (None, [_pointer, _pointer, _long, _long, _pointer, _long, _long, _pointer, _int]),
     "graft_huge_pages": (None, [_pointer, _long]),
 }
@@ -68,19 +71,20 @@ def _openmp_of_torch() -> int:
 
 
 class _Library:
-    """The loaded library, its chosen instruction set, and which operations have passed their check."""
+    """The loaded library and its chosen instruction set, or the reason why there is none."""
 
     def __init__(self) -> None:
         self.calls: ctypes.CDLL | None = None
         self.reason = ""
         self.instructions = ""
-        self.passed: dict[str, bool] = {}
-        self.lock = threading.RLock()
         try:
-            found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+            names = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
+            found = [path for path in names if path.exists()]
             if not found:
                 raise OSError("they were not compiled when this package was installed (was there a C compiler?)")
-            calls = ctypes.CDLL(str(found[-1]))
+            calls = ctypes.CDLL(str(found[0]))
+            if calls.graft_version() != VERSION:
+                raise OSError(f"{found[0].name} was compiled from other sources (install the package again)")
             for name, (result, arguments) in _SIGNATURES.items():
                 function = getattr(calls, name)
                 function.restype, function.argtypes = result, arguments
@@ -93,23 +97,10 @@ class _Library:
 
     def choose(self, choice: int) -> None:
         """Use instruction set `choice`; -1 for the widest one this machine has."""
-        if self.calls is not None:
-            tables = (
-                reference.NF4_CODE,
-                reference.NF4_MIDPOINTS,
-                reference.DYNAMIC_CODE,
-                reference.DYNAMIC_BINS,
-            )
-            chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
-            self.instructions = self.calls.graft_name(chosen).decode()
-
-    def fail(self, reason: str) -> None:
-        self.reason = reason
-        warnings.warn(
-            f"Graft's C kernels are not used: {reason}. PyTorch does their work, more slowly.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        assert self.calls is not None
+        tables = (reference.NF4_CODE, reference.NF4_MIDPOINTS, reference.DYNAMIC_CODE, reference.DYNAMIC_BINS)
+        chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
+        self.instructions = self.calls.graft_name(chosen).decode()
 
 
 _library: _Library | None = None
@@ -121,17 +112,15 @@ def _get() -> _Library:
     if _library is None:
         with _loading:
             if _library is None:
-                library = _Library()
-                if library.calls is None:
-                    library.fail(library.reason)
-                _library = library
+                _library = _Library()
     return _library
 
 
 def status() -> str:
     """Which instruction set is used, or why none is."""
     library = _get()
-    return f"C kernels ({library.instructions})" if not library.reason else f"without C kernels: {library.reason}"
+    reason = library.reason or trust.reason
+    return f"PyTorch without C kernels: {reason}" if reason else f"C kernels ({library.instructions})"
 
 
 def instruction_sets() -> list[str]:
@@ -150,23 +139,7 @@ def usable(operation: str, tensor: Tensor) -> bool:
     """Whether `operation` may run here on `tensor`: on a CPU, in a float type we know, compiled, and checked."""
     if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype not in TYPES):
         return False
-    library = _get()
-    passed = library.passed.get(operation)
-    if passed is None:
-        with library.lock:
-            passed = library.passed.get(operation)
-            if passed is None:
-                passed = False
-                if library.calls is not None:
-                    try:
-                        passed = _CHECKS[operation]()
-                    except Exception as error:
-                        library.fail(f"{operation} failed its check: {error!r}")
-                    else:
-                        if not passed:
-                            library.fail(f"{operation} does not give the reference's answer on this machine")
-                library.passed[operation] = passed
-    return passed
+    return trust.allows(operation, tensor.device)
 
 
 def _calls() -> ctypes.CDLL:
@@ -175,12 +148,20 @@ def _calls() -> ctypes.CDLL:
     return calls
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialized result; a large one in large pages, where the system gives them."""
-    out = torch.empty(shape, dtype=dtype)
-    if out.nbytes >= HUGE_BYTES:
-        _calls().graft_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """Where to write a dense weight, and whether to write past the caches.
+
+    A large result of our own asks the system for large pages, and is written normally: the system has just filled those
+    pages with zeros, in the caches. One that was given to us has its pages already.
+    """
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+        if out.nbytes >= LARGE_BYTES:
+            _calls().graft_huge_pages(out.data_ptr(), out.nbytes)
+        return out, False
+    if tuple(out.shape) != shape or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and of shape {shape}; it has shape {tuple(out.shape)}")
+    return out, out.nbytes >= LARGE_BYTES
 
 
 # ---- quantize and dequantize --------------------------------------------------------------------------------------
@@ -212,12 +193,12 @@ def _nf4_pointers(weight: Nf4) -> tuple[int, int, int, int]:
     )
 
 
-def _dequantize_into(out: Tensor, weight: Stored, row: int, column: int) -> None:
+def _dequantize_into(out: Tensor, weight: Stored, row: int = 0, column: int = 0, stream: bool = False) -> None:
     """W[row : row + rows, column : column + columns] into the contiguous `out` (rows, columns)."""
     rows, columns = out.shape
     inner = weight.shape[-1]
     first = row * inner + column
-    to = (out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+    to = (out.data_ptr(), TYPES[out.dtype], int(stream), torch.get_num_threads())
     if isinstance(weight, Nf4):
         _calls().graft_nf4_dequantize(*_nf4_pointers(weight), weight.start + first, rows, inner, columns, *to)
     else:
@@ -225,17 +206,17 @@ def _dequantize_into(out: Tensor, weight: Stored, row: int, column: int) -> None
         _calls().graft_int8_dequantize(values, scale, rows, inner, columns, *to)
 
 
-def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32) -> Tensor:
-    out = _empty(weight.shape, dtype)
-    _dequantize_into(out.view(1, -1), weight.view(1, weight.numel), 0, 0)
+def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    out, stream = _result(out, weight.shape, dtype)
+    _dequantize_into(out.view(1, -1), weight.view(1, weight.numel), stream=stream)
     return out
 
 
-def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
-    out = _empty(weight.shape, dtype)
+def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    out, stream = _result(out, weight.shape, dtype)
     if weight.numel:
         rows = Int8(weight.values.flatten(0, -2).contiguous(), weight.scale.flatten().contiguous())
-        _dequantize_into(out.flatten(0, -2), rows, 0, 0)
+        _dequantize_into(out.flatten(0, -2), rows, stream=stream)
     return out
 
 
@@ -256,9 +237,10 @@ def _contiguous(weight: Stored) -> Stored:
     return weight if isinstance(weight, Nf4) else Int8(weight.values.contiguous(), weight.scale.contiguous())
 
 
-def _panel(length: int, other: int, dtype: torch.dtype) -> int:
+def _panel(length: int, other: int, rows: int, dtype: torch.dtype) -> int:
     """How much of the dimension that is summed over, `length`, one panel covers: equal panels, in whole blocks."""
-    most = max(PANEL_BYTES // (max(other, 1) * dtype.itemsize), BLOCK)
+    size = PANEL_BYTES if rows < MANY_ROWS else PANEL_BYTES_FOR_MANY
+    most = max(size // (max(other, 1) * dtype.itemsize), BLOCK)
     panels = max(math.ceil(length / most), 1)
     return max(math.ceil(length / panels / BLOCK), 1) * BLOCK
 
@@ -293,7 +275,7 @@ def _matmul_panels(x: Tensor, weight: Stored) -> Tensor:
     outer, inner = weight.shape
     dtype = _product_type(x.dtype)
     dense_x = x.to(dtype)  # (rows, in)
-    step = _panel(inner, outer, dtype)
+    step = _panel(inner, outer, len(x), dtype)
     scratch = torch.empty(outer * min(step, inner), dtype=dtype)
     y = torch.empty(len(x), outer, dtype=dtype)
     for first in range(0, inner, step):
@@ -312,7 +294,7 @@ def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
     rows = dy.reshape(-1, outer).to(dtype)  # (rows, out)
     if not rows.numel() or not inner:
         return dy.new_zeros(*dy.shape[:-1], inner)
-    step = _panel(outer, inner, dtype)
+    step = _panel(outer, inner, len(rows), dtype)
     scratch = torch.empty(min(step, outer), inner, dtype=dtype)
     dx = torch.empty(len(rows), inner, dtype=dtype)
     for first in range(0, outer, step):
@@ -339,12 +321,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).norm() <= 1e-5 * b.norm()).item())
 
 
-def _check_nf4_quantize() -> bool:
+def _check_nf4_quantize(_: torch.device) -> bool:
     weight = _sample(37, 1001)
     return all(_same(nf4_quantize(w), reference.nf4_quantize(w)) for w in (weight, weight.bfloat16(), weight.half()))
 
 
-def _check_nf4_dequantize() -> bool:
+def _check_nf4_dequantize(_: torch.device) -> bool:
     weight = reference.nf4_quantize(_sample(37, 1001))
     parts = (weight, weight.narrow(3, 7))
     return all(
@@ -354,12 +336,12 @@ def _check_nf4_dequantize() -> bool:
     )
 
 
-def _check_int8_dequantize() -> bool:
+def _check_int8_dequantize(_: torch.device) -> bool:
     weight = reference.int8_quantize(_sample(13, 77))
     return all(torch.equal(int8_dequantize(weight, t), reference.int8_dequantize(weight, t)) for t in TYPES)
 
 
-def _check_matmul() -> bool:
+def _check_matmul(_: torch.device) -> bool:
     dense = _sample(13, 331)
     weights = (
         reference.nf4_quantize(dense),
@@ -370,16 +352,25 @@ def _check_matmul() -> bool:
     return all(_close(matmul(x, w), reference.matmul(x, w)) for x in xs for w in weights)
 
 
-def _check_matmul_t() -> bool:
+def _check_matmul_t(_: torch.device) -> bool:
     dense = _sample(13, 331)
     weights = (reference.nf4_quantize(dense), reference.int8_quantize(dense))
     return all(_close(matmul_t(_sample(5, 13), w), reference.matmul_t(_sample(5, 13), w)) for w in weights)
 
 
-_CHECKS: dict[str, Callable[[], bool]] = {
-    "nf4_quantize": _check_nf4_quantize,
-    "nf4_dequantize": _check_nf4_dequantize,
-    "int8_dequantize": _check_int8_dequantize,
-    "matmul": _check_matmul,
-    "matmul_t": _check_matmul_t,
-}
+def new_trust() -> Trust:
+    """A record of checks in which none has run yet."""
+    return Trust(
+        "C kernels",
+        lambda: _get().reason,
+        {
+            "nf4_quantize": _check_nf4_quantize,
+            "nf4_dequantize": _check_nf4_dequantize,
+            "int8_dequantize": _check_int8_dequantize,
+            "matmul": _check_matmul,
+            "matmul_t": _check_matmul_t,
+        },
+    )
+
+
+trust = new_trust()

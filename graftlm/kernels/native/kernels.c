@@ -31,6 +31,9 @@ static const struct primitives *use = &graft_scalar;
 
 void graft_borrow_openmp(void *gomp_parallel);
 
+/* Raised whenever an exported function changes: Python refuses a library that was compiled from other sources. */
+EXPORT int graft_version(void) { return 2; }
+
 EXPORT void graft_openmp(void *gomp_parallel) { graft_borrow_openmp(gomp_parallel); }
 
 /* Asks for large pages in [address, address + bytes), memory nobody has written to yet: 32 faults instead of 16384. */
@@ -116,11 +119,11 @@ struct dequantize_job {
     int64_t start, in; /* first value, values in a row */
     int64_t columns;   /* values wanted of each row, from its first on */
     char *out;         /* (rows, columns) */
-    int type;
+    int type, stream;
 };
 
 /* Values first .. last of the packed ones to `out`. */
-static void dequantize_range(const struct nf4 *w, int64_t first, int64_t last, char *out, int type) {
+static void dequantize_range(const struct nf4 *w, int64_t first, int64_t last, char *out, int type, int stream) {
     float scales[PIECE];
     int64_t begin, end, bytes = float_bytes(type);
     whole_blocks(first, last, &begin, &end);
@@ -128,7 +131,7 @@ static void dequantize_range(const struct nf4 *w, int64_t first, int64_t last, c
     for (int64_t b = begin / BLOCK; b < end / BLOCK; b += PIECE) {
         int64_t count = end / BLOCK - b < PIECE ? end / BLOCK - b : PIECE;
         decode_scales(w, b, count, scales);
-        use->nf4_dequantize(w->packed + b * BLOCK_BYTES, scales, count, out + (b * BLOCK - first) * bytes, type);
+        use->nf4_dequantize(w->packed + b * BLOCK_BYTES, scales, count, out + (b * BLOCK - first) * bytes, type, stream);
     }
     dequantize_part(w, end, last, out + (end - first) * bytes, type);
 }
@@ -138,20 +141,22 @@ static void dequantize_rows(void *context, int64_t first, int64_t last) {
     for (int64_t o = first; o < last; o++) {
         int64_t from = job->start + o * job->in;
         char *to = job->out + o * job->columns * float_bytes(job->type);
-        dequantize_range(&job->w, from, from + job->columns, to, job->type);
+        dequantize_range(&job->w, from, from + job->columns, to, job->type, job->stream);
     }
 }
 
 static void dequantize_pieces(void *context, int64_t first, int64_t last) {
     const struct dequantize_job *job = context;
-    dequantize_range(&job->w, job->start + first, job->start + last, job->out + first * float_bytes(job->type), job->type);
+    char *to = job->out + first * float_bytes(job->type);
+    dequantize_range(&job->w, job->start + first, job->start + last, to, job->type, job->stream);
 }
 
-/* out (rows, columns) = the first `columns` values of each of `rows` rows of `in` values; row 0 begins at `start`. */
+/* out (rows, columns) = the first `columns` values of each of `rows` rows of `in` values; row 0 begins at `start`.
+ * `stream`: `out` is too large to be found in a cache later, so write past them. */
 EXPORT void graft_nf4_dequantize(const uint8_t *packed, const uint8_t *absmax, const float *group_scale,
                                  const float *offset, int64_t start, int64_t rows, int64_t in, int64_t columns,
-                                 void *out, int type, int threads) {
-    struct dequantize_job job = {{packed, absmax, group_scale, *offset}, start, in, columns, out, type};
+                                 void *out, int type, int stream, int threads) {
+    struct dequantize_job job = {{packed, absmax, group_scale, *offset}, start, in, columns, out, type, stream};
     if (columns == in) /* one long range, whatever its rows are */
         graft_parallel(rows * in, VALUES_PER_PIECE, threads, dequantize_pieces, &job);
     else
@@ -312,7 +317,7 @@ struct int8_job {
     const float *scale;   /* (out,) */
     int64_t in, out, columns;
     char *dense; /* (out, columns) */
-    int type, rows;
+    int type, stream, rows;
     int64_t stride;
     const float *x; /* (rows, in), rows `stride` apart */
     float *y;       /* (rows, out) */
@@ -322,13 +327,13 @@ static void int8_dense_rows(void *context, int64_t first, int64_t last) {
     const struct int8_job *job = context;
     for (int64_t o = first; o < last; o++)
         use->int8_dequantize(job->values + o * job->in, job->scale[o], job->columns,
-                             job->dense + o * job->columns * float_bytes(job->type), job->type);
+                             job->dense + o * job->columns * float_bytes(job->type), job->type, job->stream);
 }
 
 /* dense (rows, columns) = the first `columns` values of each of `rows` rows of `in` values. */
 EXPORT void graft_int8_dequantize(const int8_t *values, const float *scale, int64_t rows, int64_t in, int64_t columns,
-                                  void *dense, int type, int threads) {
-    struct int8_job job = {values, scale, in, rows, columns, dense, type, 0, 0, NULL, NULL};
+                                  void *dense, int type, int stream, int threads) {
+    struct int8_job job = {values, scale, in, rows, columns, dense, type, stream, 0, 0, NULL, NULL};
     graft_parallel(rows, row_grain(columns), threads, int8_dense_rows, &job);
 }
 
@@ -353,7 +358,7 @@ EXPORT void graft_int8_matvec(const int8_t *values, const float *scale, int64_t 
                               int64_t stride, int64_t rows, float *y, int threads) {
     for (int64_t k = 0; k < rows; k += MAX_ROWS) {
         int here = rows - k < MAX_ROWS ? (int)(rows - k) : MAX_ROWS;
-        struct int8_job job = {values, scale, in, out, in, NULL, FLOAT32, here, stride, x + k * stride, y + k * out};
+        struct int8_job job = {values, scale, in, out, in, NULL, FLOAT32, 0, here, stride, x + k * stride, y + k * out};
         graft_parallel(out, row_grain(in), threads, int8_dot_rows, &job);
     }
 }

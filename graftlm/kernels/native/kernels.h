@@ -30,16 +30,16 @@ extern struct tables tables; /* filled once by graft_init from the reference's o
 /* Every pointer may have any alignment. `scales` has one float32 absmax for each block. */
 struct primitives {
     const char *name;
-    /* out[0 .. 64 * blocks] = codes * scales, rounded to `type` */
-    void (*nf4_dequantize)(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type);
+    /* out[0 .. 64 * blocks] = codes * scales, rounded to `type`; `stream`: past the caches, where `out` is aligned */
+    void (*nf4_dequantize)(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type, int stream);
     /* in[0 .. 64 * blocks] of `type` -> packed codes and absmax of each block */
     void (*nf4_quantize)(const void *in, int type, int64_t blocks, uint8_t *packed, float *absmax);
     /* sums[k] += dot(weights, x_k) for k < rows <= MAX_ROWS. x_k comes split: value 2j of the blocks (the high half of
      * byte j) meets high[k * stride + j], value 2j + 1 meets low[k * stride + j]. */
     void (*nf4_dot)(const uint8_t *packed, const float *scales, int64_t blocks, const float *high, const float *low,
                     int64_t stride, int rows, float *sums);
-    /* out[0 .. n] = values * scale, rounded to `type` */
-    void (*int8_dequantize)(const int8_t *values, float scale, int64_t n, void *out, int type);
+    /* out[0 .. n] = values * scale, rounded to `type`; `stream` as above */
+    void (*int8_dequantize)(const int8_t *values, float scale, int64_t n, void *out, int type, int stream);
     /* sums[k] += dot(values, x + k * stride), the scale left out */
     void (*int8_dot)(const int8_t *values, int64_t n, const float *x, int64_t stride, int rows, float *sums);
     /* out[i] = dynamic[codes[i]] * scale + offset */

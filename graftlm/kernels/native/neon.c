@@ -32,7 +32,9 @@ static inline float32x4_t lookup(uint8x16x4_t table, uint8x16_t codes, int part)
     return vreinterpretq_f32_u8(vqtbl4q_u8(table, vaddq_u8(vshlq_n_u8(four, 2), vld1q_u8(offset))));
 }
 
-static void neon_dequantize(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type) {
+static void neon_dequantize(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type,
+                            int stream) {
+    (void)stream;
     static const uint8_t repeat[16] = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
     static const uint8_t offset[16] = {0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1};
     for (int64_t b = 0; b < blocks; b++) {
@@ -122,7 +124,8 @@ static inline void widen(const int8_t *values, float32x4_t out[2]) {
     out[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)));
 }
 
-static void neon_int8_dequantize(const int8_t *values, float scale, int64_t n, void *out, int type) {
+static void neon_int8_dequantize(const int8_t *values, float scale, int64_t n, void *out, int type, int stream) {
+    (void)stream;
     int64_t i = 0;
     if (type == FLOAT32)
         for (; i + 8 <= n; i += 8) {

@@ -1,7 +1,9 @@
 /* Every primitive in plain C: for processors without vector instructions that we know, and to read. */
 #include "kernels.h"
 
-static void nf4_dequantize(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type) {
+static void nf4_dequantize(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type,
+                           int stream) {
+    (void)stream;
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t i = b * BLOCK; i < (b + 1) * BLOCK; i++)
             store_float(out, type, i, tables.nf4[nf4_code(packed, i)] * scales[b]);
@@ -35,7 +37,8 @@ static void nf4_dot(const uint8_t *packed, const float *scales, int64_t blocks, 
     }
 }
 
-static void int8_dequantize(const int8_t *values, float scale, int64_t n, void *out, int type) {
+static void int8_dequantize(const int8_t *values, float scale, int64_t n, void *out, int type, int stream) {
+    (void)stream;
     for (int64_t i = 0; i < n; i++) store_float(out, type, i, (float)values[i] * scale);
 }
 

@@ -38,20 +38,39 @@
         default: function(__VA_ARGS__, 8, sums);       \
     }
 
+/* Stores of a large result go past the caches: a normal store first reads the line it is about to overwrite, and what
+ * was written is gone from the caches before anybody wants it. They need an aligned address. */
+INLINE int aligned(const void *address, int64_t bytes) { return (uintptr_t)address % (uintptr_t)bytes == 0; }
+
 /* ---- AVX2 ---- */
+
+INLINE AVX2 void store_floats(float *out, __m256 values, int stream) {
+    if (stream)
+        _mm256_stream_ps(out, values);
+    else
+        _mm256_storeu_ps(out, values);
+}
+
+INLINE AVX2 void store_bytes(void *out, __m256i bytes, int stream) {
+    if (stream)
+        _mm256_stream_si256((__m256i *)out, bytes);
+    else
+        _mm256_storeu_si256((__m256i *)out, bytes);
+}
 
 INLINE AVX2 __m256 lookup(__m256 low_half, __m256 high_half, __m256i index, __m256i fourth_bit_on_top) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_half, index), _mm256_permutevar8x32_ps(high_half, index),
                             _mm256_castsi256_ps(fourth_bit_on_top));
 }
 
-INLINE AVX2 void avx2_block_float32(const uint8_t *packed, __m256 low_half, __m256 high_half, float *out) {
+INLINE AVX2 void avx2_block_float32(const uint8_t *packed, __m256 low_half, __m256 high_half, float *out,
+                                     int stream) {
     const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
     for (int i = 0; i < 8; i++) { /* 4 bytes, 8 values */
         int32_t word;
         memcpy(&word, packed + 4 * i, 4);
         __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
-        _mm256_storeu_ps(out + 8 * i, lookup(low_half, high_half, index, _mm256_slli_epi32(index, 28)));
+        store_floats(out + 8 * i, lookup(low_half, high_half, index, _mm256_slli_epi32(index, 28)), stream);
     }
 }
 
@@ -65,7 +84,8 @@ INLINE AVX2 __m256i avx2_narrow(__m256 values, int type) {
     return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
 }
 
-INLINE AVX2 void avx2_block_16bit(const uint8_t *packed, __m256 low_half, __m256 high_half, uint16_t *out, int type) {
+INLINE AVX2 void avx2_block_16bit(const uint8_t *packed, __m256 low_half, __m256 high_half, uint16_t *out, int type,
+                                   int stream) {
     const __m256i low_byte = _mm256_set1_epi32(0xff), low_nibble = _mm256_set1_epi8(15);
     __m256i first = avx2_narrow(low_half, type), second = avx2_narrow(high_half, type);
     /* 32-bit lanes -> 16 bytes in order, the same in both 128-bit halves */
@@ -83,24 +103,37 @@ INLINE AVX2 void avx2_block_16bit(const uint8_t *packed, __m256 low_half, __m256
         __m256i codes = half ? _mm256_unpackhi_epi8(even, odd) : _mm256_unpacklo_epi8(even, odd);
         __m256i l = _mm256_shuffle_epi8(low_table, codes), h = _mm256_shuffle_epi8(high_table, codes);
         __m256i a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
-        _mm256_storeu_si256((__m256i *)(out + 32 * half), _mm256_permute2x128_si256(a, b, 0x20));
-        _mm256_storeu_si256((__m256i *)(out + 32 * half + 16), _mm256_permute2x128_si256(a, b, 0x31));
+        store_bytes(out + 32 * half, _mm256_permute2x128_si256(a, b, 0x20), stream);
+        store_bytes(out + 32 * half + 16, _mm256_permute2x128_si256(a, b, 0x31), stream);
     }
 }
 
-AVX2 static void avx2_dequantize(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type) {
+INLINE AVX2 void avx2_dequantize_as(const uint8_t *packed, const float *scales, int64_t blocks, void *out,
+                                    const int type, const int stream) {
     const __m256 low_half = _mm256_loadu_ps(tables.nf4), high_half = _mm256_loadu_ps(tables.nf4 + 8);
     for (int64_t b = 0; b < blocks; b++) {
         __m256 scale = _mm256_set1_ps(scales[b]);
         __m256 low = _mm256_mul_ps(low_half, scale), high = _mm256_mul_ps(high_half, scale);
         const uint8_t *from = packed + b * BLOCK_BYTES;
         if (type == FLOAT32)
-            avx2_block_float32(from, low, high, (float *)out + b * BLOCK);
-        else if (type == BFLOAT16)
-            avx2_block_16bit(from, low, high, (uint16_t *)out + b * BLOCK, BFLOAT16);
+            avx2_block_float32(from, low, high, (float *)out + b * BLOCK, stream);
         else
-            avx2_block_16bit(from, low, high, (uint16_t *)out + b * BLOCK, FLOAT16);
+            avx2_block_16bit(from, low, high, (uint16_t *)out + b * BLOCK, type, stream);
     }
+    if (stream) _mm_sfence();
+}
+
+AVX2 static void avx2_dequantize(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type,
+                                 int stream) {
+    stream = stream && aligned(out, 32);
+    if (type == FLOAT32 && stream)
+        avx2_dequantize_as(packed, scales, blocks, out, FLOAT32, 1);
+    else if (type == FLOAT32)
+        avx2_dequantize_as(packed, scales, blocks, out, FLOAT32, 0);
+    else if (type == BFLOAT16)
+        avx2_dequantize_as(packed, scales, blocks, out, BFLOAT16, stream);
+    else
+        avx2_dequantize_as(packed, scales, blocks, out, FLOAT16, stream);
 }
 
 INLINE AVX2 __m256 avx2_load(const void *in, int type, int64_t i) {
@@ -199,20 +232,35 @@ AVX2 static void avx2_dot(const uint8_t *packed, const float *scales, int64_t bl
     EACH_ROW_COUNT(avx2_dot_rows, packed, scales, blocks, high, low, stride)
 }
 
-AVX2 static void avx2_int8_dequantize(const int8_t *values, float scale, int64_t n, void *out, int type) {
+INLINE AVX2 int64_t avx2_int8_dense(const int8_t *values, float scale, int64_t n, void *out, int type, int stream) {
     const __m256 factor = _mm256_set1_ps(scale);
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(values + i)));
-        __m256 dense = _mm256_mul_ps(_mm256_cvtepi32_ps(wide), factor);
+    for (; i + 16 <= n; i += 16) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(values + i));
+        __m256 first = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), factor);
+        bytes = _mm_unpackhi_epi64(bytes, bytes);
+        __m256 second = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), factor);
         if (type == FLOAT32) {
-            _mm256_storeu_ps((float *)out + i, dense);
+            store_floats((float *)out + i, first, stream);
+            store_floats((float *)out + i + 8, second, stream);
         } else {
-            __m256i half = type == BFLOAT16 ? avx2_narrow(dense, BFLOAT16) : avx2_narrow(dense, FLOAT16);
-            __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0xd8);
-            _mm_storeu_si128((__m128i *)((uint16_t *)out + i), _mm256_castsi256_si128(packed));
+            __m256i halves = _mm256_packus_epi32(avx2_narrow(first, type), avx2_narrow(second, type));
+            store_bytes((uint16_t *)out + i, _mm256_permute4x64_epi64(halves, 0xd8), stream);
         }
     }
+    if (stream) _mm_sfence();
+    return i;
+}
+
+AVX2 static void avx2_int8_dequantize(const int8_t *values, float scale, int64_t n, void *out, int type, int stream) {
+    int64_t i;
+    stream = stream && aligned(out, 32);
+    if (type == FLOAT32)
+        i = avx2_int8_dense(values, scale, n, out, FLOAT32, stream);
+    else if (type == BFLOAT16)
+        i = avx2_int8_dense(values, scale, n, out, BFLOAT16, stream);
+    else
+        i = avx2_int8_dense(values, scale, n, out, FLOAT16, stream);
     for (; i < n; i++) store_float(out, type, i, (float)values[i] * scale);
 }
 
@@ -260,11 +308,8 @@ static const struct primitives avx2 = {
 
 /* ---- AVX-512: what gains by it, the rest as above ---- */
 
-AVX512 static void avx512_dequantize(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type) {
-    if (type != FLOAT32) {
-        avx2_dequantize(packed, scales, blocks, out, type);
-        return;
-    }
+INLINE AVX512 void avx512_dequantize_as(const uint8_t *packed, const float *scales, int64_t blocks, float *out,
+                                        const int stream) {
     const __m512 table = _mm512_loadu_ps(tables.nf4);
     const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
     for (int64_t b = 0; b < blocks; b++) {
@@ -274,9 +319,24 @@ AVX512 static void avx512_dequantize(const uint8_t *packed, const float *scales,
             memcpy(words, packed + b * BLOCK_BYTES + 8 * i, 8);
             __m512i index = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
             index = _mm512_srlv_epi32(index, shifts); /* the lookup reads the low four bits */
-            _mm512_storeu_ps((float *)out + b * BLOCK + 16 * i, _mm512_permutexvar_ps(index, scaled));
+            __m512 values = _mm512_permutexvar_ps(index, scaled);
+            if (stream)
+                _mm512_stream_ps(out + b * BLOCK + 16 * i, values);
+            else
+                _mm512_storeu_ps(out + b * BLOCK + 16 * i, values);
         }
     }
+    if (stream) _mm_sfence();
+}
+
+AVX512 static void avx512_dequantize(const uint8_t *packed, const float *scales, int64_t blocks, void *out, int type,
+                                     int stream) {
+    if (type != FLOAT32)
+        avx2_dequantize(packed, scales, blocks, out, type, stream);
+    else if (stream && aligned(out, 64))
+        avx512_dequantize_as(packed, scales, blocks, out, 1);
+    else
+        avx512_dequantize_as(packed, scales, blocks, out, 0);
 }
 
 INLINE AVX512 void avx512_dot_rows(const uint8_t *packed, const float *scales, int64_t blocks, const float *high,

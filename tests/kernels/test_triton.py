@@ -1,0 +1,149 @@
+"""The Triton kernels without a GPU: their answers in Triton's interpreter, and that a GPU's compiler takes them.
+
+The interpreter is chosen by an environment variable that triton reads when it is imported: hence a process of its own.
+"""
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def run(what: str, **environment: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    done = subprocess.run(
+        [sys.executable, __file__, what],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def test_triton_kernels_give_the_reference_s_answers_in_the_interpreter() -> None:
+    assert "all agree" in run("answers", TRITON_INTERPRET="1")
+
+
+def test_triton_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Path) -> None:
+    assert "compiled 5" in run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(a: torch.Tensor, b: torch.Tensor, what: object) -> None:
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[a.dtype]
+    assert a.shape == b.shape
+    assert float((a.float() - b.float()).norm()) <= tolerance * float(b.float().norm()) + 1e-6, (what, a.dtype)
+
+
+def stored_weights() -> None:
+    from graftlm.kernels import reference, triton
+
+    pick = random.Random(1)
+    for round_ in range(6):
+        outer, inner = pick.randint(2, 70), pick.choice([1, 64, 65, pick.randint(1, 300)])
+        whole = reference.nf4_quantize(randn(outer, inner, seed=round_))
+        weight = whole.narrow(1, outer - 1)
+        small = reference.int8_quantize(randn(outer, inner, seed=round_))
+        for dtype in FLOATS:
+            assert triton.agree(triton.nf4_dequantize(weight, dtype), reference.nf4_dequantize(weight, dtype))
+            assert triton.agree(triton.int8_dequantize(small, dtype), reference.int8_dequantize(small, dtype))
+        rows, dtype = pick.randint(1, 18), FLOATS[round_ % 3]
+        x, dy = randn(rows, 2 * inner, dtype=dtype)[:, ::2], randn(rows, outer - 1, dtype=dtype)
+        dense = reference.nf4_dequantize(weight, dtype).float()
+        assert_close(triton.matmul(x, weight), (x.float() @ dense.T).to(dtype), (rows, outer, inner))
+        assert_close(triton.matmul_t(dy, weight), (dy.float() @ dense).to(dtype), (rows, outer, inner))
+        assert_close(triton.matmul(randn(rows, inner), small), reference.matmul(randn(rows, inner), small), "int8")
+
+
+def routed() -> None:
+    from graftlm.kernels import reference, triton
+
+    pick = random.Random(2)
+    Routed = Callable[..., Sequence[torch.Tensor | None]]
+    for round_ in range(4):
+        dtype = FLOATS[round_ % 3]
+        inner, outer, slots = pick.randint(1, 150), pick.randint(1, 150), 5
+        ranks = [pick.choice([1, 3, 16, 17, 40]) for _ in range(slots)]
+        A = [None, *(randn(r, inner, dtype=dtype, seed=r) for r in ranks)]
+        B = [None, *(randn(outer, r, dtype=dtype, seed=r + 1) for r in ranks)]
+        scale = [1.0] + [0.5 + slot for slot in range(slots)]
+        cuts = sorted(pick.randint(0, 90) for _ in range(12))
+        ranges = [(cuts[i], cuts[i + 1], pick.randint(0, slots)) for i in range(11)]
+        x, dy = randn(95, inner, dtype=dtype, seed=3), randn(95, outer, dtype=dtype, seed=4)
+        outcomes: list[list[torch.Tensor | None]] = []
+        forwards: list[Routed] = [triton.low_rank_routed, reference.low_rank_routed]
+        for forward, backward, as_type in zip(
+            forwards, [triton.low_rank_routed_backward, reference.low_rank_routed_backward], [dtype, torch.float32]
+        ):
+            y, dx = randn(95, outer, seed=5).to(as_type), randn(95, inner, seed=6).to(as_type)
+            hidden = forward(y, x.to(as_type), ranges, A, B, scale)
+            dA, dB = backward(dy.to(as_type), x.to(as_type), hidden, ranges, A, B, scale, dx)
+            outcomes.append([y, dx, *hidden, *dA, *dB])
+        for ours, truth in zip(*outcomes, strict=True):
+            assert (ours is None) == (truth is None)
+            if ours is not None and truth is not None:
+                assert_close(ours, truth.to(ours.dtype), (round_, ours.shape))
+
+
+def own_checks() -> None:
+    from graftlm.kernels import triton
+
+    for operation in ("nf4_dequantize", "int8_dequantize", "matmul", "matmul_t", "low_rank_routed"):
+        assert triton.trust.allows(operation, torch.device("cpu")), triton.trust.reason
+
+
+def compile_for_a_gpu() -> None:
+    """Down to machine code for compute capability 8.0, which takes no GPU; consumer cards give a block 99 KiB."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from graftlm.kernels.triton import STAGES, kernels
+
+    weight = {"packed": "*u8", "absmax": "*u8", "group_scale": "*fp32", "offset": "*fp32", "start": "i64"}
+    weight |= {"nf4_code": "*fp32", "dynamic_code": "*fp32"}
+    routes = {"tiles": "*i32", "pointers": "*i64", "ranks": "*i32", "scales": "*fp32", "wide": "i32"}
+    routes |= {"h": "*bf16", "h_stride": "i32"}
+    sizes = dict.fromkeys(["rows", "summed", "made", "inner", "row_stride"], "i32")
+    tile = {"RANK_FIRST": False, "SCALED": True, "TOKENS": 64, "R": 128, "WIDE": 64, "WIDEN": False}
+    product = {"TRANSPOSED": False, "ROWS": 16, "MADE": 32, "SUMMED": 64, "WIDEN": False}
+    int8 = {"values": "*i8", "scale": "*fp32", "out": "*bf16", "inner": "i32", "count": "i64"}
+    for kernel, types, constants in (
+        (kernels.nf4_dequantize, weight | {"out": "*bf16", "count": "i64"}, {"TILE": 1024}),
+        (kernels.int8_dequantize, int8, {"TILE": 1024}),
+        (kernels.nf4_product, weight | sizes | {"x": "*bf16", "y": "*bf16"}, product),
+        (kernels.shrink, routes | {"x": "*bf16", "x_stride": "i32"}, tile),
+        (kernels.expand, routes | {"y": "*bf16", "y_stride": "i32"}, tile),
+    ):
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+        options = {"enable_fp_fusion": False, "num_stages": STAGES}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 99 << 10, (kernel.__name__, compiled.metadata.shared)
+    print("compiled 5")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "compile":
+        compile_for_a_gpu()
+    else:
+        own_checks()
+        stored_weights()
+        routed()
+        print("all agree")
