@@ -152,7 +152,9 @@ def ids(length: int = 11, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-def adapted(base: Base, *, targets: Sequence[str] = ("all-linear",), slot: int = 1, seed: int = 3, **plan: Any) -> Adapter:
+def adapted(
+    base: Base, *, targets: Sequence[str] = ("all-linear",), slot: int = 1, seed: int = 3, **plan: Any
+) -> Adapter:
     """An adapter with random B (so that it changes something), attached in `slot`."""
     values = {"rank": 3, "alpha": 5.0, **plan}
     adapter = new_adapter(base, choose(base, targets), Plan(**values), seed)
@@ -216,7 +218,7 @@ def mean_loss(model: Any, rows: Sequence[Document]) -> Tensor:
     return total / count
 
 
-def peft_config(base: Base | None, **changes: Any) -> LoraConfig:
+def peft_config(**changes: Any) -> LoraConfig:
     """A LoraConfig with uneven numbers."""
     return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 5, "lora_dropout": 0.0, **changes})
 
@@ -257,4 +259,6 @@ def own_attention(base: Base) -> Iterator[None]:
 
 def close(found: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
     """Equal within `rtol`, with an absolute part of `rtol` times the expected values' size."""
-    torch.testing.assert_close(found.float(), expected.float(), rtol=rtol, atol=rtol * expected.float().abs().max().item())
+    torch.testing.assert_close(
+        found.float(), expected.float(), rtol=rtol, atol=rtol * expected.float().abs().max().item()
+    )

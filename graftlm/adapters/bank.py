@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from graftlm import kernels
 from graftlm import segments as segs
+from graftlm.base.hf import embed
 from graftlm.base.linear import Stored, StoredLinear, StoredStack, product
 from graftlm.base.precision import Weight, restore
 from graftlm.kernels.counter import hash_words, keep_mask, uniform
@@ -326,13 +327,7 @@ class EmbeddingBank:
         return torch.cat(parts).view(output.shape)
 
     def _with(self, module: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
-        padding = getattr(module, "padding_idx", None)
-        module.padding_idx = None  # it only stops a gradient, and may lie outside of these rows  # pyright: ignore
-        try:
-            found = torch.func.functional_call(module, {"weight": weight}, (ids,), strict=False)
-        finally:
-            module.padding_idx = padding  # pyright: ignore
-        return found.to(self.compute)
+        return embed(module, weight, ids).to(self.compute)
 
 
 __all__ = [

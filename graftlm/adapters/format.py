@@ -11,6 +11,7 @@ below n - 1 times `base_layer.`, the last one's below none. Loading is strict: w
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -32,6 +33,10 @@ from graftlm.kernels.counter import hash_words
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "graft.json"
 _PREFIX = "base_model.model."
+_ROWS = "token_adapter.trainable_tokens_delta"
+_EXPERTS_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+_OF_VOCABULARY = ("weight", _ROWS)
+"""What only the embedding and the head have: a weight of their own, or some rows of it."""
 
 # Keys of PEFT's config that change what the adapter computes, with the only value that Graft's formula covers.
 _FORMULA: dict[str, Any] = {
@@ -46,6 +51,12 @@ _NEUTRAL = {
     "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora",
     "use_rslora", "inference_mode",
 }  # fmt: skip
+
+
+def _layers(base: Base) -> dict[str, Stored]:
+    """Every layer whose tensors a file may hold: the adaptable ones, and the head, which PEFT adapts when it is named."""
+    head = base.anatomy.head
+    return {**adaptable(base), **({base.anatomy.head_name: head} if isinstance(head, Stored) else {})}
 
 
 def _stack_groups(base: Base, names: list[str]) -> dict[str, list[str]]:
@@ -78,11 +89,9 @@ def tensors(base: Base, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _targets(base: Base, names: list[str]) -> list[str]:
-    """The shortest honest list for PEFT: last name parts where exactly these layers have them, else full names."""
-    every = [n for n, m in adaptable(base).items() if isinstance(m, StoredLinear)]
-    others = [n for n, m in base.model.named_modules() if isinstance(m, nn.Linear)] + [base.anatomy.head_name]
+    """The shortest honest list for PEFT: last name parts where exactly these modules have them, else full names."""
     ends = sorted({name.rpartition(".")[2] for name in names})
-    covered = {n for n in (*every, *others) if n.rpartition(".")[2] in ends}
+    covered = {n for n, _ in base.model.named_modules() if n.rpartition(".")[2] in ends}
     return ends if covered == set(names) else sorted(names)
 
 
@@ -90,11 +99,16 @@ def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
     """PEFT's `adapter_config.json` for this adapter."""
     plan = adapter.plan
     low = {name: slot for name, slot in adapter.slots.items() if isinstance(slot, LowRank)}
-    stored = adaptable(base)
+    stored = _layers(base)
     # A router's weight and a stack are parameters to PEFT, everything else is a module.
     routers = [n for n in low if not isinstance(base.model.get_submodule(n), Stored)]
     stacks = [n for n in low if isinstance(stored[n], StoredStack)]
     linears = [n for n in low if n not in routers and n not in stacks]
+    # In a mixture PEFT takes some module names for the experts of transformers 4 and rewrites them, those of dense layers too
+    # (`_convert_peft_config_moe`); named as parameters they keep their meaning, and their tensors the same keys.
+    mixture = any(isinstance(m, StoredStack) for m in stored.values())
+    rewritten = [n for n in linears if mixture and n.rpartition(".")[2] in _EXPERTS_OF_V4]
+    linears = [n for n in linears if n not in rewritten]
     turned = any(stored[n].turned for n in linears)
     rows = {name: list(s.tokens) for name, s in adapter.slots.items() if isinstance(s, Rows)}
     return {
@@ -109,14 +123,21 @@ def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": {re.escape(n): s.rank for n, s in low.items() if s.rank != plan.rank},
         "alpha_pattern": {re.escape(n): s.alpha for n, s in low.items() if s.alpha != plan.alpha},
         "target_modules": _targets(base, linears) if linears else [],
-        "target_parameters": sorted([f"{n}.weight" for n in routers] + stacks) or None,
+        "target_parameters": sorted([f"{n}.weight" for n in routers + rewritten] + stacks) or None,
         "modules_to_save": sorted(n for n, s in adapter.slots.items() if isinstance(s, Whole)) or None,
-        "trainable_token_indices": next(iter(rows.values())) if rows else None,
+        "trainable_token_indices": _indices(base, rows),
         "bias": "none",
         "fan_in_fan_out": turned,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _indices(base: Base, rows: dict[str, list[int]]) -> list[int] | dict[str, list[int]] | None:
+    """Trained token rows as PEFT writes them: a list means the embedding."""
+    if not rows:
+        return None
+    return rows[base.anatomy.embedding_name] if list(rows) == [base.anatomy.embedding_name] else rows
 
 
 def save(base: Base, adapter: Adapter, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -198,7 +219,7 @@ def _of_peft_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any
 
 def _fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> Adapter:
     """Sort the tensors into slots; every one must have its place and its shape."""
-    stored = adaptable(base)
+    stored = _layers(base)
     wanted_parameters = config.get("target_parameters") or []
     stacks = [
         n for n, m in stored.items()
@@ -208,6 +229,8 @@ def _fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tens
     whole = {base.anatomy.embedding_name, base.anatomy.head_name}
     places = {place: name for name, place in _places(base, [*others, *stacks]).items()}
     places.update({name: name for name in whole})
+    listed = {n for n in whole for m in config.get("modules_to_save") or () if n == m or n.endswith("." + m)}
+    rank, alpha = int(_positive(folder, config, "r")), _positive(folder, config, "lora_alpha")
 
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in named.items():
@@ -221,7 +244,13 @@ def _fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tens
             r"|token_adapter\.trainable_tokens_delta|weight)", path,
         )  # fmt: skip
         place = match.group(1) if match else ""
-        if match is None or place not in places:
+        if match is not None and match.group(2) == "weight":
+            place = place.removesuffix(".base_layer")
+            if place in whole and place not in listed:
+                _check_copy(base, folder, place, tensor)
+                continue
+        misplaced = match is not None and match.group(2) in _OF_VOCABULARY and place not in whole
+        if match is None or place not in places or misplaced:
             raise AdapterError(
                 f"{folder}: tensor '{key}' fits no layer of this base{nearest(place or path, places)} "
                 "Is it another architecture's adapter?"
@@ -229,22 +258,26 @@ def _fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tens
         grouped[places[place]][match.group(2).removesuffix(".weight")] = tensor
 
     plan = Plan(
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
+        rank=rank,
+        alpha=alpha,
         rank_stabilized=bool(config.get("use_rslora")),
         dropout=float(config.get("lora_dropout") or 0.0),
         dora=bool(config.get("use_dora")),
         whole=tuple(config.get("modules_to_save") or ()),
     )
     slots: dict[str, Slot] = {}
-    for name in [*stored, *whole]:
+    for name in dict.fromkeys([*stored, *sorted(whole)]):
         parts = grouped.get(name)
         if not parts:
             continue
+        if len(parts) > 1 and not parts.keys().isdisjoint(_OF_VOCABULARY):
+            raise AdapterError(f"{folder}: '{name}' is adapted in two ways at once: {', '.join(sorted(parts))}")
         if "weight" in parts:
-            slots[name] = Whole(_placed(base, parts["weight"]))
-        elif "token_adapter.trainable_tokens_delta" in parts:
-            slots[name] = _rows(base, folder, config, parts["token_adapter.trainable_tokens_delta"])
+            slots[name] = _whole(base, folder, name, parts["weight"])
+        elif _ROWS in parts:
+            slots[name] = _rows(base, folder, config, name, parts[_ROWS])
+        elif name not in stored:
+            raise AdapterError(f"{folder}: a low-rank adapter on '{name}' is not supported; its rows can be trained instead")
         else:
             slots[name] = _low_rank(base, folder, config, plan, name, stored[name], parts)
     _complete(base, folder, config, slots)
@@ -255,14 +288,44 @@ def _placed(base: Base, tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.to(base.device, torch.float32))
 
 
-def _rows(base: Base, folder: Path, config: dict[str, Any], values: Tensor) -> Rows:
-    indices = config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        indices = next(iter(indices.values()))
-    if not indices or len(indices) != len(values):
-        raise AdapterError(f"{folder}: {len(values)} token rows for trainable_token_indices {indices}")
-    weight: Any = base.anatomy.embedding.weight
-    return Rows(tuple(int(i) for i in indices), _placed(base, values), vocabulary=len(weight))
+def _positive(folder: Path, config: Mapping[str, Any], key: str) -> float:
+    """A number of the config that must be above zero and finite."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise AdapterError(f"{folder}/{CONFIG}: {key} is {value!r}, expected a number above 0; the adapter is damaged")
+    return value
+
+
+def _check_copy(base: Base, folder: Path, name: str, weight: Tensor) -> None:
+    """PEFT saves the embedding and the head beside an adapter that touches them; an unchanged copy says nothing new."""
+    own: Any = base.model.get_submodule(name).weight
+    if weight.shape != own.shape or not torch.equal(weight.to(own.device, own.dtype), own.detach()):
+        raise AdapterError(
+            f"{folder}: tensor '{name}.weight' is another one than this base's, and modules_to_save does not name it"
+        )
+
+
+def _whole(base: Base, folder: Path, name: str, weight: Tensor) -> Whole:
+    own: Any = base.model.get_submodule(name).weight
+    if weight.shape != own.shape:
+        raise AdapterError(f"{folder}: '{name}' has shape {tuple(weight.shape)}, expected {tuple(own.shape)}")
+    return Whole(_placed(base, weight))
+
+
+def _rows(base: Base, folder: Path, config: dict[str, Any], name: str, values: Tensor) -> Rows:
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((ids for module, ids in given.items() if name == module or name.endswith("." + module)), None)
+    indices = [int(i) for i in given or ()]
+    vocabulary, width = base.model.get_submodule(name).weight.shape
+    if tuple(values.shape) != (len(indices), width):
+        raise AdapterError(
+            f"{folder}: token rows of '{name}' have shape {tuple(values.shape)}, and {len(indices)} trainable_token_indices "
+            f"of width {width} are expected"
+        )
+    if len(set(indices)) < len(indices) or not all(0 <= i < vocabulary for i in indices):
+        raise AdapterError(f"{folder}: trainable_token_indices {indices} must differ and lie below {vocabulary}")
+    return Rows(tuple(indices), _placed(base, values), vocabulary=vocabulary)
 
 
 def _low_rank(
@@ -272,8 +335,11 @@ def _low_rank(
         missing = "lora_A" if "lora_A" not in parts else "lora_B"
         raise AdapterError(f"{folder}: layer '{name}' has no {missing}; the adapter is incomplete")
     A, B = parts["lora_A"], parts["lora_B"]
-    rank = int(_of_peft_pattern(name, config.get("rank_pattern"), plan.rank))
-    alpha = float(_of_peft_pattern(name, config.get("alpha_pattern"), plan.alpha))
+    patterns = {
+        "r": _of_peft_pattern(name, config.get("rank_pattern"), plan.rank),
+        "lora_alpha": _of_peft_pattern(name, config.get("alpha_pattern"), plan.alpha),
+    }
+    rank, alpha = int(_positive(folder, patterns, "r")), _positive(folder, patterns, "lora_alpha")
     experts = module.experts if isinstance(module, StoredStack) else 0
     out_features, in_features = module.shape[-2:]
     rows = rank * max(experts, 1)
@@ -282,7 +348,9 @@ def _low_rank(
             raise AdapterError(f"{folder}: {label} of '{name}' has shape {tuple(tensor.shape)}, expected {shape}")
     magnitude = parts.get("lora_magnitude_vector")
     if plan.dora != (magnitude is not None):
-        raise AdapterError(f"{folder}: use_dora is {plan.dora} and '{name}' has {'a' if plan.dora else 'no'} magnitude")
+        raise AdapterError(f"{folder}: use_dora is {plan.dora} and '{name}' has {'no' if magnitude is None else 'a'} magnitude")
+    if magnitude is not None and magnitude.numel() != out_features:
+        raise AdapterError(f"{folder}: the magnitude of '{name}' has {magnitude.numel()} values, expected {out_features}")
     return LowRank(
         A=_placed(base, A), B=_placed(base, B), scale=scale_of(alpha, rank, plan.rank_stabilized), alpha=alpha, rank=rank,
         dropout=plan.dropout, key=hash_words("dropout", name), experts=experts,
@@ -295,18 +363,26 @@ def _complete(base: Base, folder: Path, config: dict[str, Any], slots: Mapping[s
     targets = config.get("target_modules") or []
     head = base.anatomy.head_name
     expected: set[str] = set()
-    for name, module in adaptable(base).items():
+    for name, module in _layers(base).items():
         is_module = isinstance(base.model.get_submodule(name), StoredLinear)
         if isinstance(targets, str):
-            hit = is_module and (targets.lower() == "all-linear" or re.fullmatch(targets, name) is not None)
+            every = targets.lower() == "all-linear"
+            hit = is_module and (name != head if every else re.fullmatch(targets, name) is not None)
         else:
             hit = is_module and any(name == t or name.endswith("." + t) for t in targets)
         parameter = name if isinstance(module, StoredStack) else f"{name}.weight"
         hit = hit or any(
             parameter == t or parameter.endswith("." + t) for t in config.get("target_parameters") or []
         )
-        if hit and name != head:
+        if hit:
             expected.add(name)
+    for key in ("modules_to_save", "trainable_token_indices"):
+        for module in _modules_of(base, config.get(key)):
+            full = next((n for n in (base.anatomy.embedding_name, head) if n == module or n.endswith("." + module)), None)
+            if full is None:
+                raise AdapterError(f"{folder}/{CONFIG}: {key} '{module}' is neither this base's embedding nor its head")
+            if not isinstance(slots.get(full), Whole if key == "modules_to_save" else Rows):
+                raise AdapterError(f"{folder}: {key} names '{module}', and its tensor is missing; the adapter is incomplete")
     missing = sorted(expected - set(slots))
     if missing:
         raise AdapterError(
@@ -315,3 +391,12 @@ def _complete(base: Base, folder: Path, config: dict[str, Any], slots: Mapping[s
         )
     if not slots:
         raise AdapterError(f"{folder}: the adapter holds no tensors")
+
+
+def _modules_of(base: Base, value: Any) -> list[str]:
+    """The modules that `modules_to_save` or `trainable_token_indices` names; plain indices mean the embedding."""
+    if not value:
+        return []
+    if isinstance(value, list) and isinstance(value[0], int):
+        return [base.anatomy.embedding_name]
+    return [value] if isinstance(value, str) else list(value)

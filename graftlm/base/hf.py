@@ -16,6 +16,7 @@ The contract tests in `tests/base/test_hf.py` fail first when transformers chang
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -184,13 +188,34 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     model.get_submodule(parent).add_module(attribute, module)
 
 
-def _widen_output(embedding: nn.Module, compute: torch.dtype) -> None:
-    """Embeddings leave in the type of the products, so that the residual stream has it too."""
+def embed(embedding: Any, rows: Tensor, ids: Tensor) -> Tensor:
+    """An embedding's own forward over other `rows` (n, width), indexed by `ids`: a scale that its class applies comes along.
 
-    def widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.to(compute)
+    Its padding index does not: it only stops a gradient, and would name another row here.
+    """
+    weight, padding = embedding._parameters["weight"], getattr(embedding, "padding_idx", None)
+    embedding._parameters["weight"], embedding.padding_idx = rows, None
+    try:
+        return type(embedding).forward(embedding, ids)
+    finally:
+        embedding._parameters["weight"], embedding.padding_idx = weight, padding
 
-    embedding.register_forward_hook(widen)
+
+def _widen_output(embedding: Any, compute: torch.dtype) -> None:
+    """Embeddings leave in the type of the products, so that the residual stream has it too.
+
+    The rows are widened before the class scales them: Gemma rounds its scale to the type of the weight.
+    """
+    own = embedding.forward
+
+    def forward(ids: Tensor) -> Tensor:
+        if embedding.weight.dtype == compute:
+            return own(ids)
+        padding = getattr(embedding, "padding_idx", None)
+        rows = F.embedding(ids.reshape(-1), embedding.weight, padding).to(compute)  # (tokens, width)
+        return embed(embedding, rows, torch.arange(len(rows), device=ids.device).view(ids.shape))
+
+    embedding.forward = forward
 
 
 def _set_experts(model: PreTrainedModel) -> None:
@@ -249,11 +274,16 @@ class _Put(ConversionOps):
 
     def __init__(self, targets: dict[str, Stored]) -> None:
         self.targets = targets
+        self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (name, found, asked for)
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Tensor]:
         for name, value in input_dict.items():
-            self.targets[name].put(value[0] if isinstance(value, list) else value)
+            stored, found = self.targets[name], value[0] if isinstance(value, list) else value
+            if tuple(found.shape) == stored.original_shape:
+                stored.put(found)
+            else:
+                self.mismatched.append((name, tuple(found.shape), stored.original_shape))
             if context.get("missing_keys") is not None:
                 context["missing_keys"].discard(name)
         return {}
@@ -269,6 +299,7 @@ class StoredFormQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: StoredFormConfig
     targets: Targets
+    put: _Put
 
     @property
     def quantized_element_size(self) -> float | None:
@@ -277,10 +308,10 @@ class StoredFormQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         precision, compute = self.quantization_config.precision, self.quantization_config.compute
         self.targets = find_targets(model, precision)
-        self._by_name = self.targets.all()
+        self.put = _Put(self.targets.all())
         keep = DTYPES[kept_precision(precision)]
         head, embedding = _head_and_embedding(model)
-        taken = set(self._by_name)
+        taken = set(self.put.targets)
         for name, parameter in list(model.named_parameters()):
             if name in taken or not parameter.is_floating_point():
                 continue
@@ -291,10 +322,10 @@ class StoredFormQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self._by_name
+        return param_name in self.put.targets
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Put(self._by_name)
+        return self.put
 
     def is_serializable(self) -> bool:
         return False
@@ -306,37 +337,48 @@ class StoredFormQuantizer(HfQuantizer):
 
 def stream(
     path: str, precision: Precision, compute: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Targets]:
-    """Load a model folder tensor by tensor into its stored form.
+) -> tuple[PreTrainedModel, Targets, list[str]]:
+    """Load a model folder tensor by tensor into its stored form; also returns the tensors that the architecture has no use for.
 
     Memory at the peak: the final form, plus the largest tensor in the checkpoint's type and once more while converted.
     Raises ModelError for missing, unexpected-in-shape or unreadable tensors.
     """
-    keep = DTYPES[kept_precision(precision)]
-    with _quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            quantization_config=StoredFormConfig(precision, compute),
-            dtype=compute,
-            device_map={"": device} if device.type != "cpu" else None,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+    report = _Report()
+    try:
+        with _quiet(), report:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                quantization_config=StoredFormConfig(precision, compute),
+                dtype=compute,
+                device_map={"": device} if device.type != "cpu" else None,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                local_files_only=True,
+            )
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: its weights cannot be read ({_first_line(error)}); download the model again") from None
+    except RuntimeError as error:  # transformers says so when parts of a joined or stacked weight do not fit together
+        raise ModelError(f"{path}: the tensors do not fit the model's config; {report.fault or _first_line(error)}") from None
+    model, info = loaded
     quantizer: StoredFormQuantizer = model.hf_quantizer
     targets = quantizer.targets
+    info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.put.mismatched}
     _check_loaded(info, targets, path)
+    unused = sorted(info["unexpected_keys"])
     quantizer.remove_quantization_config(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
             del module.config._is_quantized
-    assert keep is not None
     install(model, targets, precision, compute)
-    return _ready(model), targets
+    return _ready(model), targets, unused
 
 
 def _check_loaded(info: Any, targets: Targets, path: str) -> None:
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(f"{path}: tensor '{name}' has shape {tuple(found)}, the config asks for {tuple(wanted)}")
     missing = sorted(info["missing_keys"])
     missing += sorted(n for n, s in targets.all().items() if s.weight is None and s.compressed is None and n not in missing)
     if missing:
@@ -344,13 +386,40 @@ def _check_loaded(info: Any, targets: Targets, path: str) -> None:
             f"{path}: {len(missing)} tensors are missing from the checkpoint, the first is '{missing[0]}'; "
             "download the model again, or start with --init random"
         )
-    if info["mismatched_keys"]:
-        name, found, wanted = sorted(info["mismatched_keys"])[0]
-        raise ModelError(f"{path}: tensor '{name}' has shape {tuple(found)}, the config asks for {tuple(wanted)}")
-    errors = info.get("conversion_errors") or {}
-    if errors or info.get("error_msgs"):
-        first = next(iter(errors.values()), "") or str(info.get("error_msgs"))
-        raise ModelError(f"{path}: the checkpoint does not load: {str(first).strip().splitlines()[-1]}")
+    if info["error_msgs"]:
+        raise ModelError(f"{path}: the checkpoint does not load: {_first_line(info['error_msgs'][0])}")
+
+
+class _Report(logging.Handler):
+    """Keeps what transformers reports about a load, which it says in its log only, off the user's terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.text = ""
+        self._logger = logging.getLogger("transformers.modeling_utils")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += record.getMessage() + "\n"
+
+    @property
+    def fault(self) -> str:
+        """What went wrong with the first weight that could not be put together, in transformers' own words."""
+        return next((line for line in self.text.splitlines() if line.startswith("Error: ")), "").removeprefix("Error: ")
+
+    def __enter__(self) -> None:
+        self._before = (self._logger.level, self._logger.propagate)
+        self._logger.setLevel(logging.WARNING)
+        self._logger.propagate = False
+        self._logger.addHandler(self)
+
+    def __exit__(self, *error: object) -> None:
+        self._logger.removeHandler(self)
+        level, self._logger.propagate = self._before
+        self._logger.setLevel(level)
+
+
+def _first_line(error: Any) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def adopt(
@@ -360,6 +429,12 @@ def adopt(
     targets = find_targets(model, precision)
     install(model, targets, precision, compute)
     return _ready(model), targets
+
+
+def has_causal_model(config: Any, trust_remote_code: bool) -> bool:
+    """Whether transformers, or the model's own code where it may run, has a causal language model for this config."""
+    own = getattr(config, "auto_map", None) or {}
+    return type(config) in AutoModelForCausalLM._model_mapping or (trust_remote_code and "AutoModelForCausalLM" in own)
 
 
 def fresh(config: Any, seed: int, trust_remote_code: bool) -> PreTrainedModel:
@@ -387,10 +462,16 @@ def load_dequantized(path: str, method: str, trust_remote_code: bool) -> PreTrai
         )
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True, **extra
             )
-            return model.dequantize() if not extra else model
+            model = model.dequantize() if not extra else model
+            # What it was is forgotten, so that it is saved as a plain model.
+            model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+            model.hf_quantizer = None
+            return model
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: its weights cannot be read ({_first_line(error)}); download the model again") from None
     except ImportError as error:
         raise ModelError(f"{path} is quantized with '{method}', and undoing that needs a package: {error}") from None
 
@@ -459,6 +540,13 @@ class _Given(nn.Module):
             return getattr(object.__getattribute__(self, "_body"), name)
 
 
+def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward whose inputs alone are kept; the backward pass runs it again. Its randomness is counter-based."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class Anatomy:
     """Where the parts of a causal language model are: body, head, embedding, layers."""
 
@@ -500,6 +588,12 @@ class Anatomy:
         hooks.append(head.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
         try:
             expected = self.model(input_ids=ids, use_cache=False).logits
+        except (TypeError, AttributeError, RuntimeError) as error:
+            compressed = any(isinstance(m, Stored) and m.compressed is not None for m in self.model.modules())
+            way_out = "take --precision float32 or bfloat16" if compressed else "please report this architecture"
+            raise ModelError(
+                f"{type(self.model).__name__} does not run over stored weights ({_first_line(error)}); {way_out}"
+            ) from None
         finally:
             for hook in hooks:
                 hook.remove()
@@ -554,10 +648,10 @@ class Anatomy:
     def checkpoint_layers(self, on: bool) -> int:
         """Keep only the inputs of each layer and run it again in the backward pass; returns how many layers do."""
         for layer in self.layers:
-            layer.gradient_checkpointing = on
-            # The layers run only in training mode; their children stay in evaluation mode, without dropout.
-            layer.training = on
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            # Not through transformers' switch: that works in training mode only, in which OPT's layers draw dropout.
+            layer.__dict__.pop("forward", None)
+            if on:
+                layer.forward = partial(_run_again, layer.forward)
         return len(self.layers)
 
 
@@ -569,6 +663,27 @@ def switch(model: PreTrainedModel, implementation: str) -> None:
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "_attn_implementation", None) not in (None, implementation):
             config._attn_implementation = implementation
+
+
+@contextmanager
+def short_windows(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Cut every attention window and chunk down to `length` tokens for a while, so that short documents are longer than it.
+
+    A model that applies its window only through the mask, which our attention does not read, shows itself then.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    changed: list[tuple[Any, str, int]] = []
+    for owner in (*configs.values(), *model.modules()):
+        for name in ("sliding_window", "attention_chunk_size"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value > length:
+                changed.append((owner, name, value))
+                setattr(owner, name, length)
+    try:
+        yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
 
 
 def position_dependent_rotary(config: Any) -> str | None:

@@ -84,6 +84,11 @@ class Stored(nn.Module):
         self.bank: Bank | None = None
         self.register_parameter("weight", None)
 
+    @property
+    def original_shape(self) -> tuple[int, ...]:
+        """The weight's shape in the original module."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.turned else self.shape
+
     def put(self, original: Tensor) -> None:
         """Take the weight in the original module's layout and bring it into the stored form.
 

@@ -137,12 +137,18 @@ def _checked(folder: Path, name: str, weights: bool) -> Path:
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The model's config; ModelError for one that transformers cannot read."""
+    """The model's config; ModelError for one that transformers cannot read, or that is no causal language model's."""
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         hint = "" if trust_remote_code else "; if you trust this model's own code, add --trust-remote-code"
         raise ModelError(f"{folder}/config.json is not understood: {str(error).splitlines()[0]}{hint}") from None
+    if not hf.has_causal_model(config, trust_remote_code):
+        raise ModelError(
+            f"{folder}: transformers has no causal language model of type '{config.model_type}'; Graft trains models that "
+            "AutoModelForCausalLM loads"
+        )
+    return config
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -187,6 +193,7 @@ def load_base(
     chosen = compute or default_compute(place)
     dtype = DTYPES[chosen]
     quantized = _quantization_of(folder)
+    notes: list[str] = []
     if init == "random":
         model, targets = hf.adopt(hf.fresh(config, seed, trust_remote_code), precision, dtype)
         model.to(place)
@@ -194,7 +201,9 @@ def load_base(
         model, targets = hf.adopt(hf.load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype)
         model.to(place)
     else:
-        model, targets = hf.stream(str(folder), precision, dtype, place, trust_remote_code)
+        model, targets, unused = hf.stream(str(folder), precision, dtype, place, trust_remote_code)
+        if unused:
+            notes.append(f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ...")
     base = Base(
         name=name,
         folder=folder,
@@ -205,6 +214,7 @@ def load_base(
         anatomy=hf.Anatomy(model),
         kept=targets.kept,
         random=init == "random",
+        notes=notes,
     )
     _choose_attention(base)
     return base
@@ -243,7 +253,8 @@ def _choose_attention(base: Base) -> None:
         with running(segments):
             return base.logits(base.hidden(ids[0].to(base.device), segments))
 
-    base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary)
+    with hf.short_windows(base.model, 5):
+        base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary)
     hf.switch(base.model, hf.ATTENTION if base.packs else own)
 
 

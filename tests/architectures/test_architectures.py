@@ -85,11 +85,6 @@ def test_full_training_equals_plain_pytorch_and_the_saved_folder_loads_in_transf
         found = tiny.plain_logits(again, tiny.ids(length))
         tiny.close(found, tiny.base_logits(base, tiny.ids(length), slot=0))
         tiny.close(found, tiny.plain_logits(plain, tiny.ids(length)), rtol=2e-3)  # three steps of AdamW apart
-    assert load_base(str(tmp_path.joinpath(".")), device="cpu").packs == base.packs if has_tokenizer(tmp_path) else True
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file()
 
 
 @every
@@ -129,10 +124,12 @@ def test_all_linear_names_the_tensors_that_pefts_all_linear_names(architecture: 
     base = loaded(architecture, "float32")
     peft = get_peft_model(tiny.plain(base.folder), tiny.peft_config(target_modules="all-linear"))
     peft.save_pretrained(tmp_path)
-    theirs = adapter_format.load(base, tmp_path)
-    ours = tiny.adapted(base)
-    expected = {name: tuple(p.shape) for name, p in theirs.parameters().items()}
-    assert {name: tuple(p.shape) for name, p in ours.parameters().items()} == expected
+    theirs = {name: tuple(p.shape) for name, p in adapter_format.load(base, tmp_path).parameters().items()}
+    ours = {name: tuple(p.shape) for name, p in tiny.adapted(base).parameters().items()}
+    if architecture not in tiny.MIXTURES:
+        assert ours == theirs
+    # In mixtures PEFT doubles the rank of the fused gate and up stacks, and leaves out a layer without experts.
+    assert set(theirs) == {name for name in ours if architecture != "qwen3_moe" or ".1.mlp." not in name}
 
 
 @every
@@ -161,7 +158,8 @@ def test_the_nf4_base_holds_what_bitsandbytes_stores(architecture: str) -> None:
         key = name if isinstance(module, StoredStack) else f"{name}.weight"
         turned = isinstance(module, StoredLinear) and isinstance(modules[name], Conv1D)
         weight = source[key].T.contiguous() if turned else source[key]
-        codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        # Flat: on CPUs bitsandbytes 0.50 mixes up the scales of rows longer than 64 that are no multiple of 64.
+        codes, state = bnb.quantize_4bit(weight.reshape(-1), blocksize=64, compress_statistics=True, quant_type="nf4")
         expected = bnb.dequantize_4bit(codes, state).reshape(weight.shape)
         assert torch.equal(found[key], expected.T if turned else expected), key
     linears = [m for n, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) and n != base.anatomy.head_name]

@@ -1,0 +1,215 @@
+"""Which layers get an adapter, putting it on and off, and several adapters beside each other."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from graftlm.adapters.attach import Plan, attach, choose, coverage, detach, new_adapter, whole_modules
+from graftlm.base import hf
+from graftlm.base.load import Base, load_base
+from graftlm.errors import ConfigError
+from graftlm.segments import Segments, running
+from graftlm.training.loop import train
+
+
+def loaded(architecture: str, precision: str = "float32") -> Base:
+    return load_base(str(tiny.folder(architecture)), precision=precision, compute="float32", device="cpu")  # type: ignore[arg-type]
+
+
+def ends(names: list[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+def test_targets_name_all_linear_layers_those_of_attention_of_the_mlp_or_patterns() -> None:
+    base = loaded("llama")
+    attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+    every = choose(base, ("all-linear",))
+    assert ends(every) == attention | mlp
+    assert len(every) == 14
+    assert ends(choose(base, ("attention",))) == attention
+    assert ends(choose(base, ("mlp",))) == mlp
+    assert choose(base, ("model.layers.1.mlp.up_proj",)) == ["model.layers.1.mlp.up_proj"]
+    assert len(choose(base, ("up_proj", "mlp.down_proj"))) == 4
+    assert len(choose(base, ("*.layers.1.*", "q_proj"))) == 8
+    assert choose(base, ("q_proj", "attention", "mlp")) == every
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_attention_and_mlp_are_all_linear_layers_and_share_none(architecture: str) -> None:
+    base = loaded(architecture)
+    attention, mlp = choose(base, ("attention",)), choose(base, ("mlp",))
+    assert attention
+    assert mlp
+    assert sorted(attention + mlp) == sorted(choose(base, ("all-linear",)))
+
+
+def test_experts_and_their_router_belong_to_the_mlp() -> None:
+    names = ends(choose(loaded("mixtral"), ("mlp",)))
+    assert names == {"gate", "gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("q_prj", "did you mean 'q_proj'"), ("atention", "did you mean 'attention'"), ("all_linear", "'all-linear'"),
+     ("*.layers.9.*", "known: "), ("lm_head", "--modules-to-save head")],
+)  # fmt: skip
+def test_a_target_that_matches_nothing_is_refused_with_the_nearest_name(target: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"target '{target}'".replace("*", r"\*")) as error:
+        choose(loaded("llama"), ("q_proj", target))
+    assert words in str(error.value)
+
+
+def test_patterns_of_rank_and_alpha_must_match_an_adapted_layer() -> None:
+    base = loaded("llama")
+    layers = choose(base, ("q_proj",))
+    for change in ({"ranks": {"k_proj": 3}}, {"alphas": {"q_prj": 3.0}}):
+        with pytest.raises(ConfigError, match="matches no adapted layer"):
+            new_adapter(base, layers, Plan(rank=2, alpha=3.0, **change), 0)  # type: ignore[arg-type]
+
+
+def test_the_first_pattern_that_names_a_layer_gives_its_rank_and_alpha() -> None:
+    base = loaded("llama")
+    plan = Plan(rank=2, alpha=3.0, ranks={"layers.0.self_attn.q_proj": 5, "q_proj": 4}, alphas={"v_proj": 7.0})
+    slots = new_adapter(base, choose(base, ("q_proj", "v_proj")), plan, 0).slots
+    found = {name.removeprefix("model.layers."): (slot.rank, slot.scale) for name, slot in slots.items()}  # type: ignore[union-attr]
+    assert found == {
+        "0.self_attn.q_proj": (5, 3 / 5), "1.self_attn.q_proj": (4, 3 / 4),
+        "0.self_attn.v_proj": (2, 7 / 2), "1.self_attn.v_proj": (2, 7 / 2),
+    }  # fmt: skip
+
+
+def test_modules_trained_whole_are_the_embeddings_and_the_head() -> None:
+    base = loaded("llama")
+    assert whole_modules(base, ("embeddings", "lm_head")) == ["model.embed_tokens", "lm_head"]
+    with pytest.raises(ConfigError, match="did you mean 'embeddings'"):
+        whole_modules(base, ("embedings",))
+    with pytest.raises(ConfigError, match="exclude each other"):
+        new_adapter(base, [], Plan(rank=2, alpha=3.0, whole=("embeddings",), tokens=(4,)), 0)
+
+
+@pytest.mark.parametrize("change", [{"dropout": 0.1}, {"dora": True}])
+def test_dropout_and_dora_are_refused_on_stacked_experts(change: dict[str, object]) -> None:
+    base = loaded("mixtral")
+    with pytest.raises(ConfigError, match="stacked experts"):
+        new_adapter(base, choose(base, ("all-linear",)), Plan(rank=2, alpha=3.0, **change), 0)  # type: ignore[arg-type]
+    new_adapter(base, choose(base, ("attention",)), Plan(rank=2, alpha=3.0, **change), 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("precision", ["float32", "nf4"])
+def test_attaching_and_detaching_leaves_the_base_as_it_was(architecture: str, precision: str) -> None:
+    base = loaded(architecture, precision)
+    before = {n: t.clone() for n, t in hf.plain_state(base.model, torch.float32).items()}
+    expected, held = tiny.base_logits(base, tiny.ids(), slot=0), base.bytes
+    whole = {} if architecture == "mixtral" else {"whole": ("embeddings", "head")}
+    tiny.adapted(base, slot=3, **whole)
+    assert not torch.equal(tiny.base_logits(base, tiny.ids(), slot=3), expected)
+    tiny.close(tiny.base_logits(base, tiny.ids(), slot=0), expected, rtol=1e-6)
+    detach(base, slot=3)
+    for slot in (0, 3):
+        assert torch.equal(tiny.base_logits(base, tiny.ids(), slot=slot), expected)
+    after = hf.plain_state(base.model, torch.float32)
+    assert set(after) == set(before)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert base.bytes == held
+
+
+def test_detaching_one_slot_leaves_the_other() -> None:
+    base = loaded("llama")
+    tiny.adapted(base, slot=1, seed=1)
+    expected = tiny.base_logits(base, tiny.ids(), slot=1)
+    tiny.adapted(base, slot=2, seed=2, targets=("mlp",), rank=5)
+    detach(base, slot=2)
+    assert torch.equal(tiny.base_logits(base, tiny.ids(), slot=1), expected)
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "ranks": {"rank": 7, "targets": ("mlp",)},
+    "dora": {"dora": True, "rank": 2},
+    "whole": {"whole": ("embeddings", "head"), "targets": ("v_proj",)},
+    "tokens": {"tokens": (5, 9, 17), "rank_stabilized": True},
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_different_kinds_in_one_batch_are_each_as_alone(architecture: str, kind: str) -> None:
+    if architecture == "mixtral" and kind == "dora":
+        pytest.skip("refused on experts")
+    base = loaded(architecture)
+    tiny.adapted(base, slot=1, seed=1)
+    second = tiny.adapted(base, slot=2, seed=2, **KINDS[kind])  # type: ignore[arg-type]
+    for name, parameter in second.parameters().items():
+        if "lora" not in name:
+            with torch.no_grad():
+                parameter.mul_(1.2)
+    lengths, slots = (5, 7, 3, 3, 8), (0, 1, 1, 2, 2)
+    parts = [tiny.ids(n, seed=40 + i) for i, n in enumerate(lengths)]
+    segments = Segments(lengths=lengths, slots=slots)
+    with torch.no_grad(), running(segments):
+        hidden = base.hidden(torch.cat(parts), segments)
+        found = base.logits(hidden)
+    for part, slot, logits in zip(parts, slots, found.split(lengths), strict=True):
+        tiny.close(logits, tiny.base_logits(base, part, slot=slot), rtol=1e-5)
+    alone = {slot: tiny.base_logits(base, parts[1], slot=slot) for slot in (0, 1, 2)}
+    assert (alone[1] - alone[0]).abs().max() > 0.01
+    assert (alone[2] - alone[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "bloom"])
+def test_two_trials_trained_together_are_each_as_trained_alone(architecture: str) -> None:
+    plans = ({"rank": 3, "seed": 1}, {"rank": 5, "seed": 2, "targets": ("attention",)})
+    rows = (tiny.documents((9, 4, 12), seed=1), tiny.documents((5, 12, 4, 3), seed=2))
+    if architecture != "mixtral":
+        plans = tuple({**plan, "dropout": 0.2} for plan in plans)  # type: ignore[assignment]
+    base = loaded(architecture)
+    together = [
+        tiny.trial(base, tiny.adapted(base, slot=i + 1, **plan), rows[i], slot=i + 1)  # type: ignore[arg-type]
+        for i, plan in enumerate(plans)
+    ]
+    train(base, together, 26, tiny.Heard())
+    for i, plan in enumerate(plans):
+        base = loaded(architecture)
+        alone = tiny.trial(base, tiny.adapted(base, slot=1, **plan), rows[i])  # type: ignore[arg-type]
+        train(base, [alone], 17, tiny.Heard())
+        for name, parameter in alone.parameters.items():
+            tiny.close(together[i].parameters[name], parameter, rtol=2e-3)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_coverage_adds_up(architecture: str) -> None:
+    base = loaded(architecture)
+    adapter = tiny.adapted(base, targets=("attention",), whole=("head",), tokens=(4, 9, 11))
+    rows = coverage(base, adapter)
+    assert sum(row.parameters for row in rows) == adapter.count == sum(p.numel() for p in adapter.parameters().values())
+    assert sum(row.adapted for row in rows) == len(adapter.slots)
+    assert all(0 <= row.adapted <= row.total for row in rows)
+    assert sum(row.total for row in rows) == len(choose(base, ("all-linear",))) + 2
+    assert adapter.bytes == 4 * adapter.count
+
+
+def test_coverage_says_how_each_kind_is_trained() -> None:
+    base = loaded("llama")
+    ranks = {"layers.1.self_attn.q_proj": 5}
+    adapter = tiny.adapted(base, targets=("q_proj",), ranks=ranks, whole=("head",), tokens=(4, 9))
+    rows = {row.kind: (row.adapted, row.total, row.parameters, row.rank) for row in coverage(base, adapter)}
+    assert rows["q_proj"] == (2, 2, (3 + 5) * (28 + 40), "3, 5")
+    assert rows["v_proj"] == (0, 2, 0, "")
+    assert rows["lm_head"] == (1, 1, 83 * 28, "whole")
+    assert rows["embed_tokens"] == (1, 1, 2 * 28, "rows")
+
+
+def test_a_new_adapter_depends_on_its_seed_and_its_layers_names_alone() -> None:
+    base = loaded("llama")
+    every = new_adapter(base, choose(base, ("all-linear",)), Plan(rank=3, alpha=5.0), 7)
+    few = new_adapter(base, choose(base, ("v_proj",)), Plan(rank=3, alpha=5.0), 7)
+    for name, parameter in few.parameters().items():
+        assert torch.equal(parameter, every.parameters()[name])
+    other = new_adapter(base, choose(base, ("v_proj",)), Plan(rank=3, alpha=5.0), 8)
+    name = "model.layers.0.self_attn.v_proj.lora_A.weight"
+    assert not torch.equal(other.parameters()[name], few.parameters()[name])
+    assert few.parameters()[name].abs().max() <= 28**-0.5
+    attach(base, few)
+    assert torch.equal(tiny.base_logits(base, tiny.ids(), slot=1), tiny.base_logits(base, tiny.ids(), slot=0))
