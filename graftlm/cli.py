@@ -1,8 +1,8 @@
 """The command line: arguments -> config -> one call. No logic of its own.
 
-Options are made from the config classes, so a flag, a key of a YAML file and a line of the documentation are one thing.
-Results go to standard output, everything else to standard error; `--json` makes the result one JSON object. Exit status:
-0 done, 2 something the user can mend, 128 + n stopped by signal n.
+Options are made from the config classes, so a flag, a key of a YAML file and a line of the documentation are one
+thing. Results go to standard output, everything else to standard error; `--json` makes the result one JSON object. Exit
+status: 0 done, 2 something the user can mend, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def options(config_class: type[Config], *, positional: str | None = None, file: 
         parameters: list[inspect.Parameter] = []
         keyword = inspect.Parameter.KEYWORD_ONLY
         if file:
-            given = Annotated[Path | None, typer.Argument(help="YAML file of options; flags win over it", show_default=False)]
+            given = Annotated[
+                Path | None, typer.Argument(help="YAML file of options; flags win over it", show_default=False)
+            ]
             parameters.append(inspect.Parameter("config_file", keyword, annotation=given, default=None))
         for name, spec in config_class.model_fields.items():
             kind, repeated = _flag_type(spec.annotation)
@@ -68,7 +70,8 @@ def options(config_class: type[Config], *, positional: str | None = None, file: 
                 text = f"{text} [dim]\\[{' | '.join(map(str, get_args(_plain(spec.annotation))))}][/dim]"
             shown = spec.default
             if not spec.is_required() and shown not in (None, False, (), {}):
-                text = f"{text} [dim]\\[default: {', '.join(map(str, shown)) if isinstance(shown, tuple) else shown}][/dim]"
+                default = ", ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+                text = f"{text} [dim]\\[default: {default}][/dim]"
             if name == positional:
                 info: Any = typer.Argument(help=text, show_default=False)
             else:
@@ -116,7 +119,9 @@ class _errors:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(message, style="red" if status == 2 else "", highlight=False, markup=False)
+    Console(stderr=True, soft_wrap=True).print(
+        message, style="red" if status == 2 else "", highlight=False, markup=False
+    )
     raise SystemExit(status)
 
 
@@ -128,8 +133,8 @@ def _print_json(value: Any) -> None:
 
 
 @app.command(
-    epilog="Examples:  graft train --model demo --data demo --out runs/first   |   "
-    "graft train --model Qwen/Qwen3-0.6B --data train.jsonl --method qlora --out runs/q   |   graft train run.yaml"
+    epilog="Examples:\n\ngraft train --model demo --data demo --out runs/first\n\n"
+    "graft train --model Qwen/Qwen3-0.6B --data train.jsonl --method qlora --out runs/q\n\ngraft train run.yaml"
 )
 @options(TrainConfig, file=True)
 def train(config: TrainConfig, json: Json = False) -> None:
@@ -177,9 +182,9 @@ def check(config: CheckConfig, json: Json = False) -> None:
         raise SystemExit(2)
 
 
-@app.command()
+@app.command(epilog="Example:  graft demo --steps 80 --out runs/demo")
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each method.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each method.")] = 80,
     out: Annotated[Path, typer.Option(help="Folder for the three runs.")] = Path("runs/demo"),
     json: Json = False,
 ) -> None:
@@ -210,6 +215,8 @@ def root(
 def main() -> None:
     """The command `graft`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Threads that wait for each other by spinning are up to 20 times slower on a machine that does other work as well.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
 
 

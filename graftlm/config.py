@@ -1,7 +1,7 @@
 """Every option of every command, once: its type, unit, default and one line of help.
 
-The command line, the YAML file, the documentation (`docs/options.md`) and `config.json` of a run are all made from these
-classes. A config is frozen; it is checked where it is built; an unknown key is refused with the nearest known one.
+The command line, the YAML file, the documentation (`docs/options.md`) and `config.json` of a run are all made from
+these classes. A config is frozen and checked where it is built; an unknown key is refused with the nearest known one.
 
     TrainConfig      graft train       which base, which data, what is trained, how
     GenerateConfig   graft generate    a prompt through a base and, if asked, an adapter
@@ -35,7 +35,7 @@ def _split(value: Any) -> Any:
     out: list[Any] = []
     for part in parts:
         out.extend(re.split(r",(?![^\[({]*[\])}])", part) if isinstance(part, str) else [part])
-    return tuple(p.strip() if isinstance(p, str) else p for p in out)
+    return tuple(p.strip() if isinstance(p, str) else p for p in out if p != "")
 
 
 def _mapping(value: Any) -> Any:
@@ -89,10 +89,13 @@ class Config(BaseModel):
             lines: list[str] = []
             for problem in error.errors():
                 where = "-".join(str(p) for p in problem["loc"][:1]).replace("_", "-")
-                message = problem["msg"].removeprefix("Value error, ")
+                message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
                 missing = problem["type"] == "missing"
-                found = f", found {problem['input']!r}" if where and not missing else ""
-                lines.append(f"{where}: required, give --{where}" if missing else f"{where}: {message}{found}".strip(": "))
+                said = missing or problem["type"] == "value_error"  # our own messages name what they found
+                found = f", found {problem['input']!r}" if where and not said else ""
+                lines.append(
+                    f"{where}: required, give --{where}" if missing else f"{where}: {message}{found}".strip(": ")
+                )
             raise ConfigError("\n".join(lines)) from None
 
     @classmethod
@@ -105,7 +108,7 @@ class Config(BaseModel):
                 raise ConfigError(f"no such config file: {file}")
             try:
                 loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{file} is not YAML: {error}") from None
             if not isinstance(loaded, dict):
                 raise ConfigError(f"{file} must hold `option: value` lines, found {type(loaded).__name__}")
@@ -147,7 +150,9 @@ class TrainConfig(Config):
 
     # Data
     data: Sources = option(
-        ..., "training data: FILE[:weight] (jsonl, json, csv, parquet), a hub id, or `demo`; repeat to mix", group="data"
+        ...,
+        "training data: FILE[:weight] (jsonl, json, csv, parquet), a hub id, or `demo`; repeat to mix",
+        group="data",
     )
     eval_data: str | None = option(
         None, "held-out data: a file, `demo`, or a share of the training rows such as 5%", group="data"
@@ -167,7 +172,9 @@ class TrainConfig(Config):
     rank: int = option(16, "rank r of A (r, in) and B (out, r)", group="adapter", ge=1)
     alpha: float | None = option(None, "scale numerator: s = alpha / r; default 2 x rank", group="adapter", gt=0)
     rank_stabilized: bool = option(False, "scale s = alpha / sqrt(r) (rsLoRA)", group="adapter")
-    dropout: float = option(0.0, "share of an adapter's input features dropped in training", group="adapter", ge=0, lt=1)
+    dropout: float = option(
+        0.0, "share of an adapter's input features dropped in training", group="adapter", ge=0, lt=1
+    )
     dora: bool = option(False, "train each output's magnitude beside the direction (DoRA)", group="adapter")
     targets: Names = option(
         ("all-linear",), "all-linear (the head excluded), attention, mlp, or name patterns", group="adapter"
@@ -185,12 +192,14 @@ class TrainConfig(Config):
     learning_rate: float | None = option(
         None, "peak learning rate; default 2e-4 for lora and qlora, 2e-5 for full", group="optimization", gt=0
     )
-    b_learning_rate_ratio: float = option(
-        1.0, "learning rate of B over that of A (LoRA+)", group="optimization", gt=0
-    )
+    b_learning_rate_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+)", group="optimization", gt=0)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "after the warm-up", group="optimization")
-    warmup: float = option(0.03, "share of the steps over which the learning rate rises", group="optimization", ge=0, lt=1)
-    epochs: float | None = option(None, "passes over the data; default 1 when steps is not given", group="optimization", gt=0)
+    warmup: float = option(
+        0.03, "share of the steps over which the learning rate rises", group="optimization", ge=0, lt=1
+    )
+    epochs: float | None = option(
+        None, "passes over the data; default 1 when steps is not given", group="optimization", gt=0
+    )
     steps: int | None = option(None, "optimizer steps, instead of epochs", group="optimization", ge=1)
     batch_size: int = option(16, "documents in one optimizer step; this decides the result", group="optimization", ge=1)
     weight_decay: float = option(0.0, "decoupled weight decay, on matrices only", group="optimization", ge=0)
@@ -212,7 +221,9 @@ class TrainConfig(Config):
     out: Path = option(..., "run folder to write", group="run")
     resume: bool = option(False, "go on from the newest valid checkpoint in --out", group="run")
     eval_every: int | None = option(None, "evaluate every N steps; default ten times a run", group="run", ge=1)
-    save_every: int | None = option(None, "write a checkpoint every N steps; default only when stopped", group="run", ge=1)
+    save_every: int | None = option(
+        None, "write a checkpoint every N steps; default only when stopped", group="run", ge=1
+    )
     keep_checkpoints: int = option(2, "newest checkpoints kept beside the best", group="run", ge=1)
     track: Names = option((), "also log to tensorboard, wandb, mlflow", group="run")
 
@@ -232,6 +243,15 @@ class TrainConfig(Config):
             raise ValueError("method full trains every module already; leave --modules-to-save out")
         if self.method == "full" and self.train_tokens:
             raise ValueError("method full trains every token's row already; leave --train-tokens out")
+        if self.method == "full":
+            adapter_only = {
+                "dropout": self.dropout, "dora": self.dora, "rank-stabilized": self.rank_stabilized,
+                "rank-pattern": self.rank_pattern, "alpha-pattern": self.alpha_pattern,
+                "b-learning-rate-ratio": self.b_learning_rate_ratio != 1,
+            }  # fmt: skip
+            for name, given in adapter_only.items():
+                if given:
+                    raise ValueError(f"--{name} is for an adapter and method full has none; leave it out, or take lora")
         if self.method != "full" and self.init == "random":
             raise ValueError(f"--init random trains every weight and needs --method full, found {self.method}")
         if self.method != "full" and self.save_precision is not None:
@@ -241,6 +261,9 @@ class TrainConfig(Config):
         for name, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank-pattern '{name}' must be at least 1, found {rank}")
+        for name, alpha in self.alpha_pattern.items():
+            if alpha <= 0:
+                raise ValueError(f"alpha-pattern '{name}' must be above 0, found {alpha:g}")
         if not self.targets and self.method != "full":
             raise ValueError("targets is empty; take all-linear, attention, mlp, or name patterns")
         if not self.data:
@@ -299,6 +322,8 @@ class CheckConfig(Config):
     model: str = option(..., "base model whose tokenizer and template are used")
     eval_data: str | None = option(None, "held-out data, checked for overlap with the training data")
     train_on: Literal["all", "last"] = option("all", "which assistant turns of a chat are trained")
-    max_tokens_per_document: int | None = option(None, "length limit in tokens; default the model's longest position", ge=2)
+    max_tokens_per_document: int | None = option(
+        None, "length limit in tokens; default the model's longest position", ge=2
+    )
     template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=r"^\d{4}-\d{2}-\d{2}$")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")

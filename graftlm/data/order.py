@@ -77,7 +77,8 @@ def _epoch(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, epoch:
     parts: list[np.ndarray] = []
     offset = 0
     for size, weight in zip(sizes, weights):
-        whole, rest = divmod(_share(size, weight), max(size, 1))  # a source may have lost all its rows: too long, held out
+        # A source may have lost all its rows to --too-long drop or to the held-out share.
+        whole, rest = divmod(_share(size, weight), max(size, 1))
         documents = np.arange(offset, offset + size, dtype=np.int64)
         parts.extend([documents] * whole)
         if rest:

@@ -30,7 +30,7 @@ DATA = "demo"
 BATCH = 16
 RANK = 16
 # Found on this base and data by trying a few of each: the adapters want more than full training, as everywhere.
-LEARNING_RATES: dict[Method, float] = {"full": 1e-3, "lora": 5e-3, "qlora": 5e-3}
+LEARNING_RATES: dict[Method, float] = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}
 SAMPLES = 3
 
 

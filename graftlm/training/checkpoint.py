@@ -3,8 +3,8 @@
     checkpoints/000040/  trainable.safetensors  optimizer.safetensors  state.json  manifest.json
     best.json            which step had the lowest held-out loss
 
-There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is whole or not there (see
-`files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete.
+There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is whole or not there
+(see `files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from graftlm.training.trial import Evaluation, RowLoss, Trial
 def save(run: Path, trial: Trial, identity: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint of `trial` after its current step; keeps the newest `keep` and the best."""
     place = run / "checkpoints" / f"{trial.step:06d}"
+    for left in place.parent.glob(".*"):  # half-written, by a process that was killed; the run folder is ours alone
+        shutil.rmtree(left, ignore_errors=True)
     with whole_folder(place, manifest=True) as folder:
         tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
         save_file(tensors, folder / "trainable.safetensors")
-        save_file({n: t.cpu().contiguous() for n, t in trial.optimizer.state().items()}, folder / "optimizer.safetensors")
+        save_file(
+            {n: t.cpu().contiguous() for n, t in trial.optimizer.state().items()}, folder / "optimizer.safetensors"
+        )
         state = {
             "step": trial.step,
             "optimizer_steps": trial.optimizer.steps,
@@ -41,8 +45,7 @@ def save(run: Path, trial: Trial, identity: dict[str, Any], keep: int) -> Path:
             "identity": identity,
         }
         write_json(folder / "state.json", state)
-    if trial.best is not None:
-        write_json(run / "best.json", {"step": trial.best.step, "loss": trial.best.loss})
+    name_best(run, trial)
     best = trial.best.step if trial.best is not None else -1
     for old in _folders(run)[:-keep]:
         if int(old.name) != best:
@@ -50,33 +53,40 @@ def save(run: Path, trial: Trial, identity: dict[str, Any], keep: int) -> Path:
     return place
 
 
-def newest(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; None when none was ever written.
+def name_best(run: Path, trial: Trial) -> None:
+    """Write best.json."""
+    if trial.best is not None:
+        write_json(run / "best.json", {"step": trial.best.step, "loss": trial.best.loss})
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, or None when none was ever written; and what is wrong with newer ones.
 
     Raises RunError when there are some and every one is damaged.
     """
-    folders = _folders(run)
     problems: list[str] = []
-    for folder in reversed(folders):
+    for folder in reversed(_folders(run)):
         problem = damage(folder)
         if problem is None:
-            return folder
+            return folder, problems
         problems.append(f"{folder.name}: {problem}")
     if problems:
         raise RunError(f"{run}: no checkpoint is whole ({'; '.join(problems)}); start over in another --out")
-    return None
+    return None, problems
 
 
 def load(folder: Path, trial: Trial, identity: dict[str, Any]) -> None:
     """Put a checkpoint back into `trial`; RunError names every option, data or base that is not the same any more."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     changed = [
-        f"{key} was {state['identity'].get(key)!r}, now {value!r}"
+        f"{key.replace('_', '-')} was {state['identity'].get(key)!r}, now {value!r}"
         for key, value in identity.items()
         if state["identity"].get(key) != value
     ]
     if changed:
-        raise RunError(f"{folder} belongs to another run: {'; '.join(changed)}. Take the same options, or another --out")
+        raise RunError(
+            f"{folder} belongs to another run: {'; '.join(changed)}. Take the same options, or another --out"
+        )
     load_parameters(folder, trial)
     trial.optimizer.load(load_file(folder / "optimizer.safetensors"), state["optimizer_steps"])
     trial.step, trial.tokens, trial.trained_tokens = state["step"], state["tokens"], state["trained_tokens"]
@@ -95,12 +105,17 @@ def load_parameters(folder: Path, trial: Trial) -> None:
             parameter.copy_(tensors[name])
 
 
-def best_folder(run: Path, trial: Trial) -> Path | None:
-    """The checkpoint of the best step when that is not the current one."""
+def take_best(run: Path, trial: Trial) -> str | None:
+    """Put the best step's tensors into `trial`. Where its checkpoint is damaged the last step's stay: returns why."""
     if trial.best is None or trial.best.step == trial.step:
         return None
     folder = run / "checkpoints" / f"{trial.best.step:06d}"
-    return folder if folder.is_dir() and damage(folder) is None else None
+    problem = damage(folder)
+    if problem is None:
+        load_parameters(folder, trial)
+    else:
+        trial.best = trial.last
+    return problem and f"the best step's checkpoint {folder} cannot be used ({problem}); the last step is kept instead"
 
 
 def _folders(run: Path) -> list[Path]:
@@ -117,4 +132,6 @@ def _to_json(evaluation: Evaluation | None) -> Any:
 def _from_json(value: Any) -> Evaluation | None:
     if value is None:
         return None
-    return Evaluation(value["step"], tuple(RowLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"]))
+    return Evaluation(
+        value["step"], tuple(RowLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"])
+    )

@@ -101,7 +101,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass as tensors: ids (T,), and for its n trained tokens where they are predicted from, what they are, their weight."""
+    """A pass as tensors: ids (T,), and of its n trained tokens where they are predicted from, their ids and weights."""
 
     segments: Segments
     ids: Tensor  # (T,)

@@ -3,9 +3,9 @@
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2                               (Kingma and Ba 2015)
     p = p (1 - lr wd) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)        (Loshchilov and Hutter 2019)
 
-Equal to `torch.optim.AdamW`, tensor by tensor, so that the only temporary is one tensor's. A weight in bfloat16 is updated in
-float32 and rounded to one of its two neighbours at random, in proportion to how near each is (stochastic rounding): plain
-rounding would lose every update smaller than 1/256 of the weight. The random bits come from a counter.
+Equal to `torch.optim.AdamW`, tensor by tensor, so that the only temporary is one tensor's. A weight in bfloat16 is
+updated in float32 and rounded to one of its two neighbours at random, in proportion to how near each is (stochastic
+rounding): plain rounding would lose every update smaller than 1/512 of the weight. The random bits come from a counter.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from graftlm.kernels.counter import uniform_words
 def stochastic_round(value: Tensor, words: Tensor) -> Tensor:
     """Round float32 to bfloat16 up or down in proportion to the distance; `words` (numel,) int32 are the random bits.
 
-    A bfloat16 is the upper half of a float32: adding 16 random bits to the lower half and cutting it off carries into the
-    upper half with exactly that probability.
+    A bfloat16 is the upper half of a float32: adding 16 random bits to the lower half and cutting it off carries into
+    the upper half with exactly that probability.
     """
     bits = value.contiguous().view(torch.int32)
     raised = (bits + (words.view(value.shape) & 0xFFFF)) & -65536

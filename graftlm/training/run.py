@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from graftlm.config import TrainConfig
 from graftlm.data.documents import Dataset, load, split
 from graftlm.data.inspection import named_source
 from graftlm.data.order import make_order
-from graftlm.data.sources import Source
+from graftlm.data.sources import Source, read
 from graftlm.errors import ConfigError
 from graftlm.files import whole_folder, write_json
 from graftlm.planning.measured import PeakMemory
@@ -34,7 +35,7 @@ from graftlm.training import checkpoint
 from graftlm.training.loop import StepResult, train
 from graftlm.training.optimizer import AdamW, Schedule
 from graftlm.training.runfolder import Metrics, check_free, environment, locked, write_lines
-from graftlm.training.trackers import Tracker, open_trackers
+from graftlm.training.trackers import Tracker, check_trackers, open_trackers
 from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.view import View
 
@@ -57,7 +58,9 @@ class Stopped(Exception):
 def run(config: TrainConfig, view: View) -> dict[str, Any]:
     """Train as the config says; returns the summary that `--json` prints. Raises GraftError, or Stopped on a signal."""
     check_free(config.out, config.resume)
+    check_trackers(config.track)
     sources = [named_source(text, "train") for text in config.data]
+    _peek([*sources, *([named_source(config.eval_data, "valid")] if config.eval_data else [])])
     with locked(config.out), PeakMemory(_probe_device(config)) as memory:
         started = time.perf_counter()
         with view.working("loading the base"):
@@ -75,22 +78,20 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
         trial = make_trial(base, config, adapter, dataset, held_out)
         if adapter is not None:
             view.coverage(coverage(base, adapter), adapter)
+        else:
+            view.everything(sum(p.numel() for p in trial.parameters.values()))
         if config.activation_checkpointing:
             base.anatomy.checkpoint_layers(True)
 
-        identity = _identity(config, base, dataset, held_out)
-        found = checkpoint.newest(config.out) if config.resume else None
-        if found is not None:
-            checkpoint.load(found, trial, identity)
-            view.note(f"going on from {found}")
-        elif config.resume:
-            view.note("no checkpoint was written yet; starting from the beginning")
+        resolved = _resolved(config, base, trial)
+        identity = _identity(resolved, base, dataset, held_out)
+        found = _go_on(config, trial, identity, view) if config.resume else None
         about = _about(config, base, encoder, dataset, held_out)
-        write_json(config.out / "config.json", {**config.to_json(), "resume": False})
+        write_json(config.out / "config.json", resolved)
         write_json(config.out / "environment.json", environment())
         write_json(config.out / "data.json", about["data"])
-        trackers = open_trackers(config.track, config.out, config.to_json())
-        metrics = Metrics(config.out / "metrics.jsonl", trial.step)
+        trackers = open_trackers(config.track, config.out, resolved)
+        metrics = Metrics(config.out / "metrics.jsonl", None if found is None else trial.step)
         recorder = Recorder(config, trial, identity, view, metrics, trackers)
         try:
             with view.training(trial), _signals(recorder):
@@ -108,11 +109,11 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
             )
         trained = time.perf_counter()
 
-        saved_step = trial.step
-        best = checkpoint.best_folder(config.out, trial)
-        if best is not None:
-            checkpoint.load_parameters(best, trial)
-            saved_step = int(best.name)
+        trouble = checkpoint.take_best(config.out, trial)
+        if trouble is not None:
+            view.note(trouble)
+        checkpoint.name_best(config.out, trial)
+        saved_step = trial.best.step if trial.best is not None else trial.step
         result = save_result(config, base, adapter, trial, encoder, about, saved_step)
     summary = {
         "out": str(config.out),
@@ -151,17 +152,23 @@ def _probe_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if asked.startswith("cuda") and torch.cuda.is_available() else "cpu")
 
 
+def _peek(sources: Sequence[Source]) -> None:
+    """Raise DataError for a file that is missing or empty before the base is loaded, which may take minutes."""
+    for source in sources:
+        if Path(source.path).suffix and not source.path.endswith("%"):
+            next(read(source), None)
+
+
 def read_data(
     config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base, view: View
 ) -> tuple[Dataset, Dataset | None]:
     """The training data, and the held-out data where there are any. Raises DataError."""
     limit = config.max_tokens_per_document or base.anatomy.max_positions or None
-    if config.max_tokens_per_document and base.anatomy.max_positions:
-        if config.max_tokens_per_document > base.anatomy.max_positions:
-            raise ConfigError(
-                f"max-tokens-per-document is {config.max_tokens_per_document}, and this model's longest position is "
-                f"{base.anatomy.max_positions}; take at most that"
-            )
+    if 0 < base.anatomy.max_positions < (config.max_tokens_per_document or 0):
+        raise ConfigError(
+            f"max-tokens-per-document is {config.max_tokens_per_document}, and this model's longest position is "
+            f"{base.anatomy.max_positions}; take at most that"
+        )
     with view.reading() as progress:
         dataset = load(sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
         if config.eval_data is None:
@@ -189,8 +196,8 @@ def _train_tokens(base: Base, names: Sequence[str]) -> tuple[int, ...]:
         if name not in known:
             if len(tokenizer) >= rows:
                 raise ConfigError(
-                    f"token '{name}' is new, and the model's {rows} embedding rows are all taken; resize the model first "
-                    "(model.resize_token_embeddings) and train on the resized copy"
+                    f"token '{name}' is new, and the model's {rows} embedding rows are all taken; resize the model "
+                    "first (model.resize_token_embeddings) and train on the resized copy"
                 )
             tokenizer.add_tokens([name], special_tokens=True)
             known = tokenizer.get_vocab()
@@ -245,17 +252,46 @@ def make_trial(
     )  # fmt: skip
 
 
-def _identity(config: TrainConfig, base: Base, dataset: Dataset, held_out: Dataset | None) -> dict[str, Any]:
-    """What must be the same for a run to go on: options by value, data and base by content."""
-    options = {k: v for k, v in config.to_json().items() if k not in _FREE_ON_RESUME}
+def _resolved(config: TrainConfig, base: Base, trial: Trial) -> dict[str, Any]:
+    """Every option with what its default came to; a file of these is the same run again."""
+    full = config.method == "full"
     return {
-        **options,
+        **config.to_json(),
+        "precision": base.precision,
+        "compute": base.compute,
+        "device": str(base.device),
+        "save_precision": (config.save_precision or base.precision) if full else None,
+        "max_tokens_per_document": config.max_tokens_per_document or base.anatomy.max_positions or None,
+        "alpha": config.scale_numerator,
+        "learning_rate": config.peak_learning_rate,
+        "epochs": None if config.steps is not None else config.epochs or 1.0,
+        "tokens_per_pass": config.tokens_per_pass or DEFAULT_TOKENS_PER_PASS,
+        "eval_every": trial.eval_every,
+        "resume": False,
+    }
+
+
+def _identity(resolved: dict[str, Any], base: Base, dataset: Dataset, held_out: Dataset | None) -> dict[str, Any]:
+    """What must be the same for a run to go on: options by value, data and base by content."""
+    return {
+        **{name: value for name, value in resolved.items() if name not in _FREE_ON_RESUME},
         "data_digest": dataset.digest,
         "eval_data_digest": held_out.digest if held_out else None,
         "base_fingerprint": base.fingerprint,
-        "stored_precision": base.precision,
-        "compute_type": base.compute,
     }
+
+
+def _go_on(config: TrainConfig, trial: Trial, identity: dict[str, Any], view: View) -> Path | None:
+    """Put the newest whole checkpoint into `trial`; None where none was ever written. Raises RunError."""
+    found, damaged = checkpoint.newest(config.out)
+    for problem in damaged:
+        view.note(f"passed over the damaged checkpoint {problem}")
+    if found is None:
+        view.note("no checkpoint was written yet; starting from the beginning")
+    else:
+        checkpoint.load(found, trial, identity)
+        view.note(f"going on from {found}")
+    return found
 
 
 def _about(
@@ -298,7 +334,12 @@ def save_result(
         write_lines(
             config.out / "evaluation.jsonl",
             (
-                {"row": r.row, "trained_tokens": r.trained_tokens, "loss_before": r.loss, "loss_after": after[r.row].loss}
+                {
+                    "row": r.row,
+                    "trained_tokens": r.trained_tokens,
+                    "loss_before": r.loss,
+                    "loss_after": after[r.row].loss,
+                }
                 for r in trial.first.rows
             ),
         )
@@ -368,14 +409,16 @@ class Recorder:
         self.view.stepped(trial, result)
 
     def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
-        self.metrics.write({"step": evaluation.step, "kind": "eval", "loss": evaluation.loss, "rows": len(evaluation.rows)})
+        self.metrics.write(
+            {"step": evaluation.step, "kind": "eval", "loss": evaluation.loss, "rows": len(evaluation.rows)}
+        )
         for tracker in self.trackers:
             tracker.log(evaluation.step, {"eval/loss": evaluation.loss})
         self._improved = best and evaluation.step > 0
         self.view.evaluated(trial, evaluation, best)
 
     def settled(self, trials: Sequence[Trial]) -> bool:
-        """Save what is due; a best step in the middle of the run needs a checkpoint, the last one becomes the result."""
+        """Save what is due; a best step in the middle needs a checkpoint, one at the end becomes the result."""
         trial = self.trial
         due = self.config.save_every is not None and trial.step % self.config.save_every == 0
         if (due or self._improved) and not trial.done:
@@ -409,5 +452,3 @@ def _signals(recorder: Recorder) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

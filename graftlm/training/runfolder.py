@@ -1,14 +1,15 @@
 """The run folder: what a run was asked, with what, on what, and what came out.
 
-    config.json        every option, resolved        plan.json       bytes and time, and what was measured
-    environment.json   versions, hardware, dates     data.json       digest, rows, tokens, trained tokens, template date
-    metrics.jsonl      one object a line: step, kind (train | eval | event), loss, learning_rate, ...
-    evaluation.jsonl   per evaluation row: row id, trained tokens, summed loss before and after
-    checkpoints/       best.json                     adapter/ or model/
+config.json        every option, resolved        plan.json       bytes and time, and what was measured
+environment.json   versions, hardware, dates     data.json       digest, rows, tokens, trained tokens, template date
+metrics.jsonl      one object a line: step, kind (train | eval | event), loss, learning_rate, ...
+evaluation.jsonl   per evaluation row: row id, trained tokens, summed loss before and after
+checkpoints/       best.json                     adapter/ or model/
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -50,58 +51,57 @@ def environment() -> dict[str, Any]:
 
 
 def check_free(out: Path, resume: bool) -> None:
-    """Refuse an output folder that already holds something, unless its run is to go on."""
+    """Refuse an output folder that already holds something, unless its run is to go on; and a run that has ended."""
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
-    filled = out.is_dir() and any(out.iterdir())
+    filled = out.is_dir() and any(entry.name != _LOCK for entry in out.iterdir())
     if filled and not resume:
         known = "a run" if (out / "config.json").is_file() else "other files"
         raise RunError(f"--out {out} already holds {known}; take another folder, or --resume to go on with it")
     if filled and resume and not (out / "config.json").is_file():
         raise RunError(f"--resume: {out} holds files and no run (there is no config.json); take another folder")
+    for result in ("adapter", "model"):
+        if resume and (out / result).exists():
+            raise RunError(f"--resume: the run in {out} has ended, its result is {out / result}; take another --out")
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold a run folder for this process; RunError while another living process has it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Hold a run folder for this process; RunError while another living process has it.
+
+    The system takes the lock away with the process, however that ends, so none is ever left behind.
+    """
     lock = out / _LOCK
-    for _ in range(2):
-        try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            break
-        except FileExistsError:
-            owner = _owner(lock)
-            if owner is not None:
-                raise RunError(f"{out} is in use by process {owner}; wait for it, or take another --out") from None
-            lock.unlink(missing_ok=True)  # its process is gone
-    else:
-        raise RunError(f"{out} is in use by another process; take another --out")
     try:
-        os.write(descriptor, str(os.getpid()).encode())
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written to: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(descriptor, 20).decode(errors="replace").strip() or "of unknown number"
         os.close(descriptor)
+        raise RunError(f"{out} is in use by process {owner}; wait for it, or take another --out") from None
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         lock.unlink(missing_ok=True)
-
-
-def _owner(lock: Path) -> int | None:
-    try:
-        pid = int(lock.read_text() or "0")
-        os.kill(pid, 0)
-    except (ValueError, OSError):
-        return None
-    return pid if pid != os.getpid() else None
+        os.close(descriptor)
 
 
 class Metrics:
     """metrics.jsonl, one line at once; a run that goes on drops the lines after the step it goes on from."""
 
-    def __init__(self, path: Path, from_step: int) -> None:
-        kept = [line for line in read_lines(path) if line.get("step", 0) <= from_step] if path.is_file() else []
-        self._stream = path.open("w", encoding="utf-8")
-        for line in kept:
-            self.write(line)
+    def __init__(self, path: Path, from_step: int | None) -> None:
+        """`from_step` is None for a run that begins."""
+        kept: list[dict[str, Any]] = []
+        if from_step is not None and path.is_file():
+            kept = [line for line in read_lines(path) if line.get("step", 0) <= from_step]
+        write_lines(path, kept)
+        self._stream = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,8 +1,9 @@
-"""Sending metrics to TensorBoard, Weights & Biases or MLflow as well; each is asked for by name and imported only then."""
+"""Sending metrics to TensorBoard, Weights & Biases or MLflow as well; each is asked for by name, imported only then."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,15 +60,16 @@ class _MLflow:
         self.mlflow.end_run()
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """ConfigError with the install command for a tracker whose package is not there; imports nothing."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"--track {name} needs its package: pip install {name}")
+
+
 _KNOWN = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
 
 
 def open_trackers(names: Sequence[str], out: Path, config: dict[str, Any]) -> list[Tracker]:
-    """The asked trackers; ConfigError with the install command for one whose package is not there."""
-    found: list[Tracker] = []
-    for name in names:
-        try:
-            found.append(_KNOWN[name](out, config))
-        except ImportError:
-            raise ConfigError(f"--track {name} needs its package: pip install {name}") from None
-    return found
+    """The asked trackers, each of them `check_trackers` has found."""
+    return [_KNOWN[name](out, config) for name in names]

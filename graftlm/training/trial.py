@@ -1,7 +1,8 @@
 """A trial: the parameters of one adapter, or of the whole model, and everything that moves them.
 
-`graft train` runs one; a sweep runs many beside each other on one base. A trial owns its optimizer, learning rate, order
-of documents, clipping and stop, and no generator state: all its randomness follows from (seed, draw, position, layer).
+`graft train` runs one; a sweep runs many beside each other on one base. A trial owns its optimizer, learning rate,
+order of documents, clipping and stop, and no generator state: all its randomness follows from (seed, draw, position,
+layer).
 """
 
 from __future__ import annotations

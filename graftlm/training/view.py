@@ -1,7 +1,7 @@
 """What a person sees of a run: on standard error, so that `--json` has standard output to itself.
 
-A `View` is told values and draws them with rich: the base, the data, the coverage table, a progress bar with loss, tokens a
-second and the time left, and the end. `quiet=True` draws nothing (tests, runs within runs).
+A `View` is told values and draws them with rich: the base, the data, the coverage table, a progress bar with loss,
+tokens a second and the time left, and the end. `quiet=True` draws nothing (tests, runs within runs).
 """
 
 from __future__ import annotations
@@ -13,12 +13,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from graftlm.adapters.attach import Adapter, CoverageRow
 from graftlm.base.load import Base
 from graftlm.data.documents import Dataset
 from graftlm.training.loop import StepResult
 from graftlm.training.trial import Evaluation, Trial
+
+_LABEL = 11  # width of the labels in front of facts
+
+
+def count(values: float) -> str:
+    """A number of parameters as models are named by: 900, 3.4M, 7.2B."""
+    for unit, power in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if values >= power:
+            return f"{values / power:.1f}{unit}"
+    return f"{values:.0f}"
 
 
 def size(count: float) -> str:
@@ -41,7 +52,15 @@ class View:
 
     def note(self, text: str) -> None:
         """One line."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False)
+
+    def fact(self, label: str, text: str) -> None:
+        """A line under a label, its continuation lines in the column of its text."""
+        grid = Table.grid(padding=(0, 0))
+        grid.add_column(width=_LABEL)
+        grid.add_column(overflow="fold")
+        grid.add_row(Text(label), Text(text))
+        self.console.print(grid)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -53,36 +72,44 @@ class View:
     def reading(self) -> Iterator[Callable[[int, int], None]]:
         """A bar over rows tokenized; yields what to call with (rows so far, rows in all)."""
         columns = (SpinnerColumn(), TextColumn("reading data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def base(self, base: Base) -> None:
         """What was loaded and how it will run."""
-        how = "documents packed end to end" if base.packs else f"stacks of equally long documents, because {base.why_not}"
-        self.note(
-            f"base      {base.name}: {base.parameters / 1e6:.1f}M parameters as {base.precision}, {size(base.bytes)}; "
-            f"products in {base.compute} on {base.device.type}; {how}"
-        )
+        self.fact("base", f"{base.name}: {count(base.parameters)} parameters as {base.precision}, {size(base.bytes)}")
+        how = "documents packed end to end" if base.packs else f"stacks of equally long documents: {base.why_not}"
+        self.fact("", f"products in {base.compute} on {base.device.type}; {how}")
         for name, why in list(base.kept.items())[:5]:
-            self.note(f"          kept as it is: {name}, {why}")
+            self.fact("", f"kept as it is: {name}, {why}")
 
     def data(self, dataset: Dataset, held_out: Dataset | None) -> None:
         """What is trained on."""
-        extra = f", {dataset.dropped} too long and dropped" if dataset.dropped else ""
-        extra += f", {dataset.cut} cut" if dataset.cut else ""
+        extra = f"; {dataset.dropped:,} too long and dropped" if dataset.dropped else ""
+        extra += f"; {dataset.cut:,} cut" if dataset.cut else ""
         other = f"; {held_out.rows:,} rows held out" if held_out else "; no held-out rows"
-        self.note(
-            f"data      {dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.trained_tokens:,} trained{extra}{other}"
+        self.fact(
+            "data",
+            f"{dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.trained_tokens:,} of them trained"
+            f"{extra}{other}",
         )
 
     def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter) -> None:
         """Which layers are adapted."""
-        table = Table("layer", "adapted", "rank", "trained", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
+        table.add_column("layer", footer="adapter", min_width=_LABEL - 2)
+        table.add_column("adapted", justify="right")
+        table.add_column("rank", justify="right")
+        table.add_column("trained", footer=f"{adapter.count:,}", justify="right")
+        table.add_column("", footer=size(adapter.bytes))
         for row in rows:
             table.add_row(row.kind, f"{row.adapted} of {row.total}", row.rank, f"{row.parameters:,}")
-        table.add_row("adapter", "", "", f"{adapter.count:,}  ({size(adapter.bytes)})")
         self.console.print(table)
+
+    def everything(self, parameters: int) -> None:
+        """That no layer is left out."""
+        self.fact("trained", f"every weight, {parameters:,} values")
 
     @contextmanager
     def training(self, trial: Trial) -> Iterator[None]:
@@ -91,9 +118,10 @@ class View:
             TextColumn("training "), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
             TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
+        waiting = "held-out rows first" if trial.wants_evaluation and trial.first is None else ""
         with Progress(*columns, console=self.console) as bar:
             self._bar = bar
-            self._task = bar.add_task("", total=trial.order.steps, completed=trial.step, numbers="")
+            self._task = bar.add_task("", total=trial.order.steps, completed=trial.step, numbers=waiting)
             try:
                 yield
             finally:
@@ -107,12 +135,21 @@ class View:
             self._bar.update(self._task, completed=trial.step, numbers=f"loss {result.loss:.3f}  {rate:,.0f} tokens/s")
 
     def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
-        mark = "  best so far" if best and evaluation.step else ""
+        base = trial.first.loss if trial.first is not None else evaluation.loss
+        mark = "  above the base's" if evaluation.loss > base else "  best so far" if best else ""
         self.note(f"step {evaluation.step:>5}  held-out loss {evaluation.loss:.4f}{mark}")
 
     def done(self, summary: dict[str, Any]) -> None:
-        """Where the result is and what it cost."""
+        """What came out, where it is and what it cost."""
+        before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+        if before is not None and after is not None:
+            self.fact("held out", f"loss {before:.4f} before, {after:.4f} after step {summary['saved_step']}")
+            if after > before:
+                self.fact(
+                    "", "worse than the base: lower --learning-rate, or train on data more like the held-out rows"
+                )
         place = summary.get("adapter_folder") or summary.get("model_folder")
         rate = summary["tokens_per_second"]
         speed = f", {rate:,.0f} tokens/s" if rate else ""
-        self.note(f"saved     {place} ({size(summary['saved_bytes'])}), peak memory {size(summary['peak_memory_bytes'])}{speed}")
+        self.fact("saved", f"{place} ({size(summary['saved_bytes'])})")
+        self.fact("", f"peak memory {size(summary['peak_memory_bytes'])}{speed}")

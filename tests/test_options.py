@@ -1,0 +1,22 @@
+"""The generated page of options says what the config classes say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graftlm.config import CheckConfig, GenerateConfig, TrainConfig
+from graftlm.options import options_markdown
+
+PAGE = Path(__file__).parent.parent / "docs" / "options.md"
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == options_markdown(), "run: python -m graftlm.options > docs/options.md"
+
+
+def test_the_page_names_every_option_of_every_command() -> None:
+    sections = options_markdown().split("\n## ")[1:]
+    for section, config in zip(sections, (TrainConfig, GenerateConfig, CheckConfig), strict=True):
+        rows = [line for line in section.splitlines() if line.startswith("| `--")]
+        assert [row.split("`")[1] for row in rows] == [f"--{name.replace('_', '-')}" for name in config.model_fields]
+        assert all(row.count(" | ") == 3 for row in rows)

@@ -1,0 +1,510 @@
+"""From options to a run folder: what is written, what is kept, and that a run can stop anywhere and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_run
+import torch
+from safetensors.torch import load_file
+from tiny_run import adapter_bytes, lines, train, without
+
+from graftlm.config import TrainConfig
+from graftlm.errors import ConfigError, DataError, RunError
+from graftlm.files import damage, sha256
+from graftlm.training import loop
+from graftlm.training.run import Recorder, Stopped
+
+# ---- the run folder -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_every_file_with_its_fields(tmp_path: Path) -> None:
+    summary = train(tmp_path)
+    out = tmp_path / "run"
+    config = json.loads((out / "config.json").read_text())
+    assert set(config) == set(TrainConfig.model_fields)
+    assert (config["rank"], config["alpha"], config["steps"], config["epochs"]) == (3, 7.0, 6, None)
+    assert config["tokens_per_pass"] == 4096
+    data = json.loads((out / "data.json").read_text())
+    assert data["template_date"] == "2026-01-01"
+    assert data["train"]["rows"] == 12
+    assert data["eval"]["rows"] == 5
+    assert {"digest", "tokens", "trained_tokens"} <= set(data["train"])
+    environment = json.loads((out / "environment.json").read_text())
+    assert {"versions", "machine", "cpus", "started"} <= set(environment)
+    measured = json.loads((out / "plan.json").read_text())["measured"]
+    assert measured["peak_memory_bytes"] > 0
+    assert json.loads((out / "best.json").read_text())["step"] == summary["saved_step"]
+    manifest = json.loads((out / "adapter" / "graft.json").read_text())
+    assert {
+        "base",
+        "data",
+        "evaluation",
+        "method",
+        "seed",
+        "template",
+        "tensors",
+        "tokenizer_digest",
+        "versions",
+    } <= set(manifest)
+    assert manifest["evaluation"]["after"] == summary["eval_loss_after"]
+    assert (out / "adapter" / "adapter_config.json").is_file()
+    assert not list(out.rglob(".*")), "nothing half-written and no lock is left"
+
+
+def test_metrics_have_a_line_for_each_step_and_evaluation(tmp_path: Path) -> None:
+    summary = train(tmp_path)
+    found = lines(tmp_path / "run" / "metrics.jsonl")
+    steps = [line for line in found if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert {"loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "seconds"} <= set(line)
+    assert [line["step"] for line in found if line["kind"] == "eval"] == [0, 2, 4, 6]
+    assert sum(line["tokens"] for line in steps) == summary["tokens"]
+    assert sum(line["trained_tokens"] for line in steps) == summary["trained_tokens"]
+
+
+def test_evaluation_rows_add_up_to_the_losses_in_the_metrics(tmp_path: Path) -> None:
+    summary = train(tmp_path)
+    out = tmp_path / "run"
+    rows = lines(out / "evaluation.jsonl")
+    assert [row["row"].rpartition("/")[2] for row in rows] == [f"valid.jsonl:{i}" for i in range(1, 6)]
+    evaluated = {line["step"]: line["loss"] for line in lines(out / "metrics.jsonl") if line["kind"] == "eval"}
+    tokens = sum(row["trained_tokens"] for row in rows)
+    assert sum(row["loss_before"] for row in rows) / tokens == pytest.approx(evaluated[0], rel=1e-12)
+    assert sum(row["loss_after"] for row in rows) / tokens == pytest.approx(evaluated[summary["saved_step"]], rel=1e-12)
+
+
+def contrary(place: Path) -> dict[str, Any]:
+    """Options under which the held-out loss soon rises: what is learnt in training is wrong there."""
+    tiny_run.write_rows(place / "train.jsonl", [{"prompt": f"{i}: ", "completion": "a" * (3 + i)} for i in range(12)])
+    tiny_run.write_rows(place / "valid.jsonl", [{"prompt": f"{i}: ", "completion": "the old mill"} for i in range(5)])
+    return {"learning_rate": 0.1, "schedule": "constant", "eval_every": 1}
+
+
+def test_the_saved_adapter_is_the_best_steps(tmp_path: Path) -> None:
+    summary = train(tmp_path, **contrary(tmp_path))
+    out = tmp_path / "run"
+    evaluated = {line["step"]: line["loss"] for line in lines(out / "metrics.jsonl") if line["kind"] == "eval"}
+    best = min((loss, step) for step, loss in evaluated.items() if step > 0)[1]
+    assert best < 6, "otherwise this test shows nothing"
+    assert summary["saved_step"] == best
+    assert summary["eval_loss_after"] == evaluated[best]
+    assert json.loads((out / "best.json").read_text()) == {"step": best, "loss": evaluated[best]}
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    kept = load_file(out / "checkpoints" / f"{best:06d}" / "trainable.safetensors")
+    assert all(torch.equal(saved[f"base_model.model.{name}"], tensor) for name, tensor in kept.items())
+
+
+def test_training_that_only_makes_it_worse_saves_what_was_trained_and_says_so(tmp_path: Path) -> None:
+    summary = train(tmp_path, **{**contrary(tmp_path), "learning_rate": 3.0, "eval_every": 3})
+    assert summary["eval_loss_after"] > summary["eval_loss_before"]
+    assert summary["saved_step"] > 0
+    rows = lines(tmp_path / "run" / "evaluation.jsonl")
+    total = sum(row["loss_after"] for row in rows) / sum(row["trained_tokens"] for row in rows)
+    assert total == pytest.approx(summary["eval_loss_after"])
+
+
+def test_without_held_out_rows_the_last_step_is_saved(tmp_path: Path) -> None:
+    summary = train(tmp_path, eval_data=None)
+    assert (summary["saved_step"], summary["eval_loss_before"], summary["eval_loss_after"]) == (6, None, None)
+    assert not (tmp_path / "run" / "evaluation.jsonl").exists()
+    assert not (tmp_path / "run" / "best.json").exists()
+
+
+def test_full_training_writes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    summary = train(tmp_path, method="full", learning_rate=1e-3)
+    folder = tmp_path / "run" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tiny_run.rows(5, seed=1)[2]
+    ids = tokenizer(text["prompt"] + text["completion"] + "</s>", return_tensors="pt").input_ids
+    prompt = len(tokenizer(text["prompt"]).input_ids)
+    loss = torch.nn.functional.cross_entropy(
+        model(ids).logits[0, prompt - 1 : -1], ids[0, prompt:], reduction="sum"
+    ).item()
+    row = lines(tmp_path / "run" / "evaluation.jsonl")[2]
+    assert row["loss_after"] == pytest.approx(loss, rel=1e-4)
+    assert summary["trained_parameters"] == summary["base_parameters"]
+
+
+# ---- the same result, however it is computed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_same_command_twice_gives_the_same_adapter_bytes(tmp_path: Path, dropout: float) -> None:
+    train(tmp_path, out=str(tmp_path / "a"), dropout=dropout)
+    train(tmp_path, out=str(tmp_path / "b"), dropout=dropout)
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+    metrics = [without(lines(tmp_path / name / "metrics.jsonl"), "seconds") for name in "ab"]
+    assert metrics[0] == metrics[1]
+
+
+def test_the_config_a_run_saved_is_the_same_run_again(tmp_path: Path) -> None:
+    train(tmp_path, learning_rate=None, alpha=None, steps=None)
+    again = TrainConfig.read(tmp_path / "run" / "config.json", {"out": str(tmp_path / "again")})
+    from graftlm.training.run import run
+    from graftlm.training.view import View
+
+    run(again, View(quiet=True))
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "again")
+
+
+@pytest.mark.parametrize("change", [{"seed": 12}, {"dropout": 0.2}, {"b_learning_rate_ratio": 4}, {"weight_decay": 0.5},
+                                    {"warmup": 0.5}, {"schedule": "linear"}, {"rank_stabilized": True}])  # fmt: skip
+def test_an_option_that_decides_the_result_changes_it(tmp_path: Path, change: dict[str, Any]) -> None:
+    train(tmp_path, out=str(tmp_path / "a"), eval_data=None, steps=3)
+    train(tmp_path, out=str(tmp_path / "b"), eval_data=None, steps=3, **change)
+    assert adapter_bytes(tmp_path / "a") != adapter_bytes(tmp_path / "b")
+
+
+def test_lora_plus_gives_b_its_own_learning_rate(tmp_path: Path) -> None:
+    train(tmp_path, out=str(tmp_path / "a"), eval_data=None, steps=1, warmup=0)
+    train(tmp_path, out=str(tmp_path / "b"), eval_data=None, steps=1, warmup=0, b_learning_rate_ratio=4)
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
+    for name, tensor in one.items():
+        ratio = 4.0 if "lora_B" in name else 1.0
+        torch.testing.assert_close(other[name], tensor * ratio)
+
+
+def test_a_share_of_the_training_rows_may_be_held_out(tmp_path: Path) -> None:
+    tiny_run.write_rows(tmp_path / "train.jsonl", tiny_run.rows(40))
+    tiny_run.write_rows(tmp_path / "valid.jsonl", [])
+    train(tmp_path, eval_data="20%", steps=2)
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert data["train"]["rows"] + data["eval"]["rows"] == 40
+    assert 2 <= data["eval"]["rows"] <= 16
+
+
+def test_several_sources_are_mixed_by_weight(tmp_path: Path) -> None:
+    more = tiny_run.write_rows(tmp_path / "more.jsonl", tiny_run.rows(8, seed=4))
+    options = tiny_run.options(tmp_path)
+    train(tmp_path, data=[*options["data"], f"{more}:0.5"], steps=None, epochs=2, batch_size=16, eval_data=None)
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert [(s["rows"], s["weight"]) for s in data["train"]["sources"]] == [(12, 1.0), (8, 0.5)]
+    assert sum(line["kind"] == "train" for line in lines(tmp_path / "run" / "metrics.jsonl")) == 2  # 2 x (12 + 4) rows
+
+
+# ---- checkpoints and going on ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Ask every later run to stop after a step, as a signal would."""
+    settled = Recorder.settled
+
+    def at(step: int) -> None:
+        def stopping(self: Recorder, trials: Any) -> bool:
+            if self.trial.step == step:
+                self.stopped = signal.SIGTERM
+            return settled(self, trials)
+
+        monkeypatch.setattr(Recorder, "settled", stopping)
+
+    return at
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_was_stopped_and_goes_on_ends_like_one_that_was_not(
+    tmp_path: Path, stop_after: Any, step: int, method: str
+) -> None:
+    options: dict[str, Any] = {"method": method, "learning_rate": 0.01, "weight_decay": 0.1}
+    if method == "lora":
+        options["dropout"] = 0.3
+    train(tmp_path, out=str(tmp_path / "whole"), **options)
+    stop_after(step)
+    with pytest.raises(Stopped, match=f"stopped after step {step} of 6.*--resume") as stopped:
+        train(tmp_path, **options)
+    assert stopped.value.signal_number == signal.SIGTERM
+    stop_after(99)
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    train(tmp_path, resume=True, tokens_per_pass=4096, **options)
+    name = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert (out / "evaluation.jsonl").read_bytes() == (whole / "evaluation.jsonl").read_bytes()
+    assert (out / "best.json").read_bytes() == (whole / "best.json").read_bytes()
+    metrics = without(lines(out / "metrics.jsonl"), "seconds")
+    assert [line for line in metrics if line["kind"] != "event"] == without(lines(whole / "metrics.jsonl"), "seconds")
+    assert [line["step"] for line in metrics if line["kind"] == "event"] == [step]
+
+
+def checkpoints(out: Path) -> list[int]:
+    return sorted(int(path.name) for path in (out / "checkpoints").iterdir())
+
+
+def test_save_every_keeps_the_newest_checkpoints_and_the_best(tmp_path: Path) -> None:
+    train(tmp_path, **contrary(tmp_path), steps=9, save_every=2, keep_checkpoints=2)
+    best = json.loads((tmp_path / "run" / "best.json").read_text())["step"]
+    assert best < 5, "otherwise this test shows nothing"
+    assert checkpoints(tmp_path / "run") == sorted({best, 6, 8})
+
+
+def test_a_checkpoint_confirms_itself_and_a_changed_byte_is_found(tmp_path: Path) -> None:
+    train(tmp_path, eval_data=None, save_every=3)
+    place = tmp_path / "run" / "checkpoints" / "000003"
+    assert damage(place) is None
+    manifest = json.loads((place / "manifest.json").read_text())["files"]
+    assert set(manifest) == {"trainable.safetensors", "optimizer.safetensors", "state.json"}
+    assert manifest["state.json"]["sha256"] == sha256(place / "state.json")
+    for change in (b"", b"\x00"):
+        file = place / "optimizer.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + change)
+        assert damage(place) is not None
+        file.write_bytes(content)
+    (place / "state.json").unlink()
+    assert damage(place) == "state.json is missing"
+
+
+def break_off(tmp_path: Path, stop_after: Any, **options: Any) -> Path:
+    """A run stopped after step 5 with checkpoints at 2, 4 and 5."""
+    stop_after(5)
+    with pytest.raises(Stopped):
+        train(tmp_path, save_every=2, keep_checkpoints=5, eval_data=None, **options)
+    stop_after(99)
+    assert checkpoints(tmp_path / "run") == [2, 4, 5]
+    return tmp_path / "run"
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, stop_after: Any) -> None:
+    train(tmp_path, out=str(tmp_path / "whole"), eval_data=None)
+    out = break_off(tmp_path, stop_after)
+    with (out / "checkpoints" / "000005" / "trainable.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    (out / "checkpoints" / "000004" / "manifest.json").write_text("{}")
+    _, text = tiny_run.heard(tmp_path, resume=True, eval_data=None, save_every=2, keep_checkpoints=5)
+    assert "damaged checkpoint 000005: trainable.safetensors has changed" in " ".join(text.split())
+    assert "going on from" in text
+    assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole")
+    steps = [line["step"] for line in lines(out / "metrics.jsonl") if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_a_whole_checkpoint_there_is_an_error_that_names_them_all(tmp_path: Path, stop_after: Any) -> None:
+    out = break_off(tmp_path, stop_after)
+    for step in (2, 4, 5):
+        (out / "checkpoints" / f"{step:06d}" / "state.json").write_text("{}")
+    with pytest.raises(RunError, match=r"no checkpoint is whole \(000005: state.json has .* 000002.*another --out"):
+        train(tmp_path, resume=True, eval_data=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.02}, r"learning-rate was 0\.01, now 0\.02"),
+        ({"batch_size": 4}, r"batch-size was 5, now 4"),
+        ({"steps": 7}, r"steps was 6, now 7"),
+        ({"targets": ["attention"]}, r"targets was \['all-linear'\], now \['attention'\]"),
+        ({"precision": "int8"}, r"precision was 'float32', now 'int8'"),
+    ],
+)
+def test_going_on_with_another_option_is_refused_with_both_values(
+    tmp_path: Path, stop_after: Any, change: dict[str, Any], message: str
+) -> None:
+    stop_after(1)
+    with pytest.raises(Stopped):
+        train(tmp_path, eval_data=None)
+    with pytest.raises(RunError, match=message):
+        train(tmp_path, eval_data=None, resume=True, **change)
+
+
+def test_going_on_with_other_data_is_refused_and_with_the_same_data_elsewhere_is_not(
+    tmp_path: Path, stop_after: Any
+) -> None:
+    stop_after(1)
+    with pytest.raises(Stopped):
+        train(tmp_path, eval_data=None)
+    stop_after(99)
+    other = tiny_run.write_rows(tmp_path / "other.jsonl", tiny_run.rows(12, seed=9))
+    with pytest.raises(RunError, match=r"data-digest was '[0-9a-f]+', now '[0-9a-f]+'"):
+        train(tmp_path, eval_data=None, resume=True, data=[str(other)])
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(tmp_path / "train.jsonl", moved)
+    train(tmp_path, eval_data=None, resume=True, data=[str(moved)], tokens_per_pass=30, save_every=1)
+
+
+def test_a_default_written_out_is_the_same_option(tmp_path: Path, stop_after: Any) -> None:
+    stop_after(1)
+    with pytest.raises(Stopped):
+        train(tmp_path, learning_rate=None, precision="nf4", method="lora", alpha=None, eval_data=None)
+    stop_after(99)
+    train(tmp_path, learning_rate=2e-4, precision="nf4", alpha=6, eval_data=None, resume=True)
+
+
+def test_a_damaged_best_checkpoint_leaves_the_last_step_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped = Recorder.settled
+
+    def spoiling(self: Recorder, trials: Any) -> bool:
+        going_on = stepped(self, trials)
+        for file in (tmp_path / "run" / "checkpoints").glob("*/trainable.safetensors"):
+            file.unlink()
+        return going_on
+
+    monkeypatch.setattr(Recorder, "settled", spoiling)
+    summary, text = tiny_run.heard(tmp_path, **contrary(tmp_path))
+    assert "cannot be used (trainable.safetensors is missing)" in " ".join(text.split())
+    evaluated = {
+        line["step"]: line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"
+    }
+    assert summary["saved_step"] == 6
+    assert summary["eval_loss_after"] == evaluated[6]
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 6
+
+
+def test_resume_in_an_empty_folder_begins(tmp_path: Path) -> None:
+    _, text = tiny_run.heard(tmp_path, resume=True, eval_data=None, steps=1)
+    assert "no checkpoint was written yet" in text
+
+
+def test_resume_without_a_checkpoint_begins_again_without_doubling_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "optimizer_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [0]
+    train(tmp_path, resume=True)
+    found = [(line["step"], line["kind"]) for line in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert len(found) == len(set(found)) == 6 + 4
+
+
+def test_a_run_that_has_ended_does_not_go_on(tmp_path: Path) -> None:
+    train(tmp_path, eval_data=None, steps=1)
+    with pytest.raises(RunError, match=r"has ended, its result is .*adapter"):
+        train(tmp_path, eval_data=None, steps=1, resume=True)
+
+
+# ---- the output folder ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_run_in_it_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, eval_data=None, steps=1)
+    with pytest.raises(RunError, match="already holds a run; take another folder, or --resume"):
+        train(tmp_path, eval_data=None, steps=1)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="already holds other files"):
+        train(tmp_path)
+    with pytest.raises(RunError, match="holds files and no run"):
+        train(tmp_path, resume=True)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunError, match="is a file; name a folder"):
+        train(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="cannot be written to: Not a directory"):
+        train(tmp_path, out=str(tmp_path / "file" / "run"))
+
+
+def test_a_folder_that_another_living_process_holds_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code = (
+        "import sys, time; from pathlib import Path; from graftlm.training.runfolder import locked\n"
+        f"with locked(Path({str(out)!r})):\n    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        try:
+            with pytest.raises(RunError, match=f"in use by process {other.pid}; wait for it"):
+                train(tmp_path, eval_data=None, steps=1)
+        finally:
+            other.kill()
+    # The killed process could not tidy up, and the folder is free all the same.
+    assert (out / ".running").exists()
+    train(tmp_path, eval_data=None, steps=1)
+
+
+def test_data_that_cannot_be_trained_on_leaves_the_folder_free(tmp_path: Path) -> None:
+    bad = tiny_run.write_rows(tmp_path / "bad.jsonl", [{"prompt": "a"}])
+    with pytest.raises(DataError):
+        train(tmp_path, data=[str(bad)])
+    train(tmp_path, eval_data=None, steps=1)
+
+
+# ---- trackers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    for name in ("wandb", "mlflow"):
+        try:
+            __import__(name)
+        except ImportError:
+            with pytest.raises(ConfigError, match=f"--track {name} needs its package: pip install {name}"):
+                train(tmp_path, track=name, model="/nowhere")
+
+
+def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, track="tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events.Scalars("eval/loss")] == [0, 2, 4, 6]
+    losses = [line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses)
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, number: int) -> None:
+    options = tiny_run.options(tmp_path, steps=100_000, eval_every=100_000)
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(options))
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-m", "graftlm.cli", "train", str(config), "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out / "metrics.jsonl").is_file() and '"train"' in (out / "metrics.jsonl").read_text():
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert output == ""
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+    assert [damage(path) for path in (out / "checkpoints").iterdir()] == [None]
+    assert lines(out / "metrics.jsonl")[-1]["event"] == "stopped"
+
+
+def test_one_process_may_use_the_same_base_folder_unchanged(tmp_path: Path) -> None:
+    before = {path.name: sha256(path) for path in tiny_run.folder().iterdir()}
+    train(tmp_path, method="full", steps=1, eval_data=None)
+    assert before == {path.name: sha256(path) for path in tiny_run.folder().iterdir()}
+    assert tiny.VOCABULARY < tiny_run.VOCABULARY
