@@ -25,10 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "e2e"
 SHAPES: dict[str, dict[str, int]] = {
-    "30m": dict(vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-                num_key_value_heads=8),
-    "135m": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                 num_key_value_heads=3),
+    "30m": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+                "num_key_value_heads": 8},
+    "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                 "num_attention_heads": 9,
+                 "num_key_value_heads": 3},
 }  # fmt: skip
 RATES = {"full": 5e-4, "lora": 2e-3, "qlora": 2e-3}
 BATCH, RANK, ALPHA = 16, 16, 32
@@ -124,7 +125,9 @@ def peer_side(work: dict[str, Any]) -> dict[str, Any]:
     lengths = work["trained_per_example"]
     return {
         "examples_per_second": BATCH * (len(times) - 1) / (times[-1] - times[0]) * work.get("examples_per_row", 1.0),
-        "trained_tokens_per_second": None if work["packing"] else BATCH * (len(times) - 1) * lengths / (times[-1] - times[0]),
+        "trained_tokens_per_second": None
+        if work["packing"]
+        else BATCH * (len(times) - 1) * lengths / (times[-1] - times[0]),
         "peak_memory": peak.bytes - peak.start,
         "loss": held_out_loss(trainer.model, work),
     }
@@ -155,7 +158,11 @@ def held_out_loss(model: Any, work: dict[str, Any]) -> float:
 def alone(work: dict[str, Any]) -> dict[str, Any]:
     """One side's run in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps(work)], capture_output=True, text=True, env=os.environ, check=False
+        [sys.executable, __file__, "--one", json.dumps(work)],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{work['side']} {work['method']} failed:\n{done.stderr[-3000:]}")

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from graftlm import __version__
 from graftlm.config import CheckConfig, Config, GenerateConfig, TrainConfig
-from graftlm.errors import GraftError
+from graftlm.errors import GraftError, Stopped
 
 app = typer.Typer(
     help="Fine-tune language models in full, with LoRA or with QLoRA.",
@@ -112,8 +112,8 @@ class _errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, GraftError):
             _fail(f"{type(error).__name__}: {error}", 2)
-        if type(error).__name__ == "Stopped":
-            _fail(str(error), 128 + int(getattr(error, "signal_number", 2)))
+        if isinstance(error, Stopped):
+            _fail(str(error), 128 + error.signal_number)
         if isinstance(error, KeyboardInterrupt):
             _fail("stopped", 130)
 

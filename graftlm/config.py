@@ -220,7 +220,9 @@ class TrainConfig(Config):
     # The run
     out: Path = option(..., "run folder to write", group="run")
     resume: bool = option(False, "go on from the newest valid checkpoint in --out", group="run")
-    eval_every: int | None = option(None, "evaluate every N steps; default ten times a run", group="run", ge=1)
+    eval_every: int | None = option(
+        None, "evaluate every N steps; default at most ten times, a quarter of the time", group="run", ge=1
+    )
     save_every: int | None = option(
         None, "write a checkpoint every N steps; default only when stopped", group="run", ge=1
     )

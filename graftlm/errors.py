@@ -8,6 +8,8 @@
     |-- RunError         a run folder is in use, damaged, or belongs to another run
     `-- TrainingError    training itself cannot go on (a loss that is not finite, no trainable tensor)
 
+    Stopped              no error: a run was asked to stop, and left a checkpoint
+
 Raise these for what a user can mend; use `assert` for what only a developer can break. The command line prints a
 GraftError without a traceback and exits with 2.
 """
@@ -44,6 +46,14 @@ class RunError(GraftError):
 
 class TrainingError(GraftError):
     """Training cannot go on."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop by a signal and left a checkpoint; the message says how to go on."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

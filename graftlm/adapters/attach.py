@@ -51,7 +51,11 @@ class Adapter:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained tensor under `layer.tensor`, in a fixed order."""
-        return {f"{layer}.{name}": tensor for layer in sorted(self.slots) for name, tensor in self.slots[layer].named().items()}
+        return {
+            f"{layer}.{name}": tensor
+            for layer in sorted(self.slots)
+            for name, tensor in self.slots[layer].named().items()
+        }
 
     @property
     def count(self) -> int:
@@ -167,7 +171,9 @@ def new_adapter(base: Base, layers: Sequence[str], plan: Plan, seed: int) -> Ada
     if plan.tokens:
         name = base.anatomy.embedding_name
         if name in slots:
-            raise ConfigError("train-tokens and modules-to-save embeddings exclude each other; the latter trains every row")
+            raise ConfigError(
+                "train-tokens and modules-to-save embeddings exclude each other; the latter trains every row"
+            )
         weight = restore(base.anatomy.embedding.weight.detach(), torch.float32)  # pyright: ignore
         values = weight[list(plan.tokens)].clone()
         slots[name] = Rows(plan.tokens, nn.Parameter(values), vocabulary=len(weight))
@@ -187,7 +193,11 @@ def attach(base: Base, adapter: Adapter, slot: int = 1) -> None:
         if name == base.anatomy.embedding_name:
             _embedding_bank(base).slots[slot] = part
             head = base.anatomy.head
-            if isinstance(part, Rows) and isinstance(head, StoredLinear) and head.weight is base.anatomy.embedding.weight:
+            if (
+                isinstance(part, Rows)
+                and isinstance(head, StoredLinear)
+                and head.weight is base.anatomy.embedding.weight
+            ):
                 _bank(head).slots[slot] = part
             continue
         module = stored.get(name)

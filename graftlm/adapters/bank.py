@@ -166,10 +166,7 @@ class _Banked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, uses: Sequence[_Use], *factors: Tensor) -> Tensor:
-        if isinstance(weight, Tensor):
-            y = x @ weight.to(x.dtype).T
-        else:
-            y = kernels.matmul(x, weight)
+        y = x @ weight.to(x.dtype).T if isinstance(weight, Tensor) else kernels.matmul(x, weight)
         hidden = [
             kernels.low_rank(y[u.first : u.last], u.dropped(x), factors[2 * u.index], factors[2 * u.index + 1], u.scale)
             for u in uses
@@ -193,7 +190,9 @@ class _Banked(torch.autograd.Function):
             rows = slice(use.first, use.last)
             keep = use.keep(x)
             if keep is None:
-                dA, dB = kernels.low_rank_backward(dy[rows], x[rows], h, A, B, use.scale, None if dx is None else dx[rows])
+                dA, dB = kernels.low_rank_backward(
+                    dy[rows], x[rows], h, A, B, use.scale, None if dx is None else dx[rows]
+                )
             else:
                 dx_use = None if dx is None else torch.zeros_like(x[rows])
                 dA, dB = kernels.low_rank_backward(dy[rows], x[rows] * keep, h, A, B, use.scale, dx_use)
@@ -243,7 +242,14 @@ class Bank:
         return y
 
     def _one(
-        self, x: Tensor, weight: Weight, bias: Tensor | None, slot: Slot | None, first: int, last: int, rows: Tensor | None
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        slot: Slot | None,
+        first: int,
+        last: int,
+        rows: Tensor | None,
     ) -> Tensor:
         """One range of tokens through one slot of any kind, composed from differentiable parts; x (t, in) -> (t, out)."""
         if isinstance(slot, Whole):

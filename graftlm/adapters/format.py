@@ -49,7 +49,7 @@ _NEUTRAL = {
     "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern",
     "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora",
-    "use_rslora", "inference_mode",
+    "use_rslora",
 }  # fmt: skip
 
 
@@ -201,7 +201,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}; Graft reads LORA")
     file = folder / TENSORS
     if not file.is_file():
-        pickled = " (adapter_model.bin is a pickle, which is never read)" if (folder / "adapter_model.bin").is_file() else ""
+        pickled = (
+            " (adapter_model.bin is a pickle, which is never read)" if (folder / "adapter_model.bin").is_file() else ""
+        )
         raise AdapterError(f"{folder} has no {TENSORS}{pickled}")
     try:
         return config, load_file(file)
@@ -277,7 +279,9 @@ def _fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tens
         elif _ROWS in parts:
             slots[name] = _rows(base, folder, config, name, parts[_ROWS])
         elif name not in stored:
-            raise AdapterError(f"{folder}: a low-rank adapter on '{name}' is not supported; its rows can be trained instead")
+            raise AdapterError(
+                f"{folder}: a low-rank adapter on '{name}' is not supported; its rows can be trained instead"
+            )
         else:
             slots[name] = _low_rank(base, folder, config, plan, name, stored[name], parts)
     _complete(base, folder, config, slots)
@@ -348,9 +352,13 @@ def _low_rank(
             raise AdapterError(f"{folder}: {label} of '{name}' has shape {tuple(tensor.shape)}, expected {shape}")
     magnitude = parts.get("lora_magnitude_vector")
     if plan.dora != (magnitude is not None):
-        raise AdapterError(f"{folder}: use_dora is {plan.dora} and '{name}' has {'no' if magnitude is None else 'a'} magnitude")
+        raise AdapterError(
+            f"{folder}: use_dora is {plan.dora} and '{name}' has {'no' if magnitude is None else 'a'} magnitude"
+        )
     if magnitude is not None and magnitude.numel() != out_features:
-        raise AdapterError(f"{folder}: the magnitude of '{name}' has {magnitude.numel()} values, expected {out_features}")
+        raise AdapterError(
+            f"{folder}: the magnitude of '{name}' has {magnitude.numel()} values, expected {out_features}"
+        )
     return LowRank(
         A=_placed(base, A), B=_placed(base, B), scale=scale_of(alpha, rank, plan.rank_stabilized), alpha=alpha, rank=rank,
         dropout=plan.dropout, key=hash_words("dropout", name), experts=experts,
@@ -371,18 +379,20 @@ def _complete(base: Base, folder: Path, config: dict[str, Any], slots: Mapping[s
         else:
             hit = is_module and any(name == t or name.endswith("." + t) for t in targets)
         parameter = name if isinstance(module, StoredStack) else f"{name}.weight"
-        hit = hit or any(
-            parameter == t or parameter.endswith("." + t) for t in config.get("target_parameters") or []
-        )
+        hit = hit or any(parameter == t or parameter.endswith("." + t) for t in config.get("target_parameters") or [])
         if hit:
             expected.add(name)
     for key in ("modules_to_save", "trainable_token_indices"):
         for module in _modules_of(base, config.get(key)):
-            full = next((n for n in (base.anatomy.embedding_name, head) if n == module or n.endswith("." + module)), None)
+            full = next(
+                (n for n in (base.anatomy.embedding_name, head) if n == module or n.endswith("." + module)), None
+            )
             if full is None:
                 raise AdapterError(f"{folder}/{CONFIG}: {key} '{module}' is neither this base's embedding nor its head")
             if not isinstance(slots.get(full), Whole if key == "modules_to_save" else Rows):
-                raise AdapterError(f"{folder}: {key} names '{module}', and its tensor is missing; the adapter is incomplete")
+                raise AdapterError(
+                    f"{folder}: {key} names '{module}', and its tensor is missing; the adapter is incomplete"
+                )
     missing = sorted(expected - set(slots))
     if missing:
         raise AdapterError(

@@ -123,12 +123,13 @@ def _causal(
     length = q.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (n, H, L, D)
-    windowed = window is not None and window < length
-    if not windowed and softcap is None:
+    if window is not None and window >= length:
+        window = None
+    if window is None and softcap is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=length > 1)
     at = torch.arange(length, device=q.device)
     allowed = at[:, None] >= at[None, :]  # (L, L)
-    if windowed:
+    if window is not None:
         allowed &= at[:, None] - at[None, :] < window
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)

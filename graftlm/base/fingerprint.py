@@ -33,7 +33,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, the first is {missing[0]}")
+            raise ModelError(
+                f"{folder}: {len(missing)} of {len(names)} weight files are missing, the first is {missing[0]}"
+            )
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))

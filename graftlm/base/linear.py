@@ -31,7 +31,15 @@ Range = tuple[int, int, int]
 class Bank(Protocol):
     """What a stored module asks of the adapters on it (`adapters.bank` implements it)."""
 
-    def __call__(self, x: Tensor, module: Any, weight: Weight, bias: Tensor | None, *key: Any) -> Tensor: ...
+    def __call__(
+        self,
+        x: Tensor,
+        module: Any,
+        weight: Weight,
+        bias: Tensor | None,
+        expert: int | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class _Product(torch.autograd.Function):
@@ -54,6 +62,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ dense.to(dy.dtype) if dense is not None else kernels.matmul_t(dy, ctx.compressed)
         if ctx.needs_input_grad[1]:
+            assert dense is not None
             dw = (dy.T @ x).to(dense.dtype)
         return dx, dw, None
 
@@ -149,10 +158,11 @@ class StoredLinear(Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (T, in)
-        if self.bank is not None:
-            y = self.bank(rows, self, self.value, self.bias)
-        else:
-            y = product(rows, self.value, self.bias)
+        y = (
+            self.bank(rows, self, self.value, self.bias)
+            if self.bank is not None
+            else product(rows, self.value, self.bias)
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -168,7 +168,9 @@ def default_device(asked: str | None) -> torch.device:
     except RuntimeError:
         raise ModelError(f"unknown device '{asked}'; take cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device '{asked}' is asked for, and this PyTorch ({torch.__version__}) sees no CUDA device; take cpu")
+        raise ModelError(
+            f"device '{asked}' is asked for, and this PyTorch ({torch.__version__}) sees no CUDA device; take cpu"
+        )
     return device
 
 
@@ -196,14 +198,16 @@ def load_base(
     notes: list[str] = []
     if init == "random":
         model, targets = hf.adopt(hf.fresh(config, seed, trust_remote_code), precision, dtype)
-        model.to(place)
+        model = _moved(model, place)
     elif quantized is not None:
         model, targets = hf.adopt(hf.load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype)
-        model.to(place)
+        model = _moved(model, place)
     else:
         model, targets, unused = hf.stream(str(folder), precision, dtype, place, trust_remote_code)
         if unused:
-            notes.append(f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ...")
+            notes.append(
+                f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ..."
+            )
     base = Base(
         name=name,
         folder=folder,
@@ -218,6 +222,10 @@ def load_base(
     )
     _choose_attention(base)
     return base
+
+
+def _moved(model: Any, device: torch.device) -> Any:
+    return model.to(device)
 
 
 def _quantization_of(folder: Path) -> str | None:

@@ -60,7 +60,9 @@ def _cpu_multiplies_bfloat16_faster() -> bool:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return "amx_bf16" in flags  # AVX-512's bfloat16 products reach about half of float32's rate (measured), AMX's do not
+    return (
+        "amx_bf16" in flags
+    )  # AVX-512's bfloat16 products reach about half of float32's rate (measured), AMX's do not
 
 
 def default_compute(device: torch.device) -> Compute:

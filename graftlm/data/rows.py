@@ -66,7 +66,8 @@ class Fault:
 
     def __str__(self) -> str:
         expected = f"; expected {self.expected}" if self.expected else ""
-        mend = f". {self.mend[:1].upper()}{self.mend[1:]}." if self.mend else "."
+        mend = f". {self.mend[:1].upper()}{self.mend[1:]}" if self.mend else ""
+        mend += "" if mend.endswith("?") else "."
         return f"{self.row}: {self.field}: {self.found}{expected}{mend}"
 
 

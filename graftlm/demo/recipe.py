@@ -141,7 +141,10 @@ def publish(out: Path, base: Path = BASE) -> None:
     (base / "README.md").write_text(card, encoding="utf-8")
     # What it was trained on decides how a prompt is put to it: as a text, although its tokenizer has a chat template.
     run_manifest = json.loads((model / "graft.json").read_text(encoding="utf-8"))
-    manifest = {"format": run_manifest["format"], "data": {"train": {"formats": run_manifest["data"]["train"]["formats"]}}}
+    manifest = {
+        "format": run_manifest["format"],
+        "data": {"train": {"formats": run_manifest["data"]["train"]["formats"]}},
+    }
     (base / "graft.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in base.iterdir())
     print(f"{base}: {size / 1e6:.1f} MB")

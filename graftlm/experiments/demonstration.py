@@ -55,7 +55,12 @@ def demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
         f"Training the bundled base on {_rows(DATA)} product descriptions in a playful voice, three ways, {steps} steps each.\n"
     )
     results: dict[str, dict[str, Any]] = {}
-    columns = (TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("{task.description:<6}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         tasks = {method: bar.add_task(method, total=steps, loss="", start=False) for method in LEARNING_RATES}
         for method, rate in LEARNING_RATES.items():
@@ -155,7 +160,9 @@ def make_samples(adapter: Path) -> list[Sample]:
     base = load_base("demo", precision=manifest["base"]["precision"])
     attach(base, adapter_format.load(base, adapter), slot=1)
     encoder = Encoder(base.tokenizer)
-    rows = [json.loads(line) for line in Path(demo.resolve_data(DATA, "valid")).read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in Path(demo.resolve_data(DATA, "valid")).read_text(encoding="utf-8").splitlines()
+    ]
     samples: list[Sample] = []
     for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]:
         ids = encoder.prompt_text(row["prompt"])
@@ -170,7 +177,8 @@ def sample_panel(sample: Sample) -> Panel:
     """A prompt with both answers side by side."""
     facts = Text(sample.prompt.strip(), style="dim")
     answers = Columns(
-        [Panel(Text(sample.base), title="base", width=56), Panel(Text(sample.tuned), title="LoRA", width=56)], padding=(0, 1)
+        [Panel(Text(sample.base), title="base", width=56), Panel(Text(sample.tuned), title="LoRA", width=56)],
+        padding=(0, 1),
     )
     from rich.console import Group
 

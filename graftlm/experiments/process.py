@@ -29,7 +29,9 @@ def run_apart(config: TrainConfig, on_event: OnEvent) -> dict[str, Any]:
         [sys.executable, "-m", "graftlm.experiments.process"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
     )  # fmt: skip
-    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert child.stderr is not None
     try:
         child.stdin.write(json.dumps(config.to_json()))
         child.stdin.close()

@@ -54,7 +54,9 @@ class _HeadLoss(torch.autograd.Function):
                 loss = _piece(base, part, labels[first:last], slot)
                 weighted = (loss * weights[first:last]).sum()
                 wanted = ([part] if gradient is not None else []) + list(trained)
-                found = list(torch.autograd.grad(weighted, wanted, allow_unused=True)) if wanted else []
+                found: list[Tensor | None] = []
+                if wanted:
+                    found.extend(torch.autograd.grad(weighted, wanted, allow_unused=True))
             losses[first:last] = loss.detach()
             if gradient is not None:
                 own = found.pop(0)

@@ -7,6 +7,7 @@ This is the one place where the parts meet; each part is a call. What a person s
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,9 @@ from graftlm.base.precision import DTYPES
 from graftlm.config import TrainConfig
 from graftlm.data.documents import Dataset, load, split
 from graftlm.data.inspection import named_source
-from graftlm.data.order import make_order
+from graftlm.data.order import Order, make_order
 from graftlm.data.sources import Source, read
-from graftlm.errors import ConfigError
+from graftlm.errors import ConfigError, Stopped
 from graftlm.files import whole_folder, write_json
 from graftlm.planning.measured import PeakMemory
 from graftlm.training import checkpoint
@@ -45,14 +46,6 @@ _FREE_ON_RESUME = {
     "activation_checkpointing", "device", "keep_checkpoints", "out", "resume", "save_every", "tokens_per_pass", "track",
     "trust_remote_code", "model", "data", "eval_data", "save_precision",
 }  # fmt: skip
-
-
-class Stopped(Exception):
-    """The run was asked to stop and left a checkpoint."""
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 def run(config: TrainConfig, view: View) -> dict[str, Any]:
@@ -73,7 +66,7 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
         tokens = _train_tokens(base, config.train_tokens)
         encoder = Encoder(base.tokenizer, train_on=config.train_on, date=config.template_date)
         dataset, held_out = read_data(config, sources, encoder, base, view)
-        view.data(dataset, held_out)
+        view.data(dataset, held_out, encoder.notes)
         adapter = make_adapter(base, config, tokens)
         trial = make_trial(base, config, adapter, dataset, held_out)
         if adapter is not None:
@@ -248,8 +241,20 @@ def make_trial(
         name=config.out.name, slot=0 if adapter is None else 1, seed=config.seed, parameters=parameters,
         optimizer=optimizer, schedule=schedule, documents=dataset.documents, order=order,
         held_out=() if held_out is None else held_out.documents, max_grad_norm=config.max_grad_norm,
-        eval_every=config.eval_every or max(1, round(order.steps / 10)),
+        eval_every=config.eval_every or default_eval_every(dataset, held_out, order),
     )  # fmt: skip
+
+
+def default_eval_every(dataset: Dataset, held_out: Dataset | None, order: Order) -> int:
+    """Steps between evaluations: at most ten in a run, and no more than cost about a quarter of the training.
+
+    A pass forward costs a third of one forward and back.
+    """
+    if held_out is None:
+        return order.steps
+    training = 3.0 * order.draws * dataset.tokens / dataset.rows
+    affordable = int(0.25 * training / held_out.tokens)
+    return math.ceil(order.steps / min(10, max(1, affordable)))
 
 
 def _resolved(config: TrainConfig, base: Base, trial: Trial) -> dict[str, Any]:

@@ -83,8 +83,12 @@ class View:
         self.fact("", f"products in {base.compute} on {base.device.type}; {how}")
         for name, why in list(base.kept.items())[:5]:
             self.fact("", f"kept as it is: {name}, {why}")
+        if len(base.kept) > 5:
+            self.fact("", f"and {len(base.kept) - 5} more of these")
+        for note in base.notes:
+            self.fact("", note)
 
-    def data(self, dataset: Dataset, held_out: Dataset | None) -> None:
+    def data(self, dataset: Dataset, held_out: Dataset | None, notes: Sequence[str] = ()) -> None:
         """What is trained on."""
         extra = f"; {dataset.dropped:,} too long and dropped" if dataset.dropped else ""
         extra += f"; {dataset.cut:,} cut" if dataset.cut else ""
@@ -94,6 +98,8 @@ class View:
             f"{dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.trained_tokens:,} of them trained"
             f"{extra}{other}",
         )
+        for note in notes:
+            self.fact("", note)
 
     def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter) -> None:
         """Which layers are adapted."""

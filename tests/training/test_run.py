@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from tiny_run import adapter_bytes, lines, train, without
 
 from graftlm.config import TrainConfig
-from graftlm.errors import ConfigError, DataError, RunError
+from graftlm.errors import ConfigError, DataError, RunError, Stopped
 from graftlm.files import damage, sha256
 from graftlm.training import loop
-from graftlm.training.run import Recorder, Stopped
+from graftlm.training.run import Recorder
 
 # ---- the run folder -----------------------------------------------------------------------------------------------
 

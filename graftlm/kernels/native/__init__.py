@@ -253,7 +253,8 @@ def matmul(x: Tensor, weight: Stored) -> Tensor:
     if not rows.numel() or not outer:
         return x.new_zeros(*x.shape[:-1], outer)
     y = _matvec(rows, weight) if len(rows) <= FEW_ROWS else _matmul_panels(rows, weight)  # (rows, out)
-    return y.view(*x.shape[:-1], outer)
+    # A view made inside an autograd function may not be added to in place, and some models do.
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], outer)
 
 
 def _matvec(x: Tensor, weight: Stored) -> Tensor:
@@ -301,7 +302,8 @@ def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
         count = min(step, outer - first)
         _dequantize_into(scratch[:count], weight, first, 0)
         dx.addmm_(rows[:, first : first + count], scratch[:count], beta=1.0 if first else 0.0)
-    return dx.to(dy.dtype).view(*dy.shape[:-1], inner)
+    dx = dx.to(dy.dtype)
+    return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], inner)
 
 
 # ---- the check before first use -----------------------------------------------------------------------------------
