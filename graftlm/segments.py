@@ -17,7 +17,7 @@ those of one length (one attention call per run of equal lengths).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,6 +106,22 @@ class Segments:
     def rows(self, slot: int) -> Iterator[tuple[int, int]]:
         """The token ranges that use `slot`."""
         return ((start, stop) for s, start, stop in self.slot_ranges if s == slot)
+
+    def token_keys_on(self, device: torch.device) -> torch.Tensor:
+        """`token_keys` on a device, copied there once."""
+        return self._kept("keys", device, lambda: self.token_keys.to(device))
+
+    def ends_on(self, device: torch.device) -> torch.Tensor:
+        """0 and the end of every segment, (segments + 1,) int32: what variable-length attention kernels want."""
+        return self._kept(
+            "ends", device, lambda: torch.tensor([*self.starts, self.tokens], dtype=torch.int32, device=device)
+        )
+
+    def _kept(self, name: str, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        kept: dict[tuple[str, torch.device], torch.Tensor] = self.__dict__.setdefault("_on_devices", {})
+        if (name, device) not in kept:
+            kept[name, device] = make()
+        return kept[name, device]
 
 
 _current: Segments | None = None

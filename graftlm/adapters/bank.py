@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from graftlm import kernels
 from graftlm import segments as segs
 from graftlm.base.hf import embed
-from graftlm.base.linear import Stored, StoredLinear, StoredStack, product
+from graftlm.base.linear import Stored, StoredStack, product
 from graftlm.base.precision import Weight, restore
 from graftlm.kernels.counter import hash_words, keep_mask, uniform
 
@@ -148,6 +148,10 @@ class _Use:
     key: int
     token_keys: Tensor | None
 
+    @property
+    def drops(self) -> bool:
+        return self.dropout > 0 and self.token_keys is not None
+
     def dropped(self, x: Tensor) -> Tensor:
         """drop(x) for this use's rows of x (T, in) -> (t, in), each kept feature scaled by 1 / (1 - p)."""
         rows = x[self.first : self.last]
@@ -161,16 +165,32 @@ class _Use:
         return mask.to(x.dtype) * (1.0 / (1.0 - self.dropout))
 
 
+def _routed(
+    uses: Sequence[_Use], factors: Sequence[Tensor]
+) -> tuple[list[kernels.Range], Sequence[Tensor], Sequence[Tensor], list[float]]:
+    """Uses as the routed kernels take them: ranges with the number of their factor pair, every A, every B, every scale."""
+    scale = [0.0] * (len(factors) // 2)
+    for use in uses:
+        scale[use.index] = use.scale
+    return [(use.first, use.last, use.index) for use in uses], factors[0::2], factors[1::2], scale
+
+
 class _Banked(torch.autograd.Function):
     """x (T, in) -> x W^T + sum over uses of s (drop(x) A^T) B^T, (T, out); gradients to x, every A and every B."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, uses: Sequence[_Use], *factors: Tensor) -> Tensor:
         y = x @ weight.to(x.dtype).T if isinstance(weight, Tensor) else kernels.matmul(x, weight)
-        hidden = [
-            kernels.low_rank(y[u.first : u.last], u.dropped(x), factors[2 * u.index], factors[2 * u.index + 1], u.scale)
-            for u in uses
-        ]  # each (t, r)
+        hidden: list[Tensor | None]  # each (t, r)
+        if any(u.drops for u in uses):
+            hidden = [
+                kernels.low_rank(
+                    y[u.first : u.last], u.dropped(x), factors[2 * u.index], factors[2 * u.index + 1], u.scale
+                )
+                for u in uses
+            ]
+        else:
+            hidden = kernels.low_rank_routed(y, x, *_routed(uses, factors))
         ctx.save_for_backward(x, *factors, *hidden)
         ctx.weight, ctx.uses, ctx.count = weight, uses, len(factors)
         return y
@@ -185,19 +205,19 @@ class _Banked(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.to(dy.dtype) if isinstance(weight, Tensor) else kernels.matmul_t(dy, weight)
         totals: list[Tensor | None] = [None] * ctx.count
+        if not any(u.drops for u in ctx.uses):
+            ranges, A, B, scale = _routed(ctx.uses, factors)
+            totals[0::2], totals[1::2] = kernels.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)
+            return (dx, None, None, *totals)
         for use, h in zip(ctx.uses, hidden):
-            A, B = factors[2 * use.index], factors[2 * use.index + 1]
             rows = slice(use.first, use.last)
-            keep = use.keep(x)
-            if keep is None:
-                dA, dB = kernels.low_rank_backward(
-                    dy[rows], x[rows], h, A, B, use.scale, None if dx is None else dx[rows]
-                )
-            else:
-                dx_use = None if dx is None else torch.zeros_like(x[rows])
-                dA, dB = kernels.low_rank_backward(dy[rows], x[rows] * keep, h, A, B, use.scale, dx_use)
-                if dx is not None and dx_use is not None:
-                    dx[rows] += dx_use * keep
+            keep = use.keep(x)  # (t, in), or None where this use drops nothing
+            into = None if dx is None else (dx[rows] if keep is None else torch.zeros_like(x[rows]))
+            dA, dB = kernels.low_rank_backward(
+                dy[rows], use.dropped(x), h, factors[2 * use.index], factors[2 * use.index + 1], use.scale, into
+            )
+            if dx is not None and into is not None and keep is not None:
+                dx[rows] += into * keep
             for place, gradient in ((2 * use.index, dA), (2 * use.index + 1, dB)):
                 known = totals[place]
                 totals[place] = gradient if known is None else known + gradient
@@ -283,7 +303,7 @@ def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None) 
     keys = None
     running = segs.current()
     if slot.dropout and torch.is_grad_enabled() and running is not None and running.streams:
-        keys = running.token_keys.to(slot.A.device)
+        keys = running.token_keys_on(slot.A.device)
         keys = keys[first:last] if rows is None else keys[rows[first:last]]
     return _Use(first, last, index, slot.scale, slot.dropout, slot.key, keys)
 
@@ -337,5 +357,5 @@ class EmbeddingBank:
 
 
 __all__ = [
-    "Bank", "EmbeddingBank", "LowRank", "Rows", "Slot", "StoredLinear", "Whole", "combined_norm", "new_low_rank", "scale_of",
+    "Bank", "EmbeddingBank", "LowRank", "Rows", "Slot", "Whole", "combined_norm", "new_low_rank", "scale_of",
 ]  # fmt: skip

@@ -105,7 +105,7 @@ def _varlen(
     call, takes_window = _varlen_call()
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (T, H, D)
-    ends = torch.tensor([*segments.starts, segments.tokens], dtype=torch.int32, device=q.device)  # (segments + 1,)
+    ends = segments.ends_on(q.device)  # (segments + 1,)
     longest = max(segments.lengths)
     windowed = window is not None and window < longest
     if not takes_window:
@@ -140,13 +140,17 @@ def _causal(
 
 
 def may_pack(
-    own: Callable[[Tensor], Tensor], packed: Callable[[Tensor, Segments], Tensor], vocabulary: int
+    own: Callable[[Tensor], Tensor],
+    packed: Callable[[Tensor, Segments], Tensor],
+    vocabulary: int,
+    *,
+    exact: bool = True,
 ) -> tuple[bool, str]:
     """Run the three checks; returns whether the model may use our attention, and the reason when it may not.
 
     `own(ids (1, L))` gives the untouched model's logits (L, vocabulary) for one document, `packed(ids (1, T), segments)`
-    those with our attention, (T, vocabulary). Logits count as the same within 1e-3 of their spread in float32 and 5e-2 in
-    16 bits; a leak shows as a larger difference, because the documents are random tokens.
+    those with our attention, (T, vocabulary). Logits count as the same when their relative distance is below 1e-3 where
+    products are in float32 (`exact`), and below 0.15 in 16 bits.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, 24), generator=generator)
@@ -155,11 +159,11 @@ def may_pack(
     try:
         expected = torch.cat([own(first), own(second)])  # (24, vocabulary)
         found = packed(ids, two)
-        spread = expected.float().std() + 1e-6
-        tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
+        # Rounding adds up with depth (measured at 0.03 over 16 layers in bfloat16), a leak of random tokens is of order 1.
+        tolerance = 1e-3 if exact else 0.15
 
         def differ(a: Tensor, b: Tensor) -> bool:
-            error = ((a.float() - b.float()).abs().max() / spread).item()
+            error = (torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float())).item()
             return not error < tolerance  # also true for NaN
 
         if found.shape != expected.shape or differ(found[:13], expected[:13]):
@@ -174,6 +178,8 @@ def may_pack(
         other[0, :13] = (other[0, :13] + 7) % vocabulary
         if differ(packed(other, two)[13:], expected[13:]):
             return False, "a packed document sees its neighbour"
+    except torch.OutOfMemoryError:
+        raise
     except UnsupportedAttention as error:
         return False, f"it needs {error}"
     except (KeyError, TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:

@@ -169,11 +169,13 @@ def install(model: PreTrainedModel, targets: Targets, precision: Precision, comp
     for name, module in model.named_modules():
         if module is embedding or module is head or isinstance(module, Stored):
             continue
+        wanted = _small_type(model, name, module, precision, compute)
         for key, parameter in module.named_parameters(recurse=False):
-            # Norms, biases, position tables: thousandths of the model, kept in the type that products run in.
-            if parameter.is_floating_point() and parameter.dtype != compute and not parameter.is_meta:
-                setattr(module, key, nn.Parameter(parameter.detach().to(compute), requires_grad=False))
-        del name
+            if parameter.is_floating_point() and not parameter.is_meta:
+                if parameter.dtype != wanted:
+                    setattr(module, key, nn.Parameter(parameter.detach().to(wanted), requires_grad=False))
+                if wanted != compute and not _kept_by_class(model, f"{name}.{key}"):
+                    _work_in(module, wanted, compute)
     if type(head) is nn.Linear:
         head_name = next(name for name, module in model.named_modules() if module is head)
         linear = StoredLinear((head.weight.shape[0], head.weight.shape[1]), kept_precision(precision), head.bias)
@@ -188,6 +190,42 @@ def install(model: PreTrainedModel, targets: Targets, precision: Precision, comp
         _replace(model, head_name, linear)
     if embedding.weight.dtype != keep and isinstance(embedding.weight, nn.Parameter) and not embedding.weight.is_meta:
         embedding.weight = nn.Parameter(embedding.weight.detach().to(keep), requires_grad=False)
+
+
+def _kept_by_class(model: PreTrainedModel, parameter: str) -> bool:
+    """Whether the model's class wants a parameter in float32 whatever the rest is, and handles that in its own code."""
+    names = (*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()))
+    return any(part in names for part in parameter.split("."))
+
+
+def _small_type(
+    model: PreTrainedModel, name: str, module: nn.Module, precision: Precision, compute: torch.dtype
+) -> torch.dtype:
+    """The type of norms, biases and position tables, thousandths of the model: that of the products.
+
+    A base stored in float32 keeps them in float32 whatever products run in, since full training would lose every small
+    update of a norm's weight near 1; only where a module holds other modules too, its code may mix types, and they follow.
+    """
+    if any(_kept_by_class(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)):
+        return torch.float32
+    leaf = next(module.children(), None) is None
+    return torch.float32 if precision == "float32" and leaf else compute
+
+
+def _work_in(module: nn.Module, inner: torch.dtype, outer: torch.dtype) -> None:
+    """Let a small module compute in its own type: what comes in is widened, what goes out narrowed again."""
+    if "graft_types" in module.__dict__:  # it holds two such parameters
+        return
+    module.__dict__["graft_types"] = (inner, outer)
+
+    def widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a.to(inner) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+    def narrow(module: nn.Module, args: Any, output: Any) -> Any:
+        return output.to(outer) if isinstance(output, Tensor) and output.is_floating_point() else output
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(narrow)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -323,7 +361,10 @@ class StoredFormQuantizer(HfQuantizer):
             if name in taken or not parameter.is_floating_point():
                 continue
             owner = model.get_submodule(name.rpartition(".")[0])
-            wanted = keep if owner is head or owner is embedding else compute
+            if owner is head or owner is embedding:
+                wanted = keep
+            else:
+                wanted = _small_type(model, name.rpartition(".")[0], owner, precision, compute)
             if parameter.dtype != wanted:  # the loader casts a tensor to the type that waits for it
                 parameter.data = parameter.data.to(wanted)
         return model
@@ -368,6 +409,8 @@ def stream(
         raise ModelError(
             f"{path}: its weights cannot be read ({_first_line(error)}); download the model again"
         ) from None
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # transformers says so when parts of a joined or stacked weight do not fit together
         raise ModelError(
             f"{path}: the tensors do not fit the model's config; {report.fault or _first_line(error)}"
@@ -587,6 +630,15 @@ class Anatomy:
     def head(self) -> nn.Module:
         return self.model.get_submodule(self.head_name)
 
+    def tail_modules(self) -> list[nn.Module]:
+        """Every module outside the body: what turns its hidden states into logits, the head among them."""
+        body, found, waiting = self.body, list[nn.Module](), list[nn.Module]([self.model])
+        while waiting:
+            module = waiting.pop()
+            found.append(module)
+            waiting.extend(child for child in module.children() if child is not body)
+        return found
+
     @torch.no_grad()
     def _find_body(self, head: nn.Module, ids: Tensor) -> str:
         outputs: list[tuple[str, Tensor]] = []
@@ -621,6 +673,8 @@ class Anatomy:
             self.body_name = name
             try:
                 found = self.logits(reached[name])
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # any failure only means that this candidate is not the body
                 continue
             if found.shape == expected[0].shape and torch.allclose(found, expected[0], rtol=1e-4, atol=1e-4):
@@ -731,8 +785,6 @@ def plain_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]
     owned = {f"{name}.{key}" for name in stored for key in ("weight", "bias")}
     for name, parameter in model.named_parameters():  # tied parameters come once, under their first name
         if name in owned:
-            if id(parameter) in seen and name not in state and name.removesuffix(".stored.weight") == name:
-                pass
             continue
         if id(parameter) in seen:
             # The embedding of a tied head: the embedding's name is the one that is saved.

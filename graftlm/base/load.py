@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from graftlm import demo
@@ -167,11 +168,29 @@ def default_device(asked: str | None) -> torch.device:
         device = torch.device(asked)
     except RuntimeError:
         raise ModelError(f"unknown device '{asked}'; take cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and torch.cuda.is_available():
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ModelError(
+                f"device '{asked}' is asked for, and there are {torch.cuda.device_count()}, counted from 0"
+            )
+        torch.cuda.set_device(device)  # kernels launch on the current device
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             f"device '{asked}' is asked for, and this PyTorch ({torch.__version__}) sees no CUDA device; take cpu"
         )
     return device
+
+
+@contextlib.contextmanager
+def _memory_explained(name: str, precision: Precision, device: torch.device) -> Iterator[None]:
+    """Say what to do when a device is too small for a base."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{name} as {precision} does not fit into the memory of {device} ({str(error).splitlines()[0][:160]}); "
+            "take --precision nf4 or int8, or --device cpu"
+        ) from None
 
 
 def load_base(
@@ -192,36 +211,37 @@ def load_base(
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
     config = load_config(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    chosen = compute or default_compute(place)
-    dtype = DTYPES[chosen]
-    quantized = _quantization_of(folder)
-    notes: list[str] = []
-    if init == "random":
-        model, targets = hf.adopt(hf.fresh(config, seed, trust_remote_code), precision, dtype)
-        model = _moved(model, place)
-    elif quantized is not None:
-        model, targets = hf.adopt(hf.load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype)
-        model = _moved(model, place)
-    else:
-        model, targets, unused = hf.stream(str(folder), precision, dtype, place, trust_remote_code)
-        if unused:
-            notes.append(
-                f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ..."
-            )
-    base = Base(
-        name=name,
-        folder=folder,
-        model=model,
-        tokenizer=tokenizer,
-        precision=precision,
-        compute=chosen,
-        anatomy=hf.Anatomy(model),
-        kept=targets.kept,
-        random=init == "random",
-        notes=notes,
-    )
-    _choose_attention(base)
-    return base
+    with _memory_explained(name, precision, place):
+        chosen = compute or default_compute(place)
+        dtype = DTYPES[chosen]
+        quantized = _quantization_of(folder)
+        notes: list[str] = []
+        if init == "random":
+            model, targets = hf.adopt(hf.fresh(config, seed, trust_remote_code), precision, dtype)
+            model = _moved(model, place)
+        elif quantized is not None:
+            model, targets = hf.adopt(hf.load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype)
+            model = _moved(model, place)
+        else:
+            model, targets, unused = hf.stream(str(folder), precision, dtype, place, trust_remote_code)
+            if unused:
+                notes.append(
+                    f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ..."
+                )
+        base = Base(
+            name=name,
+            folder=folder,
+            model=model,
+            tokenizer=tokenizer,
+            precision=precision,
+            compute=chosen,
+            anatomy=hf.Anatomy(model),
+            kept=targets.kept,
+            random=init == "random",
+            notes=notes,
+        )
+        _choose_attention(base)
+        return base
 
 
 def _moved(model: Any, device: torch.device) -> Any:
@@ -262,10 +282,5 @@ def _choose_attention(base: Base) -> None:
             return base.logits(base.hidden(ids[0].to(base.device), segments))
 
     with hf.short_windows(base.model, 5):
-        base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary)
+        base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary, exact=base.compute == "float32")
     hf.switch(base.model, hf.ATTENTION if base.packs else own)
-
-
-def frozen_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that training must not touch."""
-    return [(name, p) for name, p in model.named_parameters() if not p.requires_grad]

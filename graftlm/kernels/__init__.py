@@ -1,7 +1,7 @@
 """The only code that knows hardware: one function for each operation, the best backend for the device behind it.
 
-    nf4_quantize  nf4_dequantize  nf4_matmul  nf4_matmul_t      a weight in 4 bits
-    int8_quantize int8_dequantize int8_matmul int8_matmul_t     a weight in 8 bits
+    nf4_quantize  nf4_dequantize                                a weight in 4 bits
+    int8_quantize int8_dequantize                               a weight in 8 bits
     dequantize    matmul          matmul_t                      either of them
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
     low_rank_routed  low_rank_routed_backward                   each range of tokens its adapter
@@ -24,8 +24,8 @@ from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored
 
 __all__ = [
     "BLOCK", "GROUP", "Int8", "Nf4", "Range", "Slots", "Stored", "backend", "dequantize", "int8_dequantize",
-    "int8_matmul", "int8_matmul_t", "int8_quantize", "low_rank", "low_rank_backward", "low_rank_routed",
-    "low_rank_routed_backward", "matmul", "matmul_t", "nf4_dequantize", "nf4_matmul", "nf4_matmul_t", "nf4_quantize",
+    "int8_quantize", "low_rank", "low_rank_backward", "low_rank_routed", "low_rank_routed_backward", "matmul", "matmul_t",
+    "nf4_dequantize", "nf4_quantize",
 ]  # fmt: skip
 
 
@@ -97,12 +97,6 @@ def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
         if fast.usable("matmul_t", dy):
             return fast.matmul_t(dy, weight)
     return reference.matmul_t(dy, weight)
-
-
-nf4_matmul = matmul
-nf4_matmul_t = matmul_t
-int8_matmul = matmul
-int8_matmul_t = matmul_t
 
 
 def low_rank_routed(

@@ -11,7 +11,7 @@ rounding): plain rounding would lose every update smaller than 1/512 of the weig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,12 +102,11 @@ class AdamW:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The 2-norm over all gradients, summed in float64 in a fixed order."""
-    total = 0.0
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total += float(torch.linalg.vector_norm(parameter.grad.float())) ** 2
-    return math.sqrt(total)
+    """The 2-norm over all gradients; the squares of the tensors' norms are summed in float64, in a fixed order."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    if not norms:
+        return 0.0
+    return math.sqrt(float(torch.stack(norms).double().square().sum()))  # read from the device once
 
 
 @torch.no_grad()
@@ -136,6 +135,3 @@ class Schedule:
             return self.peak
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)  # 0 .. below 1
         return self.peak * (1 - done if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
-
-
-LearningRate = Callable[[int], float]

@@ -37,9 +37,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_learns_and_its_result_is_read_by_others(
     architecture: str, method: Any, data: Path, tmp_path: Path
 ) -> None:
+    adapter: dict[str, Any] = {} if method == "full" else {"rank": 5, "alpha": 7.0}
     config = TrainConfig(
         model=str(tiny.folder(architecture)), data=(str(data),), eval_data="25%", method=method, out=tmp_path / "run",
-        compute="float32", device="cpu", steps=6, batch_size=7, rank=5, alpha=7.0, learning_rate=1e-2,
+        compute="float32", device="cpu", steps=6, batch_size=7, learning_rate=1e-2, **adapter,
         schedule="constant", warmup=0.0, tokens_per_pass=41, eval_every=3, activation_checkpointing=True,
     )  # fmt: skip
     summary = run(config, View(quiet=True))
