@@ -42,6 +42,8 @@ def _mapping(value: Any) -> Any:
     """`q_proj=8,mlp=32` or a YAML mapping."""
     if value is None or isinstance(value, dict):
         return value
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"expected PATTERN=NUMBER or a mapping of patterns to numbers, found {value!r}")
     parts = [p for item in ([value] if isinstance(value, str) else value) for p in str(item).split(",") if p]
     pairs: dict[str, str] = {}
     for part in parts:
@@ -56,8 +58,17 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, (str, Path)) else value
 
 
+def _no_weight(eval_data: str | None) -> None:
+    """Held-out rows are each read once, so a weight as training data have it (`FILE:2`) would do nothing."""
+    path, colon, weight = (eval_data or "").rpartition(":")
+    number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", weight, re.IGNORECASE)
+    if colon and number and not Path(eval_data or "").exists():
+        raise ValueError(f"eval-data '{eval_data}' has a weight, and every held-out row counts once; give '{path}'")
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+Tokens = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]  # as they are: a token may hold commas and spaces
 Ranks = Annotated[dict[str, int], BeforeValidator(_mapping)]
 Alphas = Annotated[dict[str, float], BeforeValidator(_mapping)]
 
@@ -184,8 +195,11 @@ class TrainConfig(Config):
     modules_to_save: Names = option(
         (), "modules trained whole beside the adapter: `embeddings`, `head`, or their names", group="adapter"
     )
-    train_tokens: Names = option(
-        (), "tokens whose embedding rows are trained; new ones are added where the matrix has room", group="adapter"
+    train_tokens: Tokens = option(
+        (),
+        "a token whose embedding row is trained, taken as it is, commas and spaces too; repeat for several; "
+        "new ones are added where the matrix has room",
+        group="adapter",
     )
 
     # Optimization
@@ -247,6 +261,7 @@ class TrainConfig(Config):
             raise ValueError("method full trains every token's row already; leave --train-tokens out")
         if self.method == "full":
             adapter_only = {
+                **{name: name in self.model_fields_set for name in ("rank", "alpha", "targets")},
                 "dropout": self.dropout, "dora": self.dora, "rank-stabilized": self.rank_stabilized,
                 "rank-pattern": self.rank_pattern, "alpha-pattern": self.alpha_pattern,
                 "b-learning-rate-ratio": self.b_learning_rate_ratio != 1,
@@ -258,6 +273,11 @@ class TrainConfig(Config):
             raise ValueError(f"--init random trains every weight and needs --method full, found {self.method}")
         if self.method != "full" and self.save_precision is not None:
             raise ValueError("--save-precision is for --method full; an adapter is saved in float32")
+        if self.eval_every is not None and self.eval_data is None:
+            raise ValueError("--eval-every needs held-out rows; give --eval-data, such as 5%, or leave it out")
+        _no_weight(self.eval_data)
+        if "" in self.train_tokens:
+            raise ValueError("train-tokens holds an empty token; leave it out")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give --steps or --epochs, not both; found steps {self.steps} and epochs {self.epochs}")
         for name, rank in self.rank_pattern.items():
@@ -275,6 +295,13 @@ class TrainConfig(Config):
             known = ("tensorboard", "wandb", "mlflow")
             raise ValueError(f"unknown tracker '{unknown[0]}'{nearest(unknown[0], known)} known: {', '.join(known)}")
         return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Every option as plain JSON values; what is for an adapter is null in a full run, which has none."""
+        values = super().to_json()
+        if self.method == "full":
+            values.update(dict.fromkeys(_ADAPTER_ONLY))
+        return values
 
     @property
     def stored_precision(self) -> Precision:
@@ -297,6 +324,12 @@ class TrainConfig(Config):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
+_ADAPTER_ONLY = (
+    "rank", "alpha", "rank_stabilized", "dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "train_tokens", "b_learning_rate_ratio",
+)  # fmt: skip
+
+
 class GenerateConfig(Config):
     """Options of `graft generate`."""
 
@@ -316,6 +349,16 @@ class GenerateConfig(Config):
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     device: str | None = option(None, "cpu, cuda, ...; default the first GPU, else the CPU")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in ("top_p", "seed"):
+            if self.temperature == 0 and name in self.model_fields_set:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for sampling, and temperature 0 takes the likeliest token each time; "
+                    "give --temperature, such as 0.7, or leave it out"
+                )
+        return self
+
 
 class CheckConfig(Config):
     """Options of `graft check`."""
@@ -329,3 +372,8 @@ class CheckConfig(Config):
     )
     template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=r"^\d{4}-\d{2}-\d{2}$")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _no_weight(self.eval_data)
+        return self

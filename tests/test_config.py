@@ -84,9 +84,9 @@ def test_a_yaml_file_holds_options_and_flags_win_over_it(tmp_path: Path) -> None
 def test_a_file_and_flags_with_the_same_options_are_the_same_config(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "model: m\ndata: d.jsonl\nout: o\nalpha-pattern: {q_proj: 2.5}\ntrain-tokens: [<a>, <b>]\nepochs: 2\n"
+        "model: m\ndata: d.jsonl\nout: o\nalpha-pattern: {q_proj: 2.5}\ntrain-tokens: [<a>, '<b, c> ']\nepochs: 2\n"
     )
-    flags = {**NEEDED, "alpha_pattern": ["q_proj=2.5"], "train_tokens": ["<a>,<b>"], "epochs": 2.0}
+    flags = {**NEEDED, "alpha_pattern": ["q_proj=2.5"], "train_tokens": ["<a>", "<b, c> "], "epochs": 2.0}
     assert TrainConfig.read(file, {}) == TrainConfig.read(None, flags)
 
 
@@ -147,6 +147,10 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
         ({"template_date": "today"}, "template-date: .*found 'today'"),
         ({"rank_pattern": "q_proj"}, "^rank-pattern: expected PATTERN=NUMBER, found 'q_proj'$"),
         ({"rank_pattern": "q_proj=0"}, "rank-pattern 'q_proj' must be at least 1, found 0"),
+        ({"rank_pattern": 5}, "rank-pattern: expected PATTERN=NUMBER or a mapping of patterns to numbers, found 5$"),
+        ({"alpha_pattern": 2.5}, "alpha-pattern: expected PATTERN=NUMBER or a mapping .* found 2.5$"),
+        ({"rank_pattern": [5]}, "rank-pattern: expected PATTERN=NUMBER, found '5'$"),
+        ({"train_tokens": ["<a>", ""]}, "train-tokens holds an empty token"),
         ({"alpha_pattern": "q_proj=-1"}, "alpha-pattern 'q_proj' must be above 0, found -1"),
         ({"targets": ""}, "targets is empty"),
         ({"data": []}, "data is empty"),
@@ -181,11 +185,47 @@ def test_all_wrong_values_are_named_at_once() -> None:
         ({"method": "full", "dropout": 0.1}, "--dropout is for an adapter and method full has none"),
         ({"method": "full", "dora": True}, "--dora is for an adapter"),
         ({"method": "full", "rank_pattern": "q=2"}, "--rank-pattern is for an adapter"),
+        (
+            {"method": "full", "rank": 16},
+            "--rank is for an adapter and method full has none; leave it out, or take lora",
+        ),
+        ({"method": "full", "alpha": 4}, "--alpha is for an adapter"),
+        ({"method": "full", "targets": "all-linear"}, "--targets is for an adapter"),
+        ({"eval_every": 5}, "--eval-every needs held-out rows; give --eval-data, such as 5%, or leave it out"),
+        ({"eval_data": "v.jsonl:2"}, "'v.jsonl:2' has a weight, and every held-out row counts once; give 'v.jsonl'"),
+        ({"eval_data": "demo:0.5"}, "has a weight"),
         ({"method": "lora", "save_precision": "bfloat16"}, "--save-precision is for --method full"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(values: dict[str, Any], message: str) -> None:
     assert message in refused(**values)
+
+
+@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"seed": 3}, {"top_p": 1.0}])
+def test_options_of_sampling_are_refused_where_nothing_is_sampled(option: dict[str, Any]) -> None:
+    needed = {"model": "m", "prompt": "p"}
+    with pytest.raises(ConfigError, match=f"--{next(iter(option)).replace('_', '-')} is for sampling.*--temperature"):
+        GenerateConfig.build({**needed, **option})
+    GenerateConfig.build({**needed, **option, "temperature": 0.7})
+    GenerateConfig.build(needed)
+
+
+def test_check_refuses_a_weight_on_held_out_data_too() -> None:
+    with pytest.raises(ConfigError, match="has a weight"):
+        CheckConfig.build({"data": "d.jsonl:2", "model": "m", "eval_data": "v.jsonl:2"})
+
+
+def test_a_file_whose_name_ends_like_a_weight_may_be_held_out(tmp_path: Path) -> None:
+    (tmp_path / "rows:2").write_text("")
+    assert built(eval_data=str(tmp_path / "rows:2")).eval_data == str(tmp_path / "rows:2")
+
+
+def test_the_options_of_an_adapter_are_null_in_a_full_run_and_read_back() -> None:
+    config = built(method="full", steps=3)
+    values = config.to_json()
+    assert [values[name] for name in ("rank", "alpha", "targets", "dropout", "b_learning_rate_ratio")] == [None] * 5
+    assert TrainConfig.build(values) == config
+    assert built(method="lora").to_json()["rank"] == 16
 
 
 def test_defaults_follow_the_method() -> None:
@@ -200,4 +240,5 @@ def test_lists_come_from_commas_repeats_and_lists_and_brackets_hold_together() -
     assert built(targets="q_proj, v_proj").targets == ("q_proj", "v_proj")
     assert built(targets=["q_proj,v_proj", "mlp"]).targets == ("q_proj", "v_proj", "mlp")
     assert built(targets="layers.[0,1].*").targets == ("layers.[0,1].*",)
+    assert built(train_tokens="<a, b> ").train_tokens == ("<a, b> ",)  # a token is what it is
     assert built(data="a,b.jsonl").data == ("a,b.jsonl",)  # a file's name may hold a comma

@@ -85,11 +85,14 @@ def options(place: Path, **changes: Any) -> dict[str, Any]:
     if not data.exists():
         write_rows(data, rows(12))
         write_rows(held_out, rows(5, seed=1))
-    return {
+    given = {
         "model": str(folder()), "data": [str(data)], "eval_data": str(held_out), "out": str(place / "run"),
         "steps": 6, "batch_size": 5, "rank": 3, "alpha": 7, "learning_rate": 0.01, "precision": "float32",
         "compute": "float32", "device": "cpu", "eval_every": 2, "seed": 11, **changes,
     }  # fmt: skip
+    idle = {"rank", "alpha"} if given.get("method") == "full" else set[str]()  # options that this run has no use for
+    idle |= {"eval_every"} if given["eval_data"] is None else set()
+    return {name: value for name, value in given.items() if name in changes or name not in idle}
 
 
 def train(place: Path, **changes: Any) -> dict[str, Any]:

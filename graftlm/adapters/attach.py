@@ -25,6 +25,8 @@ from graftlm.base.load import Base
 from graftlm.base.precision import restore
 from graftlm.errors import ConfigError, nearest
 
+_EXPERTS_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -76,6 +78,21 @@ def adaptable(base: Base) -> dict[str, Stored]:
         if module is not head:
             found[name.removesuffix(".stored")] = module
     return found
+
+
+def kept_as_parameters(base: Base, names: Sequence[str]) -> list[str]:
+    """Those of the adapted layers that PEFT's format names as parameters, which take neither dropout nor DoRA.
+
+    A stack and a router's weight are parameters to PEFT. And in a mixture it takes some module names for the experts of
+    transformers 4 and rewrites them, those of dense layers too (`_convert_peft_config_moe`); named as parameters they
+    keep their meaning, and their tensors the same keys.
+    """
+    stored = base.stored()
+    mixture = any(isinstance(module, StoredStack) for module in stored.values())
+    return [
+        name for name in names
+        if not isinstance(stored.get(name), StoredLinear) or (mixture and name.rpartition(".")[2] in _EXPERTS_OF_V4)
+    ]  # fmt: skip
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -135,6 +152,11 @@ def whole_modules(base: Base, names: Sequence[str]) -> list[str]:
                 f"modules-to-save '{name}' is neither the embeddings nor the head{nearest(name, options)} "
                 f"known: {', '.join(options)}"
             )
+        if anatomy.head_name in hits and not isinstance(anatomy.head, Stored):
+            raise ConfigError(
+                f"modules-to-save '{name}': the head of this model is a {type(anatomy.head).__name__}, which computes more "
+                "than a linear layer, so an adapter cannot hold its own; leave it out, or take --method full"
+            )
         found.extend(h for h in hits if h not in found)
     return found
 
@@ -142,7 +164,8 @@ def whole_modules(base: Base, names: Sequence[str]) -> list[str]:
 def new_adapter(base: Base, layers: Sequence[str], plan: Plan, seed: int) -> Adapter:
     """An untrained adapter that leaves the base's output as it is.
 
-    Raises ConfigError for a rank or alpha pattern that matches none of the layers, and for dropout or DoRA on experts.
+    Raises ConfigError for a rank or alpha pattern that matches none of the layers, and for dropout or DoRA on what
+    PEFT's format keeps as a parameter.
     """
     stored = adaptable(base)
     for patterns, what in ((plan.ranks, "rank-pattern"), (plan.alphas, "alpha-pattern")):
@@ -150,12 +173,12 @@ def new_adapter(base: Base, layers: Sequence[str], plan: Plan, seed: int) -> Ada
             if not any(matches(name, pattern) for name in layers):
                 ends = {name.rpartition(".")[2] for name in layers}
                 raise ConfigError(f"{what} '{pattern}' matches no adapted layer{nearest(pattern, ends)}")
-    stacks = [name for name in layers if isinstance(stored[name], StoredStack)]
-    if stacks and (plan.dropout or plan.dora):
+    odd = kept_as_parameters(base, layers)
+    if odd and (plan.dropout or plan.dora):
         what = "dropout" if plan.dropout else "dora"
         raise ConfigError(
-            f"{what} does not work on the stacked experts of this model ({stacks[0]}); "
-            f"leave {what} out, or take --targets attention"
+            f"{what} does not work on '{odd[0]}': stacked experts, their routers, and layers of a mixture that are named "
+            f"like experts are parameters to PEFT, which then takes no {what}; leave {what} out, or take --targets attention"
         )
     slots: dict[str, Slot] = {}
     for name in layers:

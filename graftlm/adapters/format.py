@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from graftlm.adapters.attach import Adapter, Plan, adaptable
+from graftlm.adapters.attach import Adapter, Plan, adaptable, kept_as_parameters
 from graftlm.adapters.bank import LowRank, Rows, Slot, Whole, scale_of
 from graftlm.base.linear import Stored, StoredLinear, StoredStack
 from graftlm.base.load import Base
@@ -34,7 +34,6 @@ from graftlm.kernels.counter import hash_words
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "graft.json"
 _PREFIX = "base_model.model."
 _ROWS = "token_adapter.trainable_tokens_delta"
-_EXPERTS_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _OF_VOCABULARY = ("weight", _ROWS)
 """What only the embedding and the head have: a weight of their own, or some rows of it."""
 
@@ -44,6 +43,8 @@ _FORMULA: dict[str, Any] = {
     "megatron_config": None, "monteclora_config": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
     "kasa_config": None, "exclude_modules": None, "layers_to_transform": None,
 }  # fmt: skip
+# Where A and B may have started while the base stayed as it was; the other ways (pissa, olora, corda, ...) change it.
+_BASE_UNTOUCHED = (True, False, None, "gaussian", "eva", "orthogonal")
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
@@ -100,15 +101,8 @@ def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
     plan = adapter.plan
     low = {name: slot for name, slot in adapter.slots.items() if isinstance(slot, LowRank)}
     stored = _layers(base)
-    # A router's weight and a stack are parameters to PEFT, everything else is a module.
-    routers = [n for n in low if not isinstance(base.model.get_submodule(n), Stored)]
-    stacks = [n for n in low if isinstance(stored[n], StoredStack)]
-    linears = [n for n in low if n not in routers and n not in stacks]
-    # In a mixture PEFT takes some module names for the experts of transformers 4 and rewrites them, those of dense layers too
-    # (`_convert_peft_config_moe`); named as parameters they keep their meaning, and their tensors the same keys.
-    mixture = any(isinstance(m, StoredStack) for m in stored.values())
-    rewritten = [n for n in linears if mixture and n.rpartition(".")[2] in _EXPERTS_OF_V4]
-    linears = [n for n in linears if n not in rewritten]
+    parameters = kept_as_parameters(base, list(low))
+    linears = [n for n in low if n not in parameters]
     turned = any(stored[n].turned for n in linears)
     rows = {name: list(s.tokens) for name, s in adapter.slots.items() if isinstance(s, Rows)}
     return {
@@ -123,7 +117,8 @@ def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": {re.escape(n): s.rank for n, s in low.items() if s.rank != plan.rank},
         "alpha_pattern": {re.escape(n): s.alpha for n, s in low.items() if s.alpha != plan.alpha},
         "target_modules": _targets(base, linears) if linears else [],
-        "target_parameters": sorted([f"{n}.weight" for n in routers + rewritten] + stacks) or None,
+        "target_parameters": sorted(n if isinstance(stored[n], StoredStack) else f"{n}.weight" for n in parameters)
+        or None,
         "modules_to_save": sorted(n for n, s in adapter.slots.items() if isinstance(s, Whole)) or None,
         "trainable_token_indices": _indices(base, rows),
         "bias": "none",
@@ -178,6 +173,13 @@ def load(base: Base, folder: Path) -> Adapter:
     for key, neutral in _FORMULA.items():
         if config.get(key, neutral) not in (neutral, None, [], {}):
             raise AdapterError(f"{folder}/{CONFIG}: {key} = {config[key]!r} is a formula that Graft does not compute")
+    start = config.get("init_lora_weights")
+    if start not in _BASE_UNTOUCHED:
+        raise AdapterError(
+            f"{folder}/{CONFIG}: init_lora_weights = {start!r} changes the base's weights when PEFT loads it, and Graft "
+            "leaves them as they are; convert the adapter with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER)"
+        )
     unknown = [k for k in config if k not in _NEUTRAL and k not in _FORMULA and config[k] not in (None, False, [], {})]
     if unknown:
         raise AdapterError(
@@ -275,6 +277,11 @@ def _fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tens
         if len(parts) > 1 and not parts.keys().isdisjoint(_OF_VOCABULARY):
             raise AdapterError(f"{folder}: '{name}' is adapted in two ways at once: {', '.join(sorted(parts))}")
         if "weight" in parts:
+            if name == base.anatomy.head_name and name not in stored:
+                raise AdapterError(
+                    f"{folder}: '{name}' is a {type(base.anatomy.head).__name__}, which computes more than a linear layer; "
+                    "Graft does not take one from an adapter"
+                )
             slots[name] = _whole(base, folder, name, parts["weight"])
         elif _ROWS in parts:
             slots[name] = _rows(base, folder, config, name, parts[_ROWS])

@@ -67,6 +67,7 @@ class Report:
     histogram: tuple[Bin, ...]
     max_tokens: int | None
     too_long: int
+    when_too_long: TooLong
     too_long_rows: tuple[str, ...]  # the first 20
     duplicates: int  # rows beyond the first of their kind
     duplicate_rows: tuple[tuple[str, ...], ...]  # the first 20 groups, at most 4 rows of each
@@ -83,8 +84,8 @@ class Report:
 
     @property
     def good(self) -> bool:
-        """Whether training would start: no bad row, and no row too long."""
-        return self.faults == 0 and self.too_long == 0
+        """Whether training would start: no bad row, and no row too long unless such rows are dropped or cut."""
+        return self.faults == 0 and (self.too_long == 0 or self.when_too_long != "error")
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -153,6 +154,7 @@ def check(
     *,
     eval_sources: Sequence[Source] = (),
     max_tokens: int | None = None,
+    too_long: TooLong = "error",
     progress: Progress | None = None,
 ) -> Report:
     """Read every row as training would, and report. Raises DataError for a source that cannot be read at all."""
@@ -165,7 +167,7 @@ def check(
         faults += other.faults
         held_out = [document for part in other.parts for document in part.documents]
     lengths = np.array([document.tokens for document in documents], np.int64)  # (rows,)
-    too_long = [d for d in (*documents, *held_out) if max_tokens is not None and d.tokens > max_tokens]
+    longer = [d for d in (*documents, *held_out) if max_tokens is not None and d.tokens > max_tokens]
     groups: dict[str, list[str]] = {}
     for document in documents:
         groups.setdefault(document.digest, []).append(document.row)
@@ -181,8 +183,9 @@ def check(
         longest=int(lengths.max()) if len(lengths) else 0,
         histogram=histogram(lengths),
         max_tokens=max_tokens,
-        too_long=len(too_long),
-        too_long_rows=tuple(f"{d.row} ({d.tokens:,} tokens)" for d in too_long[:SHOWN]),
+        too_long=len(longer),
+        when_too_long=too_long,
+        too_long_rows=tuple(f"{d.row} ({d.tokens:,} tokens)" for d in longer[:SHOWN]),
         duplicates=sum(len(rows) - 1 for rows in repeated),
         duplicate_rows=tuple(tuple(rows[:4]) for rows in repeated[:SHOWN]),
         eval_rows=len(held_out),

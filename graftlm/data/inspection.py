@@ -5,12 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from graftlm import demo
 from graftlm.base.chat import Encoder
 from graftlm.base.load import load_config, load_tokenizer, resolve
 from graftlm.config import CheckConfig
 from graftlm.data.check import Report, check
-from graftlm.data.sources import Source
+from graftlm.data.sources import named_source, share, token_limit
 
 
 def check_data(config: CheckConfig) -> Report:
@@ -18,20 +17,17 @@ def check_data(config: CheckConfig) -> Report:
     folder = resolve(config.model, config.trust_remote_code, weights=False)
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     text_config = load_config(folder, config.trust_remote_code).get_text_config()
-    limit = config.max_tokens_per_document or getattr(text_config, "max_position_embeddings", None)
+    limit = token_limit(config.max_tokens_per_document, getattr(text_config, "max_position_embeddings", None))
     encoder = Encoder(tokenizer, train_on=config.train_on, date=config.template_date)
     sources = [named_source(text, "train") for text in config.data]
-    held_out = [named_source(config.eval_data, "valid")] if config.eval_data else []
+    # A share of the training rows is held out by content, so nothing of it can be among them.
+    part = share(config.eval_data)
+    held_out = [named_source(config.eval_data, "valid")] if config.eval_data and part is None else []
     columns = (TextColumn("reading data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         return check(
-            sources, encoder, eval_sources=held_out, max_tokens=limit,
+            sources, encoder, eval_sources=held_out, max_tokens=limit, too_long=config.too_long,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
 
-
-def named_source(text: str, part: demo.Split) -> Source:
-    """A source as the user names it: `FILE[:weight]`, a hub id, or a bundled set such as `demo`."""
-    source = Source.parse(text)
-    return Source(path=demo.resolve_data(source.path, part), weight=source.weight)

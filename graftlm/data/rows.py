@@ -175,6 +175,12 @@ class _Reader:
         if not isinstance(value, str):
             self.fault(field, _shown(value), "a text", 'put it in quotes: "..."')
             return ""
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"half of a character ({value[error.start]!r}) at position {error.start}"
+            self.fault(field, half, "whole characters", "repair the text; an emoji was cut in two")
+            return ""
         if not empty and not value.strip():
             self.fault(field, _shown(value), "a text with something in it", "write the text, or remove the row")
         return value

@@ -16,13 +16,15 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftlm import demo
 from graftlm.data.rows import Fault, Raw
-from graftlm.errors import DataError, nearest
+from graftlm.errors import ConfigError, DataError, nearest
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.\[\]:%+-]+)?")
@@ -50,6 +52,31 @@ class Source:
         return cls(path=head, weight=weight)
 
 
+def named_source(text: str, part: demo.Split) -> Source:
+    """A source as the user names it: `FILE[:weight]`, a hub id, or a bundled set such as `demo`."""
+    source = Source.parse(text)
+    return Source(path=demo.resolve_data(source.path, part), weight=source.weight)
+
+
+def share(text: str | None) -> float | None:
+    """The fraction that `5%` means; None for anything else. Raises ConfigError for a share that is no number."""
+    if text is None or not text.strip().endswith("%"):
+        return None
+    try:
+        return float(text.strip()[:-1]) / 100
+    except ValueError:
+        raise ConfigError(f"eval-data '{text}' is not a share; give one such as 5%, or a file") from None
+
+
+def token_limit(asked: int | None, positions: int | None) -> int | None:
+    """Most tokens of a document: what is asked, else the model's longest position. Raises ConfigError when it cannot be."""
+    if asked and positions and asked > positions:
+        raise ConfigError(
+            f"max-tokens-per-document is {asked}, and this model's longest position is {positions}; take at most that"
+        )
+    return asked or positions or None
+
+
 def read(source: Source) -> Iterator[Raw | Fault]:
     """The rows of a source in order; a line without a row comes as a Fault. Raises DataError for the source itself."""
     path = Path(source.path).expanduser()
@@ -64,7 +91,7 @@ def read(source: Source) -> Iterator[Raw | Fault]:
                 f"{source.path.rstrip('/')}/train.jsonl"
             )
         yield from _counted(source.path, _read_dataset(source.path))
-    elif _format(path) is None and path.suffix == "" and _may_be_hub(source.path):
+    elif is_hub_id(source.path):
         yield from _counted(source.path, _read_dataset(source.path))
     else:
         raise _missing(path, source.path)
@@ -84,10 +111,15 @@ def _format(path: Path) -> str | None:
     return suffix.lower() if suffix.lower() in FORMATS else None
 
 
-def _may_be_hub(text: str) -> bool:
-    if _HUB.fullmatch(text) is None:
+def is_hub_id(text: str) -> bool:
+    """Whether a name that is no file here is a dataset's id on the hub: `name` or `owner/name`, dots allowed."""
+    path = Path(text)
+    looks_like_a_file = _format(path) is not None or path.suffix in (".gz", ".txt", ".tsv", ".md", ".yaml", ".zip")
+    if path.exists() or looks_like_a_file or _HUB.fullmatch(text) is None:
         return False
-    parent = Path(text).parent
+    if "/" not in text and path.suffix:
+        return False  # data.jsn is a slip of the keyboard, not a dataset
+    parent = path.parent
     return str(parent) == "." or not parent.is_dir()  # a folder of that name here means that a file was meant
 
 
@@ -124,9 +156,11 @@ def _lines(path: Path, name: str) -> Iterator[bytes]:
         try:
             yield from stream
         except (OSError, EOFError) as error:
-            raise DataError(
-                f"{name} cannot be read as gzip ({error}); write it again, or take .gz off its name"
-            ) from error
+            raise _broken_gzip(name, error) from error
+
+
+def _broken_gzip(name: str, error: Exception) -> DataError:
+    return DataError(f"{name} cannot be read as gzip ({error}); write it again, or take .gz off its name")
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Raw | Fault]:
@@ -195,6 +229,7 @@ def _read_json(path: Path, name: str) -> Iterator[Raw | Fault]:
 
 
 def _read_csv(path: Path, name: str) -> Iterator[Raw | Fault]:
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than the 131,072 characters it allows
     with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
         header: list[str] | None = None
@@ -208,6 +243,8 @@ def _read_csv(path: Path, name: str) -> Iterator[Raw | Fault]:
             except (csv.Error, UnicodeDecodeError) as error:
                 yield Fault(where, "line", f"broken CSV ({error})", "CSV in UTF-8", "repair it; the rest was not read")
                 return
+            except (OSError, EOFError) as error:
+                raise _broken_gzip(name, error) from error
             line = reader.line_num + 1
             if header is None:
                 header = [cell.strip() for cell in cells]
@@ -215,17 +252,28 @@ def _read_csv(path: Path, name: str) -> Iterator[Raw | Fault]:
                 expected = f"{len(header)} ({', '.join(header)})"
                 yield Fault(where, "line", f"{len(cells)} columns", expected, "quote cells that hold commas")
             elif cells:
-                yield Raw(where, {key: _cell(value) for key, value in zip(header, cells, strict=True)})
+                yield Raw(where, _with_lists(dict(zip(header, cells, strict=True))))
 
 
-def _cell(value: str) -> Any:
-    """A cell; one that holds a JSON list (messages, tools) as that list."""
-    if value[:1] == "[":
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value
+def _with_lists(cells: dict[str, str]) -> dict[str, Any]:
+    """A row of CSV, its columns of messages and tools read as the JSON they hold; an answer `[1, 2]` stays a text."""
+    row: dict[str, Any] = dict(cells)
+    for group in (("messages",), ("tools",), ("prompt", "completion")):
+        lists = {name: _objects(cells[name]) for name in group if name in cells}
+        if lists and all(found is not None for found in lists.values()):
+            row.update(lists)
+    return row
+
+
+def _objects(cell: str) -> list[Any] | None:
+    """The list of objects that a cell holds as JSON, or None."""
+    if not cell.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(cell)
+    except json.JSONDecodeError:
+        return None
+    return found if all(isinstance(item, dict) for item in found) else None
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Raw | Fault]:

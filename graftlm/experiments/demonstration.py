@@ -24,6 +24,8 @@ from graftlm import demo
 from graftlm.config import Method, TrainConfig
 from graftlm.errors import RunError
 from graftlm.experiments.process import run_apart
+from graftlm.files import write_json
+from graftlm.training.runfolder import LOCK, locked
 from graftlm.training.view import size
 
 DATA = "demo"
@@ -32,6 +34,8 @@ RANK = 16
 # Found on this base and data by trying a few of each: the adapters want more than full training, as everywhere.
 LEARNING_RATES: dict[Method, float] = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}
 SAMPLES = 3
+MARK = "demo.json"
+"""The file that makes a folder a demonstration's own; without it nothing in a folder is removed."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,15 @@ class Sample:
 def demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
     """Train the three, draw the table and the samples on `console`, and return all of it as plain values.
 
-    Raises RunError when `out` holds something that is not an earlier demonstration.
+    Raises RunError when `out` holds something that is not an earlier demonstration, or one that is running.
     """
+    with locked(out):
+        _clear(out)
+        return _demonstrate(steps, out, console)
+
+
+def _demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
-    _clear(out)
     console.print(
         f"Training the bundled base on {_rows(DATA)} product descriptions in a playful voice, three ways, {steps} steps each.\n"
     )
@@ -64,10 +73,7 @@ def demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         tasks = {method: bar.add_task(method, total=steps, loss="", start=False) for method in LEARNING_RATES}
         for method, rate in LEARNING_RATES.items():
-            config = TrainConfig(
-                model="demo", data=(DATA,), eval_data=DATA, method=method, rank=RANK, learning_rate=rate, steps=steps,
-                batch_size=BATCH, out=out / method, save_precision=None,
-            )  # fmt: skip
+            config = demo_config(method, rate, steps, out / method)
             bar.start_task(tasks[method])
 
             def advance(event: dict[str, Any], task: Any = tasks[method]) -> None:
@@ -95,15 +101,27 @@ def demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
     return {"results": results, "samples": [sample.__dict__ for sample in samples], "seconds": seconds}
 
 
+def demo_config(method: Method, rate: float, steps: int, out: Path) -> TrainConfig:
+    """One of the three trainings."""
+    adapter: dict[str, Any] = {} if method == "full" else {"rank": RANK}
+    return TrainConfig(
+        model="demo", data=(DATA,), eval_data=DATA, method=method, learning_rate=rate, steps=steps, batch_size=BATCH,
+        out=out, **adapter,
+    )  # fmt: skip
+
+
 def _clear(out: Path) -> None:
-    """Remove an earlier demonstration, and only that."""
-    if not out.exists():
-        return
-    others = [p.name for p in out.iterdir() if p.name not in LEARNING_RATES]
-    if others:
-        raise RunError(f"--out {out} holds '{others[0]}', which no demonstration wrote; take another folder")
+    """Remove an earlier demonstration, and only that: a folder that this function itself marked."""
+    held = sorted(p.name for p in out.iterdir() if p.name != LOCK)
+    others = [name for name in held if name not in (*LEARNING_RATES, MARK)]
+    if others or (held and MARK not in held):
+        name = (others or held)[0]
+        raise RunError(f"--out {out} holds '{name}', which no demonstration wrote; take another folder")
     for method in LEARNING_RATES:
-        shutil.rmtree(out / method, ignore_errors=True)
+        if (out / method).exists():
+            with locked(out / method):  # somebody may go on with this one run
+                shutil.rmtree(out / method)
+    write_json(out / MARK, {"written_by": "graft demo", "runs": list(LEARNING_RATES)})
 
 
 def _rows(name: str) -> int:

@@ -4,55 +4,67 @@ The parent writes the config as JSON to the child's standard input; the child an
 
     {"event": "step", "step": 3, "steps": 60, "loss": 2.1, "tokens": 1500}      after every optimizer step
     {"event": "note", "text": "..."}                                            what a person might want to know
-    {"event": "done", "summary": {...}}   or   {"event": "error", "kind": "DataError", "message": "..."}
+    {"event": "done", "summary": {...}}
+    {"event": "error", "kind": "DataError", "message": "..."}   or   {"event": "stopped", "signal": 15, "message": "..."}
+
+Its standard error goes to a file: a pipe that nobody reads is full after 64 kB, and the child would wait for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any, TextIO
 
 from graftlm import errors
 from graftlm.config import TrainConfig
-from graftlm.errors import GraftError, TrainingError
+from graftlm.errors import GraftError, Stopped, TrainingError
 
 OnEvent = Callable[[dict[str, Any]], None]
 
 
 def run_apart(config: TrainConfig, on_event: OnEvent) -> dict[str, Any]:
-    """Run a training in another process; returns its summary, or raises the GraftError that ended it."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "graftlm.experiments.process"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
-    )  # fmt: skip
-    assert child.stdin is not None
-    assert child.stdout is not None
-    assert child.stderr is not None
-    try:
-        child.stdin.write(json.dumps(config.to_json()))
-        child.stdin.close()
-        for line in child.stdout:
-            event = json.loads(line)
-            if event["event"] == "done":
+    """Run a training in another process; returns its summary, or raises the GraftError or Stopped that ended it."""
+    return converse([sys.executable, "-m", "graftlm.experiments.process"], json.dumps(config.to_json()), on_event)
+
+
+def converse(command: list[str], question: str, on_event: OnEvent) -> dict[str, Any]:
+    """Start a process, write `question` to its standard input and hear its answers up to the last, as `run_apart` says."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=os.environ
+        )
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended before it read: its status is said below
+                child.stdin.write(question)
+                child.stdin.close()
+            for line in child.stdout:
+                event = json.loads(line)
+                if event["event"] == "done":
+                    child.wait()
+                    return event["summary"]
+                if event["event"] == "stopped":
+                    raise Stopped(event["signal"], event["message"])
+                if event["event"] == "error":
+                    kind = getattr(errors, event["kind"], TrainingError)
+                    raise kind(event["message"])
+                on_event(event)
+            status = child.wait()
+            said.seek(0)
+            last = said.read().strip().splitlines()[-3:]
+            raise TrainingError(f"the training process ended with status {status}: {' | '.join(last) or 'no message'}")
+        finally:
+            if child.poll() is None:
+                child.terminate()
                 child.wait()
-                return event["summary"]
-            if event["event"] == "error":
-                kind = getattr(errors, event["kind"], TrainingError)
-                raise kind(event["message"])
-            on_event(event)
-        status = child.wait()
-        last = child.stderr.read().strip().splitlines()[-3:]
-        raise TrainingError(f"the training process ended with status {status}: {' | '.join(last) or 'no message'}")
-    finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
-        child.stdout.close()
-        child.stderr.close()
+            child.stdout.close()
 
 
 def main(source: TextIO, answers: TextIO) -> None:
@@ -77,6 +89,8 @@ def main(source: TextIO, answers: TextIO) -> None:
 
     try:
         answer(event="done", summary=run(TrainConfig.build(json.load(source)), Told(Console(quiet=True))))
+    except Stopped as stopped:
+        answer(event="stopped", signal=stopped.signal_number, message=str(stopped))
     except GraftError as error:
         answer(event="error", kind=type(error).__name__, message=str(error))
 

@@ -9,6 +9,7 @@ There is no generator state: randomness follows from (seed, draw, position, laye
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -51,6 +52,13 @@ def save(run: Path, trial: Trial, identity: dict[str, Any], keep: int) -> Path:
         if int(old.name) != best:
             shutil.rmtree(old, ignore_errors=True)
     return place
+
+
+def remove(run: Path, step: int) -> None:
+    """Take away the checkpoint of a step, and the folder of checkpoints when it was the only one."""
+    shutil.rmtree(run / "checkpoints" / f"{step:06d}", ignore_errors=True)
+    with contextlib.suppress(OSError):  # it holds others
+        (run / "checkpoints").rmdir()
 
 
 def name_best(run: Path, trial: Trial) -> None:

@@ -58,7 +58,7 @@ class Observer(Protocol):
 def train(base: Base, trials: Sequence[Trial], tokens_per_pass: int, observer: Observer) -> None:
     """Train every trial to its last step, or until the observer ends the run.
 
-    Raises TrainingError when a loss or gradient is not finite.
+    Raises TrainingError when a loss or gradient is not finite, and for a trained tensor that gets no gradient.
     """
     for trial in trials:
         if trial.wants_evaluation and trial.first is None:
@@ -195,6 +195,8 @@ def optimizer_step(base: Base, trials: Sequence[Trial], tokens_per_pass: int) ->
                 f"{trial.name}: {what} at step {trial.step + 1} on rows {_some(rows)}. "
                 "Lower --learning-rate, or look at these rows"
             )
+        if trial.step == 0:
+            _refuse_untrained(trial)
         clip(trial.parameters.values(), norm, trial.max_grad_norm)
         rate = trial.schedule(trial.step)
         trial.optimizer.step(rate)
@@ -204,6 +206,36 @@ def optimizer_step(base: Base, trials: Sequence[Trial], tokens_per_pass: int) ->
         trial.trained_tokens += trained
         results.append(StepResult(trial.step, loss, rate, norm, tokens, trained, time.perf_counter() - started))
     return results
+
+
+def _refuse_untrained(trial: Trial) -> None:
+    """After the first pass back every trained tensor has a gradient; one that has none would stay as it is in silence.
+
+    Experts that are modules of their own, `layers.1.experts.2.up.weight`, may wait for a token as long as another
+    expert beside them got one.
+    """
+    reached = {_beside(name) for name, p in trial.parameters.items() if p.grad is not None} - {None}
+    missing = [n for n, p in trial.parameters.items() if p.grad is None and _beside(n) not in reached]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        way_out = (
+            "leave it out with --method lora and --targets that name other layers"
+            if trial.slot == 0
+            else "leave its layer out: name the others with --targets, such as attention, mlp or patterns"
+        )
+        raise TrainingError(
+            f"{trial.name}: '{missing[0]}'{more} got no gradient in the first step, so it would never be trained: "
+            f"the model's code does not use it, or reads it past the layer. Nothing was changed; {way_out}"
+        )
+
+
+def _beside(name: str) -> str | None:
+    """What a tensor has in common with its like in the modules listed beside its own within one layer, or None."""
+    numbered = [i for i, part in enumerate(name.split(".")) if part.isdecimal()]
+    if len(numbered) < 2:  # the layer's own number, and no list within it
+        return None
+    parts = name.split(".")
+    return ".".join([*parts[: numbered[-1]], "*", *parts[numbered[-1] + 1 :]])
 
 
 @torch.no_grad()

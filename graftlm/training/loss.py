@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.adapters.bank import Bank
-from graftlm.base.linear import StoredLinear
+from graftlm.base.linear import Stored
 from graftlm.base.load import Base
 from graftlm.segments import Segments, running
 
@@ -47,7 +47,7 @@ class _HeadLoss(torch.autograd.Function):
         size = max(16, CHUNK_LOGITS // base.anatomy.vocabulary)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (n, w)
-        totals = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
+        totals: list[Tensor | None] = [None] * len(trained)  # None: no token's loss depends on it
         for slot, first, last in _chunks(slots, size):
             with torch.enable_grad():
                 part = hidden[first:last].detach().requires_grad_(gradient is not None)
@@ -62,9 +62,10 @@ class _HeadLoss(torch.autograd.Function):
                 own = found.pop(0)
                 assert own is not None
                 gradient[first:last] = own
-            for total, own in zip(totals, found):
+            for i, own in enumerate(found):
                 if own is not None:
-                    total += own
+                    total = totals[i]
+                    totals[i] = own.float() if total is None else total + own
         ctx.save_for_backward(*([gradient] if gradient is not None else []), *totals)
         ctx.with_hidden = gradient is not None
         ctx.kinds = [p.dtype for p in trained]
@@ -76,17 +77,19 @@ class _HeadLoss(torch.autograd.Function):
         scale = grads[0]
         saved = list(ctx.saved_tensors)
         dh = saved.pop(0) * scale if ctx.with_hidden else None
-        return (dh, None, None, None, None, *((t * scale).to(kind) for t, kind in zip(saved, ctx.kinds)))
+        own = (None if t is None else (t * scale).to(kind) for t, kind in zip(saved, ctx.kinds))
+        return (dh, None, None, None, None, *own)
 
 
-def head_parameters(base: Base) -> list[nn.Parameter]:
-    """The trained tensors that the head's product uses: its own, or those of adapters that sit on it."""
-    head = base.anatomy.head
-    found = [p for p in head.parameters() if p.requires_grad]
-    if isinstance(head, StoredLinear) and isinstance(head.bank, Bank):
-        for slot in head.bank.slots.values():
-            found.extend(p for p in slot.named().values() if p.requires_grad)
-    return found
+def tail_parameters(base: Base) -> list[nn.Parameter]:
+    """The trained tensors between the hidden states and the logits: the modules' own, and those of adapters on them."""
+    found: dict[int, nn.Parameter] = {}
+    for module in base.anatomy.tail_modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, Stored) and isinstance(module.bank, Bank):
+            own += [p for slot in module.bank.slots.values() for p in slot.named().values()]
+        found.update({id(p): p for p in own if p.requires_grad})
+    return list(found.values())
 
 
 def weighted_loss(
@@ -98,7 +101,7 @@ def weighted_loss(
     `slots` gives (slot, first, last) over the n rows.
     """
     if torch.is_grad_enabled():
-        total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, *head_parameters(base))  # pyright: ignore
+        total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, *tail_parameters(base))  # pyright: ignore
         return total, losses
     size = max(16, CHUNK_LOGITS // base.anatomy.vocabulary)
     parts = [_piece(base, hidden[a:b], labels[a:b], slot) for slot, a, b in _chunks(slots, size)]

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from tokenizers import AddedToken
 from torch import nn
 
 from graftlm.adapters import format as adapter_format
@@ -29,7 +31,7 @@ from graftlm.data.documents import Dataset, load, split
 from graftlm.data.inspection import named_source
 from graftlm.data.order import Order, make_order
 from graftlm.data.sources import Source, read
-from graftlm.errors import ConfigError, Stopped
+from graftlm.errors import ConfigError, ModelError, RunError, Stopped
 from graftlm.files import whole_folder, write_json
 from graftlm.planning.measured import PeakMemory
 from graftlm.training import checkpoint
@@ -50,11 +52,11 @@ _FREE_ON_RESUME = {
 
 def run(config: TrainConfig, view: View) -> dict[str, Any]:
     """Train as the config says; returns the summary that `--json` prints. Raises GraftError, or Stopped on a signal."""
-    check_free(config.out, config.resume)
     check_trackers(config.track)
     sources = [named_source(text, "train") for text in config.data]
     _peek([*sources, *([named_source(config.eval_data, "valid")] if config.eval_data else [])])
     with locked(config.out), PeakMemory(_probe_device(config)) as memory:
+        check_free(config.out, config.resume)
         started = time.perf_counter()
         with view.working("loading the base"):
             base = load_base(
@@ -73,8 +75,11 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
             view.coverage(coverage(base, adapter), adapter)
         else:
             view.everything(sum(p.numel() for p in trial.parameters.values()))
-        if config.activation_checkpointing:
-            base.anatomy.checkpoint_layers(True)
+        if config.activation_checkpointing and base.anatomy.checkpoint_layers(True) == 0:
+            raise ModelError(
+                f"{type(base.model).__name__} has no layers that Graft could run again, so --activation-checkpointing would "
+                "do nothing; leave it out, and use a smaller --tokens-per-pass"
+            )
 
         resolved = _resolved(config, base, trial)
         identity = _identity(resolved, base, dataset, held_out)
@@ -86,28 +91,33 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
         trackers = open_trackers(config.track, config.out, resolved)
         metrics = Metrics(config.out / "metrics.jsonl", None if found is None else trial.step)
         recorder = Recorder(config, trial, identity, view, metrics, trackers)
-        try:
-            with view.training(trial), _signals(recorder):
-                train(base, [trial], config.tokens_per_pass or DEFAULT_TOKENS_PER_PASS, recorder)
-        finally:
-            metrics.close()
-            for tracker in trackers:
-                tracker.close()
-        if recorder.stopped is not None:
-            place = checkpoint.save(config.out, trial, identity, config.keep_checkpoints)
-            raise Stopped(
-                recorder.stopped,
-                f"stopped after step {trial.step} of {trial.order.steps}; checkpoint {place}. "
-                "Go on with the same command and --resume",
-            )
-        trained = time.perf_counter()
-
-        trouble = checkpoint.take_best(config.out, trial)
-        if trouble is not None:
-            view.note(trouble)
-        checkpoint.name_best(config.out, trial)
-        saved_step = trial.best.step if trial.best is not None else trial.step
-        result = save_result(config, base, adapter, trial, encoder, about, saved_step)
+        with _signals(recorder):
+            try:
+                with view.training(trial):
+                    train(base, [trial], config.tokens_per_pass or DEFAULT_TOKENS_PER_PASS, recorder)
+            finally:
+                metrics.close()
+                for tracker in trackers:
+                    tracker.close()
+            if recorder.stopped is not None and not trial.done:
+                place = checkpoint.save(config.out, trial, identity, config.keep_checkpoints)
+                raise Stopped(
+                    recorder.stopped,
+                    f"stopped after step {trial.step} of {trial.order.steps}; checkpoint {place}. "
+                    "Go on with the same command and --resume",
+                )
+            trained = time.perf_counter()
+            _checkpoint_end(config, trial, identity, view)
+            trouble = checkpoint.take_best(config.out, trial)
+            if trouble is not None:
+                view.note(trouble)
+            saved_step = trial.best.step if trial.best is not None else trial.step
+            try:
+                checkpoint.name_best(config.out, trial)
+                result = save_result(config, base, adapter, trial, encoder, about, saved_step)
+            except (OSError, SafetensorError) as error:
+                raise RunError(_not_saved(config, error)) from None
+            checkpoint.remove(config.out, trial.order.steps)  # the result is there instead
     summary = {
         "out": str(config.out),
         **result,
@@ -192,10 +202,31 @@ def _train_tokens(base: Base, names: Sequence[str]) -> tuple[int, ...]:
                     f"token '{name}' is new, and the model's {rows} embedding rows are all taken; resize the model "
                     "first (model.resize_token_embeddings) and train on the resized copy"
                 )
-            tokenizer.add_tokens([name], special_tokens=True)
+            # Not special, so that what is generated shows it; not normalized, so that it is found as it is written.
+            tokenizer.add_tokens([AddedToken(name, normalized=False)], special_tokens=False)
             known = tokenizer.get_vocab()
         ids.append(int(known[name]))
     return tuple(dict.fromkeys(ids))
+
+
+def _checkpoint_end(config: TrainConfig, trial: Trial, identity: dict[str, Any], view: View) -> None:
+    """A checkpoint of the last step, so that a run whose result cannot be written is not lost."""
+    try:
+        # One more is kept, for this one goes again once the result is there.
+        checkpoint.save(config.out, trial, identity, config.keep_checkpoints + 1)
+    except (OSError, SafetensorError) as error:  # the result is smaller and may still find room
+        view.note(f"no checkpoint could be written at the end ({error}); saving the result")
+
+
+def _not_saved(config: TrainConfig, error: Exception) -> str:
+    """What happened to a finished run whose result could not be written, and what is left of it."""
+    found, _ = checkpoint.newest(config.out)
+    left = (
+        "and no checkpoint was written. Make room and train again"
+        if found is None
+        else f"the newest checkpoint is {found}. Make room, and go on with the same command and --resume"
+    )
+    return f"training is done and its result could not be written to {config.out} ({error}); {left}"
 
 
 def make_adapter(base: Base, config: TrainConfig, tokens: tuple[int, ...] = ()) -> Adapter | None:
@@ -260,6 +291,7 @@ def default_eval_every(dataset: Dataset, held_out: Dataset | None, order: Order)
 def _resolved(config: TrainConfig, base: Base, trial: Trial) -> dict[str, Any]:
     """Every option with what its default came to; a file of these is the same run again."""
     full = config.method == "full"
+    held_out = bool(trial.held_out)
     return {
         **config.to_json(),
         "precision": base.precision,
@@ -267,11 +299,11 @@ def _resolved(config: TrainConfig, base: Base, trial: Trial) -> dict[str, Any]:
         "device": str(base.device),
         "save_precision": (config.save_precision or base.precision) if full else None,
         "max_tokens_per_document": config.max_tokens_per_document or base.anatomy.max_positions or None,
-        "alpha": config.scale_numerator,
+        "alpha": None if full else config.scale_numerator,
         "learning_rate": config.peak_learning_rate,
         "epochs": None if config.steps is not None else config.epochs or 1.0,
         "tokens_per_pass": config.tokens_per_pass or DEFAULT_TOKENS_PER_PASS,
-        "eval_every": trial.eval_every,
+        "eval_every": trial.eval_every if held_out else None,
         "resume": False,
     }
 
@@ -438,13 +470,15 @@ class Recorder:
 
 @contextmanager
 def _signals(recorder: Recorder) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the current step, or once its result is saved; a second Ctrl-C at once."""
 
     def ask(number: int, frame: Any) -> None:
         if recorder.stopped is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         recorder.stopped = number
-        recorder.view.note("stopping after this step; once more to stop at once")
+        again = "; once more to stop at once" if number == signal.SIGINT else ""
+        saving = recorder.trial.done
+        recorder.view.note(("saving the result first" if saving else "stopping after this step") + again)
 
     before: dict[int, Any] = {}
     try:

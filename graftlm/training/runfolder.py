@@ -26,7 +26,7 @@ from graftlm import __version__, kernels
 from graftlm.errors import RunError
 from graftlm.files import write_json
 
-_LOCK = ".running"
+LOCK = ".running"
 
 
 def environment() -> dict[str, Any]:
@@ -51,10 +51,11 @@ def environment() -> dict[str, Any]:
 
 
 def check_free(out: Path, resume: bool) -> None:
-    """Refuse an output folder that already holds something, unless its run is to go on; and a run that has ended."""
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out} is a file; name a folder")
-    filled = out.is_dir() and any(entry.name != _LOCK for entry in out.iterdir())
+    """Refuse an output folder that already holds something, unless its run is to go on; and a run that has ended.
+
+    To be asked while the folder is `locked`, so that nobody else fills it meanwhile.
+    """
+    filled = out.is_dir() and any(entry.name != LOCK for entry in out.iterdir())
     if filled and not resume:
         known = "a run" if (out / "config.json").is_file() else "other files"
         raise RunError(f"--out {out} already holds {known}; take another folder, or --resume to go on with it")
@@ -67,11 +68,13 @@ def check_free(out: Path, resume: bool) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold a run folder for this process; RunError while another living process has it.
+    """Hold a run folder, made where there is none, for this process; RunError while another living process has it.
 
     The system takes the lock away with the process, however that ends, so none is ever left behind.
     """
-    lock = out / _LOCK
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; name a folder")
+    lock = out / LOCK
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
@@ -127,4 +130,4 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-__all__ = ["Metrics", "check_free", "environment", "locked", "read_lines", "write_json", "write_lines"]
+__all__ = ["LOCK", "Metrics", "check_free", "environment", "locked", "read_lines", "write_json", "write_lines"]

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Plan, attach, choose, coverage, detach, new_adapter, whole_modules
 from graftlm.base import hf
 from graftlm.base.load import Base, load_base
@@ -95,6 +96,39 @@ def test_dropout_and_dora_are_refused_on_stacked_experts(change: dict[str, objec
     with pytest.raises(ConfigError, match="stacked experts"):
         new_adapter(base, choose(base, ("all-linear",)), Plan(rank=2, alpha=3.0, **change), 0)  # type: ignore[arg-type]
     new_adapter(base, choose(base, ("attention",)), Plan(rank=2, alpha=3.0, **change), 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"dropout": 0.1}, {"dora": True}])
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [("mixtral", ("gate",)), ("qwen3_moe", ("*.0.mlp.gate",)), ("qwen3_moe", ("*.layers.1.mlp.up_proj",))],
+)
+def test_whatever_peft_is_told_as_a_parameter_is_refused_with_dropout_and_dora(
+    architecture: str, targets: tuple[str, ...], change: dict[str, object]
+) -> None:
+    base = loaded(architecture)
+    layers = choose(base, targets)
+    plain = new_adapter(base, layers, Plan(rank=2, alpha=3.0), 0)
+    assert adapter_format.peft_config(base, plain)["target_parameters"] == [f"{name}.weight" for name in layers]
+    with pytest.raises(ConfigError, match=f"does not work on '{layers[0]}'.*parameters to PEFT"):
+        new_adapter(base, layers, Plan(rank=2, alpha=3.0, **change), 0)  # type: ignore[arg-type]
+
+
+def test_a_dense_model_may_have_layers_that_are_named_like_experts() -> None:
+    base = loaded("llama")
+    adapter = new_adapter(base, choose(base, ("mlp",)), Plan(rank=2, alpha=3.0, dropout=0.1), 0)
+    assert adapter_format.peft_config(base, adapter)["target_parameters"] is None
+
+
+def test_a_head_that_is_more_than_a_linear_layer_cannot_be_trained_whole() -> None:
+    class Scaled(torch.nn.Linear):
+        pass
+
+    base = loaded("llama")
+    base.model.set_output_embeddings(Scaled(28, 83, bias=False))
+    with pytest.raises(ConfigError, match=r"modules-to-save 'head': the head of this model is a Scaled.*--method full"):
+        whole_modules(base, ("head",))
+    assert whole_modules(base, ("embeddings",)) == ["model.embed_tokens"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "mixtral"])

@@ -207,9 +207,26 @@ def test_a_copy_of_the_bases_own_head_is_passed_over(base: Base, saved: Path) ->
 
 def test_switches_that_change_nothing_are_read(base: Base, saved: Path) -> None:
     change(
-        saved, use_wonderlora=False, peft_version="9.9", init_lora_weights="pissa", revision="main", lora_dropout=None
+        saved,
+        use_wonderlora=False,
+        peft_version="9.9",
+        init_lora_weights="gaussian",
+        revision="main",
+        lora_dropout=None,
     )
     assert len(adapter_format.load(base, saved).slots) == 4
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_a_start_that_leaves_the_base_as_it_is_is_read(base: Base, saved: Path, start: object) -> None:
+    change(saved, init_lora_weights=start)
+    assert len(adapter_format.load(base, saved).slots) == 4
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", "new", 7])
+def test_a_start_that_changes_the_base_is_refused_with_pefts_conversion(base: Base, saved: Path, start: object) -> None:
+    change(saved, init_lora_weights=start)
+    refused(base, saved, f"init_lora_weights = {start!r}", "path_initial_model_for_weight_conversion")
 
 
 def test_files_that_are_missing_or_no_files_of_an_adapter_are_refused(base: Base, saved: Path, tmp_path: Path) -> None:

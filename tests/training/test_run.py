@@ -19,10 +19,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import adapter_bytes, lines, train, without
 
+from graftlm.base import hf
+from graftlm.base.load import load_tokenizer
 from graftlm.config import TrainConfig
-from graftlm.errors import ConfigError, DataError, RunError, Stopped
+from graftlm.errors import ConfigError, DataError, ModelError, RunError, Stopped
 from graftlm.files import damage, sha256
-from graftlm.training import loop
+from graftlm.training import checkpoint, loop
+from graftlm.training import run as run_module
 from graftlm.training.run import Recorder
 
 # ---- the run folder -----------------------------------------------------------------------------------------------
@@ -160,6 +163,42 @@ def test_the_config_a_run_saved_is_the_same_run_again(tmp_path: Path) -> None:
 
     run(again, View(quiet=True))
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "again")
+
+
+def test_the_config_a_full_run_saved_is_the_same_run_again(tmp_path: Path) -> None:
+    train(tmp_path, method="full", eval_data=None)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [saved[name] for name in ("rank", "alpha", "targets", "dropout", "eval_every")] == [None] * 5
+    again = TrainConfig.read(tmp_path / "run" / "config.json", {"out": str(tmp_path / "again")})
+    from graftlm.training.run import run
+    from graftlm.training.view import View
+
+    run(again, View(quiet=True))
+    name = "model/model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_activation_checkpointing_that_would_do_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf.Anatomy, "checkpoint_layers", lambda self, on: 0)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM has no layers.*use a smaller --tokens-per-pass"):
+        train(tmp_path, activation_checkpointing=True)
+    train(tmp_path, eval_data=None, steps=1)
+
+
+def test_a_new_token_is_shown_when_it_is_generated(tmp_path: Path) -> None:
+    place = tmp_path / "base"
+    tiny.random_model("llama", vocab_size=tiny_run.VOCABULARY + 3, max_position_embeddings=256).save_pretrained(place)
+    tiny_run.byte_tokenizer().save_pretrained(place)
+    token = "<Old, mill>"
+    train(tmp_path, model=str(place), train_tokens=[token, "a"], eval_data=None, steps=1)
+    tokenizer = load_tokenizer(tmp_path / "run" / "adapter")
+    ids = tokenizer(f"by {token} a</s>").input_ids
+    assert ids[3] == tiny_run.VOCABULARY
+    assert tokenizer.decode(ids, skip_special_tokens=True) == f"by {token} a"
+    rows = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert rows == [tiny_run.VOCABULARY, ids[-2]]
 
 
 @pytest.mark.parametrize("change", [{"seed": 12}, {"dropout": 0.2}, {"b_learning_rate_ratio": 4}, {"weight_decay": 0.5},
@@ -365,6 +404,73 @@ def test_a_damaged_best_checkpoint_leaves_the_last_step_and_says_so(
     assert summary["saved_step"] == 6
     assert summary["eval_loss_after"] == evaluated[6]
     assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 6
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_whose_result_could_not_be_written_is_finished_by_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    options: dict[str, Any] = {"method": method, **contrary(tmp_path)}
+    train(tmp_path, out=str(tmp_path / "whole"), **options)
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_result", full_disk)
+        with pytest.raises(RunError, match=r"No space left.*newest checkpoint is .*000006\. Make room.*--resume"):
+            train(tmp_path, **options)
+    out = tmp_path / "run"
+    assert damage(out / "checkpoints" / "000006") is None
+    assert not (out / "adapter").exists()
+    assert not (out / "model").exists()
+    summary = train(tmp_path, resume=True, **options)
+    name = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (out / "evaluation.jsonl").read_bytes() == (tmp_path / "whole" / "evaluation.jsonl").read_bytes()
+    assert summary["steps"] == 6
+    assert checkpoints(out) == checkpoints(tmp_path / "whole")
+    with pytest.raises(RunError, match="has ended"):
+        train(tmp_path, resume=True, **options)
+
+
+def test_a_finished_run_leaves_no_checkpoint_that_nobody_asked_for(tmp_path: Path) -> None:
+    train(tmp_path, eval_data=None)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_disk_too_full_for_the_last_checkpoint_may_have_room_for_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full_disk)
+    _, text = tiny_run.heard(tmp_path, eval_data=None)
+    assert "no checkpoint could be written at the end" in " ".join(text.split())
+    assert adapter_bytes(tmp_path / "run")
+    monkeypatch.setattr(run_module, "save_result", full_disk)
+    with pytest.raises(RunError, match="no checkpoint was written"):
+        train(tmp_path, eval_data=None, out=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_result_is_saved_lets_it_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    saving = run_module.save_result
+
+    def interrupted(*args: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), number)
+        return saving(*args)
+
+    monkeypatch.setattr(run_module, "save_result", interrupted)
+    before = signal.getsignal(number)
+    summary, text = tiny_run.heard(tmp_path, eval_data=None)
+    assert "saving the result first" in text
+    assert summary["steps"] == 6
+    assert adapter_bytes(tmp_path / "run")
+    assert signal.getsignal(number) is before
 
 
 def test_resume_in_an_empty_folder_begins(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""What runs between body and logits is trained like everything else, and nothing that is trained is skipped in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from graftlm.base.load import Base, load_base
+from graftlm.errors import TrainingError
+from graftlm.segments import running
+from graftlm.training.loop import Work, _beside, _refuse_untrained, forward, lay_out, optimizer_step
+from graftlm.training.loss import tail_parameters
+
+ROWS = tiny.documents((9, 4, 12))
+SPECIAL = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MODERNBERT = transformers.ModernBertDecoderConfig(
+    **SPECIAL, hidden_size=28, intermediate_size=44, num_hidden_layers=2, num_attention_heads=2, local_attention=16,
+    max_position_embeddings=64, cls_token_id=1, sep_token_id=2,
+)  # fmt: skip
+MAMBA = transformers.MambaConfig(**SPECIAL, hidden_size=28, state_size=6, num_hidden_layers=2, time_step_rank=5)
+
+
+def loaded(config: Any, place: Path) -> Base:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    tiny.write(place, model)
+    return load_base(str(place), compute="float32", device="cpu")
+
+
+def gradients(base: Base, plain: Any) -> None:
+    """Fill `grad` of both with that of the mean loss over ROWS."""
+    count = sum(int(row.trained[1:].sum()) for row in ROWS)
+    work = [Work(row, 0, (0, i), 1.0 / count) for i, row in enumerate(ROWS)]
+    for group in [work] if base.packs else [[w] for w in work]:
+        laid = lay_out(base, group)
+        with running(laid.segments):
+            forward(base, laid)[0].backward()
+    tiny.mean_loss(plain, ROWS).backward()
+
+
+def test_modules_between_body_and_head_get_the_gradients_of_plain_autograd(tmp_path: Path) -> None:
+    base, plain = loaded(MODERNBERT, tmp_path / "base"), tiny.plain(tmp_path / "base")
+    base.model.requires_grad_(True)
+    gradients(base, plain)
+    wanted = dict(plain.named_parameters())
+    found = dict(base.model.named_parameters())
+    assert {"lm_head.dense.weight", "lm_head.norm.weight"} <= set(found) == set(wanted)
+    for name, parameter in found.items():
+        assert parameter.grad is not None, name
+        assert wanted[name].grad.abs().max() > 0, name
+        tiny.close(parameter.grad, wanted[name].grad, rtol=1e-3)
+
+
+def test_an_adapter_between_body_and_head_is_trained(tmp_path: Path) -> None:
+    base = loaded(MODERNBERT, tmp_path / "base")
+    adapter = tiny.adapted(base)
+    names = [name for name in adapter.parameters() if name.startswith("lm_head.dense.")]
+    assert len(names) == 2
+    assert {id(p) for p in tail_parameters(base)} == {id(adapter.parameters()[name]) for name in names}
+    before = {name: p.detach().clone() for name, p in adapter.parameters().items()}
+    optimizer_step(base, [tiny.trial(base, adapter, ROWS)], 100)
+    for name, parameter in adapter.parameters().items():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_an_adapter_on_a_layer_that_the_model_reads_past_is_refused_by_name(tmp_path: Path) -> None:
+    base = loaded(MAMBA, tmp_path / "base")
+    adapter = tiny.adapted(base)
+    before = {name: p.detach().clone() for name, p in adapter.parameters().items()}
+    with pytest.raises(TrainingError, match=r"layers\.0\.mixer\.dt_proj\.lora_A\.weight' and 3 more.*--targets"):
+        optimizer_step(base, [tiny.trial(base, adapter, ROWS)], 100)
+    assert all(torch.equal(p, before[name]) for name, p in adapter.parameters().items())
+
+
+def test_the_layers_that_are_used_are_trained_without_the_others(tmp_path: Path) -> None:
+    base = loaded(MAMBA, tmp_path / "base")
+    adapter = tiny.adapted(base, targets=("in_proj", "x_proj", "out_proj"))
+    assert optimizer_step(base, [tiny.trial(base, adapter, ROWS)], 100)[0].step == 1
+
+
+def test_full_training_of_a_model_whose_every_tensor_is_used_is_not_refused(tmp_path: Path) -> None:
+    base = loaded(MAMBA, tmp_path / "base")
+    assert optimizer_step(base, [tiny.trial(base, None, ROWS)], 100)[0].step == 1
+
+
+@pytest.mark.parametrize("architecture", tiny.MIXTURES)
+@pytest.mark.parametrize("full", [True, False])
+def test_experts_that_no_token_reached_are_no_error(architecture: str, full: bool) -> None:
+    base = load_base(str(tiny.folder(architecture)), compute="float32", device="cpu")
+    one = tiny.documents((2,))
+    adapter = None if full else tiny.adapted(base)
+    assert optimizer_step(base, [tiny.trial(base, adapter, one)], 100)[0].step == 1
+
+
+def test_of_experts_that_are_modules_one_with_a_gradient_speaks_for_those_beside_it() -> None:
+    names = ["layers.0.mlp.experts.0.up.weight", "layers.0.mlp.experts.1.up.weight", "layers.0.norm.weight"]
+    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    trial = tiny.trial(base, tiny.adapted(base), ROWS)
+    trial.parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in names}
+    for name in (names[1], names[2]):
+        trial.parameters[name].grad = torch.ones(2)
+    _refuse_untrained(trial)
+    trial.parameters[names[1]].grad = None  # now none of them got a token, or the code does not use them
+    with pytest.raises(TrainingError, match=r"experts\.0\.up\.weight' and 1 more"):
+        _refuse_untrained(trial)
+
+
+def test_layers_do_not_speak_for_each_other() -> None:
+    assert _beside("model.layers.1.mixer.dt_proj.weight") is None
+    assert _beside("layers.1.experts.2.up.weight") == _beside("layers.1.experts.0.up.weight")
+    assert _beside("layers.1.experts.2.up.weight") != _beside("layers.0.experts.2.up.weight")
