@@ -165,6 +165,8 @@ def generate(config: GenerateConfig, json: Json = False) -> None:
         _print_json(result)
     else:
         sys.stdout.write("\n")
+        for note in result["notes"]:
+            Console(stderr=True).print(f"note: {note}", highlight=False, markup=False)
 
 
 @app.command(epilog="Example:  graft check train.jsonl --model Qwen/Qwen3-0.6B --eval-data valid.jsonl")

@@ -344,7 +344,9 @@ class GenerateConfig(Config):
     temperature: float = option(0.0, "0 takes the likeliest token each time", ge=0)
     top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
     seed: int = option(0, "seed of sampling", ge=0)
-    precision: Precision | None = option(None, "how the base is stored; default what the adapter was trained on")
+    precision: Precision | None = option(
+        None, "how the base is stored; default what the adapter was trained on, else the checkpoint's own type"
+    )
     compute: Compute | None = option(None, "type in which products run; default by hardware")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     device: str | None = option(None, "cpu, cuda, ...; default the first GPU, else the CPU")
@@ -370,6 +372,7 @@ class CheckConfig(Config):
     max_tokens_per_document: int | None = option(
         None, "length limit in tokens; default the model's longest position", ge=2
     )
+    too_long: Literal["error", "drop", "cut"] = option("error", "what training will do with a document over the limit")
     template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=r"^\d{4}-\d{2}-\d{2}$")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 

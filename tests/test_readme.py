@@ -45,7 +45,9 @@ def test_every_command_of_the_pages_is_one_that_the_program_takes(line: str) -> 
     used = {word.split("=")[0] for word in words[2:] if word.startswith("--")}
     assert used <= flags, f"unknown flags {used - flags}"
     config = CONFIGS.get(name)
-    values = {k: v for k, v in context.params.items() if config and k in config.model_fields and v not in (None, [], ())}
+    values = {
+        k: v for k, v in context.params.items() if config and k in config.model_fields and v not in (None, [], ())
+    }
     if config is not None and not context.params.get("config_file"):
         config.build(values)
 

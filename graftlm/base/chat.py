@@ -95,6 +95,12 @@ class Encoder:
         return hashlib.blake2b("\0".join(dict.fromkeys(both)).encode(), digest_size=16).hexdigest()
 
     @property
+    def tokenizer_digest(self) -> str:
+        """Names the tokenizer by content, 32 hexadecimal digits."""
+        self._tokenize([])  # without the truncation and padding that a tokenizer.json may carry
+        return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how the template was read, found so far."""
         return tuple(dict.fromkeys((*self._template.notes, *self._tool_template.notes)))

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graftlm.base.chat import Encoder
-from graftlm.data.documents import Document, Progress, read_all
+from graftlm.data.documents import Document, Progress, TooLong, read_all
 from graftlm.data.rows import SHOWN, Fault
 from graftlm.data.sources import Source
 

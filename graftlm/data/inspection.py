@@ -30,4 +30,3 @@ def check_data(config: CheckConfig) -> Report:
             sources, encoder, eval_sources=held_out, max_tokens=limit, too_long=config.too_long,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
-

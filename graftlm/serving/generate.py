@@ -7,6 +7,7 @@ batching engine of `graft serve` is another room.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import attach
 from graftlm.base import hf
 from graftlm.base.chat import Encoder
-from graftlm.base.load import Base, load_base, load_tokenizer
-from graftlm.config import GenerateConfig
-from graftlm.errors import AdapterError
+from graftlm.base.load import Base, load_base, load_config, load_tokenizer, resolve
+from graftlm.config import GenerateConfig, Precision
+from graftlm.errors import AdapterError, ConfigError
 from graftlm.segments import Segments, running
 
 Show = Callable[[str], None]
@@ -32,7 +33,8 @@ Show = Callable[[str], None]
 def generate_text(config: GenerateConfig, show: Show | None = None) -> dict[str, Any]:
     """Load what the config names and answer its prompt; `show` gets the text as it comes. Raises GraftError."""
     manifest = adapter_format.read_manifest(config.adapter) if config.adapter else None
-    precision = config.precision or (manifest or {}).get("base", {}).get("precision") or "float32"
+    trained_on = (manifest or {}).get("base", {}).get("precision")
+    precision = config.precision or trained_on or checkpoint_precision(config)
     base = load_base(
         config.model, precision=precision, compute=config.compute, device=config.device,
         trust_remote_code=config.trust_remote_code,
@@ -45,17 +47,42 @@ def generate_text(config: GenerateConfig, show: Show | None = None) -> dict[str,
         slot = 1
     known = manifest or _read_json(base.folder / "graft.json")
     encoder = Encoder(base.tokenizer, date=(known or {}).get("template", {}).get("date"))
-    _check_template(encoder, manifest, config.adapter)
+    _check_tokenizer(encoder, manifest, config.adapter)
     style = choose_format(config.format, known, encoder)
     prompt = prompt_ids(encoder, style, config.prompt, config.system)
+    notes: list[str] = []
+    if trained_on and trained_on != precision:
+        notes.append(f"the adapter was trained on a base in {trained_on} and runs on {precision}; answers may differ")
+    room = room_for(base, len(prompt))
+    if room is not None and room < config.max_tokens:
+        notes.append(f"at most {room} tokens fit behind this prompt, {config.max_tokens} were asked for")
     done = complete(
         base, encoder, prompt, slot=slot, max_tokens=config.max_tokens, temperature=config.temperature,
         top_p=config.top_p, generator=torch.Generator().manual_seed(config.seed), show=show,
     )  # fmt: skip
     return {
         "text": done.text, "finish": done.finish, "prompt_tokens": len(prompt), "tokens": done.tokens, "format": style,
-        "model": config.model, "adapter": str(config.adapter) if config.adapter else None, "precision": precision,
+        "model": config.model, "adapter": str(config.adapter) if config.adapter else None, "precision": precision, "notes": notes,
     }  # fmt: skip
+
+
+def checkpoint_precision(config: GenerateConfig) -> Precision:
+    """The 16- or 32-bit type that the checkpoint itself is stored in."""
+    folder = resolve(config.model, config.trust_remote_code)
+    kind = getattr(load_config(folder, config.trust_remote_code).get_text_config(), "dtype", None)
+    return "bfloat16" if kind in (torch.bfloat16, torch.float16) else "float32"
+
+
+def room_for(base: Base, prompt_tokens: int) -> int | None:
+    """How many tokens fit behind a prompt; None where the model names no longest position. Raises ConfigError for none."""
+    if prompt_tokens == 0:
+        raise ConfigError("the prompt is empty: 0 tokens; give at least one word with --prompt")
+    limit = base.anatomy.max_positions
+    if limit and prompt_tokens >= limit:
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens, and this model's longest position is {limit}; shorten the prompt"
+        )
+    return limit - prompt_tokens if limit else None
 
 
 @dataclass(frozen=True)
@@ -89,14 +116,21 @@ def complete(
             break
         ids.append(token)
         if show is not None:
-            now: Any = base.tokenizer.decode(ids, skip_special_tokens=True)
+            now = shown_text(base, encoder, ids)
             if not now.endswith("\ufffd"):  # half of a character: wait for its rest
                 show(now[len(text) :])
                 text = now
-    final: Any = base.tokenizer.decode(ids, skip_special_tokens=True)
+    final = shown_text(base, encoder, ids)
     if show is not None:
         show(final[len(text) :])
     return Completion(final, len(ids), finish)
+
+
+def shown_text(base: Base, encoder: Encoder, ids: Sequence[int]) -> str:
+    """Tokens as text; only what begins, ends and pads is left out, a special token that a model was taught to write stays."""
+    tokenizer: Any = base.tokenizer
+    hidden = {*encoder.stop_ids, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    return tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
 
 
 def choose_format(asked: str, manifest: dict[str, Any] | None, encoder: Encoder) -> Literal["chat", "text"]:
@@ -130,20 +164,23 @@ def decode(
     generator: torch.Generator,
 ) -> Iterator[int]:
     """Yield token after token through the adapter in `slot`; the caller stops when it has enough."""
-    limit = base.anatomy.max_positions or len(prompt) + max_tokens
-    cache = DynamicCache(config=base.model.config)
+    room = room_for(base, len(prompt))
+    # A model that keeps its past in another way gets the whole text again for every token.
+    cached = "past_key_values" in inspect.signature(base.anatomy.body.forward).parameters
+    cache: dict[str, Any] = {"past_key_values": DynamicCache(config=base.model.config)} if cached else {}
     fed = torch.tensor([list(prompt)], device=base.device)  # (1, new tokens)
     implementation = base.model.config._attn_implementation
     hf.switch(base.model, base.own_attention)
     try:
-        for _ in range(min(max_tokens, limit - len(prompt))):
+        for _ in range(max_tokens if room is None else min(max_tokens, room)):
             with running(Segments(lengths=(fed.shape[1],), slots=(slot,), stacked=True)):
-                output = base.anatomy.body(input_ids=fed, past_key_values=cache, use_cache=True)
+                output = base.anatomy.body(input_ids=fed, use_cache=cached, **cache)
             with running(Segments(lengths=(1,), slots=(slot,))):
                 logits = base.logits(output.last_hidden_state[:, -1])[0]  # (vocabulary,)
             token = sample(logits, temperature, top_p, generator)
             yield token
-            fed = torch.tensor([[token]], device=base.device)
+            new = torch.tensor([[token]], device=base.device)
+            fed = new if cached else torch.cat([fed, new], dim=1)
     finally:
         hf.switch(base.model, implementation)
 
@@ -159,13 +196,22 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return int(index[choice])
 
 
-def _check_template(encoder: Encoder, manifest: dict[str, Any] | None, folder: Path | None) -> None:
-    """A chat template other than the one trained with would ask the adapter something else."""
-    trained = ((manifest or {}).get("template") or {}).get("digest")
-    if trained and trained != encoder.template_digest:
+def _check_tokenizer(encoder: Encoder, manifest: dict[str, Any] | None, folder: Path | None) -> None:
+    """Another tokenizer, or for chats another template, would ask the adapter something else than it was taught."""
+    if manifest is None:
+        return
+    trained = manifest.get("tokenizer_digest")
+    if trained and trained != encoder.tokenizer_digest:
         raise AdapterError(
-            f"{folder} was trained with chat template {trained[:12]}, this tokenizer's is {encoder.template_digest[:12]}; "
+            f"{folder} was trained with tokenizer {trained[:12]}, this one is {encoder.tokenizer_digest[:12]}; "
             "use the tokenizer it was trained with"
+        )
+    chats = "chat" in ((manifest.get("data") or {}).get("train") or {}).get("formats", {})
+    trained = (manifest.get("template") or {}).get("digest")
+    if chats and trained and trained != encoder.template_digest:
+        raise AdapterError(
+            f"{folder} was trained with chat template {trained[:12]}, this one is {encoder.template_digest[:12]}; "
+            "use the template it was trained with"
         )
 
 

@@ -28,9 +28,8 @@ from graftlm.base.load import Base, load_base
 from graftlm.base.precision import DTYPES
 from graftlm.config import TrainConfig
 from graftlm.data.documents import Dataset, load, split
-from graftlm.data.inspection import named_source
 from graftlm.data.order import Order, make_order
-from graftlm.data.sources import Source, read
+from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
 from graftlm.errors import ConfigError, ModelError, RunError, Stopped
 from graftlm.files import whole_folder, write_json
 from graftlm.planning.measured import PeakMemory
@@ -158,7 +157,7 @@ def _probe_device(config: TrainConfig) -> torch.device:
 def _peek(sources: Sequence[Source]) -> None:
     """Raise DataError for a file that is missing or empty before the base is loaded, which may take minutes."""
     for source in sources:
-        if Path(source.path).suffix and not source.path.endswith("%"):
+        if share(source.path) is None and not is_hub_id(source.path):
             next(read(source), None)
 
 
@@ -166,27 +165,16 @@ def read_data(
     config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base, view: View
 ) -> tuple[Dataset, Dataset | None]:
     """The training data, and the held-out data where there are any. Raises DataError."""
-    limit = config.max_tokens_per_document or base.anatomy.max_positions or None
-    if 0 < base.anatomy.max_positions < (config.max_tokens_per_document or 0):
-        raise ConfigError(
-            f"max-tokens-per-document is {config.max_tokens_per_document}, and this model's longest position is "
-            f"{base.anatomy.max_positions}; take at most that"
-        )
+    limit = token_limit(config.max_tokens_per_document, base.anatomy.max_positions)
     with view.reading() as progress:
         dataset = load(sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
         if config.eval_data is None:
             return dataset, None
-        share = config.eval_data.strip()
-        if share.endswith("%"):
-            try:
-                fraction = float(share[:-1]) / 100
-            except ValueError:
-                raise ConfigError(f"eval-data '{share}' is not a share; give one such as 5%, or a file") from None
+        fraction = share(config.eval_data)
+        if fraction is not None:
             return split(dataset, fraction)
-        held_out = load(
-            [named_source(share, "valid")], encoder, max_tokens=limit, too_long=config.too_long, progress=progress
-        )
-    return dataset, held_out
+        apart = [named_source(config.eval_data, "valid")]
+        return dataset, load(apart, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
 
 
 def _train_tokens(base: Base, names: Sequence[str]) -> tuple[int, ...]:
@@ -387,7 +375,7 @@ def save_result(
         "seed": config.seed,
         "steps": saved_step,
         "template": {"digest": encoder.template_digest, "own": encoder.has_own_template, "date": config.template_date},
-        "tokenizer_digest": tokenizer_digest(base),
+        "tokenizer_digest": encoder.tokenizer_digest,
         "evaluation": {
             "before": trial.first.loss if trial.first else None,
             "after": trial.best.loss if trial.best else None,
@@ -408,14 +396,6 @@ def save_result(
             base.tokenizer.save_pretrained(str(folder))
     size = (config.out / "adapter" / adapter_format.TENSORS).stat().st_size
     return {"adapter_folder": str(config.out / "adapter"), "saved_bytes": size}
-
-
-def tokenizer_digest(base: Base) -> str:
-    """Names a tokenizer by content, 32 hexadecimal digits."""
-    import hashlib
-
-    backend: Any = base.tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    return hashlib.blake2b(backend.to_str().encode(), digest_size=16).hexdigest()
 
 
 class Recorder:
