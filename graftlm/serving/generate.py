@@ -62,7 +62,8 @@ def generate_text(config: GenerateConfig, show: Show | None = None) -> dict[str,
     )  # fmt: skip
     return {
         "text": done.text, "finish": done.finish, "prompt_tokens": len(prompt), "tokens": done.tokens, "format": style,
-        "model": config.model, "adapter": str(config.adapter) if config.adapter else None, "precision": precision, "notes": notes,
+        "model": config.model, "adapter": str(config.adapter) if config.adapter else None, "precision": precision,
+        "notes": notes,
     }  # fmt: skip
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import datasets
 import pytest
 
-from graftlm.data.rows import Fault, Raw
+from graftlm.data import sources
+from graftlm.data.rows import Fault, Raw, format_of, parse
 from graftlm.data.sources import Source, read
-from graftlm.errors import DataError
+from graftlm.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": 'a,\n"b"', "completion": "c\u2028d"},
@@ -235,3 +236,38 @@ def test_a_file_whose_name_ends_like_a_weight_is_that_file(tmp_path: Path) -> No
     path = tmp_path / "a:2"
     path.write_text("{}")
     assert Source.parse(str(path)) == Source(path=str(path))
+
+
+def test_a_hub_id_may_hold_a_dot_and_a_slip_in_a_file_name_is_none(tmp_path: Path) -> None:
+    assert sources.is_hub_id("teknium/OpenHermes-2.5")
+    assert sources.is_hub_id("owner/name@train")
+    assert not sources.is_hub_id("train.jsn")
+    assert not sources.is_hub_id("data/train.jsonl")
+
+
+def test_an_answer_in_brackets_in_csv_stays_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,completion\nsort 3 1 2,"[1, 2, 3]"\n')
+    assert [row.columns["completion"] for row in read(Source(path=str(file)))] == ["[1, 2, 3]"]  # type: ignore[union-attr]
+
+
+def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text\n" + "a" * 200_000 + "\n")
+    assert len(next(iter(read(Source(path=str(file))))).columns["text"]) == 200_000  # type: ignore[union-attr]
+
+
+def test_half_a_character_is_a_fault_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "ab\\ud83d"}\n')
+    raw = next(iter(read(Source(path=str(file)))))
+    form = format_of(raw)  # type: ignore[arg-type]
+    faults = parse(raw, form)  # type: ignore[arg-type]
+    assert isinstance(faults, list)
+    assert "position 2" in str(faults[0])
+
+
+def test_a_limit_above_the_models_positions_is_refused() -> None:
+    assert sources.token_limit(None, 64) == 64
+    with pytest.raises(ConfigError, match="is 65, and this model's longest position is 64"):
+        sources.token_limit(65, 64)
