@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -194,10 +193,8 @@ def make_samples(adapter: Path) -> list[Sample]:
 def sample_panel(sample: Sample) -> Panel:
     """A prompt with both answers side by side."""
     facts = Text(sample.prompt.strip(), style="dim")
-    answers = Columns(
-        [Panel(Text(sample.base), title="base", width=56), Panel(Text(sample.tuned), title="LoRA", width=56)],
-        padding=(0, 1),
-    )
-    from rich.console import Group
-
+    answers = Table.grid(expand=True)
+    answers.add_column(ratio=1)
+    answers.add_column(ratio=1)
+    answers.add_row(Panel(Text(sample.base), title="base"), Panel(Text(sample.tuned), title="LoRA"))
     return Panel(Group(facts, answers), title="held-out product", title_align="left")
