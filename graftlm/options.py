@@ -26,7 +26,7 @@ _COMMANDS: tuple[tuple[str, type[Config]], ...] = (
 _HEAD = """\
 # Options
 
-Made by `python -m graftlm.options` from the classes in `graftlm/config.py`; change them there.
+Made by `python -m graftlm.options` from the classes in `graftlm/config/`; change them there.
 
 An option is a flag (`--learning-rate 5e-4`) or a line of a YAML file (`learning-rate: 5e-4`, or `learning_rate`):
 `graft train run.yaml` reads one, and flags win over it. A list is given as `a,b`, by repeating the flag, or as a YAML

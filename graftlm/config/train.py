@@ -1,141 +1,26 @@
-"""Every option of every command, once: its type, unit, default and one line of help.
-
-The command line, the YAML file, the documentation (`docs/options.md`) and `config.json` of a run are all made from
-these classes. A config is frozen and checked where it is built; an unknown key is refused with the nearest known one.
-
-    TrainConfig      graft train       which base, which data, what is trained, how
-    GenerateConfig   graft generate    a prompt through a base and, if asked, an adapter
-    CheckConfig      graft check       what would be trained on, before anything is
-"""
+"""Options of `graft train`."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-import pydantic
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
-from graftlm.errors import ConfigError, nearest
-
-Method = Literal["full", "lora", "qlora"]
-Precision = Literal["float32", "bfloat16", "int8", "nf4"]
-Compute = Literal["float32", "bfloat16"]
-
-
-def _split(value: Any) -> Any:
-    """`a,b` and repeated options mean the same list; commas inside brackets of a pattern do not split."""
-    if value is None:
-        return value
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)):
-        return value
-    out: list[Any] = []
-    for part in parts:
-        out.extend(re.split(r",(?![^\[({]*[\])}])", part) if isinstance(part, str) else [part])
-    return tuple(p.strip() if isinstance(p, str) else p for p in out if p != "")
-
-
-def _mapping(value: Any) -> Any:
-    """`q_proj=8,mlp=32` or a YAML mapping."""
-    if value is None or isinstance(value, dict):
-        return value
-    if not isinstance(value, (str, list, tuple)):
-        raise ValueError(f"expected PATTERN=NUMBER or a mapping of patterns to numbers, found {value!r}")
-    parts = [p for item in ([value] if isinstance(value, str) else value) for p in str(item).split(",") if p]
-    pairs: dict[str, str] = {}
-    for part in parts:
-        name, equals, number = part.rpartition("=")
-        if not equals:
-            raise ValueError(f"expected PATTERN=NUMBER, found '{part}'")
-        pairs[name.strip()] = number.strip()
-    return pairs
-
-
-def _one_or_many(value: Any) -> Any:
-    return (value,) if isinstance(value, (str, Path)) else value
-
-
-def _no_weight(eval_data: str | None) -> None:
-    """Held-out rows are each read once, so a weight as training data have it (`FILE:2`) would do nothing."""
-    path, colon, weight = (eval_data or "").rpartition(":")
-    number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", weight, re.IGNORECASE)
-    if colon and number and not Path(eval_data or "").exists():
-        raise ValueError(f"eval-data '{eval_data}' has a weight, and every held-out row counts once; give '{path}'")
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
-Tokens = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]  # as they are: a token may hold commas and spaces
-Ranks = Annotated[dict[str, int], BeforeValidator(_mapping)]
-Alphas = Annotated[dict[str, float], BeforeValidator(_mapping)]
-
-
-class Config(BaseModel):
-    """What all configs share: frozen, no unknown keys, hyphens and underscores both read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    @classmethod
-    def build(cls, values: dict[str, Any]) -> Self:
-        """Make a config from option names and values.
-
-        Raises ConfigError that names each wrong option, the value found and what was expected.
-        """
-        cleaned: dict[str, Any] = {}
-        for key, value in values.items():
-            name = str(key).replace("-", "_")
-            if name not in cls.model_fields:
-                known = [field.replace("_", "-") for field in cls.model_fields]
-                raise ConfigError(f"unknown option '{key}'{nearest(str(key).replace('_', '-'), known)}")
-            if name in cleaned:
-                raise ConfigError(f"option '{key}' is given twice; keep one of '{name}' and '{name.replace('_', '-')}'")
-            if value is not None:
-                cleaned[name] = value
-        try:
-            return cls(**cleaned)
-        except pydantic.ValidationError as error:
-            lines: list[str] = []
-            for problem in error.errors():
-                where = "-".join(str(p) for p in problem["loc"][:1]).replace("_", "-")
-                message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
-                missing = problem["type"] == "missing"
-                said = missing or problem["type"] == "value_error"  # our own messages name what they found
-                found = f", found {problem['input']!r}" if where and not said else ""
-                lines.append(
-                    f"{where}: required, give --{where}" if missing else f"{where}: {message}{found}".strip(": ")
-                )
-            raise ConfigError("\n".join(lines)) from None
-
-    @classmethod
-    def read(cls, path: str | Path | None, overrides: dict[str, Any]) -> Self:
-        """Read a YAML (or JSON) file of options; `overrides` that are not None win over the file."""
-        values: dict[str, Any] = {}
-        if path is not None:
-            file = Path(path)
-            if not file.is_file():
-                raise ConfigError(f"no such config file: {file}")
-            try:
-                loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{file} is not YAML: {error}") from None
-            if not isinstance(loaded, dict):
-                raise ConfigError(f"{file} must hold `option: value` lines, found {type(loaded).__name__}")
-            values = {str(key): value for key, value in loaded.items()}
-        given = {key.replace("-", "_"): value for key, value in overrides.items() if value is not None}
-        kept = {key: value for key, value in values.items() if key.replace("-", "_") not in given}
-        return cls.build({**kept, **given})
-
-    def to_json(self) -> dict[str, Any]:
-        """Every option, resolved, as plain JSON values."""
-        return self.model_dump(mode="json")
-
-
-def option(default: Any, help: str, *, group: str = "", **limits: Any) -> Any:
-    """A field with its help text and the group it is listed under."""
-    return Field(default, description=help, json_schema_extra={"group": group}, **limits)
+from graftlm.config.fields import (
+    Alphas,
+    Compute,
+    Config,
+    Method,
+    Names,
+    Precision,
+    Ranks,
+    Sources,
+    Tokens,
+    no_weight,
+    option,
+)
+from graftlm.errors import nearest
 
 
 class TrainConfig(Config):
@@ -275,7 +160,7 @@ class TrainConfig(Config):
             raise ValueError("--save-precision is for --method full; an adapter is saved in float32")
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError("--eval-every needs held-out rows; give --eval-data, such as 5%, or leave it out")
-        _no_weight(self.eval_data)
+        no_weight(self.eval_data)
         if "" in self.train_tokens:
             raise ValueError("train-tokens holds an empty token; leave it out")
         if self.steps is not None and self.epochs is not None:
@@ -328,55 +213,3 @@ _ADAPTER_ONLY = (
     "rank", "alpha", "rank_stabilized", "dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",
     "train_tokens", "b_learning_rate_ratio",
 )  # fmt: skip
-
-
-class GenerateConfig(Config):
-    """Options of `graft generate`."""
-
-    model: str = option(..., "base model: a directory, a hub id, or `demo`")
-    adapter: Path | None = option(None, "folder of an adapter to use")
-    prompt: str = option(..., "what to answer; `-` reads standard input")
-    system: str | None = option(None, "system message in front of a chat prompt")
-    format: Literal["auto", "chat", "text"] = option(
-        "auto", "chat puts the prompt through the chat template; auto follows what the adapter was trained on"
-    )
-    max_tokens: int = option(128, "most tokens to write", ge=1)
-    temperature: float = option(0.0, "0 takes the likeliest token each time", ge=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
-    seed: int = option(0, "seed of sampling", ge=0)
-    precision: Precision | None = option(
-        None, "how the base is stored; default what the adapter was trained on, else the checkpoint's own type"
-    )
-    compute: Compute | None = option(None, "type in which products run; default by hardware")
-    trust_remote_code: bool = option(False, "run Python code that comes with the model")
-    device: str | None = option(None, "cpu, cuda, ...; default the first GPU, else the CPU")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for name in ("top_p", "seed"):
-            if self.temperature == 0 and name in self.model_fields_set:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is for sampling, and temperature 0 takes the likeliest token each time; "
-                    "give --temperature, such as 0.7, or leave it out"
-                )
-        return self
-
-
-class CheckConfig(Config):
-    """Options of `graft check`."""
-
-    data: Sources = option(..., "data to check: FILE[:weight], a hub id, or `demo`")
-    model: str = option(..., "base model whose tokenizer and template are used")
-    eval_data: str | None = option(None, "held-out data, checked for overlap with the training data")
-    train_on: Literal["all", "last"] = option("all", "which assistant turns of a chat are trained")
-    max_tokens_per_document: int | None = option(
-        None, "length limit in tokens; default the model's longest position", ge=2
-    )
-    too_long: Literal["error", "drop", "cut"] = option("error", "what training will do with a document over the limit")
-    template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=r"^\d{4}-\d{2}-\d{2}$")
-    trust_remote_code: bool = option(False, "run Python code that comes with the model")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _no_weight(self.eval_data)
-        return self

@@ -1,0 +1,23 @@
+"""`graft check`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from graftlm.cli.app import Json, app, options, print_json
+from graftlm.config import CheckConfig
+
+
+@app.command(epilog="Example:  graft check train.jsonl --model Qwen/Qwen3-0.6B --eval-data valid.jsonl")
+@options(CheckConfig, positional="data")
+def check(config: CheckConfig, json: Json = False) -> None:
+    """Read every row and show what would be trained on, before anything is."""
+    from graftlm.data.inspection import check_data
+
+    report = check_data(config)
+    if json:
+        print_json(report.to_json())
+    else:
+        report.render(Console())
+    if not report.good:
+        raise SystemExit(2)

@@ -1,0 +1,32 @@
+"""`graft generate`."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from graftlm.cli.app import Json, app, options, print_json
+from graftlm.config import GenerateConfig
+
+
+@app.command(epilog='Example:  graft generate --model demo --adapter runs/first/adapter --prompt "..." --max-tokens 64')
+@options(GenerateConfig)
+def generate(config: GenerateConfig, json: Json = False) -> None:
+    """Answer a prompt with a base model, and with an adapter on it if one is given."""
+    from graftlm.serving.generate import generate_text
+
+    if config.prompt == "-":
+        config = config.model_copy(update={"prompt": sys.stdin.read()})
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    result = generate_text(config, None if json else show)
+    if json:
+        print_json(result)
+    else:
+        sys.stdout.write("\n")
+        for note in result["notes"]:
+            Console(stderr=True).print(f"note: {note}", highlight=False, markup=False)

@@ -1,0 +1,21 @@
+"""`graft train`."""
+
+from __future__ import annotations
+
+from graftlm.cli.app import Json, app, options, print_json
+from graftlm.config import TrainConfig
+
+
+@app.command(
+    epilog="Examples:\n\ngraft train --model demo --data demo --out runs/first\n\n"
+    "graft train --model Qwen/Qwen3-0.6B --data train.jsonl --method qlora --out runs/q\n\ngraft train run.yaml"
+)
+@options(TrainConfig, file=True)
+def train(config: TrainConfig, json: Json = False) -> None:
+    """Fine-tune a base model: all of it, or an adapter on a frozen 16-bit (lora) or 4-bit (qlora) base."""
+    from graftlm.training.run import run
+    from graftlm.training.view import View
+
+    summary = run(config, View())
+    if json:
+        print_json(summary)

@@ -1,0 +1,29 @@
+"""Options of `graft check`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from graftlm.config.fields import Config, Sources, no_weight, option
+
+
+class CheckConfig(Config):
+    """Options of `graft check`."""
+
+    data: Sources = option(..., "data to check: FILE[:weight], a hub id, or `demo`")
+    model: str = option(..., "base model whose tokenizer and template are used")
+    eval_data: str | None = option(None, "held-out data, checked for overlap with the training data")
+    train_on: Literal["all", "last"] = option("all", "which assistant turns of a chat are trained")
+    max_tokens_per_document: int | None = option(
+        None, "length limit in tokens; default the model's longest position", ge=2
+    )
+    too_long: Literal["error", "drop", "cut"] = option("error", "what training will do with a document over the limit")
+    template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        no_weight(self.eval_data)
+        return self

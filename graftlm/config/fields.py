@@ -1,0 +1,130 @@
+"""What the options of all commands share: the base class, and the types that several of them use."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from graftlm.errors import ConfigError, nearest
+
+Method = Literal["full", "lora", "qlora"]
+Precision = Literal["float32", "bfloat16", "int8", "nf4"]
+Compute = Literal["float32", "bfloat16"]
+
+
+def _split(value: Any) -> Any:
+    """`a,b` and repeated options mean the same list; commas inside brackets of a pattern do not split."""
+    if value is None:
+        return value
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        return value
+    out: list[Any] = []
+    for part in parts:
+        out.extend(re.split(r",(?![^\[({]*[\])}])", part) if isinstance(part, str) else [part])
+    return tuple(p.strip() if isinstance(p, str) else p for p in out if p != "")
+
+
+def _mapping(value: Any) -> Any:
+    """`q_proj=8,mlp=32` or a YAML mapping."""
+    if value is None or isinstance(value, dict):
+        return value
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"expected PATTERN=NUMBER or a mapping of patterns to numbers, found {value!r}")
+    parts = [p for item in ([value] if isinstance(value, str) else value) for p in str(item).split(",") if p]
+    pairs: dict[str, str] = {}
+    for part in parts:
+        name, equals, number = part.rpartition("=")
+        if not equals:
+            raise ValueError(f"expected PATTERN=NUMBER, found '{part}'")
+        pairs[name.strip()] = number.strip()
+    return pairs
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, (str, Path)) else value
+
+
+def no_weight(eval_data: str | None) -> None:
+    """Held-out rows are each read once, so a weight as training data have it (`FILE:2`) would do nothing."""
+    path, colon, weight = (eval_data or "").rpartition(":")
+    number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", weight, re.IGNORECASE)
+    if colon and number and not Path(eval_data or "").exists():
+        raise ValueError(f"eval-data '{eval_data}' has a weight, and every held-out row counts once; give '{path}'")
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+Tokens = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]  # as they are: a token may hold commas and spaces
+Ranks = Annotated[dict[str, int], BeforeValidator(_mapping)]
+Alphas = Annotated[dict[str, float], BeforeValidator(_mapping)]
+
+
+class Config(BaseModel):
+    """What all configs share: frozen, no unknown keys, hyphens and underscores both read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def build(cls, values: dict[str, Any]) -> Self:
+        """Make a config from option names and values.
+
+        Raises ConfigError that names each wrong option, the value found and what was expected.
+        """
+        cleaned: dict[str, Any] = {}
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in cls.model_fields:
+                known = [field.replace("_", "-") for field in cls.model_fields]
+                raise ConfigError(f"unknown option '{key}'{nearest(str(key).replace('_', '-'), known)}")
+            if name in cleaned:
+                raise ConfigError(f"option '{key}' is given twice; keep one of '{name}' and '{name.replace('_', '-')}'")
+            if value is not None:
+                cleaned[name] = value
+        try:
+            return cls(**cleaned)
+        except pydantic.ValidationError as error:
+            lines: list[str] = []
+            for problem in error.errors():
+                where = "-".join(str(p) for p in problem["loc"][:1]).replace("_", "-")
+                message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+                missing = problem["type"] == "missing"
+                said = missing or problem["type"] == "value_error"  # our own messages name what they found
+                found = f", found {problem['input']!r}" if where and not said else ""
+                lines.append(
+                    f"{where}: required, give --{where}" if missing else f"{where}: {message}{found}".strip(": ")
+                )
+            raise ConfigError("\n".join(lines)) from None
+
+    @classmethod
+    def read(cls, path: str | Path | None, overrides: dict[str, Any]) -> Self:
+        """Read a YAML (or JSON) file of options; `overrides` that are not None win over the file."""
+        values: dict[str, Any] = {}
+        if path is not None:
+            file = Path(path)
+            if not file.is_file():
+                raise ConfigError(f"no such config file: {file}")
+            try:
+                loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{file} is not YAML: {error}") from None
+            if not isinstance(loaded, dict):
+                raise ConfigError(f"{file} must hold `option: value` lines, found {type(loaded).__name__}")
+            values = {str(key): value for key, value in loaded.items()}
+        given = {key.replace("-", "_"): value for key, value in overrides.items() if value is not None}
+        kept = {key: value for key, value in values.items() if key.replace("-", "_") not in given}
+        return cls.build({**kept, **given})
+
+    def to_json(self) -> dict[str, Any]:
+        """Every option, resolved, as plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+def option(default: Any, help: str, *, group: str = "", **limits: Any) -> Any:
+    """A field with its help text and the group it is listed under."""
+    return Field(default, description=help, json_schema_extra={"group": group}, **limits)

@@ -1,0 +1,42 @@
+"""Options of `graft generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from graftlm.config.fields import Compute, Config, Precision, option
+
+
+class GenerateConfig(Config):
+    """Options of `graft generate`."""
+
+    model: str = option(..., "base model: a directory, a hub id, or `demo`")
+    adapter: Path | None = option(None, "folder of an adapter to use")
+    prompt: str = option(..., "what to answer; `-` reads standard input")
+    system: str | None = option(None, "system message in front of a chat prompt")
+    format: Literal["auto", "chat", "text"] = option(
+        "auto", "chat puts the prompt through the chat template; auto follows what the adapter was trained on"
+    )
+    max_tokens: int = option(128, "most tokens to write", ge=1)
+    temperature: float = option(0.0, "0 takes the likeliest token each time", ge=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
+    seed: int = option(0, "seed of sampling", ge=0)
+    precision: Precision | None = option(
+        None, "how the base is stored; default what the adapter was trained on, else the checkpoint's own type"
+    )
+    compute: Compute | None = option(None, "type in which products run; default by hardware")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+    device: str | None = option(None, "cpu, cuda, ...; default the first GPU, else the CPU")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in ("top_p", "seed"):
+            if self.temperature == 0 and name in self.model_fields_set:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for sampling, and temperature 0 takes the likeliest token each time; "
+                    "give --temperature, such as 0.7, or leave it out"
+                )
+        return self
