@@ -1,6 +1,7 @@
 # make setup   .venv with the package, the command `graft` and the tools of the tests
 # make demo    trains full, LoRA and QLoRA on the bundled base and data
 # make test    lint, types, tests
+# make prove   the long proofs, run by hand and before a release
 # make lint | types | unit | format   one of them
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint types unit format docs clean
+.PHONY: setup demo test prove lint types unit format docs clean
 
 setup: $(READY)
 
@@ -33,6 +34,9 @@ types: setup
 
 unit: setup
 	$(BIN)/python -m pytest
+
+prove: setup
+	$(BIN)/python -m pytest -m prove --timeout 3600
 
 format: setup
 	$(BIN)/ruff check --fix .
