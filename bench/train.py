@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "e2e"
 SHAPES: dict[str, dict[str, int]] = {
-    "30m": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "30m": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
                 "num_key_value_heads": 8},
     "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
                  "num_attention_heads": 9,
@@ -53,18 +53,33 @@ def make_model(shape: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def make_data(folder: Path, steps: int, seed: int = 0) -> dict[str, str]:
+    """The rows of all sides: `steps` batches of E2E, each row seen once, and 96 held-out rows."""
+    import random
+
+    found: dict[str, str] = {}
+    for name, count in (("train", steps * BATCH), ("valid", 96)):
+        rows = (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        chosen = random.Random(seed).sample(rows, count)
+        (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        found[name] = str(folder / f"{name}.jsonl")
+    return found
+
+
 def graft_side(work: dict[str, Any]) -> dict[str, Any]:
     from graftlm.config import TrainConfig
     from graftlm.training.run import run
     from graftlm.training.view import View
 
+    method = work["method"]
+    own: dict[str, Any] = {} if method == "full" else {"rank": RANK, "alpha": ALPHA}
     with tempfile.TemporaryDirectory() as out:
         summary = run(
             TrainConfig(
-                model=work["model"], data=(work["train"],), eval_data=work["valid"], method=work["method"],
-                precision="float32" if work["method"] != "qlora" else "nf4", steps=work["steps"], batch_size=BATCH,
-                rank=RANK, alpha=ALPHA, learning_rate=RATES[work["method"]], schedule="constant", warmup=0.0,
-                eval_every=work["steps"], out=Path(out) / "run",
+                model=work["model"], data=(work["train"],), eval_data=work["valid"], method=method,
+                precision="float32" if method != "qlora" else "nf4", steps=work["steps"], batch_size=BATCH,
+                learning_rate=RATES[method], schedule="constant", warmup=0.0, eval_every=work["steps"], out=Path(out) / "run",
+                **own,
             ),
             View(quiet=True),
         )  # fmt: skip
@@ -74,9 +89,55 @@ def graft_side(work: dict[str, Any]) -> dict[str, Any]:
     return {
         "examples_per_second": BATCH * len(steps) / seconds,
         "trained_tokens_per_second": sum(line["trained_tokens"] for line in steps) / seconds,
+        "tokens_per_second": sum(line["tokens"] for line in steps) / seconds,
+        "seconds_per_step": seconds / len(steps),
+        "bare_seconds_per_step": bare_products(work, [(line["tokens"], line["trained_tokens"]) for line in steps]),
         "peak_memory": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
         "loss": summary["eval_loss_after"],
     }
+
+
+def bare_products(work: dict[str, Any], steps: list[tuple[int, int]]) -> float:
+    """Seconds that a step's matrix products alone take in float32: every linear layer and the head, forward and back.
+
+    Shapes are those of the steps that were run: all tokens through the layers, trained tokens through the head. LoRA
+    adds its two narrow products and their gradients, full training the gradient of every weight. The data type of the
+    products is float32 whatever the base is stored in.
+    """
+    import torch
+
+    shape, method = SHAPES[work["shape"]], work["method"]
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    narrow = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    sizes = [(width, width)] * 2 + [(narrow, width)] * 2 + [(inner, width)] * 2 + [(width, inner)]  # (out, in)
+    linears = [torch.randn(size) for size in sizes]
+    factors = [(torch.randn(RANK, i), torch.randn(o, RANK)) for o, i in sizes]
+    head = torch.randn(shape["vocab_size"], width)
+    seconds: list[float] = []
+    for tokens, trained in steps:
+        x = {i: torch.randn(tokens, i) for _, i in sizes}
+        dy = {o: torch.randn(tokens, o) for o, _ in sizes}
+        hidden, dlogits = torch.randn(trained, width), torch.randn(trained, shape["vocab_size"])
+        start = time.perf_counter()
+        for _ in range(shape["num_hidden_layers"]):
+            for (o, i), w, (A, B) in zip(sizes, linears, factors):
+                x[i] @ w.T
+                dy[o] @ w
+                if method == "full":
+                    dy[o].T @ x[i]
+                else:
+                    h = x[i] @ A.T
+                    h @ B.T
+                    dh = dy[o] @ B
+                    dh @ A
+                    dy[o].T @ h
+                    dh.T @ x[i]
+        hidden @ head.T
+        dlogits @ head
+        if method == "full":
+            dlogits.T @ hidden
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def peer_side(work: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +170,7 @@ def peer_side(work: dict[str, Any]) -> dict[str, Any]:
             model=model,
             processing_class=AutoTokenizer.from_pretrained(work["model"]),
             args=SFTConfig(
-                output_dir=out, max_steps=work["steps"], per_device_train_batch_size=BATCH, learning_rate=RATES[method],
+                output_dir=out, num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=RATES[method],
                 lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0, report_to="none", save_strategy="no",
                 logging_steps=1000, use_cpu=True, bf16=False, gradient_checkpointing=False, packing=work["packing"],
                 max_length=1024, disable_tqdm=True, seed=0,
@@ -120,15 +181,17 @@ def peer_side(work: dict[str, Any]) -> dict[str, Any]:
             else LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[Clock()],
         )  # fmt: skip
+        began = time.perf_counter()
         trainer.train()
-        peak = memory
-    lengths = work["trained_per_example"]
+    # Padded: the first step warms up. Packed: the rows are fewer and longer, so the whole pass over the data counts.
+    rows = len(data["train"])
+    examples, seconds = (rows, times[-1] - began) if work["packing"] else (rows - BATCH, times[-1] - times[0])
     return {
-        "examples_per_second": BATCH * (len(times) - 1) / (times[-1] - times[0]) * work.get("examples_per_row", 1.0),
-        "trained_tokens_per_second": None
-        if work["packing"]
-        else BATCH * (len(times) - 1) * lengths / (times[-1] - times[0]),
-        "peak_memory": peak.bytes - peak.start,
+        "examples_per_second": examples / seconds,
+        "trained_tokens_per_second": examples * work["trained_per_example"] / seconds,
+        "seconds_per_step": seconds / max(1, len(times) - (not work["packing"])),
+        "optimizer_steps": len(times),
+        "peak_memory": memory.bytes - memory.start,
         "loss": held_out_loss(trainer.model, work),
     }
 
@@ -193,29 +256,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / options.shape
         make_model(options.shape, model)
+        data = make_data(Path(folder), options.steps)
+        common = {"model": str(model), "shape": options.shape, "steps": options.steps, **data}
+        common["trained_per_example"] = trained_per_example(common)
         results: dict[str, dict[str, dict[str, Any]]] = {}
         for method in options.methods:
             sides = ["graft", "trl"] + (["trl packed"] if options.packing else [])
             runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
             for _ in range(options.rounds):
                 for side in sides:
-                    work = {
-                        "side": side.split()[0], "packing": "packed" in side, "method": method, "model": str(model),
-                        "train": str(SHARED / "train.jsonl"), "valid": str(SHARED / "valid.jsonl"),
-                        "steps": options.steps, "trained_per_example": 36.9,
-                    }  # fmt: skip
-                    runs[side].append(alone(work))
+                    packing = "packed" in side
+                    runs[side].append(alone({**common, "side": side.split()[0], "packing": packing, "method": method}))
             results[method] = {side: median(found) for side, found in runs.items()}
-            ours, theirs = results[method]["graft"], results[method]["trl"]
-            print(
-                f"{method:6} graft {ours['examples_per_second']:6.2f} examples/s, {ours['peak_memory'] / 1e6:6.0f} MB, "
-                f"loss {ours['loss']:.4f} | trl {theirs['examples_per_second']:6.2f}, {theirs['peak_memory'] / 1e6:6.0f} MB, "
-                f"loss {theirs['loss']:.4f} | {ours['examples_per_second'] / theirs['examples_per_second']:.2f}x speed, "
-                f"{ours['peak_memory'] / theirs['peak_memory']:.2f}x memory",
-                flush=True,
-            )
+            print(line(method, results[method]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"shape": options.shape, "results": results}, indent=2) + "\n")
+
+
+def trained_per_example(work: dict[str, Any]) -> float:
+    """Mean trained tokens of a row, the same on all sides."""
+    from transformers import AutoTokenizer
+
+    from graftlm.base.chat import Encoder
+    from graftlm.data.documents import load
+    from graftlm.data.sources import Source
+
+    dataset = load([Source.parse(work["train"])], Encoder(AutoTokenizer.from_pretrained(work["model"])))
+    return dataset.trained_tokens / dataset.rows
+
+
+def line(method: str, sides: dict[str, dict[str, Any]]) -> str:
+    """One method's figures in one line."""
+    ours, theirs = sides["graft"], sides["trl"]
+    said = [
+        f"{method:6}",
+        *(f"{side} {f['examples_per_second']:.2f} examples/s {f['peak_memory'] / 1e6:.0f} MB loss {f['loss']:.4f}" for side, f in sides.items()),
+        f"{ours['examples_per_second'] / theirs['examples_per_second']:.2f}x speed, {ours['peak_memory'] / theirs['peak_memory']:.2f}x memory",
+        f"bare products {ours['bare_seconds_per_step'] / ours['seconds_per_step']:.0%} of a step",
+    ]  # fmt: skip
+    return " | ".join(said)
 
 
 if __name__ == "__main__":

@@ -180,9 +180,9 @@ class _Banked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, uses: Sequence[_Use], *factors: Tensor) -> Tensor:
-        y = x @ weight.to(x.dtype).T if isinstance(weight, Tensor) else kernels.matmul(x, weight)
         hidden: list[Tensor | None]  # each (t, r)
         if any(u.drops for u in uses):
+            y = kernels.matmul(x, weight)
             hidden = [
                 kernels.low_rank(
                     y[u.first : u.last], u.dropped(x), factors[2 * u.index], factors[2 * u.index + 1], u.scale
@@ -190,7 +190,7 @@ class _Banked(torch.autograd.Function):
                 for u in uses
             ]
         else:
-            hidden = kernels.low_rank_routed(y, x, *_routed(uses, factors))
+            y, hidden = kernels.adapted(x, weight, *_routed(uses, factors))
         ctx.save_for_backward(x, *factors, *hidden)
         ctx.weight, ctx.uses, ctx.count = weight, uses, len(factors)
         return y
@@ -200,15 +200,15 @@ class _Banked(torch.autograd.Function):
         dy = grads[0].contiguous()  # (T, out)
         x, *rest = ctx.saved_tensors
         factors, hidden = rest[: ctx.count], rest[ctx.count :]
-        weight = ctx.weight
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ weight.to(dy.dtype) if isinstance(weight, Tensor) else kernels.matmul_t(dy, weight)
+        weight, wanted = ctx.weight, ctx.needs_input_grad[0]
         totals: list[Tensor | None] = [None] * ctx.count
         if not any(u.drops for u in ctx.uses):
             ranges, A, B, scale = _routed(ctx.uses, factors)
-            totals[0::2], totals[1::2] = kernels.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)
+            dx, totals[0::2], totals[1::2] = kernels.adapted_backward(
+                dy, x, weight, hidden, ranges, A, B, scale, wanted
+            )
             return (dx, None, None, *totals)
+        dx = kernels.matmul_t(dy, weight) if wanted else None
         for use, h in zip(ctx.uses, hidden):
             rows = slice(use.first, use.last)
             keep = use.keep(x)  # (t, in), or None where this use drops nothing

@@ -43,7 +43,7 @@ class Bank(Protocol):
 
 
 class _Product(torch.autograd.Function):
-    """x (T, in) times a stored W (out, in) transposed, gradient to x, and to W where W is dense and trained.
+    """x (T, in) times W (out, in) transposed, gradient to x, and to W where W is dense and trained.
 
     Unlike autograd's own record it keeps the stored form, never the widened copy.
     """
@@ -52,7 +52,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dense: Tensor | None, compressed: Any) -> Tensor:  # (T, out)
         ctx.save_for_backward(*((x, dense) if dense is not None and dense.requires_grad else (None, dense)))
         ctx.compressed = compressed
-        return x @ dense.to(x.dtype).T if dense is not None else kernels.matmul(x, compressed)
+        return kernels.matmul(x, compressed if dense is None else dense)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
@@ -60,17 +60,17 @@ class _Product(torch.autograd.Function):
         x, dense = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ dense.to(dy.dtype) if dense is not None else kernels.matmul_t(dy, ctx.compressed)
+            dx = kernels.matmul_t(dy, ctx.compressed if dense is None else dense)
         if ctx.needs_input_grad[1]:
             assert dense is not None
-            dw = (dy.T @ x).to(dense.dtype)
+            dw = kernels.weight_gradient(dy, x).to(dense.dtype)
         return dx, dw, None
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x (T, in) with W (out, in) in any stored form -> (T, out), in x's type; gradients to x and to a trained W."""
     if isinstance(weight, Tensor):
-        if weight.dtype == x.dtype:
+        if weight.dtype == x.dtype and not kernels.multiplies(x):
             return F.linear(x, weight, bias)
         y = _Product.apply(x, weight, None)
     else:

@@ -21,11 +21,9 @@ from torch import Tensor
 
 from graftlm import kernels
 from graftlm.config import Compute, Precision
-from graftlm.kernels import Int8, Nf4
+from graftlm.kernels import Weight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Weight = Tensor | Int8 | Nf4
-"""A stored weight: a dense tensor of 16 or 32 bits, or one of the two compressed forms."""
 
 
 def store(weight: Tensor, precision: Precision) -> Weight:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored
+from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
 
 SLAB = 1 << 20  # values worked on at once: bounds temporaries to a few times 4 MiB whatever the weight's size
 
@@ -50,12 +51,15 @@ NF4_CODE = torch.tensor(
 NF4_MIDPOINTS = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2  # (15,)
 
 
-def _dynamic_code() -> Tensor:
-    """The 256 values of the signed dynamic 8-bit type: 7 decades, each with twice the steps of the one below it."""
+def dynamic_code(signed: bool = True) -> Tensor:
+    """The 256 values of the dynamic 8-bit type: 7 decades, each with twice the steps of the one below it.
+
+    Without signs there are twice as many steps from 0 to 1.
+    """
     values = [0.0, 1.0]
     low = torch.tensor(0.1)  # float32, as the published map was made
     for decade in range(7):
-        steps = 2**decade
+        steps = 2**decade if signed else 2 ** (decade + 1)
         step = ((1 - low) / steps).double()
         k = torch.arange(steps + 1, dtype=torch.float64)
         # From both ends towards the middle, rounded once to float32: what torch.linspace does with vector instructions,
@@ -63,11 +67,11 @@ def _dynamic_code() -> Tensor:
         edges = torch.where(k < (steps + 1) // 2, low.double() + step * k, 1 - step * (steps - k)).float()
         means = (edges[:-1] + edges[1:]) / 2
         positive = (10 ** (decade - 6) * means).tolist()
-        values += positive + [-value for value in positive]
+        values += positive + ([-value for value in positive] if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-DYNAMIC_CODE = _dynamic_code()  # (256,)
+DYNAMIC_CODE = dynamic_code()  # (256,)
 
 
 def _dynamic_bins() -> Tensor:
@@ -181,7 +185,7 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
-# ---- products with a stored weight --------------------------------------------------------------------------------
+# ---- products with a weight --------------------------------------------------------------------------------
 
 
 def dequantize(weight: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,21 +193,30 @@ def dequantize(weight: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
 
 
-def matmul(x: Tensor, weight: Stored) -> Tensor:
-    """x (..., in) with W (out, in) stored -> x @ W.T (..., out), in x's type."""
-    return x @ dequantize(weight, x.dtype).T
+def matmul(x: Tensor, weight: Weight) -> Tensor:
+    """x (..., in) with W (out, in) dense or stored -> x @ W.T (..., out), in x's type."""
+    return x @ _dense(weight, x.dtype).T
 
 
-def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
-    """dy (..., out) with W (out, in) stored -> dy @ W (..., in), in dy's type: the gradient of `matmul` to x."""
-    return dy @ dequantize(weight, dy.dtype)
+def matmul_t(dy: Tensor, weight: Weight) -> Tensor:
+    """dy (..., out) with W (out, in) dense or stored -> dy @ W (..., in), in dy's type: the gradient of `matmul` to x."""
+    return dy @ _dense(weight, dy.dtype)
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy (rows, out), x (rows, in) -> dy^T x (out, in): the gradient of `matmul` to a dense W."""
+    return dy.T @ x
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype)
 
 
 # ---- low-rank products --------------------------------------------------------------------------------------------
 
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y (tokens, out) += scale * (x A^T) B^T in place; returns h = x A^T (tokens, r), which the backward wants."""
+    """y (tokens, out) += scale * (x A^T) B^T in place; returns what `low_rank_backward` wants, (tokens, r): here x A^T."""
     h = x @ A.to(x.dtype).T  # (tokens, r)
     y.addmm_(h.to(y.dtype), B.to(y.dtype).T, alpha=scale)
     return h
@@ -226,11 +239,11 @@ Slots = Sequence[Tensor | None]  # a slot's A or B; None where a slot leaves thi
 
 
 def low_rank_routed(
-    y: Tensor, x: Tensor, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float]
+    y: Tensor, x: Tensor, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float], one: Any = low_rank
 ) -> list[Tensor | None]:
     """`low_rank` where each range of tokens uses its own slot, ranks mixed; returns h of each range (None: no adapter).
 
-    Ranges are disjoint; tokens in no range, or in one whose slot is None, stay as they are.
+    Ranges are disjoint; tokens in no range, or in one whose slot is None, stay as they are. `one` does a single range.
     """
     hidden: list[Tensor | None] = []
     for first, last, slot in ranges:
@@ -238,7 +251,7 @@ def low_rank_routed(
         if a is None or b is None or first == last:
             hidden.append(None)
         else:
-            hidden.append(low_rank(y[first:last], x[first:last], a, b, scale[slot]))
+            hidden.append(one(y[first:last], x[first:last], a, b, scale[slot]))
     return hidden
 
 
@@ -251,6 +264,7 @@ def low_rank_routed_backward(
     B: Slots,
     scale: Sequence[float],
     dx: Tensor | None = None,
+    one: Any = low_rank_backward,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients to each slot's A and B, summed over its ranges (None for a slot no range uses); dx is added to."""
     dA: list[Tensor | None] = [None] * len(A)
@@ -260,7 +274,7 @@ def low_rank_routed_backward(
         if h is None or a is None or b is None:
             continue
         part = dx[first:last] if dx is not None else None
-        da, db = low_rank_backward(dy[first:last], x[first:last], h, a, b, scale[slot], part)
+        da, db = one(dy[first:last], x[first:last], h, a, b, scale[slot], part)
         old_a, old_b = dA[slot], dB[slot]
         dA[slot] = da if old_a is None else old_a.add_(da)
         dB[slot] = db if old_b is None else old_b.add_(db)

@@ -119,3 +119,5 @@ class Int8:
 
 
 Stored = Nf4 | Int8
+Weight = Tensor | Int8 | Nf4
+"""Any weight: dense, or in a stored form."""

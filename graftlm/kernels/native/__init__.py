@@ -4,9 +4,9 @@ The library is plain C reached through ctypes, which releases the interpreter lo
 of `reference.py` when it is loaded, so there is one truth about the codes; it runs on PyTorch's own OpenMP threads, as
 many as `torch.get_num_threads()` says.
 
-Products come in two kinds. For a few rows of x the codes are decoded in registers and never written down. For more, a
-panel of W is made dense in a scratch that stays in the cache and goes to PyTorch's own matrix product at once, so that
-the whole of dense W never exists.
+Products come in three kinds. For a few rows of x the codes are decoded in registers and never written down. For more,
+our own matrix product (`gemm.py`) decodes them as it packs, where it pays; elsewhere a panel of W is made dense in a
+scratch that stays in the cache and goes to PyTorch's product at once, so that the whole of dense W never exists.
 
 Each operation is compared with the reference on a small odd shape before its first use (`trust.py`). `usable` is false,
 with one warning for the process, when the library is missing, does not load, or gives another answer.
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored
+from graftlm.kernels.native import gemm
+from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
 from graftlm.kernels.trust import Trust
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum float_type in kernels.h
@@ -51,6 +52,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "graft_int8_dequantize": (None, [_pointer, _pointer] + [_long] * 3 + [_pointer, _int, _int, _int]),
     "graft_int8_matvec": (None, [_pointer, _pointer, _long, _long, _pointer, _long, _long, _pointer, _int]),
     "graft_huge_pages": (None, [_pointer, _long]),
+    **gemm.SIGNATURES,
 }
 
 
@@ -164,6 +166,14 @@ def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> t
     return out, out.nbytes >= LARGE_BYTES
 
 
+def multiplies(x: Tensor) -> bool:
+    """Whether products of these rows, x (rows, in), are taken with our own `gemm.c` rather than PyTorch's."""
+    if x.dtype != torch.float32 or x.ndim != 2 or len(x) <= FEW_ROWS or x.device.type != "cpu":
+        return False
+    calls = _get().calls
+    return calls is not None and calls.graft_gemm_level() > 1 and trust.allows("gemm", x.device)
+
+
 # ---- quantize and dequantize --------------------------------------------------------------------------------------
 
 
@@ -245,14 +255,19 @@ def _panel(length: int, other: int, rows: int, dtype: torch.dtype) -> int:
     return max(math.ceil(length / panels / BLOCK), 1) * BLOCK
 
 
-def matmul(x: Tensor, weight: Stored) -> Tensor:
+def matmul(x: Tensor, weight: Weight) -> Tensor:
     """x (..., in) -> x @ W.T (..., out)."""
     outer, inner = weight.shape
-    weight = _contiguous(weight)
     rows = x.reshape(-1, inner)  # (rows, in)
     if not rows.numel() or not outer:
         return x.new_zeros(*x.shape[:-1], outer)
-    y = _matvec(rows, weight) if len(rows) <= FEW_ROWS else _matmul_panels(rows, weight)  # (rows, out)
+    if multiplies(rows):
+        y = gemm.multiply(_calls(), [(rows, weight, True)])  # (rows, out)
+    elif isinstance(weight, Tensor):
+        y = reference.matmul(rows, weight)
+    else:
+        weight = _contiguous(weight)
+        y = _matvec(rows, weight) if len(rows) <= FEW_ROWS else _matmul_panels(rows, weight)
     # A view made inside an autograd function may not be added to in place, and some models do.
     return y if x.ndim == 2 else y.view(*x.shape[:-1], outer)
 
@@ -287,14 +302,25 @@ def _matmul_panels(x: Tensor, weight: Stored) -> Tensor:
     return y.to(x.dtype)
 
 
-def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
+def matmul_t(dy: Tensor, weight: Weight) -> Tensor:
     """dy (..., out) -> dy @ W (..., in)."""
     outer, inner = weight.shape
-    weight = _contiguous(weight)
-    dtype = _product_type(dy.dtype)
-    rows = dy.reshape(-1, outer).to(dtype)  # (rows, out)
+    rows = dy.reshape(-1, outer)  # (rows, out)
     if not rows.numel() or not inner:
         return dy.new_zeros(*dy.shape[:-1], inner)
+    if multiplies(rows):
+        dx = gemm.multiply(_calls(), [(rows, weight, False)])  # (rows, in)
+    elif isinstance(weight, Tensor):
+        dx = reference.matmul_t(rows, weight)
+    else:
+        dx = _matmul_t_panels(rows, _contiguous(weight))
+    return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], inner)
+
+
+def _matmul_t_panels(dy: Tensor, weight: Stored) -> Tensor:
+    outer, inner = weight.shape
+    dtype = _product_type(dy.dtype)
+    rows = dy.to(dtype)  # (rows, out)
     step = _panel(outer, inner, len(rows), dtype)
     scratch = torch.empty(min(step, outer), inner, dtype=dtype)
     dx = torch.empty(len(rows), inner, dtype=dtype)
@@ -302,8 +328,46 @@ def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
         count = min(step, outer - first)
         _dequantize_into(scratch[:count], weight, first, 0)
         dx.addmm_(rows[:, first : first + count], scratch[:count], beta=1.0 if first else 0.0)
-    dx = dx.to(dy.dtype)
-    return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], inner)
+    return dx.to(dy.dtype)
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy (rows, out), x (rows, in) -> dy^T x (out, in)."""
+    return gemm.multiply(_calls(), [(dy.T, x, False)])
+
+
+def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y (tokens, out) += scale * (x A^T) B^T in place; returns scale * x A^T (tokens, r) for the backward."""
+    h = gemm.multiply(_calls(), [(x, A, True)], alpha=scale)
+    gemm.multiply(_calls(), [(h, B, True)], out=y, add=True)
+    return h
+
+
+def low_rank_backward(
+    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scale: float, dx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `low_rank` to A (r, in) and B (out, r); the one to x is added to `dx`."""
+    calls = _calls()
+    dh = gemm.multiply(calls, [(dy, B, False)], alpha=scale)  # (tokens, r)
+    if dx is not None:
+        gemm.multiply(calls, [(dh, A, False)], out=dx, add=True)
+    return gemm.multiply(calls, [(dh.T, x, False)]), gemm.multiply(calls, [(dy.T, h, False)])
+
+
+def adapted(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """x W^T + scale * (x A^T) B^T (rows, out) in one pass over the result, and scale * x A^T for the backward."""
+    h = gemm.multiply(_calls(), [(x, A, True)], alpha=scale)  # (rows, r)
+    return gemm.multiply(_calls(), [(x, weight, True), (h, B, True)]), h
+
+
+def adapted_backward(
+    dy: Tensor, x: Tensor, weight: Weight, h: Tensor, A: Tensor, B: Tensor, scale: float, wants_dx: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of `adapted` to x (rows, in), A (r, in) and B (out, r)."""
+    calls = _calls()
+    dh = gemm.multiply(calls, [(dy, B, False)], alpha=scale)  # (rows, r)
+    dx = gemm.multiply(calls, [(dy, weight, False), (dh, A, False)]) if wants_dx else None
+    return dx, gemm.multiply(calls, [(dh.T, x, False)]), gemm.multiply(calls, [(dy.T, h, False)])
 
 
 # ---- the check before first use -----------------------------------------------------------------------------------
@@ -360,6 +424,35 @@ def _check_matmul_t(_: torch.device) -> bool:
     return all(_close(matmul_t(_sample(5, 13), w), reference.matmul_t(_sample(5, 13), w)) for w in weights)
 
 
+def _check_gemm(_: torch.device) -> bool:
+    """Edges of every panel, each kind of weight in both orientations, two terms, and narrow operands."""
+    calls, x = _calls(), _sample(53, 331)
+    dense = _sample(77, 331)
+    weights: tuple[Weight, ...] = (
+        dense,
+        dense.bfloat16(),
+        reference.nf4_quantize(dense),
+        reference.nf4_quantize(dense).narrow(3, 50),
+        reference.int8_quantize(dense),
+    )
+    good = all(
+        _close(gemm.multiply(calls, [(x, w, True)]), reference.matmul(x, w))
+        and _close(gemm.multiply(calls, [(_sample(53, w.shape[0]), w, False)]), _sample(53, w.shape[0]) @ _wide(w))
+        for w in weights
+    )
+    narrow = gemm.multiply(calls, [(x, dense, True), (x[:, :5], dense[:, :5], True)], alpha=0.5)
+    turned = gemm.multiply(calls, [(x.T, dense[:53], False)], out=torch.ones(331, 331), add=True)
+    return (
+        good
+        and _close(narrow, 0.5 * (x @ dense.T + x[:, :5] @ dense[:, :5].T))
+        and _close(turned, 1 + x.T @ dense[:53])
+    )
+
+
+def _wide(weight: Weight) -> Tensor:
+    return weight.float() if isinstance(weight, Tensor) else reference.dequantize(weight)
+
+
 def new_trust() -> Trust:
     """A record of checks in which none has run yet."""
     return Trust(
@@ -371,6 +464,7 @@ def new_trust() -> Trust:
             "int8_dequantize": _check_int8_dequantize,
             "matmul": _check_matmul,
             "matmul_t": _check_matmul_t,
+            "gemm": _check_gemm,
         },
     )
 

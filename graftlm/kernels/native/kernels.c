@@ -16,12 +16,6 @@
 #include <sys/mman.h>
 #endif
 
-#ifdef _WIN32
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
 enum { PIECE = 64, ROWS_TOGETHER = 32, VALUES_PER_PIECE = 1 << 15 };
 /* PIECE: blocks whose scales are decoded at once. ROWS_TOGETHER: rows of W that share a part of x while it is in the
  * first-level cache. VALUES_PER_PIECE: values of W that a thread takes at once. */
@@ -70,6 +64,7 @@ EXPORT int graft_init(const float *nf4, const float *midpoints, const float *dyn
     int last = choice < 0 ? 2 : choice;
     for (; last > 0 && !numbered(last);) last--;
     use = numbered(last);
+    graft_rows_choose(last);
     return last;
 }
 
@@ -134,6 +129,16 @@ static void dequantize_range(const struct nf4 *w, int64_t first, int64_t last, c
         use->nf4_dequantize(w->packed + b * BLOCK_BYTES, scales, count, out + (b * BLOCK - first) * bytes, type, stream);
     }
     dequantize_part(w, end, last, out + (end - first) * bytes, type);
+}
+
+void graft_nf4_range(const uint8_t *packed, const uint8_t *absmax, const float *group_scale, float offset, int64_t first,
+                     int64_t last, float *to) {
+    struct nf4 w = {packed, absmax, group_scale, offset};
+    dequantize_range(&w, first, last, (char *)to, FLOAT32, 0);
+}
+
+void graft_int8_range(const int8_t *values, float scale, int64_t count, float *to) {
+    use->int8_dequantize(values, scale, count, to, FLOAT32, 0);
 }
 
 static void dequantize_rows(void *context, int64_t first, int64_t last) {

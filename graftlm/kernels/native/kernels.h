@@ -17,6 +17,12 @@
 #define GROUP 256      /* absmax codes that share one scale */
 #define MAX_ROWS 8     /* rows of x that one pass over the weight serves */
 
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
 enum float_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct tables {
@@ -50,6 +56,24 @@ extern const struct primitives graft_scalar;
 void graft_absmax_decode(const uint8_t *codes, float scale, float offset, int64_t n, float *out); /* in plain C */
 const struct primitives *graft_x86(int level);  /* 0 AVX2, 1 AVX-512; NULL where the processor lacks it */
 const struct primitives *graft_neon(void);      /* NULL on other architectures */
+void graft_rows_choose(int choice);             /* the set that `rows.c` uses: 0 plain C, then from plain to wide */
+
+/* A matrix as `gemm.c` reads it. Value (r, c) is number start + r * row + c; `along`: its rows run along the dimension that
+ * is summed over (it is (K, N) or (K, M)), else they are the rows of A or the columns of B. */
+enum matrix_kind { GRAFT_FLOAT32 = 0, GRAFT_BFLOAT16 = 1, GRAFT_NF4 = 2, GRAFT_INT8 = 3 };
+struct graft_matrix {
+    int64_t start, row;
+    const void *values;
+    const uint8_t *absmax; /* NF4 */
+    const float *scale;    /* NF4: of each group; int8: of each row */
+    const float *offset;   /* NF4 */
+    int kind, along;
+};
+
+/* to[0 .. last - first] = values first .. last of packed NF4 codes; the codes of one row of int8 times its scale. */
+void graft_nf4_range(const uint8_t *packed, const uint8_t *absmax, const float *group_scale, float offset, int64_t first,
+                     int64_t last, float *to);
+void graft_int8_range(const int8_t *values, float scale, int64_t count, float *to);
 
 /* Calls work(context, first, last) over 0 .. count in pieces of `grain`, on up to `threads` threads. */
 typedef void (*graft_work)(void *context, int64_t first, int64_t last);
