@@ -2,6 +2,7 @@
 # make demo    trains full, LoRA and QLoRA on the bundled base and data
 # make test    lint, types, tests
 # make prove   the long proofs, run by hand and before a release
+# make bench  speed and memory beside the peers on the CPU, under 20 minutes, with nothing else running
 # make lint | types | unit | format   one of them
 
 PYTHON ?= python3
@@ -9,11 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test prove lint types unit format docs clean
+.PHONY: setup demo test prove lint types unit format bench docs clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard graftlm/kernels/native/*.[ch])
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard graftlm/kernels/native/*.[ch] graftlm/kernels/native/*.inc)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Graft needs Python 3.11 or newer, found {v}; run: make PYTHON=python3.12 setup")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -41,6 +42,9 @@ prove: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python bench/suite.py
 
 docs: setup
 	$(BIN)/python -m graftlm.options > docs/options.md

@@ -2,6 +2,7 @@
 
     python bench/kernels.py                              # 4096x4096 float32 on all threads PyTorch takes
     python bench/kernels.py --instructions AVX2          # ours held back to a narrower instruction set
+    python bench/kernels.py --fused                      # the elementwise operations beside PyTorch's own composition
     python bench/kernels.py --busy                       # where it cannot run alone
     python bench/kernels.py --json bench/results/kernels.json
 
@@ -90,6 +91,27 @@ def rows_of(size: int) -> list[tuple[str, Contenders, dict[str, str]]]:
     return rows
 
 
+def fused_section(options: Any, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """The elementwise operations, forward and backward, on one thread and on all."""
+    # Here and not above: transformers looks for a package `kernels`, finds this file, and imports it amid its own import.
+    import fused
+
+    found: list[dict[str, Any]] = []
+    print("| operation, forward and backward | threads | graft, ms | PyTorch, ms | faster by |\n|---|---:|---:|---:|---:|")
+    most = torch.get_num_threads()
+    # glibc gives freed memory back to the system until it has seen a block of some size: as in training, it has seen one.
+    torch.empty(31 << 20, dtype=torch.uint8)
+    for threads in sorted({1, most}):
+        torch.set_num_threads(threads)
+        for name, (ours, theirs) in fused.rows():
+            times = milliseconds({OURS: ours, "PyTorch": theirs}, options.rounds, clock)
+            mine, its = times[OURS], times["PyTorch"]
+            print(f"| {name} | {threads} | {mine:.2f} | {its:.2f} | {its / mine:.2f}x |", flush=True)
+            found.append({"operation": name, "threads": threads, "graft_ms": mine, "pytorch_ms": its, "ratio": its / mine})
+    torch.set_num_threads(most)
+    return found
+
+
 def check() -> None:
     """A fast wrong answer is worth nothing: the reference's answer on a small weight, before any clock runs."""
     weight = torch.randn(70, 333, generator=torch.Generator().manual_seed(1))
@@ -112,6 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="for a machine that others use too: one thread, and its processor time"
     )
+    parser.add_argument("--fused", action="store_true", help="the elementwise operations only")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     if options.threads or options.busy:
@@ -121,15 +144,10 @@ def main() -> None:
         native.choose(options.instructions)
     check()
     results: list[dict[str, Any]] = []
-    print(f"{options.size}x{options.size} float32, {torch.get_num_threads()} threads, {kernels.backend()}\n")
-    print("| operation | graft, ms | beside | its ms | faster by | wanted |\n|---|---:|---|---:|---:|---|")
-    for name, contenders, wanted in rows_of(options.size):
-        times = milliseconds(contenders, options.rounds, clock)
-        for other in [other for other in times if other != OURS]:
-            ratio = times[other] / times[OURS]
-            mine, its = times[OURS], times[other]
-            print(f"| {name} | {mine:.2f} | {other} | {its:.2f} | {ratio:.2f}x | {wanted.get(other, '')} |", flush=True)
-            results.append({"operation": name, "graft_ms": mine, "beside": other, "beside_ms": its, "ratio": ratio})
+    elementwise = fused_section(options, clock)
+    print()
+    if not options.fused:
+        results = products_section(options, clock)
     if options.json:
         figures = {
             "size": options.size,
@@ -141,8 +159,24 @@ def main() -> None:
             "rounds": options.rounds,
             "clock": "processor time of one thread" if options.busy else "wall clock",
             "results": results,
+            "fused": elementwise,
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def products_section(options: Any, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """Quantize, dequantize and products with stored weights."""
+    results: list[dict[str, Any]] = []
+    print(f"{options.size}x{options.size} float32, {torch.get_num_threads()} threads, {kernels.backend()}\n")
+    print("| operation | graft, ms | beside | its ms | faster by | wanted |\n|---|---:|---|---:|---:|---|")
+    for name, contenders, wanted in rows_of(options.size):
+        times = milliseconds(contenders, options.rounds, clock)
+        for other in [other for other in times if other != OURS]:
+            ratio = times[other] / times[OURS]
+            mine, its = times[OURS], times[other]
+            print(f"| {name} | {mine:.2f} | {other} | {its:.2f} | {ratio:.2f}x | {wanted.get(other, '')} |", flush=True)
+            results.append({"operation": name, "graft_ms": mine, "beside": other, "beside_ms": its, "ratio": ratio})
+    return results
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def graft_side(work: dict[str, Any]) -> dict[str, Any]:
             TrainConfig(
                 model=work["model"], data=(work["train"],), eval_data=work["valid"], method=method,
                 precision="float32" if method != "qlora" else "nf4", steps=work["steps"], batch_size=BATCH,
-                learning_rate=RATES[method], schedule="constant", warmup=0.0, eval_every=work["steps"], out=Path(out) / "run",
-                **own,
+                compute=work.get("compute"), learning_rate=RATES[method], schedule="constant", warmup=0.0,
+                eval_every=work["steps"], out=Path(out) / "run", **own,
             ),
             View(quiet=True),
         )  # fmt: skip
@@ -170,10 +170,11 @@ def peer_side(work: dict[str, Any]) -> dict[str, Any]:
             model=model,
             processing_class=AutoTokenizer.from_pretrained(work["model"]),
             args=SFTConfig(
-                output_dir=out, num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=RATES[method],
+                output_dir=out, num_train_epochs=1, per_device_train_batch_size=1 if work["packing"] else BATCH,
+                learning_rate=RATES[method],
                 lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0, report_to="none", save_strategy="no",
                 logging_steps=1000, use_cpu=True, bf16=False, gradient_checkpointing=False, packing=work["packing"],
-                max_length=1024, disable_tqdm=True, seed=0,
+                max_length=1280, disable_tqdm=True, seed=0,
             ),
             train_dataset=data["train"],
             peft_config=None
@@ -244,6 +245,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--packing", action="store_true", help="also run the peer with its own packing")
+    parser.add_argument(
+        "--mixed", action="store_true", help="also run ours with products in bfloat16 (AVX-512 BF16 only)"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -262,11 +266,13 @@ def main() -> None:
         results: dict[str, dict[str, dict[str, Any]]] = {}
         for method in options.methods:
             sides = ["graft", "trl"] + (["trl packed"] if options.packing else [])
+            if options.mixed:
+                sides.append("graft mixed")
             runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
             for _ in range(options.rounds):
                 for side in sides:
-                    packing = "packed" in side
-                    runs[side].append(alone({**common, "side": side.split()[0], "packing": packing, "method": method}))
+                    work = {**common, "side": side.split()[0], "packing": "packed" in side, "method": method}
+                    runs[side].append(alone({**work, "compute": "mixed" if "mixed" in side else None}))
             results[method] = {side: median(found) for side, found in runs.items()}
             print(line(method, results[method]), flush=True)
     if options.json:
@@ -288,12 +294,13 @@ def trained_per_example(work: dict[str, Any]) -> float:
 def line(method: str, sides: dict[str, dict[str, Any]]) -> str:
     """One method's figures in one line."""
     ours, theirs = sides["graft"], sides["trl"]
-    said = [
-        f"{method:6}",
-        *(f"{side} {f['examples_per_second']:.2f} examples/s {f['peak_memory'] / 1e6:.0f} MB loss {f['loss']:.4f}" for side, f in sides.items()),
-        f"{ours['examples_per_second'] / theirs['examples_per_second']:.2f}x speed, {ours['peak_memory'] / theirs['peak_memory']:.2f}x memory",
-        f"bare products {ours['bare_seconds_per_step'] / ours['seconds_per_step']:.0%} of a step",
-    ]  # fmt: skip
+    said = [f"{method:6}"]
+    for side, found in sides.items():
+        speed, memory = found["examples_per_second"], found["peak_memory"] / 1e6
+        said.append(f"{side} {speed:.2f} examples/s {memory:.0f} MB loss {found['loss']:.4f}")
+    faster = ours["examples_per_second"] / theirs["examples_per_second"]
+    said.append(f"{faster:.2f}x speed, {ours['peak_memory'] / theirs['peak_memory']:.2f}x memory")
+    said.append(f"bare products {ours['bare_seconds_per_step'] / ours['seconds_per_step']:.0%} of a step")
     return " | ".join(said)
 
 

@@ -5,8 +5,11 @@
     |-- DataError        a data file or a row of it cannot be trained on (lists up to 20 rows at once)
     |-- ModelError       a base model cannot be found, loaded, or trained as asked
     |-- AdapterError     an adapter's files do not fit together, or do not fit this base
+    |-- StoreError       a name, version or alias of a store is not there, in use, or damaged
+    |-- RequestError     a request to a server or its engine cannot be answered as asked
     |-- RunError         a run folder is in use, damaged, or belongs to another run
-    `-- TrainingError    training itself cannot go on (a loss that is not finite, no trainable tensor)
+    `-- TrainingError    training itself cannot go on (a trained tensor without a gradient, a process that died)
+        `-- Diverged     a loss or gradient is not finite
 
     Stopped              no error: a run was asked to stop, and left a checkpoint
 
@@ -40,12 +43,28 @@ class AdapterError(GraftError):
     """An adapter's files do not fit together, or do not fit this base."""
 
 
+class StoreError(GraftError):
+    """A name, version or alias of a store is not there, in use, or damaged."""
+
+
+class RequestError(GraftError):
+    """A request cannot be answered as asked; `full` where it could be later, when fewer wait."""
+
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
+
+
 class RunError(GraftError):
     """A run folder is in use, damaged, or belongs to another run."""
 
 
 class TrainingError(GraftError):
     """Training cannot go on."""
+
+
+class Diverged(TrainingError):
+    """A loss or gradient is not finite; mostly the learning rate is too high."""
 
 
 class Stopped(Exception):

@@ -1,32 +1,48 @@
 """Writing files so that a crash leaves the old ones or the new ones, never half of one.
 
-A folder is written under a temporary name beside its place, flushed to the disk, and renamed; its manifest, with the
-size and checksum of every file, is written last, so a folder with a manifest that fits is whole.
+A folder is written under a temporary name beside its place; its files are flushed to the disk, then a manifest with the size
+and checksum of every file is written, then the folder itself is flushed and renamed. So a folder with a manifest that fits is
+whole, and one that was cut off at any moment is either not there or says what it lacks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from graftlm.errors import RunError
+from graftlm.tensorfile import read_json
+
 MANIFEST = "manifest.json"
+_LEFT = re.compile(r"\..+\.\d+(\.partial|\.old)?")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one piece: to a temporary file, flushed, renamed."""
+    """Write JSON in one piece: to a temporary file, flushed, renamed. Raises OSError, and then leaves what was there."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one piece: to a temporary file, flushed, renamed. Raises OSError, and then leaves what was there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def sha256(path: Path) -> str:
@@ -37,7 +53,10 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def whole_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
-    """Give a temporary folder to write into; on success it replaces `place`, else it is removed."""
+    """Give a temporary folder to write into; on success it replaces `place`, else it is removed.
+
+    Raises what the writing raised, OSError among it; `place` is then as it was before.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -47,26 +66,40 @@ def whole_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         for file in files:
             file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+            _flush(file)
         if manifest:
             entries = {str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
             write_json(temporary / MANIFEST, {"files": entries})
-        if place.exists():
-            old = place.with_name(f".{place.name}.{os.getpid()}.old")
-            place.rename(old)
-            temporary.rename(place)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(place)
-        descriptor = os.open(place.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        for folder in {temporary, *(file.parent for file in files)}:
+            _flush(folder)
+        _put(temporary, place)
+        _flush(place.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _put(temporary: Path, place: Path) -> None:
+    if not place.exists():
+        temporary.rename(place)
+        return
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")
+    place.rename(old)
+    try:
+        temporary.rename(place)
+    except BaseException:
+        old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
@@ -76,12 +109,24 @@ def _umask() -> int:
     return mask
 
 
+def clear_left(folder: Path) -> None:
+    """Remove what writers that were killed left half-written in a folder; nobody else may be writing there."""
+    for left in folder.glob(".*"):
+        if not _LEFT.fullmatch(left.name):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that has a manifest, or None when every file is as it was written."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        entries = read_json(folder / MANIFEST, RunError)["files"]
         written = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (RunError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is missing or unreadable"
     for name, (size, checksum) in written.items():
         file = folder / name

@@ -16,12 +16,31 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from graftlm.config import CheckConfig, Config, GenerateConfig, TrainConfig
+from graftlm import config as configs
+from graftlm.config import CheckConfig, Config, GenerateConfig, MergeConfig, TrainConfig
+from graftlm.config.fields import flag_name
 
-_COMMANDS: tuple[tuple[str, type[Config]], ...] = (
+COMMANDS: tuple[tuple[str, type[Config]], ...] = (
     ("graft train", TrainConfig),
     ("graft generate", GenerateConfig),
+    ("graft serve", configs.ServeConfig),
+    ("graft chat", configs.ChatConfig),
     ("graft check", CheckConfig),
+    ("graft plan", configs.PlanConfig),
+    ("graft compare", configs.CompareConfig),
+    ("graft merge", MergeConfig),
+    ("graft adapters publish", configs.PublishConfig),
+    ("graft adapters list", configs.ListConfig),
+    ("graft adapters show", configs.ShowConfig),
+    ("graft adapters diff", configs.DiffConfig),
+    ("graft adapters verify", configs.VerifyConfig),
+    ("graft adapters alias", configs.AliasConfig),
+    ("graft adapters rollback", configs.RollbackConfig),
+    ("graft adapters remove", configs.RemoveConfig),
+    ("graft adapters import", configs.ImportConfig),
+    ("graft adapters export", configs.ExportConfig),
+    ("graft adapters push", configs.PushConfig),
+    ("graft adapters pull", configs.PullConfig),
 )
 _HEAD = """\
 # Options
@@ -73,7 +92,7 @@ def default_text(field: FieldInfo) -> str:
 def options_markdown() -> str:
     """The whole page."""
     parts = [_HEAD]
-    for command, config in _COMMANDS:
+    for command, config in COMMANDS:
         parts.append(f"\n## {command}\n")
 
         def group_of(item: tuple[str, FieldInfo]) -> str:
@@ -84,7 +103,7 @@ def options_markdown() -> str:
             parts.append(f"\n### {group.capitalize()}\n\n" if group else "\n")
             parts.append("| option | value | default | meaning |\n|---|---|---|---|\n")
             for name, field in fields:
-                flag = f"`--{name.replace('_', '-')}`"
+                flag = f"`--{flag_name(name)}`"
                 kind = type_name(field.annotation) + limits(field)
                 parts.append(
                     f"| {flag} | {kind} | {default_text(field)} | {field.description} |\n".replace("\\", "\\\\")

@@ -17,14 +17,25 @@ those of one length (one attention call per run of equal lengths).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
 from graftlm.kernels.counter import hash_words
+
+
+class Past(Protocol):
+    """Where the keys and values of the segments' pasts are kept (`base.keyvalues` implements it)."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor: ...  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,8 @@ class Segments:
     """The adapter slot of each segment; 0 is the bare base."""
     cached: tuple[int, ...] = ()
     """Tokens of each segment's past that a key-value cache already holds; empty means none."""
+    past: Past | None = None
+    """That cache; None where every segment starts afresh."""
     streams: tuple[tuple[int, int], ...] = ()
     """(trial seed, draw) of each segment: the key of its random numbers; empty where nothing is random."""
     stacked: bool = False
@@ -66,6 +79,8 @@ class Segments:
     def positions(self) -> torch.Tensor:
         """Position of each token within its own segment, (T,)."""
         pasts = self.cached or (0,) * len(self.lengths)
+        if max(self.lengths) == 1:
+            return torch.tensor(pasts)
         return torch.cat([torch.arange(past, past + n) for past, n in zip(pasts, self.lengths)])
 
     @cached_property
@@ -125,11 +140,13 @@ class Segments:
 
 
 _current: Segments | None = None
+_own: Any = threading.local()
 
 
 def current() -> Segments | None:
-    """The segments of the pass that is running, or None outside of one."""
-    return _current
+    """The segments of the pass that is running in this thread, or None outside of one."""
+    own: Segments | None = getattr(_own, "segments", None)
+    return _current if own is None else own
 
 
 @contextmanager
@@ -137,14 +154,16 @@ def running(segments: Segments) -> Iterator[Segments]:
     """Make `segments` the current ones during forward and backward of one pass.
 
     A plain global and no context variable: autograd runs the backward of a GPU on threads of its own, which would not
-    see one. One process runs one pass at a time.
+    see one. A thread that runs a pass itself sees its own segments first, so that passes without a backward may run at
+    the same time in several threads: a server checks an adapter while it answers.
     """
     global _current
-    before, _current = _current, segments
+    before, own = _current, getattr(_own, "segments", None)
+    _current = _own.segments = segments
     try:
         yield segments
     finally:
-        _current = before
+        _current, _own.segments = before, own
 
 
 def pack(

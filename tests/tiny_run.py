@@ -95,6 +95,13 @@ def options(place: Path, **changes: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in changes or name not in idle}
 
 
+def contrary(place: Path) -> dict[str, Any]:
+    """Options under which the held-out loss soon rises: what is learnt in training is wrong there."""
+    write_rows(place / "train.jsonl", [{"prompt": f"{i}: ", "completion": "a" * (3 + i)} for i in range(12)])
+    write_rows(place / "valid.jsonl", [{"prompt": f"{i}: ", "completion": "the old mill"} for i in range(5)])
+    return {"learning_rate": 0.1, "schedule": "constant", "eval_every": 1}
+
+
 def train(place: Path, **changes: Any) -> dict[str, Any]:
     """Run `options`; returns the summary."""
     return heard(place, **changes)[0]

@@ -11,13 +11,16 @@ into the banks of the stored layers under a slot number; the base's own tensors 
 from __future__ import annotations
 
 import fnmatch
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from graftlm.adapters.bank import Bank, EmbeddingBank, LowRank, Rows, Slot, Whole, new_low_rank
 from graftlm.base.linear import Stored, StoredLinear, StoredStack
@@ -43,13 +46,29 @@ class Plan:
     tokens: tuple[int, ...] = ()  # ids whose embedding rows are trained
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Origin:
+    """What the loader knows of an adapter that came from files."""
+
+    folder: Path
+    digest: str
+    """Names it by content, 64 hexadecimal digits."""
+    manifest: dict[str, Any] | None
+    """`graft.json`; None for PEFT's own."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """Its own tokenizer, where it was trained with one."""
+    notes: tuple[str, ...]
+    """What is other than in training and allowed, and what could not be checked: to be shown."""
+
+
 @dataclass(eq=False)
 class Adapter:
     """One adapter's tensors, by the name of the layer each slot sits on, and the plan they were made from."""
 
     plan: Plan
     slots: dict[str, Slot]
-    base_fingerprint: str = ""
+    origin: Origin | None = None
+    """Where it was loaded from; None for a new one."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained tensor under `layer.tensor`, in a fixed order."""
@@ -110,7 +129,7 @@ def choose(base: Base, targets: Sequence[str]) -> list[str]:
         if target == "all-linear":
             hit = layers
         elif target in ("attention", "mlp"):
-            inside = {name: _in_attention(base, name) for name in layers}
+            inside = {name: in_attention(base.model, name) for name in layers}
             hit = [name for name in layers if inside[name] == (target == "attention")]
         else:
             hit = [name for name in layers if matches(name, target)]
@@ -129,11 +148,11 @@ def choose(base: Base, targets: Sequence[str]) -> list[str]:
     return [name for name in layers if name in chosen]
 
 
-def _in_attention(base: Base, name: str) -> bool:
+def in_attention(model: nn.Module, name: str) -> bool:
     """Whether a layer lies within an attention module, told by the classes of the modules around it."""
     path = name.split(".")
     for end in range(len(path) - 1, 0, -1):
-        kind = type(base.model.get_submodule(".".join(path[:end]))).__name__.lower()
+        kind = type(model.get_submodule(".".join(path[:end]))).__name__.lower()
         if "attention" in kind or "attn" in kind:
             return True
     return False
@@ -211,6 +230,15 @@ def _of_pattern(name: str, patterns: dict[str, Any], default: Any) -> Any:
 def attach(base: Base, adapter: Adapter, slot: int = 1) -> None:
     """Put an adapter's tensors into the banks under a slot number; slot 0 is the bare base and stays free."""
     assert slot > 0
+    with _changing:
+        _attach(base, adapter, slot)
+
+
+_changing = threading.Lock()
+"""Held while banks change: a server checks one adapter in one thread while another takes its slot."""
+
+
+def _attach(base: Base, adapter: Adapter, slot: int) -> None:
     stored = {**adaptable(base), base.anatomy.head_name: base.anatomy.head}
     for name, part in adapter.slots.items():
         if name == base.anatomy.embedding_name:
@@ -230,15 +258,16 @@ def attach(base: Base, adapter: Adapter, slot: int = 1) -> None:
 
 def detach(base: Base, slot: int = 1) -> None:
     """Take the adapter in `slot` off every layer."""
-    for module in base.stored().values():
-        bank = module.bank
-        if isinstance(bank, Bank):
-            bank.slots.pop(slot, None)
-            if not bank.slots:
-                module.bank = None
-    embedding_bank = getattr(base.anatomy.embedding, "graft_bank", None)
-    if embedding_bank is not None:
-        embedding_bank.slots.pop(slot, None)
+    with _changing:
+        for module in base.stored().values():
+            bank = module.bank
+            if isinstance(bank, Bank):
+                bank.slots.pop(slot, None)
+                if not bank.slots:
+                    module.bank = None
+        embedding_bank = getattr(base.anatomy.embedding, "graft_bank", None)
+        if embedding_bank is not None:
+            embedding_bank.slots.pop(slot, None)
 
 
 def _bank(module: Stored) -> Bank:

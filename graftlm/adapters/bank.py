@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class LowRank:
     """Names this layer to the random numbers of dropout."""
     experts: int = 0
     magnitude: nn.Parameter | None = None  # (out,), DoRA's m
+    _ratio: Tensor | None = None
 
     def factors(self, expert: int | None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of the layer, or of one of its experts."""
@@ -57,6 +59,35 @@ class LowRank:
         A = self.A.view(self.experts, self.rank, -1)[expert]
         B = self.B.view(-1, self.rank, self.experts)[:, :, expert]
         return A, B
+
+    def for_decoding(self) -> LowRank:
+        """The same numbers as decoding reads them fastest: B turned in memory, and in 16 bits where that loses nothing."""
+
+        def narrow(tensor: Tensor) -> Tensor:
+            half = tensor.to(torch.bfloat16)
+            return half if torch.equal(half.float(), tensor) else tensor
+
+        if self.experts:
+            return self
+        A, B = narrow(self.A.detach()).contiguous(), narrow(self.B.detach()).T.contiguous().T
+        return replace(self, A=nn.Parameter(A, requires_grad=False), B=nn.Parameter(B, requires_grad=False))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether decoding's kernels take these factors as they lie (see `for_decoding`)."""
+        return not (self.experts or self.A.requires_grad) and self.described.ready
+
+    @cached_property
+    def described(self) -> kernels.Factors:
+        """A, B and the scale as decoding's kernels take them."""
+        return kernels.Factors(self.A.detach(), self.B.detach(), self.scale)
+
+    def ratio(self, weight: Weight) -> Tensor:
+        """m / |W + s B A| (out,), for passes that record no gradients; kept, since A and B of a server stay as they are."""
+        assert self.magnitude is not None
+        if self._ratio is None:
+            self._ratio = self.magnitude.detach() / combined_norm(weight, self.A.float(), self.B.float(), self.scale)
+        return self._ratio
 
     def named(self) -> dict[str, nn.Parameter]:
         """The trained tensors, under the names that PEFT gives them."""
@@ -179,10 +210,10 @@ class _Banked(torch.autograd.Function):
     """x (T, in) -> x W^T + sum over uses of s (drop(x) A^T) B^T, (T, out); gradients to x, every A and every B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, uses: Sequence[_Use], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, narrow: bool, uses: Sequence[_Use], *factors: Tensor) -> Tensor:
         hidden: list[Tensor | None]  # each (t, r)
         if any(u.drops for u in uses):
-            y = kernels.matmul(x, weight)
+            y = kernels.matmul(x, weight, narrow)
             hidden = [
                 kernels.low_rank(
                     y[u.first : u.last], u.dropped(x), factors[2 * u.index], factors[2 * u.index + 1], u.scale
@@ -190,9 +221,9 @@ class _Banked(torch.autograd.Function):
                 for u in uses
             ]
         else:
-            y, hidden = kernels.adapted(x, weight, *_routed(uses, factors))
+            y, hidden = kernels.adapted(x, weight, *_routed(uses, factors), narrow)
         ctx.save_for_backward(x, *factors, *hidden)
-        ctx.weight, ctx.uses, ctx.count = weight, uses, len(factors)
+        ctx.weight, ctx.narrow, ctx.uses, ctx.count = weight, narrow, uses, len(factors)
         return y
 
     @staticmethod
@@ -205,10 +236,10 @@ class _Banked(torch.autograd.Function):
         if not any(u.drops for u in ctx.uses):
             ranges, A, B, scale = _routed(ctx.uses, factors)
             dx, totals[0::2], totals[1::2] = kernels.adapted_backward(
-                dy, x, weight, hidden, ranges, A, B, scale, wanted
+                dy, x, weight, hidden, ranges, A, B, scale, wanted, ctx.narrow
             )
-            return (dx, None, None, *totals)
-        dx = kernels.matmul_t(dy, weight) if wanted else None
+            return (dx, None, None, None, *totals)
+        dx = kernels.matmul_t(dy, weight, ctx.narrow) if wanted else None
         for use, h in zip(ctx.uses, hidden):
             rows = slice(use.first, use.last)
             keep = use.keep(x)  # (t, in), or None where this use drops nothing
@@ -221,14 +252,46 @@ class _Banked(torch.autograd.Function):
             for place, gradient in ((2 * use.index, dA), (2 * use.index + 1, dB)):
                 known = totals[place]
                 totals[place] = gradient if known is None else known + gradient
-        return (dx, None, None, *totals)
+        return (dx, None, None, None, *totals)
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """The low-rank products of a pass that records no gradients, and what DoRA scales each range with."""
+
+    routes: kernels.Routes
+    ratios: Sequence[tuple[int, int, Tensor]]  # (first, last, (out,))
+
+    def product(self, x: Tensor, weight: Weight, bias: Tensor | None, narrow: bool) -> Tensor:
+        """x (T, in) -> (T, out)."""
+        y = product(x, weight, None, narrow)
+        if self.routes.ranges:
+            kernels.add_routed(y, x, self.routes)
+        for first, last, ratio in self.ratios:
+            y[first:last] *= ratio
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+class _Slots(dict[int, Slot]):
+    """Slots by number, counting their changes."""
+
+    changes = 0
+
+    def __setitem__(self, number: int, slot: Slot) -> None:
+        self.changes += 1
+        super().__setitem__(number, slot)
+
+    def pop(self, number: int, default: Any = None) -> Any:
+        self.changes += 1
+        return super().pop(number, default)
 
 
 class Bank:
     """The slots of one layer, called by the stored module in place of its own product."""
 
     def __init__(self) -> None:
-        self.slots: dict[int, Slot] = {}
+        self.slots: dict[int, Slot] = _Slots()
+        self._routes: tuple[Any, int, _Decoding | None] | None = None
 
     def __call__(
         self, x: Tensor, module: Stored, weight: Weight, bias: Tensor | None, expert: int | None = None,
@@ -236,19 +299,39 @@ class Bank:
     ) -> Tensor:  # fmt: skip
         """x (T, in) -> (T, out). For an expert, `rows` (T,) are the ascending indices of its tokens in the pass."""
         ranges = _ranges(len(x), rows)
+        if expert is None and not torch.is_grad_enabled():
+            routes = self._routes_of(ranges, weight)
+            if routes is not None:
+                return routes.product(x, weight, bias, module.narrow)
         used = [(self.slots[slot], first, last) for slot, first, last in ranges if slot in self.slots]
         if all(isinstance(slot, LowRank) and slot.magnitude is None for slot, _, _ in used):
-            y = self._low_rank(x, weight, used, expert, rows)
+            y = self._low_rank(x, weight, used, expert, rows, module.narrow)
             return y if bias is None else y + bias.to(y.dtype)
         parts = [self._one(x[first:last], weight, bias, self.slots.get(slot), first, last, rows)
                  for slot, first, last in ranges]  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _routes_of(self, ranges: Sequence[tuple[int, int, int]], weight: Weight) -> _Decoding | None:
+        """How decoding's kernels take these ranges, kept for the next pass; None where a slot is not `for_decoding`."""
+        slots, kept = self.slots, self._routes
+        assert isinstance(slots, _Slots)
+        if kept is not None and kept[1] == slots.changes and kept[0] == ranges:
+            return kept[2]
+        used = [(slots[slot], first, last) for slot, first, last in ranges if slot in slots]
+        low = [(slot, first, last) for slot, first, last in used if isinstance(slot, LowRank) and slot.decodes]
+        found = None
+        if len(low) == len(used):
+            routes = kernels.Routes([(a, b) for _, a, b in low], [slot.described for slot, _, _ in low])
+            found = _Decoding(routes, [(a, b, slot.ratio(weight)) for slot, a, b in low if slot.magnitude is not None])
+        self._routes = (ranges, slots.changes, found)
+        return found
+
     def _low_rank(
-        self, x: Tensor, weight: Weight, used: Sequence[tuple[Any, int, int]], expert: int | None, rows: Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, weight: Weight, used: Sequence[tuple[Any, int, int]], expert: int | None, rows: Tensor | None,
+        narrow: bool,
+    ) -> Tensor:  # fmt: skip
         if not used:
-            return product(x, weight)
+            return product(x, weight, None, narrow)
         uses: list[_Use] = []
         factors: list[Tensor] = []
         index: dict[int, int] = {}
@@ -257,7 +340,7 @@ class Bank:
                 index[id(slot)] = len(index)
                 factors.extend(slot.factors(expert))
             uses.append(_use(slot, first, last, index[id(slot)], rows))
-        y = _Banked.apply(x, weight, uses, *factors)
+        y = _Banked.apply(x, weight, narrow, uses, *factors)
         assert isinstance(y, Tensor)
         return y
 

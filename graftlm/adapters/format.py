@@ -2,90 +2,85 @@
 
     adapter_config.json          PEFT's: rank, alpha, targets, and the switches of the formula
     adapter_model.safetensors    base_model.model.<layer>.lora_A.weight (r, in) and .lora_B.weight (out, r)
-    graft.json                   which base, in which precision, from which data, and how good it was
+    graft.json                   what it was trained on, how it answered, and a digest over all of it (manifest.py)
+    tokenizer.json, ...          only where tokens of its own were trained
 
-Stacked experts follow PEFT's nesting of parameter wrappers: of n adapted stacks in one module the first one's tensors lie
-below n - 1 times `base_layer.`, the last one's below none. Loading is strict: what does not fit is an error, never ignored.
+`save` writes them. `inspect_folder` says whether a folder is whole in itself. `load` is the one way from files to an adapter
+on a base, for training on, generating, merging and serving; what it cannot vouch for it refuses, and names.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from graftlm.adapters.attach import Adapter, Plan, adaptable, kept_as_parameters
-from graftlm.adapters.bank import LowRank, Rows, Slot, Whole, scale_of
-from graftlm.base.linear import Stored, StoredLinear, StoredStack
-from graftlm.base.load import Base
-from graftlm.errors import AdapterError, nearest
+from graftlm.adapters import canary
+from graftlm.adapters.attach import Adapter, Origin, kept_as_parameters
+from graftlm.adapters.bank import LowRank, Rows, Whole
+from graftlm.adapters.fit import PREFIX, fit, layers, places_of
+from graftlm.adapters.manifest import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    TENSORS,
+    check_files,
+    digest_of,
+    file_entries,
+    read_manifest,
+)
+from graftlm.base.chat import Encoder
+from graftlm.base.linear import StoredStack
+from graftlm.base.load import Base, load_tokenizer
+from graftlm.base.skeleton import Skeleton
+from graftlm.errors import AdapterError, ModelError
 from graftlm.files import write_json
-from graftlm.kernels.counter import hash_words
+from graftlm.tensorfile import TensorInfo, read_header, read_json
 
-CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "graft.json"
-_PREFIX = "base_model.model."
-_ROWS = "token_adapter.trainable_tokens_delta"
-_OF_VOCABULARY = ("weight", _ROWS)
-"""What only the embedding and the head have: a weight of their own, or some rows of it."""
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
 
 # Keys of PEFT's config that change what the adapter computes, with the only value that Graft's formula covers.
-_FORMULA: dict[str, Any] = {
+_ELSEWHERE: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "bias": "none", "layer_replication": None, "lora_bias": False,
     "megatron_config": None, "monteclora_config": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
     "kasa_config": None, "exclude_modules": None, "layers_to_transform": None,
 }  # fmt: skip
 # Where A and B may have started while the base stayed as it was; the other ways (pissa, olora, corda, ...) change it.
 _BASE_UNTOUCHED = (True, False, None, "gaussian", "eva", "orthogonal")
+_FORMULA = (
+    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
+    "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+"""What decides the mathematics that Graft does compute; the manifest keeps it a second time."""
 _NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern",
-    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora",
-    "use_rslora",
+    *_FORMULA, "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "task_type",
 }  # fmt: skip
 
 
-def _layers(base: Base) -> dict[str, Stored]:
-    """Every layer whose tensors a file may hold: the adaptable ones, and the head, which PEFT adapts when it is named."""
-    head = base.anatomy.head
-    return {**adaptable(base), **({base.anatomy.head_name: head} if isinstance(head, Stored) else {})}
-
-
-def _stack_groups(base: Base, names: list[str]) -> dict[str, list[str]]:
-    """The adapted stacks of each experts module, in the order in which the module holds them."""
-    stored = adaptable(base)
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in stored:  # in the model's order
-        if name in names and isinstance(stored[name], StoredStack):
-            groups[name.rpartition(".")[0]].append(name)
-    return groups
-
-
-def _places(base: Base, names: list[str]) -> dict[str, str]:
-    """Where PEFT keeps each adapted layer's tensors: layer name -> path in front of `lora_A.weight`."""
-    places = {name: name for name in names}
-    for module, stacks in _stack_groups(base, names).items():
-        for index, name in enumerate(stacks):
-            places[name] = module + ".base_layer" * (len(stacks) - 1 - index)
-    return places
+# ------------------------------------------------------------------------------------------------------- writing
 
 
 def tensors(base: Base, adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, on the CPU in float32."""
-    places = _places(base, list(adapter.slots))
+    places = places_of(base, list(adapter.slots))
     found: dict[str, Tensor] = {}
     for layer, slot in adapter.slots.items():
         for name, tensor in slot.named().items():
-            found[f"{_PREFIX}{places[layer]}.{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
+            found[f"{PREFIX}{places[layer]}.{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
     return found
 
 
@@ -100,7 +95,7 @@ def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
     """PEFT's `adapter_config.json` for this adapter."""
     plan = adapter.plan
     low = {name: slot for name, slot in adapter.slots.items() if isinstance(slot, LowRank)}
-    stored = _layers(base)
+    stored = layers(base)
     parameters = kept_as_parameters(base, list(low))
     linears = [n for n in low if n not in parameters]
     turned = any(stored[n].turned for n in linears)
@@ -135,285 +130,279 @@ def _indices(base: Base, rows: dict[str, list[int]]) -> list[int] | dict[str, li
     return rows[base.anatomy.embedding_name] if list(rows) == [base.anatomy.embedding_name] else rows
 
 
-def save(base: Base, adapter: Adapter, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the adapter into an existing folder; `manifest` is what `graft.json` says beside the tensors' plan."""
-    named = tensors(base, adapter)
-    save_file(named, folder / TENSORS, metadata={"format": "pt"})
-    write_json(folder / CONFIG, peft_config(base, adapter))
-    plan = {name: {"shape": list(t.shape), "dtype": "float32"} for name, t in sorted(named.items())}
-    write_json(folder / MANIFEST, {**manifest, "tensors": plan})
+def save(base: Base, adapter: Adapter, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the adapter into an existing folder.
 
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Our manifest, or None for an adapter that has none (PEFT's own)."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is not JSON ({error}); the adapter is damaged") from None
-
-
-def load(base: Base, folder: Path) -> Adapter:
-    """Read an adapter, PEFT's or ours, and check it against the base it is to sit on.
-
-    Raises AdapterError for another base than it was trained on, for missing, unknown, wrongly shaped or not finite
-    tensors, and for switches of PEFT's that change the formula in a way that Graft does not compute.
+    `about` is what the manifest says beside what is known here: data, method, seed, evaluation, the template's date. One
+    forward pass takes the canary. Raises AdapterError for tensors that are not finite, and OSError.
     """
-    config, named = _read(folder)
+    named = tensors(base, adapter)
+    bad = next((name for name, tensor in named.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise AdapterError(f"tensor '{bad}' holds values that are not finite; the adapter is not saved")
+    save_file(named, folder / TENSORS, metadata={"format": "pt"})
+    config = peft_config(base, adapter)
+    write_json(folder / CONFIG, config)
+    own_tokens = any(isinstance(slot, Rows) for slot in adapter.slots.values())
+    if own_tokens or (adapter.origin is not None and adapter.origin.tokenizer is not None):
+        base.tokenizer.save_pretrained(str(folder))
+    encoder = Encoder(base.tokenizer, date=(about.get("template") or {}).get("date"))
+    golden = canary.golden(encoder)
+    content = {
+        **about,
+        "format": FORMAT,
+        "base": {
+            "name": base.name, "fingerprint": base.fingerprint, "precision": base.precision, "compute": base.compute,
+            **about.get("base", {}),
+        },
+        "formula": {key: config[key] for key in _FORMULA},
+        "tensors": {name: {"shape": list(t.shape), "dtype": "F32"} for name, t in sorted(named.items())},
+        "tokenizer_digest": encoder.tokenizer_digest,
+        "golden": golden,
+        "canary": canary.take(base, adapter, golden["text"]),
+        "lineage": {"parents": [adapter.origin.digest] if adapter.origin is not None else []},
+        "files": file_entries([path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST]),
+    }  # fmt: skip
+    write_json(folder / MANIFEST, {"digest": digest_of(content), **content})
+
+
+# ------------------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter's folder that is whole in itself; whether it fits a base is for `load` to say."""
+
+    path: Path
+    digest: str
+    """Names the adapter by content, 64 hexadecimal digits: the same wherever the folder lies and whatever it is called."""
+    manifest: dict[str, Any] | None
+    """`graft.json`, checked; None for PEFT's own."""
+    config: dict[str, Any]
+    """`adapter_config.json`."""
+    tensors: dict[str, TensorInfo]
+    """Type and shape of each tensor, by PEFT's key."""
+    files: tuple[str, ...]
+    """Names of the files that belong to it, to copy when it is copied; others in the folder mean nothing."""
+    bytes: int
+    """Size of these files."""
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Digests of the adapters that it was made from."""
+        return tuple((self.manifest or {}).get("lineage", {}).get("parents", ()))
+
+
+def inspect_folder(path: Path) -> AdapterFolder:
+    """Check an adapter's folder without a base: every file against the manifest, every tensor against the plan.
+
+    Reads all of it once, for its checksums; no tensor is kept. A folder without `graft.json` (PEFT's own) is held against
+    what its two files say of themselves. Raises AdapterError that names the file, the entry or the tensor.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    file = folder / TENSORS
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = " (adapter_model.bin is a pickle, which is never read)" if pickled else ""
+        raise AdapterError(f"{folder} has no {TENSORS}{hint}")
+    header = read_header(file, AdapterError)
+    odd = next(((n, t.dtype) for n, t in header.items() if t.dtype not in ("F64", "F32", "F16", "BF16")), None)
+    if odd is not None:
+        raise AdapterError(f"{file}: tensor '{odd[0]}' is of type {odd[1]}; an adapter's are F32, BF16, F16 or F64")
     manifest = read_manifest(folder)
-    if manifest is not None:
-        trained_on = manifest.get("base", {}).get("fingerprint")
-        if trained_on and trained_on != base.fingerprint:
+    if manifest is None:
+        names = [CONFIG, TENSORS, *(name for name in _TOKENIZER if (folder / name).is_file())]
+        entries = file_entries([folder / name for name in names])
+        digest = digest_of({"files": entries})
+    else:
+        entries: dict[str, dict[str, Any]] = manifest["files"]
+        for name in (CONFIG, TENSORS):
+            if name not in entries:
+                raise AdapterError(f"{folder}/{MANIFEST} does not list {name}; it is damaged")
+        _same_plan(folder, manifest, header)
+        _same_formula(folder, manifest, config)
+        check_files(folder, entries)
+        digest = digest_of(manifest)
+        if digest != manifest["digest"]:
             raise AdapterError(
-                f"{folder} was trained on base {trained_on[:12]} ({manifest['base'].get('name')}); "
-                f"this base is {base.fingerprint[:12]} ({base.name}). Load that base, or train again on this one"
+                f"{folder}/{MANIFEST} has changed since it was written: its digest is {digest[:12]}, and it says "
+                f"{manifest['digest'][:12]}; take the adapter from where it came from"
             )
-    for key, neutral in _FORMULA.items():
-        if config.get(key, neutral) not in (neutral, None, [], {}):
-            raise AdapterError(f"{folder}/{CONFIG}: {key} = {config[key]!r} is a formula that Graft does not compute")
-    start = config.get("init_lora_weights")
-    if start not in _BASE_UNTOUCHED:
-        raise AdapterError(
-            f"{folder}/{CONFIG}: init_lora_weights = {start!r} changes the base's weights when PEFT loads it, and Graft "
-            "leaves them as they are; convert the adapter with PEFT: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER)"
-        )
-    unknown = [k for k in config if k not in _NEUTRAL and k not in _FORMULA and config[k] not in (None, False, [], {})]
-    if unknown:
-        raise AdapterError(
-            f"{folder}/{CONFIG}: unknown key '{unknown[0]}' = {config[unknown[0]]!r} may change what the adapter computes"
-        )
-    return _fit(base, folder, config, named)
+        names = [*entries, MANIFEST]
+    size = sum((folder / name).stat().st_size for name in names)
+    return AdapterFolder(folder, digest, manifest, config, header, tuple(sorted(names)), size)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _same_plan(folder: Path, manifest: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
+    """Raise AdapterError for the first tensor that is missing, extra, or of another shape or type than was planned."""
+    planned: dict[str, dict[str, Any]] = manifest["tensors"]
+    missing, extra = (sorted(a.keys() - b.keys()) for a, b in ((planned, header), (header, planned)))
+    if missing:
+        raise AdapterError(
+            f"{folder}: {len(missing)} of {len(planned)} tensors are missing, the first is '{missing[0]}'; "
+            "the adapter is incomplete"
+        )
+    if extra:
+        raise AdapterError(f"{folder}: tensor '{extra[0]}' is not in the plan of {MANIFEST}; the adapter is damaged")
+    for name, info in header.items():
+        expected = planned[name]["dtype"], tuple(planned[name]["shape"])
+        if (info.dtype, info.shape) != expected:
+            raise AdapterError(
+                f"{folder}: tensor '{name}' is {info.dtype} of shape {info.shape}, expected {expected[0]} {expected[1]}"
+            )
+
+
+def _same_formula(folder: Path, manifest: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise AdapterError where PEFT's config says another mathematics than was trained."""
+    trained: dict[str, Any] = manifest["formula"]
+    for key in _FORMULA:
+        if key in trained and config.get(key) != trained[key]:
+            raise AdapterError(
+                f"{folder}/{CONFIG}: {key} is {config.get(key)!r}, and the adapter was trained with {trained[key]!r}; "
+                "put it back, or take the adapter from where it came from"
+            )
+
+
+_Words = list[str] | str | None
+_Numbers = dict[str, int | float] | None
+_Tokens = list[Annotated[int, Field(ge=0)]]
+
+
+class _Config(BaseModel):
+    """Of PEFT's config the kinds of what `fit` reads; r and lora_alpha say more about themselves there."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    target_modules: _Words = None
+    target_parameters: _Words = None
+    modules_to_save: _Words = None
+    rank_pattern: _Numbers = None
+    alpha_pattern: _Numbers = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's config, where Graft computes what it says. Raises AdapterError that names the entry."""
     if not folder.is_dir():
         raise AdapterError(f"no adapter folder at {folder}")
     path = folder / CONFIG
     if not path.is_file():
         hint = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter" / CONFIG).is_file() else ""
         raise AdapterError(f"{folder} has no {CONFIG}, so it is not an adapter{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is not JSON: {error}") from None
+    config = read_json(path, AdapterError)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}; Graft reads LORA")
-    file = folder / TENSORS
-    if not file.is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle, which is never read)" if (folder / "adapter_model.bin").is_file() else ""
+    for key, neutral in _ELSEWHERE.items():
+        if config.get(key, neutral) not in (neutral, None, [], {}):
+            raise AdapterError(f"{path}: {key} = {config[key]!r} is a formula that Graft does not compute")
+    start = config.get("init_lora_weights")
+    if start not in _BASE_UNTOUCHED:
+        raise AdapterError(
+            f"{path}: init_lora_weights = {start!r} changes the base's weights when PEFT loads it, and Graft "
+            "leaves them as they are; convert the adapter with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER)"
         )
-        raise AdapterError(f"{folder} has no {TENSORS}{pickled}")
+    known = _NEUTRAL | _ELSEWHERE.keys()
+    unknown = [key for key in config if key not in known and config[key] not in (None, False, [], {})]
+    if unknown:
+        raise AdapterError(
+            f"{path}: unknown key '{unknown[0]}' = {config[unknown[0]]!r} may change what the adapter computes"
+        )
     try:
-        return config, load_file(file)
+        _Config.model_validate(config)
+        patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+        targets = config.get("target_modules")
+        for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
+            re.compile(pattern)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise AdapterError(f"{path}: {first['loc'][0]} is {config[str(first['loc'][0])]!r}: {first['msg']}") from None
+    except re.error as error:
+        raise AdapterError(f"{path}: {error.pattern!r} is not a regular expression: {error}") from None
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def load(base: Base, folder: Path) -> Adapter:
+    """Read an adapter, ours or PEFT's, for the base it is to sit on: the one loader of training, generating, merging, serving.
+
+    Costs a read of the files, and for an adapter with a manifest one small forward pass. What a user should know comes in
+    `adapter.origin.notes`: another precision than trained on, and for PEFT's own what could not be checked. Attached is
+    nothing yet.
+
+    Raises AdapterError for another base than it was trained on; for missing, extra, wrongly shaped or not finite tensors and
+    files changed since; for entries of PEFT's config that mean another formula or rank or alpha than trained; for B zero in
+    every tensor; for a tokenizer or template that renders the fixed chat otherwise; and where the canary's logits are off.
+    """
+    found = inspect_folder(folder)
+    manifest = found.manifest
+    if manifest is not None:
+        _same_base(base, found.path, manifest["base"])
+    try:
+        named = load_file(found.path / TENSORS)
     except (SafetensorError, ValueError, OSError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}") from None
+        raise AdapterError(f"{found.path / TENSORS} cannot be read: {error}") from None
+    adapter = fit(base, found.path, found.config, named)
+    _refuse_no_effect(found.path, adapter)
+    tokenizer = load_tokenizer(found.path) if "tokenizer.json" in found.files else None
+    if manifest is None:
+        notes = _unchecked(base, found.config)
+    else:
+        notes = _behaves(base, found.path, manifest, adapter, tokenizer or base.tokenizer)
+    origin = Origin(folder=found.path, digest=found.digest, manifest=manifest, tokenizer=tokenizer, notes=tuple(notes))
+    return replace(adapter, origin=origin)
 
 
-def _of_peft_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """PEFT's own matching: the first pattern that, as a regular expression, fits the name or its end after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> Adapter:
-    """Sort the tensors into slots; every one must have its place and its shape."""
-    stored = _layers(base)
-    wanted_parameters = config.get("target_parameters") or []
-    stacks = [
-        n for n, m in stored.items()
-        if isinstance(m, StoredStack) and any(n == t or n.endswith("." + t) for t in wanted_parameters)
-    ]  # fmt: skip
-    others = [n for n, m in stored.items() if not isinstance(m, StoredStack)]
-    whole = {base.anatomy.embedding_name, base.anatomy.head_name}
-    places = {place: name for name, place in _places(base, [*others, *stacks]).items()}
-    places.update({name: name for name in whole})
-    listed = {n for n in whole for m in config.get("modules_to_save") or () if n == m or n.endswith("." + m)}
-    rank, alpha = int(_positive(folder, config, "r")), _positive(folder, config, "lora_alpha")
-
-    grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in named.items():
-        if not key.startswith(_PREFIX):
-            raise AdapterError(f"{folder}: tensor '{key}' does not start with '{_PREFIX}'")
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{folder}: tensor '{key}' holds values that are not finite; the adapter is broken")
-        path = key.removeprefix(_PREFIX)
-        match = re.fullmatch(
-            r"(.+?)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?"
-            r"|token_adapter\.trainable_tokens_delta|weight)", path,
-        )  # fmt: skip
-        place = match.group(1) if match else ""
-        if match is not None and match.group(2) == "weight":
-            place = place.removesuffix(".base_layer")
-            if place in whole and place not in listed:
-                _check_copy(base, folder, place, tensor)
-                continue
-        misplaced = match is not None and match.group(2) in _OF_VOCABULARY and place not in whole
-        if match is None or place not in places or misplaced:
-            raise AdapterError(
-                f"{folder}: tensor '{key}' fits no layer of this base{nearest(place or path, places)} "
-                "Is it another architecture's adapter?"
-            )
-        grouped[places[place]][match.group(2).removesuffix(".weight")] = tensor
-
-    plan = Plan(
-        rank=rank,
-        alpha=alpha,
-        rank_stabilized=bool(config.get("use_rslora")),
-        dropout=float(config.get("lora_dropout") or 0.0),
-        dora=bool(config.get("use_dora")),
-        whole=tuple(config.get("modules_to_save") or ()),
-    )
-    slots: dict[str, Slot] = {}
-    for name in dict.fromkeys([*stored, *sorted(whole)]):
-        parts = grouped.get(name)
-        if not parts:
-            continue
-        if len(parts) > 1 and not parts.keys().isdisjoint(_OF_VOCABULARY):
-            raise AdapterError(f"{folder}: '{name}' is adapted in two ways at once: {', '.join(sorted(parts))}")
-        if "weight" in parts:
-            if name == base.anatomy.head_name and name not in stored:
-                raise AdapterError(
-                    f"{folder}: '{name}' is a {type(base.anatomy.head).__name__}, which computes more than a linear layer; "
-                    "Graft does not take one from an adapter"
-                )
-            slots[name] = _whole(base, folder, name, parts["weight"])
-        elif _ROWS in parts:
-            slots[name] = _rows(base, folder, config, name, parts[_ROWS])
-        elif name not in stored:
-            raise AdapterError(
-                f"{folder}: a low-rank adapter on '{name}' is not supported; its rows can be trained instead"
-            )
-        else:
-            slots[name] = _low_rank(base, folder, config, plan, name, stored[name], parts)
-    _complete(base, folder, config, slots)
-    return Adapter(plan, slots, base.fingerprint)
-
-
-def _placed(base: Base, tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.to(base.device, torch.float32))
-
-
-def _positive(folder: Path, config: Mapping[str, Any], key: str) -> float:
-    """A number of the config that must be above zero and finite."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise AdapterError(f"{folder}/{CONFIG}: {key} is {value!r}, expected a number above 0; the adapter is damaged")
-    return value
-
-
-def _check_copy(base: Base, folder: Path, name: str, weight: Tensor) -> None:
-    """PEFT saves the embedding and the head beside an adapter that touches them; an unchanged copy says nothing new."""
-    own: Any = base.model.get_submodule(name).weight
-    if weight.shape != own.shape or not torch.equal(weight.to(own.device, own.dtype), own.detach()):
+def _same_base(base: Base, folder: Path, trained: Mapping[str, Any]) -> None:
+    if trained["fingerprint"] != base.fingerprint:
         raise AdapterError(
-            f"{folder}: tensor '{name}.weight' is another one than this base's, and modules_to_save does not name it"
+            f"{folder} was trained on base {trained['fingerprint'][:12]} ({trained['name']}); "
+            f"this base is {base.fingerprint[:12]} ({base.name}). Load that base, or train again on this one"
         )
 
 
-def _whole(base: Base, folder: Path, name: str, weight: Tensor) -> Whole:
-    own: Any = base.model.get_submodule(name).weight
-    if weight.shape != own.shape:
-        raise AdapterError(f"{folder}: '{name}' has shape {tuple(weight.shape)}, expected {tuple(own.shape)}")
-    return Whole(_placed(base, weight))
-
-
-def _rows(base: Base, folder: Path, config: dict[str, Any], name: str, values: Tensor) -> Rows:
-    given = config.get("trainable_token_indices")
-    if isinstance(given, dict):
-        given = next((ids for module, ids in given.items() if name == module or name.endswith("." + module)), None)
-    indices = [int(i) for i in given or ()]
-    vocabulary, width = base.model.get_submodule(name).weight.shape
-    if tuple(values.shape) != (len(indices), width):
+def _refuse_no_effect(folder: Path, adapter: Adapter) -> None:
+    """B zero everywhere, and nothing else that was trained: as saved before the first step, or by a failed conversion."""
+    slots = adapter.slots.values()
+    if all(isinstance(slot, LowRank) and slot.magnitude is None and not slot.B.any() for slot in slots):
         raise AdapterError(
-            f"{folder}: token rows of '{name}' have shape {tuple(values.shape)}, and {len(indices)} trainable_token_indices "
-            f"of width {width} are expected"
+            f"{folder}: B is zero in all of its {len(adapter.slots)} layers, so the adapter changes nothing; it was saved "
+            "before it was trained, or lost in a conversion"
         )
-    if len(set(indices)) < len(indices) or not all(0 <= i < vocabulary for i in indices):
-        raise AdapterError(f"{folder}: trainable_token_indices {indices} must differ and lie below {vocabulary}")
-    return Rows(tuple(indices), _placed(base, values), vocabulary=vocabulary)
 
 
-def _low_rank(
-    base: Base, folder: Path, config: dict[str, Any], plan: Plan, name: str, module: Stored, parts: dict[str, Tensor]
-) -> LowRank:
-    if "lora_A" not in parts or "lora_B" not in parts:
-        missing = "lora_A" if "lora_A" not in parts else "lora_B"
-        raise AdapterError(f"{folder}: layer '{name}' has no {missing}; the adapter is incomplete")
-    A, B = parts["lora_A"], parts["lora_B"]
-    patterns = {
-        "r": _of_peft_pattern(name, config.get("rank_pattern"), plan.rank),
-        "lora_alpha": _of_peft_pattern(name, config.get("alpha_pattern"), plan.alpha),
-    }
-    rank, alpha = int(_positive(folder, patterns, "r")), _positive(folder, patterns, "lora_alpha")
-    experts = module.experts if isinstance(module, StoredStack) else 0
-    out_features, in_features = module.shape[-2:]
-    rows = rank * max(experts, 1)
-    for label, tensor, shape in (("lora_A", A, (rows, in_features)), ("lora_B", B, (out_features, rows))):
-        if tuple(tensor.shape) != shape:
-            raise AdapterError(f"{folder}: {label} of '{name}' has shape {tuple(tensor.shape)}, expected {shape}")
-    magnitude = parts.get("lora_magnitude_vector")
-    if plan.dora != (magnitude is not None):
-        raise AdapterError(
-            f"{folder}: use_dora is {plan.dora} and '{name}' has {'no' if magnitude is None else 'a'} magnitude"
+def _behaves(base: Base, folder: Path, manifest: Mapping[str, Any], adapter: Adapter, tokenizer: Any) -> list[str]:
+    """Ask and hear it as when it was saved; returns what is other and allowed. Raises AdapterError."""
+    notes: list[str] = []
+    template: dict[str, Any] = manifest.get("template") or {}
+    try:
+        encoder = Encoder(tokenizer, date=template.get("date"))
+    except ModelError as error:
+        raise AdapterError(f"{folder} cannot be used with this base's tokenizer: {error}") from None
+    formats = ((manifest.get("data") or {}).get("train") or {}).get("formats") or {"chat": 1}
+    canary.check_golden(str(folder), manifest["golden"], encoder, chats="chat" in formats)
+    if manifest.get("tokenizer_digest") not in (None, encoder.tokenizer_digest):
+        notes.append("the tokenizer's file is another one than in training; the fixed chat gives the same tokens")
+    if isinstance(base, Skeleton):
+        return [*notes, "its canary was not run, since the base is here without its weights"]
+    off = canary.check(str(folder), base, adapter, manifest["canary"], manifest["base"])
+    trained = manifest["base"]["precision"]
+    if trained != base.precision:
+        notes.append(
+            f"the adapter was trained on a base in {trained} and runs on {base.precision}: its logits differ by {off:.1%} "
+            "of their size from those it was saved with, so answers may differ"
         )
-    if magnitude is not None and magnitude.numel() != out_features:
-        raise AdapterError(
-            f"{folder}: the magnitude of '{name}' has {magnitude.numel()} values, expected {out_features}"
-        )
-    return LowRank(
-        A=_placed(base, A), B=_placed(base, B), scale=scale_of(alpha, rank, plan.rank_stabilized), alpha=alpha, rank=rank,
-        dropout=plan.dropout, key=hash_words("dropout", name), experts=experts,
-        magnitude=None if magnitude is None else _placed(base, magnitude.reshape(-1)),
-    )  # fmt: skip
+    return notes
 
 
-def _complete(base: Base, folder: Path, config: dict[str, Any], slots: Mapping[str, Slot]) -> None:
-    """Every layer that the config names must have its tensors."""
-    targets = config.get("target_modules") or []
-    head = base.anatomy.head_name
-    expected: set[str] = set()
-    for name, module in _layers(base).items():
-        is_module = isinstance(base.model.get_submodule(name), StoredLinear)
-        if isinstance(targets, str):
-            every = targets.lower() == "all-linear"
-            hit = is_module and (name != head if every else re.fullmatch(targets, name) is not None)
-        else:
-            hit = is_module and any(name == t or name.endswith("." + t) for t in targets)
-        parameter = name if isinstance(module, StoredStack) else f"{name}.weight"
-        hit = hit or any(parameter == t or parameter.endswith("." + t) for t in config.get("target_parameters") or [])
-        if hit:
-            expected.add(name)
-    for key in ("modules_to_save", "trainable_token_indices"):
-        for module in _modules_of(base, config.get(key)):
-            full = next(
-                (n for n in (base.anatomy.embedding_name, head) if n == module or n.endswith("." + module)), None
-            )
-            if full is None:
-                raise AdapterError(f"{folder}/{CONFIG}: {key} '{module}' is neither this base's embedding nor its head")
-            if not isinstance(slots.get(full), Whole if key == "modules_to_save" else Rows):
-                raise AdapterError(
-                    f"{folder}: {key} names '{module}', and its tensor is missing; the adapter is incomplete"
-                )
-    missing = sorted(expected - set(slots))
-    if missing:
-        raise AdapterError(
-            f"{folder}: {len(missing)} of {len(expected)} target layers have no tensors, the first is '{missing[0]}'; "
-            "the adapter is incomplete"
-        )
-    if not slots:
-        raise AdapterError(f"{folder}: the adapter holds no tensors")
-
-
-def _modules_of(base: Base, value: Any) -> list[str]:
-    """The modules that `modules_to_save` or `trainable_token_indices` names; plain indices mean the embedding."""
-    if not value:
-        return []
-    if isinstance(value, list) and isinstance(value[0], int):
-        return [base.anatomy.embedding_name]
-    return [value] if isinstance(value, str) else list(value)
+def _unchecked(base: Base, config: Mapping[str, Any]) -> list[str]:
+    """What a manifest would have said."""
+    name = config.get("base_model_name_or_path")
+    other = f" It says that it was trained on '{name}', and this base is '{base.name}'." if name != base.name else ""
+    return [
+        f"the adapter has no {MANIFEST} (PEFT's own): names, shapes and values were checked, but not whether this is the "
+        f"base, the precision, the tokenizer and the chat template it was trained with.{other}"
+    ]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftlm import kernels
 from graftlm import segments as segs
 from graftlm.segments import Segments
 
@@ -67,18 +68,43 @@ def segment_attention(
         raise UnsupportedAttention(f"{query.shape[2]} queries for {pass_segments.tokens} tokens")
     groups = query.shape[1] // key.shape[1]
     q, k, v = (t.transpose(1, 2)[0] for t in (query, key, value))  # (T, H or K, D)
+    if pass_segments.past is not None:
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise UnsupportedAttention("a number for each layer (layer_idx)")
+        return pass_segments.past.attend(layer, q, k, v, scaling, sliding_window, softcap).unsqueeze(0), None
     if softcap is None and _has_varlen(q):
         return _varlen(q, k, v, pass_segments, groups, scaling, sliding_window).unsqueeze(0), None
+    if softcap is None and kernels.attends(q):
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        out = _Attention.apply(q, k, v, (*pass_segments.starts, pass_segments.tokens), scale, sliding_window or 0)
+        assert isinstance(out, Tensor)
+        return out.unsqueeze(0), None
     runs = pass_segments.equal_runs
     sizes = [count * length for _, count, length in runs]
     out: list[Tensor] = []
     # One split, whose backward is one concatenation; a slice each would fill a whole row of zeros for every run.
     for (_, count, length), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
         run = [t.unflatten(0, (count, length)).transpose(1, 2) for t in parts]  # (n, heads, L, D)
-        y = _causal(run[0], run[1], run[2], groups, scaling, sliding_window, softcap)  # (n, H, L, D)
+        y = causal(run[0], run[1], run[2], groups, scaling, sliding_window, softcap)  # (n, H, L, D)
         out.append(y.transpose(1, 2).flatten(0, 1))  # (n L, H, D)
     joined = out[0] if len(out) == 1 else torch.cat(out)
     return joined.unsqueeze(0), None  # (1, T, H, D)
+
+
+class _Attention(torch.autograd.Function):
+    """All segments in one call of our own kernel: q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float, window: int) -> Tensor:
+        out, sums = kernels.attention(q, k, v, ends, scale, window)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.rest = ends, scale, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return *kernels.attention_backward(grads[0], *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
 @cache
@@ -116,21 +142,22 @@ def _varlen(
     return call(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0))
 
 
-def _causal(
+def causal(
     q: Tensor, k: Tensor, v: Tensor, groups: int, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """q (n, H, L, D), k and v (n, K, L, D) with H = K groups -> (n, H, L, D)."""
-    length = q.shape[2]
+    """q (n, H, L, D), k and v (n, K, M, D) with H = K groups and M >= L -> (n, H, L, D): the last L of M positions ask."""
+    length, total = q.shape[2], k.shape[2]
     if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (n, H, L, D)
-    if window is not None and window >= length:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (n, H, M, D)
+    if window is not None and window >= total:
         window = None
-    if window is None and softcap is None:
+    if window is None and softcap is None and length in (1, total):
         return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=length > 1)
-    at = torch.arange(length, device=q.device)
-    allowed = at[:, None] >= at[None, :]  # (L, L)
+    at = torch.arange(total, device=q.device)
+    asks = at[total - length :]
+    allowed = asks[:, None] >= at[None, :]  # (L, M)
     if window is not None:
-        allowed &= at[:, None] - at[None, :] < window
+        allowed &= asks[:, None] - at[None, :] < window
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)
     scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # (n, H, L, L)

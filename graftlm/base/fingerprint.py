@@ -8,12 +8,14 @@ the digest of a folder is cached in the user's cache folder by each file's path,
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from graftlm.errors import ModelError
+from graftlm.files import write_text
+from graftlm.tensorfile import read_header, read_json
 
 _CHUNK = 1 << 22
 
@@ -27,10 +29,21 @@ def cache_folder() -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those its index names, else all of them."""
+    """The safetensors files of a model folder: those its index names, else all of them.
+
+    Raises ModelError for an index that is damaged, names a file that is missing, or one outside of the folder.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        places = read_json(index, ModelError).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ModelError(f"{index} has no weight_map of tensor names to files; download it again")
+        names = sorted(set(places.values()))
+        odd = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        if odd:
+            raise ModelError(
+                f"{index} names '{odd[0]}', which is no safetensors file of this folder; nothing else is read"
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(
@@ -42,21 +55,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_digests(file: Path) -> Iterator[tuple[str, str]]:
-    """(tensor name, digest over its type, shape and bytes) of each tensor, read as a stream."""
+    """(tensor name, digest over its type, shape and bytes) of each tensor, read as a stream. Raises ModelError."""
+    header = read_header(file, ModelError)
     with file.open("rb") as stream:
-        head = stream.read(8)
-        size = int.from_bytes(head, "little")
-        limit = file.stat().st_size
-        if len(head) < 8 or size > limit - 8 or size > 100_000_000:
-            raise ModelError(f"{file} is not a safetensors file: its header claims {size} bytes of {limit}")
-        header = json.loads(stream.read(size))
-        start = 8 + size
-        entries = [(n, e) for n, e in header.items() if n != "__metadata__"]
-        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"][0]):
-            first, last = entry["data_offsets"]
-            digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}\n".encode())
-            stream.seek(start + first)
-            left = last - first
+        for name, info in header.items():
+            digest = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())
+            stream.seek(info.first)
+            left = info.last - info.first
             while left:
                 block = stream.read(min(_CHUNK, left))
                 if not block:
@@ -67,22 +72,22 @@ def tensor_digests(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def fingerprint(folder: Path) -> str:
-    """The base's identity, 64 hexadecimal digits; raises ModelError for files that are missing or cut short."""
+    """The base's identity, 64 hexadecimal digits; raises ModelError for files that are missing, damaged or cut short."""
     files = weight_files(folder)
-    key_parts = [f"{f.resolve()}|{f.stat().st_size}|{f.stat().st_mtime_ns}" for f in files]
+    # The time of the last change of a file's entry (ctime) counts too: a copy that keeps the old date cannot keep that.
+    stats = [(file.resolve(), file.stat()) for file in files]
+    key_parts = [f"{path}|{s.st_size}|{s.st_mtime_ns}|{s.st_ctime_ns}" for path, s in stats]
     key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()
     entry = cache_folder() / "fingerprints" / key
     if entry.is_file():
-        known = entry.read_text().strip()
-        if len(known) == 64:
+        known = entry.read_text(errors="replace").strip()
+        if re.fullmatch("[0-9a-f]{64}", known):
             return known
     lines = sorted(f"{name} {digest}" for file in files for name, digest in tensor_digests(file))
     result = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{os.getpid()}")
-        temporary.write_text(result)
-        temporary.replace(entry)
+        write_text(entry, result)
     except OSError:
         pass  # a cache that cannot be written costs time, nothing else
     return result

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -485,6 +486,36 @@ def adopt(model: PreTrainedModel, precision: Precision, compute: torch.dtype) ->
     return _ready(model), targets
 
 
+def fresh_stored(
+    config: Any, precision: Precision, compute: torch.dtype, device: torch.device, seed: int
+) -> tuple[PreTrainedModel, Targets]:
+    """A model of `config` with random weights that are made on `device`, each brought into its stored form at once.
+
+    It is built without storage first; then one module after another gets weights from its class's own initialization. So
+    of a model of any size one weight at a time is there in full (float32).
+    """
+    with torch.device("meta"):
+        model: Any = fresh(config, seed, trust_remote_code=False)
+    targets = find_targets(model, precision)
+    waiting = targets.all()
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for path, module in list(model.named_modules()):
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            if not names and next(module.buffers(recurse=False), None) is None:
+                continue
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)
+            for name in names:
+                stored = waiting.get(f"{path}.{name}")
+                if stored is not None:
+                    stored.put(module.get_parameter(name))
+                    setattr(module, name, nn.Parameter(torch.empty(stored.original_shape, device="meta"), False))
+    model.tie_weights()
+    install(model, targets, precision, compute)
+    return _ready(model), targets
+
+
 def has_causal_model(config: Any, trust_remote_code: bool) -> bool:
     """Whether transformers, or the model's own code where it may run, has a causal language model for this config."""
     own = getattr(config, "auto_map", None) or {}
@@ -609,6 +640,7 @@ class Anatomy:
     def __init__(self, model: PreTrainedModel) -> None:
         """Find the parts and prove that body and head together give the untouched logits; ModelError when not."""
         self.model = model
+        self._replacing = threading.RLock()
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = _head_and_embedding(model)
         self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
@@ -619,12 +651,10 @@ class Anatomy:
         self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 0)
         ids = torch.arange(6, device=model.device)[None] % self.vocabulary
         self.body_name = self._find_body(head, ids)
+        self.body: nn.Module = model.get_submodule(self.body_name)
         parameters = inspect.signature(self.body.forward).parameters
         self.takes_positions = "position_ids" in parameters
-
-    @property
-    def body(self) -> nn.Module:
-        return self.model.get_submodule(self.body_name)
+        self.plain_head = self._has_plain_head()
 
     @property
     def head(self) -> nn.Module:
@@ -638,6 +668,21 @@ class Anatomy:
             found.append(module)
             waiting.extend(child for child in module.children() if child is not body)
         return found
+
+    @torch.no_grad()
+    def _has_plain_head(self) -> bool:
+        """Whether logits are the head's product and nothing else: no soft cap, no scale, no bias, no other layer."""
+        head = self.head
+        if not isinstance(head, StoredLinear) or head.weight is None or head.bias is not None:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        for scale in (1.0, 100.0):  # a soft cap shows itself at large logits
+            hidden = torch.randn(1, 2, head.in_features, generator=generator).mul_(scale)
+            hidden = hidden.to(device=head.weight.device, dtype=self._kind)
+            found, product = self.logits(hidden), head(hidden)[0]
+            if found.dtype != product.dtype or not torch.equal(found, product):
+                return False
+        return True
 
     @torch.no_grad()
     def _find_body(self, head: nn.Module, ids: Tensor) -> str:
@@ -663,6 +708,7 @@ class Anatomy:
             for hook in hooks:
                 hook.remove()
         hidden = seen[0]
+        self._kind = hidden.dtype
         same = [n for n, t in outputs if t.shape == hidden.shape and t.data_ptr() == hidden.data_ptr()]
         candidates = sorted(same, key=lambda n: n.count("."))[:1]
         base_name = self.model.base_model_prefix
@@ -703,14 +749,15 @@ class Anatomy:
         states = hidden if hidden.ndim == 3 else hidden[None]
         path, _, attribute = self.body_name.rpartition(".")
         owner = self.model.get_submodule(path)
-        body = owner._modules[attribute]
-        assert body is not None
-        owner._modules[attribute] = _Given(body, states)
-        try:
-            ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-            return self.model(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            owner._modules[attribute] = body
+        with self._replacing:  # one thread at a time; the body itself, held in `body`, may run meanwhile
+            body = owner._modules[attribute]
+            assert body is not None
+            owner._modules[attribute] = _Given(body, states)
+            try:
+                ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+                return self.model(input_ids=ids, use_cache=False).logits[0]
+            finally:
+                owner._modules[attribute] = body
 
     def checkpoint_layers(self, on: bool) -> int:
         """Keep only the inputs of each layer and run it again in the backward pass; returns how many layers do."""

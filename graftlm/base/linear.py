@@ -49,32 +49,38 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dense: Tensor | None, compressed: Any) -> Tensor:  # (T, out)
+    def forward(ctx: Any, x: Tensor, dense: Tensor | None, compressed: Any, narrow: bool) -> Tensor:  # (T, out)
         ctx.save_for_backward(*((x, dense) if dense is not None and dense.requires_grad else (None, dense)))
-        ctx.compressed = compressed
-        return kernels.matmul(x, compressed if dense is None else dense)
+        ctx.compressed, ctx.narrow = compressed, narrow
+        return kernels.matmul(x, compressed if dense is None else dense, narrow)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         (dy,) = grads  # (T, out)
         x, dense = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = kernels.matmul_t(dy, ctx.compressed if dense is None else dense)
+            dx = kernels.matmul_t(dy, ctx.compressed if dense is None else dense, ctx.narrow)
         if ctx.needs_input_grad[1]:
             assert dense is not None
-            dw = kernels.weight_gradient(dy, x).to(dense.dtype)
-        return dx, dw, None
+            dw = kernels.weight_gradient(dy, x, ctx.narrow).to(dense.dtype)
+        return dx, dw, None, None
 
 
-def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x (T, in) with W (out, in) in any stored form -> (T, out), in x's type; gradients to x and to a trained W."""
+def product(x: Tensor, weight: Weight, bias: Tensor | None = None, narrow: bool = False) -> Tensor:
+    """x (T, in) with W (out, in) in any stored form -> (T, out), in x's type; gradients to x and to a trained W.
+
+    `narrow` takes the products in bfloat16 where the processor has instructions for that (`kernels.narrows`).
+    """
+    if not torch.is_grad_enabled() and (not isinstance(weight, Tensor) or kernels.few(x)):
+        y = kernels.matmul(x, weight, narrow)
+        return y if bias is None else y + bias.to(y.dtype)
     if isinstance(weight, Tensor):
         if weight.dtype == x.dtype and not kernels.multiplies(x):
             return F.linear(x, weight, bias)
-        y = _Product.apply(x, weight, None)
+        y = _Product.apply(x, weight, None, narrow)
     else:
-        y = _Product.apply(x, None, weight)
+        y = _Product.apply(x, None, weight, narrow)
     assert isinstance(y, Tensor)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -90,6 +96,7 @@ class Stored(nn.Module):
         self.precision: Precision = precision
         self.turned = turned  # the original module keeps this weight transposed
         self.compressed: Any = None
+        self.narrow = False  # products in bfloat16 of a stream in float32; `base.hf` sets it
         self.bank: Bank | None = None
         self.register_parameter("weight", None)
 
@@ -158,11 +165,11 @@ class StoredLinear(Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (T, in)
-        y = (
-            self.bank(rows, self, self.value, self.bias)
-            if self.bank is not None
-            else product(rows, self.value, self.bias)
-        )
+        bank = self.bank  # another thread may take it off meanwhile
+        if bank is None:
+            y = product(rows, self.value, self.bias, self.narrow)
+        else:
+            y = bank(rows, self, self.value, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -179,9 +186,10 @@ class StoredStack(Stored):
     def of_expert(self, expert: int, x: Tensor, rows: Tensor) -> Tensor:
         """x (t, in), the tokens that expert `expert` got, with `rows` (t,) their ascending indices in the pass -> (t, out)."""
         weight = self.value[expert]
-        if self.bank is not None:
-            return self.bank(x, self, weight, None, expert, rows)
-        return product(x, weight)
+        bank = self.bank
+        if bank is not None:
+            return bank(x, self, weight, None, expert, rows)
+        return product(x, weight, None, self.narrow)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in={self.in_features}, out={self.out_features}, {self.precision}"

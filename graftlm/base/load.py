@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from graftlm import demo
+from graftlm import demo, kernels
 from graftlm.base import hf
 from graftlm.base.attention import may_pack
 from graftlm.base.fingerprint import fingerprint, weight_files
+from graftlm.base.fused import Fused, fuse
 from graftlm.base.linear import Stored
 from graftlm.base.precision import DTYPES, default_compute, nbytes
 from graftlm.config import Compute, Precision
@@ -56,6 +57,8 @@ class Base:
     random: bool = False
     """Whether its weights are fresh instead of the folder's."""
     notes: list[str] = field(default_factory=list[str])
+    fused: Fused = field(default_factory=Fused)
+    """How many of its norms, gated products and rotations run as one pass each."""
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +176,8 @@ def default_device(asked: str | None) -> torch.device:
             raise ModelError(
                 f"device '{asked}' is asked for, and there are {torch.cuda.device_count()}, counted from 0"
             )
-        torch.cuda.set_device(device)  # kernels launch on the current device
+        if ":" in str(device):  # set_device refuses a plain `cuda`, which is the current one
+            torch.cuda.set_device(device)  # kernels launch on the current device
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             f"device '{asked}' is asked for, and this PyTorch ({torch.__version__}) sees no CUDA device; take cpu"
@@ -213,6 +217,11 @@ def load_base(
     tokenizer = load_tokenizer(folder, trust_remote_code)
     with _memory_explained(name, precision, place):
         chosen = compute or default_compute(place)
+        if chosen == "mixed" and not (place.type == "cpu" and kernels.narrows()):
+            raise ModelError(
+                f"compute mixed needs a CPU that multiplies bfloat16 (AVX-512 BF16), found {kernels.backend(place)} on "
+                f"{place}; take --compute float32, or bfloat16 on a GPU"
+            )
         dtype = DTYPES[chosen]
         quantized = _quantization_of(folder)
         notes: list[str] = []
@@ -228,20 +237,54 @@ def load_base(
                 notes.append(
                     f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ..."
                 )
-        base = Base(
-            name=name,
-            folder=folder,
-            model=model,
-            tokenizer=tokenizer,
-            precision=precision,
-            compute=chosen,
-            anatomy=hf.Anatomy(model),
-            kept=targets.kept,
-            random=init == "random",
-            notes=notes,
-        )
-        _choose_attention(base)
-        return base
+        return _understood(name, folder, model, targets, tokenizer, precision, chosen, init == "random", notes)
+
+
+def random_base(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    precision: Precision,
+    compute: Compute | None = None,
+    device: str | None = None,
+    seed: int = 0,
+) -> Base:
+    """A base of a config's architecture and size without a checkpoint, for measuring: random weights made on the device.
+
+    Each weight is brought into its stored form as it is made, so 70 billion values in nf4 need 36 GB and no more.
+    Raises ModelError.
+    """
+    place = default_device(device)
+    name = f"random {config.model_type}"
+    with _memory_explained(name, precision, place):
+        chosen = compute or default_compute(place)
+        model, targets = hf.fresh_stored(config, precision, DTYPES[chosen], place, seed)
+        return _understood(name, Path(), model, targets, tokenizer, precision, chosen, True, [])
+
+
+def _understood(
+    name: str, folder: Path, model: Any, targets: hf.Targets, tokenizer: PreTrainedTokenizerBase, precision: Precision,
+    compute: Compute, random: bool, notes: list[str],
+) -> Base:  # fmt: skip
+    """A model over stored weights as a base: its parts found, its attention chosen."""
+    base = Base(
+        name=name,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        precision=precision,
+        compute=compute,
+        anatomy=hf.Anatomy(model),
+        kept=targets.kept,
+        random=random,
+        notes=notes,
+    )
+    base.fused = fuse(model, DTYPES[compute])
+    _choose_attention(base)
+    for module in base.model.modules():
+        if isinstance(module, Stored):
+            module.narrow = compute == "mixed"
+    return base
 
 
 def _moved(model: Any, device: torch.device) -> Any:
@@ -282,5 +325,5 @@ def _choose_attention(base: Base) -> None:
             return base.logits(base.hidden(ids[0].to(base.device), segments))
 
     with hf.short_windows(base.model, 5):
-        base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary, exact=base.compute == "float32")
+        base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary, exact=base.compute != "bfloat16")
     hf.switch(base.model, hf.ATTENTION if base.packs else own)

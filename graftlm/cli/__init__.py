@@ -17,11 +17,11 @@ from graftlm import __version__
 from graftlm.cli.app import app
 
 # Each module joins its commands to the application as it is imported; help lists them in this order.
-from graftlm.cli import train, generate, check, demo  # isort: skip
+from graftlm.cli import train, generate, serve, chat, check, plan, compare, adapters, merge, demo  # isort: skip
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (train, generate, check, demo)
+COMMANDS = (train, generate, serve, chat, check, plan, compare, adapters, merge, demo)
 
 
 def _version(wanted: bool) -> None:

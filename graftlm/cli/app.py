@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from graftlm.config import Config
+from graftlm.config.fields import flag_name
 from graftlm.errors import GraftError, Stopped
 
 app = typer.Typer(
@@ -40,11 +41,14 @@ def _flag_type(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def options(config_class: type[Config], *, positional: str | None = None, file: bool = False) -> Callable[[Any], Any]:
+def options(
+    config_class: type[Config], *, positional: str | Sequence[str] = (), file: bool = False
+) -> Callable[[Any], Any]:
     """Give a command one flag for each field of a config; the command gets the built config and its own arguments.
 
-    `positional` names a field that may also be given without its flag; `file` adds an optional YAML file in front.
+    `positional` names fields that are given without a flag, in their order; `file` adds an optional YAML file in front.
     """
+    places = (positional,) if isinstance(positional, str) else tuple(positional)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters: list[inspect.Parameter] = []
@@ -54,7 +58,8 @@ def options(config_class: type[Config], *, positional: str | None = None, file: 
                 Path | None, typer.Argument(help="YAML file of options; flags win over it", show_default=False)
             ]
             parameters.append(inspect.Parameter("config_file", keyword, annotation=given, default=None))
-        for name, spec in config_class.model_fields.items():
+        fields = config_class.model_fields
+        for name, spec in [*((n, fields[n]) for n in places), *((n, f) for n, f in fields.items() if n not in places)]:
             kind, repeated = _flag_type(spec.annotation)
             wanted: Any = list[kind] | None if repeated else kind | None
             extra: Any = spec.json_schema_extra or {}
@@ -62,16 +67,18 @@ def options(config_class: type[Config], *, positional: str | None = None, file: 
             if get_origin(_plain(spec.annotation)) is Literal:
                 text = f"{text} [dim]\\[{' | '.join(map(str, get_args(_plain(spec.annotation))))}][/dim]"
             shown = spec.default
-            if not spec.is_required() and shown not in (None, False, (), {}):
+            if not spec.is_required() and shown not in (None, False, "", (), {}):
                 default = ", ".join(map(str, shown)) if isinstance(shown, tuple) else shown
                 text = f"{text} [dim]\\[default: {default}][/dim]"
-            if name == positional:
+            if name in places:
                 info: Any = typer.Argument(help=text, show_default=False)
             else:
-                flag = f"--{name.replace('_', '-')}"
-                flag = f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag
+                flag = f"--{flag_name(name)}"
+                flag = f"{flag}/--no-{flag_name(name)}" if kind is bool else flag
                 info = typer.Option(flag, help=text, show_default=False, rich_help_panel=extra.get("group") or None)
-            parameters.append(inspect.Parameter(name, keyword, annotation=Annotated[wanted, info], default=None))
+            needed = name in places and spec.is_required()
+            wanted, default = (kind, inspect.Parameter.empty) if needed and not repeated else (wanted, None)
+            parameters.append(inspect.Parameter(name, keyword, annotation=Annotated[wanted, info], default=default))
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
         own = [p.replace(kind=keyword) for p in own]
 

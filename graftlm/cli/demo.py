@@ -13,11 +13,11 @@ from graftlm.cli.app import Json, app, errors, print_json
 
 @app.command(epilog="Example:  graft demo --steps 80 --out runs/demo")
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each method.")] = 80,
-    out: Annotated[Path, typer.Option(help="Folder for the three runs.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 80,
+    out: Annotated[Path, typer.Option(help="Folder for the comparison and the voices.")] = Path("runs/demo"),
     json: Json = False,
 ) -> None:
-    """Train full, LoRA and QLoRA for real on the bundled base and data, and compare what each cost and gave."""
+    """Plan, compare full, LoRA and QLoRA for real on the bundled base, and teach it three voices as adapters."""
     from graftlm.experiments.demonstration import demonstrate
 
     with errors():

@@ -5,12 +5,42 @@ these classes. A config is frozen and checked where it is built; an unknown key 
 
     TrainConfig      graft train       which base, which data, what is trained, how
     GenerateConfig   graft generate    a prompt through a base and, if asked, an adapter
+    ServeConfig      graft serve       a base and all of its adapters over HTTP
+    ChatConfig       graft chat        two answers side by side in the terminal
     CheckConfig      graft check       what would be trained on, before anything is
+    PlanConfig       graft plan        what a run would take, before it is started
+    CompareConfig    graft compare     full, LoRA and QLoRA side by side on one's own model and data
+    MergeConfig      graft merge       adapters merged into their base: a plain model, or a GGUF file
+    adapters.py      graft adapters    versions of adapters: a class for each subcommand
 """
 
+from graftlm.config.adapters import (
+    AliasConfig,
+    DiffConfig,
+    ExportConfig,
+    ImportConfig,
+    ListConfig,
+    PublishConfig,
+    PullConfig,
+    PushConfig,
+    RemoveConfig,
+    RollbackConfig,
+    ShowConfig,
+    VerifyConfig,
+)
+from graftlm.config.chat import ChatConfig
 from graftlm.config.check import CheckConfig
+from graftlm.config.compare import CompareConfig
 from graftlm.config.fields import Compute, Config, Method, Precision
 from graftlm.config.generate import GenerateConfig
+from graftlm.config.merge import MergeConfig
+from graftlm.config.plan import PlanConfig
+from graftlm.config.serve import ServeConfig
 from graftlm.config.train import TrainConfig
 
-__all__ = ["CheckConfig", "Compute", "Config", "GenerateConfig", "Method", "Precision", "TrainConfig"]
+__all__ = [
+    "AliasConfig", "ChatConfig", "CheckConfig", "CompareConfig", "Compute", "Config", "DiffConfig", "ExportConfig",
+    "GenerateConfig", "ImportConfig", "ListConfig", "MergeConfig", "Method", "PlanConfig", "Precision", "PublishConfig",
+    "PullConfig", "PushConfig", "RemoveConfig", "RollbackConfig", "ServeConfig", "ShowConfig", "TrainConfig",
+    "VerifyConfig",
+]  # fmt: skip

@@ -14,7 +14,7 @@ from graftlm.errors import ConfigError, nearest
 
 Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
-Compute = Literal["float32", "bfloat16"]
+Compute = Literal["float32", "bfloat16", "mixed"]
 
 
 def _split(value: Any) -> Any:
@@ -79,8 +79,9 @@ class Config(BaseModel):
         cleaned: dict[str, Any] = {}
         for key, value in values.items():
             name = str(key).replace("-", "_")
+            name = f"{name}_" if f"{name}_" in cls.model_fields else name  # a keyword of Python's, such as `for`
             if name not in cls.model_fields:
-                known = [field.replace("_", "-") for field in cls.model_fields]
+                known = [flag_name(field) for field in cls.model_fields]
                 raise ConfigError(f"unknown option '{key}'{nearest(str(key).replace('_', '-'), known)}")
             if name in cleaned:
                 raise ConfigError(f"option '{key}' is given twice; keep one of '{name}' and '{name.replace('_', '-')}'")
@@ -91,7 +92,7 @@ class Config(BaseModel):
         except pydantic.ValidationError as error:
             lines: list[str] = []
             for problem in error.errors():
-                where = "-".join(str(p) for p in problem["loc"][:1]).replace("_", "-")
+                where = "-".join(str(p) for p in problem["loc"][:1]).rstrip("_").replace("_", "-")
                 message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
                 missing = problem["type"] == "missing"
                 said = missing or problem["type"] == "value_error"  # our own messages name what they found
@@ -123,6 +124,11 @@ class Config(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """Every option, resolved, as plain JSON values."""
         return self.model_dump(mode="json")
+
+
+def flag_name(field: str) -> str:
+    """What a field is called on the command line and in a file: `batch_size` -> `batch-size`, `for_` -> `for`."""
+    return field.rstrip("_").replace("_", "-")
 
 
 def option(default: Any, help: str, *, group: str = "", **limits: Any) -> Any:

@@ -33,7 +33,8 @@ class TrainConfig(Config):
         None, "how the base is stored; default float32 for full, bfloat16 for lora, nf4 for qlora", group="base"
     )
     compute: Compute | None = option(
-        None, "type in which products run; default bfloat16 where the hardware has it, else float32", group="base"
+        None, "type in which products run; mixed: in bfloat16 between float32 states, on CPUs with AVX-512 BF16; "
+        "default bfloat16 where it is fastest, else float32", group="base"
     )
     init: Literal["pretrained", "random"] = option(
         "pretrained", "random starts full training from fresh weights of the model's config", group="base"
@@ -65,6 +66,10 @@ class TrainConfig(Config):
     )
 
     # The adapter
+    from_adapter: Path | None = option(
+        None, "adapter folder to go on training, instead of a new one; rank, alpha and targets are then its own",
+        group="adapter",
+    )  # fmt: skip
     rank: int = option(16, "rank r of A (r, in) and B (out, r)", group="adapter", ge=1)
     alpha: float | None = option(None, "scale numerator: s = alpha / r; default 2 x rank", group="adapter", gt=0)
     rank_stabilized: bool = option(False, "scale s = alpha / sqrt(r) (rsLoRA)", group="adapter")
@@ -105,20 +110,36 @@ class TrainConfig(Config):
     beta1: float = option(0.9, "AdamW's decay of the mean", group="optimization", ge=0, lt=1)
     beta2: float = option(0.999, "AdamW's decay of the mean square", group="optimization", ge=0, lt=1)
     epsilon: float = option(1e-8, "AdamW's epsilon", group="optimization", gt=0)
+    optimizer: Literal["adamw", "adamw-8bit"] = option(
+        "adamw", "adamw-8bit holds AdamW's two states in 8 bits: 2 bytes a trained parameter instead of 8", group="optimization"
+    )
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0 turns it off", group="optimization", ge=0)
     seed: int = option(0, "the one seed of order, initial A and dropout", group="optimization", ge=0, lt=1 << 31)
 
     # Memory and speed: no effect on the result
     tokens_per_pass: int | None = option(
-        None, "most tokens in one forward pass; memory and speed only; default 4096", group="memory and speed", ge=1
-    )
+        None, "most tokens in one forward pass; memory and speed only; default 4096, or less where this machine's memory "
+        "asks for it", group="memory and speed", ge=1,
+    )  # fmt: skip
     activation_checkpointing: bool = option(
         False, "run layers again in the backward pass instead of keeping their activations", group="memory and speed"
+    )
+
+    optimizer_in_backward: bool = option(
+        False, "update each tensor as soon as its gradient is there, and free that; needs --max-grad-norm 0 and steps of one "
+        "pass", group="memory and speed",
+    )  # fmt: skip
+    offload_optimizer: bool = option(
+        False, "GPU only: keep the optimizer's states in the host's memory", group="memory and speed"
     )
 
     # The run
     out: Path = option(..., "run folder to write", group="run")
     resume: bool = option(False, "go on from the newest valid checkpoint in --out", group="run")
+    allow_change: Names = option(
+        (), "with --resume, go on although this option, `data` or `model` is another than before; repeat for several",
+        group="run",
+    )  # fmt: skip
     eval_every: int | None = option(
         None, "evaluate every N steps; default at most ten times, a quarter of the time", group="run", ge=1
     )
@@ -154,6 +175,22 @@ class TrainConfig(Config):
             for name, given in adapter_only.items():
                 if given:
                     raise ValueError(f"--{name} is for an adapter and method full has none; leave it out, or take lora")
+        if self.from_adapter is not None:
+            if self.method == "full":
+                raise ValueError("--from-adapter goes on training an adapter, found method full; take lora or qlora")
+            given = [name for name in _FORMULA if name in self.model_fields_set]
+            if given:
+                flag = given[0].replace("_", "-")
+                raise ValueError(f"--{flag} is that of the adapter which training starts from; leave it out")
+        if self.allow_change and not self.resume:
+            raise ValueError("--allow-change is for --resume, which is not given; leave it out")
+        if self.optimizer_in_backward and self.max_grad_norm > 0:
+            raise ValueError(
+                "--optimizer-in-backward frees each gradient before the norm of all of them is known, so it cannot clip by it, "
+                f"found --max-grad-norm {self.max_grad_norm:g}; give --max-grad-norm 0, or leave --optimizer-in-backward out"
+            )
+        if self.offload_optimizer and self.device is not None and self.device.startswith("cpu"):
+            raise ValueError(OFFLOAD_ON_CPU)
         if self.method != "full" and self.init == "random":
             raise ValueError(f"--init random trains every weight and needs --method full, found {self.method}")
         if self.method != "full" and self.save_precision is not None:
@@ -182,10 +219,12 @@ class TrainConfig(Config):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Every option as plain JSON values; what is for an adapter is null in a full run, which has none."""
+        """Every option as plain JSON values; null where it is for a new adapter, and there is none."""
         values = super().to_json()
         if self.method == "full":
             values.update(dict.fromkeys(_ADAPTER_ONLY))
+        elif self.from_adapter is not None:
+            values.update(dict.fromkeys(_FORMULA))
         return values
 
     @property
@@ -209,7 +248,13 @@ class TrainConfig(Config):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
-_ADAPTER_ONLY = (
+OFFLOAD_ON_CPU = (
+    "--offload-optimizer moves the optimizer's states from a GPU to the host's memory, and in a run on the CPU they already "
+    "are there; leave it out"
+)
+_FORMULA = (
     "rank", "alpha", "rank_stabilized", "dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "train_tokens", "b_learning_rate_ratio",
+    "train_tokens",
 )  # fmt: skip
+"""What an adapter is made of."""
+_ADAPTER_ONLY = (*_FORMULA, "b_learning_rate_ratio", "from_adapter")

@@ -1,8 +1,9 @@
-"""A training run in a process of its own, so that its peak memory is its own and nothing of it stays behind.
+"""A training run, or a measurement, in a process of its own: its peak memory is its own and nothing of it stays behind.
 
 The parent writes the config as JSON to the child's standard input; the child answers with one JSON object a line:
 
     {"event": "step", "step": 3, "steps": 60, "loss": 2.1, "tokens": 1500}      after every optimizer step
+    {"event": "scored", "out": "..."}                                           after every model that was measured
     {"event": "note", "text": "..."}                                            what a person might want to know
     {"event": "done", "summary": {...}}
     {"event": "error", "kind": "DataError", "message": "..."}   or   {"event": "stopped", "signal": 15, "message": "..."}
@@ -19,18 +20,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from graftlm import errors
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, Stopped, TrainingError
+from graftlm.experiments import scoring
 
 OnEvent = Callable[[dict[str, Any]], None]
+_THIS = [sys.executable, "-m", "graftlm.experiments.process"]
 
 
 def run_apart(config: TrainConfig, on_event: OnEvent) -> dict[str, Any]:
     """Run a training in another process; returns its summary, or raises the GraftError or Stopped that ended it."""
-    return converse([sys.executable, "-m", "graftlm.experiments.process"], json.dumps(config.to_json()), on_event)
+    return converse([*_THIS, "train"], json.dumps(config.to_json()), on_event)
+
+
+def score_apart(request: scoring.Request, on_event: OnEvent) -> None:
+    """Measure trained models on one base in another process; raises the GraftError that ended it."""
+    converse([*_THIS, "score"], json.dumps(asdict(request)), on_event)
 
 
 def converse(command: list[str], question: str, on_event: OnEvent) -> dict[str, Any]:
@@ -67,18 +76,32 @@ def converse(command: list[str], question: str, on_event: OnEvent) -> dict[str, 
             child.stdout.close()
 
 
-def main(source: TextIO, answers: TextIO) -> None:
-    """The child: read a config, train, answer."""
+def main(source: TextIO, answers: TextIO, task: str = "train") -> None:
+    """The child: read a config and train, or read a request and score; answer."""
+
+    def answer(**event: Any) -> None:
+        answers.write(json.dumps(event) + "\n")
+        answers.flush()
+
+    try:
+        if task == "train":
+            answer(event="done", summary=_train(TrainConfig.build(json.load(source)), answer))
+        else:
+            scoring.measure(scoring.read_request(json.load(source)), lambda out: answer(event="scored", out=out))
+            answer(event="done", summary={})
+    except Stopped as stopped:
+        answer(event="stopped", signal=stopped.signal_number, message=str(stopped))
+    except GraftError as error:
+        answer(event="error", kind=type(error).__name__, message=str(error))
+
+
+def _train(config: TrainConfig, answer: Callable[..., None]) -> dict[str, Any]:
     from rich.console import Console
 
     from graftlm.training.loop import StepResult
     from graftlm.training.run import run
     from graftlm.training.trial import Trial
     from graftlm.training.view import View
-
-    def answer(**event: Any) -> None:
-        answers.write(json.dumps(event) + "\n")
-        answers.flush()
 
     class Told(View):
         def note(self, text: str) -> None:
@@ -87,15 +110,10 @@ def main(source: TextIO, answers: TextIO) -> None:
         def stepped(self, trial: Trial, result: StepResult) -> None:
             answer(event="step", step=result.step, steps=trial.order.steps, loss=result.loss, tokens=result.tokens)
 
-    try:
-        answer(event="done", summary=run(TrainConfig.build(json.load(source)), Told(Console(quiet=True))))
-    except Stopped as stopped:
-        answer(event="stopped", signal=stopped.signal_number, message=str(stopped))
-    except GraftError as error:
-        answer(event="error", kind=type(error).__name__, message=str(error))
+    return run(config, Told(Console(quiet=True)))
 
 
 if __name__ == "__main__":
     channel = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not get between the answers
-    main(sys.stdin, channel)
+    main(sys.stdin, channel, sys.argv[1])

@@ -7,6 +7,10 @@
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
     low_rank_routed  low_rank_routed_backward                   each range of tokens its adapter
     adapted       adapted_backward                              both at once: x W^T and the adapters' products
+    few           add_routed      attend_rows                   what decoding runs on
+    rms_norm      gated           rotary                        elementwise operations and their backwards: `fused.py`
+    cross_entropy_in_place                                      losses, and logits turned into their gradient
+    adamw_step    sum_of_squares                                the optimizer's step of one parameter, a gradient's size
 
 `reference.py` is the truth; `native/` (C, for CPUs) and `triton/` (GPUs) are checked against it once, at first use, and
 left aside with one warning when they are missing or wrong. `backend(device)` says which one is used and why. Nothing
@@ -20,14 +24,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graftlm.kernels import native, reference, triton
+from graftlm.kernels import native, reference, reference_adamw, triton
+from graftlm.kernels.fused import (
+    cross_entropy_in_place,
+    fuses,
+    gated,
+    gated_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotary,
+    rotary_backward,
+)  # fmt: skip
+from graftlm.kernels.moments import Moments, no_moments
+from graftlm.kernels.native.rows import Attention, Factors, Routes
 from graftlm.kernels.reference import Range, Slots
+from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
 
 __all__ = [
-    "BLOCK", "GROUP", "Int8", "Nf4", "Range", "Slots", "Stored", "Weight", "adapted", "adapted_backward", "backend",
-    "dequantize", "int8_dequantize", "int8_quantize", "low_rank", "low_rank_backward", "low_rank_routed",
-    "low_rank_routed_backward", "matmul", "matmul_t", "multiplies", "nf4_dequantize", "nf4_quantize", "weight_gradient",
+    "BLOCK", "GROUP", "Attention", "Factors", "Int8", "Moments", "Nf4", "Range", "Routes", "Slots", "Stored",
+    "Update", "Weight", "adamw_step", "adapted", "adapted_backward", "add_routed", "attend_rows", "attends",
+    "attention", "attention_backward", "backend", "cross_entropy_in_place", "dequantize", "few", "fuses", "gated",
+    "gated_backward", "int8_dequantize", "int8_quantize", "low_rank", "low_rank_backward", "low_rank_routed",
+    "low_rank_routed_backward", "matmul", "matmul_t", "moments_in", "multiplies", "narrows", "nf4_dequantize",
+    "nf4_quantize", "no_moments", "rms_norm", "rms_norm_backward", "rotary", "rotary_backward", "stochastic_round",
+    "sum_of_squares", "update_of", "weight_gradient",
 ]  # fmt: skip
 
 
@@ -90,25 +111,56 @@ def multiplies(x: Tensor) -> bool:
     return native.multiplies(x)
 
 
-def matmul(x: Tensor, weight: Weight) -> Tensor:
-    """x (..., in) with W (out, in) dense or stored -> x @ W.T (..., out), in x's type."""
+def narrows() -> bool:
+    """Whether this CPU's products of float32 tensors can be `narrow`: both sides rounded to bfloat16, sums in float32."""
+    return native.narrows()
+
+
+def matmul(x: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
+    """x (..., in) with W (out, in) dense or stored -> x @ W.T (..., out), in x's type.
+
+    `narrow`, here and below: see `narrows`. Where it is false, and for few rows, products are those of x's type.
+    """
     for fast in (native,) if isinstance(weight, Tensor) else (native, triton):
         if fast.usable("matmul", x):
-            return fast.matmul(x, weight)
+            return native.matmul(x, weight, narrow) if fast is native else fast.matmul(x, weight)
     return reference.matmul(x, weight)
 
 
-def matmul_t(dy: Tensor, weight: Weight) -> Tensor:
+def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     """dy (..., out) with W (out, in) dense or stored -> dy @ W (..., in), in dy's type: the gradient of `matmul` to x."""
     for fast in (native,) if isinstance(weight, Tensor) else (native, triton):
         if fast.usable("matmul_t", dy):
-            return fast.matmul_t(dy, weight)
+            return native.matmul_t(dy, weight, narrow) if fast is native else fast.matmul_t(dy, weight)
     return reference.matmul_t(dy, weight)
 
 
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, narrow: bool = False) -> Tensor:
     """dy (rows, out), x (rows, in) -> dy^T x (out, in): the gradient of `matmul` to a dense W."""
-    return native.weight_gradient(dy, x) if native.multiplies(dy) else reference.weight_gradient(dy, x)
+    return native.weight_gradient(dy, x, narrow) if native.multiplies(dy) else reference.weight_gradient(dy, x)
+
+
+def attends(q: Tensor) -> bool:
+    """Whether we have attention over segments of our own for these heads, q (T, H, D), faster than PyTorch's."""
+    return native.attends(q)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each segment: q (T, H, D), k and v (T, K, D) -> (T, H, D), and what the backward wants.
+
+    `ends` (n + 1) are the segments' first tokens and T; `window` is how many keys a query sees, 0 all before it.
+    """
+    return (native if attends(q) else reference).attention(q, k, v, ends, scale, window)
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, ends: Sequence[int], scale: float,
+    window: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `attention` to q (T, H, D), k and v (T, K, D)."""
+    return (native if attends(q) else reference).attention_backward(dout, q, k, v, out, sums, ends, scale, window)
 
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -124,20 +176,20 @@ def low_rank_backward(
 
 
 def adapted(
-    x: Tensor, weight: Weight, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float]
+    x: Tensor, weight: Weight, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float], narrow: bool = False
 ) -> tuple[Tensor, list[Tensor | None]]:
     """x (tokens, in) -> x W^T and, on each range of tokens, its slot's low-rank product (tokens, out); h of each range."""
     one = _only(len(x), ranges, A, B)
     if one is not None and native.multiplies(x):
-        y, h = native.adapted(x, weight, one[0], one[1], scale[ranges[0][2]])
+        y, h = native.adapted(x, weight, one[0], one[1], scale[ranges[0][2]], narrow)
         return y, [h]
-    y = matmul(x, weight)
+    y = matmul(x, weight, narrow)
     return y, low_rank_routed(y, x, ranges, A, B, scale)
 
 
 def adapted_backward(
     dy: Tensor, x: Tensor, weight: Weight, hidden: Sequence[Tensor | None], ranges: Sequence[Range], A: Slots, B: Slots,
-    scale: Sequence[float], wants_dx: bool,
+    scale: Sequence[float], wants_dx: bool, narrow: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """The gradients of `adapted`: to x (tokens, in) where wanted, and to each slot's A and B as `low_rank_routed_backward`."""
     one = _only(len(x), ranges, A, B)
@@ -146,9 +198,11 @@ def adapted_backward(
         assert h is not None
         dA: list[Tensor | None] = [None] * len(A)
         dB: list[Tensor | None] = [None] * len(B)
-        dx, dA[slot], dB[slot] = native.adapted_backward(dy, x, weight, h, one[0], one[1], scale[slot], wants_dx)
+        dx, dA[slot], dB[slot] = native.adapted_backward(
+            dy, x, weight, h, one[0], one[1], scale[slot], wants_dx, narrow
+        )
         return dx, dA, dB
-    dx = matmul_t(dy, weight) if wants_dx else None
+    dx = matmul_t(dy, weight, narrow) if wants_dx else None
     return dx, *low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)
 
 
@@ -186,3 +240,61 @@ def low_rank_routed_backward(
     if triton.usable("low_rank_routed", dy) and triton.fits(dy, dy if dx is None else dx, A):
         return triton.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)
     return reference.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx, one=low_rank_backward)
+
+
+def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update) -> None:
+    """One step of AdamW, in place: `parameter` (float32 or bfloat16, any shape), `gradient` of its shape, its moments.
+
+    Moments may be on another device than the parameter; they stay there. `reference_adamw.py` has the formula.
+    """
+    if native.adamw.fits(parameter, gradient, moments) and native.usable("adamw_step", parameter):
+        return native.adamw_step(parameter, gradient, moments, update)
+    return reference_adamw.adamw(parameter, gradient, moments, update)
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """The sum of the squares of all values, in float64: () on the tensor's device, the same for any number of threads."""
+    if tensor.dtype in (torch.float32, torch.bfloat16) and native.usable("sum_of_squares", tensor):
+        return native.sum_of_squares(tensor)
+    return reference_adamw.sum_of_squares(tensor)
+
+
+def few(x: Tensor) -> bool:
+    """Whether `matmul` with a dense weight is faster for x (rows, in) than PyTorch's own: a few rows, as in decoding."""
+    return native.few(x)
+
+
+def add_routed(y: Tensor, x: Tensor, routes: Routes) -> None:
+    """y (tokens, out) += s (x A^T) B^T in place, each range of tokens its own; `routes` is made once for many passes.
+
+    Nothing is recorded or returned for a backward pass: this is `low_rank_routed` for decoding.
+    """
+    if not native.add_routed(y, x, routes):
+        ranges = [(first, last, i) for i, (first, last) in enumerate(routes.ranges)]
+        factors = routes.factors
+        low_rank_routed(y, x, ranges, [f.A for f in factors], [f.B for f in factors], [f.scale for f in factors])
+
+
+def attend_rows(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    of: Attention,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> None:
+    """out[rows] (T, H, V) = attention of the single tokens q[rows] (T, H, D), each over its own sequence's past and itself.
+
+    keys (positions, K, D) and values (positions, K, V) hold blocks; `of` says which rows, how much each sees, and its blocks.
+    """
+    same = q.dtype == keys.dtype == values.dtype == torch.float32 and q.stride(2) == 1 and out.is_contiguous()
+    if same and native.usable("rows", q):
+        native.attend_rows(q, keys, values, out, of, scale, window, softcap)
+        return
+    reference.attend_rows(
+        q, keys, values, out, rows=of.rows, visible=of.visible, table=of.table, block=of.block, scale=scale, window=window,
+        softcap=softcap,
+    )  # fmt: skip

@@ -41,10 +41,18 @@ def keep_mask(token_keys: torch.Tensor, module_key: int, features: int, dropout:
     return words >= threshold
 
 
-def uniform_words(count: int, *key: int | str, device: torch.device | None = None) -> torch.Tensor:
-    """`count` 32-bit words for a named purpose, (count,) int32."""
-    index = torch.arange(count, dtype=torch.int64, device=device)
-    return mix(mix((index + hash_words(*key) * 0x9E3779B1).to(torch.int32)) ^ hash_words("words", *key))
+def uniform_words(
+    count: int, *key: int | str, first: int = 0, device: torch.device | None = None
+) -> torch.Tensor:
+    """`count` 32-bit words for a named purpose, those from number `first` on, (count,) int32."""
+    start, turn = word_keys(*key)
+    index = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    return mix(mix((index + start).to(torch.int32)) ^ turn)
+
+
+def word_keys(*key: int | str) -> tuple[int, int]:
+    """What `uniform_words` adds to a word's number, and what it turns its hash with; the first counts modulo 2^32."""
+    return hash_words(*key) * 0x9E3779B1, hash_words("words", *key)
 
 
 def uniform(shape: tuple[int, ...], *key: int | str) -> torch.Tensor:

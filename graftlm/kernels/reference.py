@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -279,3 +280,99 @@ def low_rank_routed_backward(
         dA[slot] = da if old_a is None else old_a.add_(da)
         dB[slot] = db if old_b is None else old_b.add_(db)
     return dA, dB
+
+
+# ---- attention of single tokens over keys and values kept in blocks -------------------------------------------------
+
+
+def attend_rows(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    *,
+    rows: Tensor,
+    visible: Tensor,
+    table: Tensor,
+    block: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> None:
+    """out[rows] (T, H, V) = attention of the single tokens q[rows] (T, H, D), each over its own sequence's past and itself.
+
+    keys (positions, K, D) and values (positions, K, V) hold blocks of `block` positions; token i of the n in `rows` sees the
+    first `visible[i]` positions of the blocks `table[i]`, or the last `window` of them where that is not 0.
+    """
+    most = int(visible.max())
+    at = torch.arange(most, device=q.device)  # (most,)
+    places = table[:, at // block] * block + at % block  # (n, most)
+    seen = at[None] < visible[:, None]  # (n, most)
+    if window:
+        seen &= at[None] >= visible[:, None] - window
+    places = torch.where(seen, places, places[:, :1])  # behind a sequence's end stand blocks that are nobody's
+    groups = q.shape[1] // keys.shape[1]
+    k, v = (t[places].transpose(1, 2).repeat_interleave(groups, dim=1) for t in (keys, values))  # (n, H, most, D)
+    scores = (q[rows][:, :, None] @ k.to(q.dtype).transpose(-1, -2)) * scale  # (n, H, 1, most)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    answer = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v.to(q.dtype)  # (n, H, 1, V)
+    out[rows] = answer[:, :, 0]
+
+
+# ---- attention over segments --------------------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """Causal attention within each segment: q (T, H, D), k and v (T, K, D) with H a multiple of K -> out (T, H, D).
+
+    `ends` (n + 1) are the segments' first tokens and T; `window` is how many keys a query sees, itself the last, 0 all.
+    Also returns the logarithm of each query's sum of exponentials (T, H), which the backward wants.
+    """
+    out, sums = torch.empty_like(q), q.new_empty(q.shape[:2])
+    for first, last in pairwise(ends):
+        scores = _scores(q[first:last], k[first:last], scale, window)  # (H, L, L)
+        sums[first:last] = torch.logsumexp(scores, -1).T
+        out[first:last] = (torch.softmax(scores, -1) @ _heads(v[first:last], q)).transpose(0, 1)
+    return out, sums
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    ends: Sequence[int],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `attention` to q (T, H, D), k and v (T, K, D); Dao et al. 2022, appendix B."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = (dout * out).sum(-1)  # (T, H)
+    for first, last in pairwise(ends):
+        part = slice(first, last)
+        kv_shape = (last - first, k.shape[1], -1, k.shape[2])  # (L, K, groups, D)
+        p = torch.exp(_scores(q[part], k[part], scale, window) - sums[part].T[..., None])  # (H, L, L)
+        slope = dout[part].transpose(0, 1)  # (H, L, D)
+        ds = p * (slope @ _heads(v[part], q).transpose(-1, -2) - delta[part].T[..., None]) * scale
+        dq[part] = (ds @ _heads(k[part], q)).transpose(0, 1)
+        dk[part] = (ds.transpose(-1, -2) @ q[part].transpose(0, 1)).transpose(0, 1).reshape(kv_shape).sum(2)
+        dv[part] = (p.transpose(-1, -2) @ slope).transpose(0, 1).reshape(kv_shape).sum(2)
+    return dq, dk, dv
+
+
+def _heads(kv: Tensor, q: Tensor) -> Tensor:
+    """(L, K, D) -> (H, L, D): each key-value head as often as query heads share it."""
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1).transpose(0, 1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, window: int) -> Tensor:
+    """(H, L, L), -infinity where a query may not see a key."""
+    at = torch.arange(len(q), device=q.device)
+    hidden = at[:, None] < at[None, :]
+    if window:
+        hidden |= at[:, None] - at[None, :] >= window
+    return (scale * (q.transpose(0, 1) @ _heads(k, q).transpose(-1, -2))).masked_fill(hidden, -math.inf)

@@ -32,11 +32,14 @@ class PeakMemory:
     """Measures the highest memory in use while it is open.
 
     with PeakMemory(device) as memory: ...; memory.bytes
+
+    `keep` leaves a GPU's own record as it is, for one that is open around this one; the peak is then that of both.
     """
 
-    def __init__(self, device: torch.device, every_seconds: float = 0.01) -> None:
+    def __init__(self, device: torch.device, every_seconds: float = 0.01, *, keep: bool = False) -> None:
         self.device = device
         self.every = every_seconds
+        self.keep = keep
         self.start = 0
         self.bytes = 0
         self._stop = threading.Event()
@@ -44,7 +47,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+            if not self.keep:
+                torch.cuda.reset_peak_memory_stats(self.device)
             return self
         self.start = self.bytes = own_memory()
         self._thread = threading.Thread(target=self._sample, daemon=True)

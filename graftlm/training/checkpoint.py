@@ -4,54 +4,79 @@
     best.json            which step had the lowest held-out loss
 
 There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is whole or not there
-(see `files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete.
+(see `files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete: what stays
+is the newest `keep` and, for each of these, the best step as it was known then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from graftlm.errors import RunError
-from graftlm.files import damage, whole_folder, write_json
+from graftlm.errors import Diverged, RunError
+from graftlm.files import clear_left, damage, whole_folder, write_json
+from graftlm.tensorfile import read_header, read_json
 from graftlm.training.trial import Evaluation, RowLoss, Trial
 
+TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+_MOST_STATE_BYTES = 1 << 30  # it holds three numbers for each held-out row
 
-def save(run: Path, trial: Trial, identity: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint of `trial` after its current step; keeps the newest `keep` and the best."""
+
+def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint of `trial` after its current step, `said` beside it (JSON); keeps the newest `keep` and the best.
+
+    Raises OSError or SafetensorError where it cannot be written (`runfolder.writing` says it in words), and Diverged for a
+    tensor that is not finite; the older checkpoints are then as they were.
+    """
     place = run / "checkpoints" / f"{trial.step:06d}"
-    for left in place.parent.glob(".*"):  # half-written, by a process that was killed; the run folder is ours alone
-        shutil.rmtree(left, ignore_errors=True)
+    tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
+    states = {n: t.detach().cpu().contiguous() for n, t in trial.optimizer.state().items()}
+    for name, tensor in (*tensors.items(), *states.items()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise Diverged(f"{trial.name}: '{name}' is not finite after step {trial.step}; lower --learning-rate")
+    state = {
+        "step": trial.step,
+        "optimizer_steps": trial.optimizer.steps,
+        "tokens": trial.tokens,
+        "trained_tokens": trial.trained_tokens,
+        "evaluations": trial.evaluations,
+        "first": _to_json(trial.first),
+        "last": _to_json(trial.last),
+        "best": _to_json(trial.best),
+        **said,
+    }
+    clear_left(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
     with whole_folder(place, manifest=True) as folder:
-        tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
-        save_file(tensors, folder / "trainable.safetensors")
-        save_file(
-            {n: t.cpu().contiguous() for n, t in trial.optimizer.state().items()}, folder / "optimizer.safetensors"
-        )
-        state = {
-            "step": trial.step,
-            "optimizer_steps": trial.optimizer.steps,
-            "tokens": trial.tokens,
-            "trained_tokens": trial.trained_tokens,
-            "evaluations": trial.evaluations,
-            "first": _to_json(trial.first),
-            "last": _to_json(trial.last),
-            "best": _to_json(trial.best),
-            "identity": identity,
-        }
-        write_json(folder / "state.json", state)
+        save_file(tensors, folder / TRAINABLE)
+        save_file(states, folder / OPTIMIZER)
+        write_json(folder / STATE, state)
     name_best(run, trial)
-    best = trial.best.step if trial.best is not None else -1
-    for old in _folders(run)[:-keep]:
-        if int(old.name) != best:
-            shutil.rmtree(old, ignore_errors=True)
+    _remove_old(run, trial.step, keep)
     return place
+
+
+def _remove_old(run: Path, step: int, keep: int) -> None:
+    """Take away what the checkpoint of `step`, just written, has made needless.
+
+    Later ones are of a future that was given up: damaged, and passed over when the run went on from an earlier one.
+    """
+    found = _folders(run)
+    kept = [folder for folder in found if int(folder.name) <= step][-keep:]
+    wanted = {folder.name for folder in kept}
+    for folder in kept:
+        with contextlib.suppress(RunError, KeyError, TypeError):  # a damaged one has no wishes
+            wanted.add(f"{read_state(folder)['best']['step']:06d}")
+    for folder in found:
+        if folder.name not in wanted:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(run: Path, step: int) -> None:
@@ -62,7 +87,7 @@ def remove(run: Path, step: int) -> None:
 
 
 def name_best(run: Path, trial: Trial) -> None:
-    """Write best.json."""
+    """Write best.json. Raises OSError."""
     if trial.best is not None:
         write_json(run / "best.json", {"step": trial.best.step, "loss": trial.best.loss})
 
@@ -83,34 +108,62 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def load(folder: Path, trial: Trial, identity: dict[str, Any]) -> None:
-    """Put a checkpoint back into `trial`; RunError names every option, data or base that is not the same any more."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    changed = [
-        f"{key.replace('_', '-')} was {state['identity'].get(key)!r}, now {value!r}"
-        for key, value in identity.items()
-        if state["identity"].get(key) != value
-    ]
-    if changed:
-        raise RunError(
-            f"{folder} belongs to another run: {'; '.join(changed)}. Take the same options, or another --out"
-        )
+def whereabouts(run: Path) -> str:
+    """Which checkpoint a run that has failed would go on from, as the end of a sentence."""
+    try:
+        found, _ = newest(run)
+    except RunError as error:
+        return str(error)
+    return "no checkpoint was written" if found is None else f"the newest checkpoint is {found}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's numbers and what was said beside them. Raises RunError."""
+    return read_json(folder / STATE, RunError, most=_MOST_STATE_BYTES)
+
+
+def load(folder: Path, trial: Trial) -> None:
+    """Put a checkpoint back into `trial`. Raises RunError for one that holds something else than this trial has."""
+    state = read_state(folder)
     load_parameters(folder, trial)
-    trial.optimizer.load(load_file(folder / "optimizer.safetensors"), state["optimizer_steps"])
-    trial.step, trial.tokens, trial.trained_tokens = state["step"], state["tokens"], state["trained_tokens"]
-    trial.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
-    trial.first, trial.last, trial.best = (_from_json(state[key]) for key in ("first", "last", "best"))
+    try:
+        trial.optimizer.load(_read_tensors(folder / OPTIMIZER), int(state["optimizer_steps"]))
+        trial.step, trial.tokens, trial.trained_tokens = (int(state[k]) for k in ("step", "tokens", "trained_tokens"))
+        trial.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
+        trial.first, trial.last, trial.best = (_from_json(state[key]) for key in ("first", "last", "best"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RunError(
+            f"{folder} is of another version of Graft, or damaged ({what}); start over in another --out"
+        ) from None
 
 
 def load_parameters(folder: Path, trial: Trial) -> None:
-    """Put only the trained tensors of a checkpoint back."""
-    tensors = load_file(folder / "trainable.safetensors")
+    """Put only the trained tensors of a checkpoint back. Raises RunError for other names, shapes or types."""
+    tensors = _read_tensors(folder / TRAINABLE)
     if set(tensors) != set(trial.parameters):
         odd = sorted(set(tensors) ^ set(trial.parameters))[0]
-        raise RunError(f"{folder} holds other tensors than this run trains, for one '{odd}'")
+        raise RunError(
+            f"{folder} holds other tensors than this run trains, for one '{odd}'; start over in another --out"
+        )
+    for name, parameter in trial.parameters.items():
+        own, other = ((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in (tensors[name], parameter))
+        if own != other:
+            raise RunError(
+                f"{folder} holds '{name}' as {own[1]} of shape {own[0]}, this run trains it as {other[1]} of shape {other[0]}; "
+                "start over in another --out"
+            )
     with torch.no_grad():
         for name, parameter in trial.parameters.items():
             parameter.copy_(tensors[name])
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    read_header(file, RunError)
+    try:
+        return load_file(file)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise RunError(f"{file} cannot be read: {error}") from None
 
 
 def take_best(run: Path, trial: Trial) -> str | None:
@@ -128,7 +181,8 @@ def take_best(run: Path, trial: Trial) -> str | None:
 
 def _folders(run: Path) -> list[Path]:
     folder = run / "checkpoints"
-    return sorted(p for p in folder.glob("*") if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+    found = [p for p in folder.glob("*") if p.is_dir() and p.name.isdecimal()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name))
 
 
 def _to_json(evaluation: Evaluation | None) -> Any:

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from graftlm.base.load import Base
 from graftlm.data.documents import Document
-from graftlm.errors import TrainingError
+from graftlm.errors import Diverged, TrainingError
 from graftlm.segments import Segments, pack, running
+from graftlm.training import in_backward, notfinite
 from graftlm.training.loss import weighted_loss
-from graftlm.training.optimizer import clip, gradient_norm
+from graftlm.training.optimizer import clip_factor
 from graftlm.training.trial import Evaluation, RowLoss, Trial
+from graftlm.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,17 @@ class Observer(Protocol):
 def train(base: Base, trials: Sequence[Trial], tokens_per_pass: int, observer: Observer) -> None:
     """Train every trial to its last step, or until the observer ends the run.
 
-    Raises TrainingError when a loss or gradient is not finite, and for a trained tensor that gets no gradient.
+    Raises TrainingError when a loss or gradient is not finite, for a trained tensor that gets no gradient, and after three
+    steps for one that did not change or a frozen one that did; ConfigError when a trial steps inside the backward pass and a
+    step needs several passes.
     """
+    in_backward.refuse_more_passes(base, trials, tokens_per_pass)
+    watches = {t.slot: Watch(base, t.parameters, t.optimizer.epsilon) for t in trials if not t.done}
     for trial in trials:
         if trial.wants_evaluation and trial.first is None:
             _evaluate(base, trial, tokens_per_pass, observer)
     while active := [trial for trial in trials if not trial.done]:
-        for trial, result in zip(active, optimizer_step(base, active, tokens_per_pass)):
+        for trial, result in zip(active, optimizer_step(base, active, tokens_per_pass, watches)):
             observer.stepped(trial, result)
         for trial in active:
             if trial.wants_evaluation:
@@ -77,8 +83,10 @@ def _evaluate(base: Base, trial: Trial, tokens_per_pass: int, observer: Observer
     rows = tuple(row_losses(base, trial.held_out, trial.slot, tokens_per_pass))
     bad = [row.row for row in rows if not math.isfinite(row.loss)]
     if bad:
-        raise TrainingError(
-            f"{trial.name}: the loss is not finite after step {trial.step} on held-out rows {_some(bad)}. "
+        first = [(0, i, document) for i, document in enumerate(trial.held_out) if document.row == bad[0]]
+        where, _ = _blame(base, trial, first, back=False)
+        raise Diverged(
+            f"{trial.name}: the loss is not finite after step {trial.step} on held-out rows {_some(bad)}{where}. "
             "Lower --learning-rate, or look at these rows"
         )
     evaluation = Evaluation(trial.step, rows)
@@ -158,8 +166,10 @@ def forward(base: Base, laid: Pass) -> tuple[Tensor, Tensor]:
     return weighted_loss(base, hidden[laid.sources], laid.labels, laid.weights, laid.slots)
 
 
-def optimizer_step(base: Base, trials: Sequence[Trial], tokens_per_pass: int) -> list[StepResult]:
-    """One step of every trial, their documents sharing the passes."""
+def optimizer_step(
+    base: Base, trials: Sequence[Trial], tokens_per_pass: int, watches: dict[int, Watch] | None = None
+) -> list[StepResult]:
+    """One step of every trial, their documents sharing the passes; `watches`, by slot, see the first steps."""
     started = time.perf_counter()
     work: list[Work] = []
     counts: list[tuple[int, int]] = []
@@ -176,7 +186,8 @@ def optimizer_step(base: Base, trials: Sequence[Trial], tokens_per_pass: int) ->
         laid = lay_out(base, group)
         with running(laid.segments):
             total, losses = forward(base, laid)
-            total.backward()
+            with in_backward.stepping(trials, losses, watches or {}):
+                total.backward()
         for slot, first, last in laid.slots:
             sums[slot] += float(losses[first:last].sum())
         if not torch.isfinite(losses).all():
@@ -186,26 +197,50 @@ def optimizer_step(base: Base, trials: Sequence[Trial], tokens_per_pass: int) ->
     results: list[StepResult] = []
     for trial, (tokens, trained) in zip(trials, counts):
         loss = sums[trial.slot] / trained
-        norm = gradient_norm(trial.parameters.values())
+        norm = trial.optimizer.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            rows = [w.document.row for w in bad if w.slot == trial.slot]
-            rows = rows or [trial.documents[i].row for _, i in trial.order.step(trial.step)]
+            drawn = [(trial.seed, draw, trial.documents[i]) for draw, i in trial.order.step(trial.step)]
+            where, rows = _blame(base, trial, drawn, back=True)
+            rows = [w.document.row for w in bad if w.slot == trial.slot] or rows or [d.row for _, _, d in drawn]
             what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
-            raise TrainingError(
-                f"{trial.name}: {what} at step {trial.step + 1} on rows {_some(rows)}. "
+            raise Diverged(
+                f"{trial.name}: {what} at step {trial.step + 1} on rows {_some(rows)}{where}. "
                 "Lower --learning-rate, or look at these rows"
             )
         if trial.step == 0:
             _refuse_untrained(trial)
-        clip(trial.parameters.values(), norm, trial.max_grad_norm)
         rate = trial.schedule(trial.step)
-        trial.optimizer.step(rate)
-        trial.optimizer.zero_grad()
+        watch = (watches or {}).get(trial.slot)
+        if not trial.optimizer.in_backward:
+            factor = clip_factor(norm, trial.max_grad_norm)
+            if watch is not None:
+                watch.gradients(rate, trial.optimizer.ratios, factor)
+            trial.optimizer.step(rate, factor)
+            trial.optimizer.zero_grad()
         trial.step += 1
+        if watch is not None:
+            trial.notes += watch.stepped(trial.name, _beside)
         trial.tokens += tokens
         trial.trained_tokens += trained
         results.append(StepResult(trial.step, loss, rate, norm, tokens, trained, time.perf_counter() - started))
     return results
+
+
+def _blame(
+    base: Base, trial: Trial, documents: Sequence[tuple[int, int, Document]], *, back: bool
+) -> tuple[str, list[str]]:
+    """Where the first number that is not finite comes from, as words, and on which rows; (seed, draw, document) are given."""
+
+    def run(i: int) -> None:
+        seed, draw, document = documents[i]
+        laid = lay_out(base, [Work(document, trial.slot, (seed, draw), 1.0 / max(1, int(document.trained[1:].sum())))])
+        with running(laid.segments), torch.set_grad_enabled(back):
+            total, _ = forward(base, laid)
+            if back and total.requires_grad:
+                total.backward()
+
+    where, rows = notfinite.first(base.model, [d.row for _, _, d in documents], trial.parameters.items(), run)
+    return (f"; first {where}" if where else ""), rows
 
 
 def _refuse_untrained(trial: Trial) -> None:
@@ -214,8 +249,9 @@ def _refuse_untrained(trial: Trial) -> None:
     Experts that are modules of their own, `layers.1.experts.2.up.weight`, may wait for a token as long as another
     expert beside them got one.
     """
-    reached = {_beside(name) for name, p in trial.parameters.items() if p.grad is not None} - {None}
-    missing = [n for n, p in trial.parameters.items() if p.grad is None and _beside(n) not in reached]
+    got = trial.optimizer.squares
+    reached = {_beside(name) for name in got} - {None}
+    missing = [name for name in trial.parameters if name not in got and _beside(name) not in reached]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         way_out = (

@@ -4,8 +4,10 @@
 
 With weight = 1 / (trained tokens of the whole optimizer step) the gradient does not depend on how the step's documents
 were split into passes. Each chunk's gradient is taken at once, in the forward pass, and its logits freed, so memory is
-linear in tokens and not in tokens times vocabulary (the idea of Liger-Kernel's fused linear cross entropy; here over the
-model's own head code, whatever it does to its logits).
+linear in tokens and not in tokens times vocabulary (the idea of Liger-Kernel's fused linear cross entropy).
+
+Where the logits are the head's product and nothing else, and the head carries no adapter, the logits of a chunk become
+their own gradient in place. Elsewhere autograd runs through the model's own code, whatever that does to its logits.
 
 Letters: n trained tokens, w width, V vocabulary.
 """
@@ -19,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftlm import kernels
 from graftlm.adapters.bank import Bank
-from graftlm.base.linear import Stored
+from graftlm.base.linear import Stored, StoredLinear
 from graftlm.base.load import Base
 from graftlm.segments import Segments, running
 
 CHUNK_LOGITS = 1 << 23  # values of logits that exist at once: 32 MB in float32
+PANEL = 1 << 10  # rows of the head whose gradient is made at once where it is then rounded to another type
 
 
 def _chunks(slots: Sequence[tuple[int, int, int]], size: int) -> list[tuple[int, int, int]]:
@@ -66,9 +70,9 @@ class _HeadLoss(torch.autograd.Function):
                 if own is not None:
                     total = totals[i]
                     totals[i] = own.float() if total is None else total + own
-        ctx.save_for_backward(*([gradient] if gradient is not None else []), *totals)
+        own_types = (None if t is None else t.to(p.dtype) for t, p in zip(totals, trained))  # held until the pass is over
+        ctx.save_for_backward(*([gradient] if gradient is not None else []), *own_types)
         ctx.with_hidden = gradient is not None
-        ctx.kinds = [p.dtype for p in trained]
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
@@ -77,8 +81,66 @@ class _HeadLoss(torch.autograd.Function):
         scale = grads[0]
         saved = list(ctx.saved_tensors)
         dh = saved.pop(0) * scale if ctx.with_hidden else None
-        own = (None if t is None else (t * scale).to(kind) for t, kind in zip(saved, ctx.kinds))
-        return (dh, None, None, None, None, *own)
+        return (dh, None, None, None, None, *(None if t is None else t.mul_(scale) for t in saved))
+
+
+class _PlainHeadLoss(torch.autograd.Function):
+    """The same where logits are hidden W^T: a chunk's logits become their gradient, and meet W once more."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: StoredLinear, W: Tensor, labels: Tensor, weights: Tensor) -> Any:
+        wants_hidden, _, wants_head = ctx.needs_input_grad[:3]
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
+        dh = torch.empty_like(hidden) if wants_hidden else None  # (n, w)
+        dW: Tensor | None = None  # (V, w)
+        for first, last in _rows(len(hidden), len(W)):
+            part = hidden[first:last]
+            logits = head(part)  # (c, V)
+            if logits.requires_grad:
+                logits = logits.detach()
+            asked = weights[first:last] if wants_hidden or wants_head else None
+            losses[first:last] = kernels.cross_entropy_in_place(logits, labels[first:last], asked)
+            if dh is not None:
+                dh[first:last] = kernels.matmul_t(logits, W, head.narrow)
+            if wants_head:
+                if last - first == len(hidden):
+                    dW = _head_gradient(logits, part, head, W)
+                else:
+                    own = kernels.weight_gradient(logits, part, head.narrow)
+                    dW = own.float() if dW is None else dW.add_(own)
+        ctx.save_for_backward(dh, None if dW is None else dW.to(W.dtype))  # held until the whole pass is over
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        dh, dW = ctx.saved_tensors
+        scale = grads[0]
+        return None if dh is None else dh * scale, None, None if dW is None else dW.mul_(scale), None, None
+
+
+def _head_gradient(dlogits: Tensor, hidden: Tensor, head: StoredLinear, W: Tensor) -> Tensor:
+    """dlogits (n, V), hidden (n, w) -> dlogits^T hidden (V, w) in W's type, never as a whole in a wider one."""
+    if W.dtype == hidden.dtype:
+        return kernels.weight_gradient(dlogits, hidden, head.narrow)
+    dW = torch.empty_like(W)
+    for first in range(0, len(W), PANEL):
+        dW[first : first + PANEL] = kernels.weight_gradient(dlogits[:, first : first + PANEL], hidden, head.narrow)
+    return dW
+
+
+def _rows(count: int, vocabulary: int) -> list[tuple[int, int]]:
+    """(first, last) pieces of `count` rows whose logits may exist at once."""
+    size = max(16, CHUNK_LOGITS // vocabulary)
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _plain_head(base: Base, trained: Sequence[nn.Parameter]) -> StoredLinear | None:
+    """The head, where it alone stands between hidden states and logits, without an adapter and with nothing else trained."""
+    head = base.anatomy.head
+    if not base.anatomy.plain_head or not isinstance(head, StoredLinear) or head.weight is None or head.bank is not None:
+        return None
+    return head if all(p is head.weight for p in trained) else None
 
 
 def tail_parameters(base: Base) -> list[nn.Parameter]:
@@ -100,8 +162,13 @@ def weighted_loss(
     hidden (n, w) are the states in front of each trained token, labels (n,) the tokens, weights (n,) float32;
     `slots` gives (slot, first, last) over the n rows.
     """
+    trained = tail_parameters(base) if torch.is_grad_enabled() else []
+    head = _plain_head(base, trained)
+    if head is not None:
+        total, losses = _PlainHeadLoss.apply(hidden, head, head.weight, labels, weights)  # pyright: ignore
+        return total, losses
     if torch.is_grad_enabled():
-        total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, *tail_parameters(base))  # pyright: ignore
+        total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, *trained)  # pyright: ignore
         return total, losses
     size = max(16, CHUNK_LOGITS // base.anatomy.vocabulary)
     parts = [_piece(base, hidden[a:b], labels[a:b], slot) for slot, a, b in _chunks(slots, size)]

@@ -14,17 +14,19 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from graftlm import __version__, kernels
 from graftlm.errors import RunError
-from graftlm.files import write_json
+from graftlm.files import write_json, write_text
+from graftlm.training import checkpoint
 
 LOCK = ".running"
 
@@ -87,12 +89,27 @@ def locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
         raise RunError(f"{out} is in use by process {owner}; wait for it, or take another --out") from None
     try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        try:
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        except OSError as error:
+            raise RunError(f"--out {out} cannot be written to: {error.strerror}") from None
         yield
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Say what is left of a run that cannot be written any more: RunError instead of OSError and SafetensorError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{out} could not be written to ({error}); {checkpoint.whereabouts(out)}. "
+            "Make room, and go on with the same command and --resume"
+        ) from None
 
 
 class Metrics:
@@ -111,7 +128,8 @@ class Metrics:
         self._stream.flush()
 
     def close(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # what could not be flushed has been said where it was written
+            self._stream.close()
 
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -124,10 +142,10 @@ def read_lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON-lines file in one piece."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    """Write a JSON-lines file in one piece. Raises OSError."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-__all__ = ["LOCK", "Metrics", "check_free", "environment", "locked", "read_lines", "write_json", "write_lines"]
+__all__ = [
+    "LOCK", "Metrics", "check_free", "environment", "locked", "read_lines", "write_json", "write_lines", "writing",
+]  # fmt: skip

@@ -66,6 +66,8 @@ class Trial:
     best: Evaluation | None = None
     """The one with the lowest loss after at least one step."""
     evaluations: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    notes: list[str] = field(default_factory=list[str])
+    """What the loop found that a user should know."""
 
     @property
     def done(self) -> bool:

@@ -18,27 +18,12 @@ from rich.text import Text
 from graftlm.adapters.attach import Adapter, CoverageRow
 from graftlm.base.load import Base
 from graftlm.data.documents import Dataset
+from graftlm.planning.words import count, size
+from graftlm.training.foresight import Foresight
 from graftlm.training.loop import StepResult
 from graftlm.training.trial import Evaluation, Trial
 
 _LABEL = 11  # width of the labels in front of facts
-
-
-def count(values: float) -> str:
-    """A number of parameters as models are named by: 900, 3.4M, 7.2B."""
-    for unit, power in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if values >= power:
-            return f"{values / power:.1f}{unit}"
-    return f"{values:.0f}"
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that reads best, powers of 1000 as disks and cards are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 class View:
@@ -116,6 +101,13 @@ class View:
     def everything(self, parameters: int) -> None:
         """That no layer is left out."""
         self.fact("trained", f"every weight, {parameters:,} values")
+
+    def ahead(self, ahead: Foresight, rehearsed: int | None) -> None:
+        """What the run is expected to take, and what a pass over its longest batch took."""
+        if ahead.need is None:
+            return
+        took = "" if rehearsed is None else f"; one pass over the longest batch took {size(rehearsed)}"
+        self.fact("memory", f"{size(ahead.need.training)} expected{took}; {ahead.tokens_per_pass:,} tokens a pass")
 
     @contextmanager
     def training(self, trial: Trial) -> Iterator[None]:

@@ -1,4 +1,8 @@
-"""An adapter's files: what is written, and that nothing which does not fit is read."""
+"""An adapter's files as PEFT writes them: what is written, and that nothing which does not fit is read.
+
+The folders that are damaged here have no manifest of ours, which would find every damage by its checksums first
+(test_loader.py); so what is tested is what the loader sees by itself.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +40,13 @@ def saved(base: Base, tmp_path: Path) -> Path:
     folder.mkdir()
     adapter = tiny.adapted(base, targets=("q_proj", "down_proj"), ranks={"down_proj": 2})
     detach(base)
-    about = {"base": {"name": base.name, "fingerprint": base.fingerprint, "precision": "float32"}}
-    adapter_format.save(base, adapter, folder, about)
+    adapter_format.save(base, adapter, folder, {})
     return folder
 
 
 def change(folder: Path, *, tensors: Callable[[Tensors], Any] | None = None, **options: Any) -> None:
-    """Damage an adapter: its tensors through a function, its config by key."""
+    """Damage an adapter without a manifest: its tensors through a function, its config by key."""
+    (folder / "graft.json").unlink(missing_ok=True)
     if tensors is not None:
         named = load_file(folder / "adapter_model.safetensors")
         tensors(named)
@@ -95,7 +99,14 @@ def test_another_architecture_is_refused_by_the_first_tensor_that_fits_nowhere(s
     refused(load_base(str(tiny.folder("gpt2")), device="cpu"), saved, "fits no layer", "another architecture")
 
 
+def zero_b(named: Tensors) -> None:
+    for name in named:
+        if "lora_B" in name:
+            named[name].zero_()
+
+
 DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "B zero in every tensor": (zero_b, "B is zero in all of its 4 layers"),
     "a layer is missing": (lambda t: [t.pop(k) for k in list(t) if "1.mlp.down_proj" in k], "1 of 4 target layers"),
     "an A is missing": (lambda t: t.pop(f"{PREFIX}0.mlp.down_proj.lora_A.weight"), "has no lora_A"),
     "a B is missing": (lambda t: t.pop(f"{PREFIX}0.mlp.down_proj.lora_B.weight"), "has no lora_B"),
@@ -173,6 +184,13 @@ CONFIGS: dict[str, tuple[Options, str]] = {
     "more targets than tensors": ({"target_modules": ["q_proj", "down_proj", "up_proj"]}, "2 of 6 target layers"),
     "modules to save without tensors": ({"modules_to_save": ["lm_head"]}, "lm_head"),
     "token rows without tensors": ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
+    "targets that are a number": ({"target_modules": 7}, "target_modules is 7"),
+    "a pattern that is no regular expression": ({"rank_pattern": {"(": 3}}, "'(' is not a regular expression"),
+    "targets that are no regular expression": ({"target_modules": "*q_proj"}, "is not a regular expression"),
+    "a list of ranks": ({"rank_pattern": [3]}, "rank_pattern is [3]"),
+    "a rank by pattern in words": ({"rank_pattern": {"q_proj": "3"}}, "rank_pattern is"),
+    "a dropout above one": ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
+    "token rows in words": ({"trainable_token_indices": ["w3"]}, "trainable_token_indices is ['w3']"),
 }
 
 
@@ -230,10 +248,11 @@ def test_a_start_that_changes_the_base_is_refused_with_pefts_conversion(base: Ba
 
 
 def test_files_that_are_missing_or_no_files_of_an_adapter_are_refused(base: Base, saved: Path, tmp_path: Path) -> None:
+    (saved / "graft.json").unlink()
     refused(base, tmp_path / "nothing", "no adapter folder")
     refused(base, tmp_path, "did you mean", str(saved))
     (saved / "adapter_model.safetensors").write_bytes(b"not tensors")
-    refused(base, saved, "cannot be read")
+    refused(base, saved, "cut short or no safetensors file")
     (saved / "adapter_model.safetensors").unlink()
     refused(base, saved, "has no adapter_model.safetensors")
     (saved / "adapter_model.bin").write_bytes(b"\x80")
@@ -250,7 +269,7 @@ def test_a_damaged_manifest_is_refused(base: Base, saved: Path) -> None:
 def test_a_file_cut_short_is_refused(base: Base, saved: Path) -> None:
     file = saved / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
-    refused(base, saved, "cannot be read")
+    refused(base, saved, "adapter_model.safetensors is cut short")
 
 
 def test_tensors_in_16_bits_are_read(base: Base, saved: Path) -> None:

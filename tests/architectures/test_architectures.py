@@ -12,7 +12,6 @@ import bitsandbytes.functional as bnb
 import pytest
 import tiny
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -122,7 +121,7 @@ def test_lora_training_equals_peft_and_peft_reads_the_adapter(
 @every
 def test_all_linear_names_the_tensors_that_pefts_all_linear_names(architecture: str, tmp_path: Path) -> None:
     base = loaded(architecture, "float32")
-    peft = get_peft_model(tiny.plain(base.folder), tiny.peft_config(target_modules="all-linear"))
+    peft = tiny.with_peft(tiny.plain(base.folder), tiny.peft_config(target_modules="all-linear"))
     peft.save_pretrained(tmp_path)
     theirs = {name: tuple(p.shape) for name, p in adapter_format.load(base, tmp_path).parameters().items()}
     ours = {name: tuple(p.shape) for name, p in tiny.adapted(base).parameters().items()}

@@ -15,6 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.cuda._utils import _get_device_index
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from graftlm.base import hf
@@ -398,3 +399,14 @@ def test_the_linear_layers_are_replaced_and_nothing_else_is() -> None:
     assert {name: kind for name, kind in found.items() if kind != "StoredLinear"} == {
         name: kind for name, kind in plain.items() if kind != "Linear"
     }
+
+
+def test_a_plain_cuda_is_the_current_device_and_a_numbered_one_becomes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # What the real one does first; it raises ValueError for a device without a number.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    assert default_device("cuda") == torch.device("cuda")
+    assert default_device("cuda:1") == torch.device("cuda:1")
+    assert chosen == [1]

@@ -25,6 +25,11 @@ void graft_int8_dequantize(const int8_t *values, const float *scale, int64_t row
                            void *dense, int type, int stream, int threads);
 void graft_int8_matvec(const int8_t *values, const float *scale, int64_t out, int64_t in, const float *x,
                        int64_t stride, int64_t rows, float *y, int threads);
+int graft_attention(const struct graft_attention_call *p, int back);
+int graft_gemm_level(void);
+int graft_gemm_narrow(void);
+int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const struct graft_matrix *a,
+               const struct graft_matrix *b, float *c, int64_t c_row, float alpha, int add, int threads);
 
 static uint64_t state;
 
@@ -167,12 +172,153 @@ static void round_of(int sets) {
     free_all();
 }
 
+/* A matrix of random values with `rows` of `row` values each, seen turned or not; its values as float32 in `dense`. */
+static float *random_matrix(struct graft_matrix *w, int kind, int64_t rows, int64_t row) {
+    int64_t before = kind == GRAFT_INT8 ? 0 : below(100), gap = kind == GRAFT_NF4 || kind == GRAFT_INT8 ? 0 : below(5);
+    int64_t stride = row + gap, n = before + (rows - 1) * stride + row, blocks = (n + BLOCK - 1) / BLOCK;
+    int64_t groups = (blocks + GROUP - 1) / GROUP;
+    uint8_t *absmax = take(blocks, 1);
+    float *scale = take((kind == GRAFT_INT8 ? rows : groups) * 4, 4), *offset = take(4, 4);
+    float *dense = take(rows * row * 4, 4);
+    void *values = take(kind == GRAFT_FLOAT32 ? n * 4 : kind == GRAFT_BFLOAT16 ? n * 2 : kind == GRAFT_NF4 ? (n + 1) / 2 : n,
+                        kind == GRAFT_FLOAT32 ? 4 : kind == GRAFT_BFLOAT16 ? 2 : 1);
+    *offset = 0.5f;
+    for (int64_t i = 0; i < blocks; i++) absmax[i] = (uint8_t)random_bits();
+    for (int64_t i = 0; i < (kind == GRAFT_INT8 ? rows : groups); i++) scale[i] = fabsf(random_float());
+    for (int64_t i = 0; i < (kind == GRAFT_NF4 ? (n + 1) / 2 : n); i++) {
+        if (kind == GRAFT_FLOAT32 || kind == GRAFT_BFLOAT16)
+            store_float(values, kind == GRAFT_FLOAT32 ? FLOAT32 : BFLOAT16, i, random_float());
+        else
+            ((uint8_t *)values)[i] = (uint8_t)random_bits();
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < row; i++) {
+            int64_t at = before + r * stride + i;
+            float *to = dense + r * row + i;
+            if (kind == GRAFT_FLOAT32 || kind == GRAFT_BFLOAT16)
+                *to = load_float(values, kind == GRAFT_FLOAT32 ? FLOAT32 : BFLOAT16, at);
+            else if (kind == GRAFT_INT8)
+                *to = (float)((int8_t *)values)[at] * scale[r];
+            else
+                *to = made.nf4[nf4_code(values, at)] * (made.dynamic[absmax[at / BLOCK]] * scale[at / BLOCK / GROUP] + *offset);
+        }
+    *w = (struct graft_matrix){before, stride, values, absmax, scale, offset, kind, 0, 0, 0};
+    return dense;
+}
+
+/* Random sizes, kinds and orientations through the matrix product, where this processor has it. */
+static void round_of_products(void) {
+    int64_t m = 1 + below(below(2) ? 30 : 130), n = 1 + below(below(2) ? 40 : 200), k[2], c_row = n + below(3);
+    int terms = 1 + (int)below(2), add = (int)below(2), threads = 1 + (int)below(3);
+    struct graft_matrix a[2], b[2];
+    float *c = take(((m - 1) * c_row + n) * 4, 4), alpha = below(2) ? 1 : 0.5f;
+    double *truth = take(m * n * 8, 8), *size = take(m * n * 8, 8);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++) {
+            float old = random_float();
+            c[i * c_row + j] = old;
+            truth[i * n + j] = add ? old : 0, size[i * n + j] = add ? fabsf(old) : 0;
+        }
+    for (int t = 0; t < terms; t++) {
+        k[t] = 1 + below(below(2) ? 40 : 600);
+        int a_along = (int)below(2), b_along = (int)below(2);
+        float *left = random_matrix(&a[t], GRAFT_FLOAT32, a_along ? k[t] : m, a_along ? m : k[t]);
+        float *right = random_matrix(&b[t], (int)below(4), b_along ? k[t] : n, b_along ? n : k[t]);
+        a[t].along = a_along, b[t].along = b_along;
+        int narrow = b[t].narrow = graft_gemm_narrow() && below(3) == 0;
+        if (narrow && m > 24 && n > 64) { /* as gemm.c has it: smaller ones are not worth it */
+            for (int64_t i = 0; i < m * k[t]; i++) left[i] = float_of((uint32_t)to_bfloat16(left[i]) << 16);
+            for (int64_t i = 0; i < n * k[t]; i++) right[i] = float_of((uint32_t)to_bfloat16(right[i]) << 16);
+        }
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t j = 0; j < n; j++)
+                for (int64_t l = 0; l < k[t]; l++) {
+                    double product = (double)(a_along ? left[l * m + i] : left[i * k[t] + l]) *
+                                     (b_along ? right[l * n + j] : right[j * k[t] + l]) * alpha;
+                    truth[i * n + j] += product, size[i * n + j] += fabs(product);
+                }
+    }
+    if (graft_gemm(m, n, k, terms, a, b, c, c_row, alpha, add, threads)) fail("the product's memory", 2);
+    for (int64_t i = 0; i < m; i++) compare_products("the product", 2, c + i * c_row, truth + i * n, size + i * n, n);
+    free_all();
+}
+
+/* Random segments through attention, forward and backward, against the formula written out. */
+static void round_of_attention(int sets) {
+    int64_t segments = 1 + below(3), group = 1 + below(2), kv_heads = 1 + below(2), heads = group * kv_heads, tokens = 0;
+    int64_t width = 16 * (1 + below(3)), window = below(2) ? 0 : 1 + below(20), *ends = take((segments + 1) * 8, 8);
+    for (int64_t i = 0; i <= segments; i++) ends[i] = tokens, tokens += i < segments ? 1 + below(40) : 0;
+    int64_t q_n = tokens * heads * width, k_n = tokens * kv_heads * width;
+    float *q = take(q_n * 4, 4), *k = take(k_n * 4, 4), *v = take(k_n * 4, 4), *dout = take(q_n * 4, 4);
+    float *out = take(q_n * 4, 4), *sums = take(tokens * heads * 4, 4);
+    float *dq = take(q_n * 4, 4), *dk = take(k_n * 4, 4), *dv = take(k_n * 4, 4);
+    double *o = take(q_n * 8, 8), *tq = take(q_n * 8, 8), *tk = take(k_n * 8, 8), *tv = take(k_n * 8, 8);
+    for (int64_t i = 0; i < q_n; i++) q[i] = random_float() / 4, dout[i] = random_float(), o[i] = tq[i] = 0;
+    for (int64_t i = 0; i < k_n; i++) k[i] = random_float() / 4, v[i] = random_float(), tk[i] = tv[i] = 0;
+    const double scale = 0.25;
+    for (int64_t s = 0; s < segments; s++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t i = ends[s]; i < ends[s + 1]; i++) {
+                double p[41], slope[41], most = -1e300, sum = 0, delta = 0;
+                const float *qi = q + (i * heads + h) * width, *gi = dout + (i * heads + h) * width;
+                int64_t from = window && i - window + 1 > ends[s] ? i - window + 1 : ends[s];
+                for (int64_t j = from; j <= i; j++) {
+                    double dot = 0;
+                    for (int64_t d = 0; d < width; d++) dot += (double)qi[d] * k[(j * kv_heads + h / group) * width + d];
+                    p[j - from] = scale * dot;
+                    if (p[j - from] > most) most = p[j - from];
+                }
+                for (int64_t j = from; j <= i; j++) sum += p[j - from] = exp(p[j - from] - most);
+                for (int64_t j = from; j <= i; j++) {
+                    const float *vj = v + (j * kv_heads + h / group) * width;
+                    p[j - from] /= sum, slope[j - from] = 0;
+                    for (int64_t d = 0; d < width; d++) {
+                        o[(i * heads + h) * width + d] += p[j - from] * vj[d];
+                        slope[j - from] += (double)gi[d] * vj[d];
+                    }
+                    delta += p[j - from] * slope[j - from];
+                }
+                for (int64_t j = from; j <= i; j++) {
+                    int64_t at = (j * kv_heads + h / group) * width;
+                    double ds = p[j - from] * (slope[j - from] - delta) * scale;
+                    for (int64_t d = 0; d < width; d++) {
+                        tq[(i * heads + h) * width + d] += ds * k[at + d], tk[at + d] += ds * qi[d];
+                        tv[at + d] += p[j - from] * gi[d];
+                    }
+                }
+            }
+    struct graft_attention_call call = {
+        .q = q, .k = k, .v = v, .dout = dout, .q_token = heads * width, .q_head = width, .k_token = kv_heads * width,
+        .k_head = width, .v_token = kv_heads * width, .v_head = width, .dout_token = heads * width, .dout_head = width,
+        .heads = heads, .kv_heads = kv_heads, .width = width, .segments = segments, .window = window, .ends = ends,
+        .out = out, .log_sums = sums, .dq = dq, .dk = dk, .dv = dv, .scale = (float)scale, .threads = 1 + (int)below(3)};
+    for (int choice = 0; choice < sets; choice++) {
+        use_set(choice);
+        if (graft_attention(&call, 0) || graft_attention(&call, 1)) fail("attention's memory", choice);
+        const float *found[] = {out, dq, dk, dv};
+        const double *truth[] = {o, tq, tk, tv};
+        for (int t = 0; t < 4; t++)
+            for (int64_t i = 0; i < (t < 2 ? q_n : k_n); i++)
+                if (!(fabs(found[t][i] - truth[t][i]) <= 1e-4 * (1 + fabs(truth[t][i])))) fail("attention", choice);
+    }
+    free_all();
+}
+
+#include "fuzz_fused.h"
+
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 100, sets = 0;
     state = count > 2 ? (uint64_t)atoll(arguments[2]) : 1;
     make_tables();
     while (sets < 3 && graft_name(sets)) printf("%s\n", graft_name(sets++));
     for (int i = 0; i < rounds; i++) round_of(sets);
+    for (int i = 0; i < rounds; i++) round_of_fused(sets);
+    for (int i = 0; i < rounds; i++) round_of_attention(sets);
+    if (graft_gemm_level()) {
+        use_set(sets - 1);
+        for (int i = 0; i < rounds; i++) round_of_products();
+        printf("products too\n");
+    }
     printf("%d rounds\n", rounds);
     return 0;
 }

@@ -1,4 +1,4 @@
-"""Generation writes what transformers' own `generate` writes, and says what it cannot do."""
+"""`graft generate` runs through the engine, says what it cannot do, and asks as the adapter was trained."""
 
 from __future__ import annotations
 
@@ -9,53 +9,44 @@ import tiny
 import torch
 
 from graftlm import demo
+from graftlm.base.chat import Encoder
 from graftlm.base.load import load_base
 from graftlm.config import GenerateConfig
 from graftlm.errors import AdapterError, ConfigError
-from graftlm.serving.generate import choose_format, decode, generate_text, sample
-
-
-def _greedy(place: Path, prompt: list[int], count: int) -> list[int]:
-    base = load_base(str(place), precision="float32")
-    return list(decode(base, prompt, 0, count, 0.0, 1.0, torch.Generator()))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "falcon", "bloom", "mixtral"])
-def test_greedy_decoding_writes_what_transformers_writes(architecture: str) -> None:
-    place = tiny.folder(architecture)
-    prompt = tiny.ids(7).tolist()
-    model = tiny.plain(place)
-    model.generation_config.eos_token_id = None
-    expected = model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, use_cache=True)[0, 7:].tolist()
-    assert _greedy(place, prompt, 9) == expected
-
-
-def test_a_model_that_keeps_its_past_elsewhere_gets_the_whole_text_each_time(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(3)
-    config = transformers.MambaConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=16, state_size=5, num_hidden_layers=2, intermediate_size=32
-    )
-    model = transformers.MambaForCausalLM(config).eval()
-    tiny.write(tmp_path / "mamba", model)
-    prompt = tiny.ids(6).tolist()
-    expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, 6:].tolist()
-    assert _greedy(tmp_path / "mamba", prompt, 8)[: len(expected)] == expected
+from graftlm.serving.generate import complete, complete_all, generate_text
+from graftlm.serving.prompts import choose_format
 
 
 def test_a_prompt_as_long_as_the_model_is_refused_with_both_numbers() -> None:
+    base = load_base(str(tiny.folder("llama")), precision="float32")
     with pytest.raises(ConfigError, match="has 64 tokens, and this model's longest position is 64"):
-        _greedy(tiny.folder("llama"), [5] * 64, 3)
+        complete(base, Encoder(base.tokenizer), [5] * 64)
 
 
 def test_an_empty_prompt_is_refused() -> None:
+    base = load_base(str(tiny.folder("llama")), precision="float32")
     with pytest.raises(ConfigError, match="the prompt is empty"):
-        _greedy(tiny.folder("llama"), [], 3)
+        complete(base, Encoder(base.tokenizer), [])
 
 
-def test_sampling_from_nearly_nothing_takes_the_likeliest() -> None:
-    logits = torch.tensor([0.3, 2.1, -0.7, 1.9])
-    assert sample(logits, 0.7, 1e-6, torch.Generator().manual_seed(1)) == 1
+def test_many_prompts_at_once_are_answered_as_each_alone_through_what_is_attached() -> None:
+    base = load_base(str(tiny.folder("qwen3")), precision="float32")
+    tiny.adapted(base, slot=3)
+    encoder = Encoder(base.tokenizer)
+    prompts = [tiny.ids(3 + i, seed=i).tolist() for i in range(20)]
+    for slot in (0, 3):
+        together = complete_all(base, encoder, prompts, slot=slot, max_tokens=7)
+        assert together == [complete(base, encoder, prompt, slot=slot, max_tokens=7) for prompt in prompts]
+
+
+def test_the_text_that_is_shown_is_the_text_that_is_returned() -> None:
+    base = load_base("demo", precision="float32")
+    encoder = Encoder(base.tokenizer)
+    shown: list[str] = []
+    prompt = encoder.prompt_text("Describe this product.\nname: Velmora\nkind: kettle\nDescription:")
+    done = complete(base, encoder, prompt, max_tokens=30, show=shown.append)
+    assert "".join(shown) == done.text
+    assert len(shown) > 10
 
 
 def test_the_demo_base_is_asked_in_text_because_it_was_trained_on_texts() -> None:
@@ -90,10 +81,11 @@ def test_an_adapter_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "other"
     shutil.copytree(tiny_run.folder(), model)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["added_tokens"][0]["lstrip"] = not tokenizer["added_tokens"][0]["lstrip"]
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = GenerateConfig(model=str(model), adapter=tmp_path / "run" / "adapter", prompt="ab")
-    with pytest.raises(AdapterError, match="was trained with tokenizer"):
+    with pytest.raises(AdapterError, match="was trained with another tokenizer"):
         generate_text(config)
 
 
@@ -107,6 +99,15 @@ def test_an_adapter_on_another_precision_says_so(tmp_path: Path) -> None:
     assert "trained on a base in float32 and runs on nf4" in generate_text(config)["notes"][0]
 
 
+def test_sampling_from_nearly_nothing_takes_the_likeliest() -> None:
+    def asked(**sampling: float) -> str:
+        return generate_text(GenerateConfig(model="demo", prompt="Describe", max_tokens=12, **sampling))["text"]
+
+    assert asked(temperature=0.7, top_p=1e-6) == asked()
+    assert asked(temperature=9.0, seed=1) != asked(temperature=9.0, seed=2)
+
+
 def test_the_bundled_data_are_there_for_both_splits() -> None:
     assert Path(demo.resolve_data("demo", "train")).is_file()
     assert Path(demo.resolve_data("demo", "valid")).is_file()
+    assert torch.get_num_threads() >= 1

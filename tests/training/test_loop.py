@@ -120,17 +120,11 @@ def test_the_gradient_is_that_of_the_plain_mean() -> None:
     assert optimizer_step(base, [trial], 20)[0].grad_norm == pytest.approx(norm, rel=1e-5)
 
 
-def test_untrained_tokens_get_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untrained_tokens_get_no_logits() -> None:
     base = loaded()
     trial = started(base, "lora")
     counted: list[int] = []
-    logits = base.anatomy.logits
-
-    def counting(hidden: Tensor) -> Tensor:
-        counted.append(len(hidden))
-        return logits(hidden)
-
-    monkeypatch.setattr(base.anatomy, "logits", counting)
+    base.anatomy.head.register_forward_hook(lambda module, args, logits: counted.append(len(logits)))
     optimizer_step(base, [trial], 20)
     assert sum(counted) == sum(int(row.trained[1:].sum()) for row in ROWS) < sum(len(row.ids) - 1 for row in ROWS)
 
@@ -244,12 +238,14 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_leaves_the_weights() -> No
 
     def broken(ids: Tensor, segments: Any) -> Tensor:
         states = hidden(ids, segments).clone()
+        if 12 not in segments.lengths:
+            return states
         at = segments.starts[segments.lengths.index(12)]
         states[at : at + 12] = float("nan")
         return states
 
     base.anatomy.hidden = broken  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(TrainingError, match=r"loss nan at step 1 on rows tiny:3\. Lower --learning-rate"):
+    with pytest.raises(TrainingError, match=r"loss nan at step 1 on rows tiny:3; first .*\. Lower --learning-rate"):
         train(base, [trial], 1000, tiny.Heard())
     assert far(before, weights(trial)) == 0
 

@@ -11,11 +11,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from graftlm import kernels
+from graftlm.adapters.bank import Bank
 from graftlm.base.load import Base, load_base
 from graftlm.errors import TrainingError
 from graftlm.segments import running
+from graftlm.training import loss as loss_module
 from graftlm.training.loop import Work, _beside, _refuse_untrained, forward, lay_out, optimizer_step
-from graftlm.training.loss import tail_parameters
+from graftlm.training.loss import tail_parameters, weighted_loss
 
 ROWS = tiny.documents((9, 4, 12))
 SPECIAL = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -106,10 +109,9 @@ def test_of_experts_that_are_modules_one_with_a_gradient_speaks_for_those_beside
     base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
     trial = tiny.trial(base, tiny.adapted(base), ROWS)
     trial.parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in names}
-    for name in (names[1], names[2]):
-        trial.parameters[name].grad = torch.ones(2)
+    trial.optimizer.squares = {name: torch.ones(()) for name in (names[1], names[2])}
     _refuse_untrained(trial)
-    trial.parameters[names[1]].grad = None  # now none of them got a token, or the code does not use them
+    del trial.optimizer.squares[names[1]]  # now none of them got a token, or the code does not use them
     with pytest.raises(TrainingError, match=r"experts\.0\.up\.weight' and 1 more"):
         _refuse_untrained(trial)
 
@@ -118,3 +120,83 @@ def test_layers_do_not_speak_for_each_other() -> None:
     assert _beside("model.layers.1.mixer.dt_proj.weight") is None
     assert _beside("layers.1.experts.2.up.weight") == _beside("layers.1.experts.0.up.weight")
     assert _beside("layers.1.experts.2.up.weight") != _beside("layers.0.experts.2.up.weight")
+
+
+# ---- the head alone --------------------------------------------------------------------------------------------------
+
+
+def both_ways(
+    base: Base, wanted: list[torch.nn.Parameter], monkeypatch: pytest.MonkeyPatch, count: int = 23
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Loss, each token's, and gradients to hidden states and `wanted`: through the plain head, and through the model's code."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(count, base.anatomy.head.in_features, generator=generator).to(base.compute_dtype)
+    labels = torch.randint(0, base.anatomy.vocabulary, (count,), generator=generator)
+    weights = torch.rand(count, generator=generator) + 0.3
+    found: list[list[torch.Tensor]] = []
+    for general in (False, True):
+        if general:
+            monkeypatch.setattr(loss_module, "_plain_head", lambda base, trained: None)
+        h = hidden.clone().requires_grad_()
+        total, losses = weighted_loss(base, h, labels, weights, [(0, 0, count)])
+        found.append([total.detach(), losses, *torch.autograd.grad(total * 1.7, [h, *wanted])])
+        with torch.no_grad():
+            found[-1].append(weighted_loss(base, hidden, labels, weights, [(0, 0, count)])[1])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("chunk", [1 << 23, 16 * tiny.VOCABULARY])
+def test_the_plain_heads_loss_and_gradients_are_those_of_the_models_own_code(
+    architecture: str, trained: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+    base = load_base(str(tiny.folder(architecture)), compute="float32", device="cpu")
+    assert base.anatomy.plain_head
+    base.anatomy.head.weight.requires_grad_(trained)
+    found, wanted = both_ways(base, [base.anatomy.head.weight] if trained else [], monkeypatch)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        tiny.close(a, b, rtol=1e-5)
+
+
+def test_a_head_in_bfloat16_gets_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(str(tiny.folder("llama")), precision="bfloat16", compute="float32", device="cpu")
+    base.anatomy.head.weight.requires_grad_()
+    found, wanted = both_ways(base, [base.anatomy.head.weight], monkeypatch)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        tiny.close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5)
+
+
+def test_logits_become_their_gradient_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    made: list[int] = []
+    used: list[int] = []
+    base.anatomy.head.register_forward_hook(lambda module, args, y: made.append(y.data_ptr()))
+    own = kernels.matmul_t
+    monkeypatch.setattr(kernels, "matmul_t", lambda dy, *rest: used.append(dy.data_ptr()) or own(dy, *rest))
+    hidden = torch.randn(9, 28, requires_grad=True)
+    weighted_loss(base, hidden, torch.arange(9), torch.ones(9), [(0, 0, 9)])
+    assert made == used != []
+
+
+def test_a_model_that_caps_its_logits_has_no_plain_head() -> None:
+    base = load_base(str(tiny.folder("gemma2")), compute="float32", device="cpu")
+    assert not base.anatomy.plain_head
+    assert loss_module._plain_head(base, []) is None
+
+
+def test_a_head_with_an_adapter_or_with_more_that_is_trained_is_not_taken_as_plain() -> None:
+    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    assert loss_module._plain_head(base, []) is base.anatomy.head
+    assert loss_module._plain_head(base, [torch.nn.Parameter(torch.ones(2))]) is None
+    base.anatomy.head.bank = Bank()
+    assert loss_module._plain_head(base, []) is None
+
+
+def test_a_label_that_is_no_token_of_the_model_is_refused() -> None:
+    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    with pytest.raises(IndexError, match=r"0 \.\. 82"):
+        weighted_loss(base, torch.randn(1, 28), torch.tensor([83]), torch.ones(1), [(0, 0, 1)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +21,8 @@ from tiny_run import adapter_bytes, lines, train, without
 from graftlm.base import hf
 from graftlm.base.load import load_tokenizer
 from graftlm.config import TrainConfig
-from graftlm.errors import ConfigError, DataError, ModelError, RunError, Stopped
+from graftlm.errors import ConfigError, DataError, ModelError, RunError
 from graftlm.files import damage, sha256
-from graftlm.training import checkpoint, loop
-from graftlm.training import run as run_module
-from graftlm.training.run import Recorder
 
 # ---- the run folder -----------------------------------------------------------------------------------------------
 
@@ -88,15 +84,8 @@ def test_evaluation_rows_add_up_to_the_losses_in_the_metrics(tmp_path: Path) -> 
     assert sum(row["loss_after"] for row in rows) / tokens == pytest.approx(evaluated[summary["saved_step"]], rel=1e-12)
 
 
-def contrary(place: Path) -> dict[str, Any]:
-    """Options under which the held-out loss soon rises: what is learnt in training is wrong there."""
-    tiny_run.write_rows(place / "train.jsonl", [{"prompt": f"{i}: ", "completion": "a" * (3 + i)} for i in range(12)])
-    tiny_run.write_rows(place / "valid.jsonl", [{"prompt": f"{i}: ", "completion": "the old mill"} for i in range(5)])
-    return {"learning_rate": 0.1, "schedule": "constant", "eval_every": 1}
-
-
 def test_the_saved_adapter_is_the_best_steps(tmp_path: Path) -> None:
-    summary = train(tmp_path, **contrary(tmp_path))
+    summary = train(tmp_path, **tiny_run.contrary(tmp_path))
     out = tmp_path / "run"
     evaluated = {line["step"]: line["loss"] for line in lines(out / "metrics.jsonl") if line["kind"] == "eval"}
     best = min((loss, step) for step, loss in evaluated.items() if step > 0)[1]
@@ -110,7 +99,7 @@ def test_the_saved_adapter_is_the_best_steps(tmp_path: Path) -> None:
 
 
 def test_training_that_only_makes_it_worse_saves_what_was_trained_and_says_so(tmp_path: Path) -> None:
-    summary = train(tmp_path, **{**contrary(tmp_path), "learning_rate": 3.0, "eval_every": 3})
+    summary = train(tmp_path, **{**tiny_run.contrary(tmp_path), "learning_rate": 3.0, "eval_every": 3})
     assert summary["eval_loss_after"] > summary["eval_loss_before"]
     assert summary["saved_step"] > 0
     rows = lines(tmp_path / "run" / "evaluation.jsonl")
@@ -234,270 +223,6 @@ def test_several_sources_are_mixed_by_weight(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "run" / "data.json").read_text())
     assert [(s["rows"], s["weight"]) for s in data["train"]["sources"]] == [(12, 1.0), (8, 0.5)]
     assert sum(line["kind"] == "train" for line in lines(tmp_path / "run" / "metrics.jsonl")) == 2  # 2 x (12 + 4) rows
-
-
-# ---- checkpoints and going on ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Ask every later run to stop after a step, as a signal would."""
-    settled = Recorder.settled
-
-    def at(step: int) -> None:
-        def stopping(self: Recorder, trials: Any) -> bool:
-            if self.trial.step == step:
-                self.stopped = signal.SIGTERM
-            return settled(self, trials)
-
-        monkeypatch.setattr(Recorder, "settled", stopping)
-
-    return at
-
-
-@pytest.mark.parametrize("step", [1, 2, 5])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_that_was_stopped_and_goes_on_ends_like_one_that_was_not(
-    tmp_path: Path, stop_after: Any, step: int, method: str
-) -> None:
-    options: dict[str, Any] = {"method": method, "learning_rate": 0.01, "weight_decay": 0.1}
-    if method == "lora":
-        options["dropout"] = 0.3
-    train(tmp_path, out=str(tmp_path / "whole"), **options)
-    stop_after(step)
-    with pytest.raises(Stopped, match=f"stopped after step {step} of 6.*--resume") as stopped:
-        train(tmp_path, **options)
-    assert stopped.value.signal_number == signal.SIGTERM
-    stop_after(99)
-    out, whole = tmp_path / "run", tmp_path / "whole"
-    train(tmp_path, resume=True, tokens_per_pass=4096, **options)
-    name = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
-    assert (out / name).read_bytes() == (whole / name).read_bytes()
-    assert (out / "evaluation.jsonl").read_bytes() == (whole / "evaluation.jsonl").read_bytes()
-    assert (out / "best.json").read_bytes() == (whole / "best.json").read_bytes()
-    metrics = without(lines(out / "metrics.jsonl"), "seconds")
-    assert [line for line in metrics if line["kind"] != "event"] == without(lines(whole / "metrics.jsonl"), "seconds")
-    assert [line["step"] for line in metrics if line["kind"] == "event"] == [step]
-
-
-def checkpoints(out: Path) -> list[int]:
-    return sorted(int(path.name) for path in (out / "checkpoints").iterdir())
-
-
-def test_save_every_keeps_the_newest_checkpoints_and_the_best(tmp_path: Path) -> None:
-    train(tmp_path, **contrary(tmp_path), steps=9, save_every=2, keep_checkpoints=2)
-    best = json.loads((tmp_path / "run" / "best.json").read_text())["step"]
-    assert best < 5, "otherwise this test shows nothing"
-    assert checkpoints(tmp_path / "run") == sorted({best, 6, 8})
-
-
-def test_a_checkpoint_confirms_itself_and_a_changed_byte_is_found(tmp_path: Path) -> None:
-    train(tmp_path, eval_data=None, save_every=3)
-    place = tmp_path / "run" / "checkpoints" / "000003"
-    assert damage(place) is None
-    manifest = json.loads((place / "manifest.json").read_text())["files"]
-    assert set(manifest) == {"trainable.safetensors", "optimizer.safetensors", "state.json"}
-    assert manifest["state.json"]["sha256"] == sha256(place / "state.json")
-    for change in (b"", b"\x00"):
-        file = place / "optimizer.safetensors"
-        content = file.read_bytes()
-        file.write_bytes(content[:-1] + change)
-        assert damage(place) is not None
-        file.write_bytes(content)
-    (place / "state.json").unlink()
-    assert damage(place) == "state.json is missing"
-
-
-def break_off(tmp_path: Path, stop_after: Any, **options: Any) -> Path:
-    """A run stopped after step 5 with checkpoints at 2, 4 and 5."""
-    stop_after(5)
-    with pytest.raises(Stopped):
-        train(tmp_path, save_every=2, keep_checkpoints=5, eval_data=None, **options)
-    stop_after(99)
-    assert checkpoints(tmp_path / "run") == [2, 4, 5]
-    return tmp_path / "run"
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, stop_after: Any) -> None:
-    train(tmp_path, out=str(tmp_path / "whole"), eval_data=None)
-    out = break_off(tmp_path, stop_after)
-    with (out / "checkpoints" / "000005" / "trainable.safetensors").open("r+b") as stream:
-        stream.seek(-1, os.SEEK_END)
-        stream.write(b"\x7f")
-    (out / "checkpoints" / "000004" / "manifest.json").write_text("{}")
-    _, text = tiny_run.heard(tmp_path, resume=True, eval_data=None, save_every=2, keep_checkpoints=5)
-    assert "damaged checkpoint 000005: trainable.safetensors has changed" in " ".join(text.split())
-    assert "going on from" in text
-    assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole")
-    steps = [line["step"] for line in lines(out / "metrics.jsonl") if line["kind"] == "train"]
-    assert steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_without_a_whole_checkpoint_there_is_an_error_that_names_them_all(tmp_path: Path, stop_after: Any) -> None:
-    out = break_off(tmp_path, stop_after)
-    for step in (2, 4, 5):
-        (out / "checkpoints" / f"{step:06d}" / "state.json").write_text("{}")
-    with pytest.raises(RunError, match=r"no checkpoint is whole \(000005: state.json has .* 000002.*another --out"):
-        train(tmp_path, resume=True, eval_data=None)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"learning_rate": 0.02}, r"learning-rate was 0\.01, now 0\.02"),
-        ({"batch_size": 4}, r"batch-size was 5, now 4"),
-        ({"steps": 7}, r"steps was 6, now 7"),
-        ({"targets": ["attention"]}, r"targets was \['all-linear'\], now \['attention'\]"),
-        ({"precision": "int8"}, r"precision was 'float32', now 'int8'"),
-    ],
-)
-def test_going_on_with_another_option_is_refused_with_both_values(
-    tmp_path: Path, stop_after: Any, change: dict[str, Any], message: str
-) -> None:
-    stop_after(1)
-    with pytest.raises(Stopped):
-        train(tmp_path, eval_data=None)
-    with pytest.raises(RunError, match=message):
-        train(tmp_path, eval_data=None, resume=True, **change)
-
-
-def test_going_on_with_other_data_is_refused_and_with_the_same_data_elsewhere_is_not(
-    tmp_path: Path, stop_after: Any
-) -> None:
-    stop_after(1)
-    with pytest.raises(Stopped):
-        train(tmp_path, eval_data=None)
-    stop_after(99)
-    other = tiny_run.write_rows(tmp_path / "other.jsonl", tiny_run.rows(12, seed=9))
-    with pytest.raises(RunError, match=r"data-digest was '[0-9a-f]+', now '[0-9a-f]+'"):
-        train(tmp_path, eval_data=None, resume=True, data=[str(other)])
-    moved = tmp_path / "moved.jsonl"
-    shutil.copy(tmp_path / "train.jsonl", moved)
-    train(tmp_path, eval_data=None, resume=True, data=[str(moved)], tokens_per_pass=30, save_every=1)
-
-
-def test_a_default_written_out_is_the_same_option(tmp_path: Path, stop_after: Any) -> None:
-    stop_after(1)
-    with pytest.raises(Stopped):
-        train(tmp_path, learning_rate=None, precision="nf4", method="lora", alpha=None, eval_data=None)
-    stop_after(99)
-    train(tmp_path, learning_rate=2e-4, precision="nf4", alpha=6, eval_data=None, resume=True)
-
-
-def test_a_damaged_best_checkpoint_leaves_the_last_step_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stepped = Recorder.settled
-
-    def spoiling(self: Recorder, trials: Any) -> bool:
-        going_on = stepped(self, trials)
-        for file in (tmp_path / "run" / "checkpoints").glob("*/trainable.safetensors"):
-            file.unlink()
-        return going_on
-
-    monkeypatch.setattr(Recorder, "settled", spoiling)
-    summary, text = tiny_run.heard(tmp_path, **contrary(tmp_path))
-    assert "cannot be used (trainable.safetensors is missing)" in " ".join(text.split())
-    evaluated = {
-        line["step"]: line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"
-    }
-    assert summary["saved_step"] == 6
-    assert summary["eval_loss_after"] == evaluated[6]
-    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 6
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_whose_result_could_not_be_written_is_finished_by_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    options: dict[str, Any] = {"method": method, **contrary(tmp_path)}
-    train(tmp_path, out=str(tmp_path / "whole"), **options)
-
-    def full_disk(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "save_result", full_disk)
-        with pytest.raises(RunError, match=r"No space left.*newest checkpoint is .*000006\. Make room.*--resume"):
-            train(tmp_path, **options)
-    out = tmp_path / "run"
-    assert damage(out / "checkpoints" / "000006") is None
-    assert not (out / "adapter").exists()
-    assert not (out / "model").exists()
-    summary = train(tmp_path, resume=True, **options)
-    name = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
-    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert (out / "evaluation.jsonl").read_bytes() == (tmp_path / "whole" / "evaluation.jsonl").read_bytes()
-    assert summary["steps"] == 6
-    assert checkpoints(out) == checkpoints(tmp_path / "whole")
-    with pytest.raises(RunError, match="has ended"):
-        train(tmp_path, resume=True, **options)
-
-
-def test_a_finished_run_leaves_no_checkpoint_that_nobody_asked_for(tmp_path: Path) -> None:
-    train(tmp_path, eval_data=None)
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_a_disk_too_full_for_the_last_checkpoint_may_have_room_for_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save", full_disk)
-    _, text = tiny_run.heard(tmp_path, eval_data=None)
-    assert "no checkpoint could be written at the end" in " ".join(text.split())
-    assert adapter_bytes(tmp_path / "run")
-    monkeypatch.setattr(run_module, "save_result", full_disk)
-    with pytest.raises(RunError, match="no checkpoint was written"):
-        train(tmp_path, eval_data=None, out=str(tmp_path / "other"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_the_result_is_saved_lets_it_be_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    saving = run_module.save_result
-
-    def interrupted(*args: Any) -> dict[str, Any]:
-        os.kill(os.getpid(), number)
-        return saving(*args)
-
-    monkeypatch.setattr(run_module, "save_result", interrupted)
-    before = signal.getsignal(number)
-    summary, text = tiny_run.heard(tmp_path, eval_data=None)
-    assert "saving the result first" in text
-    assert summary["steps"] == 6
-    assert adapter_bytes(tmp_path / "run")
-    assert signal.getsignal(number) is before
-
-
-def test_resume_in_an_empty_folder_begins(tmp_path: Path) -> None:
-    _, text = tiny_run.heard(tmp_path, resume=True, eval_data=None, steps=1)
-    assert "no checkpoint was written yet" in text
-
-
-def test_resume_without_a_checkpoint_begins_again_without_doubling_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "optimizer_step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path)
-    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [0]
-    train(tmp_path, resume=True)
-    found = [(line["step"], line["kind"]) for line in lines(tmp_path / "run" / "metrics.jsonl")]
-    assert len(found) == len(set(found)) == 6 + 4
-
-
-def test_a_run_that_has_ended_does_not_go_on(tmp_path: Path) -> None:
-    train(tmp_path, eval_data=None, steps=1)
-    with pytest.raises(RunError, match=r"has ended, its result is .*adapter"):
-        train(tmp_path, eval_data=None, steps=1, resume=True)
 
 
 # ---- the output folder ----------------------------------------------------------------------------------------------

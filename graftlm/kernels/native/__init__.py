@@ -19,15 +19,18 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from graftlm.kernels import reference
-from graftlm.kernels.native import gemm
+from graftlm.kernels import reference, reference_adamw
+from graftlm.kernels.moments import Moments
+from graftlm.kernels.native import adamw, fused, gemm
+from graftlm.kernels.native import attention as segment_attention
+from graftlm.kernels.native import rows as few_rows
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
 from graftlm.kernels.trust import Trust
 
@@ -53,6 +56,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "graft_int8_matvec": (None, [_pointer, _pointer, _long, _long, _pointer, _long, _long, _pointer, _int]),
     "graft_huge_pages": (None, [_pointer, _long]),
     **gemm.SIGNATURES,
+    **segment_attention.SIGNATURES,
+    **adamw.SIGNATURES,
+    **fused.SIGNATURES,
+    **few_rows.SIGNATURES,
 }
 
 
@@ -79,6 +86,8 @@ class _Library:
         self.calls: ctypes.CDLL | None = None
         self.reason = ""
         self.instructions = ""
+        self.multiplies = False  # whether our matrix product beats PyTorch's here
+        self.narrows = False  # whether it has instructions for bfloat16
         try:
             names = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
             found = [path for path in names if path.exists()]
@@ -103,6 +112,8 @@ class _Library:
         tables = (reference.NF4_CODE, reference.NF4_MIDPOINTS, reference.DYNAMIC_CODE, reference.DYNAMIC_BINS)
         chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
         self.instructions = self.calls.graft_name(chosen).decode()
+        self.narrows = self.instructions == "AVX-512" and bool(self.calls.graft_gemm_narrow())
+        self.multiplies = self.instructions == "AVX-512" and (self.narrows or self.calls.graft_gemm_level() > 1)
 
 
 _library: _Library | None = None
@@ -150,6 +161,11 @@ def _calls() -> ctypes.CDLL:
     return calls
 
 
+def calls() -> ctypes.CDLL:
+    """The library itself, for what `usable` has allowed."""
+    return _calls()
+
+
 def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
     """Where to write a dense weight, and whether to write past the caches.
 
@@ -170,8 +186,30 @@ def multiplies(x: Tensor) -> bool:
     """Whether products of these rows, x (rows, in), are taken with our own `gemm.c` rather than PyTorch's."""
     if x.dtype != torch.float32 or x.ndim != 2 or len(x) <= FEW_ROWS or x.device.type != "cpu":
         return False
-    calls = _get().calls
-    return calls is not None and calls.graft_gemm_level() > 1 and trust.allows("gemm", x.device)
+    library = _get()
+    return library.multiplies and trust.allows("gemm", x.device)
+
+
+def narrows() -> bool:
+    """Whether this processor multiplies in bfloat16 and sums in float32, about twice as fast as in float32."""
+    return _get().narrows and trust.allows("gemm", torch.device("cpu"))
+
+
+def attends(q: Tensor) -> bool:
+    """Whether attention over these heads, q (T, H, D), runs in C."""
+    return segment_attention.fits(q) and trust.allows("attention", q.device)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    return segment_attention.attention(_calls(), q, k, v, ends, scale, window)
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, ends: Sequence[int], scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return segment_attention.attention_backward(_calls(), dout, q, k, v, out, sums, ends, scale, window)
 
 
 # ---- quantize and dequantize --------------------------------------------------------------------------------------
@@ -255,14 +293,16 @@ def _panel(length: int, other: int, rows: int, dtype: torch.dtype) -> int:
     return max(math.ceil(length / panels / BLOCK), 1) * BLOCK
 
 
-def matmul(x: Tensor, weight: Weight) -> Tensor:
+def matmul(x: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     """x (..., in) -> x @ W.T (..., out)."""
     outer, inner = weight.shape
     rows = x.reshape(-1, inner)  # (rows, in)
     if not rows.numel() or not outer:
         return x.new_zeros(*x.shape[:-1], outer)
     if multiplies(rows):
-        y = gemm.multiply(_calls(), [(rows, weight, True)])  # (rows, out)
+        y = gemm.multiply(_calls(), [(rows, weight, True)], narrow=narrow)  # (rows, out)
+    elif isinstance(weight, Tensor) and few_rows.fits(rows, weight) and trust.allows("rows", x.device):
+        y = few_rows.dense(_calls(), rows, weight)
     elif isinstance(weight, Tensor):
         y = reference.matmul(rows, weight)
     else:
@@ -302,14 +342,14 @@ def _matmul_panels(x: Tensor, weight: Stored) -> Tensor:
     return y.to(x.dtype)
 
 
-def matmul_t(dy: Tensor, weight: Weight) -> Tensor:
+def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     """dy (..., out) -> dy @ W (..., in)."""
     outer, inner = weight.shape
     rows = dy.reshape(-1, outer)  # (rows, out)
     if not rows.numel() or not inner:
         return dy.new_zeros(*dy.shape[:-1], inner)
     if multiplies(rows):
-        dx = gemm.multiply(_calls(), [(rows, weight, False)])  # (rows, in)
+        dx = gemm.multiply(_calls(), [(rows, weight, False)], narrow=narrow)  # (rows, in)
     elif isinstance(weight, Tensor):
         dx = reference.matmul_t(rows, weight)
     else:
@@ -331,9 +371,9 @@ def _matmul_t_panels(dy: Tensor, weight: Stored) -> Tensor:
     return dx.to(dy.dtype)
 
 
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, narrow: bool = False) -> Tensor:
     """dy (rows, out), x (rows, in) -> dy^T x (out, in)."""
-    return gemm.multiply(_calls(), [(dy.T, x, False)])
+    return gemm.multiply(_calls(), [(dy.T, x, False)], narrow=narrow)
 
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -354,20 +394,75 @@ def low_rank_backward(
     return gemm.multiply(calls, [(dh.T, x, False)]), gemm.multiply(calls, [(dy.T, h, False)])
 
 
-def adapted(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def adapted(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, narrow: bool = False
+) -> tuple[Tensor, Tensor]:
     """x W^T + scale * (x A^T) B^T (rows, out) in one pass over the result, and scale * x A^T for the backward."""
     h = gemm.multiply(_calls(), [(x, A, True)], alpha=scale)  # (rows, r)
-    return gemm.multiply(_calls(), [(x, weight, True), (h, B, True)]), h
+    return gemm.multiply(_calls(), [(x, weight, True), (h, B, True)], narrow=narrow), h
 
 
 def adapted_backward(
-    dy: Tensor, x: Tensor, weight: Weight, h: Tensor, A: Tensor, B: Tensor, scale: float, wants_dx: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Weight,
+    h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    wants_dx: bool,
+    narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of `adapted` to x (rows, in), A (r, in) and B (out, r)."""
     calls = _calls()
     dh = gemm.multiply(calls, [(dy, B, False)], alpha=scale)  # (rows, r)
-    dx = gemm.multiply(calls, [(dy, weight, False), (dh, A, False)]) if wants_dx else None
+    dx = gemm.multiply(calls, [(dy, weight, False), (dh, A, False)], narrow=narrow) if wants_dx else None
     return dx, gemm.multiply(calls, [(dh.T, x, False)]), gemm.multiply(calls, [(dy.T, h, False)])
+
+
+# ---- what decoding runs on ----------------------------------------------------------------------------------------
+
+
+def few(x: Tensor) -> bool:
+    """Whether x (rows, in) has so few rows that `rows.c` multiplies them with a dense weight fastest."""
+    return (
+        len(x) <= few_rows.MOST_ROWS
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and trust.allows("rows", x.device)
+    )
+
+
+def add_routed(y: Tensor, x: Tensor, routes: few_rows.Routes) -> bool:
+    """y (rows, out) += each range's low-rank product, if C can take them; returns whether it did."""
+    if x.dtype != torch.float32 or x.stride(1) != 1 or not trust.allows("rows", x.device):
+        return False
+    routes.add(_calls(), y, x)
+    return True
+
+
+def attend_rows(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    of: few_rows.Attention,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    of.answer(_calls(), q, keys, values, out, scale, window, softcap)
+
+
+# ---- the optimizer ------------------------------------------------------------------------------------------------
+
+
+def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, update: reference_adamw.Update) -> None:
+    adamw.step(_calls(), parameter, gradient, moments, update)
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    return adamw.sum_of_squares(_calls(), tensor)
 
 
 # ---- the check before first use -----------------------------------------------------------------------------------
@@ -449,6 +544,20 @@ def _check_gemm(_: torch.device) -> bool:
     )
 
 
+def _check_attention(_: torch.device) -> bool:
+    """Lengths around the lanes of a register, shared heads, strides, a window."""
+    ends, scale = (0, 1, 18, 53), 0.2
+    q, k, v, dout = (_sample(heads, 53, 32).transpose(0, 1) / 97 for heads in (4, 2, 2, 4))
+    for window in (0, 5):
+        out, sums = attention(q, k, v, ends, scale, window)
+        truth, kept = reference.attention(q, k, v, ends, scale, window)
+        found = attention_backward(dout, q, k, v, out, sums, ends, scale, window)
+        wanted = reference.attention_backward(dout, q, k, v, truth, kept, ends, scale, window)
+        if not (_close(out, truth) and _close(sums, kept) and all(_close(a, b) for a, b in zip(found, wanted))):
+            return False
+    return True
+
+
 def _wide(weight: Weight) -> Tensor:
     return weight.float() if isinstance(weight, Tensor) else reference.dequantize(weight)
 
@@ -465,6 +574,11 @@ def new_trust() -> Trust:
             "matmul": _check_matmul,
             "matmul_t": _check_matmul_t,
             "gemm": _check_gemm,
+            "attention": _check_attention,
+            "fused": lambda _: fused.check(_calls()),
+            "adamw_step": lambda _: adamw.agrees(_calls()),
+            "sum_of_squares": lambda _: adamw.sums_agree(_calls()),
+            "rows": lambda _: few_rows.check(_calls()),
         },
     )
 

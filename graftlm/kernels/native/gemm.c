@@ -9,6 +9,8 @@
  * The shape of it is that of Goto and van de Geijn (2008): K is cut into pieces of at most MOST_K; of B a piece is packed
  * in panels of 32 columns, of A in panels of 12 rows that stay in the second-level cache, and a kernel keeps 12 x 32 sums
  * in 24 registers. Narrow operands that would be used for one or two panels only are read where they lie.
+ * A product may be `narrow`: both sides are rounded to bfloat16 as they are packed, two values of k beside each other in a
+ * 32-bit word, and AVX-512's bfloat16 instruction multiplies twice as many pairs in the same time, summed in float32.
  * Every element of C is summed in the same order whatever the number of threads.
  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
@@ -29,6 +31,7 @@
 #endif
 
 #define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
+#define AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLLED _Pragma("unroll")
@@ -228,6 +231,92 @@ AVX512 static void pack_a(const struct graft_matrix *a, int64_t m0, int64_t rows
     }
 }
 
+/* ---- packing in bfloat16: panels of words that hold values k and k + 1 ---- */
+
+/* The words of a row of `count` values; an odd end is filled up with a zero. */
+AVX512_BF16 static void to_words(const float *from, int64_t count, float *words) {
+    uint16_t *to = (uint16_t *)words;
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i));
+        memcpy(to + i, &both, 64);
+    }
+    for (; i < count; i++) to[i] = to_bfloat16(from[i]);
+    if (count & 1) to[count] = 0;
+}
+
+/* Words of 16 values of row k and the same of row k + 1. */
+INLINE AVX512_BF16 __m512 pair(__m512 first, __m512 second) {
+    __m256bh low = _mm512_cvtneps_pbh(first), high = _mm512_cvtneps_pbh(second);
+    __m256i l, h;
+    memcpy(&l, &low, 32), memcpy(&h, &high, 32);
+    return _mm512_castsi512_ps(
+        _mm512_or_si512(_mm512_cvtepu16_epi32(l), _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)));
+}
+
+AVX512_BF16 static void narrow_pack_b(const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0, int64_t columns,
+                                      float *to, float *scratch) {
+    const float *dense = (const float *)b->values + b->start;
+    const int64_t words = (count + 1) / 2;
+    if (b->along) {
+        float *rows[2] = {scratch, scratch + MOST_N};
+        for (int64_t k = 0; k < count; k += 2) {
+            const float *row[2] = {dense + (k0 + k) * b->row + n0, dense + (k0 + k + 1) * b->row + n0};
+            for (int j = 0; j < 2; j++) {
+                if (k + j == count)
+                    memset(rows[j], 0, sizeof(float) * (size_t)columns), row[j] = rows[j];
+                else if (b->kind != GRAFT_FLOAT32)
+                    decode(b, k0 + k + j, n0, columns, rows[j]), row[j] = rows[j];
+            }
+            for (int64_t n = 0; n < columns; n += 16) {
+                uint32_t left = columns - n < 16 ? (1u << (columns - n)) - 1 : 0xffff;
+                __m512 word = pair(_mm512_maskz_loadu_ps((__mmask16)left, row[0] + n),
+                                   _mm512_maskz_loadu_ps((__mmask16)left, row[1] + n));
+                _mm512_storeu_ps(to + n / NR * NR * words + k / 2 * NR + n % NR, word);
+            }
+            if ((columns - 1) % NR < 16) /* the panel's second half has no columns */
+                _mm512_storeu_ps(to + (columns - 1) / NR * NR * words + k / 2 * NR + 16, _mm512_setzero_ps());
+        }
+        return;
+    }
+    for (int64_t n = 0; n < columns; n += NR) {
+        int rows = columns - n < NR ? (int)(columns - n) : NR;
+        for (int i = 0; i < rows; i++) {
+            float *row = scratch + i * MOST_K;
+            if (b->kind == GRAFT_BFLOAT16) {
+                memcpy(row, (const uint16_t *)b->values + b->start + (n0 + n + i) * b->row + k0, 2 * (size_t)count);
+                if (count & 1) ((uint16_t *)row)[count] = 0;
+                continue;
+            }
+            const float *from = dense + (n0 + n + i) * b->row + k0;
+            if (b->kind != GRAFT_FLOAT32) decode(b, n0 + n + i, k0, count, row), from = row;
+            to_words(from, count, row); /* a word never lies behind the two values it is made of */
+        }
+        turn_panel(scratch, MOST_K, rows, words, to + n * words);
+    }
+}
+
+AVX512_BF16 static void narrow_pack_a(const struct graft_matrix *a, int64_t m0, int64_t rows, int64_t k0, int64_t count,
+                                      float *to, float *scratch) {
+    const float *values = (const float *)a->values + a->start;
+    const int64_t words = (count + 1) / 2;
+    for (int64_t m = 0; m < rows; m += MR) {
+        int here = rows - m < MR ? (int)(rows - m) : MR;
+        float *panel = to + m * words;
+        if (!a->along) {
+            for (int i = 0; i < here; i++) to_words(values + (m0 + m + i) * a->row + k0, count, scratch + i * MOST_K);
+            turn(scratch, MOST_K, here, words, panel, MR);
+            continue;
+        }
+        const __mmask16 mask = (__mmask16)((1u << here) - 1);
+        for (int64_t k = 0; k < count; k += 2) {
+            const float *row = values + (k0 + k) * a->row + m0 + m;
+            __m512 next = k + 1 < count ? _mm512_maskz_loadu_ps(mask, row + a->row) : _mm512_setzero_ps();
+            _mm512_mask_storeu_ps(panel + k / 2 * MR, 0x0fff, pair(_mm512_maskz_loadu_ps(mask, row), next));
+        }
+    }
+}
+
 /* ---- the kernel ---- */
 
 struct tile {
@@ -243,48 +332,70 @@ struct tile {
     int add;               /* to what C holds */
 };
 
-/* `packed`: a_row is 1, a_column MR, and b_row NR, all known to the compiler; `masked`: not all columns are there. */
-INLINE AVX512 void sums(const struct tile *t, const int rows, const int wide, const int packed, const int masked) {
-    __m512 c[MR][2];
-    UNROLLED for (int i = 0; i < rows; i++) c[i][0] = c[i][1] = _mm512_setzero_ps();
-    const float *b = t->b;
-    const int64_t a_row = packed ? 1 : t->a_row, a_column = packed ? MR : t->a_column, b_row = packed ? NR : t->b_row;
-    const float *a[3] = {t->a, t->a + 4 * a_row, t->a + 8 * a_row};
-    for (int64_t k = 0; k < t->count; k++) {
-        __m512 b0 = masked ? _mm512_maskz_loadu_ps(t->mask[0], b) : _mm512_loadu_ps(b), b1 = _mm512_setzero_ps();
-        if (wide > 1) b1 = masked ? _mm512_maskz_loadu_ps(t->mask[1], b + 16) : _mm512_loadu_ps(b + 16);
-        UNROLLED for (int i = 0; i < rows; i++) {
-            __m512 value = _mm512_set1_ps(a[i / 4][i % 4 * a_row]);
-            c[i][0] = _mm512_fmadd_ps(value, b0, c[i][0]);
-            if (wide > 1) c[i][1] = _mm512_fmadd_ps(value, b1, c[i][1]);
-        }
-        a[0] += a_column, a[1] += a_column, a[2] += a_column, b += b_row;
-    }
-    const __m512 alpha = _mm512_set1_ps(t->alpha);
-    UNROLLED for (int i = 0; i < rows; i++) UNROLLED for (int j = 0; j < wide; j++) {
-        float *to = t->c + i * t->c_row + 16 * j;
-        const __mmask16 mask = masked ? t->mask[j] : 0xffff;
-        __m512 old = t->add ? _mm512_maskz_loadu_ps(mask, to) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(to, mask, _mm512_fmadd_ps(alpha, c[i][j], old));
-    }
+/* c + a b, for words c + a[0] b[0] + a[1] b[1]. */
+INLINE AVX512 __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+
+INLINE AVX512_BF16 __m512 multiply_add_words(__m512 a, __m512 b, __m512 c) {
+    __m512bh left, right;
+    memcpy(&left, &a, 64), memcpy(&right, &b, 64);
+    return _mm512_dpbf16_ps(c, left, right);
 }
 
-#define SUMS(name, rows, wide, packed, masked) \
-    AVX512 static void name(const struct tile *t) { sums(t, rows, wide, packed, masked); }
-SUMS(packed_12, 12, 2, 1, 0)
-SUMS(packed_12_masked, 12, 2, 1, 1)
-SUMS(packed_8, 8, 2, 1, 1)
-SUMS(packed_4, 4, 2, 1, 1)
-SUMS(packed_1, 1, 2, 1, 1)
-SUMS(loose_12, 12, 2, 0, 1)
-SUMS(loose_12_narrow, 12, 1, 0, 1)
-SUMS(loose_4, 4, 2, 0, 1)
-SUMS(loose_1, 1, 2, 0, 1)
+/* The sums of one tile. A macro, for a function cannot be inlined into others with different instruction sets.
+ * `packed`: a_row is 1, a_column MR, and b_row NR, all known to the compiler; `masked`: not all columns are there. */
+#define SUMS(name, set, multiply, rows, wide, packed, masked)                                                           \
+set static void name(const struct tile *t) {                                                                            \
+    __m512 c[MR][2];                                                                                                    \
+    UNROLLED for (int i = 0; i < rows; i++) c[i][0] = c[i][1] = _mm512_setzero_ps();                                    \
+    const float *b = t->b;                                                                                              \
+    const int64_t a_row = packed ? 1 : t->a_row, a_column = packed ? MR : t->a_column, b_row = packed ? NR : t->b_row;  \
+    const float *a[3] = {t->a, t->a + 4 * a_row, t->a + 8 * a_row};                                                     \
+    for (int64_t k = 0; k < t->count; k++) {                                                                            \
+        __m512 b0 = masked ? _mm512_maskz_loadu_ps(t->mask[0], b) : _mm512_loadu_ps(b), b1 = _mm512_setzero_ps();       \
+        if (wide > 1) b1 = masked ? _mm512_maskz_loadu_ps(t->mask[1], b + 16) : _mm512_loadu_ps(b + 16);                \
+        UNROLLED for (int i = 0; i < rows; i++) {                                                                       \
+            __m512 value = _mm512_set1_ps(a[i / 4][i % 4 * a_row]);                                                     \
+            c[i][0] = multiply(value, b0, c[i][0]);                                                                     \
+            if (wide > 1) c[i][1] = multiply(value, b1, c[i][1]);                                                       \
+        }                                                                                                               \
+        a[0] += a_column, a[1] += a_column, a[2] += a_column, b += b_row;                                               \
+    }                                                                                                                   \
+    const __m512 alpha = _mm512_set1_ps(t->alpha);                                                                      \
+    UNROLLED for (int i = 0; i < rows; i++) UNROLLED for (int j = 0; j < wide; j++) {                                   \
+        float *to = t->c + i * t->c_row + 16 * j;                                                                       \
+        const __mmask16 mask = masked ? t->mask[j] : 0xffff;                                                            \
+        __m512 old = t->add ? _mm512_maskz_loadu_ps(mask, to) : _mm512_setzero_ps();                                    \
+        _mm512_mask_storeu_ps(to, mask, _mm512_fmadd_ps(alpha, c[i][j], old));                                          \
+    }                                                                                                                   \
+}
+
+SUMS(packed_12, AVX512, multiply_add, 12, 2, 1, 0)
+SUMS(packed_12_masked, AVX512, multiply_add, 12, 2, 1, 1)
+SUMS(packed_8, AVX512, multiply_add, 8, 2, 1, 1)
+SUMS(packed_4, AVX512, multiply_add, 4, 2, 1, 1)
+SUMS(packed_1, AVX512, multiply_add, 1, 2, 1, 1)
+SUMS(loose_12, AVX512, multiply_add, 12, 2, 0, 1)
+SUMS(loose_12_narrow, AVX512, multiply_add, 12, 1, 0, 1)
+SUMS(loose_4, AVX512, multiply_add, 4, 2, 0, 1)
+SUMS(loose_1, AVX512, multiply_add, 1, 2, 0, 1)
+SUMS(words_12, AVX512_BF16, multiply_add_words, 12, 2, 1, 0)
+SUMS(words_12_masked, AVX512_BF16, multiply_add_words, 12, 2, 1, 1)
+SUMS(words_4, AVX512_BF16, multiply_add_words, 4, 2, 1, 1)
+SUMS(words_1, AVX512_BF16, multiply_add_words, 1, 2, 1, 1)
 
 /* Rows 0 .. rows <= MR of one panel. */
-AVX512 static void panel(struct tile t, int rows, int columns, int packed) {
+AVX512 static void panel(struct tile t, int rows, int columns, int packed, int narrow) {
     uint32_t mask = columns >= NR ? 0xffffffffu : (1u << columns) - 1;
     t.mask[0] = (__mmask16)mask, t.mask[1] = (__mmask16)(mask >> 16);
+    if (narrow && rows == MR) {
+        columns >= NR ? words_12(&t) : words_12_masked(&t);
+        return;
+    }
+    while (narrow && rows > 0) {
+        int here = rows >= 4 ? 4 : 1;
+        here == 4 ? words_4(&t) : words_1(&t);
+        t.a += here, t.c += here * t.c_row, rows -= here;
+    }
     if (rows == MR && packed) {
         columns >= NR ? packed_12(&t) : packed_12_masked(&t);
         return;
@@ -337,21 +448,29 @@ AVX512 static void rectangle(const struct product *p, int64_t m0, int64_t m1, in
         for (int term = 0; term < p->terms; term++) {
             const struct graft_matrix *a = p->a + term, *b = p->b + term;
             /* Packing pays where what is packed is read often enough. */
-            const int loose_a = columns <= 2 * NR, loose_b = b->kind == GRAFT_FLOAT32 && b->along && m1 - m0 <= 2 * MR;
+            const int narrow = b->narrow && p->n > 2 * NR && p->m > 2 * MR; /* whatever this thread's share of it */
+            const int loose_a = !narrow && columns <= 2 * NR, loose_b = !narrow && b->kind == GRAFT_FLOAT32 && b->along && m1 - m0 <= 2 * MR;
             const int64_t k_step = even_step(p->k[term], MOST_K, SPAN);
             for (int64_t k = 0; k < p->k[term]; k += k_step) {
                 const int64_t count = least(k_step, p->k[term] - k);
-                if (!loose_b) pack_b(b, k, count, n, columns, packed_b, scratch);
+                const int64_t words = narrow ? (count + 1) / 2 : count;
+                if (narrow)
+                    narrow_pack_b(b, k, count, n, columns, packed_b, scratch);
+                else if (!loose_b)
+                    pack_b(b, k, count, n, columns, packed_b, scratch);
                 for (int64_t m = m0; m < m1; m += m_step) {
                     const int64_t rows = least(m_step, m1 - m);
-                    if (!loose_a) pack_a(a, m, rows, k, count, packed_a);
+                    if (narrow)
+                        narrow_pack_a(a, m, rows, k, count, packed_a, scratch);
+                    else if (!loose_a)
+                        pack_a(a, m, rows, k, count, packed_a);
                     for (int64_t j = 0; j < columns; j += NR)
                         for (int64_t i = 0; i < rows; i += MR) {
                             const float *from = (const float *)a->values + a->start;
-                            struct tile t = {.count = count, .c = p->c + (m + i) * p->c_row + n + j, .c_row = p->c_row,
+                            struct tile t = {.count = words, .c = p->c + (m + i) * p->c_row + n + j, .c_row = p->c_row,
                                              .alpha = p->alpha, .add = add};
                             if (!loose_a) {
-                                t.a = packed_a + i * count, t.a_row = 1, t.a_column = MR;
+                                t.a = packed_a + i * words, t.a_row = 1, t.a_column = MR;
                             } else if (a->along) {
                                 t.a = from + k * a->row + m + i, t.a_row = 1, t.a_column = a->row;
                             } else {
@@ -360,9 +479,9 @@ AVX512 static void rectangle(const struct product *p, int64_t m0, int64_t m1, in
                             if (loose_b) {
                                 t.b = (const float *)b->values + b->start + k * b->row + n + j, t.b_row = b->row;
                             } else {
-                                t.b = packed_b + j * count, t.b_row = NR;
+                                t.b = packed_b + j * words, t.b_row = NR;
                             }
-                            panel(t, least(MR, rows - i), least(NR, columns - j), !loose_a && !loose_b);
+                            panel(t, least(MR, rows - i), least(NR, columns - j), !loose_a && !loose_b, narrow);
                         }
                 }
                 add = 1;
@@ -395,6 +514,12 @@ EXPORT int graft_gemm_level(void) {
     return __builtin_cpu_is("intel") ? 1 : 2;
 }
 
+/* Whether this processor multiplies bfloat16 words. */
+EXPORT int graft_gemm_narrow(void) {
+    __builtin_cpu_init();
+    return graft_gemm_level() > 0 && __builtin_cpu_supports("avx512bf16");
+}
+
 /* C (m, n), rows `c_row` apart: = or, with `add`, += alpha * sum over terms of A_t (m, k_t) B_t (k_t, n). 1 without memory, else 0. */
 EXPORT int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const struct graft_matrix *a,
                       const struct graft_matrix *b, float *c, int64_t c_row, float alpha, int add, int threads) {
@@ -420,6 +545,8 @@ EXPORT int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const s
 #else
 
 EXPORT int graft_gemm_level(void) { return 0; }
+
+EXPORT int graft_gemm_narrow(void) { return 0; }
 
 EXPORT int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const struct graft_matrix *a,
                       const struct graft_matrix *b, float *c, int64_t c_row, float alpha, int add, int threads) {

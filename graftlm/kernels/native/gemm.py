@@ -28,11 +28,13 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("start", ctypes.c_int64), ("row", ctypes.c_int64), ("values", ctypes.c_void_p), ("absmax", ctypes.c_void_p),
         ("scale", ctypes.c_void_p), ("offset", ctypes.c_void_p), ("kind", ctypes.c_int), ("along", ctypes.c_int),
+        ("narrow", ctypes.c_int), ("unused", ctypes.c_int),
     )  # fmt: skip
 
 
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "graft_gemm_level": (ctypes.c_int, []),
+    "graft_gemm_narrow": (ctypes.c_int, []),
     "graft_gemm": (
         ctypes.c_int,
         [ctypes.c_int64] * 2 + [ctypes.c_void_p, ctypes.c_int] + [ctypes.c_void_p] * 3
@@ -78,11 +80,13 @@ def multiply(
     out: Tensor | None = None,
     alpha: float = 1.0,
     add: bool = False,
+    narrow: bool = False,
 ) -> Tensor:
     """Sum over (A, W, turned) of A (M, K) times W (K, N), or times W^T where W (N, K) is `turned`; returns C (M, N) float32.
 
     A is a float32 tensor of any strides, W a float32 or bfloat16 tensor or a stored weight. `out`, with rows of stride
-    one, takes the result; with `add` it is added to.
+    one, takes the result; with `add` it is added to. `narrow` rounds both sides of the first term to bfloat16 (their
+    products are summed in float32), on processors that have instructions for it.
     """
     count = len(terms)
     a, b, k = (Matrix * count)(), (Matrix * count)(), (ctypes.c_int64 * count)()
@@ -92,8 +96,11 @@ def multiply(
         n = right.shape[-2] if turned else right.shape[-1]
         k[i] = left.shape[1]
         alive += [_fill(a[i], left, False, 1), _fill(b[i], right, turned, 0)]
+    b[0].narrow = int(narrow)
     if out is None:
         out = torch.empty(m, n)
+    if not any(k) and not add:
+        return out.zero_()
     if calls.graft_gemm(
         m, n, k, count, a, b, out.data_ptr(), out.stride(0) if m > 1 else n, alpha, int(add), torch.get_num_threads()
     ):

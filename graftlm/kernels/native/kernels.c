@@ -65,6 +65,8 @@ EXPORT int graft_init(const float *nf4, const float *midpoints, const float *dyn
     for (; last > 0 && !numbered(last);) last--;
     use = numbered(last);
     graft_rows_choose(last);
+    graft_fused_choose(last);
+    graft_attention_choose(last);
     return last;
 }
 

@@ -56,6 +56,8 @@ extern const struct primitives graft_scalar;
 void graft_absmax_decode(const uint8_t *codes, float scale, float offset, int64_t n, float *out); /* in plain C */
 const struct primitives *graft_x86(int level);  /* 0 AVX2, 1 AVX-512; NULL where the processor lacks it */
 const struct primitives *graft_neon(void);      /* NULL on other architectures */
+void graft_fused_choose(int choice);            /* the set that `fused.c` uses: 0 plain C, then from plain to wide */
+void graft_attention_choose(int choice);        /* the same of `attention.c` */
 void graft_rows_choose(int choice);             /* the set that `rows.c` uses: 0 plain C, then from plain to wide */
 
 /* A matrix as `gemm.c` reads it. Value (r, c) is number start + r * row + c; `along`: its rows run along the dimension that
@@ -68,12 +70,48 @@ struct graft_matrix {
     const float *scale;    /* NF4: of each group; int8: of each row */
     const float *offset;   /* NF4 */
     int kind, along;
+    int narrow; /* of B: both sides of its product are rounded to bfloat16; their sums stay float32 */
+    int unused;
+};
+
+/* A dynamic 8-bit type, as `reference_adamw.Code` describes it. */
+enum { GRAFT_DECADES = 7 };
+struct graft_code {
+    const float *values; /* (256,) */
+    float starts[GRAFT_DECADES];
+    float density[GRAFT_DECADES + 1], last[GRAFT_DECADES + 1], bend[GRAFT_DECADES + 1]; /* in front of the first decade, and in each */
+    int32_t offset, largest;
+};
+
+/* One step of AdamW over a parameter (`adamw.c`). The moments are float32, or codes where `mean_scale` is given. */
+struct graft_adamw {
+    void *parameter;
+    const void *gradient;
+    void *mean, *square;
+    void *mean_scale, *square_scale;
+    const struct graft_code *mean_code, *square_code;
+    int64_t count;
+    float factor, beta1, rest1, beta2, rest2, epsilon, decay, rate, fix;
+    uint32_t start, turn; /* `word_keys` of counter.py */
+    int parameter_type, gradient_type;
 };
 
 /* to[0 .. last - first] = values first .. last of packed NF4 codes; the codes of one row of int8 times its scale. */
 void graft_nf4_range(const uint8_t *packed, const uint8_t *absmax, const float *group_scale, float offset, int64_t first,
                      int64_t last, float *to);
 void graft_int8_range(const int8_t *values, float scale, int64_t count, float *to);
+
+/* Causal attention within the segments of a packed row; strides in values, a head's features lie beside each other. */
+struct graft_attention_call {
+    const float *q, *k, *v, *dout;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head;
+    int64_t heads, kv_heads, width, segments, window; /* window: keys that a query sees, itself the last; 0: all before it */
+    const int64_t *ends;                              /* (segments + 1,) first token of each segment, and of what follows */
+    float *out, *log_sums;                            /* (T, heads, width), (T, heads) */
+    float *dq, *dk, *dv;                              /* (T, heads, width), (T, kv_heads, width) twice */
+    float scale;
+    int threads;
+};
 
 /* Calls work(context, first, last) over 0 .. count in pieces of `grain`, on up to `threads` threads. */
 typedef void (*graft_work)(void *context, int64_t first, int64_t last);

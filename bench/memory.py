@@ -1,0 +1,275 @@
+"""Memory as `graft plan` predicts it, beside what real runs took: python bench/memory.py
+
+Each run is planned first, from the model's config alone, and then trained for three steps on this machine's processor, in a
+process of its own; its peak is that of its own memory above what the interpreter had before the run began. Random Llamas of
+5 to 135 million values, every way of storing and training, ranks, lengths, batches, checkpointing, optimizers.
+
+    python bench/memory.py --out bench/results       the table, the figures as JSON, and a plot
+    python bench/memory.py --only qlora              some of the runs
+
+It needs no quiet machine. The whole takes about a quarter of an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graftlm.config import TrainConfig
+from graftlm.experiments.process import run_apart
+from graftlm.planning.activations import Load
+from graftlm.planning.memory import need
+from graftlm.planning.method import NOTHING, Setting, adapted
+from graftlm.planning.models import find
+
+SHAPES: dict[str, dict[str, int]] = {
+    "5m": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+           "num_attention_heads": 4, "num_key_value_heads": 2},
+    "12m": {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5,
+            "num_attention_heads": 6, "num_key_value_heads": 6},
+    "30m": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+            "num_attention_heads": 8, "num_key_value_heads": 8},
+    "60m": {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12,
+            "num_attention_heads": 8, "num_key_value_heads": 4},
+    "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3},
+}  # fmt: skip
+STEPS = 3
+AGAIN = {"activation_checkpointing": True}
+BF16, EIGHT = {"precision": "bfloat16"}, {"optimizer": "adamw-8bit"}
+IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a shape, a method, documents of one length, and options of `graft train`."""
+
+    shape: str
+    method: Any
+    length: int
+    batch: int
+    tokens_per_pass: int
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def label(self) -> str:
+        said = ", ".join(str(v) if k in ("precision", "optimizer") else f"{k.replace('_', ' ')} {v}" if v is not True else
+                         k.replace("_", " ") for k, v in self.options.items() if k != "max_grad_norm")  # fmt: skip
+        return f"{self.method}{', ' + said if said else ''}"
+
+
+RUNS = (
+    Run("5m", "lora", 512, 4, 2048),
+    Run("5m", "lora", 128, 16, 1024, {"rank": 64}),
+    Run("5m", "full", 256, 8, 2048),
+    Run("5m", "qlora", 1024, 4, 4096),
+    Run("12m", "lora", 256, 4, 1024, {"rank": 4}),
+    Run("12m", "full", 512, 4, 2048),
+    Run("12m", "full", 512, 4, 2048, {**BF16, **EIGHT}),
+    Run("12m", "qlora", 512, 8, 4096),
+    Run("30m", "lora", 128, 4, 512),
+    Run("30m", "lora", 512, 4, 2048),
+    Run("30m", "lora", 512, 8, 4096, {"rank": 64}),
+    Run("30m", "lora", 512, 4, 2048, AGAIN),
+    Run("30m", "lora", 256, 8, 1024, {"precision": "int8"}),
+    Run("30m", "qlora", 1024, 2, 2048, {"targets": ["attention"]}),
+    Run("30m", "full", 512, 4, 2048),
+    Run("30m", "full", 512, 8, 1024, AGAIN),
+    Run("30m", "full", 256, 4, 1024, EIGHT),
+    Run("30m", "full", 256, 4, 1024, {**BF16, **EIGHT, **IN_BACKWARD}),
+    Run("60m", "lora", 512, 2, 1024),
+    Run("60m", "qlora", 256, 8, 2048, {"rank": 32}),
+    Run("60m", "qlora", 512, 4, 2048, AGAIN),
+    Run("60m", "full", 256, 8, 1024, BF16),
+    Run("60m", "full", 512, 2, 1024, {**EIGHT, **AGAIN}),
+    Run("135m", "lora", 512, 2, 1024),
+    Run("135m", "qlora", 256, 2, 512, {"rank": 8}),
+    Run("135m", "lora", 512, 4, 2048, {"precision": "int8", **AGAIN}),
+    Run("135m", "full", 256, 2, 512),
+    Run("135m", "full", 256, 4, 1024, {**BF16, **EIGHT, **IN_BACKWARD, **AGAIN}),
+)
+
+
+def make_model(sizes: dict[str, int], folder: Path) -> None:
+    """A Llama with random weights, and the bundled base's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from graftlm import demo
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(demo.resolve_model("demo"))
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(
+        **sizes,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(file: Path, count: int, length: int) -> None:
+    """Rows of nonsense that are longer than `length` tokens each; training cuts them there."""
+    letters = random.Random(0)
+    with file.open("w", encoding="utf-8") as stream:
+        for i in range(count):
+            words = ["".join(letters.choices("abcdefghiklmnoprstuvw", k=5)) for _ in range(length)]
+            stream.write(json.dumps({"prompt": f"{i}", "completion": " ".join(words)}) + "\n")
+
+
+def plan(run: Run, model: Path) -> dict[str, Any]:
+    """What `graft plan` makes of a run: bytes at the peak, in parts."""
+    shape = find(str(model)).shape
+    default = {"full": "float32", "lora": "bfloat16", "qlora": "nf4"}[run.method]
+    setting = Setting(
+        key=run.method, label=run.method, method=run.method, precision=run.options.get("precision", default), compute="float32",
+        optimizer=run.options.get("optimizer", "adamw"),
+        optimizer_in_backward=run.options.get("optimizer_in_backward", False),
+        activation_checkpointing=run.options.get("activation_checkpointing", False),
+    )  # fmt: skip
+    together = min(run.batch, max(1, run.tokens_per_pass // run.length))
+    load = Load(
+        tokens=together * run.length, trained=together * (run.length - 2), longest=run.length, documents=together,
+        passes=-(-run.batch // together),
+    )  # fmt: skip
+    adapter = NOTHING
+    if run.method != "full":
+        adapter = adapted(shape, run.options.get("targets", ["all-linear"]), run.options.get("rank", 16))
+    found = need(shape, setting, adapter, load, "cpu", fused=True)
+    return {"bytes": found.training, "highest_at": found.moment, "parts": found.parts.to_json()}
+
+
+def measure(run: Run, model: Path, folder: Path) -> dict[str, Any]:
+    """Train, in a process of its own; the peak above what the interpreter had before."""
+    rows = folder / "rows.jsonl"
+    write_rows(rows, 2 * run.batch, run.length)
+    config = TrainConfig.build({
+        "model": str(model), "data": [str(rows)], "method": run.method, "batch_size": run.batch, "steps": STEPS,
+        "max_tokens_per_document": run.length, "too_long": "cut", "tokens_per_pass": run.tokens_per_pass, "device": "cpu",
+        "compute": "float32", "out": str(folder / "run"), **run.options,
+    })  # fmt: skip
+    summary = run_apart(config, lambda event: None)
+    said = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))
+    return {
+        "bytes": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
+        "rehearsed_bytes": said["rehearsed_bytes"],
+    }
+
+
+def line(figures: dict[str, Any]) -> str:
+    """One run as a row of the table."""
+    return (
+        f"| {figures['shape']} | {figures['what']} | {figures['length']} | {figures['batch']} | {figures['tokens']} | "
+        f"{figures['planned'] / 1e6:,.0f} | {figures['measured'] / 1e6:,.0f} | {figures['error']:+.1%} |"
+    )
+
+
+HEAD = """\
+| shape | training | length | batch | tokens a pass | planned MB | measured MB | error |
+|---|---|---:|---:|---:|---:|---:|---:|
+"""
+
+
+def plot(found: list[dict[str, Any]], file: Path) -> None:
+    """Planned against measured, and the errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.1, 1))
+    colours = {"full": "#1f77b4", "lora": "#d95f02", "qlora": "#1b9e77"}
+    most = 1.1 * max(max(f["planned"], f["measured"]) for f in found) / 1e6
+    least = 0.8 * min(min(f["planned"], f["measured"]) for f in found) / 1e6
+    left.plot([least, most], [least, most], color="0.4", linewidth=1)
+    left.fill_between(
+        [least, most], [0.9 * least, 0.9 * most], [1.1 * least, 1.1 * most], color="0.92", label="within 10 %"
+    )
+    for method, colour in colours.items():
+        own = [f for f in found if f["method"] == method]
+        left.scatter(
+            [f["measured"] / 1e6 for f in own], [f["planned"] / 1e6 for f in own], color=colour, label=method, s=26
+        )
+    left.set(
+        xscale="log", yscale="log", xlim=(least, most), ylim=(least, most), xlabel="measured MB", ylabel="planned MB"
+    )
+    left.set_title("Peak memory of a training run", fontsize=11)
+    left.legend(frameon=False, fontsize=9)
+    ordered = sorted(found, key=lambda f: f["error"])
+    right.barh(range(len(ordered)), [100 * f["error"] for f in ordered], color=[colours[f["method"]] for f in ordered])
+    right.set_yticks(range(len(ordered)), [f"{f['shape']} {f['what']}"[:44] for f in ordered], fontsize=6.5)
+    right.axvline(0, color="0.3", linewidth=0.8)
+    for edge in (-10, 10):
+        right.axvline(edge, color="0.6", linewidth=0.8, linestyle="--")
+    right.set(xlim=(-15, 15), xlabel="planned above measured, %")
+    right.set_title("Signed error of each run", fontsize=11)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for memory.json, memory.md and memory.png")
+    parser.add_argument("--only", default="", help="runs whose shape and method hold this text")
+    options = parser.parse_args()
+    chosen = [run for run in RUNS if options.only in f"{run.shape} {run.label}"]
+    found: list[dict[str, Any]] = []
+    sys.stdout.write(HEAD)
+    with tempfile.TemporaryDirectory() as place:
+        for number, run in enumerate(chosen):
+            model = Path(place) / run.shape
+            if not model.is_dir():
+                make_model(SHAPES[run.shape], model)
+            folder = Path(place) / str(number)
+            folder.mkdir()
+            planned, measured = plan(run, model), measure(run, model, folder)
+            figures = {
+                "shape": run.shape, "method": run.method, "what": run.label, "length": run.length, "batch": run.batch,
+                "tokens": min(run.tokens_per_pass, run.length * run.batch), "planned": planned["bytes"],
+                "measured": measured["bytes"], "error": planned["bytes"] / measured["bytes"] - 1,
+                "highest_at": planned["highest_at"], "parts": planned["parts"], "rehearsed": measured["rehearsed_bytes"],
+            }  # fmt: skip
+            found.append(figures)
+            sys.stdout.write(line(figures) + "\n")
+            sys.stdout.flush()
+    errors = [f["error"] for f in found]
+    said = {
+        "runs": len(errors),
+        "median_absolute_error": statistics.median(map(abs, errors)),
+        "largest_absolute_error": max(map(abs, errors)),
+        "mean_signed_error": statistics.mean(errors),
+    }
+    words = (
+        f"{said['runs']} runs; absolute error {said['median_absolute_error']:.1%} in the median, "
+        f"{said['largest_absolute_error']:.1%} at most; signed {said['mean_signed_error']:+.1%} in the mean"
+    )
+    sys.stdout.write(f"\n{words}\n")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        machine = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
+        (options.out / "memory.json").write_text(
+            json.dumps({"machine": machine, **said, "results": found}, indent=1) + "\n"
+        )
+        table = "".join(f"{line(f)}\n" for f in found)
+        (options.out / "memory.md").write_text(
+            f"# Memory, planned and measured\n\n    python bench/memory.py\n\n{HEAD}{table}\n{words}.\n"
+        )
+        plot(found, options.out / "memory.png")
+
+
+if __name__ == "__main__":
+    main()

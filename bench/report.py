@@ -1,0 +1,230 @@
+"""What the CPU benchmarks found, put beside what was asked for: bars, tables, and the README's performance section.
+
+A bar is a figure with what it must reach and what it should. Everything here is a function from `cpu.json` to values or
+text; `suite.py` runs the benchmarks and writes the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import scaling
+
+Results = Mapping[str, Any]
+BEGIN = "<!-- performance: written by `python bench/suite.py --readme` -->"
+END = "<!-- /performance -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One figure, and what it must and should reach."""
+
+    what: str
+    measured: float
+    must: float | None = None
+    goal: float | None = None
+    more: bool = True
+    """Whether more is better."""
+    form: str = "x"
+    """How it is written: `x` for a ratio, `%` for a share."""
+
+    @property
+    def verdict(self) -> str:
+        """`goal reached`, `met`, `missed`; for a figure that has a goal alone `short of the goal`."""
+        if self.goal is not None and self._reaches(self.goal):
+            return "goal reached"
+        if self.must is not None:
+            return "met" if self._reaches(self.must) else "missed"
+        return "short of the goal" if self.goal is not None else ""
+
+    def _reaches(self, bound: float) -> bool:
+        return self.measured >= bound if self.more else self.measured <= bound
+
+    def written(self, value: float | None) -> str:
+        if value is None:
+            return ""
+        return f"{value:.0%}" if self.form == "%" else f"{value:.2f}x"
+
+    def asked(self, value: float | None) -> str:
+        return "" if value is None else f"{'≥' if self.more else '≤'} {self.written(value)}"
+
+
+# (operation, beside): must, goal as ratios of the other's time to ours
+_KERNELS: dict[tuple[str, str], tuple[float | None, float | None]] = {
+    ("NF4 dequantize into a tensor", "bitsandbytes"): (10, 14),
+    ("NF4 dequantize into a tensor", "memory copy"): (None, 0.8),
+    ("NF4 times 1 row", "bitsandbytes"): (15, 25),
+    ("NF4 times 1 row", "dense float32"): (1, 2),
+    ("NF4 times 1 row", "dense bfloat16"): (1, None),
+    ("NF4 quantize", "bitsandbytes"): (8, 20),
+    ("NF4 times 256 rows", "dense float32"): (1 / 1.15, 1 / 1.05),
+}
+_SPEED = {
+    "30m": {"full": (2.2, 3.0), "lora": (2.5, 3.5), "qlora": (5.0, 7.0)},
+    "135m": {"lora": (1.5, None), "qlora": (2.0, None)},
+}
+_MEMORY = {"30m": (0.6, 0.4), "135m": (0.5, None)}
+_NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+def kernel_bars(figures: Mapping[str, Any]) -> list[Bar]:
+    """Speed of the kernels beside bitsandbytes and dense products."""
+    found: list[Bar] = []
+    for line in figures.get("results", []):
+        bound = _KERNELS.get((line["operation"], line["beside"]))
+        if bound is not None:
+            what = f"{line['operation']}, speed beside {line['beside']}"
+            found.append(Bar(what=what, measured=line["ratio"], must=bound[0], goal=bound[1]))
+    return found
+
+
+def train_bars(figures: Mapping[str, Any]) -> list[Bar]:
+    """Speed and memory of training beside TRL, of one shape."""
+    shape, results = figures["shape"], figures["results"]
+    found: list[Bar] = []
+    for method, sides in results.items():
+        ours, theirs, name = sides["graft"], sides["trl"], f"{shape.upper()} {_NAMES[method]}"
+        must, goal = _SPEED.get(shape, {}).get(method, (None, None))
+        ratio = ours["examples_per_second"] / theirs["examples_per_second"]
+        found.append(Bar(what=f"{name}, examples/s beside TRL", measured=ratio, must=must, goal=goal))
+        packed = sides.get("trl packed")
+        if packed is not None:
+            ratio = ours["examples_per_second"] / packed["examples_per_second"]
+            found.append(Bar(what=f"{name}, examples/s beside TRL with its packing", measured=ratio))
+        mixed = sides.get("graft mixed")
+        if mixed is not None:
+            ratio = mixed["examples_per_second"] / theirs["examples_per_second"]
+            found.append(Bar(what=f"{name}, examples/s beside TRL, ours with --compute mixed", measured=ratio))
+        must, goal = _MEMORY.get(shape, (None, None))
+        ratio = ours["peak_memory"] / theirs["peak_memory"]
+        found.append(Bar(what=f"{name}, peak memory beside TRL", measured=ratio, must=must, goal=goal, more=False))
+        bare = ours.get("bare_seconds_per_step")
+        if bare:
+            share = bare / ours["seconds_per_step"]
+            wanted = (0.75, 0.9) if shape == "30m" else (None, None)
+            what = f"{name}, bare matrix products' share of a step"
+            found.append(Bar(what=what, measured=share, must=wanted[0], goal=wanted[1], form="%"))
+    if "lora" in results and "qlora" in results and shape == "30m":
+        ratio = results["qlora"]["graft"]["seconds_per_step"] / results["lora"]["graft"]["seconds_per_step"]
+        found.append(
+            Bar(what="30M QLoRA, time of a step over our LoRA's", measured=ratio, must=1.15, goal=1.05, more=False)
+        )
+    return found
+
+
+def scaling_bars(figures: Mapping[str, Any]) -> list[Bar]:
+    """By how much more memory a token costs with a vocabulary 16 times as large."""
+    grown = figures.get("growth", [])
+    if len(grown) < 2:
+        return []
+    small, large = grown[0], grown[-1]
+    what = f"memory per token, vocabulary {large['vocabulary']:,} over {small['vocabulary']:,}"
+    return [Bar(what=what, measured=large["bytes_per_token"] / small["bytes_per_token"], more=False)]
+
+
+def bars_of(name: str, figures: Mapping[str, Any]) -> list[Bar]:
+    """The bars of one part of the suite; none for a part that has none."""
+    if name == "kernels":
+        return kernel_bars(figures)
+    if name.startswith("train"):
+        return train_bars(figures)
+    return scaling_bars(figures) if name == "scaling" else []
+
+
+def bar_table(bars: Sequence[Bar]) -> str:
+    lines = ["| figure | must | goal | measured | |", "|---|---:|---:|---:|---|"]
+    lines += [
+        f"| {b.what} | {b.asked(b.must)} | {b.asked(b.goal)} | {b.written(b.measured)} | {b.verdict} |" for b in bars
+    ]
+    return "\n".join(lines)
+
+
+def train_table(figures: Mapping[str, Any]) -> str:
+    """The figures of both sides, losses among them."""
+    lines = [
+        f"**Training, {figures['shape'].upper()} Llama**", "",
+        "| method | side | examples/s | trained tokens/s | peak memory, MB | held-out loss |", "|---|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for method, sides in figures["results"].items():
+        lines += [
+            f"| {_NAMES[method]} | {side} | {f['examples_per_second']:.2f} | {f['trained_tokens_per_second']:,.0f} | "
+            f"{f['peak_memory'] / 1e6:,.0f} | {f['loss']:.4f} |"
+            for side, f in sides.items()
+        ]
+    return "\n".join(lines)
+
+
+def page(results: Results) -> str:
+    """`cpu.md`: the machine, the bars, both sides' figures, the growth; what failed is named."""
+    lines = ["# CPU benchmarks", "", "Written by `make bench` from `cpu.json`. Nothing else ran on the machine.", ""]
+    parts = results["parts"]
+    bars = [bar for name, part in parts.items() for bar in bars_of(name, part.get("figures") or {})]
+    if bars:
+        lines += [bar_table(bars), ""]
+    for name, part in parts.items():
+        lines += [
+            f"## {name}",
+            "",
+            f"`{part['command']}`: {part['seconds']:.0f} s on {part['date'][:10]}, {machine(part['machine'])}",
+            "",
+        ]
+        figures = part.get("figures")
+        if part.get("error"):
+            lines += [f"**Failed:** {part['error']}", ""]
+        elif name.startswith("train"):
+            lines += [train_table(figures), ""]
+        elif name == "scaling":
+            lines += [scaling.table(figures["series"]), "", "![growth](scaling.png)", ""]
+        elif name == "kernels":
+            lines += ["| operation | graft, ms | beside | its ms | faster by |", "|---|---:|---|---:|---:|"]
+            lines += [
+                f"| {f['operation']} | {f['graft_ms']:.2f} | {f['beside']} | {f['beside_ms']:.2f} | {f['ratio']:.2f}x |"
+                for f in figures["results"]
+            ]
+            lines.append("")
+        else:
+            lines += ["Its figures are in `cpu.json`.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """A machine in a few words."""
+    return f"{found['processor']}, {found['threads']} threads, {found['instructions']}"
+
+
+def section(results: Results | None) -> str:
+    """The README's performance section between its two marks."""
+    if results is None or not any(part.get("figures") for part in results["parts"].values()):
+        body = "Not measured yet: `make bench` measures, and writes this section."
+        return f"{BEGIN}\n{body}\n{END}"
+    lines: list[str] = []
+    rows: list[str] = []
+    where = None
+    for name, part in results["parts"].items():
+        figures = part.get("figures")
+        if not name.startswith("train") or not figures:
+            continue
+        where = where or part
+        for method, sides in figures["results"].items():
+            ours, theirs = sides["graft"], sides["trl"]
+            speed = ours["examples_per_second"] / theirs["examples_per_second"]
+            memory = ours["peak_memory"] / theirs["peak_memory"]
+            rows.append(f"| {figures['shape'].upper()} {_NAMES[method]} | {speed:.1f}x | {memory:.2f}x |")
+    if where is not None:
+        lines += [f"Beside TRL, PEFT and bitsandbytes ({machine(where['machine'])}, {where['date'][:10]}):", ""]
+        lines += ["| | examples/s | memory |", "|---|---:|---:|", *rows, ""]
+    lines.append(
+        "[All figures](bench/results/cpu.md) · [how they are measured](docs/performance.md). GPUs: unmeasured."
+    )
+    return "\n".join([BEGIN, *lines, END])
+
+
+def with_section(readme: str, results: Results | None) -> str:
+    """The README with its performance section written anew; ValueError where its two marks are not there."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
+    return before + section(results) + after

@@ -1,0 +1,207 @@
+"""Whether an adapter still does what it did when it was saved: the words it is asked in, and the logits it gives.
+
+Fingerprint and checksums say that the files are the same. They do not see a chat template that was edited, another
+`rope_theta` in the base's config, a library that computes otherwise, or a kernel that is wrong on this machine. So the
+manifest keeps two samples of behaviour that cost one small forward pass to take again:
+
+**Golden ids**: a fixed chat and a fixed text as token ids, and the tokens that end an answer.
+
+**Canary**: logits behind a few prompts, through the bare base and through the adapter. Of each row of logits z (V,), its mean
+taken off since softmax does not see it, K numbers are kept: P z with P (K, V) of +-1 / sqrt(K) by a fixed hash. Distances
+survive such a projection (Johnson and Lindenstrauss 1984; Achlioptas 2003, theorem 1.1), so with 4 prompts and K = 16 the
+relative distance of two sets of logits is known within about a tenth of itself from 64 numbers.
+
+    d(x, y) = |x - y| / |y|        y as the manifest keeps it, x as it is now
+
+Letters: N prompts, L tokens in each, V vocabulary, K kept numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from graftlm.adapters.attach import Adapter, attach, detach
+from graftlm.base.chat import Encoder, Message
+from graftlm.base.load import Base
+from graftlm.config import Precision
+from graftlm.errors import AdapterError, DataError
+from graftlm.kernels.counter import uniform_words
+from graftlm.segments import Segments, running
+
+PROMPTS, LENGTH, KEPT = 4, 12, 16
+SCRATCH = 1 << 30
+"""The slot in which an adapter is tried; nobody else uses it."""
+
+TEXT = (
+    "Grafted 3 scions (cv. 'Golden Noble'), 17.5 cm each:\n\n\tÅse's α-test\u2003costs 1,250 €; "
+    'ok? 接ぎ木 🌱 {"a": [1, 2]}'
+)
+CHAT: tuple[Message, ...] = (
+    {"role": "user", "content": f"  {TEXT}\n"},
+    {"role": "assistant", "content": "Yes.\n```py\nx = 1\n```"},
+    {"role": "user", "content": "Why? "},
+)
+
+# How far apart two precisions of one base may lie, t below; measured by `bench/trust.py`, with room.
+_TOLERANCE = {
+    frozenset({"float32"}): 1e-3, frozenset({"bfloat16"}): 1e-3, frozenset({"int8"}): 1e-3, frozenset({"nf4"}): 1e-3,
+    frozenset({"float32", "bfloat16"}): 0.1, frozenset({"float32", "int8"}): 0.15, frozenset({"bfloat16", "int8"}): 0.15,
+}  # fmt: skip
+_FOUR_BITS = 0.6
+_PRODUCTS = {"float32": 3e-4, "bfloat16": 0.1, "mixed": 0.1}
+"""How far apart the same precision may lie through the order of sums alone, f below, by the type of the products."""
+
+
+# ------------------------------------------------------------------------------------------------------- golden ids
+
+
+def golden(encoder: Encoder) -> dict[str, Any]:
+    """The fixed chat and text as ids, and the stop tokens; the chat is None where the template takes no such chat."""
+    try:
+        chat = encoder.prompt(CHAT)
+    except DataError:
+        chat = None
+    return {"chat": chat, "text": encoder.prompt_text(TEXT), "stop": sorted(encoder.stop_ids)}
+
+
+def check_golden(name: str, expected: Mapping[str, Any], encoder: Encoder, *, chats: bool) -> None:
+    """Raise AdapterError where the tokenizer, or for an adapter of chats the template, renders what is fixed otherwise."""
+    found = golden(encoder)
+    for key, what in (("text", "tokenizer"), ("chat", "chat template"), ("stop", "stop tokens")):
+        if found[key] == expected[key] or (key != "text" and not chats):
+            continue
+        if key == "stop":
+            raise AdapterError(
+                f"{name} was trained with an answer ending at tokens {expected['stop']}, here it ends at {found['stop']}; "
+                "use the tokenizer and template it was trained with"
+            )
+        raise AdapterError(
+            f"{name} was trained with another {what}: the fixed {key} {_difference(expected[key], found[key])}; "
+            f"use the {what} it was trained with"
+        )
+
+
+def _difference(expected: Sequence[int] | None, found: Sequence[int] | None) -> str:
+    if expected is None or found is None:
+        return "was refused then and is not now" if expected is None else "is refused now and was not then"
+    at = next((i for i, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
+    here = [str(ids[at]) if at < len(ids) else "nothing" for ids in (expected, found)]
+    return f"was {len(expected)} tokens and is {len(found)}, at position {at} token {here[0]} then and {here[1]} now"
+
+
+# ------------------------------------------------------------------------------------------------------- canary
+
+
+def prompts(base: Base, text: Sequence[int]) -> list[list[int]]:
+    """N prompts of L ids: the fixed text's own, then ids drawn by a hash from all that the base has."""
+    limit = base.anatomy.max_positions
+    length = min(LENGTH, limit) if limit else LENGTH
+    vocabulary = base.anatomy.vocabulary
+    drawn = [(uniform_words(length, "canary", i) & 0x7FFFFFFF) % vocabulary for i in range(PROMPTS)]
+    first = [i for i in text if i < vocabulary][:length]
+    rows = [d.tolist() for d in drawn]
+    return [*([first] if len(first) == length else rows[:1]), *rows[1:]]
+
+
+@torch.no_grad()
+def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> tuple[list[float], list[float]]:
+    """What is kept of the logits behind N prompts of one length: of the bare base, and of the adapter; N K numbers each.
+
+    One forward pass of 2 N L tokens, the adapter in a slot of its own for so long.
+    """
+    lengths = tuple(len(ids) for ids in given)
+    attach(base, adapter, slot=SCRATCH)
+    try:
+        segments = Segments(
+            lengths=lengths * 2, slots=(0,) * len(lengths) + (SCRATCH,) * len(lengths), stacked=not base.packs
+        )
+        ids = torch.tensor([i for one in given for i in one] * 2, device=base.device)  # (2 N L,)
+        with running(segments):
+            hidden = base.hidden(ids, segments)  # (2 N L, width)
+        ends = torch.tensor([start + n - 1 for start, n in zip(segments.starts, segments.lengths)], device=base.device)
+        with running(Segments(lengths=(1,) * len(ends), slots=segments.slots)):
+            logits = base.logits(hidden[ends]).float()  # (2 N, V)
+    finally:
+        detach(base, slot=SCRATCH)
+    kept = _project(logits)  # (2 N, K)
+    half = len(lengths)
+    return _rounded(kept[:half]), _rounded(kept[half:])
+
+
+def _project(logits: Tensor) -> Tensor:
+    """logits (n, V) -> (n, K), as the head of this file says."""
+    centred = (logits - logits.mean(dim=1, keepdim=True)).double()
+    words = uniform_words(logits.shape[1], "canary directions", device=logits.device)  # (V,)
+    bits = (words[:, None] >> torch.arange(KEPT, device=logits.device)) & 1  # (V, K)
+    return centred @ (bits.double() * 2 - 1) / math.sqrt(KEPT)
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.7g}") for value in values.flatten().tolist()]
+
+
+def distance(found: Sequence[float], expected: Sequence[float]) -> float:
+    """d(found, expected); infinite where one holds what is not finite or they are not of one length."""
+    if len(found) != len(expected):
+        return math.inf
+    top = math.dist(found, expected)
+    d = top / max(math.hypot(*expected), 1e-30) if top else 0.0
+    return d if math.isfinite(d) else math.inf
+
+
+def take(base: Base, adapter: Adapter, text: Sequence[int]) -> dict[str, Any]:
+    """The canary as the manifest keeps it, taken with one forward pass; `text` (ids) gives the first prompt.
+
+    Raises AdapterError for logits that are not finite.
+    """
+    given = prompts(base, text)
+    bare, on = summaries(base, adapter, given)
+    if not all(map(math.isfinite, (*bare, *on))):
+        raise AdapterError("the adapter's logits are not finite; it is not saved")
+    kinds: tuple[Precision, ...] = get_args(Precision)
+    tolerance = {kind: _TOLERANCE.get(frozenset({base.precision, kind}), _FOUR_BITS) for kind in kinds}
+    return {"prompts": given, "base": bare, "adapter": on, "tolerance": tolerance}
+
+
+def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> float:
+    """Take the canary again and hold it against what the manifest kept; returns d of the adapter's logits.
+
+    With y the logits, D the adapter's part of them (y minus the bare base's), t the tolerance of this precision and f the
+    one of the products' type: the bare base's must lie within (t + f) |y|, D within t |D| + f |y|. Raises AdapterError.
+    """
+    given: list[list[int]] = kept["prompts"]
+    limit = base.anatomy.max_positions or len(given[0])
+    if len({len(ids) for ids in given}) > 1 or len(given[0]) > limit:
+        raise AdapterError(f"{name}: the canary's prompts are not of one length of at most {limit}; it is damaged")
+    if max(map(max, given)) >= base.anatomy.vocabulary:
+        last = base.anatomy.vocabulary - 1
+        raise AdapterError(f"{name}: the canary asks for token {max(map(max, given))}, this base's last one is {last}")
+    bare, on = summaries(base, adapter, given)
+    if not len(kept["base"]) == len(kept["adapter"]) == len(on):
+        raise AdapterError(
+            f"{name}: the canary keeps {len(kept['adapter'])} numbers, expected {len(on)}; it is damaged"
+        )
+    t = kept["tolerance"].get(base.precision, _FOUR_BITS)
+    f = max(_PRODUCTS[base.compute], _PRODUCTS[trained["compute"]])
+    off = distance(bare, kept["base"])
+    if not off <= t + f:
+        raise AdapterError(
+            f"{name}: the canary failed on the base alone: its logits are {off:.2%} off those of training, {t + f:.2%} are "
+            f"allowed in {base.precision}. The weights are the same, so compare its config.json and the versions of "
+            f"transformers and torch with those of training"
+        )
+    size = math.hypot(*kept["adapter"])
+    part, then = ([a - b for a, b in zip(x, y)] for x, y in ((on, bare), (kept["adapter"], kept["base"])))
+    error, allowed = math.dist(part, then), t * math.hypot(*then) + f * size
+    if not error <= allowed:  # not a number is no answer either
+        raise AdapterError(
+            f"{name}: the canary failed: what the adapter adds to the logits is off by {error / size:.2%} of their size, "
+            f"{allowed / size:.2%} are allowed in {base.precision}. It is not applied as it was trained; report this with "
+            "the versions of graftlm, transformers and torch"
+        )
+    return distance(on, kept["adapter"])

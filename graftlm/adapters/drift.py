@@ -1,0 +1,136 @@
+"""How far a merged model is from the live one, base and adapter apart: measured on held-out rows, before anything is written.
+
+    relative difference   |z - z'| / |z|      logits z (n, V) of the live model and z' of the merged one, the mean of each row
+                                              taken off both, since softmax does not see it; n trained tokens of all rows
+    agreement             share of the n where the likeliest token is the same one
+
+A merged model is measured as it would be read back: its weights are rounded to the type they are written in, or stored in 4
+bits again, and put into a base in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftlm.adapters.merge import Merger
+from graftlm.base.linear import Stored
+from graftlm.base.load import Base
+from graftlm.segments import Segments, running
+
+_MOST_BYTES = 1 << 30
+"""Most memory that the live model's logits may take; rows beyond it are not measured."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A held-out row: its ids (L,), and the positions in front of its trained tokens (n,)."""
+
+    ids: Tensor
+    before: Tensor
+
+
+@dataclass(frozen=True)
+class Live:
+    """What the live model says of each row."""
+
+    rows: tuple[Row, ...]
+    logits: tuple[Tensor, ...]  # each (n, V), float32, on the CPU
+    loss: float
+    """Mean over all trained tokens."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(z) for z in self.logits)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a merged model says of the same rows."""
+
+    onto: str
+    loss: float
+    relative: float
+    agreement: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"onto": self.onto, "loss": self.loss, "relative": self.relative, "agreement": self.agreement}
+
+
+def limited(rows: Sequence[Row], vocabulary: int, most: int) -> list[Row]:
+    """The first rows whose logits fit into memory, at most `most`."""
+    kept: list[Row] = []
+    held = 0
+    for row in rows[:most]:
+        held += len(row.before) * vocabulary * 4
+        if kept and held > _MOST_BYTES:
+            break
+        kept.append(row)
+    return kept
+
+
+@torch.no_grad()
+def logits_of(base: Base, slot: int, row: Row) -> Tensor:
+    """One row through a base and the adapter in `slot`: (n, V), float32, on the CPU."""
+    segments = Segments(lengths=(len(row.ids),), slots=(slot,), stacked=not base.packs)
+    with running(segments):
+        hidden = base.hidden(row.ids.to(base.device), segments)[row.before.to(base.device)]  # (n, width)
+    with running(Segments(lengths=(len(hidden),), slots=(slot,))):
+        return base.logits(hidden).float().cpu()
+
+
+def listen(base: Base, slot: int, rows: Sequence[Row]) -> Live:
+    """The live model on all rows."""
+    logits = tuple(logits_of(base, slot, row) for row in rows)
+    return Live(tuple(rows), logits, _loss(rows, logits))
+
+
+def _loss(rows: Sequence[Row], logits: Sequence[Tensor]) -> float:
+    total = sum(float(F.cross_entropy(z, r.ids[r.before + 1].long(), reduction="sum")) for r, z in zip(rows, logits))
+    return total / sum(len(z) for z in logits)
+
+
+def compare(base: Base, onto: str, live: Live, progress: Callable[[], None] | None = None) -> Drift:
+    """A merged model, bare, beside the live one."""
+    apart = size = 0.0
+    same = 0
+    found: list[Tensor] = []
+    for row, z in zip(live.rows, live.logits):
+        w = logits_of(base, 0, row)
+        centred = (z - z.mean(1, keepdim=True)).double()
+        apart += float((centred - (w - w.mean(1, keepdim=True)).double()).square().sum())
+        size += float(centred.square().sum())
+        same += int((z.argmax(1) == w.argmax(1)).sum())
+        found.append(w)
+        if progress is not None:
+            progress()
+    return Drift(onto, _loss(live.rows, found), (apart / size) ** 0.5 if size else 0.0, same / live.tokens)
+
+
+@torch.no_grad()
+def put_merged(base: Base, merger: Merger, dtype: torch.dtype) -> None:
+    """Give a loaded base the weights that merging would write, in `dtype`; its 4-bit layers store them again."""
+    names = {"weight" if n == "" else n: m for n, m in base.model.named_modules()}
+    for parameter in merger.base.forms:
+        if parameter in (merger.embedding, merger.head) or not merger.touches(parameter):
+            continue
+        module: Any = names.get(parameter) or names.get(parameter.removesuffix(".weight"))
+        module = module if isinstance(module, Stored) else module.stored
+        exact = torch.float32 if module.precision in ("nf4", "int8") else dtype
+        weight = merger.weight(parameter, exact).to(base.device)
+        module.put(weight.transpose(-1, -2) if module.turned else weight)
+    embedding: Any = base.anatomy.embedding
+    head: Any = base.anatomy.head
+    shared = head.weight is embedding.weight and not merger.unties
+    kept = embedding.weight.dtype
+    for module, parameter in ((embedding, merger.embedding), (head, merger.head)):
+        if module is head and shared:
+            head.weight = embedding.weight
+        elif merger.touches(parameter) or (merger.unties and module is head):
+            new = merger.weight(parameter, dtype).to(device=base.device, dtype=kept)
+            module.weight = nn.Parameter(new, requires_grad=False)

@@ -1,0 +1,221 @@
+"""A version as a plain folder for others: PEFT's form as it is, or made fit for vLLM, or refused with the reason.
+
+What vLLM's loader (`vllm/lora/peft_helper.py`, `lora_model.py`) does with an adapter, and what is done about it here:
+
+    one lora_alpha / r for all modules, patterns ignored     per-module scales go into B, then alpha = r
+    ranks up to a --max-lora-rank of 8, 16, ... 256          all padded with zeros to the least of these that holds them
+    no DoRA, no modules_to_save, no token rows, no bias      refused: they are no low-rank update; merge instead
+    the checkpoint's module names, experts one by one        a stack's A and B are taken apart, expert by expert
+    stacks that the checkpoint holds as stacks               PEFT's nested form, which it reads for these models
+
+Letters: r rank, R padded rank, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.attach import Adapter
+from graftlm.adapters.bank import LowRank
+from graftlm.adapters.fit import PREFIX, places_of
+from graftlm.adapters.store import locate
+from graftlm.base.linear import StoredStack
+from graftlm.base.skeleton import Skeleton, load_skeleton
+from graftlm.config import ExportConfig
+from graftlm.errors import AdapterError, ConfigError
+from graftlm.files import whole_folder, write_json
+
+RANKS = (8, 16, 32, 64, 128, 256)
+# Of the architectures that transformers has, those for which vLLM's list of supported models (read in November 2026) has
+# no LoRA; others that it does not list at all are noted, since it may run them by transformers' code.
+_WITHOUT_LORA = {
+    "BloomForCausalLM", "DbrxForCausalLM", "FalconForCausalLM", "FalconMambaForCausalLM", "FlexOlmoForCausalLM",
+    "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "Jais2ForCausalLM", "MambaForCausalLM",
+    "Mamba2ForCausalLM", "MptForCausalLM", "OlmoeForCausalLM", "StableLmForCausalLM", "Zamba2ForCausalLM",
+    "Gemma3nForCausalLM",
+}  # fmt: skip
+
+
+def export_adapter(config: ExportConfig) -> dict[str, Any]:
+    """Write a version for PEFT or vLLM; returns what `--json` prints. Raises AdapterError, and then nothing is written."""
+    out = config.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already; name a folder that is not")
+    folder = locate(config.version, config.store, config.base)
+    found = adapter_format.inspect_folder(folder)
+    said = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
+    if config.for_ == "peft":
+        with whole_folder(out) as place:
+            for name in found.files:
+                shutil.copyfile(folder / name, place / name)
+        rank, alpha = found.config["r"], float(found.config["lora_alpha"])
+        return {**said, "rank": rank, "alpha": alpha, "tensors": len(found.tensors), "notes": []}
+    name = (
+        config.model
+        or ((found.manifest or {}).get("base") or {}).get("name")
+        or found.config.get("base_model_name_or_path")
+    )
+    if not name:
+        raise ConfigError(f"{folder} does not say on which base it was trained; name it with --model")
+    base = load_skeleton(name, trust_remote_code=config.trust_remote_code)
+    adapter = adapter_format.load(base, folder)
+    made = for_vllm(base, adapter)
+    with whole_folder(out) as place:
+        save_file(made.tensors, place / adapter_format.TENSORS, metadata={"format": "pt"})
+        write_json(place / adapter_format.CONFIG, made.config)
+        for file in found.files:
+            if "token" in file or file in ("chat_template.jinja", "vocab.json", "merges.txt"):
+                shutil.copyfile(folder / file, place / file)
+        _check(base, adapter, place)
+    return {
+        **said, "rank": made.config["r"], "alpha": float(made.config["lora_alpha"]), "tensors": len(made.tensors),
+        "notes": made.notes,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """An adapter in vLLM's form."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    notes: list[str]
+
+
+def for_vllm(base: Skeleton, adapter: Adapter) -> Made:
+    """An adapter as vLLM serves it: one rank, one scale, the checkpoint's names. Raises AdapterError with the reason."""
+    slots = _servable(base, adapter)
+    most = max(slot.rank for slot in slots.values())
+    rank = next((r for r in RANKS if r >= most), 0)
+    if not rank:
+        raise AdapterError(
+            f"the adapter's rank is {most}, and vLLM serves at most {RANKS[-1]}; train it with a lower --rank, or merge it"
+        )
+    scales = {slot.scale for slot in slots.values()}
+    common = scales.pop() if len(scales) == 1 else 1.0
+    alpha = common * rank
+    if alpha != int(alpha):  # vLLM's field is a whole number
+        common, alpha = 1.0, float(rank)
+    tensors: dict[str, Tensor] = {}
+    for layer, slot in slots.items():
+        factor = slot.scale / common
+        for name, A, B in _named(base, layer, slot, rank, list(slots)):
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = (B * factor if factor != 1 else B).contiguous()
+    names = {n.removeprefix(PREFIX).rpartition(".lora_")[0] for n in tensors}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "r": rank,
+        "lora_alpha": int(alpha), "lora_dropout": 0.0, "target_modules": sorted({n.rpartition(".")[2] for n in names}),
+        "bias": "none", "use_rslora": False, "use_dora": False, "modules_to_save": None, "fan_in_fan_out": False,
+        "init_lora_weights": True, "inference_mode": True,
+    }  # fmt: skip
+    notes = [f"serve it with: vllm serve {base.name} --enable-lora --max-lora-rank {rank}"]
+    if any(n.endswith((".gate", ".router")) for n in names):
+        notes.append("it adapts a mixture's router, which takes a vLLM whose router layer has LoRA")
+    return Made(config, tensors, notes)
+
+
+def _servable(base: Skeleton, adapter: Adapter) -> dict[str, LowRank]:
+    """The adapter's layers, all of them low-rank. Raises AdapterError for what vLLM does not compute."""
+    kind = type(base.plain).__name__
+    if kind in _WITHOUT_LORA:
+        raise AdapterError(f"vLLM has no LoRA for {kind}; merge the adapter and serve the merged model: graft merge")
+    found: dict[str, LowRank] = {}
+    for layer, slot in adapter.slots.items():
+        why = None
+        if not isinstance(slot, LowRank):
+            why = f"'{layer}' is trained whole or by rows, and vLLM serves low-rank updates only"
+        elif slot.magnitude is not None:
+            why = "it is a DoRA, whose magnitude is no low-rank update"
+        elif base.forms[base.parameter_of(layer)].turned and not isinstance(base.stored().get(layer), StoredStack):
+            why = f"'{layer}' is a transposed layer (Conv1D), which vLLM does not adapt"
+        elif layer == base.anatomy.head_name and base.tied:
+            why = "it adapts a head that shares its matrix with the embedding, which vLLM keeps as one"
+        if why is not None:
+            raise AdapterError(f"the adapter cannot be served by vLLM: {why}; merge it into a model: graft merge")
+        assert isinstance(slot, LowRank)
+        found[layer] = slot
+    return found
+
+
+def _named(base: Skeleton, layer: str, slot: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+    """(module's name in the checkpoint, A (R, in), B (out, R)) of a layer; of a stack one for each of its tensors."""
+    parameter = base.parameter_of(layer)
+    spans = base.spans()[parameter]
+    form = base.forms[parameter]
+    if len(form.shape) == 2:
+        name = spans[0].tensor
+        if len(spans) > 1 or base.checkpoint.tensors[name].shape != form.shape:
+            raise AdapterError(
+                f"'{layer}' is put together from other layers of the checkpoint, and vLLM knows only those"
+            )
+        A, B = _padded(*slot.factors(None), rank)
+        return [(name.removesuffix(".weight"), A, B)]
+    if len(base.checkpoint.tensors[spans[0].tensor].shape) == 3:
+        return [_nested(base, layer, slot, rank, layers)]
+    parts: dict[str, list[Tensor]] = {}
+    narrow: dict[str, Tensor] = {}
+    for span in spans:
+        expert, first = divmod(span.row, form.out)
+        pair = _padded(*slot.factors(expert), rank)
+        name = span.tensor.removesuffix(".weight")
+        narrow[name] = pair[0]
+        parts.setdefault(name, []).append(pair[1][first : first + span.count])
+    return [(name, narrow[name], torch.cat(pieces)) for name, pieces in parts.items()]
+
+
+def _nested(base: Skeleton, layer: str, slot: LowRank, rank: int, layers: list[str]) -> tuple[str, Tensor, Tensor]:
+    """A stack that the checkpoint holds as one, in PEFT's nested form, padded expert by expert."""
+    module = layer.rpartition(".")[0]
+    both = [n for n in base.stored() if n.rpartition(".")[0] == module and isinstance(base.stored()[n], StoredStack)]
+    missing = [n for n in both if n not in layers]
+    if missing:
+        raise AdapterError(
+            f"'{layer}' is adapted and '{missing[0]}' is not; vLLM takes all stacks of a mixture, or none"
+        )
+    pairs = [_padded(*slot.factors(e), rank) for e in range(slot.experts)]
+    A = torch.cat([a for a, _ in pairs])  # (E R, in)
+    B = torch.stack([b for _, b in pairs], dim=2).flatten(1)  # (out, R E), the expert running fastest
+    return places_of(base, layers)[layer], A, B
+
+
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with zeros up to rank R: their product is the same."""
+    more = rank - A.shape[0]
+    below, beside = A.new_zeros(more, A.shape[1]), B.new_zeros(B.shape[0], more)
+    return torch.cat([A.detach(), below]), torch.cat([B.detach(), beside], dim=1)
+
+
+def _check(base: Skeleton, adapter: Adapter, folder: Path) -> None:
+    """Read what was written as vLLM does, and hold every update against the adapter's own, on random vectors."""
+    config = json.loads((folder / adapter_format.CONFIG).read_text(encoding="utf-8"))
+    named = load_file(folder / adapter_format.TENSORS)
+    scale, rank = config["lora_alpha"] / config["r"], config["r"]
+    generator = torch.Generator().manual_seed(0)
+    for layer, slot in adapter.slots.items():
+        assert isinstance(slot, LowRank)
+        parameter = base.parameter_of(layer)
+        form = base.forms[parameter]
+        x = torch.randn(form.shape[-1], generator=generator)
+        nested = len(form.shape) == 3 and len(base.checkpoint.tensors[base.spans()[parameter][0].tensor].shape) == 3
+        for span in base.spans()[parameter]:
+            expert, first = divmod(span.row, form.out) if len(form.shape) == 3 else (None, span.row)
+            name = places_of(base, list(adapter.slots))[layer] if nested else span.tensor.removesuffix(".weight")
+            factors = named[f"{PREFIX}{name}.lora_A.weight"], named[f"{PREFIX}{name}.lora_B.weight"]
+            begin = span.first
+            if nested:
+                padded = replace(slot, A=torch.nn.Parameter(factors[0]), B=torch.nn.Parameter(factors[1]), rank=rank)
+                factors, begin = padded.factors(expert), first
+            ours, theirs = slot.factors(expert)
+            wanted = slot.scale * (theirs[first : first + span.count] @ (ours @ x))
+            found = scale * (factors[1][begin : begin + span.count] @ (factors[0] @ x))
+            assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max() + 1e-30)), layer

@@ -1,0 +1,141 @@
+"""What `graft.json` says of an adapter, and the digest that names an adapter by its content.
+
+    digest      over everything below, and so, through `files`, over every byte of the folder
+    files       each other file's bytes and SHA-256
+    base        name, fingerprint of the source checkpoint's tensors, precision trained on
+    formula     the entries of PEFT's config that decide what is computed: rank, alpha, targets, ...
+    tensors     each tensor's shape and type
+    golden      token ids of a fixed chat and a fixed text, and the tokens that end an answer
+    canary      prompts, a summary of the logits with the adapter on, and how far others may be from it
+    lineage     digests of the adapters that this one was made from
+    data, method, seed, steps, template, tokenizer_digest, evaluation, versions
+
+The digest is SHA-256 over the manifest as canonical JSON (sorted keys, no spaces) without the digest itself. A PEFT folder
+has no manifest; its digest is taken over what `files` would say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from graftlm.config import Compute, Precision
+from graftlm.errors import AdapterError
+from graftlm.files import sha256
+from graftlm.tensorfile import read_json
+
+CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "graft.json"
+FORMAT = 2
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Ids = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Base(_Part):
+    name: str
+    fingerprint: str
+    precision: Precision
+    compute: Compute
+
+
+class _Tensor(_Part):
+    shape: list[Annotated[int, Field(ge=0)]]
+    dtype: str
+
+
+class _File(_Part):
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Digest
+
+
+class _Golden(_Part):
+    chat: _Ids | None
+    text: _Ids
+    stop: _Ids
+
+
+class _Canary(_Part):
+    prompts: Annotated[list[Annotated[_Ids, Field(min_length=1, max_length=64)]], Field(min_length=1, max_length=64)]
+    base: list[float]
+    adapter: list[float]
+    tolerance: dict[Precision, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+
+
+class _Lineage(_Part):
+    parents: list[Digest] = []
+
+
+class _Manifest(_Part):
+    """The entries that Graft itself relies on; the others are for people."""
+
+    format: int
+    digest: Digest
+    files: dict[str, _File]
+    base: _Base
+    formula: dict[str, Any]
+    tensors: dict[str, _Tensor]
+    golden: _Golden
+    canary: _Canary
+    lineage: _Lineage = _Lineage()
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 over a manifest without its digest, 64 hexadecimal digits; the order of its keys does not matter."""
+    plain = {key: value for key, value in content.items() if key != "digest"}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_entries(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """What `files` says of these: bytes and SHA-256 by name."""
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(files)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """An adapter's manifest, its entries checked and not yet held against the folder; None where there is none (PEFT's own).
+
+    Raises AdapterError that names the entry which is missing or of another kind, and for a manifest from the future.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    found = read_json(path, AdapterError)
+    number = found.get("format")
+    if isinstance(number, int) and number > FORMAT:
+        raise AdapterError(f"{path} is of format {number}, this Graft reads up to {FORMAT}; update graftlm")
+    try:
+        _Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise AdapterError(
+            f"{path}: {place}: {first['msg']}, found {str(first['input'])[:80]}; it is damaged"
+        ) from None
+    odd = [name for name in found["files"] if not _FILE_NAME.fullmatch(name) or name == MANIFEST]
+    if odd:
+        raise AdapterError(f"{path} lists a file named {odd[0]!r}, which is no plain file name; it is damaged")
+    return found
+
+
+def check_files(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise AdapterError for the first listed file that is missing, of another size, or changed by a byte."""
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            raise AdapterError(f"{folder} has no {name}, which its {MANIFEST} lists; the adapter is incomplete")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise AdapterError(f"{file} has {size:,} bytes, {entry['bytes']:,} were written; the adapter is damaged")
+        if sha256(file) != entry["sha256"]:
+            raise AdapterError(f"{file} has changed since it was written; the adapter is damaged")

@@ -1,0 +1,302 @@
+"""Adapters added to their base's weights: what each tensor of the checkpoint becomes.
+
+    W' = round(W + s B A)                          LoRA; in float32 from the pristine W, rounded once
+    W' = round(m / |W + s B A| (W + s B A))        DoRA, row by row
+    W' = round(V)                                  a module trained whole, or rows of it
+
+W is the checkpoint's own (`original`), or what the base was stored as while the adapter was trained (`dequantized`); then
+every stored layer is written as it was stored, adapted or not, since that is the model that was trained. Everything goes
+by blocks of rows, so that no more than one tensor in its final type and a few blocks are in memory.
+
+Letters: n rows of a block; W (out, in), or a stack (E, out, in) whose rows count through all experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graftlm.adapters.attach import Adapter
+from graftlm.adapters.bank import LowRank, Rows, Slot, Whole
+from graftlm.adapters.combine import Recipe, combine, dropped, threshold
+from graftlm.base.linear import StoredLinear
+from graftlm.base.precision import DTYPES, kept_precision, restore, store
+from graftlm.base.shards import dtype_of
+from graftlm.base.skeleton import Skeleton
+from graftlm.base.source import Span, names_of
+from graftlm.config import Precision
+from graftlm.config.merge import Onto
+from graftlm.errors import AdapterError, ModelError
+from graftlm.kernels import Int8, Nf4, Weight
+
+_BLOCK = 1 << 19
+"""Most values of a block: 2 MB in float32, of which about ten are in memory at a time."""
+
+
+@dataclass
+class Rounding:
+    """How much of the updates survived the type that they were written in."""
+
+    wanted: float = 0.0
+    """Sum of squares of the updates."""
+    lost: float = 0.0
+    """Sum of squares of what rounding took from them."""
+    changed: int = 0
+    unmoved: int = 0
+    """Of the values that an update should change, those that stayed what the base's rounded value is."""
+
+    def add(self, base: Tensor, merged: Tensor, dtype: torch.dtype) -> None:
+        """Count a block: base and merged (n, in) in float32, and the type they are rounded to."""
+        update = merged - base
+        written = merged.to(dtype).float() - base.to(dtype).float()
+        hit = update != 0
+        self.changed += int(hit.sum())
+        self.unmoved += int((hit & (written == 0)).sum())
+        self.wanted += float(update.square().sum(dtype=torch.float64))
+        self.lost += float(update.sub_(written).square_().sum(dtype=torch.float64))
+
+    @property
+    def share(self) -> float:
+        """|U - written| / |U| over all updates."""
+        return (self.lost / self.wanted) ** 0.5 if self.wanted else 0.0
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter and the weight it is added with."""
+
+    adapter: Adapter
+    weight: float = 1.0
+
+
+@dataclass
+class Merger:
+    """What a base's tensors become with adapters added to them."""
+
+    base: Skeleton
+    adapters: Sequence[Weighted]
+    recipe: Recipe = field(default_factory=Recipe)
+    onto: Onto = "original"
+    rounding: Rounding = field(default_factory=Rounding)
+
+    def __post_init__(self) -> None:
+        """Sort the adapters' parts by weight. Raises AdapterError for a part that no weight can hold."""
+        base = self.base
+        self.parts: dict[str, list[tuple[int, Slot]]] = {}
+        embedding, head = (f"{n}.weight" for n in (base.anatomy.embedding_name, base.anatomy.head_name))
+        for index, given in enumerate(self.adapters):
+            for layer, slot in given.adapter.slots.items():
+                parameter = base.parameter_of(layer)
+                if parameter not in base.forms:
+                    raise AdapterError(
+                        f"'{layer}' has no weight of its own in the checkpoint, so nothing can be merged"
+                    )
+                self.parts.setdefault(parameter, []).append((index, slot))
+                # As `attach` has it: rows of a tied embedding are the head's too, a whole embedding is not.
+                shared = base.tied and isinstance(slot, Rows) and isinstance(base.anatomy.head, StoredLinear)
+                if shared and parameter == embedding and base.anatomy.head_name not in given.adapter.slots:
+                    self.parts.setdefault(head, []).append((index, slot))
+        same = [(i, id(s)) for i, s in self.parts.get(embedding, [])] == [
+            (i, id(s)) for i, s in self.parts.get(head, [])
+        ]
+        self.unties = base.tied and not same
+        """Whether embedding and head share a tensor in the base and cannot any longer."""
+        self.embedding, self.head = embedding, head
+        if base.tied and not self.unties:
+            self.parts.pop(head, None)
+        self._stored: dict[str, Weight] = {}
+        self._cuts: dict[tuple[str, int, int], float] = {}
+        self._precisions: dict[str, Precision] = {n: p for n, (_, p) in base.stored_forms().items()}
+        kept = kept_precision(base.precision)
+        self._precisions.update({embedding: kept, head: kept})
+        self.spans = base.spans()
+        heads = [n for n, (p, _) in names_of(base.plain, base.checkpoint.tensors).items() if p == head]
+        self.head_copies = heads if base.tied else []
+        """Tensors of the checkpoint that repeat a tied embedding as the head."""
+        self._by_tensor: dict[str, list[Span]] = {}
+        for weight, spans in self.spans.items():
+            if self.touches(weight):
+                for span in spans:
+                    self._by_tensor.setdefault(span.tensor, []).append(span)
+
+    # ---- what becomes of a tensor ------------------------------------------------------------------------------------
+
+    def touches(self, weight: str) -> bool:
+        """Whether a weight may be written otherwise than it is in the checkpoint."""
+        return weight in self.parts or (self.onto != "original" and self._precisions[weight] != "float32")
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor of the checkpoint as it becomes, in its own layout."""
+        spans = self._by_tensor.get(name)
+        old = self.base.checkpoint.read(name)
+        if spans is None:
+            return old.to(dtype) if old.is_floating_point() else old
+        # What no span covers keeps its value.
+        whole = sum(s.count for s in spans) * self.base.forms[spans[0].weight].shape[-1] == old.numel()
+        new = torch.empty(old.shape, dtype=dtype) if whole else old.to(dtype, copy=True)
+        for span in spans:
+            for row, rows in self._blocks(span.weight, span):
+                first = span.first + row - span.row
+                if not span.across:
+                    new.view(-1, new.shape[-1])[first : first + len(rows)] = self._rounded(
+                        span.weight, row, rows, dtype
+                    )
+                else:
+                    expert, column = divmod(first, new.shape[-1]) if new.ndim == 3 else (0, first)
+                    into = new[expert] if new.ndim == 3 else new
+                    into[:, column : column + len(rows)] = self._rounded(span.weight, row, rows, dtype).T
+        self._forget(name)
+        return new
+
+    def weight(self, parameter: str, dtype: torch.dtype) -> Tensor:
+        """A weight as it becomes, (out, in) or (E, out, in), whatever tensors of the checkpoint it lies in."""
+        form = self.base.forms[parameter]
+        if self.base.tied and parameter == self.head:
+            spans = [Span(parameter, s.row, s.tensor, s.first, s.count, s.across) for s in self.spans[self.embedding]]
+        else:
+            spans = self.spans[parameter]
+        new = torch.empty(form.rows, form.shape[-1], dtype=dtype)
+        for span in spans:
+            for row, rows in self._blocks(parameter, span):
+                new[row : row + len(rows)] = self._rounded(parameter, row, rows, dtype)
+        self._stored.pop(parameter, None)
+        return new.view(form.shape)
+
+    def source_dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor in the checkpoint. Raises ModelError for one that torch does not compute with."""
+        kind = self.base.checkpoint.tensors[name].dtype
+        dtype = dtype_of(kind)
+        if dtype is None:
+            raise ModelError(
+                f"{self.base.folder}: tensor '{name}' is of type {kind}; merge into the 16-bit original of this model"
+            )
+        return dtype
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def _blocks(self, weight: str, span: Span) -> Iterator[tuple[int, Tensor]]:
+        """The base's rows of a span in float32, a block at a time: (number of the first row, (n, in))."""
+        compressed = self._compressed(weight)
+        step = max(1, _BLOCK // self.base.forms[weight].shape[-1])
+        for start in range(0, span.count, step):
+            count = min(step, span.count - start)
+            row = span.row + start
+            if compressed is not None:
+                yield row, _rows_of(compressed, self.base.forms[weight].out, row, count)
+                continue
+            piece = Span(weight, row, span.tensor, span.first + start, count, span.across)
+            rows = self.base.checkpoint.rows(piece)
+            if self.onto != "original":
+                rows = rows.to(DTYPES[self._precisions[weight]])
+            yield row, rows.float()
+
+    def _compressed(self, weight: str) -> Nf4 | Int8 | None:
+        """The weight as the base stores it in 4 or 8 bits; None where it keeps 16 or 32, or where that is not asked."""
+        precision = self._precisions[weight]
+        if self.onto == "original" or precision not in ("nf4", "int8"):
+            return None
+        if weight not in self._stored:
+            form = self.base.forms[weight]
+            spans = self.spans[weight]
+            dense = self.base.checkpoint.read(spans[0].tensor)
+            if spans[0].across or tuple(dense.shape) != form.shape:  # turned, or put together from several tensors
+                dense = torch.empty(form.rows, form.shape[-1], dtype=dense.dtype)
+                for span in spans:
+                    dense[span.row : span.row + span.count] = self.base.checkpoint.rows(span)
+            self._stored[weight] = store(dense.reshape(form.shape), precision)
+        found = self._stored[weight]
+        assert not isinstance(found, Tensor)
+        return found
+
+    def _forget(self, tensor: str) -> None:
+        """Let go of the stored forms of weights whose last tensor has been made."""
+        for span in self._by_tensor.pop(tensor, []):
+            left = any(s.weight == span.weight for spans in self._by_tensor.values() for s in spans)
+            if not left:
+                self._stored.pop(span.weight, None)
+
+    def _rounded(self, weight: str, row: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Base rows (n, in) with everything added, in the type they are written in."""
+        merged = self.merged(weight, row, rows)
+        if dtype != torch.float32 and weight in self.parts:
+            self.rounding.add(rows, merged, dtype)
+        return merged.to(dtype)
+
+    @torch.no_grad()
+    def merged(self, weight: str, row: int, rows: Tensor) -> Tensor:
+        """Base rows (n, in) in float32, from row number `row` of the weight on, with every adapter's part added."""
+        parts = self.parts.get(weight)
+        if not parts:
+            return rows
+        form = self.base.forms[weight]
+        expert, first = divmod(row, form.out) if len(form.shape) == 3 else (None, row)
+        if len(parts) == 1 and self.adapters[parts[0][0]].weight == 1 and self.recipe.kind == "linear":
+            return applied(parts[0][1], rows, expert, first)
+        updates: list[Tensor] = []
+        for index, slot in parts:
+            update = update_of(slot, rows, expert, first)
+            if self.recipe.kind == "ties":
+                cut = self._cut(weight, index, slot, expert)
+                update = update * (update.abs() >= cut)
+            elif self.recipe.kind != "linear":
+                key = (weight, -1 if expert is None else expert, index)
+                update = dropped(update, self.recipe.density, self.recipe.seed, key, first)
+            updates.append(update)
+        weights = [self.adapters[index].weight for index, _ in parts]
+        return rows + combine(updates, weights, self.recipe.kind)
+
+    def _cut(self, weight: str, index: int, slot: Slot, expert: int | None) -> float:
+        """Where TIES trims an adapter's update of a weight, or of one expert of a stack: found on the whole of it, once."""
+        key = (weight, -1 if expert is None else expert, index)
+        if key not in self._cuts:
+            form = self.base.forms[weight]
+            begin = (expert or 0) * form.out
+            pieces: list[Tensor] = []
+            for span in self.spans.get(weight) or self.spans[self.embedding]:
+                if begin <= span.row < begin + form.out:
+                    for row, rows in self._blocks(weight, span):
+                        pieces.append(update_of(slot, rows, expert, row - begin))
+            self._cuts[key] = threshold(torch.cat(pieces), self.recipe.density)
+        return self._cuts[key]
+
+
+def applied(slot: Slot, rows: Tensor, expert: int | None, first: int) -> Tensor:
+    """Rows `first ..` of W (n, in) in float32 as they are with one adapter's part on them."""
+    last = first + len(rows)
+    if isinstance(slot, Whole):
+        return slot.weight[first:last].float()
+    if isinstance(slot, Rows):
+        new = rows.clone()
+        for place, token in enumerate(slot.tokens):
+            if first <= token < last:
+                new[token - first] = slot.values[place].float()
+        return new
+    combined = rows + low_rank_rows(slot, expert, first, last)
+    if slot.magnitude is None:
+        return combined
+    norms = torch.linalg.vector_norm(combined, dim=1, keepdim=True)  # (n, 1)
+    return combined * (slot.magnitude[first:last, None] / norms)
+
+
+def low_rank_rows(slot: LowRank, expert: int | None, first: int, last: int) -> Tensor:
+    """Rows first..last of s B A, (n, in)."""
+    A, B = slot.factors(expert)
+    return slot.scale * (B[first:last].float() @ A.float())
+
+
+def update_of(slot: Slot, rows: Tensor, expert: int | None, first: int) -> Tensor:
+    """What one adapter's part changes of rows `first ..` of W, (n, in)."""
+    if isinstance(slot, LowRank) and slot.magnitude is None:
+        return low_rank_rows(slot, expert, first, first + len(rows))
+    return applied(slot, rows, expert, first) - rows
+
+
+def _rows_of(stored: Nf4 | Int8, out: int, row: int, count: int) -> Tensor:
+    """Rows of a weight in its compressed form, in float32; they lie within one expert of a stack."""
+    if len(stored.shape) == 3:
+        expert, row = divmod(row, out)
+        stored = stored[expert]
+    return restore(stored.narrow(row, count), torch.float32)

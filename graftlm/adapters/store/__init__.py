@@ -1,0 +1,21 @@
+"""Named, numbered, immutable versions of adapters: `resolve("formal@prod")` gives a folder and its digest.
+
+folder.py    the store on disk: publish, find, alias, roll back, remove, verify
+shelf.py     the part of it that belongs to one base
+journal.py   the one file that changes, at its end
+state.py     what the journal's events come to
+names.py     what a version may be called
+lineage.py   what made a version, and how two differ
+remote.py    push and pull: object stores and folders, by fsspec
+hub.py       push and pull: the Hugging Face hub
+"""
+
+from graftlm.adapters.store.folder import DEFAULT, Store, locate, resolve
+from graftlm.adapters.store.names import Reference, looks_like_a_name, parse
+from graftlm.adapters.store.shelf import Check, Fault, Shelf, Version
+from graftlm.adapters.store.state import Name
+
+__all__ = [
+    "DEFAULT", "Check", "Fault", "Name", "Reference", "Shelf", "Store", "Version", "locate", "looks_like_a_name", "parse",
+    "resolve",
+]  # fmt: skip

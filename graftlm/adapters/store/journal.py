@@ -1,0 +1,128 @@
+"""What happened to the names of a base, one line an event: the store's only file that ever changes, and only at its end.
+
+    5f1c0e0b9d0a7c44 {"do":"publish","name":"formal","version":1,"digest":"9f2c...","at":"2026-01-31T12:00:00+00:00",...}
+    c0b1a2f3e4d59687 {"do":"alias","name":"formal","alias":"prod","version":1,"at":...}
+
+A line begins with a checksum over itself and the line before, so a flipped byte, a lost line and a changed order are all
+found. Writers take turns by a lock that the system gives back with a dying process, and a line is on the disk before the
+lock is free. A line that a crash cut short has no end: readers leave it out, and the next writer takes it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graftlm.errors import StoreError
+
+_START = "0" * 16
+_SUM = 16  # hexadecimal digits of the checksum in front of a line
+
+Event = dict[str, Any]
+
+
+def _sum(before: str, text: str) -> str:
+    return hashlib.sha256(f"{before}{text}".encode()).hexdigest()[:_SUM]
+
+
+class Journal:
+    """One base's events, in a file of their own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = path.with_name(".lock")
+
+    def read(self) -> list[Event]:
+        """Every whole line's event, oldest first. Raises StoreError for a line that is not as it was written."""
+        return self._parse(self._bytes())[0]
+
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Hold the journal alone, with all of its events; other writers wait. Raises StoreError as `read` does."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(self._lock, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise StoreError(f"{self.path.parent} cannot be written to: {error.strerror}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            events, last, whole = self._parse(self._bytes())
+            yield Writer(self.path, events, last, whole)
+        finally:
+            os.close(descriptor)
+
+    def _bytes(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read: {error.strerror}") from None
+
+    def _parse(self, data: bytes) -> tuple[list[Event], str, int]:
+        """The events, the last checksum, and how many bytes the whole lines take."""
+        whole = data.rfind(b"\n") + 1
+        events: list[Event] = []
+        last = _START
+        for number, line in enumerate(data[:whole].splitlines(keepends=True), 1):
+            try:
+                text = line.decode()
+                found, body = text[:_SUM], text[_SUM + 1 : -1]
+                if text[_SUM] != " " or found != _sum(last, body):
+                    raise ValueError
+                events.append(json.loads(body))
+            except (ValueError, IndexError):
+                raise StoreError(
+                    f"{self.path} is damaged at line {number}: it is not as it was written. Put the file back from a "
+                    "backup, or pull its versions again into another store; the versions beside it are not touched"
+                ) from None
+            last = found
+        return events, last, whole
+
+
+class Writer:
+    """The journal while it is held."""
+
+    def __init__(self, path: Path, events: list[Event], last: str, whole: int) -> None:
+        self.path, self.events, self._last, self._whole = path, events, last, whole
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Add an event; it is on the disk when this returns. Raises StoreError when it cannot be written."""
+        text = json.dumps(event, ensure_ascii=True, separators=(",", ":"))
+        last = _sum(self._last, text)
+        line = f"{last} {text}\n".encode()
+        fresh = not self.path.exists()
+        try:
+            with self.path.open("r+b" if not fresh else "xb") as stream:
+                stream.truncate(self._whole)  # what a crash cut short
+                stream.seek(self._whole)
+                stream.write(line)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if fresh:
+                flush_folder(self.path.parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self._whole)
+            raise StoreError(f"{self.path} cannot be written: {error.strerror}; nothing was recorded") from None
+        self.events.append(dict(event))
+        self._last, self._whole = last, self._whole + len(line)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring a folder's entries onto the disk: without it a crash may forget a file that was just made."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+__all__ = ["Event", "Journal", "Writer", "flush_folder"]

@@ -1,0 +1,224 @@
+"""What made a version, and how two versions differ.
+
+How far two adapters are apart is said of what they do, the update s B A of each layer, and not of A and B, which many
+different pairs share. No (out, in) matrix is made for it (Frobenius norm and inner product):
+
+    <s B A, t D C> = s t trace((B^T D) (C A^T))        B (out, r), A (r, in), D (out, q), C (q, in)
+
+Letters: E experts of a stack, whose A is (E r, in) and B (out, r E) with the expert running fastest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftlm.adapters.store.folder import Store
+from graftlm.adapters.store.shelf import RUN, Version
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PREFIX = "base_model.model."
+
+
+def lineage(store: Store, version: Version) -> dict[str, Any]:
+    """Everything that is known of a version: its base, data, config, metrics, parents and files. Raises AdapterError."""
+    from graftlm.adapters.format import inspect_folder
+
+    found = inspect_folder(version.folder)
+    manifest = found.manifest or {}
+    event = version.event
+    run = run_of(version)
+    data = manifest.get("data") or {}
+    known = {v.digest: v for v in reversed(store.versions())}
+    parents = [str(p) for p in event.get("parents") or ()]
+    return {
+        "version": version.label,
+        "digest": version.digest,
+        "aliases": list(version.aliases),
+        "published": {key: event.get(key) for key in ("at", "by", "source", "note")},
+        "base": dict(manifest.get("base") or {}),
+        "data": {
+            "digest": (data.get("train") or {}).get("digest"),
+            "train": data.get("train"),
+            "eval": data.get("eval"),
+        },
+        "config": {**{k: manifest.get(k) for k in ("method", "seed", "steps")}, **(run.get("config") or {})},
+        "formula": manifest.get("formula") or found.config,
+        "metrics": {"before": None, "after": None, **(manifest.get("evaluation") or {})},
+        "parents": [{"digest": p, "version": known[p].label if p in known else None} for p in parents],
+        "children": [v.label for v in known.values() if version.digest in (v.event.get("parents") or ())],
+        "tensors": len(found.tensors),
+        "parameters": sum(math.prod(t.shape) for t in found.tensors.values()),
+        "bytes": found.bytes,
+        "files": list(found.files),
+        "folder": str(version.folder),
+        "made_with": (run.get("environment") or {}).get("versions") or manifest.get("versions") or {},
+    }
+
+
+def run_of(version: Version) -> dict[str, Any]:
+    """Config and environment of the run that made a version, where it was published from one."""
+    try:
+        return json.loads((version.folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+@dataclass(frozen=True)
+class LayerDistance:
+    """How far the updates of one layer are apart."""
+
+    layer: str
+    distance: float | None
+    """|U - V| / |U|; None where the first changes nothing here, or the two have other shapes."""
+    cosine: float | None
+    first: float
+    second: float
+    """The Frobenius norms |U| and |V|."""
+
+
+def differences(store: Store, first: Version, second: Version) -> dict[str, Any]:
+    """What differs between two versions: config, plan of tensors, metrics, and the weights. Raises AdapterError."""
+    a, b = lineage(store, first), lineage(store, second)
+    plain = {side: _flat({k: v[k] for k in ("base", "config", "formula")}) for side, v in (("a", a), ("b", b))}
+    data = {side: {"data.digest": v["data"]["digest"]} for side, v in (("a", a), ("b", b))}
+    shapes = {side: _shapes(v) for side, v in (("a", first), ("b", second))}
+    layers = distances(first.folder, second.folder)
+    apart = _total(layers)
+    return {
+        "first": {k: a[k] for k in ("version", "digest", "metrics", "parameters", "bytes")},
+        "second": {k: b[k] for k in ("version", "digest", "metrics", "parameters", "bytes")},
+        "config": _changes({**plain["a"], **data["a"]}, {**plain["b"], **data["b"]}),
+        "plan": _changes(shapes["a"], shapes["b"]),
+        "metrics": _changes(_flat(a["metrics"]), _flat(b["metrics"])),
+        "weights": {
+            "distance": apart,
+            "layers": [
+                {"layer": d.layer, "distance": d.distance, "cosine": d.cosine, "first": d.first, "second": d.second}
+                for d in layers
+            ],
+        },
+    }
+
+
+def _shapes(version: Version) -> dict[str, Any]:
+    from graftlm.adapters.format import TENSORS
+    from graftlm.errors import AdapterError
+    from graftlm.tensorfile import read_header
+
+    header = read_header(version.folder / TENSORS, AdapterError)
+    return {name.removeprefix(_PREFIX): f"{t.dtype} {list(t.shape)}" for name, t in header.items()}
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """A nested mapping as one level: `base.precision`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found.update(_flat(value, f"{before}{key}."))
+        else:
+            found[f"{before}{key}"] = value
+    return found
+
+
+def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries that differ; what one side does not have is None there."""
+    ignored = {"config.out", "config.resume"}
+    keys = [k for k in dict.fromkeys([*a, *b]) if k not in ignored and a.get(k) != b.get(k)]
+    return [{"key": k, "first": a.get(k), "second": b.get(k)} for k in keys]
+
+
+def distances(first: Path, second: Path) -> list[LayerDistance]:
+    """The distance of each layer's update, |s B A - t D C| / |s B A|, and of each tensor that is no factor of one."""
+    import torch
+
+    one, two = _updates(first), _updates(second)
+    found: list[LayerDistance] = []
+    with torch.no_grad():
+        for layer in dict.fromkeys([*one, *two]):
+            a, b = one.get(layer), two.get(layer)
+            aa = a.inner(a) if a else 0.0
+            bb = b.inner(b) if b else 0.0
+            fits = a is None or b is None or a.fits(b)
+            ab = a.inner(b) if a and b and fits else 0.0
+            gap = math.sqrt(max(aa - 2 * ab + bb, 0.0))
+            distance = gap / math.sqrt(aa) if aa > 0 and fits else None
+            cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 and fits else None
+            found.append(LayerDistance(layer, distance, cosine, math.sqrt(aa), math.sqrt(bb)))
+    return found
+
+
+def _total(layers: list[LayerDistance]) -> float | None:
+    """All layers as one vector: the square root of the sums of squares."""
+    if any(d.distance is None and d.first > 0 for d in layers):
+        return None
+    apart = sum((d.distance or 0.0) ** 2 * d.first**2 if d.first > 0 else d.second**2 for d in layers)
+    size = sum(d.first**2 for d in layers)
+    return math.sqrt(apart / size) if size > 0 else None
+
+
+@dataclass
+class _Update:
+    """One layer's update as factors, or a tensor that is one by itself (A is None)."""
+
+    B: Tensor  # (E, out, r), the scale in it
+    A: Tensor | None  # (E, r, in)
+
+    def fits(self, other: _Update) -> bool:
+        if self.A is None or other.A is None:
+            return self.A is other.A and self.B.shape == other.B.shape
+        mine = (self.B.shape[0], self.B.shape[1], self.A.shape[2])
+        return mine == (other.B.shape[0], other.B.shape[1], other.A.shape[2])
+
+    def inner(self, other: _Update) -> float:
+        if self.A is None or other.A is None:
+            return float((self.B * other.B).sum())
+        left = self.B.transpose(1, 2) @ other.B  # (E, r, q)
+        right = self.A @ other.A.transpose(1, 2)  # (E, r, q)
+        return float((left * right).sum())
+
+
+def _updates(folder: Path) -> dict[str, _Update]:
+    """The updates of an adapter's files by layer; what is no pair of factors stands under its tensor's own name."""
+    from safetensors.torch import load_file
+
+    from graftlm.adapters.format import CONFIG, TENSORS
+
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    grouped: dict[str, dict[str, Any]] = defaultdict(dict)
+    found: dict[str, _Update] = {}
+    for key, tensor in load_file(folder / TENSORS).items():
+        name, values = key.removeprefix(_PREFIX), tensor.double()
+        for end in (".lora_A.weight", ".lora_B.weight"):
+            if name.endswith(end):
+                grouped[name.removesuffix(end)][end[6]] = values
+                break
+        else:
+            found[name] = _Update(values[None], None)
+    for layer, factors in grouped.items():
+        A, B = factors["A"], factors["B"]
+        rank = int(_of_pattern(layer, config.get("rank_pattern"), config["r"]))
+        rank = rank if len(A) % rank == 0 else len(A)
+        alpha = float(_of_pattern(layer, config.get("alpha_pattern"), config["lora_alpha"]))
+        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        experts = len(A) // rank
+        stacked = B.view(len(B), rank, experts).permute(2, 0, 1)  # (E, out, r)
+        found[layer] = _Update(stacked * scale, A.view(experts, rank, -1))
+    return dict(sorted(found.items()))
+
+
+def _of_pattern(layer: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    """The value of the first pattern that fits the layer; a stack's tensors lie under its module's name or below it."""
+    module = re.sub(r"(\.base_layer)+$", "", layer)
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer) or re.sub(r"\\(.)", r"\1", pattern).startswith(f"{module}."):
+            return value
+    return default

@@ -1,0 +1,229 @@
+"""Versions in an object store or a folder, through fsspec: `s3://bucket/path`, `gs://...`, `/mnt/shared/adapters`.
+
+    PLACE/<fingerprint>/versions/<digest>/...            the files of a version, its graft.json last
+    PLACE/<fingerprint>/names/<name>/<number>.json       what makes them one: written after all files, and never over another
+
+A transfer that is cut off leaves files without a record, which nobody sees; the next one writes them again. What is pulled
+is downloaded beside the store, checked by its digest, and only then published here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.adapters.store.folder import Store
+from graftlm.adapters.store.names import Reference, check_name
+from graftlm.adapters.store.shelf import RUN, Event, Version
+from graftlm.errors import AdapterError, GraftError, StoreError, nearest
+
+_MOST_RECORD = 1 << 20
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_MOST_FILES, _MOST_BYTES = 64, 1 << 40
+_LAST = "graft.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A version as a remote place lists it."""
+
+    base: str
+    name: str
+    number: int
+    digest: str
+    event: Event
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+class Remote:
+    """A place that holds versions."""
+
+    def __init__(self, place: str) -> None:
+        """Raises StoreError for an address that no installed package reads."""
+        import fsspec
+
+        self.place = place
+        address = place if "://" in place else str(Path(place).expanduser().absolute())
+        try:
+            self.fs: Any
+            self.fs, self.root = fsspec.core.url_to_fs(address)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"{place}: {error}; for s3:// install: pip install 'graftlm[remote]'") from None
+        self.root = self.root.rstrip("/")
+
+    def records(self) -> list[Record]:
+        """Every version there, by name and number. Raises StoreError for a place that cannot be read or is damaged."""
+        try:
+            self.fs.invalidate_cache()
+            if not self.fs.exists(self.root):
+                raise StoreError(f"there is nothing at {self.place}")
+            paths = sorted(self.fs.find(self.root))
+        except GraftError:
+            raise
+        except Exception as error:  # each file system has exceptions of its own
+            raise self._failed("listed", error) from None
+        found: list[Record] = []
+        for path in paths:
+            parts = path.removeprefix(self.root).strip("/").split("/")
+            if len(parts) == 4 and parts[1] == "names" and _FINGERPRINT.fullmatch(parts[0]) and parts[3][:-5].isdigit():
+                found.append(self._record(path, parts[0], parts[2], int(parts[3][:-5])))
+        return sorted(found, key=lambda r: (r.name, r.base, r.number))
+
+    def _record(self, path: str, base: str, name: str, number: int) -> Record:
+        check_name(name)
+        try:
+            if self.fs.size(path) > _MOST_RECORD:
+                raise ValueError("it is too large")
+            event = json.loads(self.fs.cat_file(path))
+            same = (event["name"], event["version"]) == (name, number)
+            if not same or not _FINGERPRINT.fullmatch(event["digest"]):
+                raise ValueError("it names another version")
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.place}: the record of {name}@{number} is damaged ({error})") from None
+        except Exception as error:
+            raise self._failed("read", error) from None
+        return Record(base, name, number, event["digest"], event)
+
+    def push(self, version: Version) -> bool:
+        """Copy a version there; False where it is there already. Raises StoreError for another content under its number."""
+        from graftlm.adapters.format import inspect_folder
+
+        found = inspect_folder(version.folder)
+        if found.digest != version.digest:
+            raise StoreError(f"{version.label} is damaged here, so it is not pushed; see: graft adapters verify")
+        path = f"{self.root}/{version.base}/names/{version.name}/{version.number}.json"
+        place = f"{self.root}/{version.base}/versions/{version.digest}"
+        try:
+            self.fs.invalidate_cache()
+            if self.fs.exists(path):
+                return self._same(path, version)
+            names = [n for n in found.files if n != _LAST]
+            names += [RUN] if (version.folder / RUN).is_file() else []
+            self.fs.makedirs(place, exist_ok=True)
+            for name in [*names, _LAST]:
+                self.fs.put_file(str(version.folder / name), f"{place}/{name}")
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            try:
+                self.fs.pipe_file(path, json.dumps(version.event).encode(), mode="create")
+            except FileExistsError:  # somebody was faster
+                return self._same(path, version)
+        except GraftError:
+            raise
+        except Exception as error:
+            raise self._failed("written", error) from None
+        return True
+
+    def _same(self, path: str, version: Version) -> bool:
+        there = self._record(path, version.base, version.name, version.number)
+        if there.digest != version.digest:
+            raise StoreError(
+                f"{self.place} has another {version.label} ({there.digest[:12]}, yours is {version.digest[:12]}); "
+                "pull it, and publish yours as the next version or under another name"
+            )
+        return False
+
+    def fetch(self, record: Record, into: Path) -> None:
+        """Download a version's files into an empty folder, and check them. Raises StoreError for what does not fit."""
+        from graftlm.adapters.format import inspect_folder
+
+        place = f"{self.root}/{record.base}/versions/{record.digest}"
+        try:
+            self.fs.invalidate_cache()
+            listed = [(e["name"], int(e["size"])) for e in self.fs.ls(place, detail=True) if e["type"] == "file"]
+            total = sum(size for _, size in listed)
+            odd = [n for n, _ in listed if not _FILE.fullmatch(n.rpartition("/")[2])]
+            if odd or len(listed) > _MOST_FILES or total > _MOST_BYTES:
+                raise StoreError(f"{self.place}: {record.label} holds {odd[0] if odd else 'too much'}; it is not taken")
+            if total > shutil.disk_usage(into).free:
+                raise StoreError(f"{record.label} takes {total:,} bytes, and {into.parent} has no room for them")
+            for path, _ in listed:
+                self.fs.get_file(path, str(into / path.rpartition("/")[2]))
+        except GraftError:
+            raise
+        except Exception as error:
+            raise self._failed("read", error) from None
+        check_fetched(into, record, self.place, inspect_folder)
+
+    def _failed(self, what: str, error: Exception) -> StoreError:
+        text = str(error).strip().splitlines()
+        return StoreError(f"{self.place} cannot be {what}: {type(error).__name__} {text[0] if text else ''}".rstrip())
+
+
+def check_fetched(folder: Path, record: Record, place: str, inspect: Any) -> None:
+    """What came is what was published: the digest over all of it. Raises StoreError."""
+    try:
+        found = inspect(folder)
+    except AdapterError as error:
+        raise StoreError(f"{record.label} from {place} is damaged and was not taken: {error}") from None
+    base = ((found.manifest or {}).get("base") or {}).get("fingerprint")
+    if found.digest != record.digest or base != record.base:
+        raise StoreError(
+            f"{record.label} from {place} is another adapter than its record says ({found.digest[:12]}, not "
+            f"{record.digest[:12]}); it was not taken"
+        )
+
+
+def chosen(records: Iterable[Record], wanted: Iterable[Reference], place: str) -> list[Record]:
+    """The records that references name: one version, or all of a name. Raises StoreError for one that is not there."""
+    records = list(records)
+    wanted = list(wanted)
+    if not wanted:
+        return records
+    found: list[Record] = []
+    for reference in wanted:
+        if reference.alias is not None:
+            raise StoreError(f"'{reference}' is an alias, and those stay in their store; name a version by its number")
+        hits = [r for r in records if r.name == reference.name and reference.number in (None, r.number)]
+        if not hits:
+            labels = [r.label for r in records]
+            raise StoreError(f"{place} has no {reference}{nearest(str(reference), labels)}")
+        found += [r for r in hits if r not in found]
+    return found
+
+
+def pull_records(
+    store: Store, remote: Remote, records: Iterable[Record], name: str | None
+) -> list[tuple[Version, bool]]:
+    """Download, check and publish each; a version appears here whole or not at all. Raises StoreError."""
+    done: list[tuple[Version, bool]] = []
+    for record in records:
+        here = _known(store, record) if name is None else None
+        if here is not None:
+            done.append((here, False))
+            continue
+        with tempfile.TemporaryDirectory(prefix="graft-pull-") as place:
+            folder = Path(place) / "adapter"
+            folder.mkdir()
+            remote.fetch(record, folder)
+            run = _run_of(folder)
+            number = record.number if name is None else None
+            done.append(store.publish(folder, name or record.name, number=number, event=record.event, run=run))
+    return done
+
+
+def _known(store: Store, record: Record) -> Version | None:
+    """The version here that a record already is."""
+    if not store.exists:
+        return None
+    return next(
+        (v for v in store.versions() if (v.base, v.name, v.digest) == (record.base, record.name, record.digest)), None
+    )
+
+
+def _run_of(folder: Path) -> dict[str, Any] | None:
+    """`run.json` as it came; it is no part of the digest, so it is read as plain facts or left out."""
+    try:
+        read = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return read if isinstance(read, dict) else None

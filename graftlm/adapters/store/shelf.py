@@ -1,0 +1,261 @@
+"""The part of a store that belongs to one base: its journal, its versions, and what is being written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from graftlm.adapters.store.journal import Event, Journal, flush_folder
+from graftlm.adapters.store.state import Entry, Name, replay
+from graftlm.errors import AdapterError, StoreError
+from graftlm.files import sha256
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of one name, and where its files are."""
+
+    name: str
+    number: int
+    digest: str
+    base: str
+    """The fingerprint of the base it was trained on."""
+    folder: Path
+    event: Event = field(repr=False)
+    """What was said of it when it was published: when, by whom, from where, with what result."""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.number}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` says of it."""
+        kept = ("base", "precision", "method", "rank", "data", "before", "after", "steps", "bytes", "parents", "source",
+                "note", "at", "by")  # fmt: skip
+        said = {key: self.event.get(key) for key in kept}
+        return {
+            "version": self.label, "name": self.name, "number": self.number, "digest": self.digest,
+            "aliases": list(self.aliases), "fingerprint": self.base, "folder": str(self.folder), **said,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something of a store that is not as it was published."""
+
+    where: str
+    what: str
+
+
+@dataclass
+class Check:
+    """What `verify` found."""
+
+    versions: int = 0
+    contents: int = 0
+    bytes: int = 0
+    faults: list[Fault] = field(default_factory=list[Fault])
+    leftovers: list[str] = field(default_factory=list[str])
+    """Contents that no name has, and half-written ones whose writer is gone; `clean` removes both."""
+
+
+class Shelf:
+    """The part of a store that belongs to one base."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fingerprint = folder.name
+        self.journal = Journal(folder / "journal.jsonl")
+
+    @cached_property
+    def names(self) -> dict[str, Name]:
+        """The names as they are now."""
+        return replay(self.journal.read())
+
+    @property
+    def base_name(self) -> str:
+        """What the base was called when its newest adapter was published."""
+        entries = [name.newest for name in self.names.values()]
+        known = [str(e.event.get("base") or "") for e in entries if e is not None]
+        return known[-1] if known else ""
+
+    def version(self, entry: Entry, aliases: Sequence[str] = ()) -> Version:
+        place = self.folder / "versions" / entry.digest
+        return Version(entry.name, entry.number, entry.digest, self.fingerprint, place, entry.event, tuple(aliases))
+
+    @contextmanager
+    def incoming(self) -> Iterator[Path]:
+        """A folder to write a version into; it goes when the block ends, unless it was put in its place."""
+        parent = self.folder / "incoming"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            descriptor, lock = _claimed(parent)
+        except OSError as error:
+            raise StoreError(f"{parent} cannot be written to: {error.strerror or error}") from None
+        place = lock.with_suffix("")
+        try:
+            place.mkdir()
+            yield place
+        except OSError as error:
+            raise StoreError(f"{place} cannot be written: {error.strerror or error}; nothing was published") from None
+        finally:
+            _remove(place)
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def settle(self, place: Path) -> None:
+        """Bring a written version onto the disk, readable by all and writable by none."""
+        for file in place.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            file.chmod(0o444)
+        flush_folder(place)
+
+    def put(
+        self, place: Path, name: str, digest: str, about: Mapping[str, Any], number: int | None
+    ) -> tuple[Version, bool]:
+        """Move a written version into its place and record it; an equal one that is there is taken instead."""
+        target = self.folder / "versions" / digest
+        sound = target.is_dir() and content_fault(target, digest) is None
+        with self.journal.writing() as writer:
+            names = replay(writer.events)
+            held = names.get(name) or Name(name)
+            same = next((e for e in held.versions.values() if e.digest == digest), None)
+            if number is not None:
+                taken = held.versions.get(number)
+                if taken is not None and taken.digest != digest:
+                    raise StoreError(
+                        f"{name}@{number} is here already with other content ({taken.digest[:12]}, the new one is "
+                        f"{digest[:12]}); take another name with --name"
+                    )
+                if taken is None and same is None and number <= held.highest and number not in held.versions:
+                    removed = any(e["do"] == "remove" and e["version"] == number for e in held.history)
+                    if removed:
+                        raise StoreError(f"{name}@{number} was removed here, and a number is never given twice")
+            if not target.is_dir():
+                target.parent.mkdir(exist_ok=True)
+                place.rename(target)
+                flush_folder(target.parent)
+            elif not sound:  # the same content again heals a damaged copy
+                target.rename(place.with_suffix(".damaged"))
+                place.rename(target)
+                _remove(place.with_suffix(".damaged"))
+            if same is not None:
+                return self.version(same, held.pointing_at(same.number)), False
+            given = number or held.highest + 1
+            event: Event = {**about, "do": "publish", "name": name, "version": given, "digest": digest}
+            writer.append(event)
+            return self.version(Entry(name, given, digest, event)), True
+
+    def drop(self, content: Path) -> None:
+        """Remove a content that no version has any more; called with the journal held."""
+        if content.is_dir():
+            gone = self.folder / "incoming" / f"{secrets.token_hex(6)}.gone"
+            gone.parent.mkdir(exist_ok=True)
+            content.rename(gone)  # from now on nobody finds it, however long the removal takes
+            _remove(gone)
+
+    def verify(self, check: Check) -> None:
+        """Add to `check` what is wrong with this shelf."""
+        where = f"base {self.fingerprint[:12]}"
+        try:
+            names = replay(self.journal.read())
+        except StoreError as error:
+            check.faults.append(Fault(where, str(error)))
+            return
+        users: dict[str, list[Entry]] = {}
+        for name in names.values():
+            for entry in name.versions.values():
+                users.setdefault(entry.digest, []).append(entry)
+            for alias, number in name.aliases.items():
+                if number not in name.versions:
+                    check.faults.append(
+                        Fault(f"{name.name}@{alias}", f"points at version {number}, which is not there")
+                    )
+        for digest, entries in users.items():
+            content = self.folder / "versions" / digest
+            fault = content_fault(content, digest, entries[0].event.get("run"))
+            check.versions += len(entries)
+            check.contents += 1
+            if fault is not None:
+                labels = ", ".join(f"{e.name}@{e.number}" for e in entries)
+                check.faults.append(Fault(labels, fault))
+            else:
+                check.bytes += sum(f.stat().st_size for f in content.iterdir())
+        check.leftovers += [str(p) for p in self._unused(set(users))]
+
+    def _unused(self, used: set[str]) -> list[Path]:
+        place = self.folder / "versions"
+        return [p for p in sorted(place.iterdir()) if p.name not in used] if place.is_dir() else []
+
+    def clean(self) -> list[str]:
+        """Remove contents that no name has, and what dead writers left in `incoming`."""
+        with self.journal.writing() as writer:
+            used = {e.digest for n in replay(writer.events).values() for e in n.versions.values()}
+            gone = self._unused(used)
+            for path in gone:
+                self.drop(path)
+        incoming = self.folder / "incoming"
+        for lock in sorted(incoming.glob("*.lock")) if incoming.is_dir() else ():
+            descriptor = os.open(lock, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue  # its writer lives
+            else:
+                place = lock.with_suffix("")
+                gone += [place] if place.exists() else []
+                _remove(place)
+                lock.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+        for left in sorted(incoming.iterdir()) if incoming.is_dir() else ():
+            if left.suffix in (".gone", ".damaged"):
+                gone.append(left)
+                _remove(left)
+        return [str(p) for p in gone]
+
+
+def content_fault(folder: Path, digest: str, run: str | None = None) -> str | None:
+    """What is wrong with a version's files, or None when every byte is as it was published."""
+    from graftlm.adapters.format import inspect_folder
+
+    try:
+        found = inspect_folder(folder)
+        names = {p.name for p in folder.iterdir()}
+        if run is not None and (RUN not in names or sha256(folder / RUN) != run):
+            return f"{folder / RUN} has changed since it was published"
+    except (AdapterError, OSError) as error:
+        return str(error)
+    if found.digest != digest:
+        return f"{folder} holds another adapter, {found.digest[:12]}"
+    extra = sorted(names - set(found.files) - {RUN})
+    return f"{folder / extra[0]} was not published with it" if extra else None
+
+
+def _claimed(parent: Path) -> tuple[int, Path]:
+    """A lock file of this process's own: (descriptor, path). While the process lives nobody else can lock it."""
+    while True:
+        lock = parent / f"{secrets.token_hex(8)}.lock"
+        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            if os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor, lock
+        os.close(descriptor)  # a cleaner took it between the two calls
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

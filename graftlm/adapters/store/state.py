@@ -1,0 +1,89 @@
+"""What a journal's events come to: the versions of each name that are there, and what its aliases point at.
+
+An alias keeps what it pointed at before. Rolling back takes the last entry off; setting it again puts one on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftlm.adapters.store.journal import Event
+from graftlm.errors import StoreError
+
+
+@dataclass(slots=True)
+class Entry:
+    """One published version, as its event says."""
+
+    name: str
+    number: int
+    digest: str
+    event: Event
+
+
+@dataclass(slots=True)
+class Name:
+    """One name: its versions that are there, the highest number it ever gave, and where its aliases pointed in turn."""
+
+    name: str
+    versions: dict[int, Entry] = field(default_factory=dict[int, Entry])
+    highest: int = 0
+    trails: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    history: list[Event] = field(default_factory=list[Event])
+    """Every change of an alias and every removal, oldest first."""
+
+    @property
+    def aliases(self) -> dict[str, int]:
+        """What each alias points at."""
+        return {alias: trail[-1] for alias, trail in self.trails.items() if trail}
+
+    @property
+    def newest(self) -> Entry | None:
+        return self.versions[max(self.versions)] if self.versions else None
+
+    def pointing_at(self, number: int) -> list[str]:
+        """The aliases that point at a version."""
+        return sorted(alias for alias, at in self.aliases.items() if at == number)
+
+    def before(self, alias: str) -> int | None:
+        """The version that an alias goes back to: the last one before it that is still there."""
+        trail = self.trails.get(alias, [])
+        current = trail[-1] if trail else None
+        return next((n for n in reversed(trail[:-1]) if n in self.versions and n != current), None)
+
+
+def replay(events: Iterable[Event]) -> dict[str, Name]:
+    """Names in the order of their first publishing. Raises StoreError for an event that this Graft does not know."""
+    names: dict[str, Name] = {}
+    for event in events:
+        name = names.get(event["name"])
+        if name is None:
+            name = names[event["name"]] = Name(event["name"])
+        _apply(name, event)
+    return names
+
+
+def _apply(name: Name, event: dict[str, Any]) -> None:
+    do = event["do"]
+    if do == "publish":
+        number = event["version"]
+        name.versions[number] = Entry(name.name, number, event["digest"], event)
+        name.highest = max(name.highest, number)
+        return
+    name.history.append(event)
+    if do == "remove":
+        name.versions.pop(event["version"], None)
+    elif do == "alias":
+        trail = name.trails.setdefault(event["alias"], [])
+        if not trail or trail[-1] != event["version"]:
+            trail.append(event["version"])
+    elif do == "rollback":
+        trail = name.trails[event["alias"]]
+        while trail and trail[-1] != event["version"]:
+            trail.pop()
+    elif do == "unalias":
+        name.trails.pop(event["alias"], None)
+    else:
+        raise StoreError(f"the store's journal holds '{do}', which this Graft does not know; update graftlm")

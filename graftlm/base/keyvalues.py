@@ -1,0 +1,241 @@
+"""Keys and values that decoding keeps, in blocks, so that sequences of any lengths share one pass.
+
+    store.keys[layer]      (positions, K, D)    positions = blocks of `block` positions each
+    a sequence             3 -> 0 -> 7          the blocks that hold its tokens, in order: its row of `tables`
+
+All memory is taken when the store is made; a sequence that grows takes a free block, one that ends gives its blocks back,
+and two sequences that begin with the same tokens may hold the same full blocks (vLLM's paged attention, Kwon et al.
+2023, with blocks as plain rows). Who holds which block is the engine's business (`serving/blocks.py`); here is what one pass
+does: write the new tokens' keys and values, then answer each segment over its own past. Single tokens are answered all at once
+by a kernel that reads the blocks where they lie; longer segments gather their past.
+
+`measure` finds what each layer keeps by watching one pass, and `may_keep` decides on the actual weights whether a model
+gives the same logits with a past in blocks as without one.
+
+Letters: T tokens of a pass, n segments, L new tokens and M tokens of a segment, H heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+from graftlm import kernels
+from graftlm.base import hf
+from graftlm.base.attention import UnsupportedAttention, causal
+from graftlm.base.load import Base
+from graftlm.segments import Segments, running
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one layer keeps of a token."""
+
+    key_heads: int
+    width: int
+    value_width: int
+
+    @property
+    def values(self) -> int:
+        """Numbers a token."""
+        return self.key_heads * (self.width + self.value_width)
+
+
+class KeyValues:
+    """The memory of every layer's keys and values, and the blocks of each of `seats` sequences."""
+
+    def __init__(
+        self, layers: dict[int, Kept], *, blocks: int, block: int, seats: int, most_blocks: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.layers, self.blocks, self.block = layers, blocks, block
+
+        def memory(heads: int, width: int) -> Tensor:
+            return torch.zeros(blocks * block, heads, width, dtype=dtype, device=device)
+
+        self.keys = {i: memory(kept.key_heads, kept.width) for i, kept in layers.items()}
+        self.values = {i: memory(kept.key_heads, kept.value_width) for i, kept in layers.items()}
+        self.tables = torch.zeros(
+            seats, most_blocks, dtype=torch.long
+        )  # on the CPU: the engine writes it, passes copy it
+        self.device = device
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys.values(), *self.values.values()))
+
+
+def bytes_per_token(layers: dict[int, Kept], dtype: torch.dtype) -> int:
+    """Bytes that one token keeps in all layers."""
+    return sum(kept.values for kept in layers.values()) * dtype.itemsize
+
+
+class PagedPass:
+    """One pass over a store: segment i belongs to the sequence in seat `seats[i]`, `segments.cached[i]` tokens of it are kept.
+
+    Made before the segments, which name it as their `past`; `start` is told them.
+    """
+
+    def __init__(self, store: KeyValues, lengths: Sequence[int], pasts: Sequence[int], seats: Sequence[int]) -> None:
+        self.store, device = store, store.device
+        block = store.block
+        most = (max(p + n for p, n in zip(pasts, lengths)) + block - 1) // block
+        tables = store.tables[torch.tensor(seats), :most]  # (n, most)
+        if max(lengths) == 1:
+            positions = torch.tensor(pasts)  # (T,)
+            self.rows = tables.gather(1, (positions // block)[:, None])[:, 0] * block + positions % block
+        else:
+            positions = torch.cat([torch.arange(p, p + n) for p, n in zip(pasts, lengths)])
+            of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))  # (T,)
+            self.rows = tables[of, positions // block] * block + positions % block
+        self.rows = self.rows.to(device)
+        starts: list[int] = []
+        at = 0
+        for length in lengths:
+            starts.append(at)
+            at += length
+        single = [i for i, n in enumerate(lengths) if n == 1]
+        self.singles: kernels.Attention | None = None
+        if single:
+            first = torch.tensor([starts[i] for i in single])
+            visible = torch.tensor([pasts[i] + 1 for i in single])
+            mine = tables if len(single) == len(lengths) else tables[torch.tensor(single)]
+            self.singles = kernels.Attention(first.to(device), visible.to(device), mine.to(device), block)
+        self.only_singles = len(single) == len(lengths)
+        self.fresh: list[tuple[int, int, int]] = []  # (first token, segments, length) of runs without a past
+        self.longer: list[tuple[int, int, Tensor]] = []  # (first token, length, rows of all its tokens)
+        several = [i for i, n in enumerate(lengths) if n > 1]
+        afresh = [i for i in several if pasts[i] == 0]
+        for _, group in groupby(afresh, key=lambda i: (lengths[i], starts[i] - lengths[i] * i)):
+            run = list(group)
+            neighbours = all(starts[b] == starts[a] + lengths[a] for a, b in pairwise(run))
+            for part in [run] if neighbours else [[i] for i in run]:
+                self.fresh.append((starts[part[0]], len(part), lengths[part[0]]))
+        for i in several:
+            if pasts[i]:
+                at_all = torch.arange(pasts[i] + lengths[i])
+                rows = tables[i][at_all // block] * block + at_all % block  # (M,)
+                self.longer.append((starts[i], lengths[i], rows.to(device)))
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Keep k (T, K, D) and v (T, K, V), and answer q (T, H, D) -> (T, H, V)."""
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        keys.index_copy_(0, self.rows, k.to(keys.dtype))
+        values.index_copy_(0, self.rows, v.to(values.dtype))
+        out = q.new_empty(*q.shape[:2], v.shape[2])  # (T, H, V)
+        if self.singles is not None:
+            factor = q.shape[2] ** -0.5 if scale is None else scale
+            kernels.attend_rows(
+                q, keys, values, out, self.singles, scale=factor, window=window or 0, softcap=softcap or 0.0
+            )
+            if self.only_singles:
+                return out
+        groups = q.shape[1] // k.shape[1]
+        for first, count, length in self.fresh:
+            part = slice(first, first + count * length)
+            run = [t[part].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v)]  # (n, heads, L, D)
+            out[part] = causal(run[0], run[1], run[2], groups, scale, window, softcap).transpose(1, 2).flatten(0, 1)
+        for first, length, rows in self.longer:
+            part = slice(first, first + length)
+            asked, known, known_values = (t[None].transpose(1, 2) for t in (q[part], keys[rows], values[rows]))
+            y = causal(
+                asked, known.to(q.dtype), known_values.to(q.dtype), groups, scale, window, softcap
+            )  # (1, H, L, V)
+            out[part] = y[0].transpose(0, 1)
+        return out
+
+
+@dataclass
+class _Watch:
+    """A past that keeps nothing and notes what it is given; answers as if there were none."""
+
+    seen: dict[int, Kept] = field(default_factory=dict[int, Kept])
+    twice: bool = False
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        self.twice = self.twice or layer in self.seen
+        self.seen[layer] = Kept(k.shape[1], k.shape[2], v.shape[2])
+        run = [t[None].transpose(1, 2) for t in (q, k, v)]
+        return causal(run[0], run[1], run[2], q.shape[1] // k.shape[1], scale, window, softcap)[0].transpose(0, 1)
+
+
+@torch.no_grad()
+def measure(base: Base) -> dict[int, Kept]:
+    """What each layer keeps of a token, seen in one short pass.
+
+    Raises UnsupportedAttention where layers cannot be told apart.
+    """
+    watch = _Watch()
+    segments = Segments(lengths=(3,), slots=(0,), past=watch)
+    with running(segments):
+        base.hidden(torch.arange(3, device=base.device) % base.anatomy.vocabulary, segments)
+    if watch.twice or not watch.seen:
+        raise UnsupportedAttention("one number for each layer that keeps keys and values")
+    return watch.seen
+
+
+@torch.no_grad()
+def may_keep(base: Base) -> tuple[dict[int, Kept], str]:
+    """What each layer keeps, where a past in blocks gives the logits of no past; else nothing, and the reason it does not.
+
+    Two texts grow in steps of several tokens and of one, side by side, over blocks out of order.
+    """
+    if not base.packs:
+        return {}, base.why_not
+    try:
+        with hf.short_windows(base.model, 5):
+            layers = measure(base)
+            store = KeyValues(
+                layers, blocks=9, block=4, seats=2, most_blocks=4, dtype=base.compute_dtype, device=base.device
+            )
+            store.tables[0], store.tables[1] = torch.tensor([7, 2, 5, 0]), torch.tensor([1, 8, 3, 6])
+            generator = torch.Generator().manual_seed(0)
+            texts = [
+                torch.randint(base.anatomy.vocabulary, (n,), generator=generator).to(base.device) for n in (13, 11)
+            ]
+            whole = [_logits(base, text, Segments(lengths=(len(text),), slots=(0,))) for text in texts]
+            done = [0, 0]
+            for step in ((6, 3), (1, 1), (3, 1), (1, 5), (2, 1)):
+                past = PagedPass(store, step, done, (0, 1))
+                segments = Segments(lengths=step, slots=(0, 0), cached=tuple(done), past=past)
+                ids = torch.cat([text[a : a + n] for text, a, n in zip(texts, done, step)])
+                found = _logits(base, ids, segments).split(list(step))
+                for i in range(2):
+                    expected = whole[i][done[i] : done[i] + step[i]].float()
+                    distance = (found[i].float() - expected).norm() / expected.norm().clamp_min(1e-30)
+                    if not distance <= (1e-3 if base.compute == "float32" else 0.15):
+                        return {}, f"a past in blocks changes its logits (by {float(distance):.2g})"
+                done = [a + n for a, n in zip(done, step)]
+    except UnsupportedAttention as error:
+        return {}, f"it needs {error}"
+    return layers, ""
+
+
+def _logits(base: Base, ids: Tensor, segments: Segments) -> Tensor:
+    with running(segments):
+        return base.logits(base.hidden(ids, segments))
+
+
+__all__ = ["Kept", "KeyValues", "PagedPass", "bytes_per_token", "may_keep", "measure"]

@@ -1,0 +1,33 @@
+"""`graft merge`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from graftlm.cli.app import Json, app, options, print_json
+from graftlm.config import MergeConfig
+
+
+@app.command(
+    epilog="Examples:\n\ngraft merge --model Qwen/Qwen3-0.6B --adapter runs/q/adapter --out merged --max-drift 0.01\n\n"
+    "graft merge --model demo --adapter formal@prod,playful:0.3 --out merged\n\n"
+    "graft merge --model demo --adapter formal@prod --out merged --gguf formal.gguf"
+)
+@options(MergeConfig)
+def merge(config: MergeConfig, json: Json = False) -> None:
+    """Add adapters to their base's weights: a plain model folder, and if asked a GGUF file."""
+    from graftlm.adapters.store import view
+    from graftlm.experiments.merging import MergeRefused
+    from graftlm.experiments.merging import merge as run
+
+    console = Console(stderr=True)
+    try:
+        with console.status("merging") as status:
+            done = run(config, lambda text: status.update(text))
+    except MergeRefused as refused:
+        view.print_drift(console, refused.report)
+        raise
+    if json:
+        print_json(done)
+    else:
+        view.print_merged(Console(), done)

@@ -1,0 +1,27 @@
+"""`graft plan`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from graftlm.cli.app import Json, app, options, print_json
+from graftlm.config import PlanConfig
+
+
+@app.command(
+    epilog="Examples:\n\ngraft plan llama-2-7b llama-2-13b llama-2-70b\n\ngraft plan Qwen/Qwen3-8B --gpu rtx-4090\n\n"
+    "graft plan demo --data train.jsonl --max-tokens-per-document 0 --batch-size 16"
+)
+@options(PlanConfig, positional="models")
+def plan(config: PlanConfig, json: Json = False) -> None:
+    """Say what full, LoRA and QLoRA would take, where each fits and which to choose, from a config alone."""
+    from graftlm.planning.plan import plan_for
+
+    waiting = Console(stderr=True)
+    report = plan_for(config, lambda text: waiting.print(f"{text} ...", style="dim"))
+    if json:
+        print_json(report.to_json())
+        return
+    from graftlm.planning.view import render
+
+    render(report, Console())

@@ -1,0 +1,45 @@
+"""Options of `graft chat`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from graftlm.config.fields import Compute, Config, Precision, option
+
+
+class ChatConfig(Config):
+    """Options of `graft chat`."""
+
+    model: str = option(..., "base model: a directory, a hub id, or `demo`")
+    adapter: str | None = option(None, "who answers: a version such as formal@prod, or a folder; default the base")
+    beside: str | None = option(None, "who answers beside it: another one, or `base`")
+    store: Path = option(Path("adapters"), "folder of the store that versions are looked up in")
+    system: str | None = option(None, "system message in front of the conversation")
+    format: Literal["auto", "chat", "text"] = option(
+        "auto", "chat puts messages through the chat template; auto follows what was trained"
+    )
+    max_tokens: int = option(256, "most tokens of an answer", ge=1)
+    temperature: float = option(0.0, "0 takes the likeliest token each time", ge=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
+    seed: int = option(0, "seed of sampling", ge=0)
+    precision: Precision | None = option(
+        None, "how the base is stored; default what the adapter was trained on, else the checkpoint's own type"
+    )
+    compute: Compute | None = option(None, "type in which products run; default by hardware")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+    device: str | None = option(None, "cpu, cuda, ...; default the first GPU, else the CPU")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.beside is not None and self.beside == (self.adapter or "base"):
+            raise ValueError(f"beside: '{self.beside}' is what answers already; name another one")
+        for name in ("top_p", "seed"):
+            if self.temperature == 0 and name in self.model_fields_set:
+                raise ValueError(
+                    f"{name.replace('_', '-')}: it is for sampling, and temperature 0 takes the likeliest token each time; "
+                    "give --temperature, such as 0.7, or leave it out"
+                )
+        return self

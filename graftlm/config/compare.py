@@ -1,0 +1,238 @@
+"""Options of `graft compare`, and what one line of a comparison is.
+
+A variant is a method with options of its own: `lora`, `qlora`, `lora:rank=64`, `lora:targets=attention+mlp:rank=32`. What all
+share (data, order, batch, steps) cannot be a variant's own, or the comparison would compare something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BeforeValidator, model_validator
+
+from graftlm.config.fields import Compute, Config, Method, Names, Sources, no_weight, option
+from graftlm.config.train import TrainConfig
+from graftlm.errors import ConfigError, nearest
+
+METHODS: tuple[Method, ...] = get_args(Method)
+Metric = Literal["exact-match", "bleu", "rouge-l"]
+Cost = Literal["memory", "size", "time"]
+
+
+def _known(kind: str, known: tuple[str, ...]) -> BeforeValidator:
+    """Refuse a name that is none of `known`, with the nearest one."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in known:
+            raise ValueError(f"unknown {kind} '{value}'{nearest(str(value), known)} known: {', '.join(known)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _rates(value: Any) -> Any:
+    """`lora=2e-4,full=2e-5`, a YAML mapping, or one number for every method."""
+    if value is None or isinstance(value, dict):
+        return value
+    parts = [p.strip() for one in (value if isinstance(value, (list, tuple)) else [value]) for p in str(one).split(",")]
+    pairs = {p.rpartition("=")[0]: p.rpartition("=")[2] for p in parts if p}
+    if len(pairs) < len([p for p in parts if p]):
+        raise ValueError(
+            f"expected METHOD=NUMBER once for each method, or one number for all, found '{','.join(parts)}'"
+        )
+    return pairs
+
+
+def shared(name: str, group: str | None = None) -> Any:
+    """An option that means what it means to `graft train`: same default, limits and help."""
+    field = TrainConfig.model_fields[name]
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    own = option(field.default, field.description or "", group=group or str(extra.get("group", "")))
+    own.metadata = list(field.metadata)
+    return own
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a comparison."""
+
+    name: str
+    """As it was written, `lora:rank=64`."""
+    method: Method
+    own: dict[str, Any]
+    """Options that differ from the comparison's."""
+
+    @property
+    def folder(self) -> str:
+        """Its name as a folder's."""
+        return "".join(c if c.isalnum() or c in "=._-" else "-" for c in self.name)
+
+    @property
+    def adapter(self) -> bool:
+        return self.method != "full"
+
+
+# A variant's own options: what is trained and how, never on what or for how long.
+_OWN_GROUPS = ("adapter", "optimization", "memory and speed")
+_NEVER_OWN = {"train_tokens", "epochs", "steps", "batch_size", "seed"}
+
+
+def _ownable() -> tuple[str, ...]:
+    found = ["precision", "save_precision"]
+    for name, field in TrainConfig.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("group") in _OWN_GROUPS and name not in _NEVER_OWN:
+            found.append(name)
+    return tuple(name.replace("_", "-") for name in found)
+
+
+def parse_variant(text: str) -> Variant:
+    """Read `METHOD[:OPTION=VALUE]...`. Raises ConfigError for an unknown method or option, with the nearest one."""
+    method, *settings = text.split(":")
+    found: Method | None = next((m for m in METHODS if m == method), None)
+    if found is None:
+        raise ConfigError(f"unknown method '{method}'{nearest(method, METHODS)} known: {', '.join(METHODS)}")
+    own: dict[str, Any] = {}
+    known = _ownable()
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        name = name.strip().replace("_", "-")
+        if not equals or not value:
+            raise ConfigError(f"methods '{text}': expected OPTION=VALUE after the colon, found '{setting}'")
+        if name not in known:
+            why = (
+                "belongs to the whole comparison"
+                if name.replace("-", "_") in TrainConfig.model_fields
+                else "is unknown"
+            )
+            raise ConfigError(
+                f"methods '{text}': option '{name}' {why}{nearest(name, known)} a variant's own: {', '.join(known)}"
+            )
+        key = name.replace("-", "_")
+        own[key] = value.split("+") if key in ("targets", "modules_to_save") else value
+    return Variant(text, found, own)
+
+
+class CompareConfig(Config):
+    """Options of `graft compare`."""
+
+    # The base, and what is compared on it
+    model: str = shared("model")
+    compute: Compute | None = shared("compute")
+    trust_remote_code: bool = shared("trust_remote_code")
+    device: str | None = shared("device")
+    methods: Names = option(
+        ("full", "lora", "qlora"),
+        "what to compare: full, lora, qlora, each with options of its own if wanted, such as lora:rank=64",
+        group="comparison",
+    )
+    seeds: int = option(3, "runs of each method; one cannot tell chance from merit", group="comparison", ge=1, le=50)
+    learning_rate: Annotated[dict[str, float], BeforeValidator(_rates)] = option(
+        {}, "learning rates as METHOD=RATE,...; those left out are searched for", group="comparison"
+    )
+    search_steps: int | None = option(
+        None, "steps of each run of the search; default a quarter of the run's, 20 to 100", group="comparison", ge=1
+    )
+    margin: float = option(
+        2.0, "percent of the best gain that a cheaper method may be behind", group="comparison", gt=0, le=100
+    )
+    cost: Annotated[Cost, _known("cost", get_args(Cost))] = option(
+        "memory", "what makes a method cheap: peak memory, saved size, or training time", group="comparison"
+    )
+    metric: Annotated[Metric, _known("metric", get_args(Metric))] | None = option(
+        None, "task score on held-out prompts: exact-match, bleu or rouge-l; the last two need the extra `compare`",
+        group="comparison",
+    )  # fmt: skip
+    metric_prompts: int = option(50, "most held-out prompts answered for the metric", group="comparison", ge=1)
+    general_data: str = option(
+        "general", "text on which forgetting is measured: a file, `general` for the bundled one, or `none`",
+        group="comparison",
+    )  # fmt: skip
+
+    # Data
+    data: Sources = shared("data")
+    eval_data: str = option(
+        "10%", "held-out data: a file, `demo`, or a share of the training rows such as 5%", group="data"
+    )
+    train_on: Literal["all", "last"] = shared("train_on")
+    max_tokens_per_document: int | None = shared("max_tokens_per_document")
+    too_long: Literal["error", "drop", "cut"] = shared("too_long")
+    template_date: str = shared("template_date")
+
+    # What the methods share
+    rank: int = shared("rank")
+    alpha: float | None = shared("alpha")
+    dropout: float = shared("dropout")
+    targets: Names = shared("targets")
+    schedule: Literal["cosine", "linear", "constant"] = shared("schedule")
+    warmup: float = shared("warmup")
+    epochs: float | None = shared("epochs")
+    steps: int | None = shared("steps")
+    batch_size: int = shared("batch_size")
+    weight_decay: float = shared("weight_decay")
+    max_grad_norm: float = shared("max_grad_norm")
+    tokens_per_pass: int | None = shared("tokens_per_pass")
+    activation_checkpointing: bool = shared("activation_checkpointing")
+
+    # The comparison's own folder
+    out: Path = option(Path("runs/compare"), "folder of the comparison; the same command goes on with it", group="run")
+    eval_every: int | None = shared("eval_every")
+    save_every: int | None = shared("save_every")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        no_weight(self.eval_data)
+        if not self.methods:
+            raise ValueError("methods is empty; name at least one of full, lora, qlora")
+        twice = [name for name in self.methods if self.methods.count(name) > 1]
+        if twice:
+            raise ValueError(f"methods names '{twice[0]}' twice; a comparison has each once")
+        variants = self.variants
+        folders = [v.folder for v in variants]
+        clash = [v.name for v in variants if folders.count(v.folder) > 1]
+        if clash:
+            raise ValueError(f"methods '{clash[0]}' and '{clash[1]}' would share a folder; write one of them otherwise")
+        known = tuple(dict.fromkeys([*self.methods, *(v.method for v in variants)]))
+        for name, rate in self.learning_rate.items():
+            if name and name not in known:
+                raise ValueError(f"learning-rate names '{name}'{nearest(name, known)} compared: {', '.join(known)}")
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"learning-rate of '{name or 'all'}' must be above 0, found {rate:g}")
+        for variant in variants:
+            self.training(variant, seed=0, rate=None, out=self.out)
+        return self
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What is compared, in the order given. Raises ConfigError."""
+        return tuple(parse_variant(text) for text in self.methods)
+
+    def given_rate(self, variant: Variant) -> float | None:
+        """The learning rate that was given for a variant: its own, its name's, its method's, or one for all."""
+        if "learning_rate" in variant.own:
+            return float(variant.own["learning_rate"])
+        names = (variant.name, variant.method, "")
+        return next((self.learning_rate[name] for name in names if name in self.learning_rate), None)
+
+    def training(self, variant: Variant, *, seed: int, rate: float | None, out: Path, **changes: Any) -> TrainConfig:
+        """One training of the comparison, as `graft train` would be asked for it. Raises ConfigError."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in _PASSED}
+        if variant.adapter:
+            values.update({name: getattr(self, name) for name in _ADAPTER})
+        values.update(variant.own, method=variant.method, seed=seed, out=out, **changes)
+        if rate is not None:
+            values["learning_rate"] = rate
+        try:
+            return TrainConfig.build({name: value for name, value in values.items() if value is not None})
+        except ConfigError as error:
+            raise ConfigError(f"methods '{variant.name}': {error}") from None
+
+
+_PASSED = (
+    "model", "data", "eval_data", "train_on", "max_tokens_per_document", "too_long", "template_date", "schedule", "warmup",
+    "epochs", "steps", "batch_size", "weight_decay", "max_grad_norm", "compute", "tokens_per_pass", "activation_checkpointing",
+    "trust_remote_code", "device", "eval_every", "save_every",
+)  # fmt: skip
+_ADAPTER = ("rank", "alpha", "dropout", "targets")

@@ -1,0 +1,70 @@
+"""Options of `graft plan`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from graftlm.config.fields import Config, Names, Sources, no_weight, option
+
+Goal = Literal["balanced", "quality", "cost", "inference"]
+
+
+class PlanConfig(Config):
+    """Options of `graft plan`."""
+
+    models: Sources = option(..., "models: a directory, a hub id, `demo`, or a built-in shape such as llama-2-70b")
+
+    # What it would run on
+    gpu: str | None = option(
+        None, "card to plan for, such as rtx-4090 or h100; default this machine's", group="hardware"
+    )
+    memory: str | None = option(None, "plan for a card of this memory instead, such as 24GB", group="hardware")
+    price_per_hour: float | None = option(
+        None, "what an hour of the card costs, in any currency", group="hardware", gt=0
+    )
+
+    # What would be trained
+    data: Sources = option(
+        (), "training data: rows and tokens are counted, and the base is asked how far they are", group="run"
+    )
+    max_tokens_per_document: int = option(
+        2048, "tokens of the longest document; 0 takes the data's own", group="run", ge=0
+    )
+    batch_size: int = option(1, "documents in one optimizer step", group="run", ge=1)
+    tokens_per_pass: int | None = option(None, "most tokens in one forward pass; default 4096", group="run", ge=1)
+    activation_checkpointing: bool = option(False, "plan with layers run again in the backward pass", group="run")
+    rank: int = option(16, "rank of the adapters", group="run", ge=1)
+    targets: Names = option(("all-linear",), "all-linear, attention, mlp, or layers' names", group="run")
+    epochs: float = option(1.0, "passes over the data", group="run", gt=0)
+
+    # What the advice should weigh
+    goal: Goal = option(
+        "balanced", "what matters most: quality to the last point, cost, or the speed of inference", group="advice"
+    )
+    variants: int = option(1, "how many adapted versions will be served beside each other", group="advice", ge=1)
+    ask_base: Literal["auto", "yes", "no"] = option(
+        "auto",
+        "measure the base's own loss on the data; auto where its weights are here and that takes seconds",
+        group="advice",
+    )
+    trust_remote_code: bool = option(False, "run Python code that comes with the model", group="advice")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.gpu is not None and self.memory is not None:
+            raise ValueError(f"give --gpu or --memory, not both; found {self.gpu} and {self.memory}")
+        if self.max_tokens_per_document == 0 and not self.data:
+            raise ValueError("max-tokens-per-document 0 takes the data's own longest document; give --data")
+        if self.max_tokens_per_document == 1:
+            raise ValueError(
+                "max-tokens-per-document is 1; a document needs at least 2 tokens, one to predict the other"
+            )
+        if self.ask_base == "yes" and not self.data:
+            raise ValueError("ask-base measures the base's loss on data; give --data")
+        if not self.targets:
+            raise ValueError("targets is empty; take all-linear, attention, mlp, or names")
+        for source in self.data:
+            no_weight(source)
+        return self

@@ -1,0 +1,88 @@
+"""Options of `graft serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from graftlm.config.fields import Compute, Config, Names, Precision, option
+
+
+class ServeConfig(Config):
+    """Options of `graft serve`."""
+
+    model: str = option(..., "base model: a directory, a hub id, or `demo`", group="base")
+    precision: Precision | None = option(
+        None, "how the base is stored; default the checkpoint's own type", group="base"
+    )
+    compute: Compute | None = option(None, "type in which products run; default by hardware", group="base")
+    device: str | None = option(None, "cpu, cuda, ...; default the first GPU, else the CPU", group="base")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model", group="base")
+
+    store: Path | None = option(
+        None, "folder of the store of adapters; all of this base's are served", group="adapters"
+    )
+    adapter: Names = option(
+        (), "versions to have in memory before requests are taken, such as formal@prod", group="adapters"
+    )
+    adapter_slots: int = option(16, "adapters that can be at work at once", group="adapters", ge=1, le=4096)
+    adapter_gb: float | None = option(
+        None, "memory for adapters in use and copies of others, in GB (10^9 bytes); default a quarter of what is free",
+        group="adapters", gt=0, allow_inf_nan=False,
+    )  # fmt: skip
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all", group="server")
+    port: int = option(8000, "port to listen on; 0 for any free one", group="server", ge=0, le=65535)
+    keys: Path | None = option(
+        None, "file of API keys and what each may use; without one the server is open", group="server"
+    )
+    format: Literal["auto", "chat", "text"] = option(
+        "auto", "chat puts conversations through the chat template; auto follows what was trained", group="server"
+    )
+    drain_seconds: float = option(
+        30.0, "seconds that answers may take to end after SIGTERM", group="server", ge=0, allow_inf_nan=False
+    )
+
+    max_prompt_tokens: int | None = option(
+        None, "longest prompt; default what fits with its answer", group="bounds", ge=1
+    )
+    max_output_tokens: int | None = option(
+        None, "longest answer; default what fits behind its prompt", group="bounds", ge=1
+    )
+    max_body_mb: float = option(4.0, "largest body of a request, in MB", group="bounds", gt=0, allow_inf_nan=False)
+    max_seconds: float = option(
+        300.0, "longest time of a request, waiting included", group="bounds", gt=0, allow_inf_nan=False
+    )
+    max_queue: int = option(256, "most answers that wait; beyond it is 429", group="bounds", ge=1)
+
+    running: int = option(16, "most answers in a batch", group="memory and speed", ge=1, le=4096)
+    step_tokens: int = option(
+        256, "most tokens in one step of the engine, prompts and answers together", group="memory and speed", ge=1
+    )
+    cache_gb: float | None = option(
+        None, "memory for keys and values, in GB; default what all running answers can need, at most a quarter of what is free",
+        group="memory and speed", gt=0, allow_inf_nan=False,
+    )  # fmt: skip
+
+    engine: Literal["embedded", "vllm"] = option(
+        "embedded",
+        "vllm checks and exports the adapters for vLLM, and prints the command that serves them",
+        group="engine",
+    )
+    out: Path = option(Path("vllm-adapters"), "folder for what is exported for vLLM", group="engine")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.adapter and self.store is None:
+            raise ValueError("adapter: there is no store to take it from; give --store")
+        if self.engine == "vllm" and self.store is None:
+            raise ValueError("engine: there is nothing to export for vLLM; give --store")
+        if self.engine == "embedded" and "out" in self.model_fields_set:
+            raise ValueError("out: it is for --engine vllm only; leave it out")
+        if self.step_tokens < self.running:
+            raise ValueError(
+                f"step-tokens: {self.step_tokens} are too few for a batch of {self.running}, each of which writes one a step"
+            )
+        return self

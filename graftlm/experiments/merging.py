@@ -1,0 +1,295 @@
+"""From adapters and a base to a plain model: check, measure each way of merging beside the live model, choose, write.
+
+An adapter was trained on the base as it was stored then. Added to other weights it does something else, and nobody would be
+told: so for an adapter of a 4- or 8-bit base each target is measured on held-out rows before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+import torch
+
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters import gguf
+from graftlm.adapters.attach import attach, detach
+from graftlm.adapters.combine import Recipe
+from graftlm.adapters.drift import Drift, Live, Row, compare, limited, listen, put_merged
+from graftlm.adapters.merge import Merger, Weighted
+from graftlm.adapters.merged import rounding_of, write_merged
+from graftlm.adapters.store import locate
+from graftlm.base.chat import Encoder
+from graftlm.base.load import Base, load_base, load_tokenizer
+from graftlm.base.skeleton import Skeleton, load_skeleton
+from graftlm.config import MergeConfig, Precision
+from graftlm.config.merge import Onto
+from graftlm.data.documents import load, split
+from graftlm.data.sources import named_source, share, token_limit
+from graftlm.errors import AdapterError, ConfigError, DataError, RunError
+
+Say = Callable[[str], None]
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
+    """Merge as the config says; returns what `--json` prints. Raises GraftError, and then nothing is written."""
+    _free(config.out)
+    folders = [(locate(name, config.store), weight) for name, weight in config.weighted()]
+    manifests = [adapter_format.inspect_folder(folder).manifest for folder, _ in folders]
+    precision = _trained_on(manifests, [folder for folder, _ in folders])
+    say("reading the base's shapes")
+    base = load_skeleton(config.model, precision=precision or "float32", trust_remote_code=config.trust_remote_code)
+    adapters = [Weighted(adapter_format.load(base, folder), weight) for folder, weight in folders]
+    compressed = precision in ("int8", "nf4")
+    onto: Onto = config.onto or ("dequantized" if compressed else "original")
+    if onto != "original" and precision is None:
+        raise AdapterError(
+            f"--onto {onto} needs the precision that the adapter was trained on, and it does not say; take original"
+        )
+    recipe = Recipe(config.combine, config.density or 1.0, config.seed)
+    targets = _targets(base, onto, compressed)
+    mergers: dict[Onto, Merger] = {kind: Merger(base, adapters, recipe, kind) for kind in targets}
+    save_dtype = _TYPES[config.save_precision] if config.save_precision else None
+
+    notes: list[str] = []
+    live, drifts = None, list[Drift]()
+    rows = _rows(config, base, folders, manifests, compressed)
+    if rows:
+        live, drifts = _measure(config, mergers, folders[0], precision or "float32", rows, save_dtype, say)
+        chosen = next(d for d in drifts if d.onto == onto)
+        if config.max_drift is not None and chosen.relative > config.max_drift:
+            raise MergeRefused(_too_far(config, onto, drifts), report(config, onto, live, drifts))
+    else:
+        notes += [note for given in adapters for note in (given.adapter.origin.notes if given.adapter.origin else ())]
+
+    merger = mergers[onto] = Merger(base, adapters, recipe, onto)  # a fresh count of what rounding takes
+    manifest = _manifest(config, base, adapters, manifests, onto, drifts)
+    say("writing")
+    try:
+        written = write_merged(
+            merger, config.out, manifest, save_dtype=save_dtype,
+            progress=lambda file, n, of: say(f"writing {file} ({n} of {of})"),
+        )  # fmt: skip
+        done = {
+            **report(config, onto, live, drifts), "out": str(config.out), "bytes": written.bytes, "shards": written.shards,
+            "dtypes": written.dtypes, "rounding": rounding_of(merger), "unties": merger.unties, "notes": notes,
+        }  # fmt: skip
+        if config.gguf is not None:
+            say(f"writing {config.gguf}")
+            done["gguf"] = gguf.write_gguf(config.out, config.gguf, config.gguf_type)
+    except OSError as error:
+        raise RunError(f"{config.out} cannot be written: {error.strerror or error}; nothing is left of it") from None
+    return done
+
+
+class MergeRefused(AdapterError):
+    """A merged model is too far from the live one; carries what was measured."""
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def report(config: MergeConfig, onto: Onto, live: Live | None, drifts: Sequence[Drift]) -> dict[str, Any]:
+    """What was measured, for `--json` and the table."""
+    return {
+        "model": config.model,
+        "adapters": [{"adapter": name, "weight": weight} for name, weight in config.weighted()],
+        "onto": onto,
+        "combine": config.combine,
+        "live": None if live is None else {"loss": live.loss, "rows": len(live.rows), "tokens": live.tokens},
+        "drift": [d.to_json() for d in drifts],
+    }
+
+
+def _free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there already; name a folder that is not")
+
+
+def _trained_on(manifests: Sequence[dict[str, Any] | None], folders: Sequence[Path]) -> Precision | None:
+    """How the base was stored when the adapters were trained; None where one of them does not say. Raises AdapterError."""
+    found = [str(m["base"]["precision"]) if m else None for m in manifests]
+    known = {p for p in found if p in get_args(Precision)}
+    if len(known) > 1:
+        told = ", ".join(f"{folder}: {p}" for folder, p in zip(folders, found))
+        raise AdapterError(
+            f"these adapters were trained on bases stored in different precisions, so they share none: {told}"
+        )
+    return cast(Precision, next(iter(known))) if known and None not in found else None
+
+
+def _targets(base: Skeleton, onto: Onto, compressed: bool) -> list[Onto]:
+    """The ways of merging that are worth a look: what was asked for, and for a compressed base the others too."""
+    if not compressed:
+        return [onto]
+    plain = all(len(f.shape) == 2 and not f.turned for f, p in base.stored_forms().values() if p == "nf4")
+    every: list[Onto] = ["original", "dequantized", *(["requantized"] if base.precision == "nf4" and plain else [])]
+    return every if onto in every else [*every, onto]
+
+
+# ---- held-out rows ---------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    config: MergeConfig, base: Skeleton, folders: Sequence[tuple[Path, float]], manifests: Sequence[dict[str, Any] | None],
+    compressed: bool,
+) -> list[Row]:  # fmt: skip
+    """Held-out rows to measure on; none where nothing has to be measured. Raises GraftError where they are missing."""
+    if config.unmeasured or not folders:
+        return []
+    wanted = config.eval_data is not None or config.max_drift is not None
+    if not wanted and not compressed:
+        return []
+    if len(folders) > 1 or folders[0][1] != 1:
+        if wanted:
+            raise ConfigError(
+                "the drift is measured beside one adapter with weight 1, as it runs; leave --max-drift and --eval-data out"
+            )
+        return []
+    folder, manifest = folders[0][0], manifests[0] or {}
+    sources = _sources(config, folder)
+    if sources is None:
+        trained = (manifest.get("base") or {}).get("precision")
+        why = (
+            f"the adapter was trained on {trained}, where it matters what it is merged onto"
+            if compressed
+            else "--max-drift is given"
+        )
+        raise ConfigError(
+            f"{why}, and there are no held-out rows to measure on; give --eval-data FILE, or --unmeasured to write anyway"
+        )
+    tokenizer = base.tokenizer
+    adapter_tokenizer = folder / "tokenizer.json"
+    if adapter_tokenizer.is_file():
+        tokenizer = load_tokenizer(folder)
+    train_on = ((manifest.get("data") or {}).get("train_on")) or "all"
+    encoder = Encoder(tokenizer, train_on=train_on, date=(manifest.get("template") or {}).get("date"))
+    limit = token_limit(None, base.anatomy.max_positions)
+    data, eval_data = sources
+    if share(eval_data) is not None:
+        whole = load([named_source(text, "train") for text in data], encoder, max_tokens=limit, too_long="cut")
+        _, held_out = split(whole, share(eval_data) or 0.0)
+    else:
+        held_out = load([named_source(eval_data, "valid")], encoder, max_tokens=limit, too_long="cut")
+    found = [
+        Row(torch.from_numpy(d.ids.astype(np.int64)), torch.from_numpy(np.flatnonzero(d.trained[1:])))
+        for d in held_out.documents if d.trained[1:].any()
+    ]  # fmt: skip
+    if not found:
+        raise DataError(f"the held-out rows of '{eval_data}' hold no trained token to measure on")
+    return limited(found, base.anatomy.vocabulary, config.eval_rows)
+
+
+def _sources(config: MergeConfig, folder: Path) -> tuple[list[str], str] | None:
+    """(training data, held-out data) as a run names them: what is asked for, else what the adapter's own run had."""
+    if config.eval_data is not None:
+        if share(config.eval_data) is not None:
+            raise ConfigError(f"--eval-data '{config.eval_data}' is a share of training rows; name held-out rows here")
+        return [], config.eval_data
+    run: dict[str, Any] = {}
+    for place in (folder / "run.json", folder.parent / "config.json"):
+        try:
+            read = json.loads(place.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        run = read.get("config", read)
+        break
+    eval_data = run.get("eval_data")
+    if not eval_data:
+        return None
+    data = [str(d) for d in run.get("data") or ()]
+    named = data if share(eval_data) is not None else [str(eval_data)]
+    gone = [
+        n for n in named if n != "demo" and not Path(n.partition(":")[0]).exists() and "/" in n and n.count("/") != 1
+    ]
+    return None if gone else (data, str(eval_data))
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    config: MergeConfig, mergers: dict[Onto, Merger], adapter: tuple[Path, float], precision: Precision,
+    rows: Sequence[Row], save_dtype: torch.dtype | None, say: Say,
+) -> tuple[Live, list[Drift]]:  # fmt: skip
+    """The live model on the rows, then each merged one, put together in memory as it would be read back."""
+    say(f"measuring the live model, {precision}")
+    base = _loaded(config, precision)
+    loaded = adapter_format.load(base, adapter[0])  # with its canary, which a skeleton cannot run
+    attach(base, loaded, slot=1)
+    live = listen(base, 1, rows)
+    detach(base, slot=1)
+    found: dict[str, Drift] = {}
+    if "requantized" in mergers:
+        say("measuring requantized")
+        put_merged(base, mergers["requantized"], torch.bfloat16)
+        found["requantized"] = compare(base, "requantized", live)
+    del base
+    first = next(iter(mergers.values()))
+    own = first.source_dtype(first.spans[first.embedding][0].tensor)
+    dtype = save_dtype or (own if own.is_floating_point else torch.bfloat16)
+    dense: Precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    for kind, merger in mergers.items():
+        if kind != "requantized":
+            say(f"measuring {kind}")
+            base = _loaded(config, dense)
+            put_merged(base, merger, dtype)
+            found[kind] = compare(base, kind, live)
+            del base
+    return live, [found[kind] for kind in mergers]
+
+
+def _loaded(config: MergeConfig, precision: Precision) -> Base:
+    return load_base(
+        config.model, precision=precision, compute=config.compute, device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+
+
+def _too_far(config: MergeConfig, onto: str, drifts: Sequence[Drift]) -> str:
+    chosen = next(d for d in drifts if d.onto == onto)
+    better = [d for d in drifts if config.max_drift is not None and d.relative <= config.max_drift]
+    way = (
+        f"take --onto {min(better, key=lambda d: d.relative).onto} ({min(d.relative for d in better):.4f})"
+        if better
+        else "raise --max-drift, write in another type with --save-precision, or serve the adapter on its base"
+    )
+    return (
+        f"merged onto {onto} the logits differ from the live model's by {chosen.relative:.4f} of their size, above --max-drift "
+        f"{config.max_drift:g}; nothing was written. {way[0].upper()}{way[1:]}"
+    )
+
+
+def _manifest(
+    config: MergeConfig, base: Skeleton, adapters: Sequence[Weighted], manifests: Sequence[dict[str, Any] | None],
+    onto: Onto, drifts: Sequence[Drift],
+) -> dict[str, Any]:  # fmt: skip
+    """The merged model's `graft.json`: what it was made of, and how it is asked."""
+    first = manifests[0] if manifests else None
+    kept = {
+        key: (first or {}).get(key)
+        for key in ("data", "template", "tokenizer_digest", "golden")
+        if (first or {}).get(key)
+    }
+    parts = [
+        {"digest": a.adapter.origin.digest if a.adapter.origin else None, "weight": a.weight, "name": name}
+        for a, (name, _) in zip(adapters, config.weighted())
+    ]
+    return {
+        "format": 1,
+        "method": "merge",
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "adapters": parts,
+        "onto": onto,
+        "combine": {"kind": config.combine, "density": config.density, "seed": config.seed},
+        "drift": [d.to_json() for d in drifts],
+        **kept,
+    }
+
+
+__all__ = ["MergeRefused", "merge", "report"]

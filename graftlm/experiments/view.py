@@ -1,0 +1,91 @@
+"""What a person sees of a comparison while it runs, and the table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from graftlm.config import CompareConfig
+from graftlm.experiments.material import Material
+from graftlm.experiments.results import Comparison
+from graftlm.experiments.search import Found
+from graftlm.experiments.table import rows
+
+Stepped = Callable[[dict[str, Any]], None]
+
+
+class CompareView:
+    """Draws a comparison for a person; a quiet console draws nothing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, text: str) -> None:
+        """One line, as it is."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[int, int], None]]:
+        """A bar over rows tokenized."""
+        columns = (SpinnerColumn(), TextColumn("reading data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    def material(self, config: CompareConfig, material: Material) -> None:
+        """What is compared on what."""
+        train, held_out = material.train, material.held_out
+        self.say(
+            f"Comparing {', '.join(config.methods)} on {config.model}: {train.rows:,} rows, {material.steps:,} steps of "
+            f"{config.batch_size}, {held_out.rows:,} rows held out, {config.seeds} seed{'s' if config.seeds > 1 else ''}"
+        )
+        for note in material.notes:
+            self.say(f"note: {note}")
+
+    @contextmanager
+    def running(self, label: str, steps: int) -> Iterator[Stepped]:
+        """A bar while a run goes on; yields what to call with its events."""
+        columns = (
+            TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(label, total=steps, loss="loading")
+
+            def stepped(event: dict[str, Any]) -> None:
+                if event["event"] == "step":
+                    loss = f"loss {event['loss']:.3f}" if "loss" in event else ""
+                    bar.update(task, completed=event["step"], loss=loss)
+
+            yield stepped
+
+    def rate(self, name: str, found: Found) -> None:
+        """A learning rate that was found."""
+        tried = ", ".join(f"{t.rate:g}: {t.loss:.3f}" for t in found.tried)
+        self.say(f"{name:<26} learning rate {found.rate:g}   (loss on other training rows by rate: {tried})")
+
+    def trained(self, label: str, summary: dict[str, Any]) -> None:
+        """A run that has ended."""
+        self.say(f"{label:<26} held-out loss {summary['eval_loss_before']:.4f} to {summary['eval_loss_after']:.4f}")
+
+    def failed(self, name: str, why: str) -> None:
+        """A variant that cannot be trained; the others go on."""
+        self.say(f"{name:<26} left out: {why}")
+
+    def comparison(self, found: Comparison) -> None:
+        """The table and the verdict."""
+        table = Table(title="As measured on this machine", title_justify="left")
+        table.add_column("", overflow="fold")
+        for line in found.lines:
+            table.add_column(line.name, justify="right", overflow="fold")
+        for row in rows(found):
+            table.add_row(row.label, *row.cells)
+        self.console.print()
+        self.console.print(table)
+        for sentence in found.verdict.sentences:
+            self.say(sentence)

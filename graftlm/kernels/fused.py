@@ -1,0 +1,105 @@
+"""Elementwise operations of a network as one pass each, for the CPU in C and for GPUs by liger-kernel where it is installed.
+
+    rms_norm   rms_norm_backward     keeps 1 / rms(x) of each row
+    gated      gated_backward        SwiGLU and GeGLU; keeps gate and up
+    rotary     rotary_backward       queries and keys together
+    cross_entropy_in_place           losses, and logits turned into their gradient
+
+`fuses(device, dtype)` says whether there is anything faster than PyTorch's own composition of them; `reference_fused.py` is
+the truth and does the work where there is not. As elsewhere here nothing records gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graftlm.kernels import liger, native
+from graftlm.kernels import reference_fused as reference
+from graftlm.kernels.native import fused as compiled
+from graftlm.kernels.reference_fused import Gate
+
+
+def fuses(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether these operations are faster here than composed from PyTorch's."""
+    if device.type == "cuda":
+        return liger.usable(device)
+    return dtype in compiled.TYPES and native.usable("fused", torch.empty(0, dtype=dtype, device=device))
+
+
+def _in_c(x: Tensor) -> bool:
+    return x.dtype in compiled.TYPES and native.usable("fused", x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x (rows, n) -> y = x r (w + offset) in x's type, and r (rows,) = 1 / sqrt(mean(x^2) + epsilon) for the backward."""
+    if _in_c(x):
+        return compiled.rms_norm(native.calls(), x, weight, epsilon, offset)
+    if liger.usable(x.device):
+        return liger.rms_norm(x, weight, epsilon, offset)
+    return reference.rms_norm(x, weight, epsilon, offset)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, offset: float, wants_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `rms_norm` to x (rows, n), in its type, and to the weight (n,), in float32, where it is wanted."""
+    if _in_c(x):
+        return compiled.rms_norm_backward(native.calls(), dy, x, weight, r, offset, wants_weight)
+    if liger.usable(x.device):
+        return liger.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
+    return reference.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
+
+
+def gated(gate: Tensor, up: Tensor, kind: Gate = "silu") -> Tensor:
+    """act(gate) * up, all (rows, n)."""
+    if _in_c(gate):
+        return compiled.gated(native.calls(), gate, up, kind)
+    if liger.usable(gate.device):
+        return liger.gated(gate, up, kind)
+    return reference.gated(gate, up, kind)
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate = "silu") -> tuple[Tensor, Tensor]:
+    """The gradients of `gated` to gate and up (rows, n); halves of one tensor where gate and up are."""
+    if _in_c(gate):
+        return compiled.gated_backward(native.calls(), dy, gate, up, kind)
+    if liger.usable(gate.device):
+        return liger.gated_backward(dy, gate, up, kind)
+    return reference.gated_backward(dy, gate, up, kind)
+
+
+def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """Each of `parts` (tokens, heads, D), queries and keys, turned by its token's angles: cos and sin (period, turned).
+
+    Token t uses row t % period; heads are turned in halves, and values beyond `turned` stay.
+    """
+    if _in_c(parts[0]):
+        return compiled.rotary(native.calls(), parts, cos, sin, back=False)
+    if liger.usable(parts[0].device):
+        return liger.rotary(parts, cos, sin, back=False)
+    return [reference.rotary(x, cos, sin) for x in parts]
+
+
+def rotary_backward(parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """The gradients of `rotary` to each part from those to its results."""
+    if _in_c(parts[0]):
+        return compiled.rotary(native.calls(), parts, cos, sin, back=True)
+    if liger.usable(parts[0].device):
+        return liger.rotary(parts, cos, sin, back=True)
+    return [reference.rotary_backward(dy, cos, sin) for dy in parts]
+
+
+def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """logits (rows, V), labels (rows,) -> each row's -log softmax(logits)[label], (rows,) float32.
+
+    With `weights` (rows,) the logits are overwritten by weight * (softmax - onehot), the gradient of the weighted sum.
+    Raises IndexError for a label outside of 0 .. V - 1.
+    """
+    if _in_c(logits):
+        return compiled.cross_entropy_in_place(native.calls(), logits, labels, weights)
+    if liger.usable(logits.device):
+        return liger.cross_entropy_in_place(logits, labels, weights)
+    return reference.cross_entropy_in_place(logits, labels, weights)

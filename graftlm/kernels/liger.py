@@ -1,0 +1,139 @@
+"""Elementwise operations on a GPU: liger-kernel's, behind the signatures of `reference_fused.py`, where it is installed.
+
+Liger (Hsu et al. 2024, "Liger Kernel") is imported at first use. Some of its functions overwrite what they are given; here
+only tensors of our own are. What is asked for with another float type than it knows is for the reference.
+"""
+
+# Liger publishes no types.
+# pyright: reportMissingImports=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftlm.kernels import reference_fused as reference
+from graftlm.kernels.reference_fused import Gate
+from graftlm.kernels.trust import Trust
+
+WIDEST_NORM = 65536  # values of a row that one of its programs holds
+_CASTING = {0.0: "llama", 1.0: "gemma"}  # how it rounds: w times the rounded x r, or all in float32
+
+
+def usable(device: torch.device) -> bool:
+    """Whether liger-kernel is installed and has once given the reference's answers on this kind of device."""
+    return (
+        device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None and trust.allows("fused", device)
+    )
+
+
+def _settings(n: int) -> tuple[int, int]:
+    from liger_kernel.ops.utils import calculate_settings
+
+    return calculate_settings(n)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.rms_norm import rms_norm_forward
+
+    y, _, r, *_ = rms_norm_forward(x.contiguous(), weight.to(x.dtype), epsilon, offset, _CASTING[offset], None)
+    return y, r
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, offset: float, wants_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    from liger_kernel.ops.rms_norm import _str_to_casting_mode, rms_norm_backward
+
+    block, warps = _settings(x.shape[-1])
+    mode = _str_to_casting_mode[_CASTING[offset]]
+    dx, dw = rms_norm_backward(
+        dy.to(x.dtype).contiguous(), x.contiguous(), weight.to(x.dtype), r, offset, mode, block, warps, False, None,
+        wants_weight,
+    )  # fmt: skip
+    return dx, None if dw is None else dw.float()
+
+
+def gated(gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
+    return _gate_functions(kind)[0](gate.contiguous(), up.contiguous())[2]
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate) -> tuple[Tensor, Tensor]:
+    own = gate.clone(memory_format=torch.contiguous_format), up.clone(memory_format=torch.contiguous_format)
+    return _gate_functions(kind)[1](*own, dy.to(gate.dtype).contiguous())
+
+
+def _gate_functions(kind: Gate) -> tuple[Any, Any]:
+    if kind == "silu":
+        from liger_kernel.ops.swiglu import swiglu_backward, swiglu_forward
+
+        return swiglu_forward, swiglu_backward
+    from liger_kernel.ops.geglu import geglu_backward, geglu_forward
+
+    return geglu_forward, geglu_backward
+
+
+def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
+    """`cos` and `sin` must have two equal halves: Liger reads the first one only."""
+    from liger_kernel.ops.rope import rope_backward, rope_forward
+
+    tokens, period = len(parts[0]), len(cos)
+    # (batch, heads, tokens of one, D), of our own: they are turned in place
+    q, k = (
+        x.clone(memory_format=torch.contiguous_format).unflatten(0, (tokens // period, period)).transpose(1, 2)
+        for x in (parts[0], parts[-1])
+    )
+    q, k, *_ = (rope_backward if back else rope_forward)(q, k, cos[None], sin[None])
+    return [x.transpose(1, 2).flatten(0, 1) for x in (q, k)][: len(parts)]
+
+
+def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward
+
+    # In float32, since it returns losses in the logits' type. It differentiates what asks for a gradient.
+    wide = logits.detach().float().requires_grad_(weights is not None)
+    if wide.data_ptr() == logits.data_ptr() and weights is None:
+        wide = wide.detach()
+    with torch.no_grad():
+        losses, *_ = cross_entropy_forward(wide, labels, None, -100, 0.0, 0.0, "none", None, False)
+        if weights is not None:
+            logits.copy_(wide.detach().mul_(weights[:, None]))
+    return losses
+
+
+def _check(device: torch.device) -> bool:
+    """Each of them against the reference on a small shape."""
+
+    def sample(*shape: int, step: float) -> Tensor:
+        values = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).mul_(step).sin_().mul_(3)
+        return values.view(shape).to(device)
+
+    x, dy, u = (sample(37, 56, step=step) for step in (0.7, 1.1, 1.7))
+    w = sample(56, step=2.3)
+    found: list[Tensor | None] = []
+    wanted: list[Tensor | None] = []
+    for offset in _CASTING:
+        y, r = reference.rms_norm(x, w, 1e-5, offset)
+        wanted += [y, *reference.rms_norm_backward(dy, x, w, r, offset, True)]
+        found += [rms_norm(x, w, 1e-5, offset)[0], *rms_norm_backward(dy, x, w, r, offset, True)]
+    for kind in reference.GATES:
+        wanted += [reference.gated(x, u, kind), *reference.gated_backward(dy, x, u, kind)]
+        found += [gated(x, u, kind), *gated_backward(dy, x, u, kind)]
+    parts = [sample(6, 4, 32, step=0.3), sample(6, 2, 32, step=0.5)]
+    c, s = (sample(3, 16, step=step).repeat(1, 2) for step in (0.9, 1.3))
+    wanted += [turn(x, c, s) for turn in (reference.rotary, reference.rotary_backward) for x in parts]
+    found += [*rotary(parts, c, s, False), *rotary(parts, c, s, True)]
+    labels, weights = (torch.arange(37) % 56).to(device), sample(37, step=0.1)
+    ours, theirs = x.clone(), x.clone()
+    wanted += [reference.cross_entropy_in_place(theirs, labels, weights), theirs]
+    found += [cross_entropy_in_place(ours, labels, weights), ours]
+    return all(
+        a is not None and b is not None and bool((a - b).norm() <= 1e-4 * b.norm()) for a, b in zip(found, wanted)
+    )
+
+
+trust = Trust("GPU kernels of liger-kernel", lambda: "", {"fused": _check})

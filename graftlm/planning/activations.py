@@ -1,0 +1,169 @@
+"""What a forward pass leaves for the backward pass: the tensors that each module saves, as a table.
+
+Every entry is one line: which module, how many values per token. The table says what this implementation keeps
+(`base/linear.py`, `adapters/bank.py`, `base/fused.py`, `base/attention.py`), not what a model needs in theory; a test runs
+every architecture and compares with what autograd really saved.
+
+Letters: w width of the residual stream, a heads times their width, f inner width of the feed-forward part, H heads,
+L length of a document, r rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graftlm.planning.method import Adapted, Setting
+from graftlm.planning.shape import Norms, Shape, Weights
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The heaviest pass of a run: documents laid end to end, and how a step is made of passes."""
+
+    tokens: int
+    trained: int
+    """Trained tokens among them: those that get logits."""
+    longest: int
+    """Tokens of its longest document."""
+    documents: int = 1
+    passes: int = 1
+    """Passes of one optimizer step."""
+
+    @property
+    def squares(self) -> int:
+        """About the sum of the squared lengths: what attention's matrices have, where they are written out."""
+        return self.tokens * self.longest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes that autograd keeps of a pass."""
+
+    layer: int
+    """Of all that one repeated layer saves, the largest one."""
+    layers: int
+    """Of all repeated layers together."""
+    inputs: int
+    """Of the layers' inputs alone: what activation checkpointing keeps of them."""
+    outside: int
+    """Of what stands in front of the layers and behind them."""
+
+
+def kept(shape: Shape, setting: Setting, adapted: Adapted, load: Load, *, fused: bool) -> Kept:
+    """What autograd keeps of a pass, layer by layer. `fused`: norms and gated products run as one operation each."""
+    c = 2 if setting.compute == "bfloat16" else 4  # bytes of a value in the residual stream
+    per_token = sum(_norm(n, setting.full, c, fused) * n.count for n in shape.norms if n.inside)
+    per_token += _inputs(shape, setting, adapted) * c
+    per_token += sum(adapted.ranks.get(w.key, 0) * _tokens_share(shape, w) for w in shape.weights) * c  # h = x A^T
+    attentions = _attentions(shape)
+    per_token += attentions * _attention(shape, c)
+    per_token += _feed_forward(shape, c, fused)
+    layers = int(per_token * load.tokens)
+    layers += attentions * _written_out(shape, load, c)
+    count = max(1, shape.layers)
+    outside = sum(_norm(n, setting.full, c, fused) * n.count for n in shape.norms if not n.inside) * load.tokens
+    outside += (8 + 2 * shape.rotary * c) * load.tokens  # the token ids; cosines and sines of the positions
+    if not setting.full:  # in front of the first adapter nothing asks for a gradient
+        outside -= (
+            sum(_norm(n, False, c, fused) for n in shape.norms if n.inside and n.width == shape.width) * load.tokens
+        )
+    return Kept(
+        layer=layers // count,
+        layers=layers,
+        inputs=count * shape.width * c * load.tokens,
+        outside=int(outside),
+    )
+
+
+# ---- the table: bytes per token, each module's own -------------------------------------------------------------------
+
+
+def _norm(norm: Norms, trained: bool, c: int, fused: bool) -> int:
+    """LayerNorm: its input, mean and deviation. RMSNorm fused: its input and one number; composed of PyTorch's operations
+    it works in float32 and keeps its widened input, and what the weight is multiplied with when that is trained."""
+    if norm.kind == "layer":
+        return norm.width * c + 2 * FLOAT32
+    if fused:
+        return norm.width * c + FLOAT32
+    return norm.width * FLOAT32 + FLOAT32 + (norm.width * c if trained else 0)
+
+
+def _inputs(shape: Shape, setting: Setting, adapted: Adapted) -> float:
+    """Inputs of linear layers, values per token over all layers: saved for the gradient of W, or of A.
+
+    Layers that read the same input share it: q, k and v; gate and up. What attention gives on is counted there.
+    """
+    total = 0.0
+    for part in ("attention", "mlp", "router", "other"):
+        taken = [w for w in shape.weights if w.part == part and (setting.full or adapted.layers.get(w.key))]
+        outputs = {w.key for w in _outputs(shape, part)}
+        readers = [w for w in taken if w.key not in outputs]
+        layers = {(_layer(w), w.inner): w.count for w in readers}
+        shared = part == "mlp" and _parallel(shape) and total > 0
+        total += 0 if shared else sum(inner * count for (_, inner), count in layers.items())
+        if part != "attention":
+            total += sum(w.inner * w.count for w in taken if w.key in outputs)
+    return total
+
+
+def _parallel(shape: Shape) -> bool:
+    """Whether one norm feeds attention and the feed-forward part beside it."""
+    return sum(n.count for n in shape.norms if n.inside and n.width == shape.width) == shape.layers
+
+
+def _layer(weights: Weights) -> str:
+    """The module that a matrix stands in."""
+    return weights.name.rpartition(".")[0]
+
+
+def _outputs(shape: Shape, part: str) -> list[Weights]:
+    """The matrices of a part that give the residual stream: o_proj, down_proj."""
+    found = [w for w in shape.weights if w.part == part and w.out == shape.width]
+    last: dict[str, Weights] = {_layer(w): w for w in found}  # q_proj may have the same size and stands in front
+    return list(last.values())
+
+
+def _attentions(shape: Shape) -> int:
+    """Attention modules of the model."""
+    return sum(w.count for w in _outputs(shape, "attention"))
+
+
+def _attention(shape: Shape, c: int) -> int:
+    """Queries, keys and values (each repeated to all heads) and the result: 4 a; and a sum for each head in float32."""
+    return 4 * shape.attention_width * c + shape.heads * FLOAT32
+
+
+def _written_out(shape: Shape, load: Load, c: int) -> int:
+    """Scores of whole documents where no fused kernel computes them: H L^2, and as many again under a soft cap."""
+    times = 2 if shape.softcapped else 0 if shape.packs else 1
+    return times * shape.heads * load.squares * c - bool(times) * shape.heads * FLOAT32 * load.tokens
+
+
+def _feed_forward(shape: Shape, c: int, fused: bool) -> float:
+    """What stands between the matrices of the feed-forward part.
+
+    gated, fused        gate and up, 2 f
+    gated               gate, its activation, up, 3 f
+    GELU by formula     four parts of it, 4 f
+    GELU or SiLU        its input, f
+    ReLU                its result, which is the next matrix's input
+    """
+    gated = 2 if fused and shape.activation in ("silu", "swish", "gelu_pytorch_tanh") else 3
+    plain = {"relu": 0, "gelu_new": 4, "gelu_fast": 4}.get(shape.activation, 1)
+    factor = gated if shape.gated else plain
+    total = sum(factor * w.inner * w.count for w in _outputs(shape, "mlp")) * c
+    for w in shape.weights:
+        if w.part == "experts" and w.out == shape.width:
+            # Of each token that is sent to an expert: its state, what stands between, the input of the last matrix, and
+            # the result before and after its weight.
+            total += shape.experts_per_token * ((factor + 1) * w.inner + 3 * shape.width) * w.count * c
+        elif w.part == "router":
+            total += w.count * w.out * FLOAT32  # its probabilities
+    return total
+
+
+def _tokens_share(shape: Shape, weights: Weights) -> int:
+    """How often a token passes a matrix: once, or through as many experts as it is sent to."""
+    return shape.experts_per_token if weights.part == "experts" else 1

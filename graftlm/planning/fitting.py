@@ -1,0 +1,204 @@
+"""What fits where: cards for a need, one or several; the largest batch and length for a card; and what to change.
+
+On several cards weights, gradients and optimizer states are split, each layer gathered when it runs (FSDP: Zhao et al.
+2023); activations, logits and workspace stay whole on each. `graft train` itself runs on one card.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from graftlm.planning.activations import Load
+from graftlm.planning.hardware import Card, cards
+from graftlm.planning.memory import Need, Parts, need
+from graftlm.planning.method import Adapted, Setting, adapted
+from graftlm.planning.shape import Shape
+
+MOST_CARDS = 16
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Everything that a need is computed from, but the method."""
+
+    shape: Shape
+    targets: tuple[str, ...]
+    rank: int
+    load: Load
+    card: Card
+    fused: bool
+
+    def of(self, setting: Setting) -> Need:
+        """What a method takes here."""
+        setting = replace(setting, compute=self.card.compute)
+        return need(self.shape, setting, self.adapted(setting), self.load, self.card.kind, fused=self.fused)
+
+    def adapted(self, setting: Setting) -> Adapted:
+        """The adapter of a method; none for full training."""
+        return Adapted() if setting.full else adapted(self.shape, self.targets, self.rank)
+
+
+def fits(found: Need, card: Card) -> bool:
+    """Whether a training finds room on one card."""
+    return found.peak <= card.usable
+
+
+def split_bytes(found: Need, shape: Shape, count: int) -> int:
+    """Bytes on each of `count` cards: the split parts, one layer gathered, and what stays whole, at the highest moment."""
+    if count == 1:
+        return found.peak
+
+    def at(parts: Parts) -> int:
+        split = parts.weights + parts.gradients + parts.optimizer + parts.adapters
+        gathered = parts.weights // max(1, shape.layers)
+        return math.ceil(split / count) + (parts.total - split) + gathered
+
+    return max(at(parts) for parts in found.moments.values())
+
+
+def cards_needed(found: Need, shape: Shape, card: Card, most: int = MOST_CARDS) -> int | None:
+    """How many of a card a training needs, in powers of two up to `most`; None where these are too few."""
+    count = 1
+    while count <= most:
+        if split_bytes(found, shape, count) <= card.usable:
+            return count
+        count *= 2
+    return None
+
+
+def smallest_card(found: Need) -> Card | None:
+    """The known card with the least memory on which a training fits alone."""
+    return next((c for c in cards().values() if c.kind == "cuda" and fits(found, c)), None)
+
+
+def largest_batch(case: Case, setting: Setting) -> int:
+    """Most documents of the asked length that one pass can hold; 0 where not one fits."""
+    load = case.load
+
+    def at(count: int) -> bool:
+        share = load.trained / load.tokens
+        tokens = count * load.longest
+        grown = replace(load, tokens=tokens, trained=max(1, round(tokens * share)), documents=count)
+        return fits(replace(case, load=grown).of(setting), case.card)
+
+    return _most(at, 1 << 14)
+
+
+def longest_document(case: Case, setting: Setting) -> int:
+    """Most tokens of a single document that fits; 0 where the weights alone do not."""
+    share = case.load.trained / case.load.tokens
+
+    def at(length: int) -> bool:
+        one = Load(tokens=length, trained=max(1, round(length * share)), longest=length, passes=case.load.passes)
+        return fits(replace(case, load=one).of(setting), case.card)
+
+    found = _most(at, _LONGEST)
+    return min(found, case.shape.max_positions or found)
+
+
+def _most(good: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` for which `good` holds, which it does for all smaller ones; 0 for none."""
+    low, high = 0, 1
+    while high <= limit and good(high):
+        low, high = high, high * 2
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if good(middle) else (low, middle)
+    return low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One thing to do so that a training fits."""
+
+    text: str
+    peak: int
+    """Bytes with it."""
+
+
+def changes(case: Case, setting: Setting) -> list[Change]:
+    """What makes a training fit that does not, cheapest first: each alone if one is enough, else one on top of the other.
+
+    The order is by what a change costs: nothing but a little speed, then a third more time, then precision, then length,
+    then cards.
+    """
+    done: list[Change] = []
+    now, how = case, setting
+
+    def add(text: str, then: Case, by: Setting) -> bool:
+        nonlocal now, how
+        peak = then.of(by).peak
+        if peak >= 0.99 * now.of(how).peak:  # no help worth a word
+            return False
+        now, how = then, by
+        done.append(Change(text=text, peak=peak))
+        return peak <= case.card.usable
+
+    load = case.load
+    if load.documents > 1:
+        share = load.trained / load.tokens
+        one = replace(
+            load, tokens=load.longest, trained=max(1, round(load.longest * share)), documents=1,
+            passes=load.passes * load.documents,
+        )  # fmt: skip
+        if add(
+            f"--tokens-per-pass {load.longest}: one document at a time, the same result", replace(now, load=one), how
+        ):
+            return done
+    if not how.activation_checkpointing and case.shape.layers:
+        text = "--activation-checkpointing: layers run again in the backward pass, about a third more time"
+        if add(text, now, how.checkpointed()):
+            return done
+    for text, by in _lower(how):
+        if add(text, now, by):
+            return done
+    shorter = longest_document(now, how)
+    if shorter >= 64:
+        text = f"--max-tokens-per-document {shorter} --too-long cut: longer documents lose their ends"
+        add(text, *_cut(now, how, shorter))
+        return done
+    count = cards_needed(now.of(how), case.shape, case.card)
+    if count is not None and case.card.kind == "cuda":
+        done.append(
+            Change(
+                text=f"{count} x {case.card.name}, weights split over them (FSDP, which graft train does not do itself)",
+                peak=split_bytes(now.of(how), case.shape, count),
+            )
+        )
+    return done
+
+
+def _lower(how: Setting) -> list[tuple[str, Setting]]:
+    """The rungs below a method, in their order."""
+    if not how.full:
+        steps = [
+            ("--precision int8: the base in 8 bits", replace(how, precision="int8")),
+            ("--method qlora: the base in 4 bits", replace(how, method="qlora", precision="nf4")),
+        ]
+        narrower = {"int8": ("nf4",), "nf4": ()}.get(how.precision, ("int8", "nf4"))
+        return [(text, by) for text, by in steps if by.precision in narrower]
+    found: list[tuple[str, Setting]] = []
+    if how.precision == "float32":
+        how = replace(how, precision="bfloat16")
+        found.append(("--precision bfloat16: weights and gradients in 16 bits, rounded at random", how))
+    if how.optimizer == "adamw":
+        how = replace(how, optimizer="adamw-8bit")
+        found.append(("--optimizer adamw-8bit: its two moments in 8 bits each", how))
+    if not how.optimizer_in_backward:
+        how = replace(how, optimizer_in_backward=True)
+        found.append(("--optimizer-in-backward: no gradient stays; one pass a step", how))
+    again = how.activation_checkpointing
+    lora = Setting(key="lora", label="", method="lora", precision="bfloat16", activation_checkpointing=again)
+    found.append(("--method lora: a small adapter is trained, the base stays", lora))
+    found.append(("--method qlora: and the base is stored in 4 bits", replace(lora, method="qlora", precision="nf4")))
+    return found
+
+
+def _cut(case: Case, setting: Setting, length: int) -> tuple[Case, Setting]:
+    share = case.load.trained / case.load.tokens
+    load = replace(case.load, tokens=length, longest=length, trained=max(1, round(length * share)), documents=1)
+    return replace(case, load=load), setting

@@ -1,0 +1,227 @@
+"""Machines: the cards that are planned for, and the one at hand.
+
+    card("rtx-4090")     one of cards.toml          from_memory("24GB")   a card of which only the memory is known
+    local()              this machine: its first GPU, else its processor
+
+Not all of a card's memory is free for a run: the driver's context and PyTorch's cache take their share, which `usable` takes
+off. Rates are those of the data sheets; how much of them training reaches is in `timing.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from graftlm.errors import ConfigError, nearest
+
+GiB = 1 << 30
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
+# CUDA's context with cuBLAS's workspaces; measured between 0.4 and 0.6 GB since Ampere.
+CONTEXT_BYTES = 600_000_000
+# What PyTorch's caching allocator holds beyond the tensors in use: its blocks are cut to sizes and not always filled.
+HELD_BY_CACHE = 0.04
+# A processor's memory is everybody's: the system, and this process before it has loaded anything.
+SYSTEM_BYTES, INTERPRETER_BYTES = 500_000_000, 350_000_000
+# Apple lets a GPU take about three quarters of the machine's memory.
+SHARED_PART = 0.75
+_FLOP_PER_CYCLE = {"avx512": 64, "avx2": 32, "other": 16}  # float32, of one core: two fused multiply-adds a cycle
+_CLOCK = 3.0e9  # hertz, under such load
+_CORE_BANDWIDTH, _MOST_BANDWIDTH = 12e9, 200e9  # bytes a second of one core, and of a socket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One accelerator, or a processor with its memory."""
+
+    key: str
+    name: str
+    kind: Literal["cuda", "cpu", "mps"]
+    memory: int
+    """Bytes."""
+    bandwidth: float = 0.0
+    """Bytes a second; 0 where unknown."""
+    float32: float = 0.0
+    """FLOP a second of matrix products; 0 where unknown."""
+    bfloat16: float = 0.0
+    """The same in bfloat16; 0 where it has none."""
+    here: bool = False
+    """Whether it is this machine's."""
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a run may plan with."""
+        if self.kind == "cuda":
+            return int((self.memory - CONTEXT_BYTES) * (1 - HELD_BY_CACHE))
+        if self.kind == "mps":
+            return int(self.memory * SHARED_PART - INTERPRETER_BYTES)
+        return self.memory - SYSTEM_BYTES - INTERPRETER_BYTES
+
+    @property
+    def compute(self) -> Literal["float32", "bfloat16"]:
+        """The type in which products run on it."""
+        return "bfloat16" if self.bfloat16 > self.float32 or (self.kind == "cuda" and not self.float32) else "float32"
+
+    @property
+    def rate(self) -> float:
+        """FLOP a second of products in that type; 0 where unknown."""
+        return self.bfloat16 if self.compute == "bfloat16" else self.float32
+
+
+@cache
+def cards() -> dict[str, Card]:
+    """Every known card by its key, smallest memory first."""
+    entries = tomllib.loads(Path(__file__).with_name("cards.toml").read_text(encoding="utf-8"))
+    found = [
+        Card(
+            key=key,
+            name=entry["name"],
+            kind="mps" if entry.get("shared") else "cuda",
+            memory=int(entry["memory"] * GiB),
+            bandwidth=entry["bandwidth"] * 1e9,
+            float32=entry["fp32"] * 1e12,
+            bfloat16=entry.get("bf16", 0) * 1e12,
+        )
+        for key, entry in entries.items()
+    ]
+    return {c.key: c for c in sorted(found, key=lambda c: (c.memory, c.rate))}
+
+
+def card(name: str) -> Card:
+    """A known card by its key or its maker's name, or `cpu` and `local` for this machine; ConfigError with the nearest."""
+    if name.lower() == "local":
+        return local()
+    if name.lower() == "cpu":
+        return processor()
+    wanted = _plain(name)
+    for known in cards().values():
+        if wanted in (_plain(known.key), _plain(known.name)):
+            return known
+    keys = [*cards(), "cpu", "local"]
+    raise ConfigError(
+        f"unknown card '{name}'{nearest(name.lower().replace(' ', '-'), keys)} known: {', '.join(keys)}; or give its memory, "
+        "such as --memory 24GB"
+    )
+
+
+def _plain(name: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
+    return "".join(w for w in words if w not in ("nvidia", "geforce", "amd", "instinct"))
+
+
+def from_memory(text: str) -> Card:
+    """A card of which only the memory is known, "24GB" or "24GiB"; ConfigError without a unit."""
+    return Card(key=text, name=f"a card of {text}", kind="cuda", memory=memory_bytes(text))
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of "24GB" (10^9) or "24GiB" (2^30); ConfigError for a number without a unit, or none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found and not found[2]:
+        raise ConfigError(f"memory '{text}' has no unit; did you mean {found[1]}GB? GB is 10^9 bytes, GiB 2^30")
+    if not found or unit is None:
+        raise ConfigError(f"memory '{text}' is not understood; give a number and a unit, such as 24GB or 24GiB")
+    if float(found[1]) * unit < 1e8:
+        raise ConfigError(f"memory '{text}' is less than 100 MB; no run fits there")
+    return int(float(found[1]) * unit)
+
+
+def local(device: str | None = None) -> Card:
+    """This machine: the GPU that a run would take, else the processor. PyTorch is asked only where there may be a GPU."""
+    if device is None or device.startswith("cuda"):
+        found = _gpu(device)
+        if found is not None:
+            return found
+    return processor()
+
+
+def _gpu(device: str | None) -> Card | None:
+    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists() or platform.system() == "Windows"):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.device(device or "cuda"))
+    wanted = _plain(properties.name)
+    known = next((c for c in cards().values() if c.kind == "cuda" and _plain(c.name) in wanted), None)
+    narrow = torch.cuda.is_bf16_supported()
+    return Card(
+        key=known.key if known else "local",
+        name=properties.name,
+        kind="cuda",
+        memory=properties.total_memory,
+        bandwidth=known.bandwidth if known else 0.0,
+        float32=known.float32 if known else 0.0,
+        bfloat16=(known.bfloat16 if known else 0.0) if narrow else 0.0,
+        here=True,
+    )
+
+
+def processor() -> Card:
+    """This machine's processor: the cores and the memory that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Card(
+        key="cpu",
+        name=f"this machine's processor, {cores} {'core' if cores == 1 else 'cores'}",
+        kind="cpu",
+        memory=machine_memory(),
+        bandwidth=min(cores * _CORE_BANDWIDTH, _MOST_BANDWIDTH),
+        float32=cores * _FLOP_PER_CYCLE[_instructions()] * _CLOCK,
+        here=True,
+    )
+
+
+def _instructions() -> str:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "other"
+    return "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "other"
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's limit where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [total]
+    for limit in _group_limits():
+        try:
+            limits.append(int(limit.read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(limits)
+
+
+def _group_limits() -> list[Path]:
+    """Where the limits of this process's control groups stand (versions 2 and 1), from its own group up to the root."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found: list[Path] = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        own = Path(group.strip("/"))
+        for place in (own, *own.parents):
+            if controllers == "":
+                found.append(root / place / "memory.max")
+            elif "memory" in controllers.split(","):
+                found.append(root / "memory" / place / "memory.limit_in_bytes")
+    return found

@@ -1,0 +1,132 @@
+"""The numbers that everybody quotes for 7B, 13B and 70B, held against this implementation.
+
+They come without their settings. Each is given here with one under which it holds, and with what the plan at hand says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from graftlm.planning.activations import Load
+from graftlm.planning.fitting import Case
+from graftlm.planning.memory import need, saved_bytes
+from graftlm.planning.method import METHODS, Setting, adapted
+from graftlm.planning.shape import Shape
+
+GB = 1e9
+_BY_KEY = {m.key: m for m in METHODS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One quoted range, in GB."""
+
+    what: str
+    low: float
+    high: float
+    setting: Setting
+    load: Load
+    under: str
+    """The settings of ours that are held against it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A quoted range beside what this implementation takes."""
+
+    claim: Claim
+    ours: float
+    """GB under the claim's settings."""
+
+    @property
+    def verdict(self) -> str:
+        """Whether the range holds here."""
+        if self.ours < 0.995 * self.claim.low:
+            return "ours is lower"
+        return "holds" if self.ours <= 1.005 * self.claim.high else "ours is higher"
+
+    def to_json(self) -> dict[str, object]:
+        """As plain JSON values."""
+        return {
+            "claim": self.claim.what, "low_gb": self.claim.low, "high_gb": self.claim.high, "ours_gb": round(self.ours, 2),
+            "under": self.claim.under, "verdict": self.verdict,
+        }  # fmt: skip
+
+
+def _one(tokens: int) -> Load:
+    return Load(tokens=tokens, trained=tokens, longest=tokens)
+
+
+def _claims(model: str) -> list[Claim]:
+    full, lora, int8, qlora = (_BY_KEY[k] for k in ("full-bfloat16", "lora", "lora-int8", "qlora"))
+    eight = _BY_KEY["full-8bit"]
+
+    def claim(
+        what: str, low: float, high: float, setting: Setting, tokens: int, how: str, *, checkpointed: bool = True
+    ) -> Claim:
+        setting = setting.checkpointed() if checkpointed else setting
+        run = f"{how}, one document of {tokens:,} tokens" + (", layers run again" if checkpointed else "")
+        return Claim(what=what, low=low, high=high, setting=setting, load=_one(tokens), under=run)
+
+    states = "bfloat16 weights and gradients, float32 AdamW states"
+    nf4, dense, narrow = (f"{base} base, rank 16 on all linear layers" for base in ("an nf4", "a bfloat16", "an int8"))
+    if model == "llama-2-7b":
+        return [
+            claim("7B full, 56 to 84 GB", 56, 84, full, 2048, f"{states} (12 bytes a value; 56 GB is 8)"),
+            claim("7B full, 56 to 84 GB", 56, 84, eight, 2048, "the same with 8-bit states"),
+            claim("7B LoRA, 16 to 20 GB", 16, 20, lora, 512, dense, checkpointed=False),
+            claim("7B LoRA, 16 to 20 GB", 16, 20, lora, 2048, dense),
+            claim("7B QLoRA, 6 to 8 GB", 6, 8, qlora, 512, nf4, checkpointed=False),
+            claim("7B QLoRA, 6 to 8 GB", 6, 8, qlora, 2048, nf4),
+        ]
+    if model == "llama-2-13b":
+        return [
+            claim("13B QLoRA, 10 to 14 GB", 10, 14, qlora, 512, nf4, checkpointed=False),
+            claim("13B QLoRA, 10 to 14 GB", 10, 14, qlora, 2048, nf4),
+        ]
+    if model == "llama-2-70b":
+        return [
+            claim("70B full, about 560 GB", 530, 590, full, 2048, f"{states} (12 bytes a value; 560 GB is 8)"),
+            claim("70B full, about 560 GB", 530, 590, eight, 2048, "the same with 8-bit states"),
+            claim("70B LoRA, 80 to 90 GB", 80, 90, lora, 2048, "a bfloat16 base, whose weights alone are 138 GB"),
+            claim("70B LoRA, 80 to 90 GB", 80, 90, int8, 4096, narrow),
+            claim("70B LoRA, 80 to 90 GB", 80, 90, int8, 2048, narrow),
+            claim("70B QLoRA, 36 to 48 GB", 36, 48, qlora, 2048, nf4),
+        ]
+    return []
+
+
+def answers(name: str, case: Case) -> list[Answer]:
+    """The quoted ranges of a model, each beside ours on a GPU; empty for a model that nobody quotes."""
+    found: list[Answer] = []
+    for claim in _claims(name):
+        how = replace(claim.setting, compute="bfloat16")
+        adapter = replace(case, rank=16, targets=("all-linear",)).adapted(how)
+        took = need(case.shape, how, adapter, claim.load, "cuda", fused=case.fused).training
+        found.append(Answer(claim=claim, ours=took / GB))
+    return [*found, *_adapter_sizes(name, case.shape)]
+
+
+def _adapter_sizes(name: str, shape: Shape) -> list[Answer]:
+    """Adapters of 10 to 50 MB at 7B and of 50 to 200 MB at 70B, at ranks 8 to 16."""
+    ranges = {
+        "llama-2-7b": ("7B adapter, 10 to 50 MB", 0.010, 0.050),
+        "llama-2-70b": ("70B adapter, 50 to 200 MB", 0.050, 0.200),
+    }
+    if name not in ranges:
+        return []
+    what, low, high = ranges[name]
+    lora = _BY_KEY["lora"]
+    found: list[Answer] = []
+    for rank, targets, words in (
+        (8, ("q_proj", "v_proj"), "rank 8 on queries and values"),
+        (16, ("q_proj", "v_proj"), "rank 16 on queries and values"),
+        (16, ("attention",), "rank 16 on attention"),
+        (16, ("all-linear",), "rank 16 on all linear layers"),
+    ):
+        size = saved_bytes(shape, lora, adapted(shape, targets, rank)) / GB
+        under = f"{words}, in float32 as Graft saves it ({size * 500:,.0f} MB in 16 bits)"
+        found.append(Answer(
+            claim=Claim(what=what, low=low, high=high, setting=lora, load=_one(1), under=under), ours=size,
+        ))  # fmt: skip
+    return found

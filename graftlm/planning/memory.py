@@ -1,0 +1,266 @@
+"""Bytes: what each part of a training takes, and when the most of them are there at once.
+
+    weights      the base as it is stored             adapters     A, B and whole modules, in float32
+    gradients    of what is trained                   optimizer    AdamW's two moments
+    activations  what the backward pass needs         logits       of one chunk, and their gradients
+    workspace    what an operation needs while it runs, and what the allocator holds between tensors
+    runtime      what libraries take once they are used (processors only)
+
+A step has moments at which memory may be highest; the peak is the highest of them, and its parts sum to it:
+
+    loss      all activations and a chunk of logits       backward   all activations and one layer's own gradients
+    end       all gradients, the first layer's backward   update     all gradients and the optimizer's work
+
+Every number below is a size that this implementation gives its tensors; `bench/memory.py` holds them against real runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
+
+from graftlm.config import Precision
+from graftlm.planning.activations import FLOAT32, Load, kept
+from graftlm.planning.method import Adapted, Setting
+from graftlm.planning.shape import Shape, Weights
+
+CHUNK_LOGITS = 1 << 23  # values of logits at once: `training/loss.py` has it under the same name
+MOMENT_BLOCK, SMALL = 256, 4096  # of 8-bit moments: `kernels/moments.py`
+NF4_BLOCK, NF4_GROUP = 64, 256  # `kernels/stored.py`
+PANEL = 16 << 20  # bytes of a widened weight at once on a processor: `kernels/native`
+SLAB = 1 << 22  # values that the optimizer works on at once on a GPU: `kernels/reference_adamw.py`
+UPDATE_BYTES = 40  # of temporaries for each of them
+
+# What a processor's run takes beyond its tensors. Measured by runs so small that they have hardly any (bench/memory.py).
+RUNTIME_BYTES = 30_000_000
+# glibc gives tensors of 32 MB and more pages of their own; smaller ones share a heap, in which holes stay between long-lived
+# tensors. Measured over the runs of bench/memory.py as a share of what lives there during a pass. Where layers are run again
+# every tensor of a megabyte has pages of its own (`training/pages.py`), and there are none.
+HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.20
+
+Device = Literal["cuda", "cpu", "mps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Bytes of each part at one moment."""
+
+    weights: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    workspace: int = 0
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(int(getattr(self, f.name)) for f in fields(self))
+
+    def to_json(self) -> dict[str, int]:
+        """Every part by name, and their sum."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What one way of training takes."""
+
+    setting: Setting
+    trained: int
+    """Trained values."""
+    parts: Parts
+    """At the moment of training at which they are most."""
+    moment: str
+    """Which moment that is."""
+    moments: Mapping[str, Parts]
+    """The parts at every moment of a step."""
+    loading: int
+    """Bytes at the peak while the base is loaded."""
+    host: int
+    """Bytes of optimizer states in the host's memory instead."""
+    saved: int
+    """Bytes of the adapter, or of the trained model, on disk."""
+
+    @property
+    def training(self) -> int:
+        """Bytes at the peak of training."""
+        return self.parts.total
+
+    @property
+    def peak(self) -> int:
+        """Bytes that have to be there: the higher of the two peaks."""
+        return max(self.training, self.loading)
+
+
+# ---- one formula for each part ---------------------------------------------------------------------------------------
+
+
+def stored_bytes(weights: Weights, precision: Precision) -> int:
+    """Bytes of all matrices of one kind in their stored form.
+
+    nf4: a 4-bit code a value, an 8-bit scale for 64 values, a float32 scale for 256 of these, one float32 mean a tensor:
+    4 + 8 / 64 + 32 / (64 x 256) = 4.127 bits (Dettmers et al. 2023, section 3). int8: a code a value and a float32 scale a
+    row (`kernels/stored.py`). Routers keep 16 bits at least (`base/hf.py`).
+    """
+    values = weights.values // weights.count
+    if precision in ("int8", "nf4") and weights.part == "router":
+        precision = "bfloat16"
+    if precision == "nf4":
+        blocks = math.ceil(values / NF4_BLOCK)
+        one = math.ceil(values / 2) + blocks + 4 * math.ceil(blocks / NF4_GROUP) + 4
+    elif precision == "int8":
+        one = values + 4 * values // weights.inner
+    else:
+        one = values * (4 if precision == "float32" else 2)
+    return one * weights.count
+
+
+def weight_bytes(shape: Shape, setting: Setting) -> int:
+    """Bytes of the whole base: its matrices as stored, embedding and head in 16 or 32 bits, the rest in the products' type."""
+    wide = 4 if setting.precision == "float32" else 2
+    small = 4 if setting.precision == "float32" or setting.compute == "float32" else 2
+    matrices = sum(stored_bytes(w, setting.precision) for w in shape.weights)
+    rest = shape.small_float32 * 4 + (shape.small - shape.small_float32) * small
+    return matrices + (shape.embedding + shape.head) * wide + rest
+
+
+def bytes_per_value(shape: Shape, setting: Setting) -> int:
+    """Bytes of a trained value and of its gradient: those of the stored weight in full training, 4 in an adapter."""
+    return 2 if setting.full and setting.precision == "bfloat16" else FLOAT32
+
+
+def optimizer_bytes(trained: int, setting: Setting) -> int:
+    """AdamW's mean and mean square: 4 bytes each, or one each and a float32 scale for 256 (Dettmers et al. 2022)."""
+    per_value = 1 + 4 / MOMENT_BLOCK if setting.optimizer == "adamw-8bit" else FLOAT32
+    return int(2 * per_value * trained)
+
+
+def chunk_rows(shape: Shape, load: Load) -> int:
+    """Tokens whose logits exist at once."""
+    return min(load.trained, max(16, CHUNK_LOGITS // shape.vocabulary))
+
+
+def logit_bytes(shape: Shape, setting: Setting, adapted: Adapted, load: Load) -> int:
+    """A chunk of logits, the trained tokens' states with their gradients, and in full training the head's gradient.
+
+    Logits of a plain head become their own gradient in place (`training/loss.py`); through a soft cap or a scale autograd
+    keeps them, their widened copy and probabilities, and makes their gradient: four times.
+    """
+    c = 2 if setting.compute == "bfloat16" else 4
+    rows = chunk_rows(shape, load)
+    chunk = rows * shape.vocabulary * (c if shape.plain_head else c + 3 * FLOAT32)
+    states = 2 * load.trained * shape.width * c
+    head = 0
+    if setting.full or adapted.whole >= shape.vocabulary * shape.width:
+        again = 2 if load.trained > rows else 1  # each further chunk's is made and added
+        head = again * shape.vocabulary * shape.width * FLOAT32
+    return chunk + states + head
+
+
+def backward_bytes(shape: Shape, setting: Setting, load: Load) -> int:
+    """What one layer's backward pass makes and frees again: gradients beside the feed-forward part's matrices, or beside
+    attention, and the gradient that travels down; and one widened weight where products run in another type."""
+    c = 2 if setting.compute == "bfloat16" else 4
+    inner = shape.inner_width * (shape.experts_per_token if shape.mixture else 1)
+    beside = max((2 if shape.gated else 1) * inner + 3 * shape.width, 4 * shape.attention_width + shape.width)
+    return beside * c * load.tokens
+
+
+def widened_bytes(shape: Shape, setting: Setting, device: Device) -> int:
+    """One weight widened to the products' type: whole on a GPU (`kernels/triton`), a panel of it on a processor."""
+    if setting.precision == setting.compute:
+        return 0
+    c = 2 if setting.compute == "bfloat16" else 4
+    largest = max((w.out * w.inner for w in shape.weights), default=0) * c
+    return largest if device == "cuda" else min(largest, PANEL)
+
+
+def saved_bytes(shape: Shape, setting: Setting, adapted: Adapted) -> int:
+    """Bytes on disk: an adapter in float32 (PEFT's layout), a model in the type that it was trained in."""
+    if setting.full:
+        return shape.parameters * bytes_per_value(shape, setting)
+    return adapted.values(shape) * FLOAT32
+
+
+def loading_bytes(shape: Shape, setting: Setting, device: Device, *, checkpoint_bytes: int = 2) -> int:
+    """The final form and the largest tensor once as it was read and once as it is stored: the checkpoint is read tensor by
+    tensor (`base/hf.py`); `checkpoint_bytes` are those of one of its values."""
+    runtime = RUNTIME_BYTES if device == "cpu" else 0
+    stored = 4 if setting.precision == "float32" else 2
+    return weight_bytes(shape, setting) + shape.largest * (checkpoint_bytes + stored) + runtime
+
+
+# ---- all of them together --------------------------------------------------------------------------------------------
+
+
+def need(shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, fused: bool) -> Need:
+    """What training takes at its peak, in parts, and while loading. `fused`: see `activations.kept`."""
+    trained = shape.parameters if setting.full else adapted.values(shape)
+    moments = _moments(shape, setting, adapted, load, device, trained, fused)
+    at, parts = max(moments.items(), key=lambda m: m[1].total)
+    states = optimizer_bytes(trained, setting)
+    return Need(
+        setting=setting,
+        trained=trained,
+        parts=parts,
+        moment=at,
+        moments=moments,
+        loading=loading_bytes(shape, setting, device),
+        host=states if setting.offload_optimizer else 0,
+        saved=saved_bytes(shape, setting, adapted),
+    )
+
+
+def _moments(
+    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, trained: int, fused: bool
+) -> dict[str, Parts]:
+    """The parts at each moment of a step."""
+    value = bytes_per_value(shape, setting)
+    gradients = trained * value
+    largest = shape.largest * value if setting.full else 0
+    saved = kept(shape, setting, adapted, load, fused=fused)
+    held = saved.outside + (saved.inputs if setting.activation_checkpointing else saved.layers)
+    again = saved.layer if setting.activation_checkpointing else 0
+    beside = backward_bytes(shape, setting, load)
+    wide = widened_bytes(shape, setting, device)
+    logits = logit_bytes(shape, setting, adapted, load)
+    embedding = shape.embedding * value if setting.full else 0  # made once more where it is tied, or looked up
+    update = SLAB * UPDATE_BYTES if device == "cuda" else 0
+    present = Parts(
+        weights=weight_bytes(shape, setting),
+        adapters=0 if setting.full else trained * FLOAT32,
+        optimizer=0 if setting.offload_optimizer else optimizer_bytes(trained, setting),
+        runtime=RUNTIME_BYTES if device == "cpu" else 0,
+    )
+    # Earlier passes of the step have left their gradients; the optimizer inside the backward pass leaves none.
+    before = gradients if load.passes > 1 and not setting.optimizer_in_backward else 0
+    after = largest if setting.optimizer_in_backward else gradients
+    found = {
+        "loss": replace(present, gradients=before, activations=held, logits=logits, workspace=wide),
+        "backward": replace(
+            present,
+            gradients=before + (largest if before else 0),
+            activations=held + again,
+            workspace=beside + wide,
+        ),
+        "end": replace(
+            present, gradients=after, activations=saved.outside + saved.layer, workspace=beside + wide + embedding
+        ),
+        "update": replace(present, gradients=after, workspace=min(update, trained * UPDATE_BYTES)),
+    }
+    if device == "cpu" and not setting.activation_checkpointing:
+        found = {name: _with_holes(shape, setting, load, parts) for name, parts in found.items()}
+    return found
+
+
+def _with_holes(shape: Shape, setting: Setting, load: Load, parts: Parts) -> Parts:
+    """With what glibc's heap holds between the tensors of a pass, as long as these are small enough to live there."""
+    c = 2 if setting.compute == "bfloat16" else 4
+    widths = (shape.width, shape.attention_width, shape.inner_width)
+    small = sum(w for w in widths if w * c * load.tokens < HEAP_LIMIT) / sum(widths)
+    return replace(parts, workspace=parts.workspace + int(HEAP_HOLES * small * (parts.activations + parts.workspace)))

@@ -1,0 +1,137 @@
+"""What is trained, and how: the methods and rungs that a plan compares, and what an adapter adds to a model.
+
+    Setting     one way to train: method, precision of the base, optimizer, checkpointing
+    METHODS     the ways that `graft plan` shows: full training down its memory ladder, LoRA on two bases, QLoRA
+    Adapted     how many layers of each kind carry an adapter, and of which ranks together
+
+A rung of the ladder keeps what the rungs above it saved.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from graftlm.config import Compute, Method, Precision
+from graftlm.errors import ConfigError, nearest
+from graftlm.planning.shape import Shape, Weights
+
+Optimizer = Literal["adamw", "adamw-8bit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to train."""
+
+    key: str
+    """Names it in JSON and in sentences: `full-8bit`."""
+    label: str
+    method: Method
+    precision: Precision
+    compute: Compute = "bfloat16"
+    optimizer: Optimizer = "adamw"
+    optimizer_in_backward: bool = False
+    offload_optimizer: bool = False
+    activation_checkpointing: bool = False
+    dora: bool = False
+
+    @property
+    def full(self) -> bool:
+        return self.method == "full"
+
+    @property
+    def flags(self) -> str:
+        """The options of `graft train` that ask for it."""
+        default = {"full": "float32", "lora": "bfloat16", "qlora": "nf4"}[self.method]
+        parts = [f"--method {self.method}"]
+        parts += [f"--precision {self.precision}"] if self.precision != default else []
+        parts += [f"--optimizer {self.optimizer}"] if self.optimizer != "adamw" else []
+        parts += ["--optimizer-in-backward"] if self.optimizer_in_backward else []
+        parts += ["--offload-optimizer"] if self.offload_optimizer else []
+        parts += ["--activation-checkpointing"] if self.activation_checkpointing else []
+        return " ".join(parts)
+
+    def checkpointed(self) -> Setting:
+        """The same with layers run again in the backward pass."""
+        return replace(self, activation_checkpointing=True)
+
+
+_FULL = Setting(key="full", label="full", method="full", precision="float32")
+METHODS: tuple[Setting, ...] = (
+    _FULL,
+    replace(_FULL, key="full-bfloat16", label="full, bfloat16 weights", precision="bfloat16"),
+    replace(_FULL, key="full-8bit", label="  and 8-bit AdamW", precision="bfloat16", optimizer="adamw-8bit"),
+    replace(
+        _FULL,
+        key="full-in-backward",
+        label="  and steps in the backward pass",
+        precision="bfloat16",
+        optimizer="adamw-8bit",
+        optimizer_in_backward=True,
+    ),
+    replace(
+        _FULL,
+        key="full-offload",
+        label="  and states in host memory",
+        precision="bfloat16",
+        optimizer="adamw-8bit",
+        optimizer_in_backward=True,
+        offload_optimizer=True,
+    ),
+    Setting(key="lora", label="LoRA on bfloat16", method="lora", precision="bfloat16"),
+    Setting(key="lora-int8", label="LoRA on int8", method="lora", precision="int8"),
+    Setting(key="qlora", label="QLoRA (on nf4)", method="qlora", precision="nf4"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """What an adapter puts beside a model's matrices, by the keys of `Weights`."""
+
+    layers: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Adapted matrices (or stacks) of each kind."""
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
+    """The sum of their ranks."""
+    whole: int = 0
+    """Values of modules that are trained whole, in float32, and of trained embedding rows."""
+
+    def values(self, shape: Shape) -> int:
+        """Trained values: r (in + out) for each matrix (Hu et al. 2021, section 4.2), times the experts of a stack."""
+        pairs = sum(self.ranks.get(w.key, 0) * max(1, w.experts) * (w.inner + w.out) for w in shape.weights)
+        return pairs + self.whole
+
+
+NOTHING = Adapted()
+"""Full training has no adapter."""
+
+
+def adapted(shape: Shape, targets: Sequence[str], rank: int) -> Adapted:
+    """The adapter that `--targets` and `--rank` ask for; ConfigError for a target that matches nothing.
+
+    Targets as `graft train` has them: `all-linear`, `attention`, `mlp`, a layer's last name, or a glob over whole names.
+    """
+    chosen: list[Weights] = []
+    for target in targets:
+        hit = [w for w in shape.weights if _matches(w, target)]
+        if not hit:
+            known = sorted({w.kind for w in shape.weights} | {"all-linear", "attention", "mlp"})
+            raise ConfigError(
+                f"target '{target}' matches no layer of {shape.architecture}{nearest(target, known)} known: {', '.join(known)}"
+            )
+        chosen += [w for w in hit if w not in chosen]
+    return Adapted(
+        layers={w.key: w.count for w in chosen},
+        ranks={w.key: rank * w.count for w in chosen},
+    )
+
+
+def _matches(weights: Weights, target: str) -> bool:
+    if target == "all-linear":
+        return True
+    if target in ("attention", "mlp"):
+        return (weights.part == "attention") == (target == "attention")
+    if any(c in target for c in "*?["):
+        return fnmatch.fnmatchcase(weights.name, target)
+    return weights.name == target or weights.name.endswith(f".{target}")

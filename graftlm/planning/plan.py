@@ -1,0 +1,314 @@
+"""`graft plan`: from names to a plan for each model, as values.
+
+    plan_for(config)  ->  Report: for each model its shape, what each method takes, where it fits, and advice
+
+No weight is read, unless the base is asked how far the data are from it, which takes a small model seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftlm.config import PlanConfig
+from graftlm.errors import ConfigError, ModelError
+from graftlm.planning import hardware, known
+from graftlm.planning.activations import Load
+from graftlm.planning.advice import Advice, Facts, advise
+from graftlm.planning.distance import SAMPLE_TOKENS, Distance
+from graftlm.planning.fitting import (
+    Case,
+    Change,
+    cards_needed,
+    changes,
+    fits,
+    largest_batch,
+    longest_document,
+    smallest_card,
+)
+from graftlm.planning.hardware import Card
+from graftlm.planning.memory import Need
+from graftlm.planning.method import METHODS, Setting
+from graftlm.planning.models import Model, built_in, find
+from graftlm.planning.timing import EFFICIENCY, Time, time
+
+if TYPE_CHECKING:
+    from graftlm.data.documents import Dataset
+
+DEFAULT_TOKENS_PER_PASS = 4096
+"""What `graft train` takes where memory allows."""
+QUICK_SECONDS = 20.0  # the base is asked without being told to when that takes less
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method on one model."""
+
+    need: Need
+    checkpointed: int
+    """Bytes at the peak with layers run again in the backward pass."""
+    fits: bool
+    cards: int | None
+    """How many of the card it takes, split over them; None for more than 16."""
+    smallest: Card | None
+    """The smallest known card that it fits."""
+    batch: int
+    """Most documents of the asked length in one pass."""
+    length: int
+    """Most tokens of one document."""
+    time: Time | None
+    changes: tuple[Change, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, in bytes and seconds."""
+        found, how = self.need, self.need.setting
+        return {
+            "method": how.key, "label": how.label.strip(), "options": how.flags, "precision": how.precision,
+            "compute": how.compute, "trained_parameters": found.trained, "parts": found.parts.to_json(),
+            "highest_at": found.moment, "peak_bytes": found.peak, "training_bytes": found.training,
+            "loading_bytes": found.loading, "host_bytes": found.host, "saved_bytes": found.saved,
+            "checkpointed_bytes": self.checkpointed, "fits": self.fits, "cards": self.cards,
+            "smallest_card": None if self.smallest is None else self.smallest.key,
+            "largest_batch": self.batch, "longest_document": self.length,
+            "seconds_per_step": None if self.time is None else self.time.step,
+            "tokens_per_second": None if self.time is None else self.time.tokens_per_second,
+            "bound": None if self.time is None else self.time.bound,
+            "changes": [{"text": c.text, "peak_bytes": c.peak} for c in self.changes],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything about one model."""
+
+    model: Model
+    case: Case
+    rows: tuple[Row, ...]
+    advice: Advice
+    facts: Facts
+    known: tuple[known.Answer, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        shape, load = self.case.shape, self.case.load
+        data = None
+        if self.facts.rows:
+            data = {"rows": self.facts.rows, "tokens": self.facts.tokens, "trained_tokens": self.facts.trained_tokens}
+        return {
+            "model": self.model.name, "architecture": shape.architecture, "parameters": shape.parameters,
+            "layers": shape.layers, "width": shape.width, "vocabulary": shape.vocabulary, "packs": shape.packs,
+            "load": {
+                "tokens_per_pass": load.tokens, "trained_tokens_per_pass": load.trained, "documents_per_pass": load.documents,
+                "tokens_per_document": load.longest, "passes_per_step": load.passes,
+            },
+            "data": data, "distance": None if self.facts.distance is None else self.facts.distance.to_json(),
+            "methods": [row.to_json() for row in self.rows], "advice": self.advice.to_json(),
+            "known": [answer.to_json() for answer in self.known], "notes": list(self.notes),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `graft plan` found."""
+
+    card: Card
+    plans: tuple[Plan, ...]
+    epochs: float
+    price_per_hour: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object: the card, and a plan for each model."""
+        card = {
+            "key": self.card.key, "name": self.card.name, "kind": self.card.kind, "memory_bytes": self.card.memory,
+            "usable_bytes": self.card.usable, "compute": self.card.compute, "here": self.card.here,
+            "efficiency": EFFICIENCY[self.card.kind],
+        }  # fmt: skip
+        plans = [{**plan.to_json(), "epoch": self._epochs(plan)} for plan in self.plans]
+        return {"card": card, "plans": plans}
+
+    def _epochs(self, plan: Plan) -> dict[str, Any] | None:
+        """Seconds, and cost, of the asked epochs with each method."""
+        if not plan.facts.rows:
+            return None
+        found: dict[str, Any] = {}
+        for row in plan.rows:
+            seconds = self.seconds(plan, row)
+            if seconds is not None:
+                found[row.need.setting.key] = {"seconds": seconds, "cost": self.cost(seconds, row.cards or 1)}
+        return found
+
+    def seconds(self, plan: Plan, row: Row) -> float | None:
+        """How long the asked epochs take."""
+        if row.time is None or not plan.facts.tokens:
+            return None
+        return plan.facts.tokens * self.epochs / row.time.tokens_per_second
+
+    def cost(self, seconds: float, cards: int) -> float | None:
+        """What they cost."""
+        return None if self.price_per_hour is None else seconds / 3600 * self.price_per_hour * cards
+
+
+def plan_for(config: PlanConfig, note: Note | None = None) -> Report:
+    """Plan every model of the config. Raises GraftError for what is asked and not there; `note` hears what takes a while."""
+    card = _card(config)
+    plans = tuple(
+        _plan(find(name, trust_remote_code=config.trust_remote_code), card, config, note) for name in config.models
+    )
+    return Report(card=card, plans=plans, epochs=config.epochs, price_per_hour=config.price_per_hour)
+
+
+def _card(config: PlanConfig) -> Card:
+    if config.gpu is not None:
+        return hardware.card(config.gpu)
+    return hardware.local() if config.memory is None else hardware.from_memory(config.memory)
+
+
+def _plan(model: Model, card: Card, config: PlanConfig, note: Note | None) -> Plan:
+    notes: list[str] = []
+    dataset = _read(model, config, notes) if config.data else None
+    load = _load(model, config, dataset, notes)
+    fused = card.kind == "cpu" or find_spec("liger_kernel") is not None
+    case = Case(shape=model.shape, targets=config.targets, rank=config.rank, load=load, card=card, fused=fused)
+    facts = Facts(
+        case=case,
+        rows=0 if dataset is None else dataset.rows,
+        tokens=0 if dataset is None else dataset.tokens,
+        trained_tokens=0 if dataset is None else dataset.trained_tokens,
+        distance=None if dataset is None else _distance(model, config, dataset, note, notes),
+        goal=config.goal,
+        variants=config.variants,
+    )
+    if not model.shape.packs:
+        notes.append(
+            f"{model.shape.architecture} runs on stacks of equally long documents with its own attention, whose scores take "
+            "memory with the square of a document's length."
+        )
+    rows = tuple(_row(case, s, config) for s in METHODS if not (s.offload_optimizer and card.kind != "cuda"))
+    return Plan(
+        model=model, case=case, rows=rows, advice=advise(facts), facts=facts,
+        known=tuple(known.answers(model.name, case)), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _row(case: Case, setting: Setting, config: PlanConfig) -> Row:
+    setting = setting.checkpointed() if config.activation_checkpointing else setting
+    setting = replace(setting, compute=case.card.compute)
+    found = case.of(setting)
+    good = fits(found, case.card)
+    count = cards_needed(found, case.shape, case.card) if case.card.kind == "cuda" else (1 if good else None)
+    return Row(
+        need=found,
+        checkpointed=case.of(setting.checkpointed()).peak,
+        fits=good,
+        cards=count,
+        smallest=smallest_card(found) if case.card.kind == "cuda" else None,
+        batch=largest_batch(case, setting),
+        length=longest_document(case, setting),
+        time=time(
+            case.shape,
+            setting,
+            case.adapted(setting),
+            case.load,
+            case.card,
+            found.trained,
+            fused=case.fused,
+            cards=count or 1,
+        ),
+        changes=() if good else tuple(changes(case, setting)),
+    )
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+def _load(model: Model, config: PlanConfig, dataset: Dataset | None, notes: list[str]) -> Load:
+    """The heaviest pass: as many of the longest documents as a pass holds."""
+    length = config.max_tokens_per_document or (dataset.longest if dataset is not None else 0)
+    if dataset is not None:
+        length = min(length, dataset.longest)
+    most = model.shape.max_positions
+    if most and length > most:
+        if "max_tokens_per_document" in config.model_fields_set and config.max_tokens_per_document > most:
+            raise ConfigError(
+                f"max-tokens-per-document is {length:,}, and the longest position of {model.name} is {most:,}; take at "
+                "most that"
+            )
+        length = most
+    share = dataset.trained_tokens / dataset.tokens if dataset is not None else 1.0
+    together = max(1, min(config.batch_size, (config.tokens_per_pass or DEFAULT_TOKENS_PER_PASS) // length))
+    tokens = together * length
+    if dataset is not None and dataset.longest > length:
+        notes.append(f"The longest document has {dataset.longest:,} tokens; planned with {length:,}.")
+    return Load(
+        tokens=tokens, trained=max(1, round(share * (tokens - together))), longest=length, documents=together,
+        passes=-(-config.batch_size // together),
+    )  # fmt: skip
+
+
+def _folder(model: Model) -> Path | None:
+    """Where the model's own files are: its directory, or the hub's cache."""
+    if model.folder is not None:
+        return model.folder
+    name = built_in()[model.name]["hub"] if model.name in built_in() else model.name
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _read(model: Model, config: PlanConfig, notes: list[str]) -> Dataset:
+    """The data through the model's own tokenizer; through the bundled one where that is not here, which makes more tokens."""
+    from graftlm import demo
+    from graftlm.base.chat import Encoder
+    from graftlm.base.load import load_tokenizer
+    from graftlm.data.documents import load
+    from graftlm.data.sources import named_source
+
+    folder = _folder(model)
+    try:
+        tokenizer = load_tokenizer(folder, config.trust_remote_code) if folder is not None else None
+    except ModelError:
+        tokenizer = None
+    if tokenizer is None:
+        tokenizer = load_tokenizer(Path(demo.resolve_model("demo")))
+        notes.append(
+            f"The tokenizer of {model.name} is not here: tokens are counted by the bundled one, whose 4,096 tokens make "
+            "about a third more of them. A directory or a hub id with a tokenizer counts them right."
+        )
+    return load([named_source(text, "train") for text in config.data], Encoder(tokenizer))
+
+
+def _distance(
+    model: Model, config: PlanConfig, dataset: Dataset, note: Note | None, notes: list[str]
+) -> Distance | None:
+    """The base's own loss on the data, where its weights are here and asking is quick, or wanted."""
+    from graftlm.base.fingerprint import weight_files
+
+    folder = _folder(model)
+    here = folder is not None and bool(weight_files(folder))
+    if config.ask_base == "no" or (not here and config.ask_base == "auto"):
+        return None
+    if folder is None or not here:
+        raise ModelError(f"ask-base yes: the weights of {model.name} are not here; give a directory that holds them")
+    machine = hardware.local()
+    seconds = 2.0 * model.shape.parameters * SAMPLE_TOKENS / (machine.rate * EFFICIENCY[machine.kind] or 1e12)
+    wide = 4 * model.shape.parameters
+    if config.ask_base == "auto" and (seconds > QUICK_SECONDS or wide > machine.usable):
+        notes.append(
+            f"The base was not asked about the data: reading would take about {seconds:.0f} s (--ask-base yes does it)."
+        )
+        return None
+    if note is not None:
+        note("asking the base")
+    from graftlm.base.load import load_base
+    from graftlm.planning.asking import measure, sample
+
+    base = load_base(str(folder), precision="bfloat16", trust_remote_code=config.trust_remote_code)
+    limit = base.anatomy.max_positions or dataset.longest
+    documents = [d for d in dataset.documents if d.tokens <= limit]
+    return measure(base, sample(documents)) if documents else None

@@ -1,0 +1,142 @@
+"""What every route works with: the server's state, who asks, and how a refusal is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from graftlm.errors import AdapterError, DataError, GraftError, RequestError, StoreError
+from graftlm.serving import protocol
+from graftlm.serving.catalogue import Answerer, Catalogue, UnknownModel
+from graftlm.serving.guided import Guide
+from graftlm.serving.keys import Keys, Tenant
+from graftlm.serving.metrics import Metrics
+from graftlm.serving.prompts import PromptBook, Prompts
+from graftlm.serving.service import Service
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What one request may take."""
+
+    body_bytes: int = 4 << 20
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    seconds: float = 300.0
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything the routes work with."""
+
+    service: Service
+    catalogue: Catalogue
+    keys: Keys
+    book: PromptBook
+    metrics: Metrics
+    bounds: Bounds = Bounds()
+    fingerprint: str = ""
+    draining: bool = False
+    preloading: bool = False
+    guides: dict[int, Guide] = field(default_factory=dict[int, Guide])
+
+    def guide(self, prompts: Prompts) -> Guide:
+        """The guide of a tokenizer."""
+        key = id(prompts.tokenizer)
+        if key not in self.guides:
+            vocabulary = self.service.engine.base.anatomy.vocabulary
+            self.guides[key] = Guide(prompts.tokenizer, vocabulary, prompts.stop_ids)
+        return self.guides[key]
+
+
+class Refused(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.headers = status, code, param, headers
+
+    def response(self) -> JSONResponse:
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return JSONResponse(protocol.error(str(self), kind, self.code, self.param), self.status, headers=self.headers)
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": protocol.ErrorAnswer, "description": text}
+    for status, text in {
+        400: "The request cannot be answered as asked", 401: "No valid API key", 404: "No such model, or not for this key",
+        413: "The body is too large", 429: "The queue is full", 500: "The adapter or the engine failed", 503: "Shutting down",
+        504: "Out of time",
+    }.items()
+}  # fmt: skip
+ADMIN_ERRORS = {**ERRORS, 403: {"model": protocol.ErrorAnswer, "description": "Not an admin's key"}}
+READ_ERRORS: dict[int | str, dict[str, Any]] = {401: ERRORS[401], 400: ERRORS[400]}
+_bearer = HTTPBearer(auto_error=False, description="an API key of the server's file of keys")
+
+
+def state_of(request: Request) -> State:
+    """The state of the server that a request came to."""
+    return request.app.state.graft
+
+
+Here = Annotated[State, Depends(state_of)]
+
+
+async def tenant_of(
+    state: Here, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Tenant:
+    """Whose key a request brings. Raises Refused."""
+    tenant = state.keys.tenant(credentials.credentials if credentials is not None else None)
+    if tenant is None:
+        raise Refused(
+            401, "this server wants an API key: send the header 'Authorization: Bearer KEY'", "invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )  # fmt: skip
+    return tenant
+
+
+Whose = Annotated[Tenant, Depends(tenant_of)]
+
+
+async def admin_of(state: Here, tenant: Whose) -> Tenant:
+    """The same, where it must be an admin's. Raises Refused."""
+    if not tenant.admin:
+        way = "use an admin's key" if state.keys.wanted else "start it with --keys FILE in which a key has admin: true"
+        raise Refused(403, f"only an admin may change what this server serves; {way}", "not_admin")
+    return tenant
+
+
+Admin = Annotated[Tenant, Depends(admin_of)]
+
+
+def as_refused(error: GraftError) -> Refused:
+    if isinstance(error, UnknownModel):
+        return Refused(404, str(error), "model_not_found", "model")
+    if isinstance(error, RequestError) and error.full:
+        return Refused(429, str(error), "queue_full", headers={"Retry-After": "1"})
+    if isinstance(error, (RequestError, DataError, StoreError)):
+        return Refused(400, str(error), "invalid_value")
+    return Refused(500, str(error), "adapter_invalid" if isinstance(error, AdapterError) else None)
+
+
+def without_paths(message: str, who: Answerer) -> str:
+    """What went wrong with an adapter, told to somebody who is to know names and no folders."""
+    return message.replace(str(who.folder), who.label) if who.folder is not None else message
+
+
+def version_headers(who: Answerer) -> dict[str, str]:
+    """Which version answered."""
+    label = who.label.encode("ascii", "replace").decode()
+    return {"x-graft-adapter": who.digest or "base", "x-graft-version": label}

@@ -1,0 +1,223 @@
+"""The routes that answer: chats, completions, embeddings, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Literal
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from graftlm.errors import GraftError, RequestError
+from graftlm.serving import protocol
+from graftlm.serving.access import ERRORS, Here, Refused, State, Whose, version_headers, without_paths
+from graftlm.serving.catalogue import Answerer
+from graftlm.serving.keys import Tenant
+from graftlm.serving.prompts import Prompts
+from graftlm.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Writer
+from graftlm.serving.request import Piece
+from graftlm.serving.request import Request as Question
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", responses=ERRORS, response_model=None)
+async def chat(asked: ChatRequest, state: Here, tenant: Whose) -> Response:
+    """Answer a conversation; with `stream` as server-sent events."""
+    who = _open(state, asked.model, tenant)
+    prompts = await _prompts(state, who)
+    messages = [message.plain() for message in asked.messages]
+    ids = await run_in_threadpool(_encode, lambda: prompts.chat(messages))
+    return await _answer(state, "chat", asked, tenant, who, prompts, [ids])
+
+
+@router.post("/v1/completions", responses=ERRORS, response_model=None)
+async def completions(asked: CompletionRequest, state: Here, tenant: Whose) -> Response:
+    """Continue one prompt or several; with `stream` as server-sent events."""
+    who = _open(state, asked.model, tenant)
+    prompts = await _prompts(state, who)
+    given = asked.prompts
+    ids = await run_in_threadpool(_encode, lambda: [p if isinstance(p, list) else prompts.text(p) for p in given])
+    return await _answer(state, "text", asked, tenant, who, prompts, ids)
+
+
+@router.post("/v1/embeddings", responses=ERRORS, response_model=None)
+async def embeddings(asked: EmbeddingRequest, state: Here, tenant: Whose) -> Response:
+    """The mean of the last layer's states over each input, scaled to length 1."""
+    who = _open(state, asked.model, tenant)
+    prompts = await _prompts(state, who)
+    given = asked.prompts
+    ids = await run_in_threadpool(_encode, lambda: [p if isinstance(p, list) else prompts.text(p) for p in given])
+    questions = [_question(state, tenant, who, prompts, one, 0, embed=True) for one in ids]
+    by_id = {question.id: i for i, question in enumerate(questions)}
+    ends: dict[int, Piece] = {}
+    async for pieces in _pieces(state, questions, who):
+        ends.update({by_id[p.id]: p for p in pieces if p.finish is not None})
+    data: list[dict[str, Any]] = []
+    for i in range(len(questions)):
+        vector = ends[i].embedding or []
+        length = sum(v * v for v in vector) ** 0.5 or 1.0
+        scaled = protocol.embedding([v / length for v in vector], asked.encoding_format or "float")
+        data.append({"object": "embedding", "index": i, "embedding": scaled})
+    used = protocol.usage(list(ends.values()))
+    body = {
+        "object": "list",
+        "data": data,
+        "model": asked.model,
+        "usage": {k: used[k] for k in ("prompt_tokens", "total_tokens")},
+    }
+    return JSONResponse(body, headers=version_headers(who))
+
+
+def _open(state: State, model: str, tenant: Tenant) -> Answerer:
+    """Who answers, if this server still takes requests."""
+    if state.draining:
+        raise Refused(503, "this server is shutting down; ask another one", headers={"Retry-After": "5"})
+    return state.catalogue.find(model, tenant)
+
+
+async def _prompts(state: State, who: Answerer) -> Prompts:
+    try:
+        return await run_in_threadpool(state.book.of, who.digest, who.folder)
+    except GraftError as error:
+        raise Refused(
+            500, f"adapter '{who.label}' cannot be used: {without_paths(str(error), who)}", "adapter_invalid"
+        ) from None
+
+
+def _encode(encode: Callable[[], Any]) -> Any:
+    """Text to tokens; text that is no text (half of a surrogate pair) is the caller's fault."""
+    try:
+        return encode()
+    except (UnicodeError, TypeError) as error:
+        raise RequestError(f"the prompt cannot be read as text: {str(error)[:200]}") from None
+
+
+def _question(
+    state: State, tenant: Tenant, who: Answerer, prompts: Prompts, ids: Sequence[int], most: int, **given: Any
+) -> Question:
+    limit = state.bounds.prompt_tokens
+    if limit is not None and len(ids) > limit:
+        raise Refused(
+            400, f"the prompt has {len(ids)} tokens, this server takes at most {limit}", "context_length_exceeded"
+        )
+    return Question(
+        id=protocol.new_id("q"), prompt=tuple(ids), max_tokens=most, adapter=who.digest, tenant=tenant.name,
+        hidden_ids=prompts.hidden_ids, tokenizer=prompts.tokenizer, deadline=time.monotonic() + state.bounds.seconds, **given,
+    )  # fmt: skip
+
+
+def _most_tokens(state: State, asked: int | None, prompt: int) -> int:
+    """How long an answer may be: what is asked, within what the server allows; without asking, what is left."""
+    allowed = state.bounds.output_tokens
+    if asked is not None:
+        if allowed is not None and asked > allowed:
+            raise Refused(
+                400, f"max_tokens is {asked}, this server writes at most {allowed}", "invalid_value", "max_tokens"
+            )
+        return asked
+    left = max(state.service.engine.runner.most_tokens - prompt, 1)
+    return min(left, allowed) if allowed is not None else left
+
+
+async def _answer(
+    state: State, kind: Literal["chat", "text"], asked: ChatRequest | CompletionRequest, tenant: Tenant, who: Answerer,
+    prompts: Prompts, ids: Sequence[Sequence[int]],
+) -> Response:  # fmt: skip
+    grammar = None
+    if asked.response_format is not None and asked.response_format.type != "text":
+        schema = asked.response_format.wanted
+        grammar = await run_in_threadpool(lambda: state.guide(prompts).json(schema))
+    n = asked.n or 1
+    sampling = asked.sampling()
+    questions = [
+        _question(
+            state, tenant, who, prompts, one, _most_tokens(state, asked.most_tokens, len(one)), n=n, sampling=sampling,
+            stop_ids=prompts.stop_ids, stop=asked.stops, logprobs=asked.alternatives, grammar=grammar,
+        )
+        for one in ids
+    ]  # fmt: skip
+    news = _pieces(state, questions, who)
+    # Nothing is sent before the first token, so that what goes wrong until then has its status.
+    first = await anext(news)
+    place = {question.id: i * n for i, question in enumerate(questions)}
+    writer = Writer(kind, asked.model, state.fingerprint[:16], prompts)
+    if asked.stream:
+        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        events = _events(writer, place, first, news, with_usage)
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={**version_headers(who), "Cache-Control": "no-cache"}
+        )
+    answers: list[list[Piece]] = [[] for _ in range(n * len(questions))]
+    for piece in first:
+        answers[place[piece.id] + piece.index].append(piece)
+    async for pieces in news:
+        for piece in pieces:
+            answers[place[piece.id] + piece.index].append(piece)
+    used = protocol.usage([p for pieces in answers for p in pieces])
+    return JSONResponse(writer.whole(answers, used), headers=version_headers(who))
+
+
+async def _pieces(state: State, questions: Sequence[Question], who: Answerer) -> AsyncIterator[list[Piece]]:
+    """What the engine answers; raises Refused for what went wrong, and gives the questions up when the caller is gone."""
+    begun = time.monotonic()
+    seen = False
+    async with contextlib.aclosing(state.service.ask(questions, who.folder)) as news:
+        async for pieces in news:
+            if not seen:
+                seen = True
+                state.metrics.first_token.observe(time.monotonic() - begun)
+            for piece in pieces:
+                if piece.finish == "error":
+                    raise Refused(
+                        500,
+                        f"'{who.label}' cannot answer: {without_paths(piece.error, who)}",
+                        "adapter_invalid" if who.digest else None,
+                    )
+                if piece.finish == "timeout":
+                    raise Refused(
+                        504, f"the answer was not complete within {state.bounds.seconds:g} seconds", "timeout"
+                    )
+            yield pieces
+    state.metrics.duration.observe(time.monotonic() - begun)
+
+
+async def _events(
+    writer: Writer, place: dict[str, int], first: list[Piece], news: AsyncIterator[list[Piece]], with_usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events of a whole answer."""
+    ends: list[Piece] = []
+    begun: set[int] = set()
+
+    def write(pieces: Sequence[Piece]) -> bytes:
+        out: list[bytes] = []
+        for piece in pieces:
+            index = place[piece.id] + piece.index
+            if writer.chat and index not in begun:
+                begun.add(index)
+                out.append(_event(writer.chunk(index, None, with_usage)))
+            if piece.finish is not None:
+                ends.append(piece)
+            if piece.text or piece.finish is not None or piece.chosen:
+                out.append(_event(writer.chunk(index, piece, with_usage)))
+        return b"".join(out)
+
+    try:
+        yield write(first)
+        async for pieces in news:
+            written = write(pieces)
+            if written:
+                yield written
+        if with_usage:
+            yield _event(writer.last(protocol.usage(ends)))
+    except Refused as error:
+        yield _event(json.loads(bytes(error.response().body)))
+    yield b"data: [DONE]\n\n"
+
+
+def _event(value: Any) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode("utf-8", "replace")

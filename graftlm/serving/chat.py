@@ -1,0 +1,190 @@
+"""`graft chat`: a conversation in the terminal, with one answerer or with two side by side.
+
+Each side has its own conversation: what it answered is what it is asked with next. One engine serves both, so the base is in
+memory once. Models that know texts only are given each line alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.store import locate
+from graftlm.base.load import Base, load_base
+from graftlm.config import ChatConfig
+from graftlm.errors import ConfigError, GraftError
+from graftlm.serving.engine import Engine, Limits
+from graftlm.serving.generate import checkpoint_precision
+from graftlm.serving.prompts import PromptBook, Prompts
+from graftlm.serving.request import Request, Sampling
+
+BASE = "base"
+
+
+@dataclass
+class Side:
+    """One answerer, and its conversation."""
+
+    label: str
+    prompts: Prompts
+    digest: str = ""
+    folder: Path | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    def ask(self, line: str) -> list[int]:
+        """The tokens of the conversation with a new line; texts know no conversation. Raises DataError."""
+        if self.prompts.style == "text":
+            system = [str(m["content"]) for m in self.messages if m["role"] == "system"]
+            return self.prompts.text("\n".join([*system, line]))
+        return self.prompts.chat([*self.messages, {"role": "user", "content": line}])
+
+    def answered(self, line: str, answer: str) -> None:
+        """Take a line and its answer into the conversation."""
+        self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+
+
+@dataclass
+class Answer:
+    """What a side has said to a line so far."""
+
+    text: str = ""
+    tokens: int = 0
+    finish: str = ""
+
+
+class Conversation:
+    """A base with its sides, ready to be asked line by line."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        """Load the base and find the adapters. Raises GraftError."""
+        self.config = config
+        names = [config.adapter or BASE, *([config.beside] if config.beside else [])]
+        folders = [None if name == BASE else locate(name, config.store) for name in names]
+        digests = ["" if folder is None else adapter_format.inspect_folder(folder).digest for folder in folders]
+        manifests = [adapter_format.read_manifest(folder) if folder is not None else None for folder in folders]
+        trained = [m["base"]["precision"] for m in manifests if m is not None]
+        precision = config.precision or (
+            trained[0] if trained else checkpoint_precision(config.model, config.trust_remote_code)
+        )
+        self.base: Base = load_base(
+            config.model, precision=precision, compute=config.compute, device=config.device,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+        book = PromptBook(self.base, config.format)
+        context = self.base.anatomy.max_positions or 8192
+        self.engine = Engine(self.base, Limits(running=2, cache_tokens=2 * context + 64, adapter_slots=2))
+        system = [{"role": "system", "content": config.system}] if config.system else []
+        self.sides = [
+            Side(name, book.of(digest, folder), digest, folder, list(system))
+            for name, digest, folder in zip(names, digests, folders)
+        ]
+        self._asked = 0
+
+    def ask(self, line: str) -> Iterator[list[Answer]]:
+        """Answer a line on every side; yields all answers whenever one has grown. Raises GraftError."""
+        answers = [Answer() for _ in self.sides]
+        self._asked += 1
+        config = self.config
+        sampling = Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
+        questions: list[tuple[Request, Path | None]] = []
+        for at, side in enumerate(self.sides):
+            ids = side.ask(line)
+            most = min(config.max_tokens, self.engine.runner.most_tokens - len(ids))
+            if most < 1:
+                raise ConfigError(
+                    f"the conversation has {len(ids)} tokens, and {self.engine.runner.most_tokens} fit; begin anew with /new"
+                )
+            request = Request(
+                id=f"{self._asked}.{at}", prompt=tuple(ids), max_tokens=most, adapter=side.digest, sampling=sampling,
+                stop_ids=side.prompts.stop_ids, hidden_ids=side.prompts.hidden_ids, tokenizer=side.prompts.tokenizer,
+            )  # fmt: skip
+            questions.append((request, side.folder))
+        for piece in self.engine.run(questions):
+            answer = answers[int(piece.id.rpartition(".")[2])]
+            answer.text += piece.text
+            answer.tokens += len(piece.tokens)
+            if piece.finish == "error":
+                raise ConfigError(piece.error)
+            answer.finish = piece.finish or ""
+            yield answers
+        for side, answer in zip(self.sides, answers):
+            side.answered(line, answer.text)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        for side in self.sides:
+            side.messages = [m for m in side.messages if m["role"] == "system"]
+
+
+def render(sides: Sequence[Side], answers: Sequence[Answer]) -> RenderableType:
+    """The answers, side by side where there are two."""
+    panels: list[Panel] = []
+    for side, answer in zip(sides, answers):
+        how = {"length": ", cut at the limit", "stop": ""}.get(answer.finish, " …")
+        panels.append(
+            Panel(
+                Text(answer.text.strip()), title=Text(side.label, style="bold"), title_align="left",
+                subtitle=Text(f"{answer.tokens} tokens{how}", style="dim"), subtitle_align="right",
+            )
+        )  # fmt: skip
+    if len(panels) == 1:
+        return panels[0]
+    grid = Table.grid(expand=True, padding=(0, 1))
+    for _ in panels:
+        grid.add_column(ratio=1)
+    grid.add_row(*panels)
+    return grid
+
+
+def talk(config: ChatConfig, console: Console) -> None:
+    """Read lines and answer them until the end of input. Raises GraftError for what prevents the first question."""
+    with console.status("loading"):
+        conversation = Conversation(config)
+    labels = " | ".join(side.label for side in conversation.sides)
+    hint = Text("/new begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer", style="dim")
+    console.print(Group(Text(f"{config.model} as {conversation.base.precision}: {labels}"), hint))
+    try:
+        while True:
+            try:
+                line = console.input("[bold]> [/bold]").strip()
+            except EOFError:
+                console.print()
+                return
+            if line in ("/exit", "/quit"):
+                return
+            if line == "/new":
+                conversation.forget()
+                console.print(Text("a new conversation", style="dim"))
+            elif line:
+                _show(conversation, line, console)
+    finally:
+        conversation.engine.close()
+
+
+def _show(conversation: Conversation, line: str, console: Console) -> None:
+    """Answer one line on the screen."""
+    news = conversation.ask(line)
+    last: RenderableType = Columns([])
+    try:
+        with Live(console=console, refresh_per_second=12, transient=not console.is_terminal) as live:
+            for answers in news:
+                last = render(conversation.sides, answers)
+                if console.is_terminal:
+                    live.update(last)
+        if not console.is_terminal:
+            console.print(last)
+    except KeyboardInterrupt:
+        news.close()  # type: ignore[attr-defined]
+        console.print(Text("stopped", style="dim"))
+    except GraftError as error:
+        console.print(Text(str(error), style="red"))

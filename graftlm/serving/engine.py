@@ -1,0 +1,465 @@
+"""The engine: many requests, each with its own adapter, in one batch that they join and leave between steps.
+
+    engine = Engine(base, limits)
+    engine.submit(Request(...), folder)
+    while engine.busy:
+        for piece in engine.step(): ...
+
+A step lets waiting requests in while there is room, gives every sequence that is writing its next token, spends what is left of
+the step on prompts that are still being read, chooses tokens, and returns what is new. It knows no clock but deadlines, no file
+and no network. `submit` and `cancel` may be called from any thread, everything else from one.
+
+What a request gets depends on nothing but itself: its adapter version is held from arrival to end, its random numbers are
+hashes of its seed, and kept keys and values are named by adapter digest and tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.attach import Adapter
+from graftlm.base.keyvalues import Kept, bytes_per_token, may_keep
+from graftlm.base.load import Base
+from graftlm.errors import RequestError
+from graftlm.serving import sampling
+from graftlm.serving.grouped import Grouped
+from graftlm.serving.paged import Paged, Work, logits
+from graftlm.serving.queue import FairQueue
+from graftlm.serving.request import Chosen, Piece, Request
+from graftlm.serving.residents import Residents
+from graftlm.serving.sequence import Sequence
+
+BLOCK = 16  # tokens of a block of keys and values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an engine may use."""
+
+    running: int = 16
+    """Most sequences in a batch."""
+    queue: int = 256
+    """Most sequences that wait."""
+    step_tokens: int = 256
+    """Most tokens in one step, prompts and answers together."""
+    cache_tokens: int = 16384
+    """Tokens whose keys and values there is memory for."""
+    adapter_slots: int = 16
+    """Adapters that can be at work at once."""
+    adapter_bytes: int = 4 << 30
+    """Memory for adapters: those in slots, and copies of others that were used lately."""
+    shared: bool = False
+    """Whether tenants share it: then none may take the last quarter of the batch, or more than half of the queue."""
+
+
+@dataclass
+class Counts:
+    """What an engine has done since it was made."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    written_tokens: int = 0
+    interrupted: int = 0
+    step_seconds: float = 0.0
+    finished: dict[str, int] = field(default_factory=dict[str, int])
+
+
+class Engine:
+    """Continuous batching over one base and its adapters."""
+
+    def __init__(
+        self, base: Base, limits: Limits, *, load: Callable[[Path], Adapter] | None = None,
+        kept: tuple[dict[int, Kept], str] | None = None, wake: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`load` reads an adapter's folder; `kept` is what `may_keep` has said of this base, if it was asked already."""
+        self.base, self.limits, self.wake = base, limits, wake
+        layers, self.why_grouped = kept or may_keep(base)
+        self.paged = not self.why_grouped
+        self.runner: Paged | Grouped
+        if self.paged:
+            blocks = max(limits.cache_tokens // BLOCK, 2)
+            self.runner = Paged(base, layers, blocks=blocks, block=BLOCK, seats=limits.running)
+            self.bytes_per_token = bytes_per_token(layers, base.compute_dtype)
+        else:
+            self.runner = Grouped(base, tokens=limits.cache_tokens, seats=limits.running)
+            self.bytes_per_token = 0
+        self.residents = Residents(
+            base, slots=limits.adapter_slots, bytes=limits.adapter_bytes,
+            load=load or (lambda folder: adapter_format.load(base, folder)), arrived=wake,
+        )  # fmt: skip
+        self.counts = Counts()
+        self._arrivals: deque[tuple[Request, Path | None]] = deque()
+        self._cancelled: deque[str] = deque()
+        self._queue = FairQueue()
+        self._running: list[Sequence] = []
+        self._of_request: dict[str, list[Sequence]] = {}
+        self._pending = 0  # sequences that were submitted and are not in the queue yet
+        self._lock = threading.Lock()
+
+    # ---- from any thread --------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, folder: Path | None = None) -> None:
+        """Ask; `folder` holds the adapter whose digest the request names. Raises RequestError for what will never fit.
+
+        A full queue raises RequestError with `full` set.
+        """
+        self.check(request)
+        with self._lock:
+            waiting = len(self._queue) + self._pending
+            mine = self._queue.waiting(request.tenant) + sum(
+                r.n for r, _ in self._arrivals if r.tenant == request.tenant
+            )
+            if waiting + request.n > self.limits.queue:
+                raise RequestError(
+                    f"the queue is full: {waiting} answers wait, the limit is {self.limits.queue}", full=True
+                )
+            share = self.limits.queue // 2
+            if self.limits.shared and mine + request.n > max(share, 1):
+                raise RequestError(
+                    f"your part of the queue is full: {mine} answers wait, the limit for one key is {max(share, 1)}",
+                    full=True,
+                )
+            self._pending += request.n
+            self._arrivals.append((request, folder))
+        self.wake()
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for a request that cannot be answered however long it waits."""
+        if not request.prompt:
+            raise RequestError("the prompt is empty: 0 tokens; give at least one")
+        most = self.runner.most_tokens
+        if len(request.prompt) + min(request.max_tokens, 1) > most:
+            raise RequestError(
+                f"the prompt has {len(request.prompt)} tokens, and {most} fit with the answer; shorten the prompt"
+            )
+        if len(request.prompt) + request.max_tokens > most:
+            raise RequestError(
+                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.max_tokens}; together at most {most} "
+                f"fit, so ask for at most {most - len(request.prompt)}"
+            )
+        unknown = [t for t in request.prompt if not 0 <= t < self.base.anatomy.vocabulary]
+        if unknown:
+            raise RequestError(
+                f"token {unknown[0]} is not in this model's vocabulary of {self.base.anatomy.vocabulary}"
+            )
+        if request.n > self.limits.queue:
+            raise RequestError(f"n is {request.n}, and at most {self.limits.queue} answers may wait")
+
+    def cancel(self, id: str) -> None:
+        """Give up a request; its last pieces say so."""
+        self._cancelled.append(id)
+        self.wake()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do now or soon."""
+        return bool(self._arrivals or self._running or len(self._queue) or self._cancelled)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait."""
+        return len(self._queue) + self._pending
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    # ---- from the engine's thread -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        """Do one step; returns what is new, in no order between requests."""
+        begun = time.perf_counter()
+        pieces: list[Piece] = []
+        self.residents.settle()
+        self._take_arrivals()
+        self._give_up(pieces)
+        self._let_in()
+        work = self._plan()
+        if work:
+            read = sum(n for s, n in work if not s.decoding)
+            self.counts.prompt_tokens += read
+            for sequence, n in work:
+                self._queue.serve(sequence.request.tenant, n)
+            sequences, states = self.runner.run(work)
+            self._answer(sequences, states, pieces)
+            self.counts.steps += 1
+            self.counts.step_seconds += time.perf_counter() - begun
+        return pieces
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a step can do nothing until an adapter has been loaded, or somebody calls."""
+        return not (self._running or self._arrivals or self._cancelled)
+
+    def run(self, asked: Sequences[tuple[Request, Path | None]]) -> Iterator[Piece]:
+        """Ask, each with the folder of its adapter, and step until all answers are complete: for a caller without a thread."""
+        news = threading.Event()
+        before, self.wake = self.wake, news.set
+        self.residents.on_arrival(news.set)
+        left = 0
+        try:
+            for request, folder in asked:
+                self.submit(request, folder)
+                left += request.n
+            while left:
+                news.clear()
+                pieces = self.step()
+                for piece in pieces:
+                    left -= piece.finish is not None
+                    yield piece
+                if not pieces and self.stalled:
+                    news.wait(0.1)
+        finally:
+            if left:  # the caller has left: nothing of it goes on
+                for request, _ in asked:
+                    self.cancel(request.id)
+                self.step()
+            self.wake = before
+            self.residents.on_arrival(before)
+
+    def fail(self, message: str) -> list[Piece]:
+        """End everything that runs, after a step that went wrong; what waits goes on with a clean state."""
+        pieces: list[Piece] = []
+        for sequence in list(self._running):
+            self._end(
+                sequence, pieces, Piece(id=sequence.request.id, index=sequence.index, finish="error", error=message)
+            )
+        self.runner.forget()
+        return pieces
+
+    def close(self) -> None:
+        """End the thread that loads adapters, and take them off the base."""
+        self.residents.close()
+
+    # ---- the parts of a step ----------------------------------------------------------------------------------------
+
+    def _take_arrivals(self) -> None:
+        with self._lock:
+            arrivals = list(self._arrivals)
+            self._arrivals.clear()
+        for request, folder in arrivals:
+            tokenizer = request.tokenizer or self.base.tokenizer
+            first = Sequence(request, 0, tokenizer, None)
+            sequences = [first, *(Sequence(request, i, tokenizer, first) for i in range(1, request.n))]
+            self._of_request[request.id] = sequences
+            if request.adapter:
+                for _ in sequences:
+                    self.residents.hold(request.adapter, folder or Path())
+            tenants = self._tenants
+            with self._lock:
+                for sequence in sequences:
+                    self._queue.add(sequence, tenants)
+                    self._pending -= 1
+
+    @property
+    def _tenants(self) -> set[str]:
+        return {s.request.tenant for s in self._running}
+
+    def _give_up(self, pieces: list[Piece]) -> None:
+        """Drop what was cancelled, what is too late, and what waits for an adapter that cannot be loaded."""
+        while self._cancelled:
+            for sequence in self._of_request.get(self._cancelled.popleft(), []):
+                sequence.cancelled = True
+        now = time.monotonic()
+        for sequence in [*self._running, *self._queue]:
+            request = sequence.request
+            if sequence.cancelled:
+                self._end(sequence, pieces, Piece(id=request.id, index=sequence.index, finish="cancelled"))
+            elif request.deadline is not None and now > request.deadline:
+                self._end(sequence, pieces, Piece(id=request.id, index=sequence.index, finish="timeout"))
+            elif request.adapter and self.residents.error(request.adapter):
+                error = self.residents.error(request.adapter)
+                self._end(sequence, pieces, Piece(id=request.id, index=sequence.index, finish="error", error=error))
+
+    def _let_in(self) -> None:
+        """Move waiting sequences into the batch while seats, memory and slots are there, the least served tenant's first."""
+        most = self.limits.running
+        while len(self._running) < most:
+            let_in = False
+            for tenant in self._queue.tenants:
+                mine = sum(s.request.tenant == tenant for s in self._running)
+                if self.limits.shared and mine >= max(most - max(most // 4, 1), 1):
+                    continue
+                if self._let_one_in(tenant):
+                    let_in = True
+                    break
+            if not let_in:
+                return
+
+    def _let_one_in(self, tenant: str) -> bool:
+        """Let in the first of a tenant's sequences that can run now; False when none can."""
+        for sequence in self._queue.line(tenant):
+            first = sequence.after
+            if first is not None and not first.done and first.computed < first.prompt_length:
+                continue  # the first answer reads the prompt for all
+            adapter = sequence.request.adapter
+            slot: int | None = 0
+            if adapter:
+                slot = self.residents.run(adapter, sequence.passed_over)
+                if slot is None:
+                    sequence.passed_over += 1
+                    continue
+            sequence.slot = slot
+            if not self.runner.admit(sequence):
+                if adapter:
+                    self.residents.stop(adapter)
+                return False  # memory is short, and who is first should get it
+            with self._lock:
+                self._queue.remove(sequence)
+            self._running.append(sequence)
+            return True
+        return False
+
+    def _plan(self) -> Work:
+        """Which sequences run this step, and how many new tokens of each; interrupts the newest where memory is short."""
+        if not self.runner.splits_prompts:
+            return [(sequence, sequence.left) for sequence in self._running]
+        work: Work = []
+        budget = self.limits.step_tokens
+        for sequence in list(self._running):
+            if sequence.decoding and self._make_place(sequence, 1):
+                work.append((sequence, 1))
+                budget -= 1
+        # Prompts share what is left, the least served tenant's first, so one long prompt does not hold up the others'.
+        reading = [s for s in self._running if not s.decoding]
+        order = {tenant: i for i, tenant in enumerate(self._queue.by_service(s.request.tenant for s in reading))}
+        for sequence in sorted(reading, key=lambda s: order[s.request.tenant]):
+            new = min(sequence.left, budget)
+            if new > 0 and sequence in self._running and self._make_place(sequence, new):
+                work.append((sequence, new))
+                budget -= new
+        return [(s, n) for s, n in work if s.seat >= 0]
+
+    def _make_place(self, sequence: Sequence, new: int) -> bool:
+        """Hold memory for `new` tokens; sends the newest sequences back to wait until there is enough."""
+        if sequence.seat < 0:  # it was sent back itself
+            return False
+        while not self.runner.reserve(sequence, new):
+            newest = self._running[-1]
+            self._interrupt(newest)
+            if newest is sequence:
+                return False
+        return True
+
+    def _interrupt(self, sequence: Sequence) -> None:
+        """Send a sequence back to the queue with what it has written; it reads that again when it is let in."""
+        self._running.remove(sequence)
+        self._leave_slot(sequence)
+        self.runner.release(sequence)
+        self.counts.interrupted += 1
+        with self._lock:
+            self._queue.add(sequence, self._tenants, first=True)
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        if sequence.request.adapter:
+            self.residents.stop(sequence.request.adapter)
+        sequence.slot = 0
+
+    def _answer(self, sequences: list[Sequence], states: Tensor, pieces: list[Piece]) -> None:
+        """Choose the next token of each sequence whose tokens are all computed."""
+        places = [i for i, s in enumerate(sequences) if s.left == 0 and not s.request.embed]
+        for sequence in sequences:
+            if sequence.request.embed and sequence.left == 0:
+                self._embed(sequence, pieces)
+        if not places:
+            return
+        chosen = [sequences[i] for i in places]
+        if len(places) < len(sequences):
+            states = states[torch.tensor(places, device=states.device)]
+        rows = logits(self.base, states, [s.slot for s in chosen]).float()  # (n, V)
+        for sequence, (token, said) in zip(chosen, self._choose(chosen, rows)):
+            self._write(sequence, token, said, pieces)
+
+    def _choose(self, sequences: list[Sequence], rows: Tensor) -> list[tuple[int, Chosen | None]]:
+        """A token for each row of logits (n, V), and the report that its request wants."""
+        raw = rows
+        if any(s.request.sampling.changes_logits or s.matcher is not None for s in sequences):
+            rows = rows.clone()
+            for row, sequence in zip(rows, sequences):
+                if sequence.request.sampling.changes_logits:
+                    sampling.change(row, sequence.request.sampling, sequence.request.prompt, sequence.answer)
+                if sequence.matcher is not None:
+                    sequence.matcher.restrict(row)
+        tokens = rows.argmax(-1).tolist()
+        drawn = [i for i, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+        if drawn:
+            samplings = [sequences[i].request.sampling for i in drawn]
+            numbers = [
+                sampling.uniform(sequences[i].request.sampling.seed, sequences[i].index, sequences[i].written)
+                for i in drawn
+            ]
+            of_drawn = rows if len(drawn) == len(rows) else rows[torch.tensor(drawn, device=rows.device)]
+            for i, token in zip(drawn, sampling.draw(of_drawn, samplings, numbers)):
+                tokens[i] = token
+        wanted = [s.request.logprobs for s in sequences]
+        return [
+            (token, None if count is None else sampling.report(row, token, count))
+            for token, row, count in zip(tokens, raw, wanted)
+        ]
+
+    def _write(self, sequence: Sequence, token: int, said: Chosen | None, pieces: list[Piece]) -> None:
+        """Add a token to a sequence, and end it where it ends."""
+        request = sequence.request
+        sequence.tokens.append(token)
+        self.counts.written_tokens += 1
+        if sequence.first_token is None:
+            sequence.first_token = time.monotonic()
+        piece = Piece(id=request.id, index=sequence.index, tokens=[token])
+        if said is not None:
+            piece.chosen.append(said)
+        over = sequence.matcher is not None and sequence.matcher.accept(token)
+        if token in request.stop_ids:
+            piece.finish = "stop"
+        else:
+            piece.text = sequence.detokenizer.push(token)
+            if sequence.detokenizer.stopped or over:
+                piece.finish = "stop"
+            elif sequence.written >= request.max_tokens:
+                piece.finish = "length"
+        if piece.finish is not None:
+            self._end(sequence, pieces, piece)
+        else:
+            pieces.append(piece)
+
+    def _embed(self, sequence: Sequence, pieces: list[Piece]) -> None:
+        assert sequence.states is not None
+        mean = sequence.states / sequence.prompt_length  # (width,)
+        piece = Piece(id=sequence.request.id, index=sequence.index, finish="stop", embedding=mean.tolist())
+        self._end(sequence, pieces, piece)
+
+    def _end(self, sequence: Sequence, pieces: list[Piece], piece: Piece) -> None:
+        """Tell the last of a sequence and give up what it holds."""
+        piece.text += sequence.detokenizer.flush()
+        piece.prompt_tokens = sequence.prompt_length
+        piece.cached_tokens = sequence.kept_before
+        piece.completion_tokens = sequence.written
+        pieces.append(piece)
+        sequence.done = True
+        assert piece.finish is not None
+        self.counts.finished[piece.finish] = self.counts.finished.get(piece.finish, 0) + 1
+        self.counts.reused_tokens += sequence.kept_before
+        if sequence.seat >= 0:
+            self._running.remove(sequence)
+            self._leave_slot(sequence)
+            self.runner.release(sequence)
+        else:
+            with self._lock:
+                self._queue.remove(sequence)
+        if sequence.request.adapter:
+            self.residents.leave(sequence.request.adapter)
+        group = self._of_request[sequence.request.id]
+        if all(s.done for s in group):
+            del self._of_request[sequence.request.id]

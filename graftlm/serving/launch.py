@@ -1,0 +1,248 @@
+"""`graft serve`: from its options to a server that runs until it is told to end.
+
+On SIGTERM or SIGINT it takes no new requests (503), says so on /readyz, answers what it has to the end for at most
+`drain-seconds`, and leaves. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+
+from graftlm.adapters.store import Store
+from graftlm.base.keyvalues import bytes_per_token, may_keep
+from graftlm.base.load import Base, load_base
+from graftlm.config import ServeConfig
+from graftlm.errors import ConfigError
+from graftlm.serving.access import Bounds, Refused, State
+from graftlm.serving.administration import preload
+from graftlm.serving.catalogue import Catalogue
+from graftlm.serving.engine import BLOCK, Engine, Limits
+from graftlm.serving.generate import checkpoint_precision
+from graftlm.serving.keys import Keys, Tenant, read_keys
+from graftlm.serving.metrics import Metrics
+from graftlm.serving.prompts import PromptBook
+from graftlm.serving.server import create_app
+from graftlm.serving.service import Service
+
+Note = Callable[[str], None]
+_MOST_CACHE_TOKENS = 1 << 20
+
+
+@dataclass
+class Built:
+    """Everything of a server but its socket."""
+
+    state: State
+    app: Any
+    base: Base
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What was planned, as plain values."""
+        engine = self.state.service.engine
+        return {
+            "model": self.state.catalogue.base_name, "precision": self.base.precision, "base_bytes": self.base.bytes,
+            "fingerprint": self.state.fingerprint, "adapters": len(self.state.catalogue.names()), "packed": engine.paged,
+            "cache_bytes": engine.runner.bytes, "cache_tokens": engine.limits.cache_tokens, "running": engine.limits.running,
+            "adapter_slots": engine.limits.adapter_slots, "adapter_bytes": engine.limits.adapter_bytes,
+        }  # fmt: skip
+
+
+def build(config: ServeConfig, note: Note = lambda text: None) -> Built:
+    """Load the base and plan the memory. Raises GraftError."""
+    keys = read_keys(config.keys)
+    store = Store(config.store) if config.store is not None else None
+    if store is not None:
+        store.bases()  # a folder that is no store is said before a base is loaded
+    precision = config.precision or checkpoint_precision(config.model, config.trust_remote_code)
+    base = load_base(
+        config.model, precision=precision, compute=config.compute, device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    note(
+        f"base       {config.model}: {base.parameters / 1e6:.1f}M parameters as {precision}, {base.bytes / 1e6:.1f} MB"
+    )
+    fingerprint = base.fingerprint
+    kept = may_keep(base)
+    engine = Engine(base, plan(config, base, keys, bytes_per_token(kept[0], base.compute_dtype)), kept=kept)
+    state = State(
+        service=Service(engine), catalogue=Catalogue(base_label(config.model), fingerprint, store), keys=keys,
+        book=PromptBook(base, config.format), metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]
+        bounds=Bounds(
+            body_bytes=int(config.max_body_mb * 1e6), prompt_tokens=config.max_prompt_tokens,
+            output_tokens=config.max_output_tokens, seconds=config.max_seconds,
+        ),
+    )  # fmt: skip
+    state.metrics = Metrics(state.service)
+    built = Built(state, create_app(state), base)
+    say = built.summary
+    if engine.paged:
+        memory = f"{say['cache_bytes'] / 1e6:.0f} MB of keys and values"
+        note(f"answers    {say['running']} at once, {memory} for {say['cache_tokens']:,} tokens")
+    else:
+        note(f"answers    {say['running']} at once, those of equal length together: {engine.why_grouped}")
+    slots = f"{say['adapter_slots']} at work at once, {say['adapter_bytes'] / 1e9:.1f} GB for all in memory"
+    note(f"adapters   {say['adapters']} names in the store; {slots}")
+    if not keys.wanted and config.host not in ("127.0.0.1", "localhost", "::1"):
+        note(f"open       anybody who reaches {config.host} may ask; give --keys FILE to change that")
+    return built
+
+
+def base_label(model: str) -> str:
+    """What the base is called over HTTP: a hub id as it is, of a folder only its last name."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def plan(config: ServeConfig, base: Base, keys: Keys, a_token: int) -> Limits:
+    """Numbers for the engine from the options and the memory that is free now. Raises ConfigError for too little.
+
+    `a_token` is the bytes that a token keeps, 0 where that is not known beforehand.
+    """
+    free = free_memory(base.device)
+    context = base.anatomy.max_positions or 4096
+    wanted = min(config.running * context, _MOST_CACHE_TOKENS)
+    if config.cache_gb is not None:
+        tokens = int(config.cache_gb * 1e9) // a_token if a_token else wanted
+    else:
+        tokens = min(wanted, free // 4 // a_token) if a_token else wanted
+    tokens = tokens // BLOCK * BLOCK
+    if tokens < 2 * BLOCK:
+        raise ConfigError(
+            f"there is room for the keys and values of {tokens} tokens, each of which takes {a_token:,} bytes; "
+            "give more with --cache-gb, or free memory"
+        )
+    adapters = int(config.adapter_gb * 1e9) if config.adapter_gb is not None else max(free // 4, 1 << 28)
+    return Limits(
+        running=config.running, queue=config.max_queue, step_tokens=config.step_tokens, cache_tokens=tokens,
+        adapter_slots=config.adapter_slots, adapter_bytes=adapters, shared=len(keys.tenants) > 1,
+    )  # fmt: skip
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError):
+        return 4 << 30
+
+
+class Server(uvicorn.Server):
+    """uvicorn, ending the way this server ends."""
+
+    def __init__(self, built: Built, config: ServeConfig, note: Note) -> None:
+        settings = uvicorn.Config(
+            built.app, host=config.host, port=config.port, log_level="warning", access_log=False, lifespan="off",
+            timeout_keep_alive=30, timeout_graceful_shutdown=5, server_header=False,
+        )  # fmt: skip
+        super().__init__(settings)
+        self._built, self._drain, self._note = built, config.drain_seconds, note
+        self._told = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins to drain, the second one ends at once."""
+        self._told += 1
+        if self._told == 1:
+            self._built.state.draining = True
+            self._note("draining   no new requests; another signal ends at once")
+        else:
+            self.should_exit = self.force_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that was answered by draining is not raised again at the end."""
+        try:
+            before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: nobody sends signals here
+            yield
+            return
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if self._built.state.draining and not self.should_exit:
+            engine = self._built.state.service.engine
+            now = time.monotonic()
+            self._since = getattr(self, "_since", now)
+            if not engine.busy or now - self._since > self._drain:
+                if engine.busy:
+                    self._note(
+                        f"stopped    {engine.running + engine.waiting} answers were not complete after {self._drain:g} s"
+                    )
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def serve(config: ServeConfig, note: Note, ready: Callable[[str, Built], None] = lambda url, built: None) -> None:
+    """Serve until a signal; `ready` is told the address when requests are taken. Raises GraftError."""
+    # While a thread of the engine wants to go on, the one that answers HTTP must not keep the interpreter for 5 ms.
+    sys.setswitchinterval(0.0005)
+    built = build(config, note)
+    admin = Tenant("", admin=True)
+    preloaded = [built.state.catalogue.find(name, admin) for name in config.adapter]
+    built.state.service.start()
+    server = Server(built, config, note)
+    place = _listen(config)
+    url = f"http://{_shown(config.host)}:{place.getsockname()[1]}"
+
+    async def run() -> None:
+        try:
+            for who in preloaded:
+                await preload(built.state, who)
+        except Refused as error:
+            raise ConfigError(str(error)) from None
+        built.state.preloading = False
+        ready(url, built)
+        await server.serve(sockets=[place])
+
+    try:
+        asyncio.run(run())
+    finally:
+        place.close()
+        built.state.service.close()
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """A socket on the wanted address. Raises ConfigError where that is taken or not this machine's."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    place = socket.socket(family, socket.SOCK_STREAM)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((config.host, config.port))
+    except OSError as error:
+        place.close()
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; take another --port"
+        ) from None
+    place.listen(2048)
+    place.setblocking(False)
+    return place
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host

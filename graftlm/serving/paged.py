@@ -1,0 +1,141 @@
+"""Running sequences of any lengths in one packed pass, over keys and values in blocks.
+
+A step takes work from the engine, a list of (sequence, new tokens): one token of each that is writing, a part of a prompt of
+each that is still being read. They are laid out by slot and length, run once, and come back with the state behind the last
+token of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+
+import torch
+from torch import Tensor
+
+from graftlm.base.keyvalues import Kept, KeyValues, PagedPass
+from graftlm.base.load import Base
+from graftlm.segments import Segments, running
+from graftlm.serving.blocks import Blocks, chain, root
+from graftlm.serving.sequence import Sequence
+
+Work = list[tuple[Sequence, int]]
+
+
+class Paged:
+    """The passes of a model that runs on our attention."""
+
+    splits_prompts = True
+
+    def __init__(self, base: Base, layers: dict[int, Kept], *, blocks: int, block: int, seats: int) -> None:
+        self.base = base
+        self.blocks = Blocks(blocks, block)
+        limit = base.anatomy.max_positions
+        most = min(blocks, -(-limit // block)) if limit else blocks
+        self.store = KeyValues(
+            layers, blocks=blocks, block=block, seats=seats, most_blocks=most, dtype=base.compute_dtype, device=base.device
+        )  # fmt: skip
+        self.most_tokens = min(limit or blocks * block, blocks * block)
+        """Longest sequence that the memory and the model take."""
+        self._seats = list(range(seats - 1, -1, -1))
+        self.reused = 0
+        """Tokens of prompts whose keys and values were kept, since the start."""
+
+    @property
+    def bytes(self) -> int:
+        return self.store.bytes
+
+    @property
+    def occupied(self) -> float:
+        """The share of the blocks that running sequences hold."""
+        return self.blocks.used / self.blocks.count
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give a sequence a seat and the kept beginning of its tokens, if the rest of them will find blocks."""
+        if not self._seats:
+            return False
+        size = self.blocks.size
+        reusable = (
+            0 if sequence.request.embed else (len(sequence.tokens) - 1) // size
+        )  # the last token is always computed
+        self._name(sequence, reusable)
+        found = self.blocks.find(sequence.names[:reusable])
+        wanted = -(-(len(sequence.tokens) + 1) // size) - len(found)
+        if wanted > self.blocks.available:
+            self.blocks.leave(found)
+            return False
+        sequence.seat = self._seats.pop()
+        sequence.computed = len(found) * size
+        if sequence.written == 0:
+            sequence.kept_before = sequence.computed
+        self.reused += sequence.computed
+        for block in found:
+            self._hold(sequence, block)
+        return True
+
+    def reserve(self, sequence: Sequence, new: int) -> bool:
+        """Hold blocks for `new` more tokens; False, holding no more than before, when there are not enough."""
+        wanted = -(-(sequence.computed + new) // self.blocks.size) - len(sequence.blocks)
+        if wanted > self.blocks.available:
+            return False
+        for _ in range(wanted):
+            block = self.blocks.take()
+            assert block is not None
+            self._hold(sequence, block)
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Give up everything a sequence holds; what it computed may be found again."""
+        self.blocks.leave(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
+        sequence.states = None
+        if sequence.seat >= 0:
+            self._seats.append(sequence.seat)
+            sequence.seat = -1
+
+    def forget(self) -> None:
+        """Forget what no running sequence holds."""
+        self.blocks.forget()
+
+    def _hold(self, sequence: Sequence, block: int) -> None:
+        self.store.tables[sequence.seat, len(sequence.blocks)] = block
+        sequence.blocks.append(block)
+
+    def _name(self, sequence: Sequence, count: int) -> None:
+        size = self.blocks.size
+        while len(sequence.names) < count:
+            at = len(sequence.names)
+            before = sequence.names[-1] if at else root(sequence.request.adapter)
+            sequence.names.append(chain(before, sequence.tokens[at * size : (at + 1) * size]))
+
+    def run(self, work: Work) -> tuple[list[Sequence], Tensor]:
+        """One pass; returns the sequences in the order of their rows, and the state behind each one's last token (n, width)."""
+        work.sort(key=lambda item: (item[0].slot, item[1], item[0].seat))
+        sequences = [sequence for sequence, _ in work]
+        lengths = tuple(n for _, n in work)
+        pasts = tuple(s.computed for s in sequences)
+        past = PagedPass(self.store, lengths, pasts, [s.seat for s in sequences])
+        segments = Segments(lengths=lengths, slots=tuple(s.slot for s in sequences), cached=pasts, past=past)
+        ids = torch.tensor([t for s, n in work for t in s.tokens[s.computed : s.computed + n]], device=self.base.device)
+        with running(segments):
+            hidden = self.base.hidden(ids, segments)  # (T, width)
+        for (sequence, n), start in zip(work, segments.starts):
+            if sequence.request.embed:
+                states = hidden[start : start + n].sum(0, dtype=torch.float32)
+                sequence.states = states if sequence.states is None else sequence.states + states
+            full = (sequence.computed + n) // self.blocks.size
+            if full > sequence.computed // self.blocks.size:
+                self._name(sequence, full)
+                for at in range(sequence.computed // self.blocks.size, full):
+                    self.blocks.name(sequence.blocks[at], sequence.names[at])
+            sequence.computed += n
+        if len(ids) == len(work):
+            return sequences, hidden
+        ends = torch.tensor([start + n - 1 for start, n in zip(segments.starts, lengths)], device=hidden.device)
+        return sequences, hidden[ends]
+
+
+def logits(base: Base, states: Tensor, slots: Sequences[int]) -> Tensor:
+    """From states (n, width), each under its slot, to logits (n, V)."""
+    with running(Segments(lengths=(1,) * len(states), slots=tuple(slots))):
+        return base.logits(states)

@@ -1,0 +1,106 @@
+"""How a base or an adapter is asked: its tokenizer, its template, and whether it knows chats or plain texts.
+
+The same `base/chat.py` encodes here that encoded in training, with the date and the tokens that the adapter's manifest names,
+so what was trained is what is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from graftlm.adapters import format as adapter_format
+from graftlm.base.chat import Encoder
+from graftlm.base.load import Base, load_tokenizer
+from graftlm.errors import DataError
+
+Style = Literal["chat", "text"]
+
+
+class Prompts:
+    """Turns chats and texts into prompts for one base, or one adapter version on it."""
+
+    def __init__(self, tokenizer: Any, known: Mapping[str, Any] | None, style: str = "auto") -> None:
+        """`known` is the manifest of the adapter, or of a tuned model; `style` may force chat or text."""
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, date=((known or {}).get("template") or {}).get("date"))
+        self.style: Style = choose_format(style, known, self.encoder)
+        self.stop_ids = self.encoder.stop_ids
+        self.hidden_ids = hidden_ids(self.encoder)
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The tokens that ask for the next assistant turn. One that knows texts only is given the contents as one text.
+
+        Raises DataError for a conversation that the template refuses.
+        """
+        if self.style == "chat":
+            return self.encoder.prompt(messages)
+        if not messages:
+            raise DataError("a conversation needs at least one message")
+        return self.text("\n".join(str(message.get("content") or "") for message in messages))
+
+    def text(self, prompt: str) -> list[int]:
+        """The tokens of a raw prompt."""
+        return self.encoder.prompt_text(prompt)
+
+    def show(self, ids: Sequence[int]) -> str:
+        """Tokens as the text that a reader gets."""
+        return self.tokenizer.decode([i for i in ids if i not in self.hidden_ids], skip_special_tokens=False)
+
+
+def hidden_ids(encoder: Encoder) -> frozenset[int]:
+    """Tokens without a place in the text: what begins, ends and pads. A special token that a model was taught stays."""
+    tokenizer: Any = encoder.tokenizer
+    return frozenset(i for i in (*encoder.stop_ids, tokenizer.bos_token_id, tokenizer.pad_token_id) if i is not None)
+
+
+def choose_format(asked: str, known: Mapping[str, Any] | None, encoder: Encoder) -> Style:
+    """`auto`: what the adapter (or the tuned model) was trained on; else chat where the tokenizer has a template."""
+    if asked in ("chat", "text"):
+        return "chat" if asked == "chat" else "text"
+    formats = ((known or {}).get("data") or {}).get("train", {}).get("formats")
+    if formats:
+        return "chat" if "chat" in formats else "text"
+    return "chat" if encoder.has_own_template else "text"
+
+
+class PromptBook:
+    """The prompts of a base, and of the adapter versions that were asked lately."""
+
+    _MOST = 256
+
+    def __init__(self, base: Base, style: str = "auto") -> None:
+        self._tokenizer, self._style = base.tokenizer, style
+        self.base = Prompts(base.tokenizer, _tuned(base.folder), style)
+        self._of: OrderedDict[str, Prompts] = OrderedDict()
+
+    def of(self, digest: str, folder: Path | None) -> Prompts:
+        """The prompts of an adapter version, or of the base without one. Raises AdapterError, ModelError."""
+        if not digest or folder is None:
+            return self.base
+        found = self._of.get(digest)
+        if found is None:
+            manifest = adapter_format.read_manifest(folder)
+            own = (folder / "tokenizer.json").is_file()
+            tokenizer = load_tokenizer(folder) if own else self._tokenizer
+            found = self._of[digest] = Prompts(tokenizer, manifest or _tuned_or_none(self.base), self._style)
+            if len(self._of) > self._MOST:
+                self._of.popitem(last=False)
+        return found
+
+
+def _tuned(folder: Path) -> dict[str, Any] | None:
+    """What a model folder that Graft wrote says of its training."""
+    try:
+        found = json.loads((folder / "graft.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _tuned_or_none(base: Prompts) -> dict[str, Any] | None:
+    """An adapter without a manifest is asked as its base is."""
+    return {"template": {"date": base.encoder.date}, "data": {"train": {"formats": {base.style: 1}}}}

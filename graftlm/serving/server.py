@@ -1,0 +1,118 @@
+"""OpenAI's HTTP interface over the engine: the application that joins the routes, and nothing of models.
+
+    POST /v1/chat/completions   /v1/completions   /v1/embeddings         GET /v1/models   /v1/models/NAME
+    GET  /v1/adapters           POST /v1/adapters/load  unload  alias  rollback (an admin's key)
+    GET  /  (a page)   /healthz   /readyz   /metrics   /openapi.json
+
+Every bound has its status and says its numbers: 400 a request that cannot be answered as asked, 401 no key, 403 not an
+admin's, 404 no such model or not for this key, 413 a body that is too large, 429 a full queue, 503 shutting down,
+504 out of time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+
+from graftlm import __version__
+from graftlm.errors import GraftError
+from graftlm.serving import administration, answers
+from graftlm.serving.access import Here, Refused, State, as_refused
+from graftlm.serving.body import BodyLimit
+from graftlm.serving.metrics import CONTENT_TYPE
+
+router = APIRouter()
+
+
+def create_app(state: State) -> FastAPI:
+    """The application; `state` holds what its routes work with."""
+    app = FastAPI(
+        title="graft serve", version=__version__, docs_url=None, redoc_url=None,
+        description="One base model, many adapters, one server.",
+    )  # fmt: skip
+    app.state.graft = state
+    app.add_middleware(BodyLimit, limit=state.bounds.body_bytes)
+    app.middleware("http")(_counted)
+    app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(GraftError, _graft_error)
+    for part in (answers.router, administration.router, router):
+        app.include_router(part)
+    return app
+
+
+async def _counted(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    response = await call_next(request)
+    route = request.scope.get("route")
+    state: State = request.app.state.graft
+    state.metrics.requests.labels(getattr(route, "path", "unknown"), str(response.status_code)).inc()
+    return response
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Refused)
+    return error.response()
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return Refused(400, f"{where}: {message}" if where else message, "invalid_value", where or None).response()
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    said = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not what this path takes"}
+    message = said.get(error.status_code, str(error.detail))
+    return Refused(error.status_code, message, headers=dict(error.headers or {})).response()
+
+
+async def _graft_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, GraftError)
+    return as_refused(error).response()
+
+
+@router.get("/healthz", responses={503: {"description": "The engine has died"}})
+def healthz(state: Here) -> Response:
+    """Whether the engine lives."""
+    began = state.service.step_began
+    stuck = began is not None and time.monotonic() - began > 300
+    good = state.service.alive and not stuck
+    return JSONResponse({"status": "ok" if good else "dead"}, 200 if good else 503)
+
+
+@router.get("/readyz", responses={503: {"description": "Still loading, or shutting down"}})
+def readyz(state: Here) -> Response:
+    """Whether requests are taken."""
+    good = state.service.alive and not state.draining and not state.preloading
+    said = "ready" if good else "draining" if state.draining else "loading"
+    return JSONResponse({"status": said}, 200 if good else 503)
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def metrics(state: Here) -> Response:
+    """For Prometheus."""
+    return Response(state.metrics.page(), media_type=CONTENT_TYPE)
+
+
+@router.get("/", response_class=HTMLResponse)
+def page() -> HTMLResponse:
+    """Two adapters, one prompt, both answers."""
+    return HTMLResponse(files("graftlm.serving").joinpath("page.html").read_text(encoding="utf-8"), headers=_PAGE)
+
+
+_PAGE = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}

@@ -1,0 +1,163 @@
+"""The engine in a thread of its own, and the way to it from asynchronous code.
+
+    service = Service(engine); service.start()
+    async for pieces in service.ask(request, folder): ...        # leaving the loop early gives the request up
+    state = await service.call(lambda engine: ...)               # runs between two steps
+
+The engine's thread waits while there is nothing to do. After each step it hands every listener's loop all of its news at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from graftlm.serving.engine import Engine
+from graftlm.serving.request import Piece, Request
+
+T = TypeVar("T")
+_log = logging.getLogger("graft.serve")
+
+
+class _Listener:
+    """Who hears of some requests, in which loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, answers: int) -> None:
+        self.loop, self.left = loop, answers
+        self.news: asyncio.Queue[list[Piece]] = asyncio.Queue()
+
+
+class Service:
+    """Runs an engine until it is closed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        engine.wake = self._wake_up
+        engine.residents.on_arrival(self._wake_up)
+        self._listeners: dict[str, _Listener] = {}
+        self._calls: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
+        self._wake = threading.Condition()
+        self._awake = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="graft-engine", daemon=True)
+        self.step_began: float | None = None
+        """Moment of `time.monotonic()` at which the step that runs now began."""
+        self.failures = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """End the engine's thread and the loader's."""
+        self._closed = True
+        self._wake_up()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.engine.close()
+
+    # ---- from asynchronous code -------------------------------------------------------------------------------------
+
+    async def ask(self, requests: Sequence[Request], folder: Path | None) -> AsyncGenerator[list[Piece]]:
+        """Answer requests; yields what is new until all are complete. Raises RequestError at once for what is refused.
+
+        All of them are refused when one is, and all are given up when the caller leaves.
+        """
+        listener = _Listener(asyncio.get_running_loop(), sum(r.n for r in requests))
+        asked: list[str] = []
+        try:
+            for request in requests:
+                self._listeners[request.id] = listener
+                asked.append(request.id)
+                self.engine.submit(request, folder)
+            while listener.left:
+                pieces = await listener.news.get()
+                listener.left -= sum(p.finish is not None for p in pieces)
+                yield pieces
+        finally:
+            for id in asked:
+                if self._listeners.pop(id, None) is not None and listener.left:
+                    self.engine.cancel(id)
+
+    async def call(self, do: Callable[[Engine], T]) -> T:
+        """Run something on the engine's thread, between two steps."""
+        future: Future[Any] = Future()
+        with self._wake:
+            self._calls.append((do, future))
+        self._wake_up()
+        return await asyncio.wrap_future(future)
+
+    # ---- the engine's thread ----------------------------------------------------------------------------------------
+
+    def _wake_up(self) -> None:
+        with self._wake:
+            self._awake = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while not self._closed:
+            with self._wake:
+                while not self._awake and not self._closed:
+                    # What waits for an adapter may run out of time meanwhile.
+                    if not self._wake.wait(0.1 if self.engine.busy else None):
+                        break
+                self._awake = False
+                calls, self._calls = self._calls, []
+            for do, future in calls:
+                self._call(do, future)
+            pieces: list[Piece] = []
+            if self.engine.busy or self.engine.residents.loading:
+                pieces = self._step()
+                if pieces or not self.engine.stalled:
+                    self._awake = True  # there may be more to do at once
+            if pieces:
+                self._tell(pieces)
+
+    def _call(self, do: Callable[[Engine], Any], future: Future[Any]) -> None:
+        try:
+            future.set_result(do(self.engine))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _step(self) -> list[Piece]:
+        self.step_began = time.monotonic()
+        try:
+            return self.engine.step()
+        except Exception as error:  # one bad step must not end the service
+            self.failures += 1
+            _log.exception("a step of the engine failed; the requests that ran are ended")
+            return self.engine.fail(f"the engine failed: {type(error).__name__}")
+        finally:
+            self.step_began = None
+
+    def _tell(self, pieces: Sequence[Piece]) -> None:
+        by_listener: defaultdict[_Listener, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            listener = self._listeners.get(piece.id)
+            if listener is not None:
+                by_listener[listener].append(piece)
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Listener, list[Piece]]]] = defaultdict(list)
+        for listener, news in by_listener.items():
+            by_loop[listener.loop].append((listener, news))
+        for loop, parcels in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, parcels)
+            except RuntimeError:  # that loop is closed: nobody listens any more
+                for _, news in parcels:
+                    for piece in news:
+                        self.engine.cancel(piece.id)
+
+
+def _deliver(parcels: Sequence[tuple[_Listener, list[Piece]]]) -> None:
+    for listener, news in parcels:
+        listener.news.put_nowait(news)

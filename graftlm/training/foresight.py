@@ -1,0 +1,259 @@
+"""Before the first step: what the run will take, and one pass over its longest batch to see that it does.
+
+    foresee(...)     the plan of `graft plan`, for this run: its base, its adapter, its documents, this machine
+    rehearse(...)    forward and back once over the heaviest pass there can be; nothing of it stays
+
+So memory runs out here or not at all, with the way out said, and a run of hours does not end in its middle. The pass leaves
+weights, optimizer and random numbers as they were: gradients are freed, and randomness has no state.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from graftlm.adapters.attach import Adapter
+from graftlm.adapters.bank import LowRank
+from graftlm.base.load import Base
+from graftlm.config import TrainConfig
+from graftlm.data.order import epoch_length
+from graftlm.errors import GraftError, TrainingError
+from graftlm.planning.activations import Load
+from graftlm.planning.fitting import Case, changes
+from graftlm.planning.hardware import Card, local
+from graftlm.planning.instantiate import common_name
+from graftlm.planning.measured import PeakMemory
+from graftlm.planning.memory import Need, Parts, need
+from graftlm.planning.method import NOTHING, Adapted, Setting
+from graftlm.planning.models import find
+from graftlm.planning.plan import DEFAULT_TOKENS_PER_PASS
+from graftlm.planning.shape import Shape
+from graftlm.planning.words import size
+from graftlm.segments import running
+from graftlm.training.loop import Work, forward, lay_out, passes
+from graftlm.training.trial import Trial
+
+FEWEST_TOKENS_PER_PASS = 256
+TOO_MUCH = 1.15  # a plan this far above what the machine has is refused untried: predictions are right within a tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foresight:
+    """What a run is expected to take."""
+
+    tokens_per_pass: int
+    load: Load
+    """Its heaviest pass."""
+    need: Need | None
+    """None where the model's shape could not be counted."""
+    card: Card
+    case: Case | None
+    work: tuple[Work, ...]
+    """The heaviest pass itself."""
+
+    @property
+    def rehearsed(self) -> int | None:
+        """Bytes that the rehearsal should take at its peak: the optimizer has no states yet and makes no step."""
+        if self.need is None:
+            return None
+        moments = {name: parts for name, parts in self.need.moments.items() if name != "update"}
+        return max(replace(parts, optimizer=0).total for parts in moments.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """For plan.json."""
+        found: dict[str, Any] = {
+            "tokens_per_pass": self.tokens_per_pass,
+            "heaviest_pass": {
+                "tokens": self.load.tokens, "trained_tokens": self.load.trained, "longest_document": self.load.longest,
+                "documents": self.load.documents, "passes_in_its_step": self.load.passes,
+            },
+            "machine": {"name": self.card.name, "memory_bytes": self.card.memory, "usable_bytes": self.card.usable},
+        }  # fmt: skip
+        if self.need is not None:
+            found["predicted"] = {
+                "parts": self.need.parts.to_json(), "highest_at": self.need.moment, "peak_bytes": self.need.training,
+                "loading_bytes": self.need.loading, "rehearsal_bytes": self.rehearsed,
+            }  # fmt: skip
+        return found
+
+
+# ---- the plan of this run --------------------------------------------------------------------------------------------
+
+
+def foresee(config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial) -> Foresight:
+    """The plan of a run. `tokens_per_pass` is the asked one, else the most that is fast and fits this machine.
+
+    It follows from the machine's whole memory, not from what happens to be free, so the same command on the same machine
+    makes the same passes.
+    """
+    card = local(str(base.device) if base.device.type == "cuda" else "cpu")
+    shape, setting, adapted = _shape(config, base), _setting(config, base), _adapted(base, adapter)
+    longest = max(d.tokens for d in trial.documents)
+    sizes = [config.tokens_per_pass] if config.tokens_per_pass else _sizes(longest)
+    if config.optimizer_in_backward and not config.tokens_per_pass:
+        sizes = sizes[:1]  # its steps are of one pass
+    fused = base.fused.norms > 0
+    found: Foresight | None = None
+    for tokens in sizes:
+        work, load = _heaviest(base, trial, tokens)
+        took = None if shape is None else need(shape, setting, adapted, load, card.kind, fused=fused)
+        case = None
+        if shape is not None:
+            rank = 1 if adapter is None else adapter.plan.rank
+            case = Case(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
+        found = Foresight(tokens_per_pass=tokens, load=load, need=took, card=card, case=case, work=tuple(work))
+        if took is None or took.training <= card.usable:
+            break
+    assert found is not None
+    return found
+
+
+def _sizes(longest: int) -> list[int]:
+    """Tokens of a pass to try: what is fast, and halves of it down to the longest document."""
+    found = [DEFAULT_TOKENS_PER_PASS]
+    while found[-1] // 2 >= max(longest, FEWEST_TOKENS_PER_PASS):
+        found.append(found[-1] // 2)
+    return found
+
+
+def _shape(config: TrainConfig, base: Base) -> Shape | None:
+    try:
+        shape = find(str(base.folder), trust_remote_code=config.trust_remote_code).shape
+    except GraftError:  # a model that trains and whose config builds no empty one: it runs without a plan
+        return None
+    return replace(shape, packs=base.packs, plain_head=base.anatomy.plain_head)
+
+
+def _setting(config: TrainConfig, base: Base) -> Setting:
+    return Setting(
+        key=config.method, label=config.method, method=config.method, precision=base.precision,
+        compute="bfloat16" if base.compute == "bfloat16" else "float32", optimizer=config.optimizer,
+        optimizer_in_backward=config.optimizer_in_backward, offload_optimizer=config.offload_optimizer,
+        activation_checkpointing=config.activation_checkpointing, dora=config.dora,
+    )  # fmt: skip
+
+
+def _adapted(base: Base, adapter: Adapter | None) -> Adapted:
+    """The adapter that is really there, layer by layer."""
+    if adapter is None:
+        return NOTHING
+    stored = {name.removesuffix(".stored"): module for name, module in base.stored().items()}
+    layers: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    whole = 0
+    for name, slot in adapter.slots.items():
+        module = stored.get(name)
+        if isinstance(slot, LowRank) and module is not None:
+            key = f"{common_name(name)} {module.shape[-2]}x{module.shape[-1]}"
+            layers[key], ranks[key] = layers.get(key, 0) + 1, ranks.get(key, 0) + slot.rank
+            whole += 0 if slot.magnitude is None else slot.magnitude.numel()
+        else:
+            whole += sum(p.numel() for p in slot.named().values())
+    return Adapted(layers=layers, ranks=ranks, whole=whole)
+
+
+def _heaviest(base: Base, trial: Trial, tokens_per_pass: int) -> tuple[list[Work], Load]:
+    """The heaviest pass that the run's batches can make: from a batch of the longest documents."""
+    order = trial.order
+    again = order.draws > epoch_length(order.sizes, order.weights)  # a batch may reach from one epoch into the next
+    chosen: list[int] = []
+    at = 0
+    for count, weight in zip(order.sizes, order.weights):
+        times = max(1, math.ceil(weight)) + again
+        lengths = sorted(range(at, at + count), key=lambda i: -trial.documents[i].tokens)[: order.batch_size]
+        chosen += [i for i in lengths for _ in range(times)]
+        at += count
+    chosen = sorted(chosen, key=lambda i: (-trial.documents[i].tokens, -trial.documents[i].trained_tokens, i))
+    chosen = chosen[: order.batch_size]
+    trained = sum(int(trial.documents[i].trained[1:].sum()) for i in chosen)
+    work = [Work(trial.documents[i], trial.slot, (trial.seed, draw), 1.0 / trained) for draw, i in enumerate(chosen)]
+    groups = passes(base, work, tokens_per_pass)
+    found = max(groups, key=lambda group: _weight(group, base.packs))
+    counts = [int(w.document.trained[1:].sum()) for w in found]
+    lengths = [w.document.tokens for w in found]
+    return found, Load(
+        tokens=sum(lengths), trained=sum(counts), longest=max(lengths), documents=len(found), passes=len(groups)
+    )  # fmt: skip
+
+
+def _weight(group: Sequence[Work], packs: bool) -> tuple[int, int]:
+    """What makes a pass heavy: its tokens, where attention writes its scores out the squares of its lengths; trained tokens."""
+    lengths = [w.document.tokens for w in group]
+    return sum(lengths) if packs else sum(n * n for n in lengths), sum(w.document.trained_tokens for w in group)
+
+
+# ---- the rehearsal ---------------------------------------------------------------------------------------------------
+
+
+def rehearse(base: Base, trial: Trial, foresight: Foresight) -> int:
+    """Run the heaviest pass forward and back; returns the bytes in use at its peak, as `PeakMemory` counts them.
+
+    Raises TrainingError, with what to change, where the plan is far beyond the machine, or memory runs out.
+    """
+    _refuse(foresight)
+    parameters = trial.parameters.values()
+    if foresight.load.passes > 1 and not trial.optimizer.in_backward:
+        for parameter in parameters:  # what the passes in front of it have left
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        with PeakMemory(base.device, keep=True) as memory, _freed_at_once(trial):
+            laid = lay_out(base, foresight.work)
+            with running(laid.segments):
+                total, _ = forward(base, laid)
+                total.backward()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", said, re.IGNORECASE):
+            raise
+        raise TrainingError(
+            f"memory runs out in a pass of {foresight.load.tokens:,} tokens, before the first step ({said[:160]})."
+            f"{_way_out(foresight)}"
+        ) from None
+    finally:
+        trial.optimizer.zero_grad()
+    return memory.bytes
+
+
+@contextmanager
+def _freed_at_once(trial: Trial) -> Iterator[None]:
+    """With the optimizer inside the backward pass no gradient stays; here each is dropped without a step."""
+
+    def drop(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    trained = trial.parameters.values() if trial.optimizer.in_backward else ()
+    handles = [p.register_post_accumulate_grad_hook(drop) for p in trained]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse(foresight: Foresight) -> None:
+    took, card = foresight.need, foresight.card
+    if took is None or card.kind != "cpu" or took.training <= TOO_MUCH * card.usable:
+        return
+    raise TrainingError(
+        f"this run would take {size(took.training)} ({_largest(took.parts)}), and {card.name} has {size(card.usable)} for it; "
+        f"nothing was started.{_way_out(foresight)}"
+    )
+
+
+def _largest(parts: Parts) -> str:
+    values = {k: v for k, v in parts.to_json().items() if k != "total"}
+    return ", ".join(f"{name} {size(values[name])}" for name in sorted(values, key=lambda n: -values[n])[:3])
+
+
+def _way_out(foresight: Foresight) -> str:
+    if foresight.case is None or foresight.need is None:
+        return " Lower --tokens-per-pass, or take --activation-checkpointing"
+    found = changes(foresight.case, foresight.need.setting)
+    said = "; ".join(f"{change.text} ({size(change.peak)})" for change in found)
+    return f" Cheapest first: {said}" if said else " Take a smaller model, or a larger machine"

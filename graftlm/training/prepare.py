@@ -1,0 +1,149 @@
+"""From a config and a loaded base to what is trained: the data, the adapter or the base's own weights, and the trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.attach import Adapter, Plan, attach, choose, new_adapter
+from graftlm.base.chat import Encoder
+from graftlm.base.load import Base
+from graftlm.config import Precision, TrainConfig
+from graftlm.config.train import OFFLOAD_ON_CPU
+from graftlm.data.documents import Dataset, load, split
+from graftlm.data.order import Order, make_order
+from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
+from graftlm.errors import ConfigError
+from graftlm.training.optimizer import AdamW, Schedule
+from graftlm.training.trial import Trial
+from graftlm.training.view import View
+
+
+def peek(sources: Sequence[Source]) -> None:
+    """Raise DataError for a file that is missing or empty before the base is loaded, which may take minutes."""
+    for source in sources:
+        if share(source.path) is None and not is_hub_id(source.path):
+            next(read(source), None)
+
+
+def read_data(
+    config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base, view: View
+) -> tuple[Dataset, Dataset | None]:
+    """The training data, and the held-out data where there are any. Raises DataError."""
+    limit = token_limit(config.max_tokens_per_document, base.anatomy.max_positions)
+    with view.reading() as progress:
+        dataset = load(sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
+        if config.eval_data is None:
+            return dataset, None
+        fraction = share(config.eval_data)
+        if fraction is not None:
+            return split(dataset, fraction)
+        apart = [named_source(config.eval_data, "valid")]
+        return dataset, load(apart, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
+
+
+def stored_precision(config: TrainConfig) -> Precision:
+    """How the base is stored: as asked, else as the adapter that training starts from had it, else the method's default."""
+    if config.from_adapter is not None and config.precision is None and config.method == "lora":
+        manifest = adapter_format.inspect_folder(config.from_adapter).manifest
+        if manifest is not None:
+            return manifest["base"]["precision"]
+    return config.stored_precision
+
+
+def make_adapter(base: Base, config: TrainConfig) -> Adapter | None:
+    """The adapter that the config describes or names, attached in slot 1; None for full training.
+
+    A new one is untrained. One that training goes on with comes through the one loader, and with its own tokenizer where it
+    has one; new tokens are added to the base's. Raises ConfigError and AdapterError.
+    """
+    if config.method == "full":
+        return None
+    if config.from_adapter is not None:
+        adapter = adapter_format.load(base, config.from_adapter)
+        assert adapter.origin is not None
+        base.tokenizer = adapter.origin.tokenizer or base.tokenizer
+    else:
+        plan = Plan(
+            rank=config.rank, alpha=config.scale_numerator, rank_stabilized=config.rank_stabilized, dropout=config.dropout,
+            dora=config.dora, ranks=config.rank_pattern, alphas=config.alpha_pattern, whole=config.modules_to_save,
+            tokens=_train_tokens(base, config.train_tokens),
+        )  # fmt: skip
+        adapter = new_adapter(base, choose(base, config.targets), plan, config.seed)
+    attach(base, adapter, slot=1)
+    return adapter
+
+
+def _train_tokens(base: Base, names: Sequence[str]) -> tuple[int, ...]:
+    """Ids of the tokens whose rows are trained; unknown ones are added where the embedding matrix has spare rows."""
+    tokenizer: Any = base.tokenizer
+    rows = base.anatomy.vocabulary
+    known = tokenizer.get_vocab()
+    ids: list[int] = []
+    for name in names:
+        if name not in known:
+            if len(tokenizer) >= rows:
+                raise ConfigError(
+                    f"token '{name}' is new, and the model's {rows} embedding rows are all taken; resize the model "
+                    "first (model.resize_token_embeddings) and train on the resized copy"
+                )
+            # Not special, so that what is generated shows it; not normalized, so that it is found as it is written.
+            tokenizer.add_tokens([AddedToken(name, normalized=False)], special_tokens=False)
+            known = tokenizer.get_vocab()
+        ids.append(int(known[name]))
+    return tuple(dict.fromkeys(ids))
+
+
+def make_trial(
+    base: Base, config: TrainConfig, adapter: Adapter | None, dataset: Dataset, held_out: Dataset | None
+) -> Trial:
+    """What is trained, with its optimizer, schedule and order of documents."""
+    parameters: dict[str, nn.Parameter]
+    if adapter is None:
+        base.model.requires_grad_(True)
+        parameters = dict(base.model.named_parameters())
+    else:
+        parameters = adapter.parameters()
+    if not parameters:
+        raise ConfigError("nothing is trained; choose targets or modules")
+    order = make_order(
+        [len(part.documents) for part in dataset.parts], [part.weight for part in dataset.parts],
+        seed=config.seed, batch_size=config.batch_size, epochs=config.epochs, steps=config.steps,
+    )  # fmt: skip
+    ratio = config.b_learning_rate_ratio
+    if config.offload_optimizer and base.device.type == "cpu":
+        raise ConfigError(OFFLOAD_ON_CPU)
+    optimizer = AdamW(
+        parameters, beta1=config.beta1, beta2=config.beta2, epsilon=config.epsilon, weight_decay=config.weight_decay,
+        seed=config.seed, ratios={n: ratio for n in parameters if n.endswith(".lora_B.weight")} if ratio != 1 else None,
+        eight_bit=config.optimizer == "adamw-8bit", in_backward=config.optimizer_in_backward,
+        state_device=torch.device("cpu") if config.offload_optimizer else None,
+    )  # fmt: skip
+    schedule = Schedule(
+        peak=config.peak_learning_rate, kind=config.schedule, warmup_steps=round(config.warmup * order.steps),
+        steps=order.steps,
+    )  # fmt: skip
+    return Trial(
+        name=config.out.name, slot=0 if adapter is None else 1, seed=config.seed, parameters=parameters,
+        optimizer=optimizer, schedule=schedule, documents=dataset.documents, order=order,
+        held_out=() if held_out is None else held_out.documents, max_grad_norm=config.max_grad_norm,
+        eval_every=config.eval_every or default_eval_every(dataset, held_out, order),
+    )  # fmt: skip
+
+
+def default_eval_every(dataset: Dataset, held_out: Dataset | None, order: Order) -> int:
+    """Steps between evaluations: at most ten in a run, and no more than cost about a quarter of the training.
+
+    A pass forward costs a third of one forward and back.
+    """
+    if held_out is None:
+        return order.steps
+    training = 3.0 * order.draws * dataset.tokens / dataset.rows
+    affordable = int(0.25 * training / held_out.tokens)
+    return math.ceil(order.steps / min(10, max(1, affordable)))

@@ -1,0 +1,103 @@
+"""What is heard and kept of a run while it goes on: metrics, trackers, checkpoints, the progress bar, and signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from graftlm.config import TrainConfig
+from graftlm.training import checkpoint
+from graftlm.training.loop import StepResult
+from graftlm.training.resume import Identity
+from graftlm.training.runfolder import Metrics
+from graftlm.training.trackers import Tracker
+from graftlm.training.trial import Evaluation, Trial
+from graftlm.training.view import View
+
+
+class Recorder:
+    """Hears the loop and writes. Raises OSError and SafetensorError where it cannot."""
+
+    def __init__(
+        self, config: TrainConfig, trial: Trial, identity: Identity, view: View, metrics: Metrics,
+        trackers: Sequence[Tracker],
+    ) -> None:  # fmt: skip
+        self.config, self.trial, self.identity = config, trial, identity
+        self.view, self.metrics, self.trackers = view, metrics, trackers
+        self.stopped: int | None = None
+        self.tokens, self.seconds = 0, 0.0
+        self.loss: float | None = None
+        self._improved = False
+        self._saved = -1
+        self._notes = 0
+
+    def stepped(self, trial: Trial, result: StepResult) -> None:
+        self.tokens += result.tokens
+        self.seconds += result.seconds
+        self.loss = result.loss
+        values = {
+            "loss": result.loss, "learning_rate": result.learning_rate, "grad_norm": result.grad_norm,
+            "tokens": result.tokens, "trained_tokens": result.trained_tokens, "seconds": result.seconds,
+        }  # fmt: skip
+        self.metrics.write({"step": result.step, "kind": "train", **values})
+        for tracker in self.trackers:
+            tracker.log(result.step, {f"train/{name}": float(value) for name, value in values.items()})
+        self.view.stepped(trial, result)
+        for note in trial.notes[self._notes :]:
+            self.view.note(note)
+        self._notes = len(trial.notes)
+
+    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
+        self.metrics.write(
+            {"step": evaluation.step, "kind": "eval", "loss": evaluation.loss, "rows": len(evaluation.rows)}
+        )
+        for tracker in self.trackers:
+            tracker.log(evaluation.step, {"eval/loss": evaluation.loss})
+        self._improved = best and evaluation.step > 0
+        self.view.evaluated(trial, evaluation, best)
+
+    def settled(self, trials: Sequence[Trial]) -> bool:
+        """Save what is due; a best step in the middle needs a checkpoint, one at the end becomes the result."""
+        trial = self.trial
+        due = self.config.save_every is not None and trial.step % self.config.save_every == 0
+        if (due or self._improved) and not trial.done:
+            self.save()
+        self._improved = False
+        if self.stopped is not None and not trial.done:
+            self.metrics.write({"step": trial.step, "kind": "event", "event": "stopped", "signal": self.stopped})
+            return False
+        self.stopped = None
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self._saved != self.trial.step:
+            checkpoint.save(self.config.out, self.trial, self.identity.to_json(), self.config.keep_checkpoints)
+            self._saved = self.trial.step
+
+
+@contextmanager
+def signals(recorder: Recorder) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run after the current step, or once its result is saved; a second Ctrl-C at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if recorder.stopped is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        recorder.stopped = number
+        again = "; once more to stop at once" if number == signal.SIGINT else ""
+        saving = recorder.trial.done
+        recorder.view.note(("saving the result first" if saving else "stopping after this step") + again)
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:
+        pass  # not the main thread: signals are somebody else's
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,120 @@
+"""What a finished run leaves: adapter/ or model/ with a manifest of what made it, evaluation.jsonl, and the summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.attach import Adapter
+from graftlm.base import hf
+from graftlm.base.chat import Encoder
+from graftlm.base.load import Base
+from graftlm.base.precision import DTYPES
+from graftlm.config import TrainConfig
+from graftlm.data.documents import Dataset
+from graftlm.files import whole_folder, write_json
+from graftlm.training import checkpoint
+from graftlm.training.resume import Identity
+from graftlm.training.runfolder import environment, write_lines
+from graftlm.training.trial import Trial
+from graftlm.training.view import View
+
+
+def about(
+    config: TrainConfig, base: Base, encoder: Encoder, dataset: Dataset, held_out: Dataset | None
+) -> dict[str, Any]:
+    """What the run folder and the adapter's manifest say about data and base."""
+
+    def counted(data: Dataset) -> dict[str, Any]:
+        return {
+            "sources": [{"name": p.name, "weight": p.weight, "rows": len(p.documents)} for p in data.parts],
+            "rows": data.rows, "tokens": data.tokens, "trained_tokens": data.trained_tokens, "longest": data.longest,
+            "dropped": data.dropped, "cut": data.cut, "formats": dict(data.kinds), "digest": data.digest,
+        }  # fmt: skip
+
+    return {
+        "data": {
+            "train": counted(dataset),
+            "eval": None if held_out is None else counted(held_out),
+            "template_date": config.template_date,
+            "template_digest": encoder.template_digest,
+            "train_on": config.train_on,
+        },
+        "base": {
+            "name": config.model,
+            "fingerprint": base.fingerprint,
+            "precision": base.precision,
+            "compute": base.compute,
+            "architecture": type(base.model).__name__,
+            "parameters": base.parameters,
+        },
+    }
+
+
+def finish(
+    config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial, encoder: Encoder, facts: dict[str, Any],
+    identity: Identity, view: View,
+) -> dict[str, Any]:  # fmt: skip
+    """Put the best step back, write its result, and take away the checkpoint that stood for it; returns what was saved.
+
+    A checkpoint of the last step is written first, so that a run whose result cannot be written is not lost. Raises OSError
+    and SafetensorError.
+    """
+    try:  # one more is kept, for this one goes again once the result is there
+        checkpoint.save(config.out, trial, identity.to_json(), config.keep_checkpoints + 1)
+    except (OSError, SafetensorError) as error:  # the result is smaller and may still find room
+        view.note(f"no checkpoint could be written at the end ({error}); saving the result")
+    trouble = checkpoint.take_best(config.out, trial)
+    if trouble is not None:
+        view.note(trouble)
+    step = trial.best.step if trial.best is not None else trial.step
+    checkpoint.name_best(config.out, trial)
+    saved = save_result(config, base, adapter, trial, encoder, {**facts, "steps": step, "changes": identity.changes})
+    checkpoint.remove(config.out, trial.order.steps)
+    return {**saved, "saved_step": step}
+
+
+def save_result(
+    config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial, encoder: Encoder, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write adapter/ or model/ and evaluation.jsonl; returns their places and sizes. Raises OSError, SafetensorError."""
+    if trial.first is not None and trial.best is not None:
+        after = {r.row: r for r in trial.best.rows}
+        lines = (
+            {"row": r.row, "trained_tokens": r.trained_tokens, "loss_before": r.loss, "loss_after": after[r.row].loss}
+            for r in trial.first.rows
+        )
+        write_lines(config.out / "evaluation.jsonl", lines)
+    manifest = {
+        **facts,
+        "method": config.method,
+        "seed": config.seed,
+        "template": {"digest": encoder.template_digest, "own": encoder.has_own_template, "date": config.template_date},
+        "evaluation": {
+            "before": trial.first.loss if trial.first else None,
+            "after": trial.best.loss if trial.best else None,
+        },
+        "versions": environment()["versions"],
+    }
+    if adapter is not None:
+        place = config.out / "adapter"
+        with whole_folder(place) as folder:
+            adapter_format.save(base, adapter, folder, manifest)
+        return {
+            "adapter_folder": str(place),
+            "adapter_digest": adapter_format.inspect_folder(place).digest,
+            "saved_bytes": (place / adapter_format.TENSORS).stat().st_size,
+        }
+    place = config.out / "model"
+    with whole_folder(place) as folder:
+        hf.save(base.model, str(folder), DTYPES[config.save_precision or base.precision])
+        base.tokenizer.save_pretrained(str(folder))
+        write_json(folder / "graft.json", {"format": 1, **manifest, "tokenizer_digest": encoder.tokenizer_digest})
+    return {"model_folder": str(place), "saved_bytes": _bytes(place)}
+
+
+def _bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))

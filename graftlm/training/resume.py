@@ -1,0 +1,106 @@
+"""What must be the same for a run to go on, and going on.
+
+A run is its options by value, and its base, data and first adapter by content. A checkpoint keeps these; a run that goes on
+with others is refused with both values, unless each is named with `--allow-change`. What was changed, and at which step,
+stays with the checkpoints after it, in the metrics, and in the manifest of what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftlm.adapters.attach import Adapter
+from graftlm.base.load import Base
+from graftlm.config import TrainConfig
+from graftlm.data.documents import Dataset
+from graftlm.errors import ConfigError, RunError, nearest
+from graftlm.training import checkpoint
+from graftlm.training.trial import Trial
+from graftlm.training.view import View
+
+# Options that change neither what is trained nor the numbers, so a run may go on with others.
+_FREE = {
+    "activation_checkpointing", "allow_change", "device", "keep_checkpoints", "offload_optimizer", "optimizer_in_backward",
+    "out", "resume", "save_every", "save_precision", "tokens_per_pass", "track", "trust_remote_code",
+}  # fmt: skip
+
+
+@dataclass
+class Identity:
+    """What a run is, and how it became that."""
+
+    values: dict[str, Any]
+    """Options by value; `model`, `data`, `eval_data` and `from_adapter` by digest."""
+    changes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """What --allow-change let in: step, key, was, now."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        return {"identity": self.values, "changes": self.changes}
+
+
+def identify(
+    resolved: dict[str, Any], base: Base, adapter: Adapter | None, dataset: Dataset, held_out: Dataset | None
+) -> Identity:
+    """The identity of a run, from its resolved options and what they led to."""
+    origin = adapter.origin if adapter is not None else None
+    by_content = {
+        "model": base.fingerprint,
+        "data": dataset.digest,
+        "eval_data": held_out.digest if held_out else None,
+        "from_adapter": origin.digest if origin else None,
+    }
+    return Identity({**{name: value for name, value in resolved.items() if name not in _FREE}, **by_content})
+
+
+def go_on(config: TrainConfig, trial: Trial, identity: Identity, view: View) -> bool:
+    """Put the newest whole checkpoint into `trial`; False where none was ever written.
+
+    Raises RunError when there are some and none is whole, and for options, data or a base that are not the same any more;
+    ConfigError for an --allow-change that names nothing.
+    """
+    allowed = _allowed(config.allow_change, identity)
+    found, damaged = checkpoint.newest(config.out)
+    for problem in damaged:
+        view.note(f"passed over the damaged checkpoint {problem}")
+    if found is None:
+        view.note("no checkpoint was written yet; starting from the beginning")
+        return False
+    state = checkpoint.read_state(found)
+    before: dict[str, Any] = state.get("identity") or {}
+    changed = [key for key, value in identity.values.items() if before.get(key) != value]
+    refused = [key for key in changed if key not in allowed]
+    if refused:
+        said = "; ".join(f"{_flag(key)} was {before.get(key)!r}, now {identity.values[key]!r}" for key in refused)
+        flags = " ".join(f"--allow-change {_flag(key)}" for key in refused)
+        raise RunError(
+            f"{found} belongs to another run: {said}. Take the same options, another --out, or accept it with {flags}"
+        )
+    checkpoint.load(found, trial)
+    identity.changes[:] = [*(state.get("changes") or [])]
+    for key in changed:
+        change = {"step": trial.step, "key": _flag(key), "was": before.get(key), "now": identity.values[key]}
+        identity.changes.append(change)
+        view.note(f"going on with another {change['key']}: {change['was']!r} before, {change['now']!r} from here")
+    if "eval_data" in changed:  # losses on other rows say nothing beside these
+        trial.first = trial.last = trial.best = None
+        trial.evaluations = []
+    view.note(f"going on from {found}")
+    return True
+
+
+def _flag(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _allowed(names: Sequence[str], identity: Identity) -> set[str]:
+    known = [_flag(key) for key in identity.values]
+    for name in names:
+        if _flag(name) not in known:
+            raise ConfigError(
+                f"--allow-change {name}: a run is not told apart by that{nearest(_flag(name), known)} "
+                f"known: {', '.join(sorted(known))}"
+            )
+    return {name.replace("-", "_") for name in names}

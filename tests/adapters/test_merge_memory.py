@@ -1,0 +1,110 @@
+"""Peak memory while merging, measured in a process of its own: at most the largest shard twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.attach import Plan, choose, new_adapter
+from graftlm.base.skeleton import load_skeleton
+
+MB = 1_000_000
+
+# 95M values, 190 MB in bfloat16, in shards of at most 60 MB; the embedding alone is 50 MB of its shard.
+SIZES: dict[str, Any] = {
+    "vocab_size": 30_000, "hidden_size": 832, "intermediate_size": 2304, "num_hidden_layers": 5,
+    "num_attention_heads": 13, "num_key_value_heads": 13, "tie_word_embeddings": False,
+}  # fmt: skip
+
+MERGE = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.merge import Merger, Weighted
+from graftlm.adapters.merged import write_merged
+from graftlm.base.skeleton import load_skeleton
+
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+def merge(place, adapter, out, onto, precision):
+    base = load_skeleton(place, precision=precision)
+    return write_merged(Merger(base, [Weighted(adapter_format.load(base, Path(adapter)))], onto=onto), Path(out), {})
+
+small, small_adapter, place, adapter, out, onto, precision = sys.argv[1:]
+merge(small, small_adapter, out + "-small", onto, precision)  # every library that merging needs is there
+before = anonymous()
+peak, done = [before], threading.Event()
+
+def watch():
+    while not done.is_set():
+        peak.append(max(peak.pop(), anonymous()))
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch, daemon=True)
+watcher.start()
+written = merge(place, adapter, out, onto, precision)
+done.set()
+watcher.join()
+print(json.dumps({"before": before, "peak": peak[0], "bytes": written.bytes}))
+"""
+
+
+def plain_adapter(model: Path, place: Path) -> Path:
+    """A PEFT folder of an adapter of rank 8 on every linear layer, made without the model's weights."""
+    base = load_skeleton(str(model))
+    adapter = new_adapter(base, choose(base, ("all-linear",)), Plan(rank=8, alpha=12.0), 0)
+    named = {
+        f"base_model.model.{layer}.{name}": torch.full(tensor.shape, 0.01)
+        for layer, slot in adapter.slots.items()
+        for name, tensor in slot.named().items()
+    }
+    place.mkdir()
+    save_file(named, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps(adapter_format.peft_config(base, adapter)))
+    return place
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Path]:
+    """(small base, its adapter, large base in shards, its adapter)."""
+    root = tmp_path_factory.mktemp("large")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16)
+    place = tiny.write(root / "base", model, max_shard_size="60MB")
+    small = tiny.folder("llama")
+    return small, plain_adapter(small, root / "small"), place, plain_adapter(place, root / "adapter")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize(
+    ("onto", "precision"), [("original", "float32"), ("dequantized", "nf4"), ("requantized", "nf4")]
+)
+def test_merging_takes_no_more_than_the_largest_shard_twice(
+    large: tuple[Path, Path, Path, Path], onto: str, precision: str, tmp_path: Path
+) -> None:
+    arguments = [sys.executable, "-c", MERGE, *map(str, large), str(tmp_path / "out"), onto, precision]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    shards = [f.stat().st_size for f in large[2].glob("*.safetensors")]
+    assert len(shards) >= 4
+    taken, limit = found["peak"] - found["before"], 2 * max(shards)
+    print(f"{onto}: peak {taken / MB:.0f} MB of {limit / MB:.0f}, written {found['bytes'] / MB:.0f} MB")
+    assert taken <= limit

@@ -1,0 +1,107 @@
+"""The table of what a pass saves, held against what autograd saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from graftlm.base.fused import unfuse
+from graftlm.base.load import Base, load_base
+from graftlm.planning.activations import Load, kept
+from graftlm.planning.instantiate import instantiate
+from graftlm.planning.method import NOTHING, Setting, adapted
+from graftlm.segments import running
+from graftlm.training.loop import Work, lay_out
+
+LENGTHS = (20, 20, 20)
+LOAD = Load(tokens=60, trained=40, longest=20, documents=3)
+FULL = Setting(key="full", label="", method="full", precision="float32", compute="float32")
+LORA = Setting(key="lora", label="", method="lora", precision="bfloat16", compute="float32")
+
+
+def saved_by_autograd(base: Base, slot: int) -> int:
+    """Bytes of every tensor that a pass through the body saves, each once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    for module in base.stored().values():
+        if module.bank is not None:
+            own |= {p.untyped_storage().data_ptr() for s in module.bank.slots.values() for p in s.named().values()}
+    alive: list[torch.Tensor] = []
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in found:
+            alive.append(tensor)
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    documents = tiny.documents(LENGTHS)
+    laid = lay_out(base, [Work(d, slot, (0, i), 0.01) for i, d in enumerate(documents)])
+    with running(laid.segments), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        base.hidden(laid.ids, laid.segments)
+    return sum(found.values())
+
+
+def _base(architecture: str, setting: Setting, targets: tuple[str, ...] = ("all-linear",)) -> Base:
+    base = load_base(str(tiny.folder(architecture)), precision=setting.precision, compute="float32", device="cpu")
+    if setting.full:
+        base.model.requires_grad_(True)
+    else:
+        tiny.adapted(base, rank=3, targets=targets)
+    return base
+
+
+@pytest.mark.parametrize("setting", [FULL, LORA], ids=lambda s: s.key)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_table_says_what_is_saved(architecture: str, setting: Setting) -> None:
+    base = _base(architecture, setting)
+    shape = instantiate(base.model.config)
+    adapter = NOTHING if setting.full else adapted(shape, ("all-linear",), 3)
+    found = kept(shape, setting, adapter, LOAD, fused=base.fused.norms > 0)
+    measured = saved_by_autograd(base, 0 if setting.full else 1)
+    assert found.layers + found.outside == pytest.approx(measured, rel=0.035)
+
+
+@pytest.mark.parametrize("setting", [FULL, LORA], ids=lambda s: s.key)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3"])
+def test_the_table_says_what_is_saved_where_nothing_is_fused(architecture: str, setting: Setting) -> None:
+    base = _base(architecture, setting)
+    unfuse(base.model)
+    shape = instantiate(base.model.config)
+    adapter = NOTHING if setting.full else adapted(shape, ("all-linear",), 3)
+    found = kept(shape, setting, adapter, LOAD, fused=False)
+    assert found.layers + found.outside == pytest.approx(saved_by_autograd(base, 0 if setting.full else 1), rel=0.05)
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("mlp",), ("q_proj", "v_proj")], ids="+".join)
+def test_layers_without_an_adapter_save_no_input(targets: tuple[str, ...]) -> None:
+    base = _base("llama", LORA, targets)
+    shape = instantiate(base.model.config)
+    found = kept(shape, LORA, adapted(shape, targets, 3), LOAD, fused=base.fused.norms > 0)
+    assert found.layers + found.outside == pytest.approx(saved_by_autograd(base, 1), rel=0.06)
+
+
+def test_run_again_a_layer_keeps_its_input_alone() -> None:
+    base = _base("llama", LORA)
+    base.anatomy.checkpoint_layers(True)
+    shape = instantiate(base.model.config)
+    found = kept(shape, LORA, adapted(shape, ("all-linear",), 3), LOAD, fused=True)
+    assert found.inputs == 2 * 28 * 4 * 60
+    assert found.inputs <= saved_by_autograd(base, 1) <= found.inputs + found.outside + 28 * 4 * 60
+
+
+def test_twice_the_tokens_take_twice_as_much_where_attention_is_fused() -> None:
+    shape = instantiate(tiny.config("llama"))
+    one = kept(shape, FULL, NOTHING, LOAD, fused=True)
+    two = kept(shape, FULL, NOTHING, replace(LOAD, tokens=120), fused=True)
+    assert (two.layers, two.outside) == (2 * one.layers, 2 * one.outside)
+
+
+def test_scores_that_are_written_out_grow_with_the_length_of_a_document() -> None:
+    shape = instantiate(tiny.config("bloom"))
+    short = kept(shape, FULL, NOTHING, LOAD, fused=False)
+    long = kept(shape, FULL, NOTHING, replace(LOAD, longest=60, documents=1), fused=False)
+    assert long.layers - short.layers == shape.layers * shape.heads * 60 * (60 - 20) * 4

@@ -1,0 +1,137 @@
+"""Bytes of each part: equal to what the implementation stores, and parts that sum to the peak."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from graftlm import kernels
+from graftlm.adapters import format as adapter_format
+from graftlm.base.load import load_base
+from graftlm.base.precision import nbytes, store
+from graftlm.config import Precision
+from graftlm.kernels import moments, stored
+from graftlm.planning import memory
+from graftlm.planning.activations import Load
+from graftlm.planning.instantiate import instantiate
+from graftlm.planning.memory import need, optimizer_bytes, saved_bytes, stored_bytes, weight_bytes
+from graftlm.planning.method import METHODS, NOTHING, Setting, adapted
+from graftlm.planning.models import find
+from graftlm.planning.shape import Weights
+from graftlm.training import loss
+from graftlm.training.optimizer import AdamW
+
+LOAD = Load(tokens=2048, trained=2000, longest=512, documents=4)
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8", "nf4")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(44, 28), (3, 88, 28), (512, 640), (77, 130)], ids=str)
+def test_a_stored_weight_takes_the_bytes_that_are_planned(shape: tuple[int, ...], precision: Precision) -> None:
+    weight = store(torch.randn(shape), precision)
+    *experts, out, inner = shape
+    planned = Weights(name="x", part="mlp", out=out, inner=inner, count=1, experts=experts[0] if experts else 0)
+    assert stored_bytes(planned, precision) == nbytes(weight)
+
+
+def test_nf4_takes_4_127_bits_a_value() -> None:
+    one = Weights(name="x", part="mlp", out=4096, inner=11008, count=1)
+    assert stored_bytes(one, "nf4") * 8 / one.values == pytest.approx(4.127, abs=5e-4)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_loaded_base_takes_the_bytes_that_are_planned(architecture: str, precision: Precision) -> None:
+    base = load_base(str(tiny.folder(architecture)), precision=precision, compute="float32", device="cpu")
+    setting = Setting(key="", label="", method="lora", precision=precision, compute="float32")
+    assert weight_bytes(instantiate(base.model.config), setting) == base.bytes
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "nf4"])
+def test_embeddings_and_head_stay_in_16_bits(precision: Precision) -> None:
+    shape = find("qwen3-8b").shape
+    setting = Setting(key="", label="", method="lora", precision=precision)
+    matrices = sum(stored_bytes(w, precision) for w in shape.weights)
+    assert weight_bytes(shape, setting) == matrices + 2 * (shape.embedding + shape.head + shape.small)
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_the_optimizer_takes_the_bytes_that_are_planned(eight_bit: bool) -> None:
+    values = {"a": nn.Parameter(torch.randn(64, 128)), "b": nn.Parameter(torch.randn(256, 48))}
+    optimizer = AdamW(values, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0, eight_bit=eight_bit)
+    for parameter in values.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-3)
+    setting = Setting(
+        key="", label="", method="full", precision="float32", optimizer="adamw-8bit" if eight_bit else "adamw"
+    )
+    trained = sum(p.numel() for p in values.values())
+    assert optimizer_bytes(trained, setting) == sum(m.nbytes for m in optimizer.moments.values())
+
+
+def test_an_adapter_file_takes_the_bytes_that_are_planned(tmp_path: object) -> None:
+    from pathlib import Path
+
+    base = load_base(str(tiny.folder("llama")), precision="nf4", compute="float32", device="cpu")
+    adapter = tiny.adapted(base, rank=3)
+    place = Path(str(tmp_path)) / "adapter"
+    place.mkdir()
+    adapter_format.save(base, adapter, place, {})
+    shape = instantiate(base.model.config)
+    planned = saved_bytes(shape, METHODS[-1], adapted(shape, ("all-linear",), 3))
+    file = (place / adapter_format.TENSORS).stat().st_size
+    assert planned == adapter.bytes
+    assert planned < file < planned + 8000  # the header with the tensors' names
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", ["llama-2-7b", "mixtral-8x7b", "gemma-2-2b", "gpt2"])
+def test_parts_sum_to_the_peak_at_every_moment(name: str, device: memory.Device) -> None:
+    shape = find(name).shape
+    for setting in METHODS:
+        adapter = NOTHING if setting.full else adapted(shape, ("all-linear",), 16)
+        found = need(shape, setting, adapter, LOAD, device, fused=True)
+        values = found.parts.to_json()
+        assert values.pop("total") == sum(values.values()) == found.training
+        assert found.training == max(parts.total for parts in found.moments.values())
+        assert found.moments[found.moment] == found.parts
+
+
+def test_each_rung_of_the_ladder_takes_less_than_the_one_above_it() -> None:
+    shape = find("llama-3.1-8b").shape
+    full = [need(shape, s, NOTHING, LOAD, "cuda", fused=True).training for s in METHODS if s.full]
+    again = [need(shape, s.checkpointed(), NOTHING, LOAD, "cuda", fused=True).training for s in METHODS if s.full]
+    assert full == sorted(full, reverse=True)
+    assert again == sorted(again, reverse=True)
+    assert again[-1] < 0.2 * full[0]
+    narrow = [m for m in METHODS if not m.full]
+    adapters = [need(shape, s, adapted(shape, ("all-linear",), 16), LOAD, "cuda", fused=True).training for s in narrow]
+    assert adapters == sorted(adapters, reverse=True)
+
+
+def test_gradients_of_earlier_passes_are_there_when_a_later_one_runs() -> None:
+    shape, setting = find("smollm2-135m").shape, METHODS[0]
+    one = need(shape, setting, NOTHING, LOAD, "cuda", fused=True)
+    more = need(shape, setting, NOTHING, replace(LOAD, passes=2), "cuda", fused=True)
+    assert one.moments["loss"].gradients == 0
+    assert more.moments["loss"].gradients == 4 * shape.parameters
+    assert more.training > one.training
+
+
+def test_offloaded_states_are_in_the_hosts_memory() -> None:
+    shape = find("llama-2-7b").shape
+    setting = next(m for m in METHODS if m.offload_optimizer)
+    found = need(shape, setting, NOTHING, LOAD, "cuda", fused=True)
+    assert found.parts.optimizer == 0
+    assert found.host == optimizer_bytes(shape.parameters, setting)
+
+
+def test_the_plans_constants_are_the_implementations() -> None:
+    assert memory.CHUNK_LOGITS == loss.CHUNK_LOGITS
+    assert (memory.MOMENT_BLOCK, memory.SMALL) == (moments.MOMENT_BLOCK, moments.SMALL)
+    assert (memory.NF4_BLOCK, memory.NF4_GROUP) == (stored.BLOCK, stored.GROUP)
+    assert kernels.native.PANEL_BYTES_FOR_MANY <= memory.PANEL

@@ -1,0 +1,147 @@
+"""Adapters come and go: what is held stays, what was used longest ago goes, loading happens in its own thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import asking
+import tiny
+import torch
+
+from graftlm.adapters.attach import Adapter
+from graftlm.serving.residents import Residents, ready
+
+
+def residents_of(
+    slots: int = 2, limit: int = 1 << 30, load: Callable[[Path], Adapter] | None = None, count: int = 5
+) -> Residents:
+    base = asking.base_of()
+    known = {f"{i}": asking.adapter_of(base, 2 + i) for i in range(count)}
+    return Residents(base, slots=slots, bytes=limit, load=load or (lambda folder: known[folder.name]))
+
+
+def loaded(residents: Residents, digest: str) -> None:
+    residents.hold(digest, Path(digest))
+    until(lambda: (residents.settle(), not residents.loading)[1])
+
+
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def slots(residents: Residents) -> dict[str, bool]:
+    return {held.digest: bool(held.slot) for held in residents.table()}
+
+
+def test_the_adapter_unused_longest_gives_its_slot() -> None:
+    residents = residents_of()
+    for digest in ("0", "1", "0", "2"):
+        loaded(residents, digest)
+        assert residents.run(digest)
+        residents.stop(digest)
+        residents.leave(digest)
+    assert slots(residents) == {"0": True, "1": False, "2": True}
+    table = {held.digest: held for held in residents.table()}
+    assert (table["0"].hits, table["0"].loads, table["1"].evictions) == (1, 1, 1)
+
+
+def test_what_runs_is_never_evicted() -> None:
+    residents = residents_of()
+    for digest in ("0", "1", "2"):
+        loaded(residents, digest)
+    first = residents.run("0")
+    assert residents.run("1") not in (None, first)
+    assert residents.run("2") is None
+    residents.stop("1")
+    assert residents.run("2") is not None
+    assert slots(residents) == {"0": True, "1": False, "2": True}
+
+
+def test_who_waits_too_long_for_a_slot_gets_one_though_others_keep_coming() -> None:
+    residents = residents_of()
+    for digest in ("0", "1", "2"):
+        loaded(residents, digest)
+    for digest in ("0", "0", "1"):
+        assert residents.run(digest)
+    assert residents.run("2", passed_over=10_000) is None
+    assert residents.run("1") is None, "it takes nobody any more"
+    assert residents.run("0")
+    residents.stop("1")
+    assert residents.run("2", passed_over=10_001)
+
+
+def test_memory_is_bounded_and_nothing_that_is_held_is_forgotten() -> None:
+    size = ready(asking.adapter_of(asking.base_of(), 4)).bytes
+    residents = residents_of(limit=int(2.7 * size), count=3)
+    for digest in ("0", "1"):  # ranks 2 and 3
+        loaded(residents, digest)
+    residents.leave("0")
+    loaded(residents, "2")
+    assert {h.digest for h in residents.table() if h.adapter} == {"0", "1", "2"}
+    residents.hold("3", Path("3"))
+    assert not residents.error("3") or "takes" in residents.error("3")
+
+
+def test_a_request_for_a_version_that_is_too_large_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "adapter_model.safetensors").write_bytes(b"0" * 5_000_000)
+    residents = residents_of(limit=1_000_000)
+    residents.hold("big", tmp_path / "big")
+    assert residents.error("big") == (
+        "the adapter takes 5.0 MB, and 1.0 MB are there for all adapters; give more with --adapter-gb"
+    )
+    residents.leave("big")
+    assert residents.table() == []
+
+
+def test_loading_is_done_by_another_thread_while_the_engine_goes_on() -> None:
+    base = asking.base_of()
+    known = {"slow": asking.adapter_of(base, 3), "quick": asking.adapter_of(base, 2)}
+    loaders: list[str] = []
+    may_end = threading.Event()
+
+    def load(folder: Path) -> Adapter:
+        loaders.append(threading.current_thread().name)
+        if folder.name == "slow":
+            assert may_end.wait(20)
+        return known[folder.name]
+
+    engine = asking.engine_of(base)
+    engine.residents._load = load
+    engine.submit(asking.request(tiny.ids(5).tolist(), 5, "slow", id="slow"), Path("slow"))
+    engine.submit(asking.request(tiny.ids(5).tolist(), 5, id="base"))
+    finished: list[str] = []
+    until(lambda: (finished.extend(p.id for p in engine.step() if p.finish), finished == ["base"])[1])
+    may_end.set()
+    until(lambda: (finished.extend(p.id for p in engine.step() if p.finish), finished == ["base", "slow"])[1])
+    assert loaders == ["graft-adapters"]
+    engine.close()
+    assert all(module.bank is None for module in base.stored().values())
+
+
+def test_an_adapter_takes_its_own_bytes_and_none_for_padding() -> None:
+    base = asking.base_of()
+    for rank in (1, 3, 33):
+        adapter = asking.adapter_of(base, rank)
+        assert ready(adapter).bytes == adapter.bytes
+        halves = asking.adapter_of(base, rank)
+        with torch.no_grad():
+            for parameter in halves.parameters().values():
+                parameter.copy_(parameter.bfloat16())
+        assert ready(halves).bytes == adapter.bytes // 2, "values that 16 bits hold exactly are kept in 16 bits"
+
+
+def test_dropping_a_version_frees_it_unless_somebody_holds_it() -> None:
+    residents = residents_of()
+    loaded(residents, "0")
+    assert not residents.drop("0")
+    residents.leave("0")
+    assert residents.drop("0")
+    assert residents.table() == []
+    assert residents.drop("never there")

@@ -1,0 +1,423 @@
+"""The server speaks OpenAI's protocol, keeps tenants apart, holds its bounds, and lets adapters come and go under load."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import serving
+import tiny_run
+
+from graftlm.adapters.store import Store
+from graftlm.base.load import load_base
+from graftlm.config import ServeConfig
+from graftlm.errors import ConfigError, StoreError
+from graftlm.serving.launch import build
+
+ADMIN, HALF, OTHER = "admin-key-1", "half-key-1234", "other-key-123"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serving")
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> Iterator[serving.Loopback]:
+    with serving.serving(store=str(serving.new_store(place)), running=8) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Loopback]:
+    place = tmp_path_factory.mktemp("guarded")
+    admin = {"name": "admin", "key": ADMIN, "admin": True}
+    half = {"name": "half", "key": HALF, "adapters": ["alpha"], "base": False}
+    other = {"name": "other", "key": OTHER, "adapters": ["be*"]}
+    keys = serving.keys_file(place, admin, half, other)
+    with serving.serving(store=str(serving.new_store(place)), keys=str(keys)) as one:
+        yield one
+
+
+# ---- OpenAI's client ------------------------------------------------------------------------------------------------
+
+
+def test_openais_client_chats_completes_streams_lists_and_embeds(server: serving.Loopback) -> None:
+    client = server.openai()
+    names = [model.id for model in client.models.list()]
+    assert names == ["base", "alpha", "alpha@1", "beta", "beta@1", "says", "says@2", "says@1", "says@prod"]
+    assert client.models.retrieve("says@prod").root == "says@1"
+    messages = [{"role": "user", "content": "3: "}]
+    whole = client.chat.completions.create(model="says@prod", messages=messages, temperature=0, max_tokens=9)
+    assert whole.choices[0].message.content == "ALPHA"
+    assert whole.choices[0].finish_reason == "stop"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 6)
+    stream = client.chat.completions.create(
+        model="beta",
+        messages=messages,
+        temperature=0,
+        max_tokens=9,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "BETA"
+    assert chunks[-1].usage.completion_tokens == 5
+    done = client.completions.create(model="alpha", prompt=["1: ", "2: "], temperature=0, max_tokens=9)
+    assert [choice.text for choice in done.choices] == ["ALPHA", "ALPHA"]
+    vectors = client.embeddings.create(model="base", input=["the old mill", "by a river"])  # asks for base 64
+    assert [len(one.embedding) for one in vectors.data] == [28, 28]
+    assert sum(v * v for v in vectors.data[0].embedding) == pytest.approx(1, abs=1e-5)
+    plain = client.embeddings.create(model="base", input="the old mill", encoding_format="float")
+    assert plain.data[0].embedding == pytest.approx(vectors.data[0].embedding, abs=1e-6)
+
+
+def test_logprobs_several_answers_and_schemas_come_as_openais_client_reads_them(server: serving.Loopback) -> None:
+    client = server.openai()
+    messages = [{"role": "user", "content": "3: "}]
+    said = client.chat.completions.create(
+        model="alpha", messages=messages, temperature=0, max_tokens=3, logprobs=True, top_logprobs=2
+    )
+    content = said.choices[0].logprobs.content
+    assert [entry.token for entry in content] == ["A", "L", "P"]
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob == entry.top_logprobs[0].logprob for entry in content)
+    many = client.chat.completions.create(model="base", messages=messages, temperature=1.5, max_tokens=6, n=3, seed=4)
+    again = client.chat.completions.create(model="base", messages=messages, temperature=1.5, max_tokens=6, n=3, seed=4)
+    texts = [choice.message.content for choice in many.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) == 3
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    guided = client.chat.completions.create(
+        model="base", messages=messages, temperature=0, max_tokens=40,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    )  # fmt: skip
+    assert guided.choices[0].message.content in ('{"ok":true}', '{"ok":false}')
+
+
+def test_openais_client_gets_its_own_kinds_of_error(guarded: serving.Loopback) -> None:
+    import openai
+
+    with pytest.raises(openai.AuthenticationError, match="wants an API key"):
+        guarded.openai("wrong-key-000").models.list()
+    with pytest.raises(openai.NotFoundError, match="the model 'nothing' does not exist, or this key may not use it"):
+        guarded.openai(OTHER).completions.create(model="nothing", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        guarded.openai(OTHER).completions.create(model="beta", prompt="x", max_tokens=99999)
+
+
+def test_a_stream_and_a_whole_answer_say_the_same(server: serving.Loopback) -> None:
+    body = serving.asked("base", max_tokens=30, n=2, temperature=1.0, seed=9, stop=["q"])
+    with server.client() as client:
+        whole = client.post("/v1/completions", json=body).json()
+        stream = serving.events(client.post("/v1/completions", json={**body, "stream": True}).text)
+    for index in (0, 1):
+        mine = [e["choices"][0] for e in stream if e["choices"] and e["choices"][0]["index"] == index]
+        assert "".join(c["text"] for c in mine) == whole["choices"][index]["text"]
+        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == [whole["choices"][index]["finish_reason"]]
+
+
+# ---- who may what ---------------------------------------------------------------------------------------------------
+
+
+def test_another_tenants_adapter_is_a_404_like_one_that_does_not_exist_cached_or_not(guarded: serving.Loopback) -> None:
+    def answer(model: str, key: str) -> tuple[int, str]:
+        with guarded.client(key) as client:
+            found = client.post("/v1/completions", json=serving.asked(model))
+            listed = client.get(f"/v1/models/{model}")
+        assert listed.status_code == (200 if found.status_code == 200 else 404)
+        return found.status_code, found.text.replace(model, "NAME")
+
+    missing = answer("gamma", HALF)
+    assert missing[0] == 404
+    assert answer("beta", HALF) == missing
+    assert answer("beta", OTHER)[0] == 200
+    assert guarded.engine.residents.table(), "beta is in memory now"
+    assert answer("beta", HALF) == answer("beta@1", HALF) == answer("beta@prod", HALF) == missing
+    assert answer("base", HALF)[0] == 404
+    assert answer("alpha", HALF)[0] == 200
+    with guarded.client(HALF) as client:
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["alpha", "alpha@1"]
+        assert [a["name"] for a in client.get("/v1/adapters").json()["adapters"]] == ["alpha"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/adapters", "/v1/models/alpha"])
+def test_without_a_key_nothing_is_told(guarded: serving.Loopback, path: str) -> None:
+    with guarded.client() as client:
+        found = client.get(path)
+        assert found.status_code == 401
+        assert found.headers["www-authenticate"] == "Bearer"
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+
+
+def test_only_an_admin_changes_what_is_served(guarded: serving.Loopback, server: serving.Loopback) -> None:
+    bodies = {
+        "load": {"adapter": "alpha"}, "unload": {"adapter": "alpha"}, "alias": {"name": "says", "alias": "prod", "version": 2},
+        "rollback": {"name": "says", "alias": "prod"},
+    }  # fmt: skip
+    for path, body in bodies.items():
+        with guarded.client(HALF) as client:
+            assert client.post(f"/v1/adapters/{path}", json=body).status_code == 403
+        with server.client() as client:
+            found = client.post(f"/v1/adapters/{path}", json=body)
+            assert found.status_code == 403
+            assert "start it with --keys FILE" in found.json()["error"]["message"]
+
+
+def test_an_admin_loads_unloads_points_and_rolls_back(guarded: serving.Loopback) -> None:
+    with guarded.client(ADMIN) as client:
+
+        def change(path: str, status: int = 200, **body: object) -> dict[str, object]:
+            found = client.post(f"/v1/adapters/{path}", json=body)
+            assert found.status_code == status, found.text
+            return found.json()
+
+        assert change("load", adapter="says@1")["loaded"] is True
+        assert guarded.says("says@prod", ADMIN) == "ALPHA"
+        assert change("alias", name="says", alias="prod", version=2) == {
+            "name": "says",
+            "alias": "prod",
+            "before": 1,
+            "version": 2,
+        }
+        assert guarded.says("says@prod", ADMIN) == "BETA"
+        assert change("rollback", name="says", alias="prod")["version"] == 1
+        assert guarded.says("says@prod", ADMIN) == "ALPHA"
+        change("rollback", 400, name="says", alias="prod")
+        change("alias", 400, name="says", alias="prod", version=7)
+        change("unload", adapter="says@1")
+        assert client.post("/v1/completions", json=serving.asked("says@prod")).status_code == 404
+        assert client.post("/v1/completions", json=serving.asked("alpha")).status_code == 404, "it is the same version"
+        change("load", adapter="says@1")
+        assert guarded.says("alpha", ADMIN) == "ALPHA"
+        change("unload", 400, adapter="base")
+
+
+# ---- bounds ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_bound_has_its_status_and_says_its_numbers(tmp_path: Path) -> None:
+    options = {"max_body_mb": 0.002, "max_prompt_tokens": 20, "max_output_tokens": 30, "max_queue": 4, "running": 1}
+    with serving.serving(**options) as server, server.client() as client:
+
+        def refused(**given: object) -> tuple[int, str]:
+            found = client.post("/v1/completions", json=serving.asked("base", **given))
+            return found.status_code, found.json()["error"]["message"]
+
+        assert refused(prompt="x" * 21) == (400, "the prompt has 21 tokens, this server takes at most 20")
+        assert refused(max_tokens=31) == (400, "max_tokens is 31, this server writes at most 30")
+        assert refused(n=5) == (400, "n is 5, and at most 4 answers may wait")
+        assert refused(temperature=-1)[0] == 400
+        assert refused(best_of=3)[0] == refused(echo=True)[0] == refused(suffix="x")[0] == refused(surprise=1)[0] == 400
+        status, message = refused(prompt="x" * 3000)
+        assert status == 413
+        assert "this server reads at most 2000" in message
+        found = client.post(
+            "/v1/completions", content=(b"x" * 500 for _ in range(9)), headers={"content-type": "application/json"}
+        )
+        assert found.status_code == 413, "no length was said beforehand"
+        assert client.post("/v1/chat/completions", json={"model": "base", "messages": []}).status_code == 400
+
+
+def test_a_full_queue_is_429_and_what_was_let_in_is_answered() -> None:
+    with serving.serving(max_queue=3, running=1, step_tokens=16) as server:
+
+        def one(i: int) -> int:
+            with server.client() as client:
+                found = client.post("/v1/completions", json=serving.asked("base", max_tokens=60, prompt=f"{i}"))
+            if found.status_code == 429:
+                assert found.headers["retry-after"] == "1"
+                assert "the limit is 3" in found.json()["error"]["message"]
+            return found.status_code
+
+        with ThreadPoolExecutor(24) as pool:
+            statuses = list(pool.map(one, range(24)))
+        assert set(statuses) == {200, 429}
+        assert statuses.count(200) >= 4
+        assert server.engine.waiting == 0
+
+
+def test_a_request_out_of_time_is_504_and_frees_its_place() -> None:
+    with serving.serving(max_seconds=0.05, running=1) as server, server.client() as client:
+        found = client.post("/v1/completions", json=serving.asked("base", max_tokens=200))
+        assert found.status_code == 504
+        assert found.json()["error"]["message"] == "the answer was not complete within 0.05 seconds"
+        stream = client.post("/v1/completions", json=serving.asked("base", max_tokens=200, stream=True))
+        assert "not complete within" in stream.text
+        assert server.engine.running == server.engine.waiting == 0
+
+
+def test_who_hangs_up_frees_his_place(server: serving.Loopback) -> None:
+    body = serving.asked("base", max_tokens=200, stream=True)
+    with server.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    end = time.monotonic() + 10
+    while server.engine.running:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert server.engine.counts.finished.get("cancelled", 0) >= 1
+
+
+def test_a_server_that_drains_ends_what_it_has_and_takes_nothing_new() -> None:
+    with serving.serving(running=2) as server, server.client() as client:
+        with client.stream(
+            "POST", "/v1/completions", json=serving.asked("base", max_tokens=150, stream=True)
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.built.state.draining = True
+            with server.client() as other:
+                assert other.post("/v1/completions", json=serving.asked("base")).status_code == 503
+                assert (other.get("/readyz").status_code, other.get("/healthz").status_code) == (503, 200)
+            rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
+
+
+# ---- adapters under load --------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_flips_of_an_alias_under_load_mix_nothing_and_leave_nothing_stale(tmp_path: Path) -> None:
+    place = serving.new_store(tmp_path)
+    store = Store(place)
+    digests = {store.find(f"says@{n}").digest: word for n, word in ((1, "ALPHA"), (2, "BETA"))}
+    keys = serving.keys_file(tmp_path, {"name": "admin", "key": ADMIN, "admin": True})
+    stop = threading.Event()
+    wrong: list[str] = []
+    count = [0]
+    with serving.serving(store=str(place), keys=str(keys), running=8, adapter_slots=1) as server:
+
+        def load() -> None:
+            with server.client(ADMIN) as client:
+                while not stop.is_set():
+                    found = client.post("/v1/completions", json=serving.asked("says@prod", prompt=f"{count[0] % 10}: "))
+                    count[0] += 1
+                    text = found.json()["choices"][0]["text"] if found.status_code == 200 else found.text
+                    if text != digests.get(found.headers.get("x-graft-adapter", "")):
+                        wrong.append(f"{found.headers.get('x-graft-version')}: {text}")
+
+        threads = [threading.Thread(target=load) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        try:
+            with server.client(ADMIN) as client:
+                for flip in range(100):
+                    number = 2 - flip % 2
+                    body = {"name": "says", "alias": "prod", "version": number}
+                    assert client.post("/v1/adapters/alias", json=body).status_code == 200
+                    if flip % 5 == 0:
+                        found = client.post("/v1/completions", json=serving.asked("says@prod"))
+                        assert found.json()["choices"][0]["text"] == serving.WORDS[number - 1], "a stale answer"
+                        assert found.headers["x-graft-version"] == f"says@{number}"
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(60)
+        assert not wrong, wrong[:5]
+        assert count[0] > 20
+        assert server.engine.residents.counters.evictions > 5
+
+
+def test_another_process_moves_an_alias_and_the_next_request_sees_it(server: serving.Loopback, place: Path) -> None:
+    store = Store(place / "store")
+    assert server.says("says@prod") == "ALPHA"
+    store.alias("says", "prod", 2)
+    try:
+        assert server.says("says@prod") == "BETA"
+    finally:
+        store.rollback("says", "prod")
+    assert server.says("says@prod") == "ALPHA"
+
+
+def test_an_adapter_damaged_on_disk_fails_its_own_requests_only(tmp_path: Path) -> None:
+    place = serving.new_store(tmp_path)
+    version = Store(place).find("beta")
+    file = version.folder / "adapter_model.safetensors"
+    file.chmod(0o644)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with serving.serving(store=str(place)) as server, server.client() as client:
+        found = client.post("/v1/completions", json=serving.asked("beta"))
+        assert found.status_code == 500
+        assert "'beta@1' cannot answer" in found.json()["error"]["message"]
+        assert str(place) not in found.text, "a path of the server is nobody's business"
+        assert server.says("alpha") == "ALPHA"
+        assert client.get("/readyz").status_code == 200
+
+
+# ---- what is told ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_tell_queue_tokens_times_and_each_version(server: serving.Loopback) -> None:
+    server.says("alpha")
+    with server.client() as client:
+        text = client.get("/metrics").text
+    for name in (
+        "graft_queue_waiting", "graft_running", "graft_generated_tokens_total", "graft_prompt_tokens_total",
+        "graft_time_to_first_token_seconds_bucket", "graft_adapter_evictions_total", "graft_cache_occupied_ratio",
+    ):  # fmt: skip
+        assert name in text, name
+    digest = server.built.state.catalogue.find("alpha", server.built.state.keys.tenants[0]).digest
+    assert f'graft_adapter_resident{{digest="{digest}"}} 1.0' in text
+    assert f'graft_adapter_version_hits_total{{digest="{digest}"}}' in text
+
+
+def test_adapters_are_listed_with_their_lineage_and_no_paths(server: serving.Loopback, place: Path) -> None:
+    with server.client() as client:
+        found = client.get("/v1/adapters")
+    assert str(place) not in found.text
+    says = next(a for a in found.json()["adapters"] if a["name"] == "says")
+    assert [v["version"] for v in says["versions"]] == ["says@2", "says@1"]
+    assert says["versions"][1]["aliases"] == ["prod"]
+    assert says["versions"][0]["lineage"]["method"] == "lora"
+    assert {"running", "waiting", "cache_occupied", "generated_tokens"} <= found.json()["load"].keys()
+
+
+def test_the_own_folder_of_a_base_is_not_told(server: serving.Loopback) -> None:
+    with server.client() as client:
+        for path in ("/v1/models", "/v1/adapters", "/openapi.json", "/"):
+            assert str(tiny_run.folder()) not in client.get(path).text
+
+
+# ---- starting -------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_served_is_said_before_a_port_is_opened(tmp_path: Path) -> None:
+    def config(**given: object) -> ServeConfig:
+        return ServeConfig.build({"model": str(tiny_run.folder()), **given})
+
+    with pytest.raises(StoreError, match="no store of adapters"):
+        build(config(store=str(tmp_path)))
+    with pytest.raises(ConfigError, match="give --store"):
+        config(adapter=["formal"])
+    with pytest.raises(ConfigError, match="too few for a batch of 16"):
+        config(step_tokens=3)
+    with pytest.raises(ConfigError, match="give more with --cache-gb"):
+        build(config(cache_gb=1e-6))
+    for text, message in (
+        ("keys: [", "is not YAML or JSON"), ("keys: []", "keys: List should have at least 1 item"),
+        ("keys: [{name: a, key: short}]", r"keys.0.key"), ("keys: [{name: a}]", "give either key or sha256"),
+        ("keys: [{name: a, key: same-key-1}, {name: b, key: same-key-1}]", "'a' and 'b' have the same key"),
+        ("keys: [{name: a, key: key-number-1}, {name: a, key: key-number-2}]", "two keys named 'a'"),
+        ("keys: [{name: a, key: key-number-1, admn: true}]", "admn"),
+    ):  # fmt: skip
+        (tmp_path / "keys.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message) as caught:
+            build(config(keys=str(tmp_path / "keys.yaml")))
+        assert "same-key-1" not in str(caught.value)
+
+
+def test_the_memory_for_keys_and_values_is_planned_and_kept_to(tmp_path: Path) -> None:
+    with serving.serving(cache_gb=0.001, running=4) as server:
+        engine = server.engine
+        assert 900_000 < engine.runner.bytes <= 1_000_000
+        assert engine.runner.bytes == engine.limits.cache_tokens * engine.bytes_per_token
+        assert load_base(str(tiny_run.folder())).anatomy.max_positions == 256

@@ -1,0 +1,354 @@
+"""The benchmarks' own logic, and the GPU script run for real on a tiny shape; nothing here asserts a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+import gpu  # noqa: E402
+import peft_point  # noqa: E402
+import point  # noqa: E402
+import report  # noqa: E402
+import scaling  # noqa: E402
+import suite  # noqa: E402
+
+from graftlm.planning.instantiate import instantiate  # noqa: E402
+
+MACHINE = {"processor": "A", "threads": 2, "instructions": "AVX2"}
+
+
+def _side(speed: float, memory: float, step: float = 1.0, bare: float | None = None) -> dict[str, Any]:
+    return {"examples_per_second": speed, "trained_tokens_per_second": 30 * speed, "peak_memory": memory, "loss": 3.25,
+            "seconds_per_step": step, **({} if bare is None else {"bare_seconds_per_step": bare})}  # fmt: skip
+
+
+def _results() -> dict[str, Any]:
+    """Figures of a suite in which each verdict occurs."""
+    train = {
+        "lora": {"graft": _side(36.0, 4e8, 1.0, 0.8), "trl": _side(10.0, 1e9), "trl packed": _side(12.0, 8e8)},
+        "qlora": {"graft": _side(20.0, 7e8, 1.2, 0.5), "trl": _side(5.0, 1e9)},
+    }
+    kernels = [
+        {"operation": "NF4 quantize", "beside": "bitsandbytes", "graft_ms": 1.0, "beside_ms": 9.0, "ratio": 9.0},
+        {"operation": "unknown", "beside": "bitsandbytes", "graft_ms": 1.0, "beside_ms": 9.0, "ratio": 9.0},
+    ]
+    about = {"machine": MACHINE, "date": "2026-01-02T03:04:05", "seconds": 10.0, "command": "python bench/x.py"}
+    return {
+        "parts": {
+            "kernels": {**about, "figures": {"results": kernels}},
+            "train-30m": {**about, "figures": {"shape": "30m", "results": train}},
+            "ladder": {**about, "error": "ended with status 3: no memory"},
+        }
+    }
+
+
+# ---- bars and pages --------------------------------------------------------------------------------------------------
+
+
+def test_each_figure_gets_the_verdict_that_its_bounds_give() -> None:
+    parts = _results()["parts"]
+    bars = {b.what: b.verdict for n in ("kernels", "train-30m") for b in report.bars_of(n, parts[n]["figures"])}
+    assert bars == {
+        "NF4 quantize, speed beside bitsandbytes": "met",
+        "30M LoRA, examples/s beside TRL": "goal reached",
+        "30M LoRA, examples/s beside TRL with its packing": "",
+        "30M LoRA, peak memory beside TRL": "goal reached",
+        "30M LoRA, bare matrix products' share of a step": "met",
+        "30M QLoRA, examples/s beside TRL": "missed",
+        "30M QLoRA, peak memory beside TRL": "missed",
+        "30M QLoRA, bare matrix products' share of a step": "missed",
+        "30M QLoRA, time of a step over our LoRA's": "missed",
+    }
+
+
+def test_a_bound_that_is_just_reached_is_reached() -> None:
+    assert report.Bar(what="", measured=2.0, must=2.0).verdict == "met"
+    assert report.Bar(what="", measured=0.6, must=0.6, goal=0.4, more=False).verdict == "met"
+    assert report.Bar(what="", measured=0.7, goal=0.8).verdict == "short of the goal"
+
+
+def test_the_page_names_what_failed_and_shows_both_sides() -> None:
+    page = report.page(_results())
+    assert "**Failed:** ended with status 3: no memory" in page
+    assert "| LoRA | trl packed | 12.00 | 360 | 800 | 3.2500 |" in page
+
+
+def test_the_readmes_performance_section_is_what_the_figures_give() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.with_section(readme, suite.read(suite.RESULTS / "cpu.json")) == readme
+
+
+def test_other_figures_give_another_section_and_leave_the_rest_of_the_readme() -> None:
+    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter"
+    written = report.with_section(readme, _results())
+    assert written.startswith("before\n")
+    assert written.endswith("\nafter")
+    assert "old" not in written
+    assert "| 30M LoRA | 3.6x | 0.40x |" in written
+    assert report.with_section(written, _results()) == written
+    with pytest.raises(ValueError, match="lacks the marks"):
+        report.with_section("no marks", _results())
+
+
+# ---- the suite -------------------------------------------------------------------------------------------------------
+
+
+def _script(folder: Path, name: str, body: str) -> suite.Part:
+    (folder / f"{name}.py").write_text(f"import sys, json, time\nplace = sys.argv[-1]\n{body}\n", encoding="utf-8")
+    return suite.Part(name=name, script=str(folder / f"{name}.py"), seconds=30)
+
+
+def test_one_benchmark_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite.Part, "command", property(lambda part: [part.script]))
+    good = "open(place, 'w').write(json.dumps({'found': 7}))"
+    parts = [_script(tmp_path, "bad", "sys.exit('broken here')"), _script(tmp_path, "good", good)]
+    parts.append(_script(tmp_path, "silent", "pass"))
+    place = tmp_path / "cpu.json"
+    assert suite.measure(parts, place, 60) is False
+    found = json.loads(place.read_text())["parts"]
+    assert found["good"]["figures"] == {"found": 7}
+    assert "ended with status 1: broken here" in found["bad"]["error"]
+    assert "wrote no figures" in found["silent"]["error"]
+
+    # Run again, what has failed now leaves the figures that were there.
+    _script(tmp_path, "good", "sys.exit(2)")
+    assert suite.measure(parts[1:2], place, 60) is False
+    assert json.loads(place.read_text())["parts"]["good"]["figures"] == {"found": 7}
+
+
+def test_a_benchmark_that_takes_too_long_is_ended_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite.Part, "command", property(lambda part: [part.script]))
+    child = "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    body = f"import subprocess; print('begun', flush=True); {child}"
+    part = _script(tmp_path, "slow", body)
+    found = suite.run(part, 2)
+    assert found["error"] == "not done after 2 s; last: begun"
+    assert found["seconds"] < 30
+
+
+def test_every_part_of_the_suite_is_a_script_that_is_there() -> None:
+    parts = suite.parts_of(suite.BENCH)
+    assert {"kernels", "train-30m", "train-135m", "scaling"} <= {part.name for part in parts}
+    assert all((suite.BENCH / part.script).is_file() for part in parts)
+    assert suite.TOTAL_SECONDS < 1200
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_per_token_is_the_slope_of_the_line_through_the_points() -> None:
+    points = [{"tokens_per_step": t, "peak_memory": 5e8 + 700 * t, "vocabulary": 8} for t in (100, 400, 1600)]
+    assert scaling.bytes_per_token(points) == pytest.approx(700)
+    assert scaling.growth({"vocabulary": points})[0]["bytes_of_a_tokens_logits"] == 32
+
+
+def test_the_series_hold_fixed_what_they_say() -> None:
+    found = scaling.series("30m")
+    assert {line["point"].tokens for line in found["sequence"]} == {4096}
+    assert [line["point"].sequence for line in found["sequence"]][:6] == [128, 256, 512, 1024, 2048, 4096]
+    assert {line["point"].tokens for line in found["rank"]} == {2048}
+    assert [line["point"].rank for line in found["rank"]] == [4, 8, 16, 32, 64, 128, 256]
+    assert {line["point"].sequence for line in found["batch"]} == {128}
+    assert {line["vocabulary"] for line in found["vocabulary"]} == {None, scaling.LARGE}
+
+
+def test_a_point_is_trained_in_a_process_of_its_own_and_drawn(tmp_path: Path) -> None:
+    line = scaling.series("tiny")["rank"][0]
+    (found,) = list(point.in_process(scaling.measured, [line], 120, "forkserver"))
+    assert found["rank"] == 4
+    assert found["tokens_per_step"] == 2048
+    assert found["tokens_per_second"] > 0
+    assert found["peak_memory"] > 0
+    series = {name: [{**found, "x": x} for x in (1, 2)] for name in ("sequence", "rank", "batch", "vocabulary")}
+    scaling.plot(series, tmp_path / "growth.png", "a title")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert "| 4 |" not in scaling.table({"rank": series["rank"]})
+    assert "| 2 | " in scaling.table({"rank": series["rank"]})
+
+
+def _sleeps() -> Iterator[int]:
+    import time
+
+    yield 1
+    time.sleep(60)
+
+
+def _dies() -> Iterator[int]:
+    import os
+
+    yield 1
+    os._exit(7)
+
+
+def test_a_process_that_dies_or_takes_too_long_is_said() -> None:
+    heard: list[int] = []
+    with pytest.raises(TimeoutError, match="not done after"):
+        heard.extend(point.in_process(_sleeps, [], 4, "forkserver"))
+    with pytest.raises(RuntimeError, match="status 7"):
+        heard.extend(point.in_process(_dies, [], 60, "forkserver"))
+
+
+# ---- the GPU script --------------------------------------------------------------------------------------------------
+
+
+def _gpu(place: Path, *more: str) -> None:
+    gpu.main(["--device", "cpu", "--shape", "tiny", "--steps", "1", "--json", str(place), *more])
+
+
+def test_the_gpu_script_runs_on_a_tiny_shape_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "gpu.json"
+    _gpu(place, "--only", "tiny/qlora/32x1/checkpointed")
+    first = json.loads(place.read_text())
+    assert set(first["points"]) == {"graft/tiny/qlora/32x1/checkpointed", "peft/tiny/qlora/32x1/checkpointed"}
+    assert first["machine"]["matrix_rate"] > 0
+    for found in first["points"].values():
+        assert found["tokens_per_second"] > 0
+        assert found["share"] > 0
+        assert found["peak_memory"] > 0
+        assert found["tokens_per_step"] == 32
+    capsys.readouterr()
+    _gpu(place, "--only", "graft/tiny/qlora/32x1/checkpointed", "graft/tiny/full/32x1/checkpointed")
+    said = capsys.readouterr().out
+    assert "2 points, 1 measured before" in said
+    second = json.loads(place.read_text())
+    assert len(second["points"]) == 3
+    for name, found in first["points"].items():
+        assert second["points"][name] == found, f"{name} was measured again"
+    full = second["points"]["graft/tiny/full/32x1/checkpointed"]
+    assert full["options"]["optimizer"] == "adamw-8bit"
+    assert "| tiny full | 32 | 1 | checkpointed |" in said
+
+
+def test_points_that_run_out_of_memory_or_fail_do_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {
+        f"graft/tiny/lora/{n}x1/kept": point.Point(model="tiny", method="lora", sequence=n, batch=1) for n in (8, 9, 10)
+    }
+
+    def train(base: Any, one: point.Point, steps: int) -> dict[str, Any]:
+        if one.sequence == 8:
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB\nand more")
+        if one.sequence == 10:
+            raise RuntimeError("an illegal access")
+        return {"tokens_per_second": 5.0, "seconds_per_step": 1.0, "timed_steps": 1, "losses": []}
+
+    monkeypatch.setattr(gpu, "train_steps", train)
+    found = dict(gpu.measure_group(points, "cpu", 1))
+    first, second, third = (found[name] for name in points)
+    assert first["out_of_memory"]
+    assert first["error"] == "tried to allocate 3 GiB"
+    assert second["tokens_per_second"] == 5.0
+    assert third == {"error": "RuntimeError: an illegal access"}
+    assert [gpu.done(f) for f in (first, second, third, None)] == [True, True, False, False]
+
+
+def test_a_process_that_is_lost_costs_the_point_it_was_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {
+        f"graft/tiny/lora/{n}x1/kept": point.Point(model="tiny", method="lora", sequence=n, batch=1) for n in (8, 9, 10)
+    }
+    asked: list[list[str]] = []
+
+    def lost(work: Any, arguments: Any, seconds: float, start: str) -> Iterator[Any]:
+        names = list(arguments[0])
+        asked.append(names)
+        yield names[0], {"tokens_per_second": 5.0, "peak_memory": 1, "seconds": 1}
+        if len(names) > 1:
+            raise RuntimeError("its process ended with status -9")
+
+    monkeypatch.setattr(gpu, "in_process", lost)
+    result: dict[str, Any] = {"machine": {"matrix_rate": 1e12, "device_memory": None}, "points": {}, "bars": []}
+    place = tmp_path / "gpu.json"
+    gpu.measure(result, points, "cpu", 1, place, gpu.time.monotonic() + 60)
+    assert [len(names) for names in asked] == [3, 1]
+    assert [("error" in found) for found in json.loads(place.read_text())["points"].values()] == [False, True, False]
+
+
+def test_when_the_time_is_up_nothing_more_is_begun(tmp_path: Path) -> None:
+    result: dict[str, Any] = {"machine": {"matrix_rate": 1e12, "device_memory": None}, "points": {}, "bars": []}
+    one = {"graft/tiny/lora/8x1/kept": point.Point(model="tiny", method="lora", sequence=8, batch=1)}
+    gpu.measure(result, one, "cpu", 1, tmp_path / "gpu.json", gpu.time.monotonic())
+    assert result["points"] == {}
+
+
+def test_a_base_larger_than_the_device_is_not_tried(tmp_path: Path) -> None:
+    result: dict[str, Any] = {"machine": {"matrix_rate": 1e12, "device_memory": 80 * 2**30}, "points": {}, "bars": []}
+    points = {n: p for n, p in gpu.points_of("70b", True, "cuda").items() if n.startswith("graft/70b/lora/")}
+    gpu.measure(result, points, "cuda", 1, tmp_path / "gpu.json", gpu.time.monotonic() + 60)
+    (found,) = result["points"].values()
+    assert found["out_of_memory"]
+    assert "128 GiB" in found["error"]
+
+
+def test_the_points_are_those_that_were_asked_for_and_every_bar_has_its_own() -> None:
+    for model in ("7b", "13b", "70b"):
+        points = gpu.points_of(model, False, "cuda")
+        ours = [p for p in points.values() if p.side == "graft" and p.sequence == 2048]
+        assert {(p.batch, p.checkpointing) for p in ours} == {(1, True), (1, False), (4, True), (4, False)}
+        quick = gpu.points_of(model, True, "cuda")
+        wanted = {f"graft/{m}/{v}/512x1/checkpointed" for m, v, _, _ in gpu.BARS if m == model}
+        assert wanted <= set(quick) <= set(points)
+        for group in gpu.groups_of(points):
+            (kind,) = {(p.side, p.method, p.stored) for p in group.values()}
+            assert len(group) == 1 or kind[:2] != ("graft", "full")
+
+
+def test_a_memory_bar_is_met_missed_or_not_measured() -> None:
+    names = {v: f"graft/7b/{v}/512x1/checkpointed" for v in ("qlora", "lora", "full")}
+    found = {names["qlora"]: {"peak_memory": 6 * 2**30}, names["lora"]: {"peak_memory": 16 * 2**30 + 1},
+             names["full"]: {"out_of_memory": True}}  # fmt: skip
+    assert [bar["met"] for bar in gpu.judged(found, ["7b"])] == [True, False, False, None]
+
+
+def test_operations_per_token_are_six_for_each_trained_value_and_four_for_each_frozen_one() -> None:
+    shape = instantiate(point.llama("7b"))
+    embedding = 32000 * 4096
+    attention = 6 * 512 * 4096 * 32
+    assert gpu.flops_per_token(shape, "full", 512, 0) == 6 * (shape.parameters - embedding - shape.small) + attention
+    adapters = 16 * 32 * (4 * 8192 + 3 * (4096 + 11008))
+    frozen = 4 * (shape.parameters - embedding - shape.small)
+    assert gpu.flops_per_token(shape, "lora", 512, 16) == frozen + 6 * adapters + attention
+    assert gpu.weight_bytes(shape, "nf4") / 2**30 == pytest.approx(3.6, abs=0.1)
+
+
+def test_the_peer_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = point.Point(model="tiny", method="qlora", sequence=8, batch=1)
+    assert peft_point.missing(one) == ""
+    find = peft_point.importlib.util.find_spec
+    monkeypatch.setattr(
+        peft_point.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
+    assert peft_point.missing(one) == "bitsandbytes is not installed"
+
+
+def test_both_sides_store_and_train_as_many_values() -> None:
+    one = point.Point(model="tiny", method="qlora", sequence=8, batch=1, rank=3)
+    base = point.base_of(point.llama("tiny"), "nf4", "cpu")
+    found = point.train_steps(base, one, steps=1, warm_up=1)
+    assert len(found["losses"]) == 2
+    bank = next(m.bank for m in base.stored().values() if m.bank is not None)
+    assert {slot.rank for slot in bank.slots.values()} == {3}  # type: ignore[attr-defined]
+    model, _, _ = peft_point.prepare(peft_point.build(one, torch.device("cpu")), one)
+    ours = sum(p.numel() for m in base.stored().values() if m.bank is not None
+               for slot in m.bank.slots.values() for p in slot.named().values())  # type: ignore[attr-defined] # fmt: skip
+    assert ours == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_measuring_changes_nothing_that_was_given() -> None:
+    before = _results()
+    after = copy.deepcopy(before)
+    report.page(after)
+    report.section(after)
+    assert before == after

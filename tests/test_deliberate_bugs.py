@@ -1,0 +1,225 @@
+"""Bugs put in on purpose, and the test that catches each.
+
+Every entry names a mistake that could be made in a line of code, makes it, and runs a test of the suite: the test must pass on
+the code as it is and fail on the code with the bug. A list that grows where a test would not have noticed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+
+from graftlm import files
+from graftlm.adapters import canary, fit, manifest
+from graftlm.adapters import format as adapter_format
+from graftlm.base.load import Base
+from graftlm.training import checkpoint, resume
+from graftlm.training import optimizer as optimizers
+from graftlm.training import run as runs
+from graftlm.training.recorder import Recorder
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / room) for room in ("adapters", "training")]
+
+import test_files  # noqa: E402
+import test_loader  # noqa: E402
+import test_resume  # noqa: E402
+
+
+class Bench:
+    """What the tests that are run here want as fixtures."""
+
+    def __init__(self, place: Path, patch: pytest.MonkeyPatch) -> None:
+        place.mkdir()
+        self.place, self.patch = place, patch
+
+    @property
+    def base(self) -> Base:
+        return test_loader.loaded(tiny_run.folder())
+
+    @property
+    def saved(self) -> Path:
+        return test_loader.write(self.base, self.place / "adapter")
+
+    def stop_after(self, step: int) -> None:
+        settled = getattr(Recorder.settled, "plain", Recorder.settled)
+
+        def stopping(recorder: Recorder, trials: Any) -> bool:
+            if recorder.trial.step == step:
+                recorder.stopped = 15
+            return settled(recorder, trials)
+
+        stopping.plain = settled  # type: ignore[attr-defined]
+        self.patch.setattr(Recorder, "settled", stopping)
+
+
+@dataclass(frozen=True)
+class Bug:
+    room: str
+    what: str
+    make: Callable[[pytest.MonkeyPatch], Any]
+    caught_by: Callable[[Bench], Any]
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def set_to(owner: Any, name: str, value: Any) -> Callable[[pytest.MonkeyPatch], Any]:
+    return lambda patch: patch.setattr(owner, name, value)
+
+
+def around(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], Any]:
+    return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+# ---- bugs of the loader ---------------------------------------------------------------------------------------------
+
+
+def loads_what_is_missing(patch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((adapter_format, "_same_plan"), (adapter_format, "check_files"), (fit, "_complete")):
+        patch.setattr(owner, name, nothing)
+    patch.setattr(adapter_format, "digest_of", lambda content: content["digest"])
+    patch.setattr(canary, "check", lambda *given: 0.0)
+
+
+LOADER = (
+    Bug(
+        "loader", "the base's fingerprint is not compared", set_to(adapter_format, "_same_base", nothing),
+        lambda b: test_loader.test_another_base_of_the_same_shape_is_refused_with_both_fingerprints(b.base, b.saved, b.place),
+    ),
+    Bug(
+        "loader", "missing tensors are passed over", loads_what_is_missing,
+        lambda b: test_loader.test_tensors_that_are_not_those_of_the_plan_are_refused_by_name(b.base, b.saved, "missing"),
+    ),
+    Bug(
+        "loader", "checksums are not compared", set_to(adapter_format, "check_files", nothing),
+        lambda b: test_loader.test_one_flipped_byte_anywhere_is_found_and_the_file_is_named(
+            b.base, b.saved, "adapter_model.safetensors"
+        ),
+    ),
+    Bug(
+        "loader", "the digest leaves the manifest out",
+        set_to(adapter_format, "digest_of", lambda content: manifest.digest_of({"files": content["files"]})),
+        lambda b: test_loader.test_a_manifest_that_is_damaged_is_refused_by_the_entry(b.base, b.saved, "changed by hand"),
+    ),
+    Bug(
+        "loader", "the digest depends on the folder's name",
+        around(adapter_format, "inspect_folder", lambda real: lambda path: _renamed(real(path))),
+        lambda b: test_loader.test_a_folder_is_named_by_its_content_alone(b.base, b.saved, b.place),
+    ),
+    Bug(
+        "loader", "the scale is r / alpha", set_to(fit, "scale_of", lambda alpha, rank, stabilized: rank / alpha),
+        lambda b: test_loader.test_loading_says_where_an_adapter_came_from_and_leaves_the_base_as_it_was(b.base, b.saved),
+    ),
+    Bug(
+        "loader", "alpha of PEFT's config is believed whatever was trained", set_to(adapter_format, "_FORMULA", ()),
+        lambda b: test_loader.test_a_config_that_means_another_mathematics_than_was_trained_is_refused_with_both_values(
+            b.base, b.saved, "alpha"
+        ),
+    ),
+    Bug(
+        "loader", "the template's rendering is not compared", set_to(canary, "check_golden", nothing),
+        lambda b: test_loader.test_another_template_is_refused_for_an_adapter_of_chats_and_not_for_one_of_texts(b.place),
+    ),
+    Bug(
+        "loader", "the canary always sings", set_to(canary, "distance", lambda found, expected: 0.0),
+        lambda b: test_loader.test_a_base_with_the_same_weights_and_another_config_is_found_by_the_canary(b.saved, b.place),
+    ),
+    Bug(
+        "loader", "the canary stays in its slot", set_to(canary, "detach", nothing),
+        lambda b: test_loader.test_loading_says_where_an_adapter_came_from_and_leaves_the_base_as_it_was(b.base, b.saved),
+    ),
+)  # fmt: skip
+
+
+def _renamed(found: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(found, digest=manifest.digest_of({"name": found.path.name, "digest": found.digest}))
+
+
+# ---- bugs of checkpoints --------------------------------------------------------------------------------------------
+
+
+def goes_on_the_same(b: Bench) -> None:
+    test_resume.test_a_run_that_was_stopped_and_goes_on_ends_like_one_that_was_not(b.place, b.stop_after, 2, "lora")
+
+
+def one_step_late(real: Callable[..., None]) -> Callable[..., None]:
+    def load(folder: Path, trial: Any) -> None:
+        real(folder, trial)
+        trial.step += 1
+
+    return load
+
+
+def forgets_its_steps(real: Callable[..., None]) -> Callable[..., None]:
+    def load(self: Any, state: Any, steps: int) -> None:
+        real(self, state, 0)
+
+    return load
+
+
+def keeps_what_is_newest_by_name(run: Path, step: int, keep: int) -> None:
+    for folder in checkpoint._folders(run)[:-keep]:  # pyright: ignore[reportPrivateUsage]
+        checkpoint.shutil.rmtree(folder)
+
+
+CHECKPOINT = (
+    Bug("checkpoint", "the optimizer's state is not put back", set_to(optimizers.AdamW, "load", nothing), goes_on_the_same),
+    Bug(
+        "checkpoint", "AdamW's bias correction begins anew", around(optimizers.AdamW, "load", forgets_its_steps),
+        goes_on_the_same,
+    ),
+    Bug("checkpoint", "the position in the data is one step off", around(checkpoint, "load", one_step_late), goes_on_the_same),
+    Bug("checkpoint", "the trained tensors are not put back", set_to(checkpoint, "load_parameters", nothing), goes_on_the_same),
+    Bug(
+        "checkpoint", "a damaged checkpoint is taken", set_to(checkpoint, "damage", nothing),
+        lambda b: test_resume.test_whatever_happened_to_whichever_file_the_checkpoint_before_is_used(b.place, b.stop_after),
+    ),
+    Bug(
+        "checkpoint", "damaged later ones count among those that are kept",
+        set_to(checkpoint, "_remove_old", keeps_what_is_newest_by_name),
+        lambda b: test_resume.test_a_damaged_future_does_not_push_out_what_is_written_after_it(b.place, b.stop_after),
+    ),
+    Bug(
+        "checkpoint", "--resume takes whatever options it gets",
+        around(runs, "identify", lambda real: lambda *given: resume.Identity({})),
+        lambda b: test_resume.test_going_on_with_another_option_is_refused_with_both_values(
+            b.place, b.stop_after, {"batch_size": 4}, "batch-size was 5, now 4"
+        ),
+    ),
+    Bug(
+        "checkpoint", "nothing is flushed before the rename", set_to(files, "_flush", nothing),
+        lambda b: test_files.test_files_and_folders_are_flushed_before_the_folder_is_named(b.place, b.patch),
+    ),
+    Bug(
+        "checkpoint", "what is not finite is saved",
+        set_to(torch.Tensor, "isfinite", lambda tensor: torch.ones_like(tensor, dtype=torch.bool)),
+        lambda b: test_resume.test_a_checkpoint_that_is_not_finite_is_not_written(b.place, b.patch),
+    ),
+)  # fmt: skip
+
+MERGE: tuple[Bug, ...] = ()
+"""Bugs of merging stand here."""
+
+BUGS = (*LOADER, *CHECKPOINT, *MERGE)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.room}: {bug.what}")
+def test_the_bug_is_caught(tmp_path: Path, bug: Bug) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        bug.caught_by(Bench(tmp_path / "sound", patch))
+    with pytest.MonkeyPatch.context() as patch:
+        bench = Bench(tmp_path / "broken", patch)
+        bug.make(patch)
+        with pytest.raises((Exception, pytest.fail.Exception)):
+            bug.caught_by(bench)
