@@ -17,11 +17,18 @@ setup(
         Extension(
             "graftlm.kernels.native._kernels",
             SOURCES,
-            depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("graftlm/kernels/native").glob(pattern)),
+            depends=sorted(
+                str(path) for pattern in ("*.h", "*.inc") for path in Path("graftlm/kernels/native").glob(pattern)
+            ),
             # Results are compared bit for bit: no compiler may fuse a product with the sum behind it.
             # Nobody reads errno or floating-point exceptions: without them square roots and comparisons become vector code.
             extra_compile_args=[
-                "-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+                "-std=c11",
+                "-O3",
+                "-g0",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
                 "-fvisibility=hidden",
             ],
             extra_link_args=["-pthread"] if sys.platform.startswith("linux") else [],

@@ -97,7 +97,9 @@ def fused_section(options: Any, clock: Callable[[], float]) -> list[dict[str, An
     import fused
 
     found: list[dict[str, Any]] = []
-    print("| operation, forward and backward | threads | graft, ms | PyTorch, ms | faster by |\n|---|---:|---:|---:|---:|")
+    print(
+        "| operation, forward and backward | threads | graft, ms | PyTorch, ms | faster by |\n|---|---:|---:|---:|---:|"
+    )
     most = torch.get_num_threads()
     # glibc gives freed memory back to the system until it has seen a block of some size: as in training, it has seen one.
     torch.empty(31 << 20, dtype=torch.uint8)
@@ -107,7 +109,9 @@ def fused_section(options: Any, clock: Callable[[], float]) -> list[dict[str, An
             times = milliseconds({OURS: ours, "PyTorch": theirs}, options.rounds, clock)
             mine, its = times[OURS], times["PyTorch"]
             print(f"| {name} | {threads} | {mine:.2f} | {its:.2f} | {its / mine:.2f}x |", flush=True)
-            found.append({"operation": name, "threads": threads, "graft_ms": mine, "pytorch_ms": its, "ratio": its / mine})
+            found.append(
+                {"operation": name, "threads": threads, "graft_ms": mine, "pytorch_ms": its, "ratio": its / mine}
+            )
     torch.set_num_threads(most)
     return found
 

@@ -82,7 +82,8 @@ def llama(model: str, **changes: Any) -> LlamaConfig:
         {**small[model], "tie_word_embeddings": True} if model in small else built_in()[f"llama-2-{model}"]
     )
     known = {name: value for name, value in values.items() if name not in ("hub", "model_type")}
-    return LlamaConfig(**{**known, "max_position_embeddings": 4096, **changes})
+    made: dict[str, Any] = {**known, "max_position_embeddings": 4096, **changes}
+    return LlamaConfig(**made)
 
 
 def base_of(config: LlamaConfig, precision: Precision, device: str) -> Base:

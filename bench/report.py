@@ -158,7 +158,11 @@ def train_table(figures: Mapping[str, Any]) -> str:
 
 def page(results: Results) -> str:
     """`cpu.md`: the machine, the bars, both sides' figures, the growth; what failed is named."""
-    lines = ["# CPU benchmarks", "", "Written by `make bench` from `cpu.json`. Nothing else ran on the machine.", ""]
+    about = (
+        "Written by `make bench` from `cpu.json`. Parts ran one after another; nothing else should run meanwhile, which is not "
+        "checked."
+    )
+    lines = ["# CPU benchmarks", "", about, ""]
     parts = results["parts"]
     bars = [bar for name, part in parts.items() for bar in bars_of(name, part.get("figures") or {})]
     if bars:

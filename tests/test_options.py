@@ -17,5 +17,7 @@ def test_the_page_names_every_option_of_every_command() -> None:
     sections = options_markdown().split("\n## ")[1:]
     for section, (_, config) in zip(sections, COMMANDS, strict=True):
         rows = [line for line in section.splitlines() if line.startswith("| `--")]
-        assert [row.split("`")[1] for row in rows] == [f"--{name.rstrip('_').replace('_', '-')}" for name in config.model_fields]
+        assert [row.split("`")[1] for row in rows] == [
+            f"--{name.rstrip('_').replace('_', '-')}" for name in config.model_fields
+        ]
         assert all(row.count(" | ") == 3 for row in rows)

@@ -1,4 +1,4 @@
-"""A merged model as a folder that plain transformers loads: the base's own files, its weights shard by shard with adapters added.
+"""A merged model as a folder that plain transformers loads: the base's own files, adapters added shard by shard.
 
 The shards keep the names and the order that they have in the base. The folder appears whole or not at all.
 """

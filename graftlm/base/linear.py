@@ -166,10 +166,8 @@ class StoredLinear(Stored):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (T, in)
         bank = self.bank  # another thread may take it off meanwhile
-        if bank is None:
-            y = product(rows, self.value, self.bias, self.narrow)
-        else:
-            y = bank(rows, self, self.value, self.bias)
+        value, bias = self.value, self.bias
+        y = product(rows, value, bias, self.narrow) if bank is None else bank(rows, self, value, bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -144,7 +144,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's config; ModelError for one that transformers cannot read, or that is no causal language model's."""
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ArithmeticError) as error:
         hint = "" if trust_remote_code else "; if you trust this model's own code, add --trust-remote-code"
         raise ModelError(f"{folder}/config.json is not understood: {str(error).splitlines()[0]}{hint}") from None
     if not hf.has_causal_model(config, trust_remote_code):

@@ -33,8 +33,10 @@ class TrainConfig(Config):
         None, "how the base is stored; default float32 for full, bfloat16 for lora, nf4 for qlora", group="base"
     )
     compute: Compute | None = option(
-        None, "type in which products run; mixed: in bfloat16 between float32 states, on CPUs with AVX-512 BF16; "
-        "default bfloat16 where it is fastest, else float32", group="base"
+        None,
+        "type in which products run; mixed: in bfloat16 between float32 states, on CPUs with AVX-512 BF16; "
+        "default bfloat16 where it is fastest, else float32",
+        group="base",
     )
     init: Literal["pretrained", "random"] = option(
         "pretrained", "random starts full training from fresh weights of the model's config", group="base"
@@ -111,7 +113,9 @@ class TrainConfig(Config):
     beta2: float = option(0.999, "AdamW's decay of the mean square", group="optimization", ge=0, lt=1)
     epsilon: float = option(1e-8, "AdamW's epsilon", group="optimization", gt=0)
     optimizer: Literal["adamw", "adamw-8bit"] = option(
-        "adamw", "adamw-8bit holds AdamW's two states in 8 bits: 2 bytes a trained parameter instead of 8", group="optimization"
+        "adamw",
+        "adamw-8bit holds AdamW's two states in 8 bits: 2 bytes a trained parameter instead of 8",
+        group="optimization",
     )
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0 turns it off", group="optimization", ge=0)
     seed: int = option(0, "the one seed of order, initial A and dropout", group="optimization", ge=0, lt=1 << 31)

@@ -142,7 +142,7 @@ def plan_lines(report: Report) -> list[str]:
     needs = {row.need.setting.key: row.need for row in plan.rows}
     lines = [
         f"planned for {report.card.name}, on top of the idle process: "
-        + ", ".join(f"{label} {size(needs[key].peak)}" for key, label in (("full", "full"), ("lora", "LoRA"), ("qlora", "QLoRA")))
+        + ", ".join(f"{label} {size(needs[label.lower()].peak)}" for label in ("full", "LoRA", "QLoRA"))
     ]  # fmt: skip
     return [*lines, *plan.advice.reasons]
 

@@ -83,9 +83,9 @@ def measure(request: Request, told: Callable[[str], None]) -> None:
     from graftlm.base.load import load_base
     from graftlm.data.documents import load
     from graftlm.data.sources import Source
+    from graftlm.planning.plan import DEFAULT_TOKENS_PER_PASS
     from graftlm.serving.generate import complete_all
     from graftlm.training.loop import row_losses
-    from graftlm.training.run import DEFAULT_TOKENS_PER_PASS
 
     left = request.left()
     if not left:
@@ -116,7 +116,8 @@ def measure(request: Request, told: Callable[[str], None]) -> None:
             prompts = [question.prompt for question in request.questions]
             done = complete_all(base, encoder, prompts, slot=slot, max_tokens=request.max_tokens)
             answers: list[dict[str, Any]] = [
-                {"row": question.row, "answer": answer.text.strip()} for question, answer in zip(request.questions, done)
+                {"row": question.row, "answer": answer.text.strip()}
+                for question, answer in zip(request.questions, done)
             ]
             references: Sequence[Sequence[str]] = [q.references for q in request.questions]
             given = [a["answer"] for a in answers]

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 MIN_GROUPS = 30
-"""Fewest independent rows; below, a percentile interval is too short (coverage falls under 93 % at 20)."""
+"""Fewest independent rows: with fewer, one odd row decides, and resampling cannot show rows that were never seen."""
 CONFIDENCE = 0.95
 POWER = 0.8
 """Chance to find a difference, for which a needed number is given."""

@@ -41,9 +41,7 @@ def keep_mask(token_keys: torch.Tensor, module_key: int, features: int, dropout:
     return words >= threshold
 
 
-def uniform_words(
-    count: int, *key: int | str, first: int = 0, device: torch.device | None = None
-) -> torch.Tensor:
+def uniform_words(count: int, *key: int | str, first: int = 0, device: torch.device | None = None) -> torch.Tensor:
     """`count` 32-bit words for a named purpose, those from number `first` on, (count,) int32."""
     start, turn = word_keys(*key)
     index = torch.arange(first, first + count, dtype=torch.int64, device=device)

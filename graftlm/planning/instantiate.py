@@ -79,7 +79,7 @@ def shape_of(model: Any) -> Shape:
         rotary=_angles(model, config, heads),
         softcapped=getattr(config, "attn_logit_softcapping", None) is not None,
         plain_head=type(head) is nn.Linear
-        and head.bias is None
+        and head.bias is None  # pyright: ignore[reportUnnecessaryComparison]
         and not any(getattr(config, n, None) for n in _AFTER_HEAD),
         experts_per_token=int(getattr(config, "num_experts_per_tok", None) or (1 if stacks else 0)),
         packs=_packs(model),

@@ -70,7 +70,9 @@ class _HeadLoss(torch.autograd.Function):
                 if own is not None:
                     total = totals[i]
                     totals[i] = own.float() if total is None else total + own
-        own_types = (None if t is None else t.to(p.dtype) for t, p in zip(totals, trained))  # held until the pass is over
+        own_types = (
+            None if t is None else t.to(p.dtype) for t, p in zip(totals, trained)
+        )  # held until the pass is over
         ctx.save_for_backward(*([gradient] if gradient is not None else []), *own_types)
         ctx.with_hidden = gradient is not None
         ctx.mark_non_differentiable(losses)
@@ -138,7 +140,12 @@ def _rows(count: int, vocabulary: int) -> list[tuple[int, int]]:
 def _plain_head(base: Base, trained: Sequence[nn.Parameter]) -> StoredLinear | None:
     """The head, where it alone stands between hidden states and logits, without an adapter and with nothing else trained."""
     head = base.anatomy.head
-    if not base.anatomy.plain_head or not isinstance(head, StoredLinear) or head.weight is None or head.bank is not None:
+    if (
+        not base.anatomy.plain_head
+        or not isinstance(head, StoredLinear)
+        or head.weight is None
+        or head.bank is not None
+    ):
         return None
     return head if all(p is head.weight for p in trained) else None
 

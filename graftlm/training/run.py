@@ -128,7 +128,9 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
         "seconds_loading": loaded - started,
         "seconds_training": trained - loaded,
     }
-    measured = {key: summary[key] for key in ("base_bytes", "peak_memory_bytes", "idle_memory_bytes", "tokens_per_second")}
+    measured = {
+        key: summary[key] for key in ("base_bytes", "peak_memory_bytes", "idle_memory_bytes", "tokens_per_second")
+    }
     with writing(config.out):
         write_json(config.out / "plan.json", {**plan, "measured": measured})
     view.done(summary)

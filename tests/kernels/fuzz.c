@@ -305,6 +305,7 @@ static void round_of_attention(int sets) {
 }
 
 #include "fuzz_fused.h"
+#include "fuzz_adamw.h"
 
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 100, sets = 0;
@@ -314,6 +315,7 @@ int main(int count, char **arguments) {
     for (int i = 0; i < rounds; i++) round_of(sets);
     for (int i = 0; i < rounds; i++) round_of_fused(sets);
     for (int i = 0; i < rounds; i++) round_of_attention(sets);
+    for (int i = 0; i < rounds; i++) round_of_adamw(sets);
     if (graft_gemm_level()) {
         use_set(sets - 1);
         for (int i = 0; i < rounds; i++) round_of_products();

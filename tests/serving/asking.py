@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def drain(engine: Engine, steps: int = 5000) -> list[Piece]:
     for _ in range(steps):
         if not engine.busy:
             return pieces
-        pieces += engine.step()
+        found = engine.step()
+        if not found:
+            time.sleep(0.001)
+        pieces += found
     raise AssertionError("the engine does not come to an end")
 
 
@@ -63,7 +67,10 @@ def ask(
             engine.submit(one, Path(one.adapter) if one.adapter else None)
         if not waiting and not engine.busy:
             return found
-        for piece in engine.step():
+        pieces = engine.step()
+        if not pieces:
+            time.sleep(0.001)  # an adapter is being read by another thread
+        for piece in pieces:
             assert piece.finish in (None, "stop", "length"), piece
             found[piece.id] += piece.tokens
         assert i < 5000

@@ -1,4 +1,4 @@
-"""The rungs of full training's memory ladder: each alone and together the same training, and what does not go together refused."""
+"""The rungs of full training's memory ladder: each alone and together the same training, and contradictions refused."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_tensor_is_touche
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     base, trial = started("llama")
     with torch.no_grad():
-        next(p for n, p in trial.parameters.items() if n.endswith("norm.weight") and "layers" not in n).fill_(float("nan"))
+        next(p for n, p in trial.parameters.items() if n.endswith("norm.weight") and "layers" not in n).fill_(
+            float("nan")
+        )
     before = weights(trial)
     with pytest.raises(Diverged, match="loss nan at step 1"):
         optimizer_step(base, [trial], 1000)
@@ -179,9 +181,9 @@ def test_a_step_of_several_passes_is_refused_before_anything_is_trained(tmp_path
     place = tmp_path / "enough"
     place.mkdir()
     tiny_run.train(place, method="full", optimizer_in_backward=True, max_grad_norm=0, tokens_per_pass=enough)
+    less = tmp_path / "less"
+    less.mkdir()
     with pytest.raises(ConfigError, match="--optimizer-in-backward"):
-        less = tmp_path / "less"
-        less.mkdir()
         tiny_run.train(less, method="full", optimizer_in_backward=True, max_grad_norm=0, tokens_per_pass=enough - 1)
 
 

@@ -1,4 +1,4 @@
-"""AdamW against torch's, its states in 8 bits, rounding against the two neighbours, and the schedule at the points that matter."""
+"""AdamW against torch's, its states in 8 bits, rounding to the two neighbours, the schedule at the points that matter."""
 
 from __future__ import annotations
 

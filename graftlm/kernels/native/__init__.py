@@ -200,14 +200,20 @@ def attends(q: Tensor) -> bool:
     return segment_attention.fits(q) and trust.allows("attention", q.device)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int) -> tuple[Tensor, Tensor]:
     return segment_attention.attention(_calls(), q, k, v, ends, scale, window)
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, ends: Sequence[int], scale: float, window: int
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    ends: Sequence[int],
+    scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return segment_attention.attention_backward(_calls(), dout, q, k, v, out, sums, ends, scale, window)
 
