@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from graftlm.serving import protocol
 from graftlm.serving.access import ADMIN_ERRORS, ERRORS, READ_ERRORS, Admin, Here, Refused, State, Whose, without_paths
@@ -24,9 +25,10 @@ def models(state: Here, tenant: Whose) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}", responses={**READ_ERRORS, 404: ERRORS[404]})
-def model(model: str, state: Here, tenant: Whose) -> dict[str, Any]:
+def model(model: str, request: Request, state: Here, tenant: Whose) -> dict[str, Any]:
     """One of them."""
-    found = state.catalogue.find(model, tenant)
+    asked = str(request.scope["path"]).removeprefix("/v1/models/")  # the route's pattern drops a newline at the end
+    found = state.catalogue.find(asked, tenant)
     return _model(state, model, found)
 
 

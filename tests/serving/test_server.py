@@ -284,6 +284,7 @@ def test_a_server_that_drains_ends_what_it_has_and_takes_nothing_new() -> None:
 # ---- adapters under load --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.prove
 def test_a_hundred_flips_of_an_alias_under_load_mix_nothing_and_leave_nothing_stale(tmp_path: Path) -> None:
     place = serving.new_store(tmp_path)
     store = Store(place)

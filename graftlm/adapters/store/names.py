@@ -46,7 +46,7 @@ def parse(text: str) -> Reference:
     if not at:
         return Reference(name)
     if which.isdigit():
-        if not 0 < int(which) < 1 << 31:
+        if len(which) > 10 or not 0 < int(which) < 1 << 31:  # Python refuses to read thousands of digits
             raise StoreError(f"'{text}': versions are counted from 1")
         return Reference(name, number=int(which))
     return Reference(name, alias=check_name(which, "alias"))
