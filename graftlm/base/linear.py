@@ -76,7 +76,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None, narrow: bool 
         y = kernels.matmul(x, weight, narrow)
         return y if bias is None else y + bias.to(y.dtype)
     if isinstance(weight, Tensor):
-        if weight.dtype == x.dtype and not kernels.multiplies(x):
+        if weight.dtype == x.dtype and not kernels.multiplies(x, narrow):
             return F.linear(x, weight, bias)
         y = _Product.apply(x, weight, None, narrow)
     else:

@@ -106,9 +106,9 @@ def dequantize(weight: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
 
 
-def multiplies(x: Tensor) -> bool:
-    """Whether we have a matrix product of our own for x (rows, in), faster than PyTorch's on this processor."""
-    return native.multiplies(x)
+def multiplies(x: Tensor, narrow: bool = False) -> bool:
+    """Whether we have a (`narrow`) matrix product of our own for x (rows, in), faster than PyTorch's on this processor."""
+    return native.multiplies(x, narrow)
 
 
 def narrows() -> bool:
@@ -137,7 +137,7 @@ def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, narrow: bool = False) -> Tensor:
     """dy (rows, out), x (rows, in) -> dy^T x (out, in): the gradient of `matmul` to a dense W."""
-    return native.weight_gradient(dy, x, narrow) if native.multiplies(dy) else reference.weight_gradient(dy, x)
+    return native.weight_gradient(dy, x, narrow) if native.multiplies(dy, narrow) else reference.weight_gradient(dy, x)
 
 
 def attends(q: Tensor) -> bool:
@@ -180,7 +180,7 @@ def adapted(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """x (tokens, in) -> x W^T and, on each range of tokens, its slot's low-rank product (tokens, out); h of each range."""
     one = _only(len(x), ranges, A, B)
-    if one is not None and native.multiplies(x):
+    if one is not None and native.multiplies(x, narrow):
         y, h = native.adapted(x, weight, one[0], one[1], scale[ranges[0][2]], narrow)
         return y, [h]
     y = matmul(x, weight, narrow)
@@ -193,7 +193,7 @@ def adapted_backward(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """The gradients of `adapted`: to x (tokens, in) where wanted, and to each slot's A and B as `low_rank_routed_backward`."""
     one = _only(len(x), ranges, A, B)
-    if one is not None and native.multiplies(x):
+    if one is not None and native.multiplies(x, narrow):
         h, slot = hidden[0], ranges[0][2]
         assert h is not None
         dA: list[Tensor | None] = [None] * len(A)

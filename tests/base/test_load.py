@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.cuda._utils import _get_device_index
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from graftlm import kernels
 from graftlm.base import hf
+from graftlm.base.linear import Stored
 from graftlm.base.load import Base, default_device, load_base, load_tokenizer, resolve
 from graftlm.errors import ModelError
 
@@ -410,3 +412,19 @@ def test_a_plain_cuda_is_the_current_device_and_a_numbered_one_becomes_it(monkey
     assert default_device("cuda") == torch.device("cuda")
     assert default_device("cuda:1") == torch.device("cuda:1")
     assert chosen == [1]
+
+
+def test_mixed_compute_is_refused_where_the_processor_has_no_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftlm.kernels.narrows", lambda: False)
+    with pytest.raises(ModelError, match="compute mixed needs a CPU that multiplies bfloat16"):
+        load_base(str(tiny.folder("llama")), compute="mixed", device="cpu")
+
+
+def test_mixed_compute_narrows_every_stored_product_and_keeps_the_states_in_float32() -> None:
+    if not kernels.narrows():
+        pytest.skip("this processor has no bfloat16 instructions")
+    base = load_base(str(tiny.folder("llama")), compute="mixed", device="cpu")
+    stored = [module for module in base.model.modules() if isinstance(module, Stored)]
+    assert stored
+    assert all(module.narrow for module in stored)
+    assert base.compute_dtype == torch.float32

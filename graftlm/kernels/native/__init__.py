@@ -113,7 +113,7 @@ class _Library:
         chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
         self.instructions = self.calls.graft_name(chosen).decode()
         self.narrows = self.instructions == "AVX-512" and bool(self.calls.graft_gemm_narrow())
-        self.multiplies = self.instructions == "AVX-512" and (self.narrows or self.calls.graft_gemm_level() > 1)
+        self.multiplies = self.instructions == "AVX-512" and self.calls.graft_gemm_level() > 1
 
 
 _library: _Library | None = None
@@ -182,12 +182,15 @@ def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> t
     return out, out.nbytes >= LARGE_BYTES
 
 
-def multiplies(x: Tensor) -> bool:
-    """Whether products of these rows, x (rows, in), are taken with our own `gemm.c` rather than PyTorch's."""
+def multiplies(x: Tensor, narrow: bool = False) -> bool:
+    """Whether products of these rows, x (rows, in), are taken with our own `gemm.c` rather than PyTorch's.
+
+    Those in float32 where that is faster, `narrow` ones wherever the processor has instructions for them.
+    """
     if x.dtype != torch.float32 or x.ndim != 2 or len(x) <= FEW_ROWS or x.device.type != "cpu":
         return False
     library = _get()
-    return library.multiplies and trust.allows("gemm", x.device)
+    return (library.multiplies or (narrow and library.narrows)) and trust.allows("gemm", x.device)
 
 
 def narrows() -> bool:
@@ -305,7 +308,7 @@ def matmul(x: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     rows = x.reshape(-1, inner)  # (rows, in)
     if not rows.numel() or not outer:
         return x.new_zeros(*x.shape[:-1], outer)
-    if multiplies(rows):
+    if multiplies(rows, narrow):
         y = gemm.multiply(_calls(), [(rows, weight, True)], narrow=narrow)  # (rows, out)
     elif isinstance(weight, Tensor) and few_rows.fits(rows, weight) and trust.allows("rows", x.device):
         y = few_rows.dense(_calls(), rows, weight)
@@ -354,7 +357,7 @@ def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     rows = dy.reshape(-1, outer)  # (rows, out)
     if not rows.numel() or not inner:
         return dy.new_zeros(*dy.shape[:-1], inner)
-    if multiplies(rows):
+    if multiplies(rows, narrow):
         dx = gemm.multiply(_calls(), [(rows, weight, False)], narrow=narrow)  # (rows, in)
     elif isinstance(weight, Tensor):
         dx = reference.matmul_t(rows, weight)
