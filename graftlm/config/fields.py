@@ -58,6 +58,16 @@ def no_weight(eval_data: str | None) -> None:
         raise ValueError(f"eval-data '{eval_data}' has a weight, and every held-out row counts once; give '{path}'")
 
 
+def no_idle_sampling(temperature: float, given: set[str]) -> None:
+    """At temperature 0 nothing is drawn, so an option of drawing (`given` are the fields that were) would do nothing."""
+    for name in ("top_p", "seed"):
+        if temperature == 0 and name in given:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for sampling, and temperature 0 takes the likeliest token each time; "
+                "give --temperature, such as 0.7, or leave it out"
+            )
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Tokens = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]  # as they are: a token may hold commas and spaces

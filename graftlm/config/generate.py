@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Compute, Config, Precision, option
+from graftlm.config.fields import Compute, Config, Precision, no_idle_sampling, option
 
 
 class GenerateConfig(Config):
@@ -33,10 +33,5 @@ class GenerateConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for name in ("top_p", "seed"):
-            if self.temperature == 0 and name in self.model_fields_set:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is for sampling, and temperature 0 takes the likeliest token each time; "
-                    "give --temperature, such as 0.7, or leave it out"
-                )
+        no_idle_sampling(self.temperature, self.model_fields_set)
         return self
