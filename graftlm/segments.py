@@ -139,31 +139,42 @@ class Segments:
         return kept[name, device]
 
 
-_current: Segments | None = None
+_passes: list[
+    tuple[object, Segments]
+] = []  # those that run now, in any thread, the newest last, each with a key of its own
+_entering = threading.Lock()
 _own: Any = threading.local()
 
 
 def current() -> Segments | None:
-    """The segments of the pass that is running in this thread, or None outside of one."""
+    """The segments of the pass that is running in this thread, or None outside of one.
+
+    A thread that runs none sees the newest of the others: autograd runs the backward of a GPU on threads of its own.
+    """
     own: Segments | None = getattr(_own, "segments", None)
-    return _current if own is None else own
+    if own is not None:
+        return own
+    with _entering:
+        return _passes[-1][1] if _passes else None
 
 
 @contextmanager
 def running(segments: Segments) -> Iterator[Segments]:
     """Make `segments` the current ones during forward and backward of one pass.
 
-    A plain global and no context variable: autograd runs the backward of a GPU on threads of its own, which would not
-    see one. A thread that runs a pass itself sees its own segments first, so that passes without a backward may run at
-    the same time in several threads: a server checks an adapter while it answers.
+    A thread sees its own first, so passes without a backward may run at the same time in several threads, and end in any
+    order: a server checks an adapter while it answers.
     """
-    global _current
-    before, own = _current, getattr(_own, "segments", None)
-    _current = _own.segments = segments
+    before, key = getattr(_own, "segments", None), object()
+    with _entering:
+        _passes.append((key, segments))
+    _own.segments = segments
     try:
         yield segments
     finally:
-        _current, _own.segments = before, own
+        _own.segments = before
+        with _entering:
+            _passes[:] = [entry for entry in _passes if entry[0] is not key]
 
 
 def pack(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +60,31 @@ def test_a_tokens_key_depends_on_its_trial_draw_and_position_alone() -> None:
     cached = Segments(lengths=(2,), slots=(4,), cached=(4,), streams=((5, 3),))
     assert torch.equal(cached.token_keys, alone.token_keys[4:])
     assert cached.positions.tolist() == [4, 5]
+
+
+def test_passes_of_several_threads_that_end_in_any_order_leave_none_behind() -> None:
+    mine, other = Segments(lengths=(3,), slots=(0,)), Segments(lengths=(2,), slots=(1,))
+    entered, leave, seen = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        seen.append(current())  # a thread without a pass of its own sees the one that runs
+        with running(other):
+            entered.set()
+            leave.wait(10)
+            seen.append(current())
+        seen.append(current())
+
+    thread = threading.Thread(target=work)
+    with running(mine):
+        thread.start()
+        assert entered.wait(10)
+        assert current() is mine
+    leave.set()
+    thread.join()
+    assert seen[0] is mine
+    assert seen[1] is other
+    assert seen[2] is None
+    assert current() is None
 
 
 def test_the_running_segments_are_the_innermost() -> None:
