@@ -22,9 +22,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -627,6 +626,19 @@ class _Given(nn.Module):
             return getattr(object.__getattribute__(self, "_body"), name)
 
 
+def _with(module: nn.Module, path: Sequence[str], other: nn.Module) -> Any:
+    """A module that shares everything with `module` but has `other` at `path`.
+
+    The model itself is not changed: another thread may run it, or look for its layers, at the same time.
+    """
+    own: Any = module
+    copy = object.__new__(type(module))
+    child = other if len(path) == 1 else _with(own._modules[path[0]], path[1:], other)
+    copy.__dict__.update(own.__dict__)
+    copy.__dict__["_modules"] = {**own._modules, path[0]: child}
+    return copy
+
+
 def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """A layer's forward whose inputs alone are kept; the backward pass runs it again. Its randomness is counter-based."""
     if not torch.is_grad_enabled():
@@ -640,7 +652,6 @@ class Anatomy:
     def __init__(self, model: PreTrainedModel) -> None:
         """Find the parts and prove that body and head together give the untouched logits; ModelError when not."""
         self.model = model
-        self._replacing = threading.RLock()
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = _head_and_embedding(model)
         self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
@@ -650,8 +661,7 @@ class Anatomy:
         self.vocabulary = int(head.weight.shape[0])
         self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 0)
         ids = torch.arange(6, device=model.device)[None] % self.vocabulary
-        self.body_name = self._find_body(head, ids)
-        self.body: nn.Module = model.get_submodule(self.body_name)
+        self.body_name, self.body = self._find_body(head, ids)
         parameters = inspect.signature(self.body.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.plain_head = self._has_plain_head()
@@ -685,7 +695,7 @@ class Anatomy:
         return True
 
     @torch.no_grad()
-    def _find_body(self, head: nn.Module, ids: Tensor) -> str:
+    def _find_body(self, head: nn.Module, ids: Tensor) -> tuple[str, nn.Module]:
         outputs: list[tuple[str, Tensor]] = []
         seen: list[Tensor] = []
 
@@ -716,7 +726,7 @@ class Anatomy:
             candidates.append(base_name)
         reached = dict(outputs)
         for name in candidates:
-            self.body_name = name
+            self.body_name, self.body = name, self.model.get_submodule(name)
             try:
                 found = self.logits(reached[name])
             except torch.OutOfMemoryError:
@@ -724,7 +734,7 @@ class Anatomy:
             except Exception:  # any failure only means that this candidate is not the body
                 continue
             if found.shape == expected[0].shape and torch.allclose(found, expected[0], rtol=1e-4, atol=1e-4):
-                return name
+                return name, self.body
         raise ModelError(
             f"{type(self.model).__name__}: the part between its layers and its logits cannot be run on its own, so Graft "
             "cannot compute its loss; please report this architecture"
@@ -747,17 +757,9 @@ class Anatomy:
         The class's forward runs with its body replaced by the states we have, so soft caps and scales come along.
         """
         states = hidden if hidden.ndim == 3 else hidden[None]
-        path, _, attribute = self.body_name.rpartition(".")
-        owner = self.model.get_submodule(path)
-        with self._replacing:  # one thread at a time; the body itself, held in `body`, may run meanwhile
-            body = owner._modules[attribute]
-            assert body is not None
-            owner._modules[attribute] = _Given(body, states)
-            try:
-                ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-                return self.model(input_ids=ids, use_cache=False).logits[0]
-            finally:
-                owner._modules[attribute] = body
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        stand_in = _with(self.model, self.body_name.split("."), _Given(self.body, states))
+        return stand_in(input_ids=ids, use_cache=False).logits[0]
 
     def checkpoint_layers(self, on: bool) -> int:
         """Keep only the inputs of each layer and run it again in the backward pass; returns how many layers do."""

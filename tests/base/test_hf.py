@@ -230,3 +230,17 @@ def test_random_weights_are_never_taken_for_the_folders(tmp_path: Path) -> None:
     assert base.random
     assert base.fingerprint == "random"
     assert all(isinstance(m, Stored) for m in base.stored().values())
+
+
+def test_taking_logits_never_changes_the_model_that_another_thread_looks_at() -> None:
+    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    names = [name for name, _ in base.model.named_modules()]
+    seen: list[list[str]] = []
+
+    def watch(module: nn.Module, args: object) -> None:
+        seen.append([name for name, _ in base.model.named_modules()])
+
+    handle = base.anatomy.head.register_forward_pre_hook(watch)
+    base.logits(torch.zeros(2, base.model.config.hidden_size))
+    handle.remove()
+    assert seen == [names]

@@ -84,6 +84,15 @@ def test_layers_without_an_adapter_save_no_input(targets: tuple[str, ...]) -> No
     assert found.layers + found.outside == pytest.approx(saved_by_autograd(base, 1), rel=0.06)
 
 
+def test_what_stands_before_the_first_adapter_is_counted_though_autograd_keeps_none_of_it() -> None:
+    base = _base("llama", LORA, ("mlp",))
+    found = kept(instantiate(base.model.config), LORA, adapted(instantiate(base.model.config), ("mlp",), 3), LOAD,
+                 fused=base.fused.norms > 0)  # fmt: skip
+    measured = saved_by_autograd(base, 1)
+    layer = found.layers / len(base.anatomy.layers)  # of two here: the first one's attention needs no gradient
+    assert measured <= found.layers + found.outside <= measured + layer
+
+
 def test_run_again_a_layer_keeps_its_input_alone() -> None:
     base = _base("llama", LORA)
     base.anatomy.checkpoint_layers(True)
