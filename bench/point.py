@@ -33,7 +33,7 @@ from graftlm.base.load import Base, load_tokenizer, random_base
 from graftlm.config import Method, Precision, TrainConfig
 from graftlm.data.documents import Dataset, Document, Part, make_document
 from graftlm.planning.models import built_in
-from graftlm.training.loop import StepResult, train
+from graftlm.training.loop import Observer, StepResult, train
 from graftlm.training.prepare import make_adapter, make_trial
 from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.watch import STEPS as WATCHED
@@ -101,7 +101,7 @@ def documents(count: int, length: int, vocabulary: int) -> Dataset:
     return Dataset((Part("random", 1.0, tuple(rows)),), {})
 
 
-class Clock:
+class Clock(Observer):
     """Hears the loop: when each step ended, the device's work included, and when to stop."""
 
     def __init__(self, device: torch.device, deadline: float) -> None:

@@ -28,6 +28,7 @@ from graftlm.data.documents import Document
 from graftlm.data.order import make_order
 from graftlm.kernels.counter import uniform
 from graftlm.segments import Segments, running
+from graftlm.training.loop import Observer
 from graftlm.training.optimizer import AdamW, Schedule
 from graftlm.training.trial import Trial
 
@@ -190,7 +191,7 @@ def trial(
     )  # fmt: skip
 
 
-class Heard:
+class Heard(Observer):
     """An observer that remembers the losses."""
 
     def __init__(self) -> None:

@@ -7,16 +7,16 @@ One optimizer step, for any number of trials on one base:
        1 / (trained tokens of its trial in this step), so how the documents are split does not change the gradient
     3. each trial clips its own gradients and takes its own step
 
-There is no second loop: one adapter, full training, and a sweep are the same call.
+There is no second loop: one adapter, full training, and a sweep are the same call. In a sweep trials end at different
+steps and others join in their places; what fails in one trial ends that one alone, for no number of one depends on another.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -47,36 +47,67 @@ class StepResult:
     seconds: float
 
 
-class Observer(Protocol):
+class Observer:
     """What the outside hears of a run; the loop itself writes nothing."""
 
-    def stepped(self, trial: Trial, result: StepResult) -> None: ...
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+    def stepped(self, trial: Trial, result: StepResult) -> None:
+        """An optimizer step was taken."""
+        raise NotImplementedError
+
+    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
+        """The held-out rows were measured; `best` says whether they were never better."""
+        raise NotImplementedError
+
+    def failed(self, trial: Trial, error: TrainingError) -> None:
+        """A trial cannot go on. Raising ends the run; returning ends this trial alone."""
+        raise error
+
     def settled(self, trials: Sequence[Trial]) -> bool:
         """After every step: save what is due; False ends the run here."""
-        ...
+        raise NotImplementedError
+
+    def joining(self) -> Sequence[Trial]:
+        """After every step: trials that begin with the next one, each in a slot of its own."""
+        return ()
 
 
 def train(base: Base, trials: Sequence[Trial], tokens_per_pass: int, observer: Observer) -> None:
-    """Train every trial to its last step, or until the observer ends the run.
+    """Train every trial, and those that join, to its last step, or until the observer ends the run.
 
-    Raises TrainingError when a loss or gradient is not finite, for a trained tensor that gets no gradient, and after three
-    steps for one that did not change or a frozen one that did; ConfigError when a trial steps inside the backward pass and a
-    step needs several passes.
+    Raises what `observer.failed` raises of these: TrainingError when a loss or gradient is not finite, for a trained tensor
+    that gets no gradient, and after three steps for one that did not change or a frozen one that did. Raises ConfigError when a
+    trial steps inside the backward pass and a step needs several passes.
     """
     in_backward.refuse_more_passes(base, trials, tokens_per_pass)
-    watches = {t.slot: Watch(base, t.parameters, t.optimizer.epsilon) for t in trials if not t.done}
-    for trial in trials:
+    watches: dict[int, Watch] = {}
+    active: list[Trial] = []
+    joined = trials
+    while joined or active:
+        joined = [trial for trial in joined if not trial.done]
+        _join(base, joined, watches, tokens_per_pass, observer)
+        active = [trial for trial in (*active, *joined) if not trial.done]
+        if active:
+            for trial, result in zip(active, optimizer_step(base, active, tokens_per_pass, watches, observer.failed)):
+                if result is not None:
+                    observer.stepped(trial, result)
+            for trial in active:
+                if trial.wants_evaluation:
+                    _evaluate(base, trial, tokens_per_pass, observer)
+            if not observer.settled(active):
+                return
+            active = [trial for trial in active if not trial.done]
+        joined = observer.joining()
+
+
+def _join(
+    base: Base, trials: Sequence[Trial], watches: dict[int, Watch], tokens_per_pass: int, observer: Observer
+) -> None:
+    """Before a trial's first step here: take its checksums, and measure its held-out rows where they were not yet."""
+    for i, trial in enumerate(trials):
+        # The base is the same for all that join at once: one of them watches it.
+        watches[trial.slot] = Watch(base, trial.parameters, trial.optimizer.epsilon, with_base=i == 0)
         if trial.wants_evaluation and trial.first is None:
             _evaluate(base, trial, tokens_per_pass, observer)
-    while active := [trial for trial in trials if not trial.done]:
-        for trial, result in zip(active, optimizer_step(base, active, tokens_per_pass, watches)):
-            observer.stepped(trial, result)
-        for trial in active:
-            if trial.wants_evaluation:
-                _evaluate(base, trial, tokens_per_pass, observer)
-        if not observer.settled(trials):
-            return
 
 
 def _evaluate(base: Base, trial: Trial, tokens_per_pass: int, observer: Observer) -> None:
@@ -85,10 +116,12 @@ def _evaluate(base: Base, trial: Trial, tokens_per_pass: int, observer: Observer
     if bad:
         first = [(0, i, document) for i, document in enumerate(trial.held_out) if document.row == bad[0]]
         where, _ = _blame(base, trial, first, back=False)
-        raise Diverged(
+        error = Diverged(
             f"{trial.name}: the loss is not finite after step {trial.step} on held-out rows {_some(bad)}{where}. "
             "Lower --learning-rate, or look at these rows"
         )
+        _fail(trial, error, observer.failed)
+        return
     evaluation = Evaluation(trial.step, rows)
     observer.evaluated(trial, evaluation, trial.record(evaluation))
 
@@ -166,10 +199,31 @@ def forward(base: Base, laid: Pass) -> tuple[Tensor, Tensor]:
     return weighted_loss(base, hidden[laid.sources], laid.labels, laid.weights, laid.slots)
 
 
+Failed = Callable[[Trial, TrainingError], None]
+"""What happens to a trial that cannot go on: see `Observer.failed`."""
+
+
+def _fail(trial: Trial, error: TrainingError, failed: Failed) -> None:
+    trial.given_up = str(error)
+    trial.optimizer.zero_grad()
+    failed(trial, error)
+
+
+def _raise(trial: Trial, error: TrainingError) -> None:
+    raise error
+
+
 def optimizer_step(
-    base: Base, trials: Sequence[Trial], tokens_per_pass: int, watches: dict[int, Watch] | None = None
-) -> list[StepResult]:
-    """One step of every trial, their documents sharing the passes; `watches`, by slot, see the first steps."""
+    base: Base,
+    trials: Sequence[Trial],
+    tokens_per_pass: int,
+    watches: Mapping[int, Watch] | None = None,
+    failed: Failed = _raise,
+) -> list[StepResult | None]:
+    """One step of every trial, their documents sharing the passes; `watches`, by slot, see the first steps.
+
+    Where `failed` lets a trial end alone, there is None in its place and its weights are as they were.
+    """
     started = time.perf_counter()
     work: list[Work] = []
     counts: list[tuple[int, int]] = []
@@ -194,36 +248,52 @@ def optimizer_step(
             finite = [bool(part.isfinite().all()) for part in losses.split(list(laid.counts))]
             bad += [w for w, good in zip(group, finite) if not good]
 
-    results: list[StepResult] = []
+    results: list[StepResult | None] = []
     for trial, (tokens, trained) in zip(trials, counts):
         loss = sums[trial.slot] / trained
-        norm = trial.optimizer.gradient_norm()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            drawn = [(trial.seed, draw, trial.documents[i]) for draw, i in trial.order.step(trial.step)]
-            where, rows = _blame(base, trial, drawn, back=True)
-            rows = [w.document.row for w in bad if w.slot == trial.slot] or rows or [d.row for _, _, d in drawn]
-            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
-            raise Diverged(
-                f"{trial.name}: {what} at step {trial.step + 1} on rows {_some(rows)}{where}. "
-                "Lower --learning-rate, or look at these rows"
-            )
-        if trial.step == 0:
-            _refuse_untrained(trial)
-        rate = trial.schedule(trial.step)
-        watch = (watches or {}).get(trial.slot)
-        if not trial.optimizer.in_backward:
-            factor = clip_factor(norm, trial.max_grad_norm)
-            if watch is not None:
-                watch.gradients(rate, trial.optimizer.ratios, factor)
-            trial.optimizer.step(rate, factor)
-            trial.optimizer.zero_grad()
-        trial.step += 1
-        if watch is not None:
-            trial.notes += watch.stepped(trial.name, _beside)
+        try:
+            rate, norm = _update(base, trial, loss, [w for w in bad if w.slot == trial.slot], watches or {})
+        except TrainingError as error:
+            _fail(trial, error, failed)
+            results.append(None)
+            continue
         trial.tokens += tokens
         trial.trained_tokens += trained
         results.append(StepResult(trial.step, loss, rate, norm, tokens, trained, time.perf_counter() - started))
     return results
+
+
+def _update(
+    base: Base, trial: Trial, loss: float, bad: Sequence[Work], watches: Mapping[int, Watch]
+) -> tuple[float, float]:
+    """Move a trial's weights by its gradients; returns the learning rate and the gradient's norm.
+
+    `bad` are its documents whose loss is not finite. Raises TrainingError.
+    """
+    norm = trial.optimizer.gradient_norm()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        drawn = [(trial.seed, draw, trial.documents[i]) for draw, i in trial.order.step(trial.step)]
+        where, rows = _blame(base, trial, drawn, back=True)
+        rows = [w.document.row for w in bad] or rows or [d.row for _, _, d in drawn]
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+        raise Diverged(
+            f"{trial.name}: {what} at step {trial.step + 1} on rows {_some(rows)}{where}. "
+            "Lower --learning-rate, or look at these rows"
+        )
+    if trial.step == 0:
+        _refuse_untrained(trial)
+    rate = trial.schedule(trial.step)
+    watch = watches.get(trial.slot)
+    if not trial.optimizer.in_backward:
+        factor = clip_factor(norm, trial.max_grad_norm)
+        if watch is not None:
+            watch.gradients(rate, trial.optimizer.ratios, factor)
+        trial.optimizer.step(rate, factor)
+        trial.optimizer.zero_grad()
+    trial.step += 1
+    if watch is not None:
+        trial.notes += watch.stepped(trial.name, _beside)
+    return rate, norm
 
 
 def _blame(

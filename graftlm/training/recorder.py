@@ -9,7 +9,7 @@ from typing import Any
 
 from graftlm.config import TrainConfig
 from graftlm.training import checkpoint
-from graftlm.training.loop import StepResult
+from graftlm.training.loop import Observer, StepResult
 from graftlm.training.resume import Identity
 from graftlm.training.runfolder import Metrics
 from graftlm.training.trackers import Tracker
@@ -17,7 +17,7 @@ from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.view import View
 
 
-class Recorder:
+class Recorder(Observer):
     """Hears the loop and writes. Raises OSError and SafetensorError where it cannot."""
 
     def __init__(

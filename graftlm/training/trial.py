@@ -68,15 +68,23 @@ class Trial:
     evaluations: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     notes: list[str] = field(default_factory=list[str])
     """What the loop found that a user should know."""
+    given_up: str | None = None
+    """Why it ends before its last step; None while it does not."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has taken its last step."""
+        return self.step >= self.order.steps
 
     @property
     def done(self) -> bool:
-        return self.step >= self.order.steps
+        """Whether it takes no further step."""
+        return self.complete or self.given_up is not None
 
     @property
     def wants_evaluation(self) -> bool:
         """Before the first step, every `eval_every` steps, and at the end."""
-        if not self.held_out:
+        if not self.held_out or self.given_up is not None:
             return False
         return self.step == 0 or self.done or (self.eval_every > 0 and self.step % self.eval_every == 0)
 

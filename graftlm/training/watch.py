@@ -78,11 +78,15 @@ def _expert_views(base: Base) -> dict[int, tuple[str, Callable[[Tensor], Tensor]
 class Watch:
     """Watches one trial: `gradients` (or `gradient`, one by one) before an update, `stepped` after it; then nothing more."""
 
-    def __init__(self, base: Base, parameters: Mapping[str, nn.Parameter], epsilon: float) -> None:
+    def __init__(
+        self, base: Base, parameters: Mapping[str, nn.Parameter], epsilon: float, *, with_base: bool = True
+    ) -> None:
+        """`with_base`: whether it also sees to it that nothing frozen changes; of trials that begin together one does."""
         self.base, self.parameters, self.epsilon = base, parameters, epsilon
         self.steps = 0
         own = {id(p) for p in parameters.values()}
-        self._frozen = {name: checksum(t) for name, t in _tensors(base) if id(t) not in own and not t.requires_grad}
+        frozen = ((name, t) for name, t in _tensors(base) if id(t) not in own and not t.requires_grad)
+        self._frozen = {name: checksum(t) for name, t in frozen} if with_base else {}
         self._before = {name: checksum(p) for name, p in parameters.items()}
         self._certain: set[str] = set()
         """Tensors of which some element's change must show."""
