@@ -292,7 +292,7 @@ def attend_rows(
     """
     same = q.dtype == keys.dtype == values.dtype == torch.float32 and q.stride(2) == 1 and out.is_contiguous()
     if same and native.usable("rows", q):
-        native.attend_rows(q, keys, values, out, of, scale, window, softcap)
+        of.answer(q, keys, values, out, scale, window, softcap)
         return
     reference.attend_rows(
         q, keys, values, out, rows=of.rows, visible=of.visible, table=of.table, block=of.block, scale=scale, window=window,

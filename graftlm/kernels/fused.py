@@ -19,6 +19,7 @@ from torch import Tensor
 from graftlm.kernels import liger, native
 from graftlm.kernels import reference_fused as reference
 from graftlm.kernels.native import fused as compiled
+from graftlm.kernels.native.library import TWO_TYPES
 from graftlm.kernels.reference_fused import Gate
 
 
@@ -26,17 +27,17 @@ def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these operations are faster here than composed from PyTorch's."""
     if device.type == "cuda":
         return liger.usable(device)
-    return dtype in compiled.TYPES and native.usable("fused", torch.empty(0, dtype=dtype, device=device))
+    return dtype in TWO_TYPES and native.usable("fused", torch.empty(0, dtype=dtype, device=device))
 
 
 def _in_c(x: Tensor) -> bool:
-    return x.dtype in compiled.TYPES and native.usable("fused", x)
+    return x.dtype in TWO_TYPES and native.usable("fused", x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """x (rows, n) -> y = x r (w + offset) in x's type, and r (rows,) = 1 / sqrt(mean(x^2) + epsilon) for the backward."""
     if _in_c(x):
-        return compiled.rms_norm(native.calls(), x, weight, epsilon, offset)
+        return compiled.rms_norm(x, weight, epsilon, offset)
     if liger.usable(x.device):
         return liger.rms_norm(x, weight, epsilon, offset)
     return reference.rms_norm(x, weight, epsilon, offset)
@@ -47,7 +48,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of `rms_norm` to x (rows, n), in its type, and to the weight (n,), in float32, where it is wanted."""
     if _in_c(x):
-        return compiled.rms_norm_backward(native.calls(), dy, x, weight, r, offset, wants_weight)
+        return compiled.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
     if liger.usable(x.device):
         return liger.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
     return reference.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
@@ -56,7 +57,7 @@ def rms_norm_backward(
 def gated(gate: Tensor, up: Tensor, kind: Gate = "silu") -> Tensor:
     """act(gate) * up, all (rows, n)."""
     if _in_c(gate):
-        return compiled.gated(native.calls(), gate, up, kind)
+        return compiled.gated(gate, up, kind)
     if liger.usable(gate.device):
         return liger.gated(gate, up, kind)
     return reference.gated(gate, up, kind)
@@ -65,7 +66,7 @@ def gated(gate: Tensor, up: Tensor, kind: Gate = "silu") -> Tensor:
 def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate = "silu") -> tuple[Tensor, Tensor]:
     """The gradients of `gated` to gate and up (rows, n); halves of one tensor where gate and up are."""
     if _in_c(gate):
-        return compiled.gated_backward(native.calls(), dy, gate, up, kind)
+        return compiled.gated_backward(dy, gate, up, kind)
     if liger.usable(gate.device):
         return liger.gated_backward(dy, gate, up, kind)
     return reference.gated_backward(dy, gate, up, kind)
@@ -77,7 +78,7 @@ def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     Token t uses row t % period; heads are turned in halves, and values beyond `turned` stay.
     """
     if _in_c(parts[0]):
-        return compiled.rotary(native.calls(), parts, cos, sin, back=False)
+        return compiled.rotary(parts, cos, sin, back=False)
     if liger.usable(parts[0].device):
         return liger.rotary(parts, cos, sin, back=False)
     return [reference.rotary(x, cos, sin) for x in parts]
@@ -86,7 +87,7 @@ def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
 def rotary_backward(parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     """The gradients of `rotary` to each part from those to its results."""
     if _in_c(parts[0]):
-        return compiled.rotary(native.calls(), parts, cos, sin, back=True)
+        return compiled.rotary(parts, cos, sin, back=True)
     if liger.usable(parts[0].device):
         return liger.rotary(parts, cos, sin, back=True)
     return [reference.rotary_backward(dy, cos, sin) for dy in parts]
@@ -99,7 +100,7 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | Non
     Raises IndexError for a label outside of 0 .. V - 1.
     """
     if _in_c(logits):
-        return compiled.cross_entropy_in_place(native.calls(), logits, labels, weights)
+        return compiled.cross_entropy_in_place(logits, labels, weights)
     if liger.usable(logits.device):
         return liger.cross_entropy_in_place(logits, labels, weights)
     return reference.cross_entropy_in_place(logits, labels, weights)

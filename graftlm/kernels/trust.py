@@ -7,11 +7,13 @@ differs is left aside for the life of the process, with one warning for each bac
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 Check = Callable[[torch.device], bool]
 
@@ -56,3 +58,19 @@ class Trust:
                 stacklevel=5,
             )
         return False
+
+
+# ---- what checks are made of --------------------------------------------------------------------------------------
+
+
+def sample(*shape: int, step: float = 0.7, sizes: int = 1, device: torch.device | None = None) -> Tensor:
+    """Fixed values of both signs, no larger than `sizes`, without touching any generator's state; float32."""
+    n = math.prod(shape)
+    values = torch.arange(n, dtype=torch.float32).mul_(step).sin_().mul_(torch.arange(n).remainder(sizes).add_(1))
+    return values.view(shape).to(device or "cpu")
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether the difference is at most `tolerance` of what is wanted, by norms; false where something is not a number."""
+    found, wanted = found.float(), wanted.float()
+    return bool(((found - wanted).norm() <= tolerance * wanted.norm()).item())

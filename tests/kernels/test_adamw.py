@@ -64,7 +64,7 @@ def test_a_step_in_c_gives_the_references_bits(dtype: torch.dtype, eight_bit: bo
         mine, theirs = (no_moments(count, eight_bit=eight_bit, device=CPU) for _ in range(2))
         for step in range(1, 5):
             given = odd_view(gradient(count, kind, step))
-            native.adamw.step(native._calls(), ours, given, mine, update(step), level)
+            native.adamw.step(ours, given, mine, update(step), level)
             reference.adamw(truth, given, theirs, update(step))
             assert same(ours, truth), (count, step)
             for name, tensor in mine.tensors().items():
@@ -128,9 +128,7 @@ def test_the_sum_of_squares_is_that_of_float64(dtype: torch.dtype) -> None:
 @needs_library
 def test_the_sum_of_squares_has_the_same_bits_on_every_instruction_set() -> None:
     values = randn(50_003)
-    sums = [
-        float(native.adamw.sum_of_squares(native._calls(), values, i)) for i in range(len(native.instruction_sets()))
-    ]
+    sums = [float(native.adamw.sum_of_squares(values, i)) for i in range(len(native.instruction_sets()))]
     assert len(set(sums)) == 1
 
 

@@ -46,7 +46,7 @@ def test_a_product_equals_float64_for_every_shape_stride_and_stored_form(
     whole = torch.randn((k, m + gap) if by_columns else (m, k + gap), generator=random)
     x = whole[:, :m].T if by_columns else whole[:, :k]
     W = wide(weight).T if turned else wide(weight)
-    found = gemm.multiply(native._calls(), [(x, weight, turned)])
+    found = gemm.multiply([(x, weight, turned)])
     assert near(found.double(), x.double() @ W, x.double().abs() @ W.abs())
 
 
@@ -65,7 +65,7 @@ def test_a_narrow_product_rounds_both_sides_to_bfloat16_and_nothing_else(
     x = torch.randn(k, m, generator=random).T if by_columns else torch.randn(m, k, generator=random)
     W = (wide(weight).T if turned else wide(weight)).bfloat16().double()
     rounded = x.bfloat16().double()
-    found = gemm.multiply(native._calls(), [(x, weight, turned)], narrow=True)
+    found = gemm.multiply([(x, weight, turned)], narrow=True)
     assert near(found.double(), rounded @ W, rounded.abs() @ W.abs())
 
 
@@ -75,14 +75,14 @@ def test_a_narrow_product_leaves_the_adapters_term_in_float32() -> None:
     random = torch.Generator().manual_seed(0)
     h, B = torch.randn(50, 9, generator=random), torch.randn(70, 9, generator=random)
     x, W = torch.zeros(50, 300), torch.randn(70, 300, generator=random)
-    found = gemm.multiply(native._calls(), [(x, W, True), (h, B, True)], narrow=True)
+    found = gemm.multiply([(x, W, True), (h, B, True)], narrow=True)
     assert near(found.double(), h.double() @ B.double().T, h.double().abs() @ B.double().abs().T)
 
 
 def test_a_second_term_and_an_old_result_are_added_in_the_same_pass() -> None:
     random = torch.Generator().manual_seed(0)
     x, W, h, B, old = (torch.randn(s, generator=random) for s in ((50, 300), (70, 300), (50, 9), (70, 9), (50, 80)))
-    found = gemm.multiply(native._calls(), [(x, W, True), (h, B, True)], out=old[:, :70].clone(), alpha=0.5, add=True)
+    found = gemm.multiply([(x, W, True), (h, B, True)], out=old[:, :70].clone(), alpha=0.5, add=True)
     assert torch.allclose(found, old[:, :70] + 0.5 * (x @ W.T + h @ B.T), rtol=1e-5, atol=1e-4)
 
 
@@ -94,9 +94,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            calls = native._calls()
-            products = [gemm.multiply(calls, [(x, weight, True)], narrow=n) for n in (False, kernels.narrows())]
-            found.append((*products, gemm.multiply(calls, [(x.T, x, False)])))
+            products = [gemm.multiply([(x, weight, True)], narrow=n) for n in (False, kernels.narrows())]
+            found.append((*products, gemm.multiply([(x.T, x, False)])))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
@@ -104,7 +103,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 def test_a_product_of_nothing_is_zero_or_empty() -> None:
     empty = torch.zeros(40, 0)
-    assert torch.equal(gemm.multiply(native._calls(), [(empty, torch.zeros(30, 0), True)], add=True, out=torch.ones(40, 30)),
+    assert torch.equal(gemm.multiply([(empty, torch.zeros(30, 0), True)], add=True, out=torch.ones(40, 30)),
                        torch.ones(40, 30))  # fmt: skip
     assert kernels.matmul(torch.zeros(0, 30), torch.zeros(7, 30)).shape == (0, 7)
 

@@ -11,6 +11,7 @@ import torch
 
 import graftlm.kernels as kernels
 from graftlm.kernels import native, reference
+from graftlm.kernels.native import library, products, weights
 from graftlm.kernels.stored import Int8, Nf4, Stored
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -157,7 +158,7 @@ def test_products_equal_the_reference(form: str, dtype: torch.dtype, instruction
 @needs_library
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_products_cut_into_panels_equal_the_reference(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "PANEL_BYTES", 70 * 4 * 64)
+    monkeypatch.setattr(products, "PANEL_BYTES", 70 * 4 * 64)
     weight = stored(randn(70, 331), form)
     x, dy = randn(2, 21, 331), randn(2, 21, 70)
     assert close(native.matmul(x, weight), reference.matmul(x, weight))
@@ -209,16 +210,16 @@ def test_python_threads_may_call_at_once() -> None:
 
 @needs_library
 def test_threads_started_for_the_call_do_the_work_where_no_openmp_can_be_borrowed(tmp_path: Path) -> None:
-    library = native._Library()  # pyright: ignore[reportPrivateUsage]
-    assert library.calls is not None
+    calls = library.Library().calls
+    assert calls is not None
     weight = reference.nf4_quantize(randn(300, 1000))
     out = torch.empty(300, 1000)
     try:
-        library.calls.graft_openmp(None)
+        calls.graft_openmp(None)
         pointers = [tensor.data_ptr() for tensor in weight.tensors().values()]
-        library.calls.graft_nf4_dequantize(*pointers, 0, 300, 1000, 1000, out.data_ptr(), 0, 0, 3)
+        calls.graft_nf4_dequantize(*pointers, 0, 300, 1000, 1000, out.data_ptr(), 0, 0, 3)
     finally:
-        native._Library()  # pyright: ignore[reportPrivateUsage]  # hands the team over again
+        library.Library()  # hands the team over again
     assert same(out, reference.nf4_dequantize(weight))
 
 
@@ -233,8 +234,8 @@ def test_every_operation_passes_its_own_check() -> None:
 def test_without_the_library_the_reference_does_the_work_and_one_warning_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.setattr(library, "_library", None)
     monkeypatch.setattr(native, "trust", native.new_trust())
     weight = randn(5, 77)
     with warnings.catch_warnings(record=True) as warned:
@@ -251,7 +252,7 @@ def test_without_the_library_the_reference_does_the_work_and_one_warning_says_so
 @needs_library
 def test_an_operation_with_a_wrong_answer_is_left_aside_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "trust", native.new_trust())
-    monkeypatch.setattr(native, "nf4_dequantize", lambda weight, dtype=torch.float32: torch.zeros(weight.shape))
+    monkeypatch.setattr(weights, "nf4_dequantize", lambda weight, dtype=torch.float32: torch.zeros(weight.shape))
     weight = reference.nf4_quantize(randn(5, 77))
     with pytest.warns(RuntimeWarning, match="nf4_dequantize does not give the reference's answer"):
         assert same(kernels.nf4_dequantize(weight), reference.nf4_dequantize(weight))

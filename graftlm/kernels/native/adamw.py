@@ -10,8 +10,8 @@ from torch import Tensor
 from graftlm.kernels import reference_adamw as reference
 from graftlm.kernels.counter import word_keys
 from graftlm.kernels.moments import Moments, no_moments
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum float_type in kernels.h
+from graftlm.kernels.native.library import TWO_TYPES, calls
+from graftlm.kernels.trust import sample
 
 _pointer, _float, _int = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 
@@ -41,13 +41,6 @@ class _Step(ctypes.Structure):
     )  # fmt: skip
 
 
-SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "graft_adamw": (None, [_pointer, _int, _int]),
-    "graft_sum_parts": (ctypes.c_int64, [ctypes.c_int64]),
-    "graft_sum_of_squares": (ctypes.c_double, [_pointer, _int, ctypes.c_int64, _pointer, _int, _int]),
-}
-
-
 def _described(code: reference.Code) -> _Code:
     parts = (code.starts, code.density, code.last, code.bend)
     floats = [(_float * len(part))(*part.tolist()) for part in parts]
@@ -60,16 +53,14 @@ _MEAN, _SQUARE = _described(reference.MEAN), _described(reference.SQUARE)
 def fits(parameter: Tensor, gradient: Tensor, moments: Moments) -> bool:
     """Whether the C code knows these types and this layout; the gradient may have any strides."""
     return (
-        parameter.dtype in _TYPES
-        and gradient.dtype in _TYPES
+        parameter.dtype in TWO_TYPES
+        and gradient.dtype in TWO_TYPES
         and parameter.is_contiguous()
         and parameter.device.type == gradient.device.type == moments.device.type == "cpu"
     )
 
 
-def step(
-    calls: ctypes.CDLL, parameter: Tensor, gradient: Tensor, moments: Moments, update: reference.Update, level: int = -1
-) -> None:
+def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: reference.Update, level: int = -1) -> None:
     """One step of `reference_adamw.adamw`; `level` holds it to a narrower instruction set (0 plain C, 1 AVX2)."""
     gradient = gradient.detach().contiguous()
     start, turn = word_keys(*update.key)
@@ -79,29 +70,29 @@ def step(
         *(None if scale is None else scale.data_ptr() for scale in scales), ctypes.addressof(_MEAN), ctypes.addressof(_SQUARE),
         parameter.numel(), update.factor, update.beta1, 1 - update.beta1, update.beta2, 1 - update.beta2,
         update.epsilon, update.decay, update.rate, update.fix, start & 0xFFFFFFFF, turn,
-        _TYPES[parameter.dtype], _TYPES[gradient.dtype],
+        TWO_TYPES[parameter.dtype], TWO_TYPES[gradient.dtype],
     )  # fmt: skip
-    calls.graft_adamw(ctypes.byref(given), level, torch.get_num_threads())
+    calls().graft_adamw(ctypes.byref(given), level, torch.get_num_threads())
 
 
-def sum_of_squares(calls: ctypes.CDLL, tensor: Tensor, level: int = -1) -> Tensor:
+def sum_of_squares(tensor: Tensor, level: int = -1) -> Tensor:
     """The sum of all squares, () float64."""
     flat = tensor.detach().contiguous()
-    parts = torch.empty(calls.graft_sum_parts(flat.numel()), dtype=torch.float64)
+    parts = torch.empty(calls().graft_sum_parts(flat.numel()), dtype=torch.float64)
     threads = torch.get_num_threads()
-    total = calls.graft_sum_of_squares(
-        flat.data_ptr(), _TYPES[flat.dtype], flat.numel(), parts.data_ptr(), level, threads
+    total = calls().graft_sum_of_squares(
+        flat.data_ptr(), TWO_TYPES[flat.dtype], flat.numel(), parts.data_ptr(), level, threads
     )
     return torch.tensor(total, dtype=torch.float64)
 
 
-# ---- the check before first use -----------------------------------------------------------------------------------
+# ---- the checks before first use ----------------------------------------------------------------------------------
 
 
-def agrees(calls: ctypes.CDLL) -> bool:
+def check_step() -> bool:
     """Whether three steps over 1001 values end in the reference's bits, in both types and both kinds of moments."""
-    wave = torch.arange(1001, dtype=torch.float32).mul_(0.7).sin_()
-    for dtype in _TYPES:
+    wave = sample(1001)
+    for dtype in TWO_TYPES:
         for eight_bit in (False, True):
             ours, truth = wave.to(dtype, copy=True), wave.to(dtype, copy=True)
             mine, theirs = (no_moments(1001, eight_bit=eight_bit, device=wave.device) for _ in range(2))
@@ -110,7 +101,7 @@ def agrees(calls: ctypes.CDLL) -> bool:
                 update = reference.update_of(
                     number, 0.01, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1, factor=0.3, key=(7, "check", number)
                 )  # fmt: skip
-                step(calls, ours, gradient, mine, update)
+                step(ours, gradient, mine, update)
                 reference.adamw(truth, gradient, theirs, update)
             pairs = zip((ours, *mine.tensors().values()), (truth, *theirs.tensors().values()))
             if not all(torch.equal(a, b) for a, b in pairs):
@@ -118,10 +109,9 @@ def agrees(calls: ctypes.CDLL) -> bool:
     return True
 
 
-def sums_agree(calls: ctypes.CDLL) -> bool:
+def check_sum_of_squares() -> bool:
     """Whether the sum of squares is the reference's to rounding."""
-    wave = torch.arange(40_001, dtype=torch.float32).mul_(0.7).sin_()
+    wave = sample(40_001)
     return all(
-        abs(float(sum_of_squares(calls, x)) / float(reference.sum_of_squares(x)) - 1) < 1e-12
-        for x in (wave, wave.bfloat16())
+        abs(float(sum_of_squares(x)) / float(reference.sum_of_squares(x)) - 1) < 1e-12 for x in (wave, wave.bfloat16())
     )

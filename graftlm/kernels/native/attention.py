@@ -11,6 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graftlm.kernels import reference
+from graftlm.kernels.native.library import calls
+from graftlm.kernels.trust import close, sample
+
 _LONGS = (
     "q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "dout_token", "dout_head", "heads", "kv_heads", "width",
     "segments", "window",
@@ -27,11 +31,6 @@ class Job(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int),
     )
-
-
-SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "graft_attention": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int]),
-}
 
 
 def fits(q: Tensor) -> bool:
@@ -58,25 +57,23 @@ def _job(
     return job, (q, k, v, places)
 
 
-def _run(calls: ctypes.CDLL, job: Job, back: bool) -> None:
-    if calls.graft_attention(ctypes.addressof(job), int(back)):
+def _run(job: Job, back: bool) -> None:
+    if calls().graft_attention(ctypes.addressof(job), int(back)):
         raise MemoryError(f"no memory for the attention of {job.segments} segments")
 
 
-def attention(
-    calls: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int) -> tuple[Tensor, Tensor]:
     """q (T, H, D), k and v (T, K, D) -> out (T, H, D), and of each query the logarithm of its sum (T, H)."""
     job, alive = _job(q, k, v, ends, scale, window)
     out, sums = q.new_empty(q.shape), q.new_empty(q.shape[:2])
     job.out, job.log_sums = out.data_ptr(), sums.data_ptr()
-    _run(calls, job, False)
+    _run(job, False)
     del alive
     return out, sums
 
 
 def attention_backward(
-    calls: ctypes.CDLL, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, ends: Sequence[int],
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, ends: Sequence[int],
     scale: float, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients to q (T, H, D), k and v (T, K, D)."""
@@ -86,6 +83,23 @@ def attention_backward(
     job.dout, job.dout_token, job.dout_head = dout.data_ptr(), dout.stride(0), dout.stride(1)
     job.out, job.log_sums = out.data_ptr(), sums.data_ptr()
     job.dq, job.dk, job.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
-    _run(calls, job, True)
+    _run(job, True)
     del alive
     return dq, dk, dv
+
+
+# ---- the check before first use -----------------------------------------------------------------------------------
+
+
+def check() -> bool:
+    """Lengths around the lanes of a register, shared heads, strides, a window."""
+    ends, scale = (0, 1, 18, 53), 0.2
+    q, k, v, dout = (sample(heads, 53, 32).transpose(0, 1) for heads in (4, 2, 2, 4))
+    for window in (0, 5):
+        out, sums = attention(q, k, v, ends, scale, window)
+        truth, kept = reference.attention(q, k, v, ends, scale, window)
+        found = attention_backward(dout, q, k, v, out, sums, ends, scale, window)
+        wanted = reference.attention_backward(dout, q, k, v, truth, kept, ends, scale, window)
+        if not (close(out, truth) and close(sums, kept) and all(close(a, b) for a, b in zip(found, wanted))):
+            return False
+    return True

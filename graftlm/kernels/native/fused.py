@@ -13,18 +13,11 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference_fused as reference
+from graftlm.kernels.native.library import TWO_TYPES, calls
 from graftlm.kernels.reference_fused import GATES, Gate
+from graftlm.kernels.trust import close, sample
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "graft_norm": (None, [_pointer, _pointer, _float, _float, _long, _long, _pointer, _pointer, _int, _int]),
-    "graft_norm_back": (None, [_pointer] * 3 + [_float, _pointer, _long, _long] + [_pointer] * 3 + [_int, _int]),
-    "graft_gate": (None, [_pointer] * 2 + [_long] * 3 + [_pointer, _int, _int, _int]),
-    "graft_gate_back": (None, [_pointer] * 3 + [_long] * 3 + [_pointer] * 2 + [_long, _int, _int, _int]),
-    "graft_rotary": (None, [_pointer] + [_long] * 4 + [_pointer] * 2 + [_long, _int, _int, _int]),
-    "graft_cross_entropy": (_int, [_pointer, _long, _long] + [_pointer] * 3 + [_int, _int]),
-}
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum float_type in kernels.h
 _ROWS_PER_BLOCK = 64  # of fused.c
 
 
@@ -33,29 +26,27 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32).contiguous()
 
 
-def rms_norm(
-    calls: ctypes.CDLL, x: Tensor, weight: Tensor, epsilon: float, offset: float
-) -> tuple[Tensor, Tensor]:  # (rows, n), (rows,)
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:  # (rows, n), (rows,)
     x, w = x.contiguous(), _values(weight)
     y, r = torch.empty_like(x), torch.empty(len(x))
-    calls.graft_norm(
-        x.data_ptr(), w.data_ptr(), offset, epsilon, *x.shape, y.data_ptr(), r.data_ptr(), TYPES[x.dtype],
+    calls().graft_norm(
+        x.data_ptr(), w.data_ptr(), offset, epsilon, *x.shape, y.data_ptr(), r.data_ptr(), TWO_TYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return y, r
 
 
 def rms_norm_backward(
-    calls: ctypes.CDLL, dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, offset: float, wants_weight: bool
+    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, offset: float, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     dy, x, w = dy.to(x.dtype).contiguous(), x.contiguous(), _values(weight)
     rows, n = x.shape
     dx = torch.empty_like(x)
     dw = torch.empty(n) if wants_weight else None
     partial = torch.empty(-(-rows // _ROWS_PER_BLOCK), n) if wants_weight else None
-    calls.graft_norm_back(
+    calls().graft_norm_back(
         dy.data_ptr(), x.data_ptr(), w.data_ptr(), offset, r.data_ptr(), rows, n, dx.data_ptr(),
-        None if dw is None else dw.data_ptr(), None if partial is None else partial.data_ptr(), TYPES[x.dtype],
+        None if dw is None else dw.data_ptr(), None if partial is None else partial.data_ptr(), TWO_TYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return dx, dw
@@ -68,17 +59,17 @@ def _side_by_side(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
     return gate, up, gate.stride(0)
 
 
-def gated(calls: ctypes.CDLL, gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
+def gated(gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
     gate, up, row = _side_by_side(gate, up)
     y = torch.empty(gate.shape, dtype=gate.dtype)
-    calls.graft_gate(
-        gate.data_ptr(), up.data_ptr(), row, *gate.shape, y.data_ptr(), GATES.index(kind), TYPES[gate.dtype],
+    calls().graft_gate(
+        gate.data_ptr(), up.data_ptr(), row, *gate.shape, y.data_ptr(), GATES.index(kind), TWO_TYPES[gate.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def gated_backward(calls: ctypes.CDLL, dy: Tensor, gate: Tensor, up: Tensor, kind: Gate) -> tuple[Tensor, Tensor]:
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate) -> tuple[Tensor, Tensor]:
     """Where gate and up are the halves of one tensor, so are their gradients."""
     gate, up, row = _side_by_side(gate, up)
     dy = dy.to(gate.dtype).contiguous()
@@ -88,9 +79,9 @@ def gated_backward(calls: ctypes.CDLL, dy: Tensor, gate: Tensor, up: Tensor, kin
         dg, du = torch.empty(rows, 2 * n, dtype=gate.dtype).chunk(2, dim=1)
     else:
         dg, du = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
-    calls.graft_gate_back(
+    calls().graft_gate_back(
         dy.data_ptr(), gate.data_ptr(), up.data_ptr(), row, rows, n, dg.data_ptr(), du.data_ptr(), dg.stride(0),
-        GATES.index(kind), TYPES[gate.dtype], torch.get_num_threads(),
+        GATES.index(kind), TWO_TYPES[gate.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dg, du
 
@@ -104,7 +95,7 @@ class _Part(ctypes.Structure):
     )  # fmt: skip
 
 
-def rotary(calls: ctypes.CDLL, parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
+def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
     """Each of `parts` (tokens, heads, D), in one pass over the tokens; their gradients turned back with `back`."""
     table: Any = (_Part * len(parts))()
     parts = [x if x.stride(2) == 1 else x.contiguous() for x in parts]
@@ -113,20 +104,20 @@ def rotary(calls: ctypes.CDLL, parts: Sequence[Tensor], cos: Tensor, sin: Tensor
         part.x, part.y, part.heads = x.data_ptr(), y.data_ptr(), x.shape[1]
         (part.x_token, part.x_head), (part.y_token, part.y_head) = x.stride()[:2], y.stride()[:2]
     c, s, first = _values(cos), _values(sin), parts[0]
-    calls.graft_rotary(
+    calls().graft_rotary(
         ctypes.addressof(table), len(parts), len(first), first.shape[2], c.shape[1], c.data_ptr(), s.data_ptr(),
-        max(len(c), 1), int(back), TYPES[first.dtype], torch.get_num_threads(),
+        max(len(c), 1), int(back), TWO_TYPES[first.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def cross_entropy_in_place(calls: ctypes.CDLL, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     own = logits.contiguous()
     labels, losses = labels.to(torch.int64).contiguous(), torch.empty(len(logits))
     scale = None if weights is None else _values(weights)
-    if calls.graft_cross_entropy(
+    if calls().graft_cross_entropy(
         own.data_ptr(), *own.shape, labels.data_ptr(), None if scale is None else scale.data_ptr(), losses.data_ptr(),
-        TYPES[logits.dtype], torch.get_num_threads(),
+        TWO_TYPES[logits.dtype], torch.get_num_threads(),
     ):  # fmt: skip
         raise IndexError(f"a label is not in 0 .. {logits.shape[-1] - 1}")
     if weights is not None and own is not logits:
@@ -134,34 +125,29 @@ def cross_entropy_in_place(calls: ctypes.CDLL, logits: Tensor, labels: Tensor, w
     return losses
 
 
-def check(calls: ctypes.CDLL) -> bool:
+# ---- the check before first use -----------------------------------------------------------------------------------
+
+
+def check() -> bool:
     """All of them on odd shapes against the reference, in both float types."""
-    return all(_agrees(calls, dtype, tolerance) for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)))
+    return all(_agrees(dtype, tolerance) for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)))
 
 
-def _sample(*shape: int, step: float) -> Tensor:
-    """Fixed values of both signs, without touching any generator's state."""
-    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).mul_(step).sin_().mul_(3).view(shape)
-
-
-def _agrees(calls: ctypes.CDLL, dtype: torch.dtype, tolerance: float) -> bool:
-    x, dy, u, w = (_sample(71, 53, step=s).to(dtype) for s in (0.7, 1.1, 1.7, 2.3))
+def _agrees(dtype: torch.dtype, tolerance: float) -> bool:
+    x, dy, u, w = (sample(71, 53, step=s, sizes=3).to(dtype) for s in (0.7, 1.1, 1.7, 2.3))
     y, r = reference.rms_norm(x, w[0], 1e-5, 1.0)
     dx, dw = reference.rms_norm_backward(dy, x, w[0], r, 1.0, True)
-    found = [*rms_norm(calls, x, w[0], 1e-5, 1.0), *rms_norm_backward(calls, dy, x, w[0], r, 1.0, True)]
+    found = [*rms_norm(x, w[0], 1e-5, 1.0), *rms_norm_backward(dy, x, w[0], r, 1.0, True)]
     wanted: list[Tensor | None] = [y, r, dx, dw]
     for kind in GATES:
-        found += [gated(calls, x, u, kind), *gated_backward(calls, dy, x, u, kind)]
+        found += [gated(x, u, kind), *gated_backward(dy, x, u, kind)]
         wanted += [reference.gated(x, u, kind), *reference.gated_backward(dy, x, u, kind)]
-    q, k = _sample(6, 3, 46, step=0.3).to(dtype), _sample(6, 2, 46, step=0.5).to(dtype)
-    c, s = _sample(3, 42, step=0.9), _sample(3, 42, step=1.3)
-    found += [*rotary(calls, (q, k), c, s, False), *rotary(calls, (q, k), c, s, True)]
+    q, k = sample(6, 3, 46, step=0.3, sizes=3).to(dtype), sample(6, 2, 46, step=0.5, sizes=3).to(dtype)
+    c, s = sample(3, 42, step=0.9, sizes=3), sample(3, 42, step=1.3, sizes=3)
+    found += [*rotary((q, k), c, s, False), *rotary((q, k), c, s, True)]
     wanted += [turn(t, c, s) for turn in (reference.rotary, reference.rotary_backward) for t in (q, k)]
-    labels, weights = torch.arange(71) % 53, _sample(71, step=0.1)
+    labels, weights = torch.arange(71) % 53, sample(71, step=0.1, sizes=3)
     ours, theirs = x.clone(), x.clone()
-    found += [cross_entropy_in_place(calls, ours, labels, weights), ours]
+    found += [cross_entropy_in_place(ours, labels, weights), ours]
     wanted += [reference.cross_entropy_in_place(theirs, labels, weights), theirs]
-    return all(
-        a is not None and b is not None and bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())
-        for a, b in zip(found, wanted, strict=True)
-    )
+    return all(a is not None and b is not None and close(a, b, tolerance) for a, b in zip(found, wanted, strict=True))

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.kernels.stored import Nf4, Stored
+from graftlm.kernels import reference
+from graftlm.kernels.native.library import calls
+from graftlm.kernels.stored import Nf4, Weight
+from graftlm.kernels.trust import close, sample
 
 _FLOAT32, _BFLOAT16, _NF4, _INT8 = range(4)  # enum matrix_kind in kernels.h
 
@@ -32,20 +35,7 @@ class Matrix(ctypes.Structure):
     )  # fmt: skip
 
 
-SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "graft_gemm_level": (ctypes.c_int, []),
-    "graft_gemm_narrow": (ctypes.c_int, []),
-    "graft_gemm": (
-        ctypes.c_int,
-        [ctypes.c_int64] * 2 + [ctypes.c_void_p, ctypes.c_int] + [ctypes.c_void_p] * 3
-        + [ctypes.c_int64, ctypes.c_float, ctypes.c_int, ctypes.c_int],
-    ),
-}  # fmt: skip
-
-Operand = Tensor | Stored
-
-
-def _fill(matrix: Matrix, value: Operand, turned: bool, summed: int) -> Any:
+def _fill(matrix: Matrix, value: Weight, turned: bool, summed: int) -> Any:
     """Describe a matrix to C; `summed` is the dimension of `value` (after turning) that the product sums over.
 
     Returns what must stay alive until the call is over.
@@ -74,8 +64,7 @@ def _fill(matrix: Matrix, value: Operand, turned: bool, summed: int) -> Any:
 
 
 def multiply(
-    calls: ctypes.CDLL,
-    terms: Sequence[tuple[Tensor, Operand, bool]],
+    terms: Sequence[tuple[Tensor, Weight, bool]],
     *,
     out: Tensor | None = None,
     alpha: float = 1.0,
@@ -101,8 +90,84 @@ def multiply(
         out = torch.empty(m, n)
     if not any(k) and not add:
         return out.zero_()
-    if calls.graft_gemm(
+    if calls().graft_gemm(
         m, n, k, count, a, b, out.data_ptr(), out.stride(0) if m > 1 else n, alpha, int(add), torch.get_num_threads()
     ):
         raise MemoryError(f"no memory to multiply {m} by {k[0]} by {n}")
     return out
+
+
+# ---- what training needs of it ------------------------------------------------------------------------------------
+
+
+def weight_gradient(dy: Tensor, x: Tensor, narrow: bool = False) -> Tensor:
+    """dy (rows, out), x (rows, in) -> dy^T x (out, in)."""
+    return multiply([(dy.T, x, False)], narrow=narrow)
+
+
+def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y (tokens, out) += scale * (x A^T) B^T in place; returns scale * x A^T (tokens, r) for the backward."""
+    h = multiply([(x, A, True)], alpha=scale)
+    multiply([(h, B, True)], out=y, add=True)
+    return h
+
+
+def low_rank_backward(
+    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scale: float, dx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `low_rank` to A (r, in) and B (out, r); the one to x is added to `dx`."""
+    dh = multiply([(dy, B, False)], alpha=scale)  # (tokens, r)
+    if dx is not None:
+        multiply([(dh, A, False)], out=dx, add=True)
+    return multiply([(dh.T, x, False)]), multiply([(dy.T, h, False)])
+
+
+def adapted(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, narrow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x W^T + scale * (x A^T) B^T (rows, out) in one pass over the result, and scale * x A^T for the backward."""
+    h = multiply([(x, A, True)], alpha=scale)  # (rows, r)
+    return multiply([(x, weight, True), (h, B, True)], narrow=narrow), h
+
+
+def adapted_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Weight,
+    h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    wants_dx: bool,
+    narrow: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of `adapted` to x (rows, in), A (r, in) and B (out, r)."""
+    dh = multiply([(dy, B, False)], alpha=scale)  # (rows, r)
+    dx = multiply([(dy, weight, False), (dh, A, False)], narrow=narrow) if wants_dx else None
+    return dx, multiply([(dh.T, x, False)]), multiply([(dy.T, h, False)])
+
+
+# ---- the check before first use -----------------------------------------------------------------------------------
+
+
+def check() -> bool:
+    """Edges of every panel, each kind of weight in both orientations, two terms, and narrow operands."""
+    x, dense = sample(53, 331, sizes=97), sample(77, 331, sizes=97)
+    dy = sample(53, 77, sizes=97)
+    weights: tuple[Weight, ...] = (
+        dense,
+        dense.bfloat16(),
+        reference.nf4_quantize(dense),
+        reference.nf4_quantize(dense).narrow(3, 50),
+        reference.int8_quantize(dense),
+    )
+    good = all(
+        close(multiply([(x, w, True)]), reference.matmul(x, w))
+        and close(multiply([(dy[:, : w.shape[0]], w, False)]), reference.matmul_t(dy[:, : w.shape[0]], w))
+        for w in weights
+    )
+    narrow = multiply([(x, dense, True), (x[:, :5], dense[:, :5], True)], alpha=0.5)
+    turned = multiply([(x.T, dense[:53], False)], out=torch.ones(331, 331), add=True)
+    return (
+        good and close(narrow, 0.5 * (x @ dense.T + x[:, :5] @ dense[:, :5].T)) and close(turned, 1 + x.T @ dense[:53])
+    )

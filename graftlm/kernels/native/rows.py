@@ -15,14 +15,10 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
+from graftlm.kernels.native.library import TWO_TYPES, calls
+from graftlm.kernels.trust import close, sample
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "graft_dense_rows": (None, [_pointer, _int, _long, _long, _pointer, _long, _long, _pointer, _int]),
-    "graft_routed_rows": (_int, [_pointer, _pointer] + [_long] * 3 + [_pointer, _long, _pointer, _int]),
-    "graft_attend_rows": (_int, [_pointer] * 5 + [_int]),
-}
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum float_type in kernels.h
 MOST_ROWS = 16  # up to here reading the weight once is worth more than a matrix library's blocking (measured)
 
 
@@ -31,18 +27,18 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     return (
         len(x) <= MOST_ROWS
         and x.dtype == torch.float32
-        and weight.dtype in TYPES
+        and weight.dtype in TWO_TYPES
         and weight.is_contiguous()
         and x.stride(1) == 1
     )
 
 
-def dense(calls: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
+def dense(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, in) float32 times W (out, in) in 32 or 16 bits, transposed -> (rows, out) float32."""
     rows, inner = x.shape
     y = torch.empty(rows, len(weight))
-    calls.graft_dense_rows(
-        weight.data_ptr(), TYPES[weight.dtype], len(weight), inner, x.data_ptr(), x.stride(0), rows, y.data_ptr(),
+    calls().graft_dense_rows(
+        weight.data_ptr(), TWO_TYPES[weight.dtype], len(weight), inner, x.data_ptr(), x.stride(0), rows, y.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -64,10 +60,10 @@ class Factors:
 
     def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
         self.A, self.B, self.scale = A, B, scale  # kept alive
-        known = A.dtype in TYPES and B.dtype in TYPES and A.device.type == "cpu"
+        known = A.dtype in TWO_TYPES and B.dtype in TWO_TYPES and A.device.type == "cpu"
         self.ready = known and A.is_contiguous() and B.T.is_contiguous()
         if self.ready:
-            self._said = _Factors(A.data_ptr(), B.data_ptr(), len(A), scale, TYPES[A.dtype], TYPES[B.dtype])
+            self._said = _Factors(A.data_ptr(), B.data_ptr(), len(A), scale, TWO_TYPES[A.dtype], TWO_TYPES[B.dtype])
             self.at = ctypes.addressof(self._said)
 
 
@@ -80,9 +76,9 @@ class Routes:
         self._ranges = (_long * (2 * count))(*(row for both in ranges for row in both))
         self._factors = (_pointer * count)(*(f.at for f in factors))
 
-    def add(self, calls: ctypes.CDLL, y: Tensor, x: Tensor) -> None:
+    def add(self, y: Tensor, x: Tensor) -> None:
         """y (rows, out) += scale (x A^T) B^T in each range; both float32, y's rows end to end."""
-        if calls.graft_routed_rows(
+        if calls().graft_routed_rows(
             self._ranges, self._factors, len(self.ranges), x.shape[1], y.shape[1], x.data_ptr(), x.stride(0), y.data_ptr(),
             torch.get_num_threads(),
         ):  # fmt: skip
@@ -116,7 +112,6 @@ class Attention:
 
     def answer(
         self,
-        calls: ctypes.CDLL,
         q: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -133,27 +128,24 @@ class Attention:
         said.heads, said.width, said.query_row, said.query_head = q.shape[1], q.shape[2], q.stride(0), q.stride(1)
         said.key_heads, said.value_width = keys.shape[1], values.shape[2]
         said.scale, said.window, said.softcap = scale, window, softcap
-        if calls.graft_attend_rows(
+        if calls().graft_attend_rows(
             self._at, q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), torch.get_num_threads()
         ):
             raise MemoryError(f"no memory for the scores of {len(self.rows)} tokens")
 
 
-def check(calls: ctypes.CDLL) -> bool:
+# ---- the check before first use -----------------------------------------------------------------------------------
+
+
+def check() -> bool:
     """Whether all three give the reference's answers here, on odd shapes and both types."""
 
-    def sample(*shape: int) -> Tensor:
-        return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).mul_(0.7).sin_().view(shape)
-
-    def close(a: Tensor, b: Tensor) -> bool:
-        return bool(((a - b).norm() <= 1e-5 * b.norm()).item())
-
     W, x = sample(13, 331), sample(11, 331)
-    good = all(close(dense(calls, x[:n], w), x[:n] @ w.float().T) for n in (1, 11) for w in (W, W.bfloat16()))
+    good = all(close(dense(x[:n], w), x[:n] @ w.float().T) for n in (1, 11) for w in (W, W.bfloat16()))
     y, expected = sample(11, 29), sample(11, 29)
     uses = [(a, b, sample(r, 331).to(t), sample(r, 29).to(t).T, 0.3) for a, b, r, t in
             ((0, 1, 5, torch.float32), (2, 11, 35, torch.bfloat16))]  # fmt: skip
-    Routes([use[:2] for use in uses], [Factors(*use[2:]) for use in uses]).add(calls, y, x)
+    Routes([use[:2] for use in uses], [Factors(*use[2:]) for use in uses]).add(y, x)
     for first, last, A, B, scale in uses:
         expected[first:last] += scale * (x[first:last] @ A.float().T @ B.float().T)
     good = good and close(y, expected)
@@ -161,7 +153,7 @@ def check(calls: ctypes.CDLL) -> bool:
     rows, visible, table = torch.tensor([3, 0]), torch.tensor([17, 4]), torch.tensor([[2, 0, 3], [4, 1, 1]])
     for window, softcap in ((0, 0.0), (9, 0.0), (0, 1.5)):
         out, expected = torch.zeros(4, 6, 19), torch.zeros(4, 6, 19)
-        Attention(rows, visible, table, 7).answer(calls, q, keys, values, out, 0.4, window, softcap)
+        Attention(rows, visible, table, 7).answer(q, keys, values, out, 0.4, window, softcap)
         reference.attend_rows(
             q, keys, values, expected, rows=rows, visible=visible, table=table, block=7, scale=0.4, window=window,
             softcap=softcap,

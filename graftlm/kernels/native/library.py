@@ -1,0 +1,145 @@
+"""The compiled C library: found, loaded, described to ctypes, and its instruction set chosen.
+
+It is plain C reached through ctypes, which releases the interpreter lock while it runs. It takes the tables of
+`reference.py` when it is loaded, so there is one truth about the codes; it runs on PyTorch's own OpenMP threads. Where
+it is missing or does not load, `get().reason` says why; `checks.trust` says it once to whoever runs the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+from graftlm.kernels import reference
+
+VERSION = 2  # graft_version() of the library this file knows how to call
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum float_type in kernels.h
+TWO_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # the same, for operations that know no float16
+
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "graft_version": (_int, []),
+    "graft_openmp": (None, [_pointer]),
+    "graft_name": (ctypes.c_char_p, [_int]),
+    "graft_init": (_int, [_pointer, _pointer, _pointer, _pointer, _int]),
+    "graft_huge_pages": (None, [_pointer, _long]),
+    # weights.py
+    "graft_nf4_dequantize": (None, [_pointer] * 4 + [_long] * 4 + [_pointer, _int, _int, _int]),
+    "graft_nf4_quantize": (None, [_pointer, _int, _long, _pointer, _pointer, _int]),
+    "graft_absmax_quantize": (None, [_pointer, _long, _pointer, _pointer, _pointer, _int]),
+    "graft_int8_dequantize": (None, [_pointer, _pointer] + [_long] * 3 + [_pointer, _int, _int, _int]),
+    # products.py
+    "graft_nf4_matvec": (_int, [_pointer] * 4 + [_long] * 3 + [_pointer, _long, _long, _pointer, _int]),
+    "graft_int8_matvec": (None, [_pointer, _pointer, _long, _long, _pointer, _long, _long, _pointer, _int]),
+    # gemm.py
+    "graft_gemm_level": (_int, []),
+    "graft_gemm_narrow": (_int, []),
+    "graft_gemm": (_int, [_long] * 2 + [_pointer, _int] + [_pointer] * 3 + [_long, _float, _int, _int]),
+    # attention.py
+    "graft_attention": (_int, [_pointer, _int]),
+    # rows.py
+    "graft_dense_rows": (None, [_pointer, _int, _long, _long, _pointer, _long, _long, _pointer, _int]),
+    "graft_routed_rows": (_int, [_pointer, _pointer] + [_long] * 3 + [_pointer, _long, _pointer, _int]),
+    "graft_attend_rows": (_int, [_pointer] * 5 + [_int]),
+    # fused.py
+    "graft_norm": (None, [_pointer, _pointer, _float, _float, _long, _long, _pointer, _pointer, _int, _int]),
+    "graft_norm_back": (None, [_pointer] * 3 + [_float, _pointer, _long, _long] + [_pointer] * 3 + [_int, _int]),
+    "graft_gate": (None, [_pointer] * 2 + [_long] * 3 + [_pointer, _int, _int, _int]),
+    "graft_gate_back": (None, [_pointer] * 3 + [_long] * 3 + [_pointer] * 2 + [_long, _int, _int, _int]),
+    "graft_rotary": (None, [_pointer] + [_long] * 4 + [_pointer] * 2 + [_long, _int, _int, _int]),
+    "graft_cross_entropy": (_int, [_pointer, _long, _long] + [_pointer] * 3 + [_int, _int]),
+    # adamw.py
+    "graft_adamw": (None, [_pointer, _int, _int]),
+    "graft_sum_parts": (_long, [_long]),
+    "graft_sum_of_squares": (ctypes.c_double, [_pointer, _int, _long, _pointer, _int, _int]),
+}
+
+
+def _openmp_of_torch() -> int:
+    """The address of GOMP_parallel in the OpenMP library that PyTorch has loaded, or 0."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return 0
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libgomp" in line}
+    for path in sorted(paths, key=lambda path: "torch" not in path):
+        try:
+            function = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, _pointer).value or 0
+    return 0
+
+
+class Library:
+    """The loaded library and its chosen instruction set, or the reason why there is none."""
+
+    def __init__(self) -> None:
+        self.calls: ctypes.CDLL | None = None
+        self.reason = ""
+        self.instructions = ""
+        self.multiplies = False  # whether our matrix product beats PyTorch's here
+        self.narrows = False  # whether it has instructions for bfloat16
+        try:
+            names = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
+            found = [path for path in names if path.exists()]
+            if not found:
+                raise OSError("they were not compiled when this package was installed (was there a C compiler?)")
+            calls = ctypes.CDLL(str(found[0]))
+            if calls.graft_version() != VERSION:
+                raise OSError(f"{found[0].name} was compiled from other sources (install the package again)")
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(calls, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            self.reason = str(error)
+            return
+        self.calls = calls
+        calls.graft_openmp(_openmp_of_torch() or None)
+        self.choose(-1)
+
+    def choose(self, choice: int) -> None:
+        """Use instruction set `choice`; -1 for the widest one this machine has."""
+        assert self.calls is not None
+        tables = (reference.NF4_CODE, reference.NF4_MIDPOINTS, reference.DYNAMIC_CODE, reference.DYNAMIC_BINS)
+        chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
+        self.instructions = self.calls.graft_name(chosen).decode()
+        self.narrows = self.instructions == "AVX-512" and bool(self.calls.graft_gemm_narrow())
+        self.multiplies = self.instructions == "AVX-512" and self.calls.graft_gemm_level() > 1
+
+
+_library: Library | None = None
+_loading = threading.Lock()
+
+
+def get() -> Library:
+    """The library of this process, loaded at the first call."""
+    global _library
+    if _library is None:
+        with _loading:
+            if _library is None:
+                _library = Library()
+    return _library
+
+
+def calls() -> ctypes.CDLL:
+    """The library's functions, for an operation that `native.usable` has allowed."""
+    calls = get().calls
+    assert calls is not None, "usable() is asked first"
+    return calls
+
+
+def instruction_sets() -> list[str]:
+    """The sets this machine can run, from plain to wide; the last one is used."""
+    calls = get().calls
+    names = [calls.graft_name(choice) for choice in range(3)] if calls is not None else []
+    return [name.decode() for name in names if name is not None]
+
+
+def choose(name: str | None) -> None:
+    """Use the instruction set `name` of `instruction_sets()`, or None for the widest again (tests and benchmarks)."""
+    get().choose(-1 if name is None else instruction_sets().index(name))

@@ -1,0 +1,123 @@
+"""Products with a stored weight on processors where PyTorch's own matrix product is used for dense ones.
+
+For a few rows of x the codes are decoded in registers and never written down. For more, a panel of W is made dense in a
+scratch that stays in the cache and goes to PyTorch's product at once, so that the whole of dense W never exists.
+
+Letters: x (rows, in), W (out, in), y (rows, out), dy (rows, out), dx (rows, in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from graftlm.kernels import reference
+from graftlm.kernels.native.library import calls
+from graftlm.kernels.native.weights import dequantize_into, nf4_pointers
+from graftlm.kernels.stored import BLOCK, Int8, Nf4, Stored
+from graftlm.kernels.trust import close, sample
+
+FEW_ROWS = 16  # up to here the codes are decoded once for every 8 rows; beyond, panels are faster
+PANEL_BYTES, PANEL_BYTES_FOR_MANY = 8 << 20, 16 << 20  # of dense W at once, for fewer than MANY_ROWS and for more
+MANY_ROWS = 512
+
+
+def _product_type(dtype: torch.dtype) -> torch.dtype:
+    """The type products are taken in: most CPUs multiply 16-bit matrices more slowly than float32 ones (measured)."""
+    return dtype if dtype == torch.bfloat16 and _has_bfloat16_tiles() else torch.float32
+
+
+def _has_bfloat16_tiles() -> bool:
+    check: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(check())
+
+
+def _contiguous(weight: Stored) -> Stored:
+    return weight if isinstance(weight, Nf4) else Int8(weight.values.contiguous(), weight.scale.contiguous())
+
+
+def _panel(length: int, other: int, rows: int, dtype: torch.dtype) -> int:
+    """How much of the dimension that is summed over, `length`, one panel covers: equal panels, in whole blocks."""
+    size = PANEL_BYTES if rows < MANY_ROWS else PANEL_BYTES_FOR_MANY
+    most = max(size // (max(other, 1) * dtype.itemsize), BLOCK)
+    panels = max(math.ceil(length / most), 1)
+    return max(math.ceil(length / panels / BLOCK), 1) * BLOCK
+
+
+def matmul(x: Tensor, weight: Stored) -> Tensor:
+    """x (rows, in) -> x @ W.T (rows, out)."""
+    weight = _contiguous(weight)
+    return _few_rows(x, weight) if len(x) <= FEW_ROWS else _panels(x, weight)
+
+
+def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
+    """dy (rows, out) -> dy @ W (rows, in)."""
+    return _panels_t(dy, _contiguous(weight))
+
+
+def _few_rows(x: Tensor, weight: Stored) -> Tensor:
+    outer, inner = weight.shape
+    dtype, x = x.dtype, x.float()  # (rows, in)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(len(x), outer)  # (rows, out) float32
+    of_x = (x.data_ptr(), x.stride(0), len(x), y.data_ptr(), torch.get_num_threads())
+    if isinstance(weight, Nf4):
+        if calls().graft_nf4_matvec(*nf4_pointers(weight), weight.start, outer, inner, *of_x):
+            raise MemoryError(f"no memory for a copy of x {tuple(x.shape)}")
+    else:
+        calls().graft_int8_matvec(weight.values.data_ptr(), weight.scale.data_ptr(), outer, inner, *of_x)
+    return y.to(dtype)
+
+
+def _panels(x: Tensor, weight: Stored) -> Tensor:
+    outer, inner = weight.shape
+    dtype = _product_type(x.dtype)
+    dense_x = x.to(dtype)  # (rows, in)
+    step = _panel(inner, outer, len(x), dtype)
+    scratch = torch.empty(outer * min(step, inner), dtype=dtype)
+    y = torch.empty(len(x), outer, dtype=dtype)
+    for first in range(0, inner, step):
+        count = min(step, inner - first)
+        panel = scratch[: outer * count].view(outer, count)
+        dequantize_into(panel, weight, 0, first)
+        y.addmm_(dense_x[:, first : first + count], panel.T, beta=1.0 if first else 0.0)
+    return y.to(x.dtype)
+
+
+def _panels_t(dy: Tensor, weight: Stored) -> Tensor:
+    outer, inner = weight.shape
+    dtype = _product_type(dy.dtype)
+    rows = dy.to(dtype)  # (rows, out)
+    step = _panel(outer, inner, len(rows), dtype)
+    scratch = torch.empty(min(step, outer), inner, dtype=dtype)
+    dx = torch.empty(len(rows), inner, dtype=dtype)
+    for first in range(0, outer, step):
+        count = min(step, outer - first)
+        dequantize_into(scratch[:count], weight, first, 0)
+        dx.addmm_(rows[:, first : first + count], scratch[:count], beta=1.0 if first else 0.0)
+    return dx.to(dy.dtype)
+
+
+# ---- the checks before first use ----------------------------------------------------------------------------------
+
+
+def _checked_weights() -> list[Stored]:
+    dense = sample(13, 331, sizes=97)
+    weight = reference.nf4_quantize(dense)
+    return [weight, weight.narrow(3, 5), reference.int8_quantize(dense)]
+
+
+def check_matmul() -> bool:
+    """One row, several, and enough for panels, with each form of weight."""
+    xs = [sample(rows, 331, sizes=97) for rows in (1, FEW_ROWS - 1, FEW_ROWS + 1)]
+    return all(close(matmul(x, w), reference.matmul(x, w)) for x in xs for w in _checked_weights())
+
+
+def check_matmul_t() -> bool:
+    """Each form of weight."""
+    pairs = ((sample(5, w.shape[0], sizes=97), w) for w in _checked_weights())
+    return all(close(matmul_t(dy, w), reference.matmul_t(dy, w)) for dy, w in pairs)

@@ -1,0 +1,108 @@
+"""Quantize and dequantize in C (`kernels.c`): the reference's bits, both quantizations done or undone in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graftlm.kernels import reference
+from graftlm.kernels.native.library import TYPES, calls
+from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored
+from graftlm.kernels.trust import sample
+
+LARGE_BYTES = 16 << 20  # results from here on will not be found in a cache, and deserve large pages
+
+
+def nf4_quantize(weight: Tensor) -> Nf4:
+    flat = weight.detach().reshape(-1).contiguous()  # (n,)
+    n = flat.numel()
+    blocks = -(-n // BLOCK)
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8)
+    largest = torch.empty(blocks, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    calls().graft_nf4_quantize(flat.data_ptr(), TYPES[flat.dtype], n, packed.data_ptr(), largest.data_ptr(), threads)
+    offset = largest.mean() if blocks else torch.zeros(())
+    absmax = torch.empty(blocks, dtype=torch.uint8)
+    scale = torch.empty(-(-blocks // GROUP), dtype=torch.float32)
+    calls().graft_absmax_quantize(
+        largest.data_ptr(), blocks, offset.data_ptr(), absmax.data_ptr(), scale.data_ptr(), threads
+    )
+    return Nf4(packed, absmax, scale, offset, tuple(weight.shape))
+
+
+def nf4_pointers(weight: Nf4) -> tuple[int, int, int, int]:
+    return (
+        weight.packed.data_ptr(),
+        weight.absmax.data_ptr(),
+        weight.absmax_scale.data_ptr(),
+        weight.offset.data_ptr(),
+    )
+
+
+def dequantize_into(out: Tensor, weight: Stored, row: int = 0, column: int = 0, stream: bool = False) -> None:
+    """W[row : row + rows, column : column + columns] into the contiguous `out` (rows, columns)."""
+    rows, columns = out.shape
+    inner = weight.shape[-1]
+    first = row * inner + column
+    to = (out.data_ptr(), TYPES[out.dtype], int(stream), torch.get_num_threads())
+    if isinstance(weight, Nf4):
+        calls().graft_nf4_dequantize(*nf4_pointers(weight), weight.start + first, rows, inner, columns, *to)
+    else:
+        values, scale = weight.values.data_ptr() + first, weight.scale.data_ptr() + 4 * row
+        calls().graft_int8_dequantize(values, scale, rows, inner, columns, *to)
+
+
+def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    out, stream = _result(out, weight.shape, dtype)
+    dequantize_into(out.view(1, -1), weight.view(1, weight.numel), stream=stream)
+    return out
+
+
+def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    out, stream = _result(out, weight.shape, dtype)
+    if weight.numel:
+        rows = Int8(weight.values.flatten(0, -2).contiguous(), weight.scale.flatten().contiguous())
+        dequantize_into(out.flatten(0, -2), rows, stream=stream)
+    return out
+
+
+def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """Where to write a dense weight, and whether to write past the caches.
+
+    A large result of our own asks the system for large pages, and is written normally: the system has just filled those
+    pages with zeros, in the caches. One that was given to us has its pages already.
+    """
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+        if out.nbytes >= LARGE_BYTES:
+            calls().graft_huge_pages(out.data_ptr(), out.nbytes)
+        return out, False
+    if tuple(out.shape) != shape or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and of shape {shape}; it has shape {tuple(out.shape)}")
+    return out, out.nbytes >= LARGE_BYTES
+
+
+# ---- the checks before first use ----------------------------------------------------------------------------------
+
+
+def check_nf4_quantize() -> bool:
+    """Every stored bit, from each float type."""
+    weight = sample(37, 1001, sizes=97)
+    pairs = ((nf4_quantize(w), reference.nf4_quantize(w)) for w in (weight, weight.bfloat16(), weight.half()))
+    return all(torch.equal(t, truth.tensors()[name]) for ours, truth in pairs for name, t in ours.tensors().items())
+
+
+def check_nf4_dequantize() -> bool:
+    """Every bit in each float type, of a weight and of a part of it."""
+    weight = reference.nf4_quantize(sample(37, 1001, sizes=97))
+    return all(
+        torch.equal(nf4_dequantize(part, dtype), reference.nf4_dequantize(part, dtype))
+        for part in (weight, weight.narrow(3, 7))
+        for dtype in TYPES
+    )
+
+
+def check_int8_dequantize() -> bool:
+    """Every bit in each float type."""
+    weight = reference.int8_quantize(sample(13, 77, sizes=97))
+    return all(torch.equal(int8_dequantize(weight, t), reference.int8_dequantize(weight, t)) for t in TYPES)
