@@ -1,6 +1,6 @@
 """The fused elementwise operations beside what modelling code composes from PyTorch's: forward and backward, float32.
 
-`bench/kernels.py` runs these rows; shapes are those of a step of the 30M Llama in `bench/train.py`, and a large vocabulary.
+`bench/operations.py` runs these rows; shapes are those of a step of the 30M Llama in `bench/train.py`, and a large vocabulary.
 """
 
 from __future__ import annotations

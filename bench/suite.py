@@ -60,7 +60,7 @@ def parts_of(folder: Path) -> list[Part]:
     """
     packing = ("--packing", "--mixed", "--rounds", "1")
     known = [
-        Part(name="kernels", script="kernels.py", seconds=180),
+        Part(name="kernels", script="operations.py", seconds=180),
         Part(name="train-30m", script="train.py", arguments=("--steps", "8", *packing), seconds=420),
         Part(
             name="train-135m", script="train.py", seconds=420,

@@ -21,7 +21,6 @@ import json
 import logging
 import platform
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,9 +35,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [
-    p for p in sys.path if Path(p) != ROOT / "bench"
-]  # its kernels.py would hide the package that peers look for
 RESULTS, PAGE = ROOT / "bench" / "results" / "trust.json", ROOT / "docs" / "trust.md"
 BEGIN, END = "<!-- table: python bench/trust.py --write -->", "<!-- end of table -->"
 STEPS, SAVE, RANK, ALPHA, RATE = 6, 2, 4, 8, 5e-3

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import import_utils
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
@@ -143,6 +147,15 @@ def test_every_part_of_the_suite_is_a_script_that_is_there() -> None:
     assert {"kernels", "train-30m", "train-135m", "scaling"} <= {part.name for part in parts}
     assert all((suite.BENCH / part.script).is_file() for part in parts)
     assert suite.TOTAL_SECONDS < 1200
+
+
+def test_no_script_has_the_name_of_a_package_that_anything_looks_for() -> None:
+    # A script's folder comes first on Python's path; `kernels.py` was imported by transformers in place of a package.
+    names = {script.stem for script in suite.BENCH.glob("*.py")}
+    looked_for = set(re.findall(r'_is_package_available\("(\w+)"', inspect.getsource(import_utils)))
+    assert "kernels" in looked_for
+    taken = {*sys.stdlib_module_names, *packages_distributions(), *looked_for}
+    assert names & taken == set()
 
 
 # ---- growth ----------------------------------------------------------------------------------------------------------

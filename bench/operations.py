@@ -1,10 +1,10 @@
 """The CPU kernels beside bitsandbytes and dense PyTorch: one run, the sides taking turns, medians.
 
-    python bench/kernels.py                              # 4096x4096 float32 on all threads PyTorch takes
-    python bench/kernels.py --instructions AVX2          # ours held back to a narrower instruction set
-    python bench/kernels.py --fused                      # the elementwise operations beside PyTorch's own composition
-    python bench/kernels.py --busy                       # where it cannot run alone
-    python bench/kernels.py --json bench/results/kernels.json
+    python bench/operations.py                              # 4096x4096 float32 on all threads PyTorch takes
+    python bench/operations.py --instructions AVX2          # ours held back to a narrower instruction set
+    python bench/operations.py --fused                      # the elementwise operations beside PyTorch's own composition
+    python bench/operations.py --busy                       # where it cannot run alone
+    python bench/operations.py --json bench/results/operations.json
 
 Every round times each contender of a row once, so a slow moment of the machine falls on all of them; the median
 round counts. Nothing else may run: two PyTorch processes on the same cores slow each other several times. bitsandbytes
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fused
 import torch
 
 from graftlm import kernels
@@ -93,9 +94,6 @@ def rows_of(size: int) -> list[tuple[str, Contenders, dict[str, str]]]:
 
 def fused_section(options: Any, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """The elementwise operations, forward and backward, on one thread and on all."""
-    # Here and not above: transformers looks for a package `kernels`, finds this file, and imports it amid its own import.
-    import fused
-
     found: list[dict[str, Any]] = []
     print(
         "| operation, forward and backward | threads | graft, ms | PyTorch, ms | faster by |\n|---|---:|---:|---:|---:|"
