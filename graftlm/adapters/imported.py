@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import torch
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.manifest import MANIFEST
 from graftlm.adapters.store import Store, Version
+from graftlm.adapters.store.remote import reason
 from graftlm.base.load import load_base, load_config, resolve
 from graftlm.config import ImportConfig, Precision
 from graftlm.errors import AdapterError, ConfigError
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = [
+WANTED = (
     adapter_format.CONFIG, adapter_format.TENSORS, MANIFEST, "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt",
-]  # fmt: skip
+)  # fmt: skip
+"""Files of an adapter, as patterns: what is fetched of a hub's repository."""
 
 
 def import_adapter(config: ImportConfig) -> tuple[Version, bool, list[str]]:
@@ -57,25 +60,28 @@ def import_adapter(config: ImportConfig) -> tuple[Version, bool, list[str]]:
     return version, new, list(adapter.origin.notes)
 
 
-def fetch(source: str, revision: str | None = None) -> Path:
-    """The folder of an adapter: a directory, or a hub id, downloaded without pickles. Raises AdapterError."""
+def fetch(source: str, revision: str | None = None, beside: Sequence[str] = ()) -> Path:
+    """The folder of an adapter: a directory, or a hub id, downloaded without pickles, with the files named in `beside`.
+
+    Raises AdapterError.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if not HUB.fullmatch(source) or source.startswith("."):
         raise AdapterError(f"no adapter at '{source}': it is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[*WANTED, *beside]))
     except RepositoryNotFoundError:
         raise AdapterError(
             f"no adapter '{source}' on the hub; check its spelling, or log in if it is private"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the client passes on what its HTTP library and its storage raise
         raise AdapterError(
-            f"adapter '{source}' is not a directory here and the hub did not give it: {str(error).splitlines()[0]}"
+            f"adapter '{source}' is not a directory here and the hub did not give it: {reason(error)}"
         ) from None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,18 +29,23 @@ def adapter(place: Path, seed: int = 0, *, base: str = BASE, scale: float = 1.0,
     return written(place, named, base=base, **about)
 
 
-def written(place: Path, named: dict[str, torch.Tensor], *, base: str = BASE, **about: Any) -> Path:
-    """These tensors as an adapter, with its manifest."""
+def written(
+    place: Path, named: dict[str, torch.Tensor], *, base: str = BASE, extra: Mapping[str, str] = MappingProxyType({}),
+    **about: Any,
+) -> Path:  # fmt: skip
+    """These tensors as an adapter, with its manifest and the `extra` files that belong to it."""
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj"],
         "bias": "none", "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     save_file(named, place / "adapter_model.safetensors")
     (place / "adapter_config.json").write_text(json.dumps(config))
+    for name, text in extra.items():
+        (place / name).write_text(text)
     formula = {key: config.get(key) for key in ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")}
     content = {
         "format": FORMAT,
-        "files": file_entries([place / "adapter_config.json", place / "adapter_model.safetensors"]),
+        "files": file_entries(list(place.iterdir())),
         "base": {
             "name": "tiny",
             "fingerprint": base,

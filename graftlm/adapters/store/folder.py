@@ -258,8 +258,13 @@ def resolve(text: str, store: Path = DEFAULT, base: str | None = None) -> Versio
     return Store(store).find(text, base)
 
 
-def locate(adapter: Path | str, store: Path | None = None, base: str | None = None) -> Path:
-    """The folder of an adapter that a user names: a folder, or a version in a store. Raises StoreError, AdapterError."""
+def locate(
+    adapter: Path | str, store: Path | None = None, base: str | None = None, *, model: str | None = None
+) -> Path:
+    """The folder of an adapter that a user names: a folder, or a version in a store. Raises StoreError, AdapterError.
+
+    Of a name that several bases have, that of `model` is meant, as `--model` names it, where `base` does not say which.
+    """
     text = str(adapter)
     if not looks_like_a_name(text):
         return Path(adapter)
@@ -268,6 +273,11 @@ def locate(adapter: Path | str, store: Path | None = None, base: str | None = No
         raise AdapterError(
             f"no adapter folder at {text}, and no store at ./{DEFAULT} that could have it; give a folder, or --store"
         )
+    if base is None and model is not None and sum(n.name == parse(text).name for _, n in place.names()) > 1:
+        from graftlm.base.fingerprint import fingerprint
+        from graftlm.base.load import resolve as model_folder
+
+        base = fingerprint(model_folder(model))
     return place.find(text, base).folder
 
 

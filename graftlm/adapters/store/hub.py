@@ -1,67 +1,125 @@
 """One version as a repository of the Hugging Face hub: the adapter's files at its root, where PEFT and others find them.
 
-A push is one commit, so it is there whole or not at all. `graft-version.json` beside the files says which name, number and
-digest it is; what is pulled is held against that before it is published here.
+A push is one commit on top of the one that was looked at, so it is there whole or not at all, and never over somebody else's.
+`graft-version.json` beside the files says which name, number and digest it is; what is pulled, all of it at one commit, is held
+against that before it is published here.
 """
 
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import check_name
-from graftlm.adapters.store.remote import Record, check_fetched
-from graftlm.adapters.store.shelf import RUN, Version
-from graftlm.errors import StoreError
+from graftlm.adapters.store.remote import Record, check_fetched, reason
+from graftlm.adapters.store.shelf import RUN, Version, run_of
+from graftlm.errors import AdapterError, GraftError, StoreError
+from graftlm.tensorfile import read_json
 
 RECORD = "graft-version.json"
 
 
 def push(version: Version, repository: str, private: bool) -> bool:
-    """Upload a version in one commit, making the repository where there is none. Raises StoreError."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    """Upload a version in one commit, making the repository where there is none; False where it is there already.
+
+    Files of a version that was there before and that this one does not have go with the same commit. Raises StoreError, also
+    for a repository that holds another name's version, or another content under this number.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     from graftlm.adapters.format import inspect_folder
+    from graftlm.adapters.imported import WANTED
 
     found = inspect_folder(version.folder)
     if found.digest != version.digest:
         raise StoreError(f"{version.label} is damaged here, so it is not pushed; see: graft adapters verify")
     names = [*found.files, *([RUN] if (version.folder / RUN).is_file() else [])]
-    operations = [CommitOperationAdd(name, str(version.folder / name)) for name in names]
-    operations.append(CommitOperationAdd(RECORD, json.dumps(version.event, indent=2).encode()))
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        api.create_commit(repository, operations=operations, commit_message=f"{version.label} {version.digest[:12]}")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise StoreError(f"{repository} was not written on the hub: {str(error).strip().splitlines()[0]}") from None
+        head = api.model_info(repository)
+        there = [str(file.rfilename) for file in head.siblings or ()]
+        if RECORD in there and _holds(repository, str(head.sha), version):
+            return False
+        stale = [n for n in there if n not in names and any(fnmatch(n, w) for w in (*WANTED, RUN))]
+        operations: list[Any] = [CommitOperationAdd(name, str(version.folder / name)) for name in names]
+        operations.append(CommitOperationAdd(RECORD, json.dumps(version.event, indent=2).encode()))
+        operations += [CommitOperationDelete(name) for name in stale]
+        api.create_commit(
+            repository, operations=operations, commit_message=f"{version.label} {version.digest[:12]}",
+            parent_commit=head.sha,
+        )  # fmt: skip
+    except GraftError:
+        raise
+    except Exception as error:  # the client passes on what its HTTP library and its storage raise
+        raise StoreError(f"{repository} was not written on the hub: {reason(error)}") from None
     return True
+
+
+def _holds(repository: str, commit: str, version: Version) -> bool:
+    """Whether a repository holds this very version; StoreError where it holds what this one would hide."""
+    from huggingface_hub import hf_hub_download
+
+    there = _record(repository, Path(hf_hub_download(repository, RECORD, revision=commit)), version.base)
+    if there.name != version.name:
+        raise StoreError(f"{repository} holds {there.label}, and one repository is for one name; push to another one")
+    if there.number == version.number and there.digest != version.digest:
+        raise StoreError(
+            f"{repository} has another {version.label} ({there.digest[:12]}, yours is {version.digest[:12]}); "
+            "publish yours as the next version, or push to another repository"
+        )
+    return there.digest == version.digest
 
 
 def pull(store: Store, repository: str, name: str | None, revision: str | None) -> tuple[Version, bool]:
     """Download a repository's version, check it, and publish it here. Raises StoreError, AdapterError."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     from graftlm.adapters.format import inspect_folder
     from graftlm.adapters.imported import fetch
+    from graftlm.adapters.manifest import read_manifest
 
-    folder = fetch(repository, revision)
-    try:
-        record = json.loads(Path(hf_hub_download(repository, RECORD, revision=revision)).read_text(encoding="utf-8"))
-        known = Record(inspect_folder(folder).manifest["base"]["fingerprint"],  # pyright: ignore[reportOptionalSubscript]
-                       check_name(record["name"]), int(record["version"]), str(record["digest"]), record)  # fmt: skip
-    except EntryNotFoundError:
+    try:  # asked by itself: a download falls back on what an earlier one left, when the hub is not reached
+        commit = HfApi().model_info(repository, revision=revision).sha
+    except RepositoryNotFoundError:
+        raise StoreError(
+            f"no repository '{repository}' on the hub; check its spelling, or log in if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise StoreError(f"{repository} has no revision '{revision}'; give a branch, a tag or a commit") from None
+    except Exception as error:
+        raise StoreError(f"{repository} cannot be read on the hub: {reason(error)}") from None
+    folder = fetch(repository, commit, beside=(RECORD, RUN))
+    if not (folder / RECORD).is_file():
         raise StoreError(
             f"{repository} has no {RECORD}, so it was not pushed by graft; bring it in with: graft adapters import"
-        ) from None
-    except (HfHubHTTPError, OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{repository} cannot be read as a version: {str(error).strip().splitlines()[0]}") from None
+        )
+    try:
+        manifest = read_manifest(folder)
+    except AdapterError as error:
+        raise StoreError(f"{repository} is damaged and was not taken: {error}") from None
+    if manifest is None:
+        raise StoreError(f"{repository} has a {RECORD} and no graft.json; it is damaged and was not taken")
+    known = _record(repository, folder / RECORD, str(manifest["base"]["fingerprint"]))
     check_fetched(folder, known, repository, inspect_folder)
     number = known.number if name is None else None
-    return store.publish(folder, name or known.name, number=number, event=known.event)
+    return store.publish(folder, name or known.name, number=number, event=known.event, run=run_of(folder))
+
+
+def _record(repository: str, file: Path, base: str) -> Record:
+    """Which version a repository says that it holds. Raises StoreError."""
+    try:
+        event = read_json(file, StoreError)
+        number = event["version"]
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"version is {number!r}")
+        return Record(base, check_name(str(event["name"])), number, str(event["digest"]), event)
+    except (StoreError, ValueError, KeyError) as error:
+        raise StoreError(f"{repository}: its {RECORD} is damaged ({reason(error)})") from None
 
 
 __all__ = ["RECORD", "pull", "push"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.adapters.store.folder import Store
-from graftlm.adapters.store.shelf import RUN, Version
+from graftlm.adapters.store.shelf import Version, run_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def lineage(store: Store, version: Version) -> dict[str, Any]:
     found = inspect_folder(version.folder)
     manifest = found.manifest or {}
     event = version.event
-    run = run_of(version)
+    run = run_of(version.folder)
     data = manifest.get("data") or {}
     known = {v.digest: v for v in reversed(store.versions())}
     parents = [str(p) for p in event.get("parents") or ()]
@@ -62,14 +62,6 @@ def lineage(store: Store, version: Version) -> dict[str, Any]:
         "folder": str(version.folder),
         "made_with": (run.get("environment") or {}).get("versions") or manifest.get("versions") or {},
     }
-
-
-def run_of(version: Version) -> dict[str, Any]:
-    """Config and environment of the run that made a version, where it was published from one."""
-    try:
-        return json.loads((version.folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 @dataclass(frozen=True)

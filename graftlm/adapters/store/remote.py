@@ -20,7 +20,7 @@ from typing import Any
 
 from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import Reference, check_name
-from graftlm.adapters.store.shelf import RUN, Event, Version
+from graftlm.adapters.store.shelf import RUN, Event, Version, run_of
 from graftlm.errors import AdapterError, GraftError, StoreError, nearest
 
 _MOST_RECORD = 1 << 20
@@ -155,8 +155,13 @@ class Remote:
         check_fetched(into, record, self.place, inspect_folder)
 
     def _failed(self, what: str, error: Exception) -> StoreError:
-        text = str(error).strip().splitlines()
-        return StoreError(f"{self.place} cannot be {what}: {type(error).__name__} {text[0] if text else ''}".rstrip())
+        return StoreError(f"{self.place} cannot be {what}: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """Why a library failed, in one line: the kind of its error, and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__} {text[0] if text else ''}".rstrip()
 
 
 def check_fetched(folder: Path, record: Record, place: str, inspect: Any) -> None:
@@ -205,7 +210,7 @@ def pull_records(
             folder = Path(place) / "adapter"
             folder.mkdir()
             remote.fetch(record, folder)
-            run = _run_of(folder)
+            run = run_of(folder)
             number = record.number if name is None else None
             done.append(store.publish(folder, name or record.name, number=number, event=record.event, run=run))
     return done
@@ -218,12 +223,3 @@ def _known(store: Store, record: Record) -> Version | None:
     return next(
         (v for v in store.versions() if (v.base, v.name, v.digest) == (record.base, record.name, record.digest)), None
     )
-
-
-def _run_of(folder: Path) -> dict[str, Any] | None:
-    """`run.json` as it came; it is no part of the digest, so it is read as plain facts or left out."""
-    try:
-        read = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return read if isinstance(read, dict) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -243,6 +244,15 @@ def content_fault(folder: Path, digest: str, run: str | None = None) -> str | No
         return f"{folder} holds another adapter, {found.digest[:12]}"
     extra = sorted(names - set(found.files) - {RUN})
     return f"{folder / extra[0]} was not published with it" if extra else None
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """Config and environment of the run that made a version, where it came from one: plain facts, no part of its digest."""
+    try:
+        read = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def _claimed(parent: Path) -> tuple[int, Path]:
