@@ -1,7 +1,7 @@
 # make setup   .venv with the package, the command `graft` and the tools of the tests
 # make demo    trains full, LoRA and QLoRA on the bundled base and data
 # make test    lint, types, tests
-# make prove   the long proofs, run by hand and before a release
+# make prove   the long proofs, run by hand and before a release; their figures go to bench/results/proofs.json
 # make bench  speed and memory beside the peers on the CPU, under 20 minutes, with nothing else running
 # make lint | types | unit | format   one of them
 
@@ -37,7 +37,7 @@ unit: setup
 	$(BIN)/python -m pytest
 
 prove: setup
-	$(BIN)/python -m pytest -m prove --timeout 3600
+	$(BIN)/python -m pytest -m 'prove or measured' --record --timeout 3600
 
 format: setup
 	$(BIN)/ruff check --fix .

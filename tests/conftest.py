@@ -1,10 +1,18 @@
-"""For all tests: this folder is importable (`import tiny`), one thread, and a cache folder that is nobody's own."""
+"""For all tests: this folder is importable (`import tiny`), one thread, and a cache folder that is nobody's own.
+
+`pytest --record` (what `make prove` runs) keeps what the proofs showed in bench/results/proofs.json: a test says it with
+pytest's own `record_property`, and when, where, how long and with what end is added here.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +20,37 @@ import torch
 os.environ.setdefault("GRAFT_CACHE", tempfile.mkdtemp(prefix="graft-test-cache-"))
 torch.set_num_threads(1)
 
+PROOFS = Path(__file__).parents[1] / "bench" / "results" / "proofs.json"
+
 
 @pytest.fixture
 def graft_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of this test's own."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="keep what proofs show in bench/results/proofs.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record"):
+        config.pluginmanager.register(Recorded())
+
+
+class Recorded:
+    """Writes each proof's figures as it ends, so that one that is cut off takes no other with it."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" or not {"prove", "measured"} & set(report.keywords):
+            return
+        known: dict[str, Any] = json.loads(PROOFS.read_text(encoding="utf-8")) if PROOFS.is_file() else {}
+        known[report.nodeid] = {
+            "outcome": report.outcome,
+            "figures": dict(report.user_properties),
+            "seconds": round(report.duration, 1),
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        }
+        PROOFS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")

@@ -28,8 +28,11 @@ def base() -> Base:
 
 @pytest.fixture(scope="module")
 def folders(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return three(base, tmp_path_factory.mktemp("three"))
+
+
+def three(base: Base, root: Path) -> list[Path]:
     """Three adapters of different ranks and scales; the last one is not on every layer that the others are on."""
-    root = tmp_path_factory.mktemp("three")
     return [
         saved(base, root / "a", seed=1),
         saved(base, root / "b", seed=2, rank=5, alpha=7.0),

@@ -249,7 +249,8 @@ def test_the_type_that_is_asked_for_is_the_type_of_every_tensor_and_of_the_confi
     assert tiny.plain_logits(tiny.plain(out), IDS).isfinite().all()
 
 
-def test_the_base_is_the_same_after_a_thousand_times_on_and_off(tmp_path: Path) -> None:
+@pytest.mark.measured
+def test_the_base_is_the_same_after_a_thousand_times_on_and_off(tmp_path: Path, record_property: Any) -> None:
     base = loaded(tiny.folder("llama"), "nf4")
     adapters = [
         adapter_format.load(base, saved(base, tmp_path / str(i), seed=i, **plan))
@@ -264,6 +265,8 @@ def test_the_base_is_the_same_after_a_thousand_times_on_and_off(tmp_path: Path) 
     assert digest(base) == before
     assert torch.equal(tiny.base_logits(base, IDS, slot=0), expected)
     assert all(module.bank is None for module in base.stored().values())
+    record_property("attached and detached", 1000)
+    record_property("digest of the base before and after", [before[:12], digest(base)[:12]])
 
 
 def digest(base: Base) -> str:

@@ -91,12 +91,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, P
     return small, plain_adapter(small, root / "small"), place, plain_adapter(place, root / "adapter")
 
 
+@pytest.mark.measured
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize(
     ("onto", "precision"), [("original", "float32"), ("dequantized", "nf4"), ("requantized", "nf4")]
 )
 def test_merging_takes_no_more_than_the_largest_shard_twice(
-    large: tuple[Path, Path, Path, Path], onto: str, precision: str, tmp_path: Path
+    large: tuple[Path, Path, Path, Path], onto: str, precision: str, tmp_path: Path, record_property: Any
 ) -> None:
     arguments = [sys.executable, "-c", MERGE, *map(str, large), str(tmp_path / "out"), onto, precision]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -106,5 +107,7 @@ def test_merging_takes_no_more_than_the_largest_shard_twice(
     shards = [f.stat().st_size for f in large[2].glob("*.safetensors")]
     assert len(shards) >= 4
     taken, limit = found["peak"] - found["before"], 2 * max(shards)
-    print(f"{onto}: peak {taken / MB:.0f} MB of {limit / MB:.0f}, written {found['bytes'] / MB:.0f} MB")
+    record_property("peak MB above the idle process", round(taken / MB))
+    record_property("twice the largest shard, MB", round(limit / MB))
+    record_property("written MB", round(found["bytes"] / MB))
     assert taken <= limit

@@ -115,7 +115,9 @@ def test_a_disk_that_fails_ends_the_run_with_a_sentence_and_loses_nothing(proof:
 
 
 @pytest.mark.prove
-def test_killed_at_twenty_random_moments_and_resumed_each_time(server: Server, tmp_path: Path) -> None:
+def test_killed_at_twenty_random_moments_and_resumed_each_time(
+    server: Server, tmp_path: Path, record_property: Any
+) -> None:
     """One long run that dies twenty times; how far it comes in each life is left to chance."""
     proof = Proof(server, tmp_path, steps=800, eval_every=100)
     short = {**proof.options, "steps": 1, "eval_every": 1, "out": str(tmp_path / "short")}
@@ -129,23 +131,28 @@ def test_killed_at_twenty_random_moments_and_resumed_each_time(server: Server, t
         deaths += 1
         newest, _ = checkpoint.newest(out)
         moments.append((round(moment, 3), newest.name if newest else None))
-    print("killed after seconds, newest checkpoint then:", moments)
+    record_property("killed after seconds, newest checkpoint then", moments)
+    record_property("seconds of the run that was never killed", round(proof.seconds, 2))
     assert len({name for _, name in moments}) > 3, "otherwise it died before it trained each time"
     proof.finish(out)
+    record_property("final adapter", "the bytes of the run that was never killed")
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_killed_before_every_single_change_of_a_file(server: Server, tmp_path: Path, method: str) -> None:
+def test_killed_before_every_single_change_of_a_file(
+    server: Server, tmp_path: Path, method: str, record_property: Any
+) -> None:
     if method == "lora":
         proof = Proof(server, tmp_path)
+        record_property("changes", proof.changes)
         for k in range(1, proof.changes + 1):
             proof.killed_at(k)
-        print(f"killed before each of {proof.changes} changes")
         return
     options = tiny_run.options(tmp_path, method="full", learning_rate=1e-3, save_every=3)
     whole = {**options, "out": str(tmp_path / "whole")}
     changes = server.run(whole)["changes"]
+    record_property("changes", changes)
     expected = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
     for k in range(1, changes + 1):
         out = tmp_path / f"killed-{k}"
@@ -157,7 +164,11 @@ def test_killed_before_every_single_change_of_a_file(server: Server, tmp_path: P
 
 @pytest.mark.prove
 @pytest.mark.parametrize("mode", [EVERY_KTH_WRITE, FULL_FROM_KTH])
-def test_every_single_write_fails_once(proof: Proof, mode: int) -> None:
+def test_every_single_write_fails_once(proof: Proof, mode: int, record_property: Any) -> None:
+    record_property(
+        "fault", "every k-th write fails" if mode == EVERY_KTH_WRITE else "the disk is full from write k on"
+    )
+    record_property("k", [1, proof.changes])
     for k in range(1, proof.changes + 1):
         if not (proof.place / f"failed-{mode}-{k}").exists():
             proof.failing(mode, k)
