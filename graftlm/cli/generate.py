@@ -10,7 +10,10 @@ from graftlm.cli.app import Json, app, options, print_json
 from graftlm.config import GenerateConfig
 
 
-@app.command(epilog='Example:  graft generate --model demo --adapter runs/first/adapter --prompt "..." --max-tokens 64')
+@app.command(
+    epilog='Examples:\n\ngraft generate --model demo --adapter runs/first/adapter --prompt "..." --max-tokens 64\n\n'
+    'graft generate --model demo --adapter formal@prod --prompt "..."'
+)
 @options(GenerateConfig)
 def generate(config: GenerateConfig, json: Json = False) -> None:
     """Answer a prompt with a base model, and with an adapter on it if one is given."""

@@ -14,7 +14,8 @@ class GenerateConfig(Config):
     """Options of `graft generate`."""
 
     model: str = option(..., "base model: a directory, a hub id, or `demo`")
-    adapter: Path | None = option(None, "folder of an adapter to use")
+    adapter: Path | None = option(None, "adapter to use: a folder, or a version in the store such as formal@prod")
+    store: Path | None = option(None, "store of named adapters; default ./adapters")
     prompt: str = option(..., "what to answer; `-` reads standard input")
     system: str | None = option(None, "system message in front of a chat prompt")
     format: Literal["auto", "chat", "text"] = option(
@@ -33,5 +34,7 @@ class GenerateConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.store is not None and self.adapter is None:
+            raise ValueError("--store is for --adapter NAME, such as formal@prod; give both, or leave it out")
         no_idle_sampling(self.temperature, self.model_fields_set)
         return self

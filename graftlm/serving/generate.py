@@ -14,6 +14,7 @@ import torch
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import attach
+from graftlm.adapters.store import locate
 from graftlm.base.chat import Encoder
 from graftlm.base.load import Base, load_base, load_config, resolve
 from graftlm.config import GenerateConfig, Precision
@@ -30,7 +31,8 @@ ATTACHED = "attached"  # what the engine calls an adapter that was put into its 
 
 def generate_text(config: GenerateConfig, show: Show | None = None) -> dict[str, Any]:
     """Load what the config names and answer its prompt; `show` gets the text as it comes. Raises GraftError."""
-    manifest = adapter_format.read_manifest(config.adapter) if config.adapter else None
+    folder = locate(config.adapter, config.store, model=config.model) if config.adapter else None
+    manifest = adapter_format.read_manifest(folder) if folder else None
     trained_on = (manifest or {}).get("base", {}).get("precision")
     precision = config.precision or trained_on or checkpoint_precision(config.model, config.trust_remote_code)
     base = load_base(
@@ -41,8 +43,8 @@ def generate_text(config: GenerateConfig, show: Show | None = None) -> dict[str,
     notes: list[str] = []
     book = PromptBook(base, config.format)
     prompts = book.base
-    if config.adapter is not None:
-        adapter = adapter_format.load(base, config.adapter)
+    if folder is not None:
+        adapter = adapter_format.load(base, folder)
         attach(base, adapter, slot=1)
         slot = 1
         assert adapter.origin is not None
