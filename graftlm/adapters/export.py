@@ -195,6 +195,7 @@ def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.cat([A.detach(), below]), torch.cat([B.detach(), beside], dim=1)
 
 
+@torch.no_grad()
 def _check(base: Skeleton, adapter: Adapter, folder: Path) -> None:
     """Read what was written as vLLM does, and hold every update against the adapter's own, on random vectors."""
     config = json.loads((folder / adapter_format.CONFIG).read_text(encoding="utf-8"))

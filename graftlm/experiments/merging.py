@@ -38,7 +38,7 @@ _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
     """Merge as the config says; returns what `--json` prints. Raises GraftError, and then nothing is written."""
     _free(config.out)
-    folders = [(locate(name, config.store), weight) for name, weight in config.weighted()]
+    folders = [(locate(name, config.store, model=config.model), weight) for name, weight in config.weighted()]
     manifests = [adapter_format.inspect_folder(folder).manifest for folder, _ in folders]
     precision = _trained_on(manifests, [folder for folder, _ in folders])
     say("reading the base's shapes")

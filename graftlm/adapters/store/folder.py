@@ -85,7 +85,8 @@ class Store:
         hits = [s for s in found if (few and s.fingerprint.startswith(base)) or s.base_name == base]
         if not hits:
             known = [f"{s.fingerprint[:12]} ({s.base_name})" for s in found]
-            raise StoreError(f"no adapters on base '{base}' in {self.root}; it has: {', '.join(known) or 'none'}")
+            short = base[:12] if _FINGERPRINT.fullmatch(base) else base
+            raise StoreError(f"no adapters on base '{short}' in {self.root}; it has: {', '.join(known) or 'none'}")
         return hits
 
     def names(self, base: str | None = None) -> list[tuple[Shelf, Name]]:
