@@ -13,6 +13,7 @@ Letters: T tokens, `in`, `out` features, r rank, E experts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -273,17 +274,28 @@ class _Decoding:
 
 
 class _Slots(dict[int, Slot]):
-    """Slots by number, counting their changes."""
+    """Slots by number, counting their changes: its own, and those of all layers together."""
 
     changes = 0
+    everywhere = itertools.count(1)
+    last = 0
 
     def __setitem__(self, number: int, slot: Slot) -> None:
-        self.changes += 1
+        self._changed()
         super().__setitem__(number, slot)
 
     def pop(self, number: int, default: Any = None) -> Any:
-        self.changes += 1
+        self._changed()
         return super().pop(number, default)
+
+    def _changed(self) -> None:
+        self.changes += 1
+        _Slots.last = next(_Slots.everywhere)
+
+
+def changes() -> int:
+    """A number that is another one whenever a slot of any layer has changed: what was read of slots holds until then."""
+    return _Slots.last
 
 
 class Bank:
@@ -440,5 +452,5 @@ class EmbeddingBank:
 
 
 __all__ = [
-    "Bank", "EmbeddingBank", "LowRank", "Rows", "Slot", "Whole", "combined_norm", "new_low_rank", "scale_of",
+    "Bank", "EmbeddingBank", "LowRank", "Rows", "Slot", "Whole", "changes", "combined_norm", "new_low_rank", "scale_of",
 ]  # fmt: skip

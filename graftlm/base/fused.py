@@ -195,6 +195,22 @@ def fuse(model: nn.Module, compute: torch.dtype) -> Fused:
     return Fused(norms, gates, rotary)
 
 
+def norm_of(module: nn.Module) -> tuple[float, float] | None:
+    """(epsilon, offset) of a module that was proven to be x / rms(x) * (w + offset), else None."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, partial) and forward.func is _norm_forward:
+        return forward.args[2], forward.args[3]
+    return None
+
+
+def gate_of(module: nn.Module) -> tuple[Sequence[str], Gate] | None:
+    """The names of the projections, and the activation, of a module that was proven to be a gated MLP, else None."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, partial) and forward.func is _mlp_forward:
+        return forward.args[2], forward.args[3]
+    return None
+
+
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in model.modules():

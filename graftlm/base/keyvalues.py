@@ -158,11 +158,23 @@ class PagedPass:
         return out
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How one layer wants its attention computed."""
+
+    scale: float
+    window: int
+    """Keys that a query sees; 0 for all before it."""
+    softcap: float
+    """0 for none."""
+
+
 @dataclass
 class _Watch:
     """A past that keeps nothing and notes what it is given; answers as if there were none."""
 
     seen: dict[int, Kept] = field(default_factory=dict[int, Kept])
+    asked: dict[int, Asked] = field(default_factory=dict[int, Asked])
     twice: bool = False
 
     def attend(
@@ -177,23 +189,33 @@ class _Watch:
     ) -> Tensor:
         self.twice = self.twice or layer in self.seen
         self.seen[layer] = Kept(k.shape[1], k.shape[2], v.shape[2])
+        self.asked[layer] = Asked(q.shape[2] ** -0.5 if scale is None else scale, window or 0, softcap or 0.0)
         run = [t[None].transpose(1, 2) for t in (q, k, v)]
         return causal(run[0], run[1], run[2], q.shape[1] // k.shape[1], scale, window, softcap)[0].transpose(0, 1)
 
 
-@torch.no_grad()
 def measure(base: Base) -> dict[int, Kept]:
     """What each layer keeps of a token, seen in one short pass.
 
     Raises UnsupportedAttention where layers cannot be told apart.
     """
+    return _watch(base).seen
+
+
+def asked(base: Base) -> dict[int, Asked]:
+    """How each layer wants its attention, seen in one short pass. Raises as `measure` does."""
+    return _watch(base).asked
+
+
+@torch.no_grad()
+def _watch(base: Base) -> _Watch:
     watch = _Watch()
     segments = Segments(lengths=(3,), slots=(0,), past=watch)
     with running(segments):
         base.hidden(torch.arange(3, device=base.device) % base.anatomy.vocabulary, segments)
     if watch.twice or not watch.seen:
         raise UnsupportedAttention("one number for each layer that keeps keys and values")
-    return watch.seen
+    return watch
 
 
 @torch.no_grad()
@@ -238,4 +260,4 @@ def _logits(base: Base, ids: Tensor, segments: Segments) -> Tensor:
         return base.logits(base.hidden(ids, segments))
 
 
-__all__ = ["Kept", "KeyValues", "PagedPass", "bytes_per_token", "may_keep", "measure"]
+__all__ = ["Asked", "Kept", "KeyValues", "PagedPass", "asked", "bytes_per_token", "may_keep", "measure"]

@@ -17,11 +17,11 @@ from graftlm import __version__
 from graftlm.cli.app import app
 
 # Each module joins its commands to the application as it is imported; help lists them in this order.
-from graftlm.cli import train, generate, serve, chat, check, plan, compare, adapters, merge, demo  # isort: skip
+from graftlm.cli import train, generate, serve, chat, check, plan, compare, sweep, adapters, merge, demo  # isort: skip
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (train, generate, serve, chat, check, plan, compare, adapters, merge, demo)
+COMMANDS = (train, generate, serve, chat, check, plan, compare, sweep, adapters, merge, demo)
 
 
 def _version(wanted: bool) -> None:
@@ -43,5 +43,7 @@ def main() -> None:
     """The command `graft`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait for each other by spinning are up to 20 times slower on a machine that does other work as well.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A server's steps are a few milliseconds with short pauses between: there a thread that sleeps is woken too late.
+    if sys.argv[1:2] != ["serve"]:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()

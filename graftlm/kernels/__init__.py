@@ -7,7 +7,8 @@
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
     low_rank_routed  low_rank_routed_backward                   each range of tokens its adapter
     adapted       adapted_backward                              both at once: x W^T and the adapters' products
-    few           add_routed      attend_rows                   what decoding runs on
+    few           add_routed      attend_rows                   what decoding runs on, one by one
+    stacks        Stack                                         all layers of a model in one call: `native/layers.py`
     rms_norm      gated           rotary                        elementwise operations and their backwards: `fused.py`
     cross_entropy_in_place                                      losses, and logits turned into their gradient
     adamw_step    sum_of_squares                                the optimizer's step of one parameter, a gradient's size
@@ -36,19 +37,21 @@ from graftlm.kernels.fused import (
     rotary_backward,
 )  # fmt: skip
 from graftlm.kernels.moments import Moments, no_moments
+from graftlm.kernels.native.layers import MOST_RANK, Layer, Stack, table_of
 from graftlm.kernels.native.rows import Attention, Factors, Routes
 from graftlm.kernels.reference import Range, Slots
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
 
 __all__ = [
-    "BLOCK", "GROUP", "Attention", "Factors", "Int8", "Moments", "Nf4", "Range", "Routes", "Slots", "Stored",
+    "BLOCK", "GROUP", "MOST_RANK", "Attention", "Factors", "Int8", "Layer", "Moments", "Nf4", "Range", "Routes", "Slots",
+    "Stack", "Stored",
     "Update", "Weight", "adamw_step", "adapted", "adapted_backward", "add_routed", "attend_rows", "attends",
     "attention", "attention_backward", "backend", "cross_entropy_in_place", "dequantize", "few", "fuses", "gated",
     "gated_backward", "int8_dequantize", "int8_quantize", "low_rank", "low_rank_backward", "low_rank_routed",
     "low_rank_routed_backward", "matmul", "matmul_t", "moments_in", "multiplies", "narrows", "nf4_dequantize",
-    "nf4_quantize", "no_moments", "rms_norm", "rms_norm_backward", "rotary", "rotary_backward", "stochastic_round",
-    "sum_of_squares", "update_of", "weight_gradient",
+    "nf4_quantize", "no_moments", "rms_norm", "rms_norm_backward", "rotary", "rotary_backward", "stacks",
+    "stochastic_round", "sum_of_squares", "table_of", "update_of", "weight_gradient",
 ]  # fmt: skip
 
 
@@ -262,6 +265,11 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
 def few(x: Tensor) -> bool:
     """Whether `matmul` with a dense weight is faster for x (rows, in) than PyTorch's own: a few rows, as in decoding."""
     return native.few(x)
+
+
+def stacks(device: torch.device) -> bool:
+    """Whether a `Stack`, all layers of a model in one call, can run on this device."""
+    return device.type == "cpu" and native.usable("rows", torch.empty(0)) and native.usable("fused", torch.empty(0))
 
 
 def add_routed(y: Tensor, x: Tensor, routes: Routes) -> None:

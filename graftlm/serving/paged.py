@@ -16,6 +16,7 @@ from graftlm.base.keyvalues import Kept, KeyValues, PagedPass
 from graftlm.base.load import Base
 from graftlm.segments import Segments, running
 from graftlm.serving.blocks import Blocks, chain, root
+from graftlm.serving.decoder import decoder_of
 from graftlm.serving.sequence import Sequence
 
 Work = list[tuple[Sequence, int]]
@@ -36,6 +37,7 @@ class Paged:
         )  # fmt: skip
         self.most_tokens = min(limit or blocks * block, blocks * block)
         """Longest sequence that the memory and the model take."""
+        self.decoder, self.why_own_code = decoder_of(base, self.store, min(self.most_tokens, most * block))
         self._seats = list(range(seats - 1, -1, -1))
         self.reused = 0
         """Tokens of prompts whose keys and values were kept, since the start."""
@@ -112,14 +114,12 @@ class Paged:
         """One pass; returns the sequences in the order of their rows, and the state behind each one's last token (n, width)."""
         work.sort(key=lambda item: (item[0].slot, item[1], item[0].seat))
         sequences = [sequence for sequence, _ in work]
-        lengths = tuple(n for _, n in work)
-        pasts = tuple(s.computed for s in sequences)
-        past = PagedPass(self.store, lengths, pasts, [s.seat for s in sequences])
-        segments = Segments(lengths=lengths, slots=tuple(s.slot for s in sequences), cached=pasts, past=past)
-        ids = torch.tensor([t for s, n in work for t in s.tokens[s.computed : s.computed + n]], device=self.base.device)
-        with running(segments):
-            hidden = self.base.hidden(ids, segments)  # (T, width)
-        for (sequence, n), start in zip(work, segments.starts):
+        hidden = self._hidden(work)  # (T, width)
+        ends: list[int] = []
+        end = 0
+        for sequence, n in work:
+            start, end = end, end + n
+            ends.append(end - 1)
             if sequence.request.embed:
                 states = hidden[start : start + n].sum(0, dtype=torch.float32)
                 sequence.states = states if sequence.states is None else sequence.states + states
@@ -129,13 +129,27 @@ class Paged:
                 for at in range(sequence.computed // self.blocks.size, full):
                     self.blocks.name(sequence.blocks[at], sequence.names[at])
             sequence.computed += n
-        if len(ids) == len(work):
+        if len(hidden) == len(work):
             return sequences, hidden
-        ends = torch.tensor([start + n - 1 for start, n in zip(segments.starts, lengths)], device=hidden.device)
-        return sequences, hidden[ends]
+        return sequences, hidden[torch.tensor(ends, device=hidden.device)]
+
+    def _hidden(self, work: Work) -> Tensor:
+        """The states of all new tokens (T, width): by the decoder where it can, else by the model's own code."""
+        lengths = tuple(n for _, n in work)
+        pasts = tuple(s.computed for s, _ in work)
+        seats, slots = [s.seat for s, _ in work], tuple(s.slot for s, _ in work)
+        ids = torch.tensor([t for s, n in work for t in s.tokens[s.computed : s.computed + n]], device=self.base.device)
+        if self.decoder is not None:
+            hidden = self.decoder.hidden(ids, lengths, pasts, seats, slots)
+            if hidden is not None:
+                return hidden
+        past = PagedPass(self.store, lengths, pasts, seats)
+        segments = Segments(lengths=lengths, slots=slots, cached=pasts, past=past)
+        with running(segments):
+            return self.base.hidden(ids, segments)
 
 
 def logits(base: Base, states: Tensor, slots: Sequences[int]) -> Tensor:
     """From states (n, width), each under its slot, to logits (n, V)."""
     with running(Segments(lengths=(1,) * len(states), slots=tuple(slots))):
-        return base.logits(states)
+        return base.anatomy.head(states) if base.anatomy.plain_head else base.logits(states)

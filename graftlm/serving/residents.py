@@ -16,15 +16,15 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from graftlm.adapters.attach import Adapter, Plan, attach, detach
-from graftlm.adapters.bank import LowRank
+from graftlm.adapters.bank import LowRank, Slot
 from graftlm.base.load import Base
 from graftlm.errors import AdapterError, GraftError
 
@@ -294,11 +294,43 @@ class Residents:
 
 
 def ready(adapter: Adapter) -> Adapter:
-    """An adapter whose low-rank parts lie in memory as decoding reads them."""
-    slots: dict[str, Any] = {
-        name: part.for_decoding() if isinstance(part, LowRank) else part for name, part in adapter.slots.items()
-    }
-    return replace(adapter, slots=slots)
+    """An adapter whose low-rank parts lie in memory as decoding reads them, and all of it in one stretch.
+
+    What was read from a file is a view of the whole of it, so a tensor that is kept would keep the file in memory too.
+    """
+    slots = {name: part.for_decoding() if isinstance(part, LowRank) else part for name, part in adapter.slots.items()}
+    memory = _Stretch([p for part in slots.values() for p in part.named().values()])
+    return replace(adapter, slots={name: _moved(part, memory) for name, part in slots.items()})
+
+
+class _Stretch:
+    """One stretch of memory for copies of tensors; each begins at a line of the cache."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        places: dict[int, int] = {}
+        at = 0
+        for tensor in tensors:
+            if id(tensor) not in places:
+                places[id(tensor)] = at
+                at += -(-tensor.nbytes // 64) * 64
+        self._places, self._memory = places, torch.empty(at, dtype=torch.uint8, device=tensors[0].device)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The tensor's copy, laid out as it is itself: end to end, or end to end when it is turned."""
+        turned = tensor.ndim == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
+        source = tensor.T if turned else tensor
+        at = self._places[id(tensor)]
+        copy = self._memory[at : at + tensor.nbytes].view(tensor.dtype).view(source.shape).copy_(source)
+        return copy.T if turned else copy
+
+
+def _moved(part: Slot, memory: _Stretch) -> Slot:
+    given = {f.name: getattr(part, f.name) for f in fields(part)}
+    moved = {
+        name: nn.Parameter(memory.copy(value), requires_grad=False)
+        for name, value in given.items() if isinstance(value, nn.Parameter)
+    }  # fmt: skip
+    return replace(part, **moved)
 
 
 def _bytes_of(folder: Path) -> int:

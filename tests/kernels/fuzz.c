@@ -44,7 +44,7 @@ static int64_t below(int64_t n) { return (int64_t)(random_bits() % (uint32_t)n);
 static float random_float(void) { return (float)((int32_t)random_bits() * 0x1p-31) * powf(2, (float)(below(9) - 4)); }
 
 /* `bytes` at an odd multiple of the element's size and no byte more; free_all gives everything back. */
-static void *taken[64];
+static void *taken[512];
 static int count_taken;
 
 static void *take(int64_t bytes, int64_t step) {
@@ -306,6 +306,7 @@ static void round_of_attention(int sets) {
 
 #include "fuzz_fused.h"
 #include "fuzz_adamw.h"
+#include "fuzz_layers.h"
 
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 100, sets = 0;
@@ -316,6 +317,11 @@ int main(int count, char **arguments) {
     for (int i = 0; i < rounds; i++) round_of_fused(sets);
     for (int i = 0; i < rounds; i++) round_of_attention(sets);
     for (int i = 0; i < rounds; i++) round_of_adamw(sets);
+    for (int i = 0; i < 3 * rounds; i++) {
+        use_set(i % sets);
+        round_of_layers(i % sets);
+        free_all();
+    }
     if (graft_gemm_level()) {
         use_set(sets - 1);
         for (int i = 0; i < rounds; i++) round_of_products();

@@ -137,6 +137,22 @@ def test_an_adapter_takes_its_own_bytes_and_none_for_padding() -> None:
         assert ready(halves).bytes == adapter.bytes // 2, "values that 16 bits hold exactly are kept in 16 bits"
 
 
+def test_an_adapter_in_memory_keeps_nothing_of_the_file_that_it_was_read_from() -> None:
+    base = asking.base_of()
+    adapter = asking.adapter_of(base, 5)
+    file = torch.zeros(10 * adapter.count)
+    with torch.no_grad():
+        for parameter in adapter.parameters().values():  # as safetensors gives them: views of the whole file
+            view = file[7 : 7 + parameter.numel()].view(parameter.shape)
+            parameter.set_(view.copy_(parameter.clone()))
+    found = ready(adapter)
+    stores = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in found.parameters().values()}
+    (size,) = stores.values()
+    assert adapter.bytes <= size < adapter.bytes + 64 * len(adapter.parameters())
+    first = next(iter(adapter.parameters()))
+    assert torch.equal(found.parameters()[first], adapter.parameters()[first])
+
+
 def test_dropping_a_version_frees_it_unless_somebody_holds_it() -> None:
     residents = residents_of()
     loaded(residents, "0")

@@ -68,6 +68,16 @@ static const struct fused_primitives *fused = &plain_fused;
 
 void graft_fused_choose(int choice) { fused = sets[choice]; }
 
+void graft_norm_row(const float *x, const float *w, float offset, float epsilon, int64_t n, float *y) {
+    fused->norm(x, w, offset, epsilon, n, y, FLOAT32);
+}
+
+void graft_gate_row(const float *g, const float *u, int64_t n, float *y, int gelu) { fused->gate(g, u, n, y, gelu, FLOAT32); }
+
+void graft_rotate_head(float *x, const float *cosine, const float *sine, int64_t turned) {
+    fused->rotate(x, x, cosine, sine, turned / 2, 0, FLOAT32);
+}
+
 enum { VALUES_PER_PIECE = 1 << 14, ROWS_PER_BLOCK = 64, COLUMNS_PER_PIECE = 512 };
 /* VALUES_PER_PIECE: values that a thread takes at once. ROWS_PER_BLOCK: rows whose share of RMSNorm's weight gradient is
  * summed first; Python has it too. */

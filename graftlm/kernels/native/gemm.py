@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import calls
+from graftlm.kernels.native.library import TWO_TYPES, calls
 from graftlm.kernels.stored import Nf4, Weight
 from graftlm.kernels.trust import close, sample
 
@@ -61,6 +61,18 @@ def _fill(matrix: Matrix, value: Weight, turned: bool, summed: int) -> Any:
     values, scale = value.values.contiguous(), value.scale.contiguous()
     matrix.kind, matrix.start, matrix.values, matrix.scale = _INT8, 0, values.data_ptr(), scale.data_ptr()
     return values, scale
+
+
+def describe(matrix: Matrix, weight: Weight) -> Any:
+    """Describe a stored weight W (out, in) as it lies; returns what must stay alive as long as C may read it.
+
+    Raises ValueError for a dense one that is neither float32 nor bfloat16, or whose rows do not lie end to end.
+    """
+    if isinstance(weight, Tensor) and not (weight.is_contiguous() and weight.dtype in TWO_TYPES):
+        raise ValueError(
+            f"a dense weight of {weight.dtype}, strides {weight.stride()}; expected 32 or 16 bits, end to end"
+        )
+    return _fill(matrix, weight, True, 0)
 
 
 def multiply(

@@ -16,7 +16,7 @@
 #include <sys/mman.h>
 #endif
 
-enum { PIECE = 64, ROWS_TOGETHER = 32, VALUES_PER_PIECE = 1 << 15 };
+enum { PIECE = 96, ROWS_TOGETHER = 32, VALUES_PER_PIECE = 1 << 15 };
 /* PIECE: blocks whose scales are decoded at once. ROWS_TOGETHER: rows of W that share a part of x while it is in the
  * first-level cache. VALUES_PER_PIECE: values of W that a thread takes at once. */
 
@@ -58,6 +58,8 @@ EXPORT const char *graft_name(int choice) {
 /* Copies the reference's tables and chooses the widest instruction set, or set `choice` when that is not negative. */
 EXPORT int graft_init(const float *nf4, const float *midpoints, const float *dynamic, const uint8_t *bins, int choice) {
     memcpy(tables.nf4, nf4, sizeof tables.nf4);
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 4; k++) tables.nf4_bytes[k][i] = (uint8_t)(bits_of(nf4[i]) >> 8 * k);
     memcpy(tables.midpoints, midpoints, sizeof tables.midpoints);
     memcpy(tables.dynamic, dynamic, sizeof tables.dynamic);
     memcpy(tables.bins, bins, sizeof tables.bins);
@@ -259,12 +261,16 @@ static void dot_part(const struct matvec_job *job, int64_t row_start, int64_t fi
 }
 
 static void dot_rows(void *context, int64_t first_row, int64_t last_row) {
+    enum { SCALES = 2048 };
     const struct matvec_job *job = context;
-    const int64_t piece = PIECE / job->rows > 8 ? PIECE / job->rows : 8; /* 16 KiB of x */
-    float scales[PIECE];
+    const int64_t most = PIECE / job->rows, all = (job->in + BLOCK - 1) / BLOCK; /* 24 KiB of x */
+    const int64_t piece = (all + (all + most - 1) / most - 1) / ((all + most - 1) / most); /* equal parts */
+    const int together = job->in % BLOCK == 0 && job->start % BLOCK == 0 && ROWS_TOGETHER * all <= SCALES;
+    float scales[SCALES];
     for (int64_t tile = first_row; tile < last_row; tile += ROWS_TOGETHER) {
         int64_t tile_end = tile + ROWS_TOGETHER < last_row ? tile + ROWS_TOGETHER : last_row;
         float sums[ROWS_TOGETHER][MAX_ROWS] = {{0}};
+        if (together) decode_scales(&job->w, job->start / BLOCK + tile * all, (tile_end - tile) * all, scales);
         for (int64_t part = 0; part * BLOCK < job->in; part += piece)
             for (int64_t o = tile; o < tile_end; o++) {
                 int64_t first = job->start + o * job->in, begin, end;
@@ -275,9 +281,9 @@ static void dot_rows(void *context, int64_t first_row, int64_t last_row) {
                 int64_t i = b * BLOCK - first; /* the part's first value within this row */
                 const float *high = i & 1 ? job->odd + i / 2 : job->even + i / 2;
                 const float *low = i & 1 ? job->even + i / 2 + 1 : job->odd + i / 2;
-                decode_scales(&job->w, b, count, scales);
-                use->nf4_dot(job->w.packed + b * BLOCK_BYTES, scales, count, high, low, job->half, job->rows,
-                             sums[o - tile]);
+                const float *of_part = scales + (o - tile) * all + part;
+                if (!together) decode_scales(&job->w, b, count, scales), of_part = scales;
+                use->nf4_dot(job->w.packed + b * BLOCK_BYTES, of_part, count, high, low, job->half, job->rows, sums[o - tile]);
             }
         for (int64_t o = tile; o < tile_end; o++) {
             int64_t first = job->start + o * job->in, last = first + job->in, begin, end;
@@ -289,12 +295,18 @@ static void dot_rows(void *context, int64_t first_row, int64_t last_row) {
     }
 }
 
+void graft_nf4_outputs(const struct graft_matrix *w, int64_t first, int64_t last, const float *x, int64_t stride, int rows,
+                       const float *even, const float *odd, int64_t half, float *y, int64_t y_row) {
+    struct matvec_job job = {{w->values, w->absmax, w->scale, *w->offset}, w->start, w->row, y_row, rows, stride, x, half, even,
+                             odd, y};
+    dot_rows(&job, first, last);
+}
+
 /* y (rows, out) = x W^T, all float32; rows of x (rows, in) lie `stride` apart. 1 when there was no memory for a copy of x, else 0. */
 EXPORT int graft_nf4_matvec(const uint8_t *packed, const uint8_t *absmax, const float *group_scale, const float *offset,
                             int64_t start, int64_t out, int64_t in, const float *x, int64_t stride, int64_t rows, float *y,
                             int threads) {
-    /* Rows a power of two apart fall on the same few lines of the cache: keep each 256 bytes off from the last one. */
-    int64_t half = (in / 2 + 1 + 1023) / 1024 * 1024 + 64;
+    int64_t half = graft_half(in);
     int most = rows < MAX_ROWS ? (int)rows : MAX_ROWS;
     float *split = malloc(sizeof(float) * 2 * (size_t)half * (size_t)most);
     if (!split) return 1;

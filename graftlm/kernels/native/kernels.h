@@ -30,6 +30,7 @@ struct tables {
     float midpoints[15];
     float dynamic[256];
     uint8_t bins[65536];
+    uint8_t nf4_bytes[4][16]; /* byte k of value i of nf4 */
 };
 extern struct tables tables; /* filled once by graft_init from the reference's own constants */
 
@@ -96,10 +97,24 @@ struct graft_adamw {
     int parameter_type, gradient_type;
 };
 
+/* Distance between rows of x that is split for NF4: rows a power of two apart fall on the same few lines of the cache, so
+ * each lies 256 bytes off from the last one. */
+static inline int64_t graft_half(int64_t in) { return (in / 2 + 1 + 1023) / 1024 * 1024 + 64; }
+
 /* to[0 .. last - first] = values first .. last of packed NF4 codes; the codes of one row of int8 times its scale. */
 void graft_nf4_range(const uint8_t *packed, const uint8_t *absmax, const float *group_scale, float offset, int64_t first,
                      int64_t last, float *to);
 void graft_int8_range(const int8_t *values, float scale, int64_t count, float *to);
+
+/* y (rows, y_row)[first .. last] = x W^T for rows <= MAX_ROWS and an NF4 weight; x (rows, in) comes as it is and split, its
+ * values 0, 2, .. in `even` and 1, 3, .. in `odd`, rows `graft_half(in)` apart. */
+void graft_nf4_outputs(const struct graft_matrix *w, int64_t first, int64_t last, const float *x, int64_t stride, int rows,
+                       const float *even, const float *odd, int64_t half, float *y, int64_t y_row);
+
+/* One row of RMSNorm, of a gated product, one head turned in place: as `fused.c` has them, float32. */
+void graft_norm_row(const float *x, const float *w, float offset, float epsilon, int64_t n, float *y);
+void graft_gate_row(const float *g, const float *u, int64_t n, float *y, int gelu);
+void graft_rotate_head(float *x, const float *cosine, const float *sine, int64_t turned);
 
 /* Causal attention within the segments of a packed row; strides in values, a head's features lie beside each other. */
 struct graft_attention_call {

@@ -45,6 +45,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "graft_dense_rows": (None, [_pointer, _int, _long, _long, _pointer, _long, _long, _pointer, _int]),
     "graft_routed_rows": (_int, [_pointer, _pointer] + [_long] * 3 + [_pointer, _long, _pointer, _int]),
     "graft_attend_rows": (_int, [_pointer] * 5 + [_int]),
+    # layers.py
+    "graft_layers": (_int, [_pointer, _pointer]),
     # fused.py
     "graft_norm": (None, [_pointer, _pointer, _float, _float, _long, _long, _pointer, _pointer, _int, _int]),
     "graft_norm_back": (None, [_pointer] * 3 + [_float, _pointer, _long, _long] + [_pointer] * 3 + [_int, _int]),

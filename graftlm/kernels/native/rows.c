@@ -13,6 +13,7 @@
 #include <stdlib.h>
 
 #include "kernels.h"
+#include "rows.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
@@ -22,14 +23,6 @@
 #endif
 
 enum { AHEAD = 4096 }; /* bytes of W fetched ahead: rows are short, and the processor's own prefetching stops at their ends */
-
-struct row_primitives {
-    void (*dots)(const void *w, int64_t w_stride, int type, int64_t n, int outs, const float *x, int64_t stride, int rows,
-                 float *sums);
-    void (*spread)(const void *B, int type, int64_t r, int64_t n, const float *h, int rows, float *y, int64_t y_stride);
-    float (*exps)(float *values, int64_t n, float most);
-    void (*mix)(float *out, float keep, const float *p, int64_t count, const float *v, int64_t stride, int64_t n);
-};
 
 /* ---- four lanes: what every compiler makes something good of, NEON included ---- */
 
@@ -125,7 +118,7 @@ static const struct row_primitives *const sets[] = {&plain_rows, &avx2_rows, &av
 static const struct row_primitives *const sets[] = {&plain_rows, &plain_rows, &plain_rows};
 #endif
 
-static const struct row_primitives *use_rows = &plain_rows;
+const struct row_primitives *use_rows = &plain_rows;
 
 void graft_rows_choose(int choice) { use_rows = sets[choice]; }
 
@@ -173,13 +166,6 @@ EXPORT void graft_dense_rows(const void *w, int type, int64_t out, int64_t in, c
 }
 
 /* ---- y += s (x A^T) B, each range of rows with its own A and B ---- */
-
-struct factors { /* an adapter on one layer, filled by Python once */
-    const void *A, *B; /* (r, in), (r, out) */
-    int64_t rank;
-    double scale;
-    int64_t a_type, b_type;
-};
 
 struct route_job {
     const int64_t *ranges; /* first row of x and one past the last, for each */
@@ -241,69 +227,67 @@ EXPORT int graft_routed_rows(const int64_t *ranges, const struct factors *const 
 
 /* ---- attention of single new tokens over keys and values kept in blocks ---- */
 
-struct attention { /* filled by Python, once a pass */
-    int64_t tokens;         /* n: new tokens to answer */
-    const int64_t *row;     /* (n,): which row of q and of out */
-    const int64_t *visible; /* (n,): tokens before and with the new one */
-    const int64_t *table;   /* (n, table_stride): blocks of each token's sequence */
-    int64_t table_stride, block;
-    int64_t heads, key_heads, width, value_width;
-    int64_t query_row, query_head; /* distance between rows and between heads of q */
-    double scale, softcap;         /* softcap 0: none */
-    int64_t window;                /* 0: none */
-};
+int64_t graft_attend_scratch(int64_t block) {
+    int64_t padded = (block + 15) / 16 * 16;
+    return 2 * MAX_ROWS * padded; /* (heads, block) scores, (block, heads) sums */
+}
+
+void graft_attend_one(const struct attention *a, int64_t head, int64_t visible, const int64_t *table, const float *queries,
+                      const float *keys, const float *values, float *outs, float *scratch) {
+    const int64_t groups = a->heads / a->key_heads, padded = (a->block + 15) / 16 * 16;
+    const int64_t key_stride = a->key_heads * a->width, value_stride = a->key_heads * a->value_width;
+    int64_t start = a->window && visible > a->window ? visible - a->window : 0;
+    float *scores = scratch, *sums = scores + MAX_ROWS * padded;
+    for (int64_t g = 0; g < groups; g += MAX_ROWS) {
+        int count = (int)(groups - g < MAX_ROWS ? groups - g : MAX_ROWS);
+        const float *q = queries + (head * groups + g) * a->query_head;
+        float *out = outs + (head * groups + g) * a->value_width;
+        float most[MAX_ROWS], total[MAX_ROWS] = {0};
+        for (int k = 0; k < count; k++) most[k] = -INFINITY;
+        memset(out, 0, sizeof(float) * (size_t)(count * a->value_width));
+        for (int64_t b = start / a->block; b * a->block < visible; b++) {
+            int64_t from = b * a->block < start ? start - b * a->block : 0;
+            int64_t to = visible - b * a->block < a->block ? visible - b * a->block : a->block, n = to - from;
+            int64_t at = table[b] * a->block + from;
+            memset(sums, 0, sizeof(float) * (size_t)(n * MAX_ROWS));
+            use_rows->dots(keys + at * key_stride + head * a->width, key_stride, FLOAT32, a->width, (int)n, q, a->query_head,
+                           count, sums);
+            for (int k = 0; k < count; k++) {
+                float *mine = scores + k * padded, high = most[k];
+                for (int64_t j = 0; j < n; j++) {
+                    float score = sums[j * MAX_ROWS + k] * (float)a->scale;
+                    if (a->softcap) score = tanhf(score / (float)a->softcap) * (float)a->softcap;
+                    mine[j] = score;
+                    if (score > high) high = score;
+                }
+                for (int64_t j = n; j < (n + 15) / 16 * 16; j++) mine[j] = -INFINITY;
+                float keep = most[k] == -INFINITY ? 0.0f : expf(most[k] - high);
+                total[k] = total[k] * keep + use_rows->exps(mine, (n + 15) / 16 * 16, high);
+                most[k] = high;
+                use_rows->mix(out + k * a->value_width, keep, mine, n,
+                              values + at * value_stride + head * a->value_width, value_stride, a->value_width);
+            }
+        }
+        for (int k = 0; k < count; k++)
+            for (int64_t d = 0; d < a->value_width; d++) out[k * a->value_width + d] /= total[k];
+    }
+}
 
 struct attention_job {
     const struct attention *a;
     const float *q, *keys, *values;
     float *out;
-    float *scratch; /* for each piece: a block's scores of up to MAX_ROWS heads */
+    float *scratch; /* for each piece */
 };
 
 static void attend_pieces(void *context, int64_t first, int64_t last) {
     const struct attention_job *job = context;
     const struct attention *a = job->a;
-    const int64_t groups = a->heads / a->key_heads, padded = (a->block + 15) / 16 * 16;
-    const int64_t key_stride = a->key_heads * a->width, value_stride = a->key_heads * a->value_width;
     for (int64_t piece = first; piece < last; piece++) {
-        int64_t token = piece / a->key_heads, head = piece % a->key_heads;
-        int64_t visible = a->visible[token], start = a->window && visible > a->window ? visible - a->window : 0;
-        const int64_t *table = a->table + token * a->table_stride;
-        float *scores = job->scratch + piece * (MAX_ROWS * padded + padded * MAX_ROWS); /* (heads, block) and sums */
-        float *sums = scores + MAX_ROWS * padded;
-        for (int64_t g = 0; g < groups; g += MAX_ROWS) {
-            int count = (int)(groups - g < MAX_ROWS ? groups - g : MAX_ROWS);
-            const float *q = job->q + a->row[token] * a->query_row + (head * groups + g) * a->query_head;
-            float *out = job->out + (a->row[token] * a->heads + head * groups + g) * a->value_width;
-            float most[MAX_ROWS], total[MAX_ROWS] = {0};
-            for (int k = 0; k < count; k++) most[k] = -INFINITY;
-            memset(out, 0, sizeof(float) * (size_t)(count * a->value_width));
-            for (int64_t b = start / a->block; b * a->block < visible; b++) {
-                int64_t from = b * a->block < start ? start - b * a->block : 0;
-                int64_t to = visible - b * a->block < a->block ? visible - b * a->block : a->block, n = to - from;
-                int64_t at = table[b] * a->block + from;
-                memset(sums, 0, sizeof(float) * (size_t)(n * MAX_ROWS));
-                use_rows->dots(job->keys + at * key_stride + head * a->width, key_stride, FLOAT32, a->width, (int)n, q,
-                               a->query_head, count, sums);
-                for (int k = 0; k < count; k++) {
-                    float *mine = scores + k * padded, high = most[k];
-                    for (int64_t j = 0; j < n; j++) {
-                        float score = sums[j * MAX_ROWS + k] * (float)a->scale;
-                        if (a->softcap) score = tanhf(score / (float)a->softcap) * (float)a->softcap;
-                        mine[j] = score;
-                        if (score > high) high = score;
-                    }
-                    for (int64_t j = n; j < (n + 15) / 16 * 16; j++) mine[j] = -INFINITY;
-                    float keep = most[k] == -INFINITY ? 0.0f : expf(most[k] - high);
-                    total[k] = total[k] * keep + use_rows->exps(mine, (n + 15) / 16 * 16, high);
-                    most[k] = high;
-                    use_rows->mix(out + k * a->value_width, keep, mine, n,
-                                  job->values + at * value_stride + head * a->value_width, value_stride, a->value_width);
-                }
-            }
-            for (int k = 0; k < count; k++)
-                for (int64_t d = 0; d < a->value_width; d++) out[k * a->value_width + d] /= total[k];
-        }
+        int64_t token = piece / a->key_heads, row = a->row[token];
+        graft_attend_one(a, piece % a->key_heads, a->visible[token], a->table + token * a->table_stride,
+                         job->q + row * a->query_row, job->keys, job->values, job->out + row * a->heads * a->value_width,
+                         job->scratch + piece * graft_attend_scratch(a->block));
     }
 }
 
@@ -311,8 +295,8 @@ static void attend_pieces(void *context, int64_t first, int64_t last) {
  * values alike. 1 when there was no memory for a scratch, else 0. */
 EXPORT int graft_attend_rows(const struct attention *a, const float *q, const float *keys, const float *values, float *out,
                              int threads) {
-    int64_t pieces = a->tokens * a->key_heads, padded = (a->block + 15) / 16 * 16, work = 0;
-    float *scratch = malloc(sizeof(float) * (size_t)(pieces * 2 * MAX_ROWS * padded + 1));
+    int64_t pieces = a->tokens * a->key_heads, work = 0;
+    float *scratch = malloc(sizeof(float) * (size_t)(pieces * graft_attend_scratch(a->block) + 1));
     if (!scratch) return 1;
     for (int64_t i = 0; i < a->tokens; i++) work += a->visible[i] * a->heads * (a->width + a->value_width);
     struct attention_job job = {a, q, keys, values, out, scratch};

@@ -1,0 +1,162 @@
+"""Layers in one call give what the model's own code gives, and run only where they do."""
+
+from __future__ import annotations
+
+import asking
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from graftlm.adapters.attach import attach, detach
+from graftlm.adapters.bank import LowRank
+from graftlm.base.keyvalues import KeyValues, PagedPass, may_keep
+from graftlm.base.load import Base
+from graftlm.segments import Segments, running
+from graftlm.serving.decoder import Decoder, decoder_of
+from graftlm.serving.residents import ready
+
+STEPS = ((6, 3, 9), (1, 1, 1), (4, 1, 1), (1, 7, 2), (1, 1, 1))
+SLOTS = (0, 4, 7)
+
+
+def store_of(base: Base) -> KeyValues:
+    layers, why = may_keep(base)
+    assert layers, why
+    store = KeyValues(layers, blocks=15, block=4, seats=3, most_blocks=5, dtype=base.compute_dtype, device=base.device)
+    store.tables[:] = torch.tensor([[7, 2, 5, 0, 14], [1, 8, 3, 6, 13], [4, 9, 12, 10, 11]])
+    return store
+
+
+def decoder(base: Base) -> Decoder:
+    found, why = decoder_of(base, store_of(base), 20)
+    assert found is not None, why
+    return found
+
+
+def own_code(base: Base, store: KeyValues, ids: Tensor, step: tuple[int, ...], done: list[int]) -> Tensor:
+    past = PagedPass(store, step, done, (0, 1, 2))
+    segments = Segments(lengths=step, slots=SLOTS, cached=tuple(done), past=past)
+    with running(segments):
+        return base.hidden(ids, segments)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_models_of_the_family_run_in_one_call(architecture: str) -> None:
+    assert asking.engine_of(asking.base_of(architecture)).runner.decoder is not None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [("gpt2", "has no"), ("gemma2", "has also"), ("mixtral", "gated product"), ("olmo2", "has no"), ("phi3", "has no")],
+)
+def test_other_models_keep_their_own_code_and_the_reason_is_known(architecture: str, why: str) -> None:
+    runner = asking.engine_of(asking.base_of(architecture)).runner
+    assert runner.decoder is None
+    assert why in runner.why_own_code
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "nf4"])
+def test_states_are_those_of_the_models_own_code_under_adapters_of_any_rank(architecture: str, precision: str) -> None:
+    base = asking.base_of(architecture, precision)
+    ours, store = decoder(base), store_of(base)
+    attach(base, ready(asking.adapter_of(base, 33, targets=("attention",))), slot=4)
+    attach(base, ready(asking.adapter_of(base, 3)), slot=7)
+    done = [0, 0, 0]
+    try:
+        for number, step in enumerate(STEPS):
+            ids = tiny.ids(sum(step), seed=number)
+            expected = own_code(base, store, ids, step, done)
+            found = ours.hidden(ids, step, done, (0, 1, 2), SLOTS)
+            assert found is not None
+            assert float((found - expected).norm() / expected.norm()) < 1e-5
+            done = [a + n for a, n in zip(done, step)]
+    finally:
+        detach(base, 4)
+        detach(base, 7)
+
+
+@torch.inference_mode()
+def test_an_adapter_in_16_bits_is_read_as_it_lies() -> None:
+    base = asking.base_of()
+    ours, store = decoder(base), store_of(base)
+    adapter = asking.adapter_of(base, 8)
+    for part in adapter.slots.values():
+        assert isinstance(part, LowRank)
+        part.A, part.B = (nn.Parameter(t.detach().bfloat16().float(), requires_grad=False) for t in (part.A, part.B))
+    adapter = ready(adapter)
+    assert {p.dtype for p in adapter.parameters().values()} == {torch.bfloat16}
+    attach(base, adapter, slot=4)
+    try:
+        ids = tiny.ids(18)
+        found = ours.hidden(ids, STEPS[0], [0, 0, 0], (0, 1, 2), SLOTS)
+        torch.testing.assert_close(found, own_code(base, store, ids, STEPS[0], [0, 0, 0]), rtol=1e-4, atol=1e-4)
+    finally:
+        detach(base, 4)
+
+
+@torch.inference_mode()
+def test_a_row_gives_the_same_bits_whoever_shares_its_pass() -> None:
+    base = asking.base_of()
+    attach(base, ready(asking.adapter_of(base, 16)), slot=4)
+    attach(base, ready(asking.adapter_of(base, 64)), slot=7)
+    try:
+        ids = tiny.ids(22)
+        together = decoder(base).hidden(ids, (9, 7, 6), (0, 0, 0), (0, 1, 2), SLOTS)
+        alone = decoder(base).hidden(ids[9:16], (7,), (0,), (1,), (4,))
+        assert together is not None
+        assert alone is not None
+        assert torch.equal(together[9:16], alone)
+    finally:
+        detach(base, 4)
+        detach(base, 7)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["dora", "rank 300", "trained now"])
+def test_adapters_that_are_more_than_low_rank_products_are_left_to_the_models_own_code(kind: str) -> None:
+    base = asking.base_of()
+    ours = decoder(base)
+    plan = {"dora": kind == "dora"}
+    adapter = asking.adapter_of(base, 300 if kind == "rank 300" else 3, **plan)
+    attach(base, adapter if kind == "trained now" else ready(adapter), slot=4)
+    try:
+        ids = tiny.ids(5)
+        assert ours.hidden(ids, (5,), (0,), (0,), (4,)) is None
+        assert ours.hidden(ids, (5,), (0,), (0,), (0,)) is not None
+    finally:
+        detach(base, 4)
+
+
+@torch.inference_mode()
+def test_another_adapter_in_a_slot_is_seen_at_once() -> None:
+    base = asking.base_of()
+    ours = decoder(base)
+    ids = tiny.ids(5)
+    states: list[Tensor] = []
+    for rank in (3, 8, 3):
+        attach(base, ready(asking.adapter_of(base, rank)), slot=4)
+        found = ours.hidden(ids, (5,), (0,), (0,), (4,))
+        assert found is not None
+        states.append(found)
+        detach(base, 4)
+    bare = ours.hidden(ids, (5,), (0,), (0,), (4,))
+    assert bare is not None
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], bare)
+
+
+def test_a_model_that_computes_something_else_fails_its_proof() -> None:
+    base = asking.base_of("llama")
+    layer = base.anatomy.layers[1]
+    own = layer.forward
+    layer.forward = lambda x, *args, **kwargs: own(x * 1.001, *args, **kwargs)  # as a residual factor would
+    try:
+        found, why = decoder_of(base, store_of(base), 20)
+        assert found is None
+        assert "change" in why
+    finally:
+        del layer.forward
