@@ -28,6 +28,8 @@ COMMANDS: tuple[tuple[str, type[Config]], ...] = (
     ("graft check", CheckConfig),
     ("graft plan", configs.PlanConfig),
     ("graft compare", configs.CompareConfig),
+    ("graft sweep", configs.SweepConfig),
+    ("graft sweep show", configs.ShowSweepConfig),
     ("graft merge", MergeConfig),
     ("graft adapters publish", configs.PublishConfig),
     ("graft adapters list", configs.ListConfig),

@@ -10,6 +10,7 @@ these classes. A config is frozen and checked where it is built; an unknown key 
     CheckConfig      graft check       what would be trained on, before anything is
     PlanConfig       graft plan        what a run would take, before it is started
     CompareConfig    graft compare     full, LoRA and QLoRA side by side on one's own model and data
+    SweepConfig      graft sweep       many trials on one base at once
     MergeConfig      graft merge       adapters merged into their base: a plain model, or a GGUF file
     adapters.py      graft adapters    versions of adapters: a class for each subcommand
 """
@@ -36,11 +37,12 @@ from graftlm.config.generate import GenerateConfig
 from graftlm.config.merge import MergeConfig
 from graftlm.config.plan import PlanConfig
 from graftlm.config.serve import ServeConfig
+from graftlm.config.sweep import ShowSweepConfig, SweepConfig
 from graftlm.config.train import TrainConfig
 
 __all__ = [
     "AliasConfig", "ChatConfig", "CheckConfig", "CompareConfig", "Compute", "Config", "DiffConfig", "ExportConfig",
     "GenerateConfig", "ImportConfig", "ListConfig", "MergeConfig", "Method", "PlanConfig", "Precision", "PublishConfig",
-    "PullConfig", "PushConfig", "RemoveConfig", "RollbackConfig", "ServeConfig", "ShowConfig", "TrainConfig",
-    "VerifyConfig",
+    "PullConfig", "PushConfig", "RemoveConfig", "RollbackConfig", "ServeConfig", "ShowConfig", "ShowSweepConfig",
+    "SweepConfig", "TrainConfig", "VerifyConfig",
 ]  # fmt: skip

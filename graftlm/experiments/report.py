@@ -20,11 +20,12 @@ _HERE = Path(__file__).parent
 def write_reports(found: Comparison, out: Path) -> None:
     """Write both reports into `out`."""
     values = contents(found)
-    (out / "report.md").write_text(_render("report.md.jinja", values, html=False), encoding="utf-8")
-    (out / "report.html").write_text(_render("report.html.jinja", values, html=True), encoding="utf-8")
+    (out / "report.md").write_text(render("report.md.jinja", values, html=False), encoding="utf-8")
+    (out / "report.html").write_text(render("report.html.jinja", values, html=True), encoding="utf-8")
 
 
-def _render(template: str, values: dict[str, Any], *, html: bool) -> str:
+def render(template: str, values: dict[str, Any], *, html: bool) -> str:
+    """A report from its template, the page's style in it."""
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=html,

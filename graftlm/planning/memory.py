@@ -198,9 +198,14 @@ def loading_bytes(shape: Shape, setting: Setting, device: Device, *, checkpoint_
 # ---- all of them together --------------------------------------------------------------------------------------------
 
 
-def need(shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, fused: bool) -> Need:
-    """What training takes at its peak, in parts, and while loading. `fused`: see `activations.kept`."""
-    trained = shape.parameters if setting.full else adapted.values(shape)
+def need(
+    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, fused: bool, beside: int = 0
+) -> Need:
+    """What training takes at its peak, in parts, and while loading. `fused`: see `activations.kept`.
+
+    `beside` are the values of other adapters that are trained on the same base, each token passing one of them all.
+    """
+    trained = (shape.parameters if setting.full else adapted.values(shape)) + beside
     moments = _moments(shape, setting, adapted, load, device, trained, fused)
     at, parts = max(moments.items(), key=lambda m: m[1].total)
     states = optimizer_bytes(trained, setting)

@@ -86,26 +86,32 @@ class Foresight:
 # ---- the plan of this run --------------------------------------------------------------------------------------------
 
 
-def foresee(config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial) -> Foresight:
-    """The plan of a run. `tokens_per_pass` is the asked one, else the most that is fast and fits this machine.
+def foresee(
+    config: TrainConfig, base: Base, trials: Sequence[Trial], adapters: Sequence[Adapter] = (), *, spare: int = 0
+) -> Foresight:
+    """The plan of a run, or of trials that are trained together. `config` says how, `adapters` are those of the trials.
 
-    It follows from the machine's whole memory, not from what happens to be free, so the same command on the same machine
-    makes the same passes.
+    `tokens_per_pass` is the asked one, else the most that is fast and fits this machine. It follows from the machine's
+    whole memory, not from what happens to be free, so the same command on the same machine makes the same passes. `spare` are
+    trained values of adapters that may come later.
     """
     card = local(str(base.device) if base.device.type == "cuda" else "cpu")
-    shape, setting, adapted = _shape(config, base), _setting(config, base), _adapted(base, adapter)
-    longest = max(d.tokens for d in trial.documents)
+    shape, setting, adapted = shape_of(config, base), _setting(config, base), _adapted(base, adapters)
+    longest = max(d.tokens for trial in trials for d in trial.documents)
     sizes = [config.tokens_per_pass] if config.tokens_per_pass else _sizes(longest)
     if config.optimizer_in_backward and not config.tokens_per_pass:
         sizes = sizes[:1]  # its steps are of one pass
     fused = base.fused.norms > 0
     found: Foresight | None = None
     for tokens in sizes:
-        work, load = _heaviest(base, trial, tokens)
-        took = None if shape is None else need(shape, setting, adapted, load, card.kind, fused=fused)
-        case = None
+        work, load = _heaviest(base, trials, tokens)
+        took = case = None
         if shape is not None:
-            rank = 1 if adapter is None else adapter.plan.rank
+            beside = spare + max(0, sum(adapter.count for adapter in adapters) - adapted.values(shape))
+            took = need(
+                shape, setting, adapted, load, card.kind, fused=fused, decodes=card.decodes, beside=beside
+            )
+            rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = Case(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = Foresight(tokens_per_pass=tokens, load=load, need=took, card=card, case=case, work=tuple(work))
         if took is None or took.training <= card.usable:
@@ -122,10 +128,11 @@ def _sizes(longest: int) -> list[int]:
     return found
 
 
-def _shape(config: TrainConfig, base: Base) -> Shape | None:
+def shape_of(config: TrainConfig, base: Base) -> Shape | None:
+    """The sizes that a plan counts with; None for a model that trains and whose config builds no empty one."""
     try:
         shape = find(str(base.folder), trust_remote_code=config.trust_remote_code).shape
-    except GraftError:  # a model that trains and whose config builds no empty one: it runs without a plan
+    except GraftError:  # it runs without a plan
         return None
     return replace(shape, packs=base.packs, plain_head=base.anatomy.plain_head)
 
@@ -139,10 +146,20 @@ def _setting(config: TrainConfig, base: Base) -> Setting:
     )  # fmt: skip
 
 
-def _adapted(base: Base, adapter: Adapter | None) -> Adapted:
-    """The adapter that is really there, layer by layer."""
-    if adapter is None:
-        return NOTHING
+def _adapted(base: Base, adapters: Sequence[Adapter]) -> Adapted:
+    """What is really there, layer by layer. Of several adapters the larger at each kind: a token passes one of them."""
+    found = NOTHING
+    for adapter in adapters:
+        one = _counted(base, adapter)
+        found = Adapted(
+            layers={key: max(found.layers.get(key, 0), n) for key, n in {**found.layers, **one.layers}.items()},
+            ranks={key: max(found.ranks.get(key, 0), n) for key, n in {**found.ranks, **one.ranks}.items()},
+            whole=max(found.whole, one.whole),
+        )
+    return found
+
+
+def _counted(base: Base, adapter: Adapter) -> Adapted:
     stored = {name.removesuffix(".stored"): module for name, module in base.stored().items()}
     layers: dict[str, int] = {}
     ranks: dict[str, int] = {}
@@ -158,8 +175,20 @@ def _adapted(base: Base, adapter: Adapter | None) -> Adapted:
     return Adapted(layers=layers, ranks=ranks, whole=whole)
 
 
-def _heaviest(base: Base, trial: Trial, tokens_per_pass: int) -> tuple[list[Work], Load]:
-    """The heaviest pass that the run's batches can make: from a batch of the longest documents."""
+def _heaviest(base: Base, trials: Sequence[Trial], tokens_per_pass: int) -> tuple[list[Work], Load]:
+    """The heaviest pass that a step can make: of a batch of each trial's longest documents."""
+    work = [w for trial in trials for w in _longest_batch(trial)]
+    groups = passes(base, work, tokens_per_pass)
+    found = max(groups, key=lambda group: _weight(group, base.packs))
+    counts = [int(w.document.trained[1:].sum()) for w in found]
+    lengths = [w.document.tokens for w in found]
+    return found, Load(
+        tokens=sum(lengths), trained=sum(counts), longest=max(lengths), documents=len(found), passes=len(groups)
+    )  # fmt: skip
+
+
+def _longest_batch(trial: Trial) -> list[Work]:
+    """The longest documents that can meet in one batch of a trial."""
     order = trial.order
     again = order.draws > epoch_length(order.sizes, order.weights)  # a batch may reach from one epoch into the next
     chosen: list[int] = []
@@ -172,14 +201,7 @@ def _heaviest(base: Base, trial: Trial, tokens_per_pass: int) -> tuple[list[Work
     chosen = sorted(chosen, key=lambda i: (-trial.documents[i].tokens, -trial.documents[i].trained_tokens, i))
     chosen = chosen[: order.batch_size]
     trained = sum(int(trial.documents[i].trained[1:].sum()) for i in chosen)
-    work = [Work(trial.documents[i], trial.slot, (trial.seed, draw), 1.0 / trained) for draw, i in enumerate(chosen)]
-    groups = passes(base, work, tokens_per_pass)
-    found = max(groups, key=lambda group: _weight(group, base.packs))
-    counts = [int(w.document.trained[1:].sum()) for w in found]
-    lengths = [w.document.tokens for w in found]
-    return found, Load(
-        tokens=sum(lengths), trained=sum(counts), longest=max(lengths), documents=len(found), passes=len(groups)
-    )  # fmt: skip
+    return [Work(trial.documents[i], trial.slot, (trial.seed, draw), 1.0 / trained) for draw, i in enumerate(chosen)]
 
 
 def _weight(group: Sequence[Work], packs: bool) -> tuple[int, int]:
@@ -191,18 +213,18 @@ def _weight(group: Sequence[Work], packs: bool) -> tuple[int, int]:
 # ---- the rehearsal ---------------------------------------------------------------------------------------------------
 
 
-def rehearse(base: Base, trial: Trial, foresight: Foresight) -> int:
+def rehearse(base: Base, trials: Sequence[Trial], foresight: Foresight) -> int:
     """Run the heaviest pass forward and back; returns the bytes in use at its peak, as `PeakMemory` counts them.
 
     Raises TrainingError, with what to change, where the plan is far beyond the machine, or memory runs out.
     """
-    _refuse(foresight)
-    parameters = trial.parameters.values()
-    if foresight.load.passes > 1 and not trial.optimizer.in_backward:
-        for parameter in parameters:  # what the passes in front of it have left
-            parameter.grad = torch.zeros_like(parameter)
+    refuse(foresight)
+    if foresight.load.passes > 1:
+        for trial in trials:
+            for parameter in () if trial.optimizer.in_backward else trial.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)  # what the passes in front of it have left
     try:
-        with PeakMemory(base.device, keep=True) as memory, _freed_at_once(trial):
+        with PeakMemory(base.device, keep=True) as memory, _freed_at_once(trials):
             laid = lay_out(base, foresight.work)
             with running(laid.segments):
                 total, _ = forward(base, laid)
@@ -216,18 +238,19 @@ def rehearse(base: Base, trial: Trial, foresight: Foresight) -> int:
             f"{_way_out(foresight)}"
         ) from None
     finally:
-        trial.optimizer.zero_grad()
+        for trial in trials:
+            trial.optimizer.zero_grad()
     return memory.bytes
 
 
 @contextmanager
-def _freed_at_once(trial: Trial) -> Iterator[None]:
+def _freed_at_once(trials: Sequence[Trial]) -> Iterator[None]:
     """With the optimizer inside the backward pass no gradient stays; here each is dropped without a step."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
 
-    trained = trial.parameters.values() if trial.optimizer.in_backward else ()
+    trained = (p for trial in trials if trial.optimizer.in_backward for p in trial.parameters.values())
     handles = [p.register_post_accumulate_grad_hook(drop) for p in trained]
     try:
         yield
@@ -236,7 +259,8 @@ def _freed_at_once(trial: Trial) -> Iterator[None]:
             handle.remove()
 
 
-def _refuse(foresight: Foresight) -> None:
+def refuse(foresight: Foresight) -> None:
+    """Raise TrainingError, with what to change, for a plan that is far beyond this machine."""
     took, card = foresight.need, foresight.card
     if took is None or card.kind != "cpu" or took.training <= TOO_MUCH * card.usable:
         return

@@ -19,7 +19,7 @@ from graftlm.config.train import OFFLOAD_ON_CPU
 from graftlm.data.documents import Dataset, load, split
 from graftlm.data.order import Order, make_order
 from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
-from graftlm.errors import ConfigError
+from graftlm.errors import ConfigError, ModelError
 from graftlm.training.optimizer import AdamW, Schedule
 from graftlm.training.trial import Trial
 from graftlm.training.view import View
@@ -57,8 +57,17 @@ def stored_precision(config: TrainConfig) -> Precision:
     return config.stored_precision
 
 
-def make_adapter(base: Base, config: TrainConfig) -> Adapter | None:
-    """The adapter that the config describes or names, attached in slot 1; None for full training.
+def set_checkpointing(config: TrainConfig, base: Base) -> None:
+    """Let layers run again in the backward pass where the config asks for it; ModelError where none can."""
+    if config.activation_checkpointing and base.anatomy.checkpoint_layers(True) == 0:
+        raise ModelError(
+            f"{type(base.model).__name__} has no layers that Graft could run again, so --activation-checkpointing would "
+            "do nothing; leave it out, and use a smaller --tokens-per-pass"
+        )
+
+
+def make_adapter(base: Base, config: TrainConfig, slot: int = 1) -> Adapter | None:
+    """The adapter that the config describes or names, attached in `slot`; None for full training.
 
     A new one is untrained. One that training goes on with comes through the one loader, and with its own tokenizer where it
     has one; new tokens are added to the base's. Raises ConfigError and AdapterError.
@@ -70,14 +79,19 @@ def make_adapter(base: Base, config: TrainConfig) -> Adapter | None:
         assert adapter.origin is not None
         base.tokenizer = adapter.origin.tokenizer or base.tokenizer
     else:
-        plan = Plan(
-            rank=config.rank, alpha=config.scale_numerator, rank_stabilized=config.rank_stabilized, dropout=config.dropout,
-            dora=config.dora, ranks=config.rank_pattern, alphas=config.alpha_pattern, whole=config.modules_to_save,
-            tokens=_train_tokens(base, config.train_tokens),
-        )  # fmt: skip
-        adapter = new_adapter(base, choose(base, config.targets), plan, config.seed)
-    attach(base, adapter, slot=1)
+        adapter = untrained(base, config)
+    attach(base, adapter, slot)
     return adapter
+
+
+def untrained(base: Base, config: TrainConfig) -> Adapter:
+    """The new adapter that the config describes, attached to nothing; new tokens are added to the base's tokenizer."""
+    plan = Plan(
+        rank=config.rank, alpha=config.scale_numerator, rank_stabilized=config.rank_stabilized, dropout=config.dropout,
+        dora=config.dora, ranks=config.rank_pattern, alphas=config.alpha_pattern, whole=config.modules_to_save,
+        tokens=_train_tokens(base, config.train_tokens),
+    )  # fmt: skip
+    return new_adapter(base, choose(base, config.targets), plan, config.seed)
 
 
 def _train_tokens(base: Base, names: Sequence[str]) -> tuple[int, ...]:
@@ -101,9 +115,9 @@ def _train_tokens(base: Base, names: Sequence[str]) -> tuple[int, ...]:
 
 
 def make_trial(
-    base: Base, config: TrainConfig, adapter: Adapter | None, dataset: Dataset, held_out: Dataset | None
+    base: Base, config: TrainConfig, adapter: Adapter | None, slot: int, dataset: Dataset, held_out: Dataset | None
 ) -> Trial:
-    """What is trained, with its optimizer, schedule and order of documents."""
+    """What is trained in `slot` (0: the base itself), with its optimizer, schedule and order of documents."""
     parameters: dict[str, nn.Parameter]
     if adapter is None:
         base.model.requires_grad_(True)
@@ -130,7 +144,7 @@ def make_trial(
         steps=order.steps,
     )  # fmt: skip
     return Trial(
-        name=config.out.name, slot=0 if adapter is None else 1, seed=config.seed, parameters=parameters,
+        name=config.out.name, slot=slot, seed=config.seed, parameters=parameters,
         optimizer=optimizer, schedule=schedule, documents=dataset.documents, order=order,
         held_out=() if held_out is None else held_out.documents, max_grad_norm=config.max_grad_norm,
         eval_every=config.eval_every or default_eval_every(dataset, held_out, order),

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from graftlm.config import TrainConfig
 from graftlm.training import checkpoint
 from graftlm.training.loop import Observer, StepResult
 from graftlm.training.resume import Identity
-from graftlm.training.runfolder import Metrics
+from graftlm.training.runfolder import Metrics, writing
 from graftlm.training.trackers import Tracker
 from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.view import View
 
 
 class Recorder(Observer):
-    """Hears the loop and writes. Raises OSError and SafetensorError where it cannot."""
+    """Hears the loop and writes. Raises RunError where it cannot."""
 
     def __init__(
         self, config: TrainConfig, trial: Trial, identity: Identity, view: View, metrics: Metrics,
@@ -41,7 +41,7 @@ class Recorder(Observer):
             "loss": result.loss, "learning_rate": result.learning_rate, "grad_norm": result.grad_norm,
             "tokens": result.tokens, "trained_tokens": result.trained_tokens, "seconds": result.seconds,
         }  # fmt: skip
-        self.metrics.write({"step": result.step, "kind": "train", **values})
+        self._write({"step": result.step, "kind": "train", **values})
         for tracker in self.trackers:
             tracker.log(result.step, {f"train/{name}": float(value) for name, value in values.items()})
         self.view.stepped(trial, result)
@@ -50,45 +50,72 @@ class Recorder(Observer):
         self._notes = len(trial.notes)
 
     def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
-        self.metrics.write(
-            {"step": evaluation.step, "kind": "eval", "loss": evaluation.loss, "rows": len(evaluation.rows)}
-        )
+        self._write({"step": evaluation.step, "kind": "eval", "loss": evaluation.loss, "rows": len(evaluation.rows)})
         for tracker in self.trackers:
             tracker.log(evaluation.step, {"eval/loss": evaluation.loss})
         self._improved = best and evaluation.step > 0
         self.view.evaluated(trial, evaluation, best)
 
     def settled(self, trials: Sequence[Trial]) -> bool:
-        """Save what is due; a best step in the middle needs a checkpoint, one at the end becomes the result."""
-        trial = self.trial
-        due = self.config.save_every is not None and trial.step % self.config.save_every == 0
-        if (due or self._improved) and not trial.done:
-            self.save()
-        self._improved = False
-        if self.stopped is not None and not trial.done:
-            self.metrics.write({"step": trial.step, "kind": "event", "event": "stopped", "signal": self.stopped})
+        self.save_due()
+        if self.stopped is not None and not self.trial.done:
+            self.event("stopped", signal=self.stopped)
             return False
         self.stopped = None
         return True
 
+    def save_due(self) -> None:
+        """Save what is due; a best step in the middle needs a checkpoint, one at the end becomes the result."""
+        due = self.config.save_every is not None and self.trial.step % self.config.save_every == 0
+        if (due or self._improved) and not self.trial.done:
+            self.save()
+        self._improved = False
+
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
         if self._saved != self.trial.step:
-            checkpoint.save(self.config.out, self.trial, self.identity.to_json(), self.config.keep_checkpoints)
+            with writing(self.config.out):
+                checkpoint.save(self.config.out, self.trial, self.identity.to_json(), self.config.keep_checkpoints)
             self._saved = self.trial.step
+
+    def event(self, name: str, **values: Any) -> None:
+        """A line in the metrics that is neither a step nor an evaluation."""
+        self._write({"step": self.trial.step, "kind": "event", "event": name, **values})
+
+    def stopping(self) -> str:
+        """What somebody who asks the run to stop is told."""
+        return "saving the result first" if self.trial.done else "stopping after this step"
+
+    def close(self) -> None:
+        """Nothing more will be heard."""
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = ()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with writing(self.config.out):
+            self.metrics.write(line)
+
+
+class Stoppable(Protocol):
+    """What may be asked to stop."""
+
+    stopped: int | None
+    """The signal that asked; to be heeded after the step."""
+
+    def stopping(self) -> str: ...
 
 
 @contextmanager
-def signals(recorder: Recorder) -> Iterator[None]:
+def signals(asked: Stoppable, say: Callable[[str], None]) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the run after the current step, or once its result is saved; a second Ctrl-C at once."""
 
     def ask(number: int, frame: Any) -> None:
-        if recorder.stopped is not None and number == signal.SIGINT:
+        if asked.stopped is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        recorder.stopped = number
-        again = "; once more to stop at once" if number == signal.SIGINT else ""
-        saving = recorder.trial.done
-        recorder.view.note(("saving the result first" if saving else "stopping after this step") + again)
+        asked.stopped = number
+        say(asked.stopping() + ("; once more to stop at once" if number == signal.SIGINT else ""))
 
     before: dict[int, Any] = {}
     try:

@@ -1,0 +1,334 @@
+"""Options of `graft sweep`, and the search space that `--search` describes.
+
+    rank=4..64                 a whole number within a range        learning-rate=1e-5..1e-2      a number
+    dropout=0..0.2:0.05        in steps of 0.05                     targets=attention|all-linear  one of these
+    data=a.jsonl|a.jsonl+b.jsonl:0.5                                `+` joins what belongs to one choice
+
+Trials that are trained together share one base, one way of reading data and one way of running passes; everything else may be
+each trial's own. What is not searched is an ordinary option of `graft train` and the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, model_validator
+
+from graftlm.config.compare import shared
+from graftlm.config.fields import Compute, Config, Method, Names, Precision, Sources, flag_name, no_weight, option
+from graftlm.config.train import TrainConfig
+from graftlm.errors import ConfigError, nearest
+
+SEARCHED = (
+    "rank", "alpha", "rank_stabilized", "dropout", "targets", "learning_rate", "b_learning_rate_ratio", "schedule", "warmup",
+    "epochs", "steps", "batch_size", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm", "seed", "data",
+)  # fmt: skip
+"""What each trial may have of its own."""
+_LISTS = ("targets", "data")
+_DECADE = 10.0
+"""A range that starts above zero and spans this factor is searched by its logarithm."""
+
+Sampler = Literal["tpe", "random", "grid"]
+Pruner = Literal["none", "asha", "hyperband"]
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included."""
+
+    low: float
+    high: float
+    whole: bool
+    step: float | None = None
+
+    @property
+    def log(self) -> bool:
+        """Whether what counts is the ratio of two values, not their difference."""
+        return self.step is None and self.low > 0 and self.high / self.low >= _DECADE
+
+    @property
+    def values(self) -> tuple[Value, ...] | None:
+        """All of them; None where there is no end of them."""
+        if self.whole:
+            return tuple(range(int(self.low), int(self.high) + 1, int(self.step or 1)))
+        if self.step is None:
+            return None
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return tuple(round(self.low + i * self.step, 12) for i in range(count))
+
+    @property
+    def ends(self) -> tuple[Value, Value]:
+        """The lowest and the highest value, in the option's own type."""
+        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values; those of options that are lists as they were written, `attention+mlp`."""
+
+    values: tuple[Value, ...]
+
+
+Space = dict[str, Range | Choice]
+"""What is searched, by field of `TrainConfig`."""
+
+
+def read_space(pairs: dict[str, str]) -> Space:
+    """Read `{option: range or choices}`.
+
+    Raises ConfigError for an option that does not exist (with the nearest name) or cannot vary within one sweep, for a
+    range that is empty or turned round, and for a value that the option does not take.
+    """
+    return {name: found for text, spec in pairs.items() for name, found in [_entry(text, str(spec))]}
+
+
+def _entry(text: str, spec: str) -> tuple[str, Range | Choice]:
+    name = text.strip().replace("-", "_")
+    flag = flag_name(name)
+    known = [flag_name(field) for field in SEARCHED]
+    if name not in TrainConfig.model_fields:
+        raise ConfigError(f"search: unknown option '{text}'{nearest(flag, known)} searched can be: {', '.join(known)}")
+    if name not in SEARCHED:
+        raise ConfigError(
+            f"search: '{flag}' is the same for all trials of a sweep, which share one base and one way of running; give it as "
+            f"--{flag}, and start another sweep for another value. Searched can be: {', '.join(known)}"
+        )
+    if not spec.strip():
+        raise ConfigError(f"search: '{flag}' has no values; give {flag}=LOW..HIGH or {flag}=A|B")
+    if ".." in spec and "|" not in spec and name not in _LISTS:
+        return name, _range(name, flag, spec)
+    values = [part.strip() for part in spec.split("|")]
+    if "" in values:
+        raise ConfigError(f"search: '{flag}={spec}' has an empty choice")
+    twice = next((v for v in values if values.count(v) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"search: '{flag}={spec}' names '{twice}' twice")
+    if len(values) == 1:
+        raise ConfigError(f"search: '{flag}={spec}' leaves nothing to search; give it as --{flag} {spec}")
+    return name, Choice(tuple(v if name in _LISTS else _checked(name, flag, v) for v in values))
+
+
+def _range(name: str, flag: str, spec: str) -> Range:
+    body, _, step_text = spec.partition(":")
+    low_text, _, high_text = body.partition("..")
+    low, high = (_checked(name, flag, part.strip()) for part in (low_text, high_text))
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or isinstance(low, bool):
+        raise ConfigError(f"search: '{flag}' is no number, so it has no range; name its values, {flag}=A|B")
+    whole = isinstance(low, int) and isinstance(high, int)
+    step: float | None = None
+    if step_text:
+        try:
+            step = int(step_text) if whole else float(step_text)
+        except ValueError:
+            raise ConfigError(f"search: the step of '{flag}={spec}' is no number: '{step_text}'") from None
+        if not step > 0:
+            raise ConfigError(f"search: the step of '{flag}={spec}' must be above 0, found {step:g}")
+    if low > high:
+        raise ConfigError(
+            f"search: the range of '{flag}' is turned round, {low:g} to {high:g}; write {high_text}..{low_text}"
+        )
+    if low == high or (step is not None and low + step > high):
+        raise ConfigError(f"search: the range '{flag}={spec}' holds one value alone; give it as --{flag} {low_text}")
+    return Range(low, high, whole, step)
+
+
+def _checked(name: str, flag: str, text: str) -> Value:
+    """A value in the option's own type and within its limits; ConfigError else."""
+    field = TrainConfig.model_fields[name]
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation  # pyright: ignore
+    adapter: TypeAdapter[Value] = TypeAdapter(kind)
+    try:
+        return adapter.validate_python(text)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].replace("Input should", "must")
+        raise ConfigError(f"search: {flag} {said}, found '{text}'") from None
+
+
+def _pairs(value: Any) -> Any:
+    """`rank=4..64,learning-rate=1e-5..1e-2`, repeated options, or a YAML mapping whose values may be lists."""
+    if value is None:
+        return value
+    if isinstance(value, dict):
+        return {str(k): "|".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in value.items()}
+    found: dict[str, str] = {}
+    last = ""
+    for part in ",".join(map(str, value if isinstance(value, (list, tuple)) else [value])).split(","):
+        name, equals, spec = part.partition("=")
+        if not equals and last:  # a comma within a choice
+            found[last] += f",{part}"
+            continue
+        if not equals:
+            raise ValueError(f"expected OPTION=LOW..HIGH or OPTION=A|B, found '{part}'")
+        last = name.strip()
+        if last in found:
+            raise ValueError(f"'{last}' is searched twice; give it once")
+        found[last] = spec
+    return found
+
+
+class SweepConfig(Config):
+    """Options of `graft sweep`."""
+
+    # The sweep
+    search: Annotated[dict[str, str], BeforeValidator(_pairs)] = option(
+        {}, "what is searched: OPTION=LOW..HIGH[:STEP] or OPTION=A|B, separated by commas", group="sweep"
+    )
+    trials: int = option(16, "trials in all, of every worker together", group="sweep", ge=1, le=100_000)
+    sampler: Sampler = option("tpe", "how the next trial is chosen", group="sweep")
+    pruner: Pruner = option("none", "how poor trials are ended early", group="sweep")
+    at_once: int | None = option(
+        None, "most trials trained at once; default as many as memory holds, at most 8", group="sweep", ge=1
+    )
+    storage: str | None = option(
+        None, "where the search is kept: a journal file, sqlite:///FILE or postgresql://...; default a journal in --out",
+        group="sweep",
+    )  # fmt: skip
+    name: str | None = option(None, "the sweep's name in its storage; default that of --out", group="sweep")
+    search_seed: int = option(0, "seed of the search itself", group="sweep", ge=0, lt=1 << 31)
+    publish: str | None = option(None, "publish the best adapter under this name when the sweep is done", group="sweep")
+    store: Path = option(Path("adapters"), "store to publish in", group="sweep")
+
+    # The base and the method
+    model: str = shared("model")
+    method: Method = shared("method")
+    precision: Precision | None = shared("precision")
+    compute: Compute | None = shared("compute")
+    trust_remote_code: bool = shared("trust_remote_code")
+    device: str | None = shared("device")
+
+    # Data
+    data: Sources = option((), "training data, as `graft train` takes it; may be searched", group="data")
+    eval_data: str = option(
+        "10%", "held-out data by which trials are judged: a file, `demo`, or a share of the training rows", group="data"
+    )
+    train_on: Literal["all", "last"] = shared("train_on")
+    max_tokens_per_document: int | None = shared("max_tokens_per_document")
+    too_long: Literal["error", "drop", "cut"] = shared("too_long")
+    template_date: str = shared("template_date")
+
+    # What is not searched
+    rank: int = shared("rank")
+    alpha: float | None = shared("alpha")
+    rank_stabilized: bool = shared("rank_stabilized")
+    dropout: float = shared("dropout")
+    dora: bool = shared("dora")
+    targets: Names = shared("targets")
+    learning_rate: float | None = shared("learning_rate")
+    b_learning_rate_ratio: float = shared("b_learning_rate_ratio")
+    schedule: Literal["cosine", "linear", "constant"] = shared("schedule")
+    warmup: float = shared("warmup")
+    epochs: float | None = shared("epochs")
+    steps: int | None = shared("steps")
+    batch_size: int = shared("batch_size")
+    weight_decay: float = shared("weight_decay")
+    beta1: float = shared("beta1")
+    beta2: float = shared("beta2")
+    epsilon: float = shared("epsilon")
+    optimizer: Literal["adamw", "adamw-8bit"] = shared("optimizer")
+    max_grad_norm: float = shared("max_grad_norm")
+    seed: int = shared("seed")
+
+    # Memory and speed
+    tokens_per_pass: int | None = shared("tokens_per_pass")
+    activation_checkpointing: bool = shared("activation_checkpointing")
+
+    # The sweep's own folder
+    out: Path = option(Path("runs/sweep"), "folder of the sweep; the same command goes on with it", group="run")
+    eval_every: int | None = shared("eval_every")
+    save_every: int | None = shared("save_every")
+    keep_checkpoints: int = shared("keep_checkpoints")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.method == "full":
+            raise ValueError(
+                "method full trains the base itself, and trials that share a base cannot; take lora or qlora, or compare full "
+                "runs with graft compare"
+            )
+        no_weight(self.eval_data)
+        if not self.search:
+            raise ValueError("search is empty; name at least one option, such as --search learning-rate=1e-5..1e-2")
+        space = self.space
+        given = [name for name in space if name in self.model_fields_set]
+        if given:
+            flag = flag_name(given[0])
+            raise ValueError(f"--{flag} is given and searched; leave one of the two out")
+        lengths = [name for name in ("steps", "epochs") if name in space or getattr(self, name) is not None]
+        if len(lengths) > 1:
+            raise ValueError("give or search steps or epochs, not both: each says how long a trial is")
+        if "data" not in space and not self.data:
+            raise ValueError("data: required, give --data, or search it: --search data=a.jsonl|b.jsonl")
+        if "data" in space and self.eval_data.strip().endswith("%"):
+            raise ValueError(
+                f"eval-data is {self.eval_data} of the training rows and data is searched, so trials would be judged by "
+                "different rows; give --eval-data FILE"
+            )
+        if self.sampler == "grid":
+            endless = [flag_name(n) for n, s in space.items() if isinstance(s, Range) and s.step is None]
+            if endless:
+                raise ValueError(
+                    f"sampler grid needs a list for every option, and '{endless[0]}' is a range; name its values, "
+                    f"{endless[0]}=A|B, or give it a step, {endless[0]}=LOW..HIGH:STEP"
+                )
+        for end in (0, -1):
+            self.training({name: self._end(name, end) for name in space}, out=self.out)
+        return self
+
+    def _end(self, name: str, end: int) -> Value:
+        searched = self.space[name]
+        return (searched.ends if isinstance(searched, Range) else searched.values)[end]
+
+    @property
+    def space(self) -> Space:
+        """What is searched. Raises ConfigError."""
+        return read_space(self.search)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes it this sweep and no other: all but where it lies, how long it goes on and how it is run."""
+        return {name: value for name, value in self.to_json().items() if name not in _FREE}
+
+    def training(self, own: dict[str, Value], *, out: Path, resume: bool = False) -> TrainConfig:
+        """One trial, as `graft train` would be asked for it; `own` holds what is searched. Raises ConfigError."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields if name in _PASSED}
+        values.update({n: str(v).split("+") if n in _LISTS else v for n, v in own.items()})
+        values.update(out=out, resume=resume)
+        try:
+            return TrainConfig.build({n: v for n, v in values.items() if v is not None and v != ()})
+        except ConfigError as error:
+            said = ", ".join(f"{flag_name(n)}={v}" for n, v in own.items())
+            raise ConfigError(f"a trial with {said} could not be trained: {error}") from None
+
+
+_PASSED = set(SweepConfig.model_fields) & set(TrainConfig.model_fields) - {"out"}
+_FREE = {
+    "at_once", "device", "keep_checkpoints", "name", "out", "publish", "save_every", "search_seed", "storage", "store",
+    "tokens_per_pass", "activation_checkpointing", "trials", "trust_remote_code",
+}  # fmt: skip
+
+
+class ShowSweepConfig(Config):
+    """Options of `graft sweep show`."""
+
+    folder: Path = option(..., "folder of a sweep", group="sweep")
+    storage: str | None = option(
+        None, "where its search is kept, if the folder does not say so (an address with a password)", group="sweep"
+    )
+
+
+__all__ = [
+    "SEARCHED",
+    "Choice",
+    "Pruner",
+    "Range",
+    "Sampler",
+    "ShowSweepConfig",
+    "Space",
+    "SweepConfig",
+    "Value",
+    "read_space",
+]

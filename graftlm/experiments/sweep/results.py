@@ -1,0 +1,131 @@
+"""What a sweep has tried and found, read from its storage and its run folders."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.config.sweep import Value
+from graftlm.errors import RunError
+from graftlm.experiments.sweep.study import IDENTITY, JOURNAL, MARK, SURPLUS, open_storage, reached, shown, trial_folder
+from graftlm.tensorfile import read_json
+from graftlm.training.runfolder import read_lines
+
+Points = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One trial."""
+
+    number: int
+    state: str
+    """running, complete, pruned, diverged or failed."""
+    own: Mapping[str, Value]
+    """What was searched, by option."""
+    loss: float | None
+    """Held-out loss of its best step, in nats a token; of one that was ended early, of its last evaluation."""
+    loss_before: float | None
+    steps: int | None
+    seconds: float | None
+    """Of its optimizer steps, those that it shared with others included."""
+    folder: str | None
+    digest: str | None
+    """Of its adapter."""
+    why: str | None
+    """Why it has no result."""
+    held_out: Points
+    """(step, held-out loss)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Everything that a sweep has found."""
+
+    name: str
+    model: str
+    """The base, as it was called."""
+    folder: str
+    storage: str
+    asked: Mapping[str, Any]
+    """The sweep's options, its base and data by digest."""
+    space: Mapping[str, str]
+    """What is searched, as it was written."""
+    tried: tuple[Tried, ...]
+
+    @property
+    def ranked(self) -> list[Tried]:
+        """Trials with a result by their loss, then the others."""
+        order = {"complete": 0, "running": 1, "pruned": 2}
+        return sorted(
+            self.tried, key=lambda t: (order.get(t.state, 3), math.inf if t.loss is None else t.loss, t.number)
+        )
+
+    @property
+    def best(self) -> Tried | None:
+        """The trial with the lowest loss; None while none has ended."""
+        first = next(iter(self.ranked), None)
+        return first if first is not None and first.state == "complete" else None
+
+    def counted(self) -> str:
+        """How many trials there are of each kind, as words."""
+        kinds = Counter(t.state for t in self.tried)
+        return ", ".join(f"{kinds[s]} {s}" for s in ("complete", "running", "pruned", "diverged", "failed") if kinds[s])
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure as plain JSON values."""
+        best = self.best
+        return {
+            "name": self.name, "model": self.model, "folder": self.folder, "storage": self.storage, "asked": dict(self.asked),
+            "space": dict(self.space), "best": None if best is None else best.number,
+            "trials": [asdict(t) for t in self.tried],
+        }  # fmt: skip
+
+
+def read(folder: Path, storage: str | None = None) -> Found:
+    """Read a sweep from its folder; `storage` where its address was not kept there. Raises RunError."""
+    import optuna
+
+    if not (folder / MARK).is_file():
+        raise RunError(f"{folder} is not the folder of a sweep (it has no {MARK}); name the --out of one")
+    mark = read_json(folder / MARK, RunError)
+    where = storage or mark.get("storage")
+    shown_where = shown(where or str(folder / JOURNAL))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with reached(shown_where):
+        try:
+            study = optuna.load_study(study_name=mark["name"], storage=open_storage(where, folder))
+        except KeyError:
+            hint = "" if where else "; if it lies on a server, name it with --storage"
+            raise RunError(f"{shown_where} holds no sweep '{mark['name']}'{hint}") from None
+        trials = study.get_trials(deepcopy=False)
+        asked: dict[str, Any] = dict(study.user_attrs.get(IDENTITY, {}))
+    space = {name.replace("-", "_"): text for name, text in dict(asked.get("search", {})).items()}
+    tried = tuple(_tried(t, space, folder) for t in trials if not t.user_attrs.get(SURPLUS))
+    return Found(
+        name=mark["name"], model=str(mark.get("model")), folder=str(folder), storage=shown_where, asked=asked, space=space,
+        tried=tried,
+    )  # fmt: skip
+
+
+def _tried(found: Any, space: Mapping[str, str], folder: Path) -> Tried:
+    facts: dict[str, Any] = found.user_attrs
+    why = facts.get("why")
+    state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(found.state.name, "running")
+    if state == "pruned" and not str(why).startswith("pruned"):
+        state = "diverged"
+    home = trial_folder(folder, found.number)
+    metrics = home / "metrics.jsonl"
+    lines = list(read_lines(metrics)) if metrics.is_file() else []
+    held_out = tuple((int(m["step"]), float(m["loss"])) for m in lines if m["kind"] == "eval")
+    last = max(found.intermediate_values, default=None)
+    loss = found.value if state == "complete" else None if last is None else found.intermediate_values[last]
+    return Tried(
+        number=found.number, state=state, own={n: found.params[n] for n in space if n in found.params}, loss=loss,
+        loss_before=facts.get("loss_before"), steps=facts.get("steps"), seconds=facts.get("seconds"),
+        folder=str(home) if home.is_dir() else facts.get("folder"), digest=facts.get("digest"), why=why, held_out=held_out,
+    )  # fmt: skip

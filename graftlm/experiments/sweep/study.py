@@ -1,0 +1,361 @@
+"""The search: Optuna's study, and whose each of its trials is.
+
+Which values to try next, which trials to end early, where both are kept and how several workers share it: all of that is
+Optuna's (Akiba et al. 2019). What is here is what Optuna leaves open:
+
+    a trial has a folder, and whoever trains it holds that folder's lock      the system frees it with the process
+    a trial that is running and whose lock is free has lost its worker         the next worker goes on from its checkpoint
+    a sweep is one question                                                    another is refused by name
+
+A worker on another machine has a folder of its own (`home`), and only that folder's workers take its trials over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftlm.config import SweepConfig
+from graftlm.config.fields import flag_name
+from graftlm.config.sweep import Choice, Range, Space, Value
+from graftlm.errors import ConfigError, RunError
+from graftlm.files import write_json
+from graftlm.kernels.counter import hash_words
+from graftlm.tensorfile import read_json
+from graftlm.training.runfolder import locked
+
+if TYPE_CHECKING:
+    import optuna
+
+MARK = "sweep.json"
+JOURNAL = "sweep.journal"
+TURN = ".turn"
+HOME, IDENTITY, WORKERS, SURPLUS = "home", "sweep", "workers", "surplus"
+_BEGINNING = timedelta(minutes=5)
+"""A trial that has had no folder for so long was asked for by a process that died at that moment."""
+_REDUCTION = 3
+"""Of the trials that reach a rung, one of so many goes on to the next (Li et al. 2020)."""
+
+
+@dataclass(eq=False)
+class Claim:
+    """A trial that this process has, and nobody else."""
+
+    number: int
+    own: dict[str, Value]
+    """What is searched, by field of `TrainConfig`."""
+    folder: Path
+    trial: optuna.trial.Trial
+    study: Study
+    held: ExitStack = field(default_factory=ExitStack)
+    """Its folder's lock."""
+
+    def report(self, documents: int, loss: float) -> bool:
+        """Tell of a held-out loss after so many documents; returns whether the trial should end here."""
+        if documents not in self.trial.study.get_trials(deepcopy=False)[self.number].intermediate_values:
+            self.trial.report(loss, documents)
+        return bool(self.trial.should_prune())
+
+    def tell(self, state: str, loss: float | None = None, **facts: Any) -> None:
+        """Say what came of it: `complete` with its loss, `pruned` or `failed`; and let go of it."""
+        from optuna.trial import TrialState
+
+        states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+        with reached(self.study.where):
+            for name, value in facts.items():
+                self.trial.set_user_attr(name, value)
+            self.trial.study.tell(self.trial, loss, states[state])
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the folder; a trial that was not told of is then anybody's."""
+        self.held.close()
+
+
+class Study:
+    """A sweep's search, as one worker sees it."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        """Open the storage, or make it. Raises ConfigError without Optuna, and RunError where it cannot be reached."""
+        optuna = _optuna()
+        self.config = config
+        self.out = config.out
+        self.where = shown(config.storage or str(config.out / JOURNAL))
+        self.name = config.name or config.out.resolve().name
+        self.home = _claim_folder(config, self.name)
+        with reached(self.where):
+            storage = open_storage(config.storage, config.out)
+            with self._turn():
+                self.study = optuna.create_study(
+                    storage=storage, study_name=self.name, direction="minimize", load_if_exists=True
+                )
+                worker = int(self.study.user_attrs.get(WORKERS, 0))
+                self.study.set_user_attr(WORKERS, worker + 1)
+        # Another worker, or the same one started again, must not draw the same first values.
+        apart = (self.home,) if worker else ()
+        self.study.sampler = _sampler(config, hash_words(config.search_seed, "sampler", worker, *apart))
+
+    def judge(self, documents: int) -> None:
+        """Set how poor trials are ended early, for trials that are shown so many documents."""
+        self.study.pruner = _pruner(self.config, documents)
+
+    def identify(self, content: Mapping[str, Any]) -> None:
+        """Hold this sweep's options, base and data (`content`, by digest) against those that the storage has.
+
+        Raises RunError where it holds another sweep, or something that no sweep wrote.
+        """
+        now = json.loads(json.dumps({**self.config.identity, **content}))
+        with reached(self.where), self._turn():
+            known: dict[str, Any] | None = self.study.user_attrs.get(IDENTITY)
+            if known is None:
+                if self.study.get_trials(deepcopy=False):
+                    raise RunError(f"'{self.name}' in {self.where} is a study of another program; give another --name")
+                self.study.set_user_attr(IDENTITY, now)
+                return
+        changed = [name for name in {**known, **now} if known.get(name) != now.get(name)]
+        if changed:
+            said = "; ".join(f"{flag_name(n)} was {known.get(n)!r}, now {now.get(n)!r}" for n in changed)
+            raise RunError(
+                f"'{self.name}' in {self.where} is another sweep: {said}. Take the same options, or another --name and --out"
+            )
+
+    # ---- trials ----
+
+    def next(self) -> Claim | None:
+        """A trial for this process: one that lost its worker, else a new one; None where none is left to begin."""
+        with reached(self.where), self._turn():
+            return self._taken_over() or self._asked()
+
+    def _taken_over(self) -> Claim | None:
+        import optuna
+
+        running = optuna.trial.TrialState.RUNNING
+        for found in self.study.get_trials(deepcopy=False, states=(running,)):
+            home = found.user_attrs.get(HOME)
+            if home is None and found.datetime_start and datetime.now() - found.datetime_start > _BEGINNING:
+                self.study.tell(found.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+            if home != self.home:
+                continue
+            held = self._lock(found.number)
+            if held is None:
+                continue
+            # Whoever had it may have told of it in between.
+            if self.study.get_trials(deepcopy=False)[found.number].state != running:
+                held.close()
+                continue
+            trial = optuna.trial.Trial(self.study, found._trial_id)  # pyright: ignore[reportPrivateUsage]
+            return self._claim(trial, held)
+        return None
+
+    def _asked(self) -> Claim | None:
+        import optuna
+
+        wanted = self.config.trials
+        if self.config.sampler == "grid":
+            wanted = min(wanted, grid_size(self.config.space))
+        if len(self._counted()) >= wanted:
+            return None
+        trial = self.study.ask(_distributions(self.config.space))
+        if sum(number < trial.number for number in self._counted()) >= wanted:  # a worker elsewhere was quicker
+            trial.set_user_attr(SURPLUS, True)
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return None
+        trial.set_user_attr(HOME, self.home)
+        held = self._lock(trial.number)
+        assert held is not None, f"the folder of the new trial {trial.number} is in use"
+        return self._claim(trial, held)
+
+    def _counted(self) -> list[int]:
+        """Numbers of the trials that there are."""
+        return [t.number for t in self.study.get_trials(deepcopy=False) if not t.user_attrs.get(SURPLUS)]
+
+    def running(self) -> int:
+        """Trials that some worker has."""
+        import optuna
+
+        with reached(self.where):
+            return len(self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)))
+
+    def ended(self) -> int:
+        """Trials of which the outcome is known."""
+        with reached(self.where):
+            found = self.study.get_trials(deepcopy=False)
+        return sum(t.state.is_finished() and not t.user_attrs.get(SURPLUS) for t in found)
+
+    def _claim(self, trial: optuna.trial.Trial, held: ExitStack) -> Claim:
+        own = {name: _plain(trial.params[name]) for name in self.config.space}
+        return Claim(trial.number, own, trial_folder(self.out, trial.number), trial, self, held)
+
+    def _lock(self, number: int) -> ExitStack | None:
+        """The lock of a trial's folder; None where a living process has it."""
+        held = ExitStack()
+        try:
+            held.enter_context(locked(trial_folder(self.out, number)))
+        except RunError as error:
+            if "is in use" not in str(error):
+                raise
+            return None
+        return held
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One at a time among the workers of this folder."""
+        descriptor = os.open(self.out / TURN, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def trial_folder(out: Path, number: int) -> Path:
+    """The run folder of a trial."""
+    return out / "trials" / f"{number:04d}"
+
+
+# ---- the sweep's own folder ------------------------------------------------------------------------------------------
+
+
+def _claim_folder(config: SweepConfig, name: str) -> str:
+    """Make `--out` this sweep's folder; returns what names it to other machines. Raises RunError where it is another's."""
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; name a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+        if not held:
+            home = uuid.uuid4().hex
+            write_json(out / MARK, {"written_by": "graft sweep", "home": home, "name": name,
+                                    "storage": None if secret(config.storage) else config.storage})  # fmt: skip
+            return home
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written to: {error.strerror}") from None
+    if MARK not in held:
+        raise RunError(f"--out {out} holds '{held[0]}', which no sweep wrote; take another folder")
+    mark = read_json(out / MARK, RunError)
+    for key, now in (("name", name), ("storage", None if secret(config.storage) else config.storage)):
+        if mark.get(key) != now:
+            raise RunError(
+                f"--out {out} belongs to a sweep with {key} {mark.get(key)!r}, now {now!r}; take another --out"
+            )
+    return str(mark["home"])
+
+
+# ---- Optuna ----------------------------------------------------------------------------------------------------------
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError(
+            "graft sweep searches with Optuna, which is not installed: pip install 'graftlm[sweep]'"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+def open_storage(text: str | None, out: Path) -> Any:
+    """Optuna's storage of a URL, or of a journal file; the sweep's own journal where none is named."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    if text is not None and "://" in text:
+        patient = {"connect_args": {"timeout": 60}} if text.startswith("sqlite") else {"pool_pre_ping": True}
+        return optuna.storages.RDBStorage(text, engine_kwargs=patient)
+    return optuna.storages.JournalStorage(JournalFileBackend(str(text or out / JOURNAL)))
+
+
+@contextmanager
+def reached(where: str) -> Iterator[None]:
+    """Say in words that a storage is out of reach: RunError instead of what its driver raises."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RunError(f"storage {where} needs the package '{error.name}': pip install {error.name}") from None
+    except Exception as error:
+        module = type(error).__module__.split(".")[0]
+        if module not in ("sqlalchemy", "alembic", "optuna") and not isinstance(error, (OSError, ValueError)):
+            raise
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RunError(f"storage {where} cannot be reached or read: {shown(said)[:200]}; look at --storage") from None
+
+
+def secret(text: str | None) -> bool:
+    """Whether a storage's URL holds a password."""
+    return bool(re.search(r"://[^/@]*:[^/@]+@", text or ""))
+
+
+def shown(text: str) -> str:
+    """A storage's URL without its password."""
+    return re.sub(r"(://[^/@:]*):[^/@]+@", r"\1:***@", text)
+
+
+def _sampler(config: SweepConfig, seed: int) -> Any:
+    from optuna import samplers
+
+    seed %= 1 << 32
+    if config.sampler == "random":
+        return samplers.RandomSampler(seed=seed)
+    if config.sampler == "grid":
+        grid = {n: list(s.values or ()) for n, s in config.space.items()}
+        return samplers.GridSampler(grid, seed=config.search_seed)
+    return samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=min(10, max(4, config.trials // 3)))
+
+
+def _pruner(config: SweepConfig, documents: int) -> Any:
+    """Asynchronous successive halving, or Hyperband over it; what a trial has had is counted in documents shown to it."""
+    from optuna import pruners
+
+    first = max(1, documents // _REDUCTION**2)
+    if config.pruner == "asha":
+        return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=_REDUCTION)
+    if config.pruner == "hyperband":
+        return pruners.HyperbandPruner(
+            min_resource=first, max_resource=max(documents, first), reduction_factor=_REDUCTION
+        )
+    return pruners.NopPruner()
+
+
+def _distributions(space: Space) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    def one(searched: Range | Choice) -> Any:
+        if isinstance(searched, Choice):
+            return CategoricalDistribution(searched.values)
+        if searched.whole:
+            low, high = int(searched.low), int(searched.high)
+            return IntDistribution(low, high, log=searched.log, step=int(searched.step or 1))
+        return FloatDistribution(searched.low, searched.high, log=searched.log, step=searched.step)
+
+    return {name: one(searched) for name, searched in space.items()}
+
+
+def grid_size(space: Space) -> int:
+    """Points of a grid over lists."""
+    size = 1
+    for searched in space.values():
+        size *= len(searched.values or ())
+    return size
+
+
+def _plain(value: Any) -> Value:
+    return value.item() if hasattr(value, "item") else value
+
+
+__all__ = [
+    "IDENTITY", "JOURNAL", "MARK", "SURPLUS", "Claim", "Study", "grid_size", "open_storage", "reached", "secret", "shown",
+    "trial_folder",
+]  # fmt: skip

@@ -1,0 +1,117 @@
+"""What a person sees of a sweep: the sweep's own bar, and one for each trial that is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from graftlm.config.fields import flag_name
+from graftlm.config.sweep import Value
+from graftlm.experiments.sweep.results import Found
+from graftlm.experiments.sweep.study import Claim
+from graftlm.planning.words import size
+from graftlm.training.loop import StepResult
+from graftlm.training.trial import Evaluation, Trial
+from graftlm.training.view import View
+
+
+class SweepView(View):
+    """Draws a sweep for a person; a quiet console draws nothing."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._progress: Progress | None = None
+        self._bars: dict[str, TaskID] = {}
+        self._all: TaskID | None = None
+
+    def places(self, count: int, predicted: int | None, tokens_per_pass: int, rehearsed: int | None) -> None:
+        """How many are trained at once."""
+        took = "" if rehearsed is None else f"; one pass took {size(rehearsed)}"
+        memory = "" if predicted is None else f", {size(predicted)} expected{took}"
+        self.fact(
+            "together", f"{count} trial{'s' if count > 1 else ''} at once{memory}; {tokens_per_pass:,} tokens a pass"
+        )
+
+    @contextmanager
+    def sweeping(self, trials: int, ended: int) -> Iterator[None]:
+        """The bars of the sweep."""
+        columns = (
+            TextColumn("{task.description:<10}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"), TimeElapsedColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            self._progress = progress
+            self._all = progress.add_task("trials", total=trials, completed=ended, said="")
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def began(self, claim: Claim, trial: Trial) -> None:
+        """A trial takes its place."""
+        again = f", from step {trial.step}" if trial.step else ""
+        self.note(f"trial {claim.number:>3}  {described(claim.own)}{again}")
+
+    def stepped(self, trial: Trial, result: StepResult) -> None:
+        if self._progress is None:
+            return
+        if trial.name not in self._bars:
+            self._bars[trial.name] = self._progress.add_task(f"  {int(trial.name)}", total=trial.order.steps, said="")
+        self._progress.update(self._bars[trial.name], completed=trial.step, said=f"loss {result.loss:.3f}")
+
+    def ended(self, claim: Claim, trial: Trial) -> None:
+        """A trial leaves its place."""
+        if trial.given_up is not None:
+            self.note(f"trial {claim.number:>3}  {trial.given_up}")
+        elif trial.best is not None:
+            self.note(f"trial {claim.number:>3}  held-out loss {trial.best.loss:.4f} after step {trial.best.step}")
+        if self._progress is not None and self._all is not None:
+            if trial.name in self._bars:
+                self._progress.remove_task(self._bars.pop(trial.name))
+            self._progress.advance(self._all)
+
+    def found(self, found: Found, most: int = 20) -> None:
+        """The table of trials, best first."""
+        print_table(self.console, found, most)
+
+
+class Beside(View):
+    """The view of one trial of a sweep: it draws nothing, and passes its notes on."""
+
+    def __init__(self, view: SweepView, number: int) -> None:
+        super().__init__(quiet=True)
+        self._view, self._number = view, number
+
+    def note(self, text: str) -> None:
+        self._view.note(f"trial {self._number:>3}  {text}")
+
+    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+
+
+def described(own: Mapping[str, Value]) -> str:
+    """What is a trial's own, as words."""
+    return ", ".join(
+        f"{flag_name(n)} {v:.3g}" if isinstance(v, float) else f"{flag_name(n)} {v}" for n, v in own.items()
+    )
+
+
+def print_table(console: Console, found: Found, most: int) -> None:
+    """Trials by loss, at most so many."""
+    names = list(found.space)
+    table = Table(title=f"{found.name}: {found.counted()}", title_justify="left")
+    for column in ("trial", "state", *map(flag_name, names), "loss before", "loss", "steps", "seconds"):
+        table.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
+    for tried in found.ranked[:most]:
+        own = (f"{v:.4g}" if isinstance(v := tried.own.get(n), float) else str("" if v is None else v) for n in names)
+        numbers = (f"{v:.4f}" if v is not None else "" for v in (tried.loss_before, tried.loss))
+        table.add_row(
+            str(tried.number), tried.state, *own, *numbers, "" if tried.steps is None else f"{tried.steps:,}",
+            "" if tried.seconds is None else f"{tried.seconds:,.0f}",
+        )  # fmt: skip
+    console.print(table)
+    if len(found.tried) > most:
+        console.print(f"and {len(found.tried) - most} more: --json has all of them", highlight=False)

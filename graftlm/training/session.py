@@ -1,0 +1,146 @@
+"""A session: one trial with its run folder, from what is trained to what is saved.
+
+    Session(...)        the trial over its documents, with the adapter that is in its slot, or the base's own weights
+    session.go_on(...)  its identity; the newest checkpoint, where the config asks for it
+    session.begin(...)  write what the run is, open its metrics
+    session.finish()    put the best step back and save it
+    session.close()     end the metrics; the adapter leaves its slot
+
+`graft train` holds one, a sweep many on one base. Which folder it is and whose (`locked`) is the caller's, as is the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftlm.adapters.attach import Adapter, detach
+from graftlm.base.chat import Encoder
+from graftlm.base.load import Base
+from graftlm.config import TrainConfig
+from graftlm.data.documents import Dataset
+from graftlm.files import write_json
+from graftlm.training.prepare import make_trial
+from graftlm.training.recorder import Recorder
+from graftlm.training.result import about, finish
+from graftlm.training.resume import Identity, go_on, identify
+from graftlm.training.runfolder import Metrics, environment, writing
+from graftlm.training.trackers import open_trackers
+from graftlm.training.trial import Trial
+from graftlm.training.view import View
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What is trained on and measured by."""
+
+    encoder: Encoder
+    dataset: Dataset
+    held_out: Dataset | None
+
+
+class Session:
+    """One trial and its run folder."""
+
+    identity: Identity
+    recorder: Recorder
+
+    def __init__(
+        self, config: TrainConfig, base: Base, adapter: Adapter | None, material: Material, view: View, *, slot: int
+    ) -> None:
+        """`adapter` is attached in `slot`; None for full training, in slot 0. Raises ConfigError."""
+        assert (adapter is None) == (slot == 0)
+        self.config, self.base, self.adapter, self.material, self.view = config, base, adapter, material, view
+        self.trial: Trial = make_trial(base, config, adapter, slot, material.dataset, material.held_out)
+        self._open = True
+
+    def go_on(self, tokens_per_pass: int) -> None:
+        """Say what this run is by content, and where the config says so go on from its newest checkpoint.
+
+        Raises RunError for a checkpoint of another run, or where there are some and none is whole.
+        """
+        self.resolved = resolve(self.config, self.base, self.trial, tokens_per_pass)
+        material = self.material
+        self.identity = identify(self.resolved, self.base, self.adapter, material.dataset, material.held_out)
+        self.resumed = self.config.resume and go_on(self.config, self.trial, self.identity, self.view)
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Write what this run is, `plan` with it, and open its metrics. Raises RunError."""
+        config, out, step = self.config, self.config.out, self.trial.step
+        self.plan = dict(plan)
+        self.facts = about(config, self.base, self.material.encoder, self.material.dataset, self.material.held_out)
+        with writing(out):
+            write_json(out / "config.json", self.resolved)
+            write_json(out / "environment.json", environment())
+            write_json(out / "data.json", self.facts["data"])
+            write_json(out / "plan.json", self.plan)
+            metrics = Metrics(out / "metrics.jsonl", step if self.resumed else None)
+            for change in self.identity.changes if self.resumed else ():
+                if change["step"] == step:
+                    metrics.write({"step": step, "kind": "event", "event": "changed", **change})
+            trackers = open_trackers(config.track, out, self.resolved)
+        self.recorder = Recorder(config, self.trial, self.identity, self.view, metrics, trackers)
+
+    def finish(self) -> dict[str, Any]:
+        """Save the best step; returns what the run was and did. Raises RunError where it cannot be written."""
+        config, base, trial, recorder = self.config, self.base, self.trial, self.recorder
+        with writing(config.out):
+            saved = finish(
+                config, base, self.adapter, trial, self.material.encoder, self.facts, self.identity, self.view
+            )
+        return {
+            "out": str(config.out),
+            **saved,
+            "method": config.method,
+            "model": config.model,
+            "trained_parameters": sum(p.numel() for p in trial.parameters.values()),
+            "base_parameters": base.parameters,
+            "base_precision": base.precision,
+            "base_bytes": base.bytes,
+            "compute": base.compute,
+            "packed": base.packs,
+            "steps": trial.step,
+            "tokens": trial.tokens,
+            "trained_tokens": trial.trained_tokens,
+            "tokens_per_second": recorder.tokens / recorder.seconds if recorder.seconds else None,
+            "train_loss": recorder.loss,
+            "eval_loss_before": trial.first.loss if trial.first else None,
+            "eval_loss_after": trial.best.loss if trial.best else None,
+        }
+
+    def measured(self, summary: Mapping[str, Any]) -> None:
+        """Put what was measured beside what was planned. Raises RunError."""
+        keys = ("base_bytes", "peak_memory_bytes", "idle_memory_bytes", "tokens_per_second")
+        with writing(self.config.out):
+            write_json(self.config.out / "plan.json", {**self.plan, "measured": {key: summary[key] for key in keys}})
+
+    def close(self) -> None:
+        """End the metrics and free the adapter's slot; a second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        if hasattr(self, "recorder"):
+            self.recorder.close()
+        if self.adapter is not None:
+            detach(self.base, self.trial.slot)
+
+
+def resolve(config: TrainConfig, base: Base, trial: Trial, tokens_per_pass: int) -> dict[str, Any]:
+    """Every option with what its default came to; a file of these is the same run again."""
+    full = config.method == "full"
+    return {
+        **config.to_json(),
+        "precision": base.precision,
+        "compute": base.compute,
+        "device": str(base.device),
+        "save_precision": (config.save_precision or base.precision) if full else None,
+        "max_tokens_per_document": config.max_tokens_per_document or base.anatomy.max_positions or None,
+        "alpha": None if full or config.from_adapter is not None else config.scale_numerator,
+        "learning_rate": config.peak_learning_rate,
+        "epochs": None if config.steps is not None else config.epochs or 1.0,
+        "tokens_per_pass": tokens_per_pass,
+        "eval_every": trial.eval_every if trial.held_out else None,
+        "resume": False,
+        "allow_change": [],
+    }
