@@ -26,7 +26,7 @@ void graft_int8_dequantize(const int8_t *values, const float *scale, int64_t row
 void graft_int8_matvec(const int8_t *values, const float *scale, int64_t out, int64_t in, const float *x,
                        int64_t stride, int64_t rows, float *y, int threads);
 int graft_attention(const struct graft_attention_call *p, int back);
-int graft_gemm_level(void);
+int graft_gemm_choose(int choice);
 int graft_gemm_narrow(void);
 int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const struct graft_matrix *a,
                const struct graft_matrix *b, float *c, int64_t c_row, float alpha, int add, int threads);
@@ -322,10 +322,11 @@ int main(int count, char **arguments) {
         round_of_layers(i % sets);
         free_all();
     }
-    if (graft_gemm_level()) {
-        use_set(sets - 1);
+    use_set(sets - 1);
+    for (int choice = 1; choice <= 2; choice++) { /* AVX2, AVX-512 */
+        if (graft_gemm_choose(choice) != choice) continue;
         for (int i = 0; i < rounds; i++) round_of_products();
-        printf("products too\n");
+        printf("products too: %d\n", choice);
     }
     printf("%d rounds\n", rounds);
     return 0;

@@ -111,7 +111,8 @@ class Library:
         chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
         self.instructions = self.calls.graft_name(chosen).decode()
         self.narrows = self.instructions == "AVX-512" and bool(self.calls.graft_gemm_narrow())
-        self.multiplies = self.instructions == "AVX-512" and self.calls.graft_gemm_level() > 1
+        pays = {2: "AVX-512", 3: "AVX2"}  # by level: see gemm.c
+        self.multiplies = pays.get(self.calls.graft_gemm_level()) == self.instructions
 
 
 _library: Library | None = None

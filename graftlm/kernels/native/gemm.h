@@ -1,0 +1,49 @@
+/* What the files of the matrix product share: `gemm.c` cuts a product into pieces and tiles, `gemm_avx512.c` and
+ * `gemm_avx2.c` pack the operands and multiply one tile. */
+#ifndef GRAFT_GEMM_H
+#define GRAFT_GEMM_H
+
+#include "kernels.h"
+
+enum { MOST_K = 256, MOST_N = 1024, SPAN = 64, WIDEST = 32 };
+/* SPAN: pieces of N and K begin at multiples of it, where the 64-value blocks of a stored weight begin. */
+
+/* C[i, j] = or, with `add`, += alpha * sum over k < count of A[i, k] B[k, j], for one tile. */
+struct tile {
+    int64_t count;         /* k */
+    const float *a;        /* A[i, k] at a[i * a_row + k * a_column] */
+    int64_t a_row, a_column;
+    const float *b;        /* B[k, ..] at b + k * b_row */
+    int64_t b_row;
+    float *c;              /* C[i, ..] at c + i * c_row */
+    int64_t c_row;
+    uint32_t mask;         /* which of its columns there are */
+    float alpha;
+    int add;               /* to what C holds */
+};
+
+/* What one instruction set brings: tiles of `rows` x `columns`, and panels of A and B packed for them. */
+struct gemm_set {
+    int rows, columns;
+    int64_t most_m; /* rows of A that are packed at once: with MOST_K of k they stay in the second-level cache */
+    /* B[k0 .. k0 + count, n0 .. n0 + columns] into panels; a weight is B itself when `along`, else B is the weight turned. */
+    void (*pack_b)(const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0, int64_t columns, float *to,
+                   float *scratch);
+    /* A[m0 .. m0 + rows, k0 .. k0 + count] into panels; A's rows are k when `along`, as for B. */
+    void (*pack_a)(const struct graft_matrix *a, int64_t m0, int64_t rows, int64_t k0, int64_t count, float *to);
+    /* The same in words of two bfloat16 values; NULL where there are no instructions for them. */
+    void (*narrow_pack_b)(const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0, int64_t columns, float *to,
+                          float *scratch);
+    void (*narrow_pack_a)(const struct graft_matrix *a, int64_t m0, int64_t rows, int64_t k0, int64_t count, float *to,
+                          float *scratch);
+    /* The first `rows` rows and `columns` columns of a tile; `packed`: both sides lie in panels, `narrow`: of words. */
+    void (*multiply)(struct tile t, int rows, int columns, int packed, int narrow);
+};
+
+const struct gemm_set *graft_gemm_avx2(void);   /* NULL where the processor lacks it */
+const struct gemm_set *graft_gemm_avx512(void);
+
+/* Values first .. first + count of row `row` of a stored weight, as float32. */
+void graft_gemm_decode(const struct graft_matrix *w, int64_t row, int64_t first, int64_t count, float *to);
+
+#endif
