@@ -196,10 +196,13 @@ def test_a_repository_holds_one_version(hub: Hub, store: Store, tmp_path: Path) 
     assert hub.asked == []
 
 
-def test_private_is_asked_for_where_the_repository_is_made(hub: Hub, store: Store) -> None:
+def test_private_is_asked_for_where_the_repository_is_made_and_a_public_one_is_refused(hub: Hub, store: Store) -> None:
     sent(store, "formal@1", private=True)
     sent(store, "formal@1", place="someone/open")
     assert hub.private == {HERE: True, "someone/open": False}
+    sent(store, "formal@2", private=True)
+    with pytest.raises(StoreError, match="someone/open is there already and is public"):
+        sent(store, "formal@2", place="someone/open", private=True)
 
 
 def test_a_push_whose_process_is_killed_is_no_version(store: Store, hub: Hub, tmp_path: Path) -> None:

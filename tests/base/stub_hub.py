@@ -114,8 +114,10 @@ class Hub:
         if what.startswith("tree/"):
             found = [{"type": "file", "oid": "0" * 40, "size": len(b), "path": n} for n, b in commit.files.items()]
             return 200, json.dumps(found).encode(), JSON
-        info = {"_id": "1", "id": name, "modelId": name, "sha": commit.sha, "private": False, "tags": [], "downloads": 0,
-                "likes": 0, "siblings": [{"rfilename": n} for n in commit.files]}  # fmt: skip
+        info = {
+            "_id": "1", "id": name, "modelId": name, "sha": commit.sha, "private": self.private.get(name, False),
+            "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": n} for n in commit.files],
+        }  # fmt: skip
         return 200, json.dumps(info).encode(), JSON
 
     def _at(self, name: str, revision: str) -> Commit | None:

@@ -26,7 +26,7 @@ def push(version: Version, repository: str, private: bool) -> bool:
     """Upload a version in one commit, making the repository where there is none; False where it is there already.
 
     Files of a version that was there before and that this one does not have go with the same commit. Raises StoreError, also
-    for a repository that holds another name's version, or another content under this number.
+    for a repository that holds another name's version, or another content under this number, or is public against `private`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -41,6 +41,10 @@ def push(version: Version, repository: str, private: bool) -> bool:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         head = api.model_info(repository)
+        if private and not head.private:
+            raise StoreError(
+                f"{repository} is there already and is public; make it private on the hub, or leave --private out"
+            )
         there = [str(file.rfilename) for file in head.siblings or ()]
         if RECORD in there and _holds(repository, str(head.sha), version):
             return False
