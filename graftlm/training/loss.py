@@ -110,6 +110,8 @@ class _PlainHeadLoss(torch.autograd.Function):
                 else:
                     own = kernels.weight_gradient(logits, part, head.narrow)
                     dW = own.float() if dW is None else dW.add_(own)
+                    del own
+            del logits  # before the next chunk's are made: else there would be two at once
         ctx.save_for_backward(dh, None if dW is None else dW.to(W.dtype))  # held until the whole pass is over
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
