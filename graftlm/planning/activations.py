@@ -10,6 +10,7 @@ L length of a document, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftlm.planning.method import Adapted, Setting
@@ -49,31 +50,41 @@ class Kept:
     """Of the layers' inputs alone: what activation checkpointing keeps of them."""
     outside: int
     """Of what stands in front of the layers and behind them."""
+    behind: int
+    """Of what stands behind them alone: it is gone when their backward pass begins."""
 
 
-def kept(shape: Shape, setting: Setting, adapted: Adapted, load: Load, *, fused: bool) -> Kept:
-    """What autograd keeps of a pass, layer by layer. `fused`: norms and gated products run as one operation each."""
+def kept(
+    shape: Shape, setting: Setting, adapted: Adapted, load: Load, *, fused: bool, shares_keys: bool = False
+) -> Kept:
+    """What autograd keeps of a pass, layer by layer.
+
+    `fused`: norms and gated products run as one operation each. `shares_keys`: attention reads keys and values as they are,
+    where several heads of queries share one of theirs (`kernels/native/attention.c`); elsewhere they are repeated for each.
+    """
     c = 2 if setting.compute == "bfloat16" else 4  # bytes of a value in the residual stream
     per_token = sum(_norm(n, setting.full, c, fused) * n.count for n in shape.norms if n.inside)
     per_token += _inputs(shape, setting, adapted) * c
     per_token += sum(adapted.ranks.get(w.key, 0) * _tokens_share(shape, w) for w in shape.weights) * c  # h = x A^T
     attentions = _attentions(shape)
-    per_token += attentions * _attention(shape, c)
+    per_token += attentions * _attention(shape, c, shares_keys)
     per_token += _feed_forward(shape, c, fused)
     layers = int(per_token * load.tokens)
     layers += attentions * _written_out(shape, load, c)
     count = max(1, shape.layers)
-    outside = sum(_norm(n, setting.full, c, fused) * n.count for n in shape.norms if not n.inside) * load.tokens
-    outside += (8 + 2 * shape.rotary * c) * load.tokens  # the token ids; cosines and sines of the positions
+    unsaved = 0 if setting.full else int(_in_front(shape, adapted, c, fused, shares_keys) * load.tokens)
+    behind = sum(_norm(n, setting.full, c, fused) * n.count for n in shape.norms if not n.inside) * load.tokens
+    front = (8 + 2 * shape.rotary * c) * load.tokens  # the token ids; cosines and sines of the positions
     if not setting.full:  # in front of the first adapter nothing asks for a gradient
-        outside -= (
+        front -= (
             sum(_norm(n, False, c, fused) for n in shape.norms if n.inside and n.width == shape.width) * load.tokens
         )
     return Kept(
         layer=layers // count,
-        layers=layers,
+        layers=layers - unsaved,
         inputs=count * shape.width * c * load.tokens,
-        outside=int(outside),
+        outside=front + behind,
+        behind=behind,
     )
 
 
@@ -113,6 +124,29 @@ def _parallel(shape: Shape) -> bool:
     return sum(n.count for n in shape.norms if n.inside and n.width == shape.width) == shape.layers
 
 
+def _in_front(shape: Shape, adapted: Adapted, c: int, fused: bool, shares_keys: bool) -> float:
+    """Of the first layer, what stands behind its first norm and in front of its first adapter: nothing there asks for a
+    gradient, so nothing of it is saved. Most with `--targets mlp`: all of that layer's attention."""
+
+    def carry(weights: Sequence[Weights]) -> bool:
+        return any(adapted.layers.get(w.key) for w in weights)
+
+    attention, outputs = [w for w in shape.weights if w.part == "attention"], _outputs(shape, "attention")
+    feed_forward, last = [w for w in shape.weights if w.part in ("mlp", "experts", "router")], _outputs(shape, "mlp")
+    if carry([w for w in attention if w not in outputs]):
+        return 0.0
+    inside = [n for n in shape.norms if n.inside]
+    gone = _attention(shape, c, shares_keys)
+    gone += sum(_norm(n, False, c, fused) * n.count for n in inside if n.width != shape.width) // max(1, shape.layers)
+    if carry(outputs):
+        return gone - shape.attention_width * c  # its result is what the adapter behind it reads
+    # Half of a layer's norms stand around its attention, and one in front of the feed-forward part; the first is counted.
+    gone += sum(_norm(n, False, c, fused) * (n.count // shape.layers // 2) for n in inside if n.width == shape.width)
+    if carry([w for w in feed_forward if w not in last]):
+        return gone
+    return gone + _feed_forward(shape, c, fused) / max(1, shape.layers)
+
+
 def _layer(weights: Weights) -> str:
     """The module that a matrix stands in."""
     return weights.name.rpartition(".")[0]
@@ -130,9 +164,10 @@ def _attentions(shape: Shape) -> int:
     return sum(w.count for w in _outputs(shape, "attention"))
 
 
-def _attention(shape: Shape, c: int) -> int:
-    """Queries, keys and values (each repeated to all heads) and the result: 4 a; and a sum for each head in float32."""
-    return 4 * shape.attention_width * c + shape.heads * FLOAT32
+def _attention(shape: Shape, c: int, shares_keys: bool) -> int:
+    """Queries and the result, 2 a; keys and values, 2 a where they are repeated to all heads; a sum a head in float32."""
+    keys = shape.key_value_width if shares_keys else shape.attention_width
+    return 2 * (shape.attention_width + keys) * c + shape.heads * FLOAT32
 
 
 def _written_out(shape: Shape, load: Load, c: int) -> int:

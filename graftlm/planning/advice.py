@@ -259,13 +259,14 @@ def _would_change(facts: Facts, setting: Setting | None) -> list[str]:
     if setting is not None and not setting.full:
         if facts.rows < MANY_ROWS:
             said.append(f"{MANY_ROWS:,} rows and more would speak for full training.")
+        again = setting.activation_checkpointing
         if setting.method == "lora" and setting.precision == "bfloat16":
-            lean = facts.case.of(_by_key("qlora"))
+            lean = facts.case.of(replace(_by_key("qlora"), activation_checkpointing=again))
             said.append(
                 f"Less memory, or many trials at once: QLoRA takes {size(lean.peak)} and about a fifth more time."
             )
         if setting.method == "qlora":
-            dense = facts.case.of(_by_key("lora"))
+            dense = facts.case.of(replace(_by_key("lora"), activation_checkpointing=again))
             said.append(
                 f"A card with {size(dense.peak)} free would take LoRA on a 16-bit base: faster, and no rounding."
             )

@@ -34,7 +34,10 @@ class Case:
     def of(self, setting: Setting) -> Need:
         """What a method takes here."""
         setting = replace(setting, compute=self.card.compute)
-        return need(self.shape, setting, self.adapted(setting), self.load, self.card.kind, fused=self.fused)
+        return need(
+            self.shape, setting, self.adapted(setting), self.load, self.card.kind, fused=self.fused,
+            decodes=self.card.decodes,
+        )  # fmt: skip
 
     def adapted(self, setting: Setting) -> Adapted:
         """The adapter of a method; none for full training."""

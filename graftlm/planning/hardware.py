@@ -62,6 +62,8 @@ class Card:
     """The same in bfloat16; 0 where it has none."""
     here: bool = False
     """Whether it is this machine's."""
+    decodes: bool = False
+    """Whether its products read weights as they are stored, so that no widened copy is made (`kernels/native/gemm.c`)."""
 
     @property
     def usable(self) -> int:
@@ -185,15 +187,21 @@ def processor() -> Card:
         bandwidth=min(cores * _CORE_BANDWIDTH, _MOST_BANDWIDTH),
         float32=cores * _FLOP_PER_CYCLE[_instructions()] * _CLOCK,
         here=True,
+        decodes=_instructions() != "other" and "GenuineIntel" not in _cpuinfo(),  # as gemm.c decides
     )
 
 
 def _instructions() -> str:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "other"
+    flags = _cpuinfo()
     return "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "other"
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the processor; empty elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def machine_memory() -> int:

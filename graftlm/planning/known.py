@@ -48,7 +48,7 @@ class Answer:
     def to_json(self) -> dict[str, object]:
         """As plain JSON values."""
         return {
-            "claim": self.claim.what, "low_gb": self.claim.low, "high_gb": self.claim.high, "ours_gb": round(self.ours, 2),
+            "claim": self.claim.what, "low_gb": self.claim.low, "high_gb": self.claim.high, "ours_gb": round(self.ours, 4),
             "under": self.claim.under, "verdict": self.verdict,
         }  # fmt: skip
 
@@ -89,7 +89,7 @@ def _claims(model: str) -> list[Claim]:
             claim("70B full, about 560 GB", 530, 590, full, 2048, f"{states} (12 bytes a value; 560 GB is 8)"),
             claim("70B full, about 560 GB", 530, 590, eight, 2048, "the same with 8-bit states"),
             claim("70B LoRA, 80 to 90 GB", 80, 90, lora, 2048, "a bfloat16 base, whose weights alone are 138 GB"),
-            claim("70B LoRA, 80 to 90 GB", 80, 90, int8, 4096, narrow),
+            claim("70B LoRA, 80 to 90 GB", 80, 90, int8, 512, narrow, checkpointed=False),
             claim("70B LoRA, 80 to 90 GB", 80, 90, int8, 2048, narrow),
             claim("70B QLoRA, 36 to 48 GB", 36, 48, qlora, 2048, nf4),
         ]
@@ -97,12 +97,12 @@ def _claims(model: str) -> list[Claim]:
 
 
 def answers(name: str, case: Case) -> list[Answer]:
-    """The quoted ranges of a model, each beside ours on a GPU; empty for a model that nobody quotes."""
+    """The quoted ranges of a model, each beside ours on a GPU with the extra `gpu`; empty for a model that nobody quotes."""
     found: list[Answer] = []
     for claim in _claims(name):
         how = replace(claim.setting, compute="bfloat16")
         adapter = replace(case, rank=16, targets=("all-linear",)).adapted(how)
-        took = need(case.shape, how, adapter, claim.load, "cuda", fused=case.fused).training
+        took = need(case.shape, how, adapter, claim.load, "cuda", fused=True).training
         found.append(Answer(claim=claim, ours=took / GB))
     return [*found, *_adapter_sizes(name, case.shape)]
 

@@ -36,8 +36,9 @@ UPDATE_BYTES = 40  # of temporaries for each of them
 # What a processor's run takes beyond its tensors. Measured by runs so small that they have hardly any (bench/memory.py).
 RUNTIME_BYTES = 30_000_000
 # glibc gives tensors of 32 MB and more pages of their own; smaller ones share a heap, in which holes stay between long-lived
-# tensors. Measured over the runs of bench/memory.py as a share of what lives there during a pass. Where layers are run again
-# every tensor of a megabyte has pages of its own (`training/pages.py`), and there are none.
+# tensors. Measured over the runs of bench/memory.py as a share of what lives there during a pass. Where layers are run again,
+# and where the optimizer steps inside the backward pass, every tensor of a megabyte has pages of its own (`training/pages.py`),
+# and there are none.
 HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.20
 
 Device = Literal["cuda", "cpu", "mps"]
@@ -145,39 +146,51 @@ def chunk_rows(shape: Shape, load: Load) -> int:
     return min(load.trained, max(16, CHUNK_LOGITS // shape.vocabulary))
 
 
-def logit_bytes(shape: Shape, setting: Setting, adapted: Adapted, load: Load) -> int:
-    """A chunk of logits, the trained tokens' states with their gradients, and in full training the head's gradient.
+def logit_bytes(
+    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, decodes: bool = False
+) -> int:
+    """A chunk of logits; the body's states, those of the trained tokens, and their gradients; what the head's products take.
 
     Logits of a plain head become their own gradient in place (`training/loss.py`); through a soft cap or a scale autograd
-    keeps them, their widened copy and probabilities, and makes their gradient: four times.
+    keeps them, their widened copy and probabilities, and makes their gradient: four times. The head is widened for its
+    products where it is stored in another type than they run in. Where it is trained its gradient is made a chunk at a
+    time: of several the sum so far is there too.
     """
     c = 2 if setting.compute == "bfloat16" else 4
     rows = chunk_rows(shape, load)
     chunk = rows * shape.vocabulary * (c if shape.plain_head else c + 3 * FLOAT32)
-    states = 2 * load.trained * shape.width * c
-    head = 0
-    if setting.full or adapted.whole >= shape.vocabulary * shape.width:
-        again = 2 if load.trained > rows else 1  # each further chunk's is made and added
-        head = again * shape.vocabulary * shape.width * FLOAT32
-    return chunk + states + head
+    states = (load.tokens + 2 * load.trained) * shape.width * c
+    head = shape.vocabulary * shape.width
+    stored = 4 if setting.precision == "float32" else 2
+    wide = head * c if stored != c and not (device == "cpu" and decodes) else 0
+    if not setting.full and adapted.whole < head:
+        return chunk + states + wide
+    if load.trained > rows:
+        return chunk + states + head * FLOAT32 + max(wide, head * FLOAT32)
+    return chunk + states + max(wide, head * bytes_per_value(shape, setting))
 
 
-def backward_bytes(shape: Shape, setting: Setting, load: Load) -> int:
-    """What one layer's backward pass makes and frees again: gradients beside the feed-forward part's matrices, or beside
-    attention, and the gradient that travels down; and one widened weight where products run in another type."""
+def backward_bytes(shape: Shape, setting: Setting, adapted: Adapted, load: Load) -> int:
+    """What a layer's backward pass has beyond what was saved, at its highest: the gradients of gate and up while that of their
+    product is still there, and the gradient that travels past the layer. The product itself is gone by then, if it was saved,
+    which it is for the gradient of the matrix behind it."""
     c = 2 if setting.compute == "bfloat16" else 4
     inner = shape.inner_width * (shape.experts_per_token if shape.mixture else 1)
-    beside = max((2 if shape.gated else 1) * inner + 3 * shape.width, 4 * shape.attention_width + shape.width)
-    return beside * c * load.tokens
+    last = [w for w in shape.weights if w.part in ("mlp", "experts") and w.out == shape.width]
+    saved = setting.full or any(adapted.layers.get(w.key) for w in last)
+    gates = (2 if shape.gated else 1) + (0 if saved else 1)
+    return (gates * inner + shape.width) * c * load.tokens
 
 
-def widened_bytes(shape: Shape, setting: Setting, device: Device) -> int:
-    """One weight widened to the products' type: whole on a GPU (`kernels/triton`), a panel of it on a processor."""
-    if setting.precision == setting.compute:
+def widened_bytes(shape: Shape, setting: Setting, device: Device, *, decodes: bool = False) -> int:
+    """One weight widened to the products' type: whole on a GPU (`kernels/triton`) and where it is stored in 16 bits, a panel of
+    a compressed one on a processor, and none where products read weights as they are stored (`decodes`: `native/gemm.c`)."""
+    if setting.precision == setting.compute or (device == "cpu" and decodes):
         return 0
     c = 2 if setting.compute == "bfloat16" else 4
     largest = max((w.out * w.inner for w in shape.weights), default=0) * c
-    return largest if device == "cuda" else min(largest, PANEL)
+    compressed = setting.precision in ("int8", "nf4")
+    return min(largest, PANEL) if device == "cpu" and compressed else largest
 
 
 def saved_bytes(shape: Shape, setting: Setting, adapted: Adapted) -> int:
@@ -199,14 +212,16 @@ def loading_bytes(shape: Shape, setting: Setting, device: Device, *, checkpoint_
 
 
 def need(
-    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, fused: bool, beside: int = 0
-) -> Need:
-    """What training takes at its peak, in parts, and while loading. `fused`: see `activations.kept`.
+    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, fused: bool, decodes: bool = False,
+    beside: int = 0,
+) -> Need:  # fmt: skip
+    """What training takes at its peak, in parts, and while loading. `fused`: see `activations.kept`; `decodes`: see
+    `widened_bytes`.
 
     `beside` are the values of other adapters that are trained on the same base, each token passing one of them all.
     """
     trained = (shape.parameters if setting.full else adapted.values(shape)) + beside
-    moments = _moments(shape, setting, adapted, load, device, trained, fused)
+    moments = _moments(shape, setting, adapted, load, device, trained, fused, decodes)
     at, parts = max(moments.items(), key=lambda m: m[1].total)
     states = optimizer_bytes(trained, setting)
     return Need(
@@ -222,18 +237,26 @@ def need(
 
 
 def _moments(
-    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, trained: int, fused: bool
+    shape: Shape,
+    setting: Setting,
+    adapted: Adapted,
+    load: Load,
+    device: Device,
+    trained: int,
+    fused: bool,
+    decodes: bool,
 ) -> dict[str, Parts]:
     """The parts at each moment of a step."""
     value = bytes_per_value(shape, setting)
     gradients = trained * value
     largest = shape.largest * value if setting.full else 0
-    saved = kept(shape, setting, adapted, load, fused=fused)
+    shares_keys = device == "cpu" and _own_attention(shape, setting)
+    saved = kept(shape, setting, adapted, load, fused=fused, shares_keys=shares_keys)
     held = saved.outside + (saved.inputs if setting.activation_checkpointing else saved.layers)
     again = saved.layer if setting.activation_checkpointing else 0
-    beside = backward_bytes(shape, setting, load)
-    wide = widened_bytes(shape, setting, device)
-    logits = logit_bytes(shape, setting, adapted, load)
+    beside = backward_bytes(shape, setting, adapted, load)
+    wide = widened_bytes(shape, setting, device, decodes=decodes)
+    logits = logit_bytes(shape, setting, adapted, load, device, decodes=decodes)
     embedding = shape.embedding * value if setting.full else 0  # made once more where it is tied, or looked up
     update = SLAB * UPDATE_BYTES if device == "cuda" else 0
     present = Parts(
@@ -246,21 +269,35 @@ def _moments(
     before = gradients if load.passes > 1 and not setting.optimizer_in_backward else 0
     after = largest if setting.optimizer_in_backward else gradients
     found = {
-        "loss": replace(present, gradients=before, activations=held, logits=logits, workspace=wide),
+        "loss": replace(present, gradients=before, activations=held, logits=logits),
         "backward": replace(
             present,
-            gradients=before + (largest if before else 0),
-            activations=held + again,
-            workspace=beside + wide,
+            gradients=before + _held_back(shape, setting, value, more=before > 0),
+            activations=held - saved.behind + again,
+            workspace=max(beside, wide),
         ),
         "end": replace(
             present, gradients=after, activations=saved.outside + saved.layer, workspace=beside + wide + embedding
         ),
         "update": replace(present, gradients=after, workspace=min(update, trained * UPDATE_BYTES)),
     }
-    if device == "cpu" and not setting.activation_checkpointing:
+    if device == "cpu" and not (setting.activation_checkpointing or setting.optimizer_in_backward):
         found = {name: _with_holes(shape, setting, load, parts) for name, parts in found.items()}
     return found
+
+
+def _held_back(shape: Shape, setting: Setting, value: int, *, more: bool) -> int:
+    """Bytes of the head's own gradient while the layers run back. A tied one waits for the embedding's; another is used up
+    where the optimizer is inside the backward pass, and where there are `more` passes: added to what earlier ones left."""
+    if not setting.full or (shape.head and (setting.optimizer_in_backward or more)):
+        return 0
+    return shape.vocabulary * shape.width * value
+
+
+def _own_attention(shape: Shape, setting: Setting) -> bool:
+    """Whether attention runs in C on a processor (`kernels/native/attention.py`): float32, heads of whole registers."""
+    width = shape.attention_width // shape.heads
+    return setting.compute != "bfloat16" and shape.packs and not shape.softcapped and width % 16 == 0
 
 
 def _with_holes(shape: Shape, setting: Setting, load: Load, parts: Parts) -> Parts:

@@ -62,11 +62,11 @@ _FULL = Setting(key="full", label="full", method="full", precision="float32")
 METHODS: tuple[Setting, ...] = (
     _FULL,
     replace(_FULL, key="full-bfloat16", label="full, bfloat16 weights", precision="bfloat16"),
-    replace(_FULL, key="full-8bit", label="  and 8-bit AdamW", precision="bfloat16", optimizer="adamw-8bit"),
+    replace(_FULL, key="full-8bit", label="  + 8-bit AdamW", precision="bfloat16", optimizer="adamw-8bit"),
     replace(
         _FULL,
         key="full-in-backward",
-        label="  and steps in the backward pass",
+        label="  + steps in backward",
         precision="bfloat16",
         optimizer="adamw-8bit",
         optimizer_in_backward=True,
@@ -74,7 +74,7 @@ METHODS: tuple[Setting, ...] = (
     replace(
         _FULL,
         key="full-offload",
-        label="  and states in host memory",
+        label="  + states on the host",
         precision="bfloat16",
         optimizer="adamw-8bit",
         optimizer_in_backward=True,

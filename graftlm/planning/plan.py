@@ -34,6 +34,7 @@ from graftlm.planning.memory import Need
 from graftlm.planning.method import METHODS, Setting
 from graftlm.planning.models import Model, built_in, find
 from graftlm.planning.timing import EFFICIENCY, Time, time
+from graftlm.planning.words import duration
 
 if TYPE_CHECKING:
     from graftlm.data.documents import Dataset
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS_PER_PASS = 4096
 """What `graft train` takes where memory allows."""
 QUICK_SECONDS = 20.0  # the base is asked without being told to when that takes less
+SOME_TOKENS, DAY = 1_000_000, 86_400.0
 Note = Callable[[str], None]
 
 
@@ -188,11 +190,29 @@ def _plan(model: Model, card: Card, config: PlanConfig, note: Note | None) -> Pl
             f"{model.shape.architecture} runs on stacks of equally long documents with its own attention, whose scores take "
             "memory with the square of a document's length."
         )
+    if not fused:
+        notes.append(
+            "Planned without the extra `gpu` (liger-kernel), which is not installed here: with it norms and gated products are "
+            "one operation each, and a pass keeps less."
+        )
     rows = tuple(_row(case, s, config) for s in METHODS if not (s.offload_optimizer and card.kind != "cuda"))
+    notes += _slow(rows, card)
     return Plan(
         model=model, case=case, rows=rows, advice=advise(facts), facts=facts,
         known=tuple(known.answers(model.name, case)), notes=tuple(notes),
     )  # fmt: skip
+
+
+def _slow(rows: tuple[Row, ...], card: Card) -> list[str]:
+    """A word where a machine would take days for what is little data."""
+    lora = next(row for row in rows if row.need.setting.key == "lora")
+    seconds = 0.0 if lora.time is None else SOME_TOKENS / lora.time.tokens_per_second
+    if seconds < DAY:
+        return []
+    return [
+        f"On {card.name}, LoRA would read {SOME_TOKENS:,} tokens in about {duration(seconds)}; --gpu says what a card would "
+        "take."
+    ]
 
 
 def _row(case: Case, setting: Setting, config: PlanConfig) -> Row:

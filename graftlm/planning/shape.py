@@ -122,6 +122,15 @@ class Shape:
         return outputs[-1].inner if outputs else self.width
 
     @property
+    def key_value_width(self) -> int:
+        """Values per token of attention's keys, and of its values: with fewer heads than its queries where these share them."""
+        found = [w for w in self.weights if w.part == "attention"]
+        outputs = [w for w in found if w.out == self.width and w.inner == self.attention_width][-1:]
+        most = max((w.count for w in found), default=0)
+        given = sum(w.out for w in found if w not in outputs and w.count == most)
+        return min(max(0, given - self.attention_width) // 2, self.attention_width) or self.attention_width
+
+    @property
     def inner_width(self) -> int:
         """Values per token inside the feed-forward part (for a mixture, of one expert): what its last matrix takes."""
         found = [w for w in self.weights if w.part == "mlp"] or [w for w in self.weights if w.part == "experts"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -12,7 +13,14 @@ from graftlm.planning.plan import Plan, Report, Row
 from graftlm.planning.timing import BANDWIDTH_REACHED, EFFICIENCY
 from graftlm.planning.words import count, duration, size
 
-_PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
+_PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
+# On a narrow terminal parts share a column.
+_JOINED = {
+    "weights": ("weights",),
+    "trained": ("adapters", "gradients", "optimizer"),
+    "pass": ("activations", "logits", "workspace", "runtime"),
+}
+_WIDE = 140  # characters that every part in a column of its own takes
 
 
 def render(report: Report, console: Console) -> None:
@@ -40,8 +48,8 @@ def _model(plan: Plan, report: Report, console: Console) -> None:
         f"products in {report.card.compute}.",
         highlight=False,
     )
-    console.print(_memory(plan, report.card))
-    console.print(_fitting(plan, report))
+    console.print(_memory(plan, report.card, console.width))
+    console.print(_fitting(plan, report, console.width))
     for row in plan.rows:
         if not row.fits and row.changes and row.need.setting.key in ("full", "lora", "qlora"):
             _changes(row, report.card, console)
@@ -50,26 +58,34 @@ def _model(plan: Plan, report: Report, console: Console) -> None:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
 
 
-def _memory(plan: Plan, card: Card) -> Table:
+def _memory(plan: Plan, card: Card, width: int) -> Table:
     """Bytes of each part at the peak of training."""
+    wide = width >= _WIDE
+    columns = {name: (name,) for name in _PARTS} if wide else _JOINED
+    if not any(row.need.parts.runtime for row in plan.rows):
+        columns = {name: parts for name, parts in columns.items() if name != "runtime"}
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title="memory at the peak", title_justify="left", title_style="dim"
     )
     table.add_column("method", no_wrap=True)
-    runtime = any(row.need.parts.runtime for row in plan.rows)
-    for name in (*_PARTS, *(("runtime",) if runtime else ())):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("peak", justify="right", no_wrap=True)
-    table.add_column("layers run again", justify="right", no_wrap=True)
+    table.add_column("layers run again" if wide else "run again", justify="right", no_wrap=True)
     for row in plan.rows:
         values = row.need.parts.to_json()
-        cells = [_cell(values[name]) for name in (*_PARTS, *(("runtime",) if runtime else ()))]
         good = "green" if row.fits else "red"
         again = "green" if row.checkpointed <= card.usable else "red"
         table.add_row(
-            row.need.setting.label, *cells, Text(size(row.need.peak), style=f"bold {good}"),
-            Text(size(row.checkpointed), style=again),
+            row.need.setting.label, *(_cell(sum(values[p] for p in parts)) for parts in columns.values()),
+            Text(size(row.need.peak), style=f"bold {good}"), Text(size(row.checkpointed), style=again),
         )  # fmt: skip
+    if not wide:
+        table.caption = (
+            "trained: adapters, gradients and optimizer; pass: activations, logits and workspace; run again: the peak with "
+            "--activation-checkpointing. A terminal of 140 characters shows every part."
+        )
+        table.caption_style, table.caption_justify = "dim", "left"
     return table
 
 
@@ -77,27 +93,17 @@ def _cell(value: int) -> str:
     return size(value) if value else "-"
 
 
-def _fitting(plan: Plan, report: Report) -> Table:
-    """Where each method fits, how far it reaches, and how long it takes."""
-    gpu = report.card.kind == "cuda"
+def _fitting(plan: Plan, report: Report, width: int) -> Table:
+    """Where each method fits, how far it reaches, and how long it takes; a narrow terminal gets what matters most."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="where it fits", title_justify="left", title_style="dim")
-    table.add_column("method", no_wrap=True)
-    table.add_column("fits", justify="right")
-    if gpu:
-        table.add_column("smallest card", no_wrap=True)
-    table.add_column("batch", justify="right")
-    table.add_column("length", justify="right")
-    table.add_column("loading", justify="right", no_wrap=True)
-    table.add_column("saved", justify="right", no_wrap=True)
-    table.add_column("a step", justify="right", no_wrap=True)
-    table.add_column("tokens/s", justify="right")
-    if plan.facts.rows:
-        epochs = "an epoch" if report.epochs == 1 else f"{report.epochs:g} epochs"
-        table.add_column(epochs, justify="right", no_wrap=True)
-    if plan.facts.rows and report.price_per_hour is not None:
-        table.add_column("cost", justify="right")
-    for row in plan.rows:
-        table.add_row(*_reach(plan, row, report, gpu))
+    rows = [_reach(plan, row, report) for row in plan.rows]
+    left_out = () if width >= _WIDE else ("loading",) if width >= 110 else ("loading", "saved", "tokens/s")
+    names = [name for name in rows[0] if name not in left_out]
+    for name in names:
+        words = name in ("method", "smallest card")
+        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*(cells[name] for name in names))
     table.caption = (
         "batch: most documents of this length in one pass; length: most tokens of one document. Times are estimates at "
         f"{EFFICIENCY[report.card.kind]:.0%} of the card's rate and {BANDWIDTH_REACHED:.0%} of its bandwidth."
@@ -108,20 +114,27 @@ def _fitting(plan: Plan, report: Report) -> Table:
     return table
 
 
-def _reach(plan: Plan, row: Row, report: Report, gpu: bool) -> list[str]:
-    fitting = "yes" if row.fits else "no" if row.cards is None else f"on {row.cards}"
-    cells = [row.need.setting.label, fitting]
-    if gpu:
-        cells.append(row.smallest.key if row.smallest is not None else "several")
-    cells += [f"{row.batch:,}" if row.batch else "-", f"{row.length:,}" if row.length else "-"]
-    cells += [size(row.need.loading), size(row.need.saved)]
-    cells += ["-", "-"] if row.time is None else [duration(row.time.step), f"{row.time.tokens_per_second:,.0f}"]
+def _reach(plan: Plan, row: Row, report: Report) -> dict[str, str]:
+    """The cells of a method, by their columns' names."""
+    cells = {
+        "method": row.need.setting.label,
+        "fits": "yes" if row.fits else "no" if row.cards is None else f"on {row.cards}",
+    }
+    if report.card.kind == "cuda":
+        cells["smallest card"] = row.smallest.key if row.smallest is not None else "several"
+    cells["batch"] = f"{row.batch:,}" if row.batch else "-"
+    cells["length"] = f"{row.length:,}" if row.length else "-"
+    cells["loading"], cells["saved"] = size(row.need.loading), size(row.need.saved)
+    cells["a step"] = "-" if row.time is None else duration(row.time.step)
+    cells["tokens/s"] = "-" if row.time is None else f"{row.time.tokens_per_second:,.0f}"
     if plan.facts.rows:
         seconds = report.seconds(plan, row)
-        cells.append("-" if seconds is None else duration(seconds))
+        cells["an epoch" if report.epochs == 1 else f"{report.epochs:g} epochs"] = (
+            "-" if seconds is None else duration(seconds)
+        )
         if report.price_per_hour is not None:
             cost = None if seconds is None else report.cost(seconds, row.cards or 1)
-            cells.append("-" if cost is None else f"{cost:,.2f}")
+            cells["cost"] = "-" if cost is None else f"{cost:,.2f}"
     return cells
 
 
@@ -130,19 +143,24 @@ def _changes(row: Row, card: Card, console: Console) -> None:
     console.print(f"{name} does not fit ({size(row.need.peak)}). Cheapest first:", highlight=False)
     for change in row.changes:
         enough = "" if change.peak > card.usable else " - fits"
-        console.print(f"  {change.text}: {size(change.peak)}{enough}", markup=False, highlight=False)
+        console.print(_indented(f"{change.text}: {size(change.peak)}{enough}", 2), highlight=False)
 
 
 def _advice(plan: Plan, console: Console) -> None:
     console.print(Text("advice", style="dim italic"))
     for sentence in plan.advice.reasons:
-        console.print(Text(f"  {sentence}"), highlight=False)
+        console.print(_indented(sentence, 2), highlight=False)
     if plan.advice.would_change:
         console.print(Text("  What would change it:", style="dim"))
         for sentence in plan.advice.would_change:
-            console.print(Text(f"    {sentence}"), highlight=False)
+            console.print(_indented(sentence, 4), highlight=False)
     if plan.advice.command:
-        console.print(Text(f"  graft train {plan.advice.command}", style="bold"), highlight=False)
+        console.print(_indented(f"graft train {plan.advice.command}", 2, "bold"), highlight=False)
+
+
+def _indented(text: str, by: int, style: str = "") -> Padding:
+    """A sentence whose further lines stand under its first."""
+    return Padding(Text(text, style=style), (0, 0, 0, by))
 
 
 def _known(report: Report, console: Console) -> None:

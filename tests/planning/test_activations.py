@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -66,7 +67,7 @@ def test_the_table_says_what_is_saved(architecture: str, setting: Setting) -> No
 
 
 @pytest.mark.parametrize("setting", [FULL, LORA], ids=lambda s: s.key)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])  # phi3 is 5.5 % off
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
 def test_the_table_says_what_is_saved_where_nothing_is_fused(architecture: str, setting: Setting) -> None:
     base = _base(architecture, setting)
     unfuse(base.model)
@@ -76,21 +77,38 @@ def test_the_table_says_what_is_saved_where_nothing_is_fused(architecture: str, 
     assert found.layers + found.outside == pytest.approx(saved_by_autograd(base, 0 if setting.full else 1), rel=0.05)
 
 
-@pytest.mark.parametrize("targets", [("attention",), ("q_proj", "v_proj")], ids="+".join)
-def test_layers_without_an_adapter_save_no_input(targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("setting", [FULL, LORA], ids=lambda s: s.key)
+def test_phi3_that_is_not_fused_saves_one_more_width_a_layer_than_the_table_has(setting: Setting) -> None:
+    """Its own rotation puts heads together anew in another order of memory, so attention's result is copied once for the
+    matrix behind it. Fused it does not, and the table is right (above); for phi-4 it would be 2 % of a pass."""
+    base = _base("phi3", setting)
+    unfuse(base.model)
+    shape = instantiate(base.model.config)
+    found = kept(shape, setting, NOTHING if setting.full else adapted(shape, ("all-linear",), 3), LOAD, fused=False)
+    missing = saved_by_autograd(base, 0 if setting.full else 1) - found.layers - found.outside
+    assert missing == pytest.approx(shape.layers * shape.width * 4 * LOAD.tokens, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "targets", [("attention",), ("q_proj", "v_proj"), ("o_proj",), ("mlp",), ("down_proj",)], ids="+".join
+)
+def test_layers_without_an_adapter_save_no_input_and_nothing_is_saved_in_front_of_the_first(
+    targets: tuple[str, ...],
+) -> None:
     base = _base("llama", LORA, targets)
     shape = instantiate(base.model.config)
     found = kept(shape, LORA, adapted(shape, targets, 3), LOAD, fused=base.fused.norms > 0)
     assert found.layers + found.outside == pytest.approx(saved_by_autograd(base, 1), rel=0.06)
 
 
-def test_what_stands_before_the_first_adapter_is_counted_though_autograd_keeps_none_of_it() -> None:
-    base = _base("llama", LORA, ("mlp",))
-    found = kept(instantiate(base.model.config), LORA, adapted(instantiate(base.model.config), ("mlp",), 3), LOAD,
-                 fused=base.fused.norms > 0)  # fmt: skip
-    measured = saved_by_autograd(base, 1)
-    layer = found.layers / len(base.anatomy.layers)  # of two here: the first one's attention needs no gradient
-    assert measured <= found.layers + found.outside <= measured + layer
+def test_attention_in_c_keeps_keys_and_values_with_the_heads_that_they_have(tmp_path: Path) -> None:
+    place = tiny.write(tmp_path / "wide", tiny.random_model("llama", head_dim=16))
+    base = load_base(str(place), precision="float32", compute="float32", device="cpu")
+    base.model.requires_grad_(True)
+    shape = instantiate(base.model.config)
+    assert (shape.attention_width, shape.key_value_width) == (64, 32)
+    found = kept(shape, FULL, NOTHING, LOAD, fused=True, shares_keys=True)
+    assert found.layers + found.outside == pytest.approx(saved_by_autograd(base, 0), rel=0.01)
 
 
 def test_run_again_a_layer_keeps_its_input_alone() -> None:
