@@ -38,8 +38,6 @@ from graftlm.training.prepare import make_adapter, make_trial
 from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.watch import STEPS as WATCHED
 
-_TINY = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2}  # fmt: skip
 _HEAVY = ("graftlm.training.prepare", "graftlm.planning.models", "transformers.models.llama.modeling_llama")
 STORED: dict[Method, Precision] = {"full": "bfloat16", "lora": "bfloat16", "qlora": "nf4"}
 
@@ -77,9 +75,8 @@ class Point:
 
 def llama(model: str, **changes: Any) -> LlamaConfig:
     """The config of `tiny`, of a shape of `train.py` (`30m`, `135m`), or of Llama 2: `7b`, `13b`, `70b`."""
-    small = {"tiny": _TINY, **SHAPES}
     values: dict[str, Any] = (
-        {**small[model], "tie_word_embeddings": True} if model in small else built_in()[f"llama-2-{model}"]
+        {**SHAPES[model], "tie_word_embeddings": True} if model in SHAPES else built_in()[f"llama-2-{model}"]
     )
     known = {name: value for name, value in values.items() if name not in ("hub", "model_type")}
     made: dict[str, Any] = {**known, "max_position_embeddings": 4096, **changes}
@@ -138,7 +135,14 @@ def train_steps(
         }
     )  # fmt: skip
     adapter = make_adapter(base, config)
-    trial = make_trial(base, config, adapter, documents(point.batch, point.sequence, base.anatomy.vocabulary), None)
+    trial = make_trial(
+        base,
+        config,
+        adapter,
+        0 if adapter is None else 1,
+        documents(point.batch, point.sequence, base.anatomy.vocabulary),
+        None,
+    )
     base.anatomy.checkpoint_layers(config.activation_checkpointing)
     clock = Clock(base.device, time.perf_counter() + seconds)
     train(base, [trial], point.tokens, clock)

@@ -1,4 +1,4 @@
-"""What the CPU benchmarks found, put beside what was asked for: bars, tables, and the README's performance section.
+"""What the CPU benchmarks found, put beside what was asked for: bars, tables, and the sections of pages that are made of them.
 
 A bar is a figure with what it must reach and what it should. Everything here is a function from `cpu.json` to values or
 text; `suite.py` runs the benchmarks and writes the files.
@@ -6,15 +6,15 @@ text; `suite.py` runs the benchmarks and writes the files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ladder
 import scaling
+from train import BATCH
 
 Results = Mapping[str, Any]
-BEGIN = "<!-- performance: written by `python bench/suite.py --readme` -->"
-END = "<!-- /performance -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Bar:
     more: bool = True
     """Whether more is better."""
     form: str = "x"
-    """How it is written: `x` for a ratio, `%` for a share."""
+    """How it is written: `x` for a ratio, `%` for a share, else the unit behind it."""
 
     @property
     def verdict(self) -> str:
@@ -45,7 +45,9 @@ class Bar:
     def written(self, value: float | None) -> str:
         if value is None:
             return ""
-        return f"{value:.0%}" if self.form == "%" else f"{value:.2f}x"
+        if self.form == "%":
+            return f"{value:.0%}"
+        return f"{value:.2f}x" if self.form == "x" else f"{value:.2f} {self.form}"
 
     def asked(self, value: float | None) -> str:
         return "" if value is None else f"{'≥' if self.more else '≤'} {self.written(value)}"
@@ -124,12 +126,24 @@ def scaling_bars(figures: Mapping[str, Any]) -> list[Bar]:
     return [Bar(what=what, measured=large["bytes_per_token"] / small["bytes_per_token"], more=False)]
 
 
+def ladder_bars(figures: Mapping[str, Any]) -> list[Bar]:
+    """What the fullest rung of the memory ladder takes."""
+    rungs = [rung for rung in figures.get("rungs", []) if rung["name"] == ladder.RUNGS[-1].name]
+    what = f"{figures.get('shape', '').upper()} full, weights + gradients + states of the fullest rung"
+    unit = "bytes a parameter"
+    return [
+        Bar(what=what, measured=rung["bytes_per_parameter"], must=ladder.MUST, more=False, form=unit) for rung in rungs
+    ]
+
+
 def bars_of(name: str, figures: Mapping[str, Any]) -> list[Bar]:
     """The bars of one part of the suite; none for a part that has none."""
     if name == "kernels":
         return kernel_bars(figures)
     if name.startswith("train"):
         return train_bars(figures)
+    if name == "ladder":
+        return ladder_bars(figures)
     return scaling_bars(figures) if name == "scaling" else []
 
 
@@ -156,11 +170,11 @@ def train_table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(results: Results) -> str:
-    """`cpu.md`: the machine, the bars, both sides' figures, the growth; what failed is named."""
+def page(results: Results, figures: str = "cpu.json") -> str:
+    """The page beside the file of `figures`: the machine, the bars, both sides' figures, the growth; what failed is named."""
     about = (
-        "Written by `make bench` from `cpu.json`. Parts ran one after another; nothing else should run meanwhile, which is not "
-        "checked."
+        f"Written by `make bench` from `{figures}`. Parts ran one after another; nothing else should run meanwhile, which is "
+        "not checked."
     )
     lines = ["# CPU benchmarks", "", about, ""]
     parts = results["parts"]
@@ -179,6 +193,8 @@ def page(results: Results) -> str:
             lines += [f"**Failed:** {part['error']}", ""]
         elif name.startswith("train"):
             lines += [train_table(figures), ""]
+        elif name == "ladder":
+            lines += [ladder.table(figures["rungs"]), ""]
         elif name == "scaling":
             lines += [scaling.table(figures["series"]), "", "![growth](scaling.png)", ""]
         elif name == "kernels":
@@ -198,11 +214,32 @@ def machine(found: Mapping[str, Any]) -> str:
     return f"{found['processor']}, {found['threads']} threads, {found['instructions']}"
 
 
-def section(results: Results | None) -> str:
-    """The README's performance section between its two marks."""
-    if results is None or not any(part.get("figures") for part in results["parts"].values()):
-        body = "Not measured yet: `make bench` measures, and writes this section."
-        return f"{BEGIN}\n{body}\n{END}"
+@dataclass(frozen=True)
+class Section:
+    """A part of a page that is written from the figures, between two marks."""
+
+    name: str
+    of: Callable[[Results], str]
+    """Its text; empty where there are no figures for it."""
+
+    @property
+    def begin(self) -> str:
+        return f"<!-- {self.name}: written by `python bench/suite.py --readme` -->"
+
+    @property
+    def end(self) -> str:
+        return f"<!-- /{self.name} -->"
+
+    def written(self, results: Results | None) -> str:
+        """The section with its marks."""
+        text = "" if results is None else self.of(results)
+        return "\n".join(
+            [self.begin, text or "Not measured yet: `make bench` measures, and writes this section.", self.end]
+        )
+
+
+def performance(results: Results) -> str:
+    """The README's table: speed and memory beside the peers, and the ladder's fullest rung."""
     lines: list[str] = []
     rows: list[str] = []
     where = None
@@ -219,16 +256,34 @@ def section(results: Results | None) -> str:
     if where is not None:
         lines += [f"Beside TRL, PEFT and bitsandbytes ({machine(where['machine'])}, {where['date'][:10]}):", ""]
         lines += ["| | examples/s | memory |", "|---|---:|---:|", *rows, ""]
+    if not any(part.get("figures") for part in results["parts"].values()):
+        return ""
     lines.append(
         "[All figures](bench/results/cpu.md) · [how they are measured](docs/performance.md). GPUs: unmeasured."
     )
-    return "\n".join([BEGIN, *lines, END])
+    return "\n".join(lines)
 
 
-def with_section(readme: str, results: Results | None) -> str:
-    """The README with its performance section written anew; ValueError where its two marks are not there."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def rungs(results: Results) -> str:
+    """The memory ladder's table, and what it was measured on."""
+    part = results["parts"].get("ladder", {})
+    figures = part.get("figures")
+    if not figures:
+        return ""
+    return (
+        f"`{part['command']}`: {figures['shape'].upper()} Llama, {figures['steps']} steps of {BATCH} documents, "
+        f"{machine(part['machine'])}, {part['date'][:10]}.\n\n{ladder.table(figures['rungs'])}"
+    )
+
+
+README = Section("performance", performance)
+LADDER = Section("ladder", rungs)
+
+
+def with_section(page: str, section: Section, results: Results | None) -> str:
+    """A page with one section written anew; ValueError where its two marks are not there."""
+    before, begin, rest = page.partition(section.begin)
+    _, end, after = rest.partition(section.end)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
-    return before + section(results) + after
+        raise ValueError(f"the page lacks the marks {section.begin} and {section.end}")
+    return before + section.written(results) + after

@@ -1,12 +1,13 @@
-"""All CPU benchmarks, one after another: what `make bench` runs, in under 20 minutes on two cores.
+"""The CPU benchmarks of speed and memory, one after another: what `make bench` runs, in under 20 minutes on two cores.
 
-    python bench/suite.py                          # all; writes bench/results/cpu.json and cpu.md, and README's section
+    python bench/suite.py                          # all; writes bench/results/cpu.json and cpu.md, and the pages' sections
     python bench/suite.py --only train-30m         # some of them anew; the others' figures stay
-    python bench/suite.py --readme                 # README's performance section from cpu.json, nothing is measured
+    python bench/suite.py --readme                 # README's and docs/memory.md's sections from cpu.json, nothing is measured
     python bench/suite.py --list
 
 Each runs in a process of its own, with a limit on its time; one that fails is reported, and the rest go on. Nothing else may
-run on the machine. `report.py` says what the figures are held against.
+run on the machine. `report.py` says what the figures are held against. What other scripts of this folder measure (serving, the
+planner's predictions, quality, trust) has commands and pages of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from graftlm.files import write_json, write_text
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
 README = BENCH.parent / "README.md"
+MEMORY = BENCH.parent / "docs" / "memory.md"
 TOTAL_SECONDS = 1190
 
 
@@ -54,29 +56,21 @@ class Part:
 
 
 def parts_of(folder: Path) -> list[Part]:
-    """The parts, in the order of running; scripts that are not in `folder` are left out.
-
-    A script's short form is its `--quick`, where it has one.
-    """
-    packing = ("--packing", "--mixed", "--rounds", "1")
+    """The parts, in the order of running; scripts that are not in `folder` are left out."""
     known = [
-        Part(name="kernels", script="operations.py", seconds=180),
-        Part(name="train-30m", script="train.py", arguments=("--steps", "8", *packing), seconds=420),
+        Part(name="kernels", script="operations.py", seconds=120),
         Part(
-            name="train-135m", script="train.py", seconds=420,
-            arguments=("--shape", "135m", "--methods", "lora", "qlora", "--steps", "4", *packing),
+            name="train-30m", script="train.py", seconds=480,
+            arguments=("--steps", "7", "--packing", "lora", "--mixed", "full", "lora", "qlora"),
         ),
+        Part(
+            name="train-135m", script="train.py", seconds=400,
+            arguments=("--shape", "135m", "--methods", "lora", "qlora", "--steps", "3", "--warm-up", "1"),
+        ),
+        Part(name="ladder", script="ladder.py", arguments=("--steps", "5"), seconds=220),
         Part(name="scaling", script="scaling.py", arguments=("--plot", "bench/results/scaling.png"), seconds=360),
-        *(
-            Part(name=name, script=f"{name}.py", arguments=_short(folder / f"{name}.py"), seconds=120)
-            for name in ("ladder", "memory", "serve", "quality", "trust")
-        ),
     ]  # fmt: skip
     return [part for part in known if (folder / part.script).is_file()]
-
-
-def _short(script: Path) -> tuple[str, ...]:
-    return ("--quick",) if script.is_file() and '"--quick"' in script.read_text(encoding="utf-8") else ()
 
 
 def run(part: Part, seconds: float) -> dict[str, Any]:
@@ -170,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--readme",
         action="store_true",
-        help="write README's section and the page of tables from the figures, measure nothing",
+        help="write the pages' sections and the page of tables from the figures, measure nothing",
     )
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     options = parser.parse_args(arguments)
@@ -184,9 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         good = measure(chosen, options.json, options.time_limit)
     results = read(options.json)
     if results is not None:
-        write_text(options.json.with_suffix(".md"), report.page(results))
+        write_text(options.json.with_suffix(".md"), report.page(results, options.json.name))
     if options.json == RESULTS / "cpu.json":
-        write_text(README, report.with_section(README.read_text(encoding="utf-8"), results))
+        write_text(README, report.with_section(README.read_text(encoding="utf-8"), report.README, results))
+        write_text(MEMORY, report.with_section(MEMORY.read_text(encoding="utf-8"), report.LADDER, results))
     return 0 if good else 1
 
 

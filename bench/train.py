@@ -1,17 +1,21 @@
 """Training beside transformers + PEFT + TRL + bitsandbytes: the same model, data, batch, rank and optimizer, in one run.
 
     python bench/train.py                         # 30M Llama on E2E, all three methods
-    python bench/train.py --shape 135m --methods lora qlora --rounds 3
+    python bench/train.py --shape 135m --methods lora qlora --packing lora
 
-Each run is a process of its own; the two sides take turns, and the median of the rounds counts. Nothing else may run. The
-peer is set up as its documentation says: SFTTrainer, PEFT on all linear layers, BitsAndBytesConfig nf4 with double
-quantization; padded as it defaults to, and once more with its own packing. Losses on held-out rows after the same steps
-stand beside the speeds: speed that changes the training does not count.
+Each side is a process of its own, and they take turns step by step: one works, the others wait, so a slow moment of the
+machine falls on all of them. The median step counts, after those that warm up (Graft watches its first three). Beside them
+runs a third process that takes nothing but the matrix products of such a step. Nothing else may run meanwhile.
+
+The peer is set up as its documentation says: SFTTrainer, PEFT on all linear layers, BitsAndBytesConfig nf4 with double
+quantization; padded as it defaults to, and where asked once more with its own packing, alone. Losses on held-out rows after
+the same steps stand beside the speeds: speed that changes the training does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -19,12 +23,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "e2e"
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2},
     "30m": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
                 "num_key_value_heads": 8},
     "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -33,6 +41,38 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 RATES = {"full": 5e-4, "lora": 2e-3, "qlora": 2e-3}
 BATCH, RANK, ALPHA = 16, 16, 32
+HELD_OUT = 48
+WARM_UP = 3  # steps that do not count: Graft watches its first three
+
+
+class Turns:
+    """When a side works, and how long each of its steps took: it holds the turn for one step, then waits for the next.
+
+    `pipes` are (read, write) descriptors to whoever gives the turns; without them a side works all the time.
+    """
+
+    def __init__(self, pipes: tuple[int, int] | None, warm_up: int = WARM_UP) -> None:
+        self._pipes, self._warm_up = pipes, warm_up
+        self._began: float | None = None
+        self.seconds: list[float] = []
+
+    def end(self) -> None:
+        """A step is over; the turn is kept for what comes after the last one."""
+        if self._began is not None:
+            self.seconds.append(time.perf_counter() - self._began)
+
+    def next(self) -> None:
+        """A step, or all that comes before the first one, is over: wait for the next turn."""
+        self.end()
+        if self._pipes is not None:
+            os.write(self._pipes[1], b".")
+            os.read(self._pipes[0], 1)
+        self._began = time.perf_counter()
+
+    @property
+    def counted(self) -> float:
+        """The median step, in seconds."""
+        return statistics.median(self.seconds[self._warm_up :] or self.seconds[-1:])
 
 
 def make_model(shape: str, folder: Path) -> None:
@@ -54,11 +94,11 @@ def make_model(shape: str, folder: Path) -> None:
 
 
 def make_data(folder: Path, steps: int, seed: int = 0) -> dict[str, str]:
-    """The rows of all sides: `steps` batches of E2E, each row seen once, and 96 held-out rows."""
+    """The rows of all sides: `steps` batches of E2E, each row seen once, and HELD_OUT others."""
     import random
 
     found: dict[str, str] = {}
-    for name, count in (("train", steps * BATCH), ("valid", 96)):
+    for name, count in (("train", steps * BATCH), ("valid", HELD_OUT)):
         rows = (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         chosen = random.Random(seed).sample(rows, count)
         (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
@@ -66,10 +106,22 @@ def make_data(folder: Path, steps: int, seed: int = 0) -> dict[str, str]:
     return found
 
 
-def graft_side(work: dict[str, Any]) -> dict[str, Any]:
+def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     from graftlm.config import TrainConfig
+    from graftlm.training.loop import StepResult
     from graftlm.training.run import run
+    from graftlm.training.trial import Trial
     from graftlm.training.view import View
+
+    class InTurns(View):
+        @contextmanager
+        def training(self, trial: Trial) -> Iterator[None]:
+            turns.next()
+            with super().training(trial):
+                yield
+
+        def stepped(self, trial: Trial, result: StepResult) -> None:
+            turns.end() if trial.done else turns.next()
 
     method = work["method"]
     own: dict[str, Any] = {} if method == "full" else {"rank": RANK, "alpha": ALPHA}
@@ -81,28 +133,30 @@ def graft_side(work: dict[str, Any]) -> dict[str, Any]:
                 compute=work.get("compute"), learning_rate=RATES[method], schedule="constant", warmup=0.0,
                 eval_every=work["steps"], out=Path(out) / "run", **own,
             ),
-            View(quiet=True),
+            InTurns(quiet=True),
         )  # fmt: skip
-        lines = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"][1:]  # the first one warms up
-    seconds = sum(line["seconds"] for line in steps)
     return {
-        "examples_per_second": BATCH * len(steps) / seconds,
-        "trained_tokens_per_second": sum(line["trained_tokens"] for line in steps) / seconds,
-        "tokens_per_second": sum(line["tokens"] for line in steps) / seconds,
-        "seconds_per_step": seconds / len(steps),
-        "bare_seconds_per_step": bare_products(work, [(line["tokens"], line["trained_tokens"]) for line in steps]),
+        **rates(turns, work),
         "peak_memory": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
         "loss": summary["eval_loss_after"],
     }
 
 
-def bare_products(work: dict[str, Any], steps: list[tuple[int, int]]) -> float:
-    """Seconds that a step's matrix products alone take in float32: every linear layer and the head, forward and back.
+def rates(turns: Turns, work: dict[str, Any]) -> dict[str, float]:
+    """Speeds of a side that takes a batch a step."""
+    return {
+        "seconds_per_step": turns.counted,
+        "examples_per_second": BATCH / turns.counted,
+        "trained_tokens_per_second": BATCH * work["trained_per_example"] / turns.counted,
+    }
 
-    Shapes are those of the steps that were run: all tokens through the layers, trained tokens through the head. LoRA
-    adds its two narrow products and their gradients, full training the gradient of every weight. The data type of the
-    products is float32 whatever the base is stored in.
+
+def bare_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
+    """A step's matrix products alone in float32, by PyTorch: every linear layer and the head, forward and back.
+
+    Shapes are those of the mean step: all tokens through the layers, trained tokens through the head. LoRA adds its two narrow
+    products and their gradients, full training the gradient of every weight. The data type of the products is float32
+    whatever the base is stored in.
     """
     import torch
 
@@ -113,12 +167,12 @@ def bare_products(work: dict[str, Any], steps: list[tuple[int, int]]) -> float:
     linears = [torch.randn(size) for size in sizes]
     factors = [(torch.randn(RANK, i), torch.randn(o, RANK)) for o, i in sizes]
     head = torch.randn(shape["vocab_size"], width)
-    seconds: list[float] = []
-    for tokens, trained in steps:
-        x = {i: torch.randn(tokens, i) for _, i in sizes}
-        dy = {o: torch.randn(tokens, o) for o, _ in sizes}
-        hidden, dlogits = torch.randn(trained, width), torch.randn(trained, shape["vocab_size"])
-        start = time.perf_counter()
+    tokens, trained = (round(BATCH * work[name]) for name in ("tokens_per_example", "trained_per_example"))
+    x = {i: torch.randn(tokens, i) for _, i in sizes}
+    dy = {o: torch.randn(tokens, o) for o, _ in sizes}
+    hidden, dlogits = torch.randn(trained, width), torch.randn(trained, shape["vocab_size"])
+    turns.next()
+    for step in range(work["steps"]):
         for _ in range(shape["num_hidden_layers"]):
             for (o, i), w, (A, B) in zip(sizes, linears, factors):
                 x[i] @ w.T
@@ -136,11 +190,11 @@ def bare_products(work: dict[str, Any], steps: list[tuple[int, int]]) -> float:
         dlogits @ head
         if method == "full":
             dlogits.T @ hidden
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        turns.end() if step + 1 == work["steps"] else turns.next()
+    return {"seconds_per_step": turns.counted}
 
 
-def peer_side(work: dict[str, Any]) -> dict[str, Any]:
+def peer_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -152,11 +206,13 @@ def peer_side(work: dict[str, Any]) -> dict[str, Any]:
     method = work["method"]
     data = load_dataset("json", data_files={"train": work["train"], "valid": work["valid"]})
     idle = PeakMemory(torch.device("cpu"))
-    times: list[float] = []
 
-    class Clock(TrainerCallback):
+    class InTurns(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turns.next()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            times.append(time.perf_counter())
+            turns.end() if state.global_step >= state.max_steps else turns.next()
 
     with tempfile.TemporaryDirectory() as out, idle as memory:
         extra: dict[str, Any] = {"dtype": torch.float32}
@@ -180,18 +236,20 @@ def peer_side(work: dict[str, Any]) -> dict[str, Any]:
             peft_config=None
             if method == "full"
             else LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Clock()],
+            callbacks=[InTurns()],
         )  # fmt: skip
-        began = time.perf_counter()
         trainer.train()
-    # Padded: the first step warms up. Packed: the rows are fewer and longer, so the whole pass over the data counts.
-    rows = len(data["train"])
-    examples, seconds = (rows, times[-1] - began) if work["packing"] else (rows - BATCH, times[-1] - times[0])
+    found = rates(turns, work)
+    if work["packing"]:  # rows are fewer and longer: the whole pass over the data counts
+        seconds, rows = sum(turns.seconds), len(data["train"])
+        found = {
+            "seconds_per_step": seconds / len(turns.seconds),
+            "examples_per_second": rows / seconds,
+            "trained_tokens_per_second": rows * work["trained_per_example"] / seconds,
+        }
     return {
-        "examples_per_second": examples / seconds,
-        "trained_tokens_per_second": examples * work["trained_per_example"] / seconds,
-        "seconds_per_step": seconds / max(1, len(times) - (not work["packing"])),
-        "optimizer_steps": len(times),
+        **found,
+        "optimizer_steps": len(turns.seconds),
         "peak_memory": memory.bytes - memory.start,
         "loss": held_out_loss(trainer.model, work),
     }
@@ -219,68 +277,148 @@ def held_out_loss(model: Any, work: dict[str, Any]) -> float:
     return total / count
 
 
-def alone(work: dict[str, Any]) -> dict[str, Any]:
-    """One side's run in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps(work)],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{work['side']} {work['method']} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+SIDES = {"graft": graft_side, "trl": peer_side, "bare": bare_side}
 
 
-def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    keys = runs[0].keys()
-    return {k: None if runs[0][k] is None else statistics.median(run[k] for run in runs) for k in keys}
+class Side:
+    """One side in a process of its own."""
+
+    def __init__(self, name: str, work: dict[str, Any], folder: Path, script: str) -> None:
+        self.name = name
+        self._files = [(folder / f"{name}.{kind}").open("w+", encoding="utf-8") for kind in ("out", "err")]
+        go, self._go = os.pipe()
+        self._ready, ready = os.pipe()
+        asked = json.dumps({**work, "side": name.split()[0], "pipes": [go, ready]})
+        self._child = subprocess.Popen(
+            [sys.executable, script, "--one", asked],
+            stdout=self._files[0],
+            stderr=self._files[1],
+            pass_fds=(go, ready),
+        )
+        os.close(go)
+        os.close(ready)
+
+    def wait(self) -> bool:
+        """Wait until its turn is over; whether it wants another one."""
+        return bool(os.read(self._ready, 1))
+
+    def turn(self) -> bool:
+        """Let it work for one step; whether it wants another one."""
+        with contextlib.suppress(BrokenPipeError):  # it has failed: `found` says how
+            os.write(self._go, b".")
+        return self.wait()
+
+    def found(self) -> dict[str, Any]:
+        """What it measured; SystemExit with what it said where it failed."""
+        status = self._child.wait()
+        said = [(file.seek(0), file.read())[1] for file in self._files]
+        if status:
+            raise SystemExit(f"{self.name} failed:\n{said[1][-3000:]}")
+        return json.loads(said[0].strip().splitlines()[-1])
+
+    def close(self) -> None:
+        self._child.kill()
+        self._child.wait()
+        for file in self._files:
+            file.close()
+        os.close(self._go)
+        os.close(self._ready)
 
 
-def main() -> None:
+def in_turns(works: dict[str, dict[str, Any]], script: str = __file__) -> dict[str, dict[str, Any]]:
+    """What each side measures, by name; one works at a time, a step each, in the order given. `script --one` is a side."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sides: list[Side] = []
+        for name, work in works.items():
+            side = Side(name, work, folder, script)
+            stack.callback(side.close)
+            if side.wait():  # for all that comes before its first step
+                sides.append(side)
+            else:
+                side.found()  # it failed
+        results: dict[str, dict[str, Any]] = {}
+        while sides:
+            for side in list(sides):
+                if not side.turn():
+                    sides.remove(side)
+                    results[side.name] = side.found()
+        return {name: results[name] for name in works}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    methods = list(RATES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="30m")
-    parser.add_argument("--methods", nargs="+", default=["full", "lora", "qlora"])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--packing", action="store_true", help="also run the peer with its own packing")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--steps", type=int, default=9, help="steps of each side")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="first steps that do not count")
     parser.add_argument(
-        "--mixed", action="store_true", help="also run ours with products in bfloat16 (AVX-512 BF16 only)"
+        "--packing", nargs="+", choices=methods, default=(), help="methods that the peer also runs with its own packing"
+    )
+    parser.add_argument(
+        "--mixed",
+        nargs="+",
+        choices=methods,
+        default=(),
+        help="methods that we also run with --compute mixed (AVX-512 BF16)",
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.one:
         work = json.loads(options.one)
-        print(json.dumps(graft_side(work) if work["side"] == "graft" else peer_side(work)))
+        print(json.dumps(SIDES[work["side"]](work, Turns(work["pipes"], work["warm_up"]))))
         return
     if not SHARED.is_dir():
         raise SystemExit(f"the E2E set is not there: {SHARED}")
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / options.shape
-        make_model(options.shape, model)
-        data = make_data(Path(folder), options.steps)
-        common = {"model": str(model), "shape": options.shape, "steps": options.steps, **data}
-        common["trained_per_example"] = trained_per_example(common)
-        results: dict[str, dict[str, dict[str, Any]]] = {}
-        for method in options.methods:
-            sides = ["graft", "trl"] + (["trl packed"] if options.packing else [])
-            if options.mixed:
-                sides.append("graft mixed")
-            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-            for _ in range(options.rounds):
-                for side in sides:
-                    work = {**common, "side": side.split()[0], "packing": "packed" in side, "method": method}
-                    runs[side].append(alone({**work, "compute": "mixed" if "mixed" in side else None}))
-            results[method] = {side: median(found) for side, found in runs.items()}
-            print(line(method, results[method]), flush=True)
+    results = measure(
+        options.shape, options.methods, options.steps, options.warm_up, packing=options.packing, mixed=options.mixed
+    )
     if options.json:
         options.json.write_text(json.dumps({"shape": options.shape, "results": results}, indent=2) + "\n")
 
 
-def trained_per_example(work: dict[str, Any]) -> float:
-    """Mean trained tokens of a row, the same on all sides."""
+def measure(
+    shape: str,
+    methods: Sequence[str],
+    steps: int,
+    warm_up: int,
+    *,
+    packing: Sequence[str] = (),
+    mixed: Sequence[str] = (),
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures by method and side."""
+    from graftlm import kernels
+
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / shape
+        make_model(shape, model)
+        common: dict[str, Any] = {
+            "model": str(model),
+            "shape": shape,
+            "steps": steps,
+            "warm_up": warm_up,
+            "packing": False,
+        }
+        common.update(make_data(Path(folder), steps))
+        common.update(per_example(common))
+        for method in methods:
+            work = {**common, "method": method}
+            found = in_turns(dict.fromkeys(SIDES, work))
+            found["graft"]["bare_seconds_per_step"] = found.pop("bare")["seconds_per_step"]
+            if method in packing:
+                found.update(in_turns({"trl packed": {**work, "packing": True}}))
+            if method in mixed and kernels.narrows():
+                found.update(in_turns({"graft mixed": {**work, "compute": "mixed"}}))
+            results[method] = found
+            print(line(method, found), flush=True)
+    return results
+
+
+def per_example(work: dict[str, Any]) -> dict[str, float]:
+    """Mean tokens and mean trained tokens of a row, the same on all sides."""
     from transformers import AutoTokenizer
 
     from graftlm.base.chat import Encoder
@@ -288,7 +426,10 @@ def trained_per_example(work: dict[str, Any]) -> float:
     from graftlm.data.sources import Source
 
     dataset = load([Source.parse(work["train"])], Encoder(AutoTokenizer.from_pretrained(work["model"])))
-    return dataset.trained_tokens / dataset.rows
+    return {
+        "tokens_per_example": dataset.tokens / dataset.rows,
+        "trained_per_example": dataset.trained_tokens / dataset.rows,
+    }
 
 
 def line(method: str, sides: dict[str, dict[str, Any]]) -> str:

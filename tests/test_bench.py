@@ -20,11 +20,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 import gpu  # noqa: E402
+import ladder  # noqa: E402
 import peft_point  # noqa: E402
 import point  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import suite  # noqa: E402
+import train as training  # noqa: E402
 
 from graftlm.planning.instantiate import instantiate  # noqa: E402
 
@@ -87,21 +89,25 @@ def test_the_page_names_what_failed_and_shows_both_sides() -> None:
     assert "| LoRA | trl packed | 12.00 | 360 | 800 | 3.2500 |" in page
 
 
-def test_the_readmes_performance_section_is_what_the_figures_give() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.with_section(readme, suite.read(suite.RESULTS / "cpu.json")) == readme
+def test_the_sections_of_the_pages_are_what_the_figures_give() -> None:
+    results = suite.read(suite.RESULTS / "cpu.json")
+    for place, section in ((suite.README, report.README), (suite.MEMORY, report.LADDER)):
+        page = place.read_text(encoding="utf-8")
+        assert report.with_section(page, section, results) == page
 
 
-def test_other_figures_give_another_section_and_leave_the_rest_of_the_readme() -> None:
-    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter"
-    written = report.with_section(readme, _results())
+@pytest.mark.parametrize("section", [report.README, report.LADDER])
+def test_other_figures_give_another_section_and_leave_the_rest_of_the_page(section: report.Section) -> None:
+    page = f"before\n{section.begin}\nold\n{section.end}\nafter"
+    written = report.with_section(page, section, _results())
     assert written.startswith("before\n")
     assert written.endswith("\nafter")
     assert "old" not in written
-    assert "| 30M LoRA | 3.6x | 0.40x |" in written
-    assert report.with_section(written, _results()) == written
+    assert ("| 30M LoRA | 3.6x | 0.40x |" in written) == (section is report.README)
+    assert ("Not measured yet" in written) == (section is report.LADDER)  # it failed
+    assert report.with_section(written, section, _results()) == written
     with pytest.raises(ValueError, match="lacks the marks"):
-        report.with_section("no marks", _results())
+        report.with_section("no marks", section, _results())
 
 
 # ---- the suite -------------------------------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ def test_a_benchmark_that_takes_too_long_is_ended_with_its_children(
 
 def test_every_part_of_the_suite_is_a_script_that_is_there() -> None:
     parts = suite.parts_of(suite.BENCH)
-    assert {"kernels", "train-30m", "train-135m", "scaling"} <= {part.name for part in parts}
+    assert {"kernels", "train-30m", "train-135m", "scaling", "ladder"} == {part.name for part in parts}
     assert all((suite.BENCH / part.script).is_file() for part in parts)
     assert suite.TOTAL_SECONDS < 1200
 
@@ -156,6 +162,80 @@ def test_no_script_has_the_name_of_a_package_that_anything_looks_for() -> None:
     assert "kernels" in looked_for
     taken = {*sys.stdlib_module_names, *packages_distributions(), *looked_for}
     assert names & taken == set()
+
+
+# ---- training in turns -----------------------------------------------------------------------------------------------
+
+
+def test_a_side_works_only_in_its_turn_and_its_last_one_ends_with_it(tmp_path: Path) -> None:
+    # Two sides that log when they work: one of 3 steps, one of 2.
+    log = tmp_path / "log"
+    script = tmp_path / "side.py"
+    script.write_text(
+        "import json, sys, time\n"
+        f"sys.path.append({str(suite.BENCH)!r})\n"
+        "import train\n"
+        "work = json.loads(sys.argv[2])\n"
+        "turns = train.Turns(work['pipes'])\n"
+        "def step(n):\n"
+        "    for word in ('begins', 'ends'):\n"
+        f"        print(work['side'], word, file=open({str(log)!r}, 'a'))\n"
+        "        time.sleep(0.02)\n"
+        "turns.next()\n"
+        "for n in range(work['steps']):\n"
+        "    step(n)\n"
+        "    turns.end() if n + 1 == work['steps'] else turns.next()\n"
+        "print(json.dumps({'seconds': turns.seconds}))\n",
+        encoding="utf-8",
+    )
+    found = training.in_turns({"a": {"steps": 3}, "b": {"steps": 2}}, str(script))
+    turns = [line.split()[0] for line in log.read_text().splitlines()]
+    assert turns == ["a", "a", "b", "b", "a", "a", "b", "b", "a", "a"]
+    assert list(found) == ["a", "b"]
+    assert [len(side["seconds"]) for side in found.values()] == [3, 2]
+    assert all(0.04 <= s < 5 for side in found.values() for s in side["seconds"])
+
+
+def test_a_side_that_fails_is_said(tmp_path: Path) -> None:
+    script = tmp_path / "side.py"
+    script.write_text("import sys\nsys.exit('no such model')\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="trl failed:\nno such model"):
+        training.in_turns({"trl": {}}, str(script))
+
+
+def test_the_median_step_after_those_that_do_not_count() -> None:
+    turns = training.Turns(None, warm_up=2)
+    turns.seconds = [9.0, 9.0, 2.0, 1.0, 4.0]
+    assert turns.counted == 2.0
+    turns.seconds = [9.0, 5.0]
+    assert turns.counted == 5.0
+
+
+@pytest.mark.prove
+def test_both_sides_train_a_tiny_model_to_the_same_loss() -> None:
+    found = training.measure("tiny", ["lora", "qlora"], 4, warm_up=2, packing=["lora"])
+    for sides in found.values():
+        assert sides["graft"]["loss"] == pytest.approx(sides["trl"]["loss"], rel=2e-3)
+        assert all(side["examples_per_second"] > 0 for side in sides.values())
+    assert set(found["lora"]) == {"graft", "trl", "trl packed"}
+
+
+# ---- the memory ladder -----------------------------------------------------------------------------------------------
+
+
+def test_the_formula_of_a_rung_is_bytes_of_weight_gradient_and_states() -> None:
+    found = [rung.expected(1_000_000, 100_000) for rung in ladder.RUNGS]
+    assert found == pytest.approx([16, 12, 10.03125, 12.4, 6.03125, 4.23125])
+    assert ladder.RUNGS[-1].flags == "--precision bfloat16 --optimizer adamw-8bit --optimizer-in-backward"
+
+
+def test_a_rung_is_trained_as_graft_train_does_and_measured(tmp_path: Path) -> None:
+    ladder.prepare(tmp_path, "tiny", 1)
+    (found,) = ladder.measured(ladder.RUNGS[-1], tmp_path, "tiny", 1)
+    assert found["parameters"] == 8192 * 64 + 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 112 + 2 * 64) + 64
+    assert found["loss"] < found["loss_before"]
+    assert found["bytes_per_parameter"] > 0
+    assert f"| all three | `{found['flags']}` |" in ladder.table([found])
 
 
 # ---- growth ----------------------------------------------------------------------------------------------------------
@@ -170,10 +250,11 @@ def test_bytes_per_token_is_the_slope_of_the_line_through_the_points() -> None:
 def test_the_series_hold_fixed_what_they_say() -> None:
     found = scaling.series("30m")
     assert {line["point"].tokens for line in found["sequence"]} == {4096}
-    assert [line["point"].sequence for line in found["sequence"]][:6] == [128, 256, 512, 1024, 2048, 4096]
+    assert {line["point"].sequence for line in found["sequence"]} == {128, 512, 1024, 2048, 4096}
     assert {line["point"].tokens for line in found["rank"]} == {2048}
-    assert [line["point"].rank for line in found["rank"]] == [4, 8, 16, 32, 64, 128, 256]
+    assert [line["point"].rank for line in found["rank"]] == [4, 16, 64, 256]
     assert {line["point"].sequence for line in found["batch"]} == {128}
+    assert {line["point"].batch for line in found["batch"]} == {1, 4, 16, 64}
     assert {line["vocabulary"] for line in found["vocabulary"]} == {None, scaling.LARGE}
 
 
@@ -363,5 +444,6 @@ def test_measuring_changes_nothing_that_was_given() -> None:
     before = _results()
     after = copy.deepcopy(before)
     report.page(after)
-    report.section(after)
+    report.README.written(after)
+    report.LADDER.written(after)
     assert before == after
