@@ -7,29 +7,38 @@ the code as it is and fail on the code with the bug. A list that grows where a t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import tiny_run
 import torch
 
 from graftlm import files
-from graftlm.adapters import canary, fit, manifest
+from graftlm.adapters import canary, fit, gguf, manifest, merge, merged
 from graftlm.adapters import format as adapter_format
+from graftlm.adapters.drift import Drift
 from graftlm.base.load import Base
+from graftlm.config import TrainConfig
+from graftlm.experiments import merging
 from graftlm.training import checkpoint, resume
 from graftlm.training import optimizer as optimizers
-from graftlm.training import run as runs
 from graftlm.training.recorder import Recorder
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / room) for room in ("adapters", "training")]
+sys.path[:0] = [str(HERE / room) for room in ("adapters", "experiments", "training")]
 
+import test_combine  # noqa: E402
 import test_files  # noqa: E402
+import test_gguf  # noqa: E402
 import test_loader  # noqa: E402
+import test_merge  # noqa: E402
+import test_merging  # noqa: E402
 import test_resume  # noqa: E402
 
 
@@ -47,6 +56,14 @@ class Bench:
     @property
     def saved(self) -> Path:
         return test_loader.write(self.base, self.place / "adapter")
+
+    @property
+    def three(self) -> list[Path]:
+        return test_combine.three(test_merge.loaded(tiny.folder("llama")), self.place)
+
+    @property
+    def trained(self) -> Path:
+        return test_merging.run_on_four_bits(Path(tempfile.mkdtemp(dir=self.place.parent)))
 
     def stop_after(self, step: int) -> None:
         settled = getattr(Recorder.settled, "plain", Recorder.settled)
@@ -141,8 +158,6 @@ LOADER = (
 
 
 def _renamed(found: Any) -> Any:
-    from dataclasses import replace
-
     return replace(found, digest=manifest.digest_of({"name": found.path.name, "digest": found.digest}))
 
 
@@ -192,7 +207,7 @@ CHECKPOINT = (
     ),
     Bug(
         "checkpoint", "--resume takes whatever options it gets",
-        around(runs, "identify", lambda real: lambda *given: resume.Identity({})),
+        set_to(resume, "_FREE", set(TrainConfig.model_fields)),
         lambda b: test_resume.test_going_on_with_another_option_is_refused_with_both_values(
             b.place, b.stop_after, {"batch_size": 4}, "batch-size was 5, now 4"
         ),
@@ -208,8 +223,94 @@ CHECKPOINT = (
     ),
 )  # fmt: skip
 
-MERGE: tuple[Bug, ...] = ()
-"""Bugs of merging stand here."""
+# ---- bugs of merging ------------------------------------------------------------------------------------------------
+
+
+def of_merger(**wrong: Any) -> Callable[[pytest.MonkeyPatch], Any]:
+    """What a merger knows of itself, otherwise."""
+
+    def wrap(real: Callable[..., None]) -> Callable[..., None]:
+        def begin(self: Any) -> None:
+            real(self)
+            for name, value in wrong.items():
+                setattr(self, name, value)
+
+        return begin
+
+    return around(merge.Merger, "__post_init__", wrap)
+
+
+def without_magnitude(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def applied(slot: Any, *given: Any) -> torch.Tensor:
+        return real(replace(slot, magnitude=None) if getattr(slot, "magnitude", None) is not None else slot, *given)
+
+    return applied
+
+
+def rounded_before_it_is_added(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda self, weight, row, rows: rows + (real(self, weight, row, rows) - rows).bfloat16().float()
+
+
+@contextmanager
+def in_place(place: Path) -> Iterator[Path]:
+    place.mkdir(parents=True)
+    yield place
+
+
+def kind(which: str, architecture: str) -> Callable[[Bench], None]:
+    return lambda b: test_merge.test_every_kind_of_adapter_merges_to_the_live_models_logits(
+        which, architecture, b.place
+    )
+
+
+MERGE = (
+    Bug(
+        "merge", "the scale alpha / r is lost",
+        around(merge, "low_rank_rows", lambda real: lambda slot, *given: real(slot, *given) / slot.scale),
+        kind("plain", "llama"),
+    ),
+    Bug("merge", "DoRA's magnitude is left out", around(merge, "applied", without_magnitude), kind("dora", "llama")),
+    Bug(
+        "merge", "an embedding that is trained whole stays the head", of_merger(unties=False),
+        kind("whole embeddings", "qwen3"),
+    ),
+    Bug(
+        "merge", "a head that repeats the embedding stays behind", of_merger(head_copies=[]),
+        lambda b: test_merge.test_a_head_that_the_checkpoint_repeats_does_not_stay_behind("plain", b.place),
+    ),
+    Bug(
+        "merge", "the update is rounded before it is added", around(merge.Merger, "merged", rounded_before_it_is_added),
+        lambda b: test_merge.test_each_weight_is_rounded_once_from_float32(b.place),
+    ),
+    Bug(
+        "merge", "it goes onto the original base whatever is asked", of_merger(onto="original"),
+        lambda b: test_merge.test_merged_onto_the_dequantized_base_it_is_the_model_that_was_trained("llama", "nf4", b.place),
+    ),
+    Bug(
+        "merge", "TIES counts weights in the vote on the sign",
+        around(merge, "combine", lambda real: lambda updates, weights, how: real(
+            [w * u for u, w in zip(updates, weights)], [1.0] * len(weights), how)),
+        lambda b: test_combine.test_ties_is_pefts_on_whole_updates(0.5, b.three),
+    ),
+    Bug(
+        "merge", "what DARE keeps is not made larger", 
+        around(merge, "dropped", lambda real: lambda update, density, *given: density * real(update, density, *given)),
+        lambda b: test_combine.test_dare_is_pefts_given_the_same_draws("dare-linear", 0.4, b.three, b.patch),
+    ),
+    Bug(
+        "merge", "a merge that fails leaves half of a model", set_to(merged, "whole_folder", in_place),
+        lambda b: test_merge.test_a_merge_that_fails_on_the_way_leaves_nothing(b.place, b.patch),
+    ),
+    Bug(
+        "merge", "the drift is never above the limit",
+        set_to(merging, "compare", lambda base, onto, live: Drift(onto, live.loss, 0.0, 1.0)),
+        lambda b: test_merging.test_above_max_drift_nothing_is_written_and_the_way_out_is_named(b.trained, b.place),
+    ),
+    Bug(
+        "merge", "GGUF has the rows of q and k in transformers' order", set_to(gguf, "interleaved", lambda rows, heads: rows),
+        lambda b: test_gguf.test_transformers_reads_the_file_with_the_same_logits("llama", b.place),
+    ),
+)  # fmt: skip
 
 BUGS = (*LOADER, *CHECKPOINT, *MERGE)
 

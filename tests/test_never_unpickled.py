@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import pickle
@@ -18,9 +19,24 @@ import torch
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import detach
+from graftlm.adapters.export import export_adapter
+from graftlm.adapters.imported import import_adapter
+from graftlm.adapters.store import Store
+from graftlm.adapters.store.lineage import lineage
+from graftlm.adapters.store.remote import Remote
+from graftlm.adapters.store.transfer import pull, push
 from graftlm.base.load import load_base
-from graftlm.config import GenerateConfig, TrainConfig
+from graftlm.config import (
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    MergeConfig,
+    PullConfig,
+    PushConfig,
+    TrainConfig,
+)
 from graftlm.errors import AdapterError, DataError, GraftError, ModelError, RunError, Stopped
+from graftlm.experiments.merging import merge
 from graftlm.files import sha256
 from graftlm.serving.generate import generate_text
 from graftlm.training.recorder import Recorder
@@ -100,10 +116,53 @@ def test_an_adapter_folder(tmp_path: Path, acting: bytes, mark: Path, which: str
         lambda: adapter_format.load(load_base(model, device="cpu"), place),
         lambda: generate_text(GenerateConfig(model=model, adapter=place, prompt="a")),
         lambda: tiny_run.train(tmp_path, from_adapter=str(place), rank=None, alpha=None),
+        lambda: Store(tmp_path / "store").publish(place, "x"),
+        lambda: import_adapter(
+            ImportConfig(source=str(place), name="x", model=model, store=tmp_path / "store", device="cpu")
+        ),
+        lambda: export_adapter(ExportConfig(version=str(place), out=tmp_path / "a")),
+        lambda: export_adapter(ExportConfig.build({"version": str(place), "out": tmp_path / "b", "for": "vllm"})),
+        lambda: merge(MergeConfig(model=model, adapter=(str(place),), out=tmp_path / "c", unmeasured=True)),
     ]
     for way in ways:
         with pytest.raises(AdapterError):
             way()
+    assert not mark.exists()
+
+
+STORES = ("store.json", "bases/*/journal.jsonl", "bases/*/versions/*/adapter_model.safetensors",
+          "bases/*/versions/*/graft.json", "bases/*/versions/*/run.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("which", STORES)
+def test_a_store_and_a_place_that_is_pulled_from(tmp_path: Path, acting: bytes, mark: Path, which: str) -> None:
+    store = Store(tmp_path / "store")
+    tiny_run.train(tmp_path, steps=1)
+    version, _ = store.publish(tmp_path / "run", "x")
+    Remote(str(tmp_path / "shared")).push(version)
+    (file,) = store.root.glob(which)
+    file.chmod(0o644)
+    file.write_bytes(acting)
+    ways: list[Callable[[], Any]] = [
+        lambda: lineage(store, store.find("x@1")),
+        lambda: push(PushConfig(place=str(tmp_path / "other"), store=store.root)),
+        lambda: export_adapter(ExportConfig(version="x@1", out=tmp_path / "out", store=store.root)),
+    ]
+    for way in ways:
+        if "run.json" in which:  # facts for people, left out where they cannot be read
+            way()
+            continue
+        with pytest.raises(GraftError):
+            way()
+    if file.name != "store.json":
+        assert store.verify().faults
+    for there in (tmp_path / "shared").rglob("*"):
+        if there.is_file():
+            good = there.read_bytes()
+            there.write_bytes(acting)
+            with contextlib.suppress(GraftError):
+                pull(PullConfig(place=str(tmp_path / "shared"), store=tmp_path / there.name))
+            there.write_bytes(good)
     assert not mark.exists()
 
 
@@ -156,6 +215,7 @@ def test_a_model_folder(tmp_path: Path, acting: bytes, mark: Path, spoil: Callab
         lambda: tiny_run.train(tmp_path, model=str(place)),
         lambda: tiny_run.train(tmp_path, model=str(place), method="full", out=str(tmp_path / "full")),
         lambda: generate_text(GenerateConfig(model=str(place), prompt="a")),
+        lambda: merge(MergeConfig(model=str(place), out=tmp_path / "merged", gguf=tmp_path / "m.gguf")),
     ]
     for way in ways:
         with pytest.raises(ModelError):

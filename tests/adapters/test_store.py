@@ -305,6 +305,26 @@ def test_a_line_that_a_crash_cut_short_is_passed_over_and_taken_away(store: Stor
     assert journal.read_bytes().count(b"\n") == 4
 
 
+@pytest.mark.parametrize(
+    "tail", [b"0123", b"0123456789abcdef", b"0123456789abcdef ", b"0123456789abcdef {\0\0", b"\0\0\0"]
+)
+def test_a_tail_that_a_crash_can_leave_is_passed_over(tail: bytes, store: Store) -> None:
+    journal = store.root / "bases" / BASE / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + tail)
+    assert [v.number for v in store.versions()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("tail", [b"\x80\x04\x95not a line", b"0123456789abcdeF", b"0123456789abcdef[", b"{}"])
+def test_a_tail_that_is_no_beginning_of_a_line_is_damage(tail: bytes, store: Store) -> None:
+    journal = store.root / "bases" / BASE / "journal.jsonl"
+    whole = journal.read_bytes()
+    for content, line in ((whole + tail, 3), (tail, 0)):
+        journal.write_bytes(content)
+        with pytest.raises(StoreError, match=rf"damaged after line {line}"):
+            store.versions()
+        assert store.verify().faults
+
+
 def test_a_journal_that_cannot_be_written_records_nothing(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

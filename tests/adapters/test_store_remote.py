@@ -202,6 +202,16 @@ def test_a_place_that_is_not_there_or_not_readable_is_said(tmp_path: Path) -> No
         got(tmp_path / "here", "nosuch://x/y")
 
 
+def test_nothing_to_push_and_nothing_to_pull_are_said(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match="empty holds no versions; push some there first"):
+        got(tmp_path / "here", str(tmp_path / "empty"))
+    for version in store.versions():
+        store.remove(version.label)
+    with pytest.raises(StoreError, match="holds no versions to push; publish one first"):
+        sent(store, str(tmp_path / "empty"))
+
+
 def test_two_words_with_a_slash_are_the_hub_and_paths_are_places() -> None:
     assert is_hub_id("owner/name")
     assert not any(is_hub_id(p) for p in ("./owner/name", "/a/b", "s3://a/b", "~/x", "a/b/c", "name"))

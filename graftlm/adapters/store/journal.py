@@ -5,7 +5,8 @@
 
 A line begins with a checksum over itself and the line before, so a flipped byte, a lost line and a changed order are all
 found. Writers take turns by a lock that the system gives back with a dying process, and a line is on the disk before the
-lock is free. A line that a crash cut short has no end: readers leave it out, and the next writer takes it away.
+lock is free. A line that a crash cut short has no end: readers leave it out, and the next writer takes it away. Other bytes
+than the beginning of a line are damage.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,8 @@ from graftlm.errors import StoreError
 
 _START = "0" * 16
 _SUM = 16  # hexadecimal digits of the checksum in front of a line
+_CUT_SHORT = re.compile(rb"[0-9a-f]{0,16}|[0-9a-f]{16} (\{.*)?", re.DOTALL)
+"""The beginning of a line, as far as it came."""
 
 Event = dict[str, Any]
 
@@ -84,6 +88,10 @@ class Journal:
                     "backup, or pull its versions again into another store; the versions beside it are not touched"
                 ) from None
             last = found
+        if not _CUT_SHORT.fullmatch(data[whole:].rstrip(b"\0")):  # some file systems fill up with zeros after a crash
+            raise StoreError(
+                f"{self.path} is damaged after line {len(events)}: what stands there is no line that was cut short"
+            )
         return events, last, whole
 
 

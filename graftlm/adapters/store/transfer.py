@@ -16,7 +16,7 @@ from graftlm.adapters.store.names import parse
 from graftlm.adapters.store.remote import Remote, chosen, pull_records
 from graftlm.adapters.store.shelf import Version
 from graftlm.config import PullConfig, PushConfig
-from graftlm.errors import ConfigError
+from graftlm.errors import ConfigError, StoreError
 
 _HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -52,7 +52,10 @@ def pull(config: PullConfig) -> dict[str, Any]:
     if config.revision is not None:
         raise ConfigError("--revision is for a repository of the hub; leave it out")
     remote = Remote(config.place)
-    records = chosen(remote.records(), [parse(text) for text in config.versions], config.place)
+    there = remote.records()
+    if not there:
+        raise StoreError(f"{config.place} holds no versions; push some there first: graft adapters push {config.place}")
+    records = chosen(there, [parse(text) for text in config.versions], config.place)
     if config.name is not None and len(records) != 1:
         raise ConfigError(f"--name is for one version, and {len(records)} are meant; name one, such as formal@1")
     return _report(config.place, pull_records(store, remote, records, config.name))
@@ -60,7 +63,10 @@ def pull(config: PullConfig) -> dict[str, Any]:
 
 def _wanted(store: Store, config: PushConfig) -> list[Version]:
     if not config.versions:
-        return store.versions(config.base)
+        found = store.versions(config.base)
+        if not found:
+            raise StoreError(f"{store.root} holds no versions to push; publish one first: graft adapters publish")
+        return found
     return list({v.label: v for v in (store.find(text, config.base) for text in config.versions)}.values())
 
 
