@@ -51,7 +51,8 @@ _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 
 
 def check_gguf(folder: Path) -> None:
-    """Raise ModelError where a model's architecture or tokenizer cannot be written; reads no weight."""
+    """Raise ModelError where a model's architecture or tokenizer cannot be written, or nothing can; reads no weight."""
+    _package()
     config = load_config(folder, False)
     _architecture(config)
     _check_numbers(config)

@@ -37,12 +37,14 @@ _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
     """Merge as the config says; returns what `--json` prints. Raises GraftError, and then nothing is written."""
-    _free(config.out)
+    _free(config.out, config.gguf)
     folders = [(locate(name, config.store, model=config.model), weight) for name, weight in config.weighted()]
     manifests = [adapter_format.inspect_folder(folder).manifest for folder, _ in folders]
     precision = _trained_on(manifests, [folder for folder, _ in folders])
     say("reading the base's shapes")
     base = load_skeleton(config.model, precision=precision or "float32", trust_remote_code=config.trust_remote_code)
+    if config.gguf is not None:
+        gguf.check_gguf(base.folder)
     adapters = [Weighted(adapter_format.load(base, folder), weight) for folder, weight in folders]
     compressed = precision in ("int8", "nf4")
     onto: Onto = config.onto or ("dequantized" if compressed else "original")
@@ -64,7 +66,12 @@ def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
         if config.max_drift is not None and chosen.relative > config.max_drift:
             raise MergeRefused(_too_far(config, onto, drifts), report(config, onto, live, drifts))
     else:
-        notes += [note for given in adapters for note in (given.adapter.origin.notes if given.adapter.origin else ())]
+        told = [note for given in adapters if given.adapter.origin for note in given.adapter.origin.notes]
+        notes += dict.fromkeys(told)
+        if len(adapters) > 1 and not config.unmeasured:
+            notes.append(
+                "the drift was not measured: no live model runs several adapters by weight; try it on held-out rows"
+            )
 
     merger = mergers[onto] = Merger(base, adapters, recipe, onto)  # a fresh count of what rounding takes
     manifest = _manifest(config, base, adapters, manifests, onto, drifts)
@@ -78,11 +85,16 @@ def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
             **report(config, onto, live, drifts), "out": str(config.out), "bytes": written.bytes, "shards": written.shards,
             "dtypes": written.dtypes, "rounding": rounding_of(merger), "unties": merger.unties, "notes": notes,
         }  # fmt: skip
-        if config.gguf is not None:
-            say(f"writing {config.gguf}")
-            done["gguf"] = gguf.write_gguf(config.out, config.gguf, config.gguf_type)
     except OSError as error:
         raise RunError(f"{config.out} cannot be written: {error.strerror or error}; nothing is left of it") from None
+    if config.gguf is not None:
+        say(f"writing {config.gguf}")
+        try:
+            done["gguf"] = gguf.write_gguf(config.out, config.gguf, config.gguf_type)
+        except OSError as error:
+            raise RunError(
+                f"{config.gguf} cannot be written: {error.strerror or error}; {config.out} is whole"
+            ) from None
     return done
 
 
@@ -106,9 +118,11 @@ def report(config: MergeConfig, onto: Onto, live: Live | None, drifts: Sequence[
     }
 
 
-def _free(out: Path) -> None:
+def _free(out: Path, file: Path | None) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already; name a folder that is not")
+    if file is not None and file.exists():
+        raise ConfigError(f"--gguf {file} is there already; name a file that is not")
 
 
 def _trained_on(manifests: Sequence[dict[str, Any] | None], folders: Sequence[Path]) -> Precision | None:

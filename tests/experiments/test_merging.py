@@ -22,7 +22,7 @@ from graftlm.base.load import load_base
 from graftlm.config import MergeConfig
 from graftlm.data.documents import load
 from graftlm.data.sources import named_source
-from graftlm.errors import ConfigError, RunError, StoreError
+from graftlm.errors import ConfigError, ModelError, RunError, StoreError
 from graftlm.experiments.merging import MergeRefused, merge
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
@@ -89,7 +89,7 @@ def test_what_was_measured_is_what_is_written(trained: Path, tmp_path: Path) -> 
     for onto in ("original", "dequantized"):
         done = merge(asked(trained, tmp_path / onto, onto=onto))
         told = next(d["loss"] for d in done["drift"] if d["onto"] == onto)
-        losses.append(float(tiny.mean_loss(tiny.plain(tmp_path / onto), rows)))
+        losses.append(tiny.mean_loss(tiny.plain(tmp_path / onto), rows).item())
         assert told == pytest.approx(losses[-1], rel=1e-5)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3), "otherwise this test shows nothing"
 
@@ -172,3 +172,30 @@ def test_several_adapters_are_not_measured_and_say_so(trained: Path, tmp_path: P
     done = merge(asked(trained, tmp_path / "out", adapter=both))
     assert [a["weight"] for a in done["adapters"]] == [1.0, 0.3]
     assert done["drift"] == []
+    assert "the drift was not measured" in done["notes"][-1]
+    assert len(set(done["notes"])) == len(done["notes"])
+
+
+def test_a_gguf_file_is_written_beside_the_folder_and_what_cannot_be_is_said_before_anything_is(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "m.gguf"
+    done = merge(asked(trained, tmp_path / "out", gguf=str(file), gguf_type="f32"))
+    assert (done["gguf"]["tensors"], done["gguf"]["architecture"]) == (21, "llama")
+    with pytest.raises(ConfigError, match=r"--gguf .*m\.gguf is there already"):
+        merge(asked(trained, tmp_path / "again", gguf=str(file)))
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("graftlm.adapters.gguf.write_gguf", full)
+        with pytest.raises(RunError, match=r"b\.gguf cannot be written: No space left on device; .*whole is whole"):
+            merge(asked(trained, tmp_path / "whole", gguf=str(tmp_path / "b.gguf"), unmeasured=True))
+    assert tiny.plain(tmp_path / "whole").num_parameters() > 0
+    odd = Path(shutil.copytree(tiny_run.folder(), tmp_path / "odd"))
+    told = json.loads((odd / "tokenizer.json").read_text())
+    (odd / "tokenizer.json").write_text(json.dumps({**told, "normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(ModelError, match="has no name for"):
+        merge(asked(trained, tmp_path / "never", model=str(odd), gguf=str(tmp_path / "c.gguf")))
+    assert not (tmp_path / "never").exists()
