@@ -26,24 +26,25 @@ def table(found: dict[str, Any]) -> str:
     for kind in ("float32", "bfloat16", "nf4"):
         mine, base = f"graft {kind} mixed", f"graft {kind} base"
         ratio(f"8 adapters mixed vs our own {kind} base alone, batch 8", mine, base, 0.8, 0.92, share=True)
-    traffic = found["traffic"]
-    value = traffic["few"]["tokens_per_second"] / traffic["all"]["tokens_per_second"]
-    few, every = (traffic[k]["tokens_per_second"] for k in ("few", "all"))
-    rows.append((
-        f"{traffic['store']} adapters in the store, Zipf over {traffic['slots']} slots, vs all resident",
-        f"{value:.0%} ({few:.1f} beside {every:.1f} tokens/s, {traffic['few']['swaps']:g} swaps)", "70%", "90%",
-        _reached(value, 0.7, 0.9),
-    ))  # fmt: skip
-    for count, one in found["choosing"].items():
+    if "traffic" in found:
+        traffic = found["traffic"]
+        few, every = (traffic[k]["tokens_per_second"] for k in ("few", "all"))
+        what = f"{few:.1f} beside {every:.1f} tokens/s; {traffic['few']['swaps']} swaps, {traffic['few']['loads']} from disk"
+        rows.append((
+            f"{traffic['store']} adapters in the store, Zipf over {traffic['slots']} slots, vs all resident",
+            f"{few / every:.0%} ({what}, in {traffic['requests']} requests)", "70%", "90%", _reached(few / every, 0.7, 0.9),
+        ))  # fmt: skip
+    for count, one in found.get("choosing", {}).items():
         milliseconds, change = one["seconds"] * 1e3, one["change_seconds"] * 1e3
         what = f"choosing a resident adapter among {count}"
         figure = f"{milliseconds:.4f} ms; a step after a change {change:+.2f} ms"
         rows.append((what, figure, "1 ms", "0.1 ms", _reached(-milliseconds, -1, -0.1)))
-    memory = found["memory"]
-    rows.append((
-        "memory per further resident adapter", f"{memory['ratio']:.2f} of its own {memory['own_bytes'] / 1e6:.1f} MB",
-        "1.1", "", _reached(-memory["ratio"], -1.1, -1.1),
-    ))  # fmt: skip
+    if "memory" in found:
+        memory = found["memory"]
+        rows.append((
+            "memory per further resident adapter", f"{memory['ratio']:.2f} of its own {memory['own_bytes'] / 1e6:.1f} MB",
+            "1.1", "", _reached(-memory["ratio"], -1.1, -1.1),
+        ))  # fmt: skip
     lines = [
         "# Serving, beside transformers + PEFT + bitsandbytes", "",
         f"`python bench/serve.py --json bench/results/serve.json`, {found['seconds']:.0f} s, {machine['processor']}, "
@@ -58,7 +59,7 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"- {name}: {run['same_as_peer']} of {run['answers']}")
     steps = [f"{name.removeprefix('graft ')} {run['milliseconds_a_step']:.1f}" for name, run in turns.items()
              if "milliseconds_a_step" in run]  # fmt: skip
-    lines += ["", f"Our milliseconds a step, prompts' steps included: {', '.join(steps)}."]
+    lines += ["", f"Our milliseconds a decoding step: {', '.join(steps)}."]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions}."])
 

@@ -45,8 +45,8 @@ class Size:
     rounds: int = 3
     store: int = 200
     """Adapters in the store of the Zipf traffic."""
-    requests: int = 128
-    """Requests of that traffic, after as many that warm up."""
+    requests: int = 48
+    """Requests of that traffic in one round; as many warm up."""
     resident: tuple[int, ...] = (2, 16, 100, 500)
     """How many resident adapters one is chosen among."""
     further: int = 24
@@ -105,6 +105,7 @@ class Graft:
         self.digests: dict[int, str] = {}
         self.inspect = adapter_format.inspect_folder
         self.number = 0
+        self.small: dict[str, Any] = {}
         self.engine = self._engine(slots=SLOTS)
 
     def _engine(self, **limits: Any) -> Any:
@@ -137,42 +138,59 @@ class Graft:
         """Seconds and tokens of `batch` answers, each with its own adapter or all of the bare base."""
         asks = prompts(seed, batch, self.base.anatomy.vocabulary)
         asked = [self._request(ask, new, adapters[i] if adapters else None) for i, ask in enumerate(asks)]
-        steps, step_seconds = self.engine.counts.steps, self.engine.counts.step_seconds
+        counts = self.engine.counts
         began = time.perf_counter()
-        tokens = self._answer(self.engine, asked)
+        news = self.engine.run(asked)
+        first = next(news)
+        steps, step_seconds = counts.steps, counts.step_seconds  # after the prompts
+        found: dict[str, list[int]] = {one.id: [] for one, _ in asked}
+        for piece in (first, *news):
+            found[piece.id] += piece.tokens
         seconds = time.perf_counter() - began
-        steps, step_seconds = self.engine.counts.steps - steps, self.engine.counts.step_seconds - step_seconds
-        return {"seconds": seconds, "tokens": tokens, "steps": steps, "step_seconds": step_seconds}
+        step = (counts.step_seconds - step_seconds) / (counts.steps - steps)
+        return {"seconds": seconds, "tokens": list(found.values()), "decoding_step_seconds": step}
 
-    def traffic(self, seed: int, count: int, new: int, slots: int) -> dict[str, Any]:
-        """Requests for adapters by Zipf's law, SLOTS at a time: once to warm up, once more (other prompts, same law) timed."""
+    def traffic(self, seed: int, count: int, new: int, slots: int, times: int) -> dict[str, Any]:
+        """Requests for adapters by Zipf's law: with all adapters resident, and with few slots, in turns.
+
+        The first turn of each warms up. Adapters beyond the slots are host copies once they were asked for; the first time
+        they come from disk, in the timed turns too.
+        """
         import numpy as np
 
-        engine = self._engine(slots=slots)
-        random = np.random.default_rng(seed)
-        ranks = np.arange(1, len(self.folders) + 1)
-        every = [] if slots < len(self.folders) else list(range(len(self.folders)))
-        for adapter in every:  # all resident: nothing has to be loaded later
-            self._answer(engine, [self._request([1, 2], 1, adapter)])
-        seconds = 0.0
-        before = engine.residents.counters
-        for _ in range(2):
-            chosen = random.choice(len(ranks), count, p=(1 / ranks) / (1 / ranks).sum())
+        count_of_all = len(self.folders)
+        engines = {"all": self._engine(slots=count_of_all), "few": self._engine(slots=slots)}
+        for adapter in range(count_of_all):  # all resident: nothing has to be loaded later
+            self._answer(engines["all"], [self._request([1, 2], 1, adapter)])
+        ranks = np.arange(1, count_of_all + 1)
+        share = (1 / ranks) / (1 / ranks).sum()
+        found: dict[str, Any] = {name: {"seconds": []} for name in engines}
+        before: dict[str, tuple[int, int]] = {}
+        for time_ in range(-1, times):
+            random = np.random.default_rng([seed, time_ + 1])
+            chosen = random.choice(count_of_all, count, p=share)
             asks = prompts(int(random.integers(1 << 30)), count, self.base.anatomy.vocabulary)
-            asked = [self._request(ask, new, int(a)) for ask, a in zip(asks, chosen)]
-            swaps, loads = before.swaps, before.loads
-            began = time.perf_counter()
-            self._answer(engine, asked)
-            seconds = time.perf_counter() - began
-        counters = engine.residents.counters
-        engine.close()
-        return {"seconds": seconds, "tokens_per_second": count * new / seconds, "swaps": counters.swaps - swaps,
-                "loads": counters.loads - loads}  # fmt: skip
+            for name in ("all", "few") if time_ % 2 == 0 else ("few", "all"):
+                engine = engines[name]
+                asked = [self._request(ask, new, int(a)) for ask, a in zip(asks, chosen)]
+                began = time.perf_counter()
+                self._answer(engine, asked)
+                if time_ >= 0:
+                    found[name]["seconds"].append(time.perf_counter() - began)
+                else:
+                    before[name] = (engine.residents.counters.swaps, engine.residents.counters.loads)
+        for name, engine in engines.items():
+            counters, (swaps, loads) = engine.residents.counters, before[name]
+            found[name] |= {"swaps": counters.swaps - swaps, "loads": counters.loads - loads}
+            found[name]["tokens_per_second"] = count * new / statistics.median(found[name]["seconds"])
+            engine.close()
+        return {**found, "slots": slots, "store": count_of_all, "requests": count * times}
 
-    def choosing(self, resident: int, tries: int = 300) -> dict[str, Any]:
+    def choosing(self, resident: int, most: int, tries: int = 300) -> dict[str, Any]:
         """Seconds to choose one of many resident adapters for a request, and those that a step takes longer for a change."""
         engine = self._engine(slots=resident, running=2)
-        small = _small_adapters(self.base, resident)
+        self.small = self.small or _small_adapters(self.base, most)
+        small = dict(list(self.small.items())[:resident])
         engine.residents._load = lambda folder: small[folder.name]
         for name in small:
             engine.residents.hold(name, Path(name))
@@ -351,7 +369,8 @@ class Side:
 # ---- the measurements -----------------------------------------------------------------------------------------------------
 
 
-def measure(size: Size, folder: Path, said: Callable[[str], None]) -> dict[str, Any]:
+def measure(size: Size, folder: Path, said: Callable[[str], None], found: dict[str, Any]) -> None:
+    """Fill `found`, part by part."""
     model, stored = folder / size.shape, folder / "adapters"
     make_model(size.shape, model)
     adapters = make_adapters(model, stored, size.store)
@@ -370,12 +389,16 @@ def measure(size: Size, folder: Path, said: Callable[[str], None]) -> dict[str, 
         for side in sides.values():
             side.ready()
         said("every side is ready")
-        found: dict[str, Any] = {"turns": _turns(sides, size, said)}
-        found["traffic"] = _traffic(sides["graft float32"], size, said)
+        found["turns"] = _turns(sides, size, said)
+        slots = min(SLOTS, size.store // 2)
+        found["traffic"] = sides["graft float32"].ask(
+            "traffic", seed=1, count=size.requests, new=size.new, slots=slots, times=size.rounds
+        )
+        said("traffic by Zipf's law")
         nf4 = sides["graft nf4"]
-        found["choosing"] = {str(n): nf4.ask("choosing", resident=n) for n in size.resident}
+        found["choosing"] = {str(n): nf4.ask("choosing", resident=n, most=max(size.resident)) for n in size.resident}
+        said("choosing")
         found["memory"] = nf4.ask("memory", count=size.further)
-        return found
     finally:
         for side in sides.values():
             side.close()
@@ -413,8 +436,8 @@ def _turns(sides: dict[str, Side], size: Size, said: Callable[[str], None]) -> d
         tokens = sum(len(t) for run in kept for t in run["tokens"]) / len(kept)
         found[name] = {"seconds": statistics.median(seconds), "every": seconds, "tokens": tokens, "answers": answers}
         found[name]["tokens_per_second"] = tokens / found[name]["seconds"]
-        if "step_seconds" in kept[0]:
-            found[name]["milliseconds_a_step"] = 1e3 * statistics.median(r["step_seconds"] / r["steps"] for r in kept)
+        if "decoding_step_seconds" in kept[0]:
+            found[name]["milliseconds_a_step"] = 1e3 * statistics.median(run["decoding_step_seconds"] for run in kept)
         other = runs.get(name.replace("graft", "peer")) or runs.get(
             name.replace("graft", "peer").replace("one", "bare one")
         )
@@ -422,20 +445,6 @@ def _turns(sides: dict[str, Side], size: Size, said: Callable[[str], None]) -> d
             pairs = [pair for a, b in zip(kept, other) for pair in zip(a["tokens"], b["tokens"])]
             found[name]["same_as_peer"] = sum(a == b for a, b in pairs)
     return found
-
-
-def _traffic(side: Side, size: Size, said: Callable[[str], None]) -> dict[str, Any]:
-    """The same requests with all adapters resident and with SLOTS slots, in turns."""
-    slots = {"all": size.store, "few": min(SLOTS, size.store // 2)}
-    runs: dict[str, list[dict[str, Any]]] = {"all": [], "few": []}
-    for round in range(min(size.rounds, 2)):
-        for name in ("all", "few") if round % 2 == 0 else ("few", "all"):
-            runs[name].append(side.ask("traffic", seed=round, count=size.requests, new=size.new, slots=slots[name]))
-        said(f"traffic {round + 1}")
-    found: dict[str, Any] = {
-        name: {key: statistics.median(run[key] for run in kept) for key in kept[0]} for name, kept in runs.items()
-    }
-    return {**found, "slots": slots["few"], "store": size.store, "requests": size.requests}
 
 
 def main() -> None:
@@ -453,17 +462,19 @@ def main() -> None:
         size = Size(**{**size.__dict__, "rounds": options.rounds})
     began = time.perf_counter()
 
+    found: dict[str, Any] = {"machine": described(), "size": size.__dict__}
+
     def said(text: str) -> None:
-        print(f"{time.perf_counter() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
+        found["seconds"] = time.perf_counter() - began
+        print(f"{found['seconds']:6.1f} s  {text}", file=sys.stderr, flush=True)
+        if options.json and "turns" in found:  # what is measured stays, should a later part fail
+            options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            options.json.with_suffix(".md").write_text(report_serve.table(found) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(size, Path(folder), said)
-    found = {"machine": described(), "size": size.__dict__, "seconds": time.perf_counter() - began, **found}
-    table = report_serve.table(found)
-    print(table)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        options.json.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+        measure(size, Path(folder), said, found)
+    said("done")
+    print(report_serve.table(found))
 
 
 if __name__ == "__main__":

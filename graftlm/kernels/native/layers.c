@@ -156,12 +156,15 @@ static void adapter_piece(const struct job *job, const struct product *p, int wh
     use_rows->spread(f->B, (int)f->b_type, f->rank, linear->out, h, chunk->rows, z, linear->out);
 }
 
-static void product_piece(const struct job *job, const struct product *p, int64_t piece) {
-    if (piece < p->count * job->chunk_count) { /* first, since they are the longer ones */
-        adapter_piece(job, p, (int)(piece % p->count), job->chunks + piece / p->count);
+/* Pieces of both kinds in turn, beginning with an adapter's: those wait for memory while tiles of W keep a core busy. */
+static void product_piece(const struct job *job, const struct product *p, int64_t piece, int64_t pieces) {
+    const int64_t shares = p->count * job->chunk_count;
+    const int64_t before = (piece * shares + pieces - 1) / pieces, after = ((piece + 1) * shares + pieces - 1) / pieces;
+    if (after > before) {
+        adapter_piece(job, p, (int)(before % p->count), job->chunks + before / p->count);
         return;
     }
-    piece -= p->count * job->chunk_count;
+    piece -= before;
     int which = 0;
     while (piece >= tiles_of(p->linear[which], p->in)) piece -= tiles_of(p->linear[which++], p->in);
     tile_piece(job, p, which, piece);
@@ -252,7 +255,8 @@ static int64_t pieces_of(const struct job *job, const struct product *product, e
     }
 }
 
-static void one_piece(const struct job *job, int64_t number, const struct product *product, enum kind kind, int64_t piece) {
+static void one_piece(const struct job *job, int64_t number, const struct product *product, enum kind kind, int64_t piece,
+                      int64_t pieces) {
     const struct layer *l = job->s->layer + number;
     switch (kind) {
         case NORM: norm_row(job, piece, number ? &l[-1].down : NULL, l->norm, job->n + piece * job->s->width); break;
@@ -260,7 +264,7 @@ static void one_piece(const struct job *job, int64_t number, const struct produc
         case ATTEND: attend_piece(job, l, piece); break;
         case NORM_AGAIN: norm_row(job, piece, &l->o, l->norm_again, job->n + piece * job->s->width); break;
         case ACT: act_row(job, l, piece); break;
-        default: product_piece(job, product, piece);
+        default: product_piece(job, product, piece, pieces);
     }
 }
 
@@ -293,7 +297,7 @@ static void go_through(void *context, int64_t first, int64_t last) {
             const int64_t pieces = pieces_of(job, &product, (enum kind)kind);
             int64_t piece;
             while ((piece = atomic_fetch_add_explicit(&phase->next, 1, memory_order_relaxed)) < pieces) {
-                one_piece(job, number, &product, (enum kind)kind, piece);
+                one_piece(job, number, &product, (enum kind)kind, piece, pieces);
                 atomic_fetch_add_explicit(&phase->done, 1, memory_order_release);
             }
             wait_for(phase, pieces);

@@ -22,7 +22,9 @@
 #define UNROLLED _Pragma("GCC unroll 16")
 #endif
 
-enum { AHEAD = 4096 }; /* bytes of W fetched ahead: rows are short, and the processor's own prefetching stops at their ends */
+enum { AHEAD = 4096, ROWS_OF_B = 4 };
+/* AHEAD: bytes of W fetched ahead: rows are short, and the processor's own prefetching stops at their ends. ROWS_OF_B: read
+ * side by side. */
 
 /* ---- four lanes: what every compiler makes something good of, NEON included ---- */
 

@@ -204,15 +204,16 @@ INLINE AVX2 float avx2_sum(__m256 v) {
 }
 
 /* 32 codes, the fours of each half's bytes being codes 0, 8, 16, 24 and 4, 12, 20, 28 on, to 4 x 8 floats in their order. */
-INLINE AVX2 void avx2_decode(const __m256i *table, __m256i codes, __m256 scale, __m256 *to) {
+INLINE AVX2 void avx2_decode(const __m256i *table, __m256i codes, const int scaled, __m256 scale, __m256 *to) {
     __m256i b0 = _mm256_shuffle_epi8(table[0], codes), b1 = _mm256_shuffle_epi8(table[1], codes);
     __m256i b2 = _mm256_shuffle_epi8(table[2], codes), b3 = _mm256_shuffle_epi8(table[3], codes);
     __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
     __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
-    to[0] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0)), scale);
-    to[1] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0)), scale);
-    to[2] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1)), scale);
-    to[3] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1)), scale);
+    to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+    to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+    to[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+    to[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+    if (scaled) UNROLLED for (int i = 0; i < 4; i++) to[i] = _mm256_mul_ps(to[i], scale);
 }
 
 /* The sums of eight registers' lanes. */
@@ -228,41 +229,41 @@ INLINE AVX2 __m256 avx2_eight_sums(const __m256 *v) {
 }
 
 /* `vpshufb` looks 32 codes up at once, a byte of their floats at a time; putting the four bytes together costs less than
- * the eight lookups of `vpermps`, which take two steps each on many processors. */
+ * the eight lookups of `vpermps`, which take two steps each on many processors. For one or two rows the scale is multiplied
+ * into a block's sums (2 products a row), for more into its values (8 products). */
 INLINE AVX2 void avx2_dot_rows(const uint8_t *packed, const float *scales, int64_t blocks, const float *high,
                                const float *low, int64_t stride, const int rows, float *sums) {
     const __m256i nibble = _mm256_set1_epi8(15), order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    const int chains = rows <= 2 ? 4 : rows <= 4 ? 2 : 1; /* sums of a row that go on side by side: each waits for itself */
+    const int late = rows <= 2, chains = rows <= 4 ? 2 : 1; /* sums of a row that go on side by side: each waits for itself */
     __m256i table[4]; /* of each byte of the 16 values, the same in both halves */
     UNROLLED for (int k = 0; k < 4; k++)
         table[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)tables.nf4_bytes[k]));
-    __m256 sum[MAX_ROWS];
-    UNROLLED for (int k = 0; k < rows * chains; k++) sum[k] = _mm256_setzero_ps();
+    __m256 all[MAX_ROWS], sum[MAX_ROWS];
+    UNROLLED for (int k = 0; k < rows * chains; k++) all[k] = sum[k] = _mm256_setzero_ps();
     for (int64_t b = 0; b < blocks; b++) {
         const __m256 scale = _mm256_set1_ps(scales[b]);
         const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)(packed + b * BLOCK_BYTES)), order);
         __m256 w[4];
-        avx2_decode(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), scale, w);
+        if (late) UNROLLED for (int k = 0; k < rows * chains; k++) sum[k] = _mm256_setzero_ps();
+        avx2_decode(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), !late, scale, w);
         UNROLLED for (int k = 0; k < rows; k++)
             UNROLLED for (int i = 0; i < 4; i++)
                 sum[k * chains + i % chains] = _mm256_fmadd_ps(
                     w[i], _mm256_loadu_ps(high + k * stride + b * BLOCK_BYTES + 8 * i), sum[k * chains + i % chains]);
-        avx2_decode(table, _mm256_and_si256(bytes, nibble), scale, w);
+        avx2_decode(table, _mm256_and_si256(bytes, nibble), !late, scale, w);
         UNROLLED for (int k = 0; k < rows; k++)
             UNROLLED for (int i = 0; i < 4; i++)
                 sum[k * chains + i % chains] = _mm256_fmadd_ps(
                     w[i], _mm256_loadu_ps(low + k * stride + b * BLOCK_BYTES + 8 * i), sum[k * chains + i % chains]);
+        if (late) UNROLLED for (int k = 0; k < rows * chains; k++) all[k] = _mm256_fmadd_ps(sum[k], scale, all[k]);
     }
+    if (late) UNROLLED for (int k = 0; k < rows * chains; k++) sum[k] = all[k];
     if (rows == MAX_ROWS) {
         _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), avx2_eight_sums(sum)));
         return;
     }
-    UNROLLED for (int k = 0; k < rows; k++) {
-        if (chains >= 2) sum[k * chains] = _mm256_add_ps(sum[k * chains], sum[k * chains + 1]);
-        if (chains == 4)
-            sum[k * chains] = _mm256_add_ps(sum[k * chains], _mm256_add_ps(sum[k * chains + 2], sum[k * chains + 3]));
-        sums[k] += avx2_sum(sum[k * chains]);
-    }
+    UNROLLED for (int k = 0; k < rows; k++)
+        sums[k] += avx2_sum(chains == 2 ? _mm256_add_ps(sum[2 * k], sum[2 * k + 1]) : sum[k]);
 }
 
 AVX2 static void avx2_dot(const uint8_t *packed, const float *scales, int64_t blocks, const float *high,
