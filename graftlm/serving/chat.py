@@ -1,17 +1,19 @@
 """`graft chat`: a conversation in the terminal, with one answerer or with two side by side.
 
 Each side has its own conversation: what it answered is what it is asked with next. One engine serves both, so the base is in
-memory once. Models that know texts only are given each line alone.
+memory once. Models that know texts only are given each line alone. What cannot be answered on one side is said there, and
+is no part of its conversation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -20,11 +22,13 @@ from rich.text import Text
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.store import locate
+from graftlm.base.keyvalues import may_keep
 from graftlm.base.load import Base, load_base
 from graftlm.config import ChatConfig
 from graftlm.errors import ConfigError, GraftError
 from graftlm.serving.engine import Engine, Limits
 from graftlm.serving.generate import checkpoint_precision
+from graftlm.serving.memory import cache_tokens
 from graftlm.serving.prompts import PromptBook, Prompts
 from graftlm.serving.request import Request, Sampling
 
@@ -60,6 +64,7 @@ class Answer:
     text: str = ""
     tokens: int = 0
     finish: str = ""
+    error: str = ""
 
 
 class Conversation:
@@ -69,7 +74,7 @@ class Conversation:
         """Load the base and find the adapters. Raises GraftError."""
         self.config = config
         names = [config.adapter or BASE, *([config.beside] if config.beside else [])]
-        folders = [None if name == BASE else locate(name, config.store) for name in names]
+        folders = [None if name == BASE else locate(name, config.store, model=config.model) for name in names]
         digests = ["" if folder is None else adapter_format.inspect_folder(folder).digest for folder in folders]
         manifests = [adapter_format.read_manifest(folder) if folder is not None else None for folder in folders]
         trained = [m["base"]["precision"] for m in manifests if m is not None]
@@ -81,8 +86,9 @@ class Conversation:
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
         book = PromptBook(self.base, config.format)
-        context = self.base.anatomy.max_positions or 8192
-        self.engine = Engine(self.base, Limits(running=2, cache_tokens=2 * context + 64, adapter_slots=2))
+        kept = may_keep(self.base)
+        limits = Limits(running=2, cache_tokens=cache_tokens(self.base, kept[0], running=2), adapter_slots=2)
+        self.engine = Engine(self.base, limits, kept=kept)
         system = [{"role": "system", "content": config.system}] if config.system else []
         self.sides = [
             Side(name, book.of(digest, folder), digest, folder, list(system))
@@ -113,12 +119,11 @@ class Conversation:
             answer = answers[int(piece.id.rpartition(".")[2])]
             answer.text += piece.text
             answer.tokens += len(piece.tokens)
-            if piece.finish == "error":
-                raise ConfigError(piece.error)
-            answer.finish = piece.finish or ""
+            answer.finish, answer.error = piece.finish or "", piece.error
             yield answers
         for side, answer in zip(self.sides, answers):
-            side.answered(line, answer.text)
+            if not answer.error:
+                side.answered(line, answer.text)
 
     def forget(self) -> None:
         """Begin anew."""
@@ -130,10 +135,13 @@ def render(sides: Sequence[Side], answers: Sequence[Answer]) -> RenderableType:
     """The answers, side by side where there are two."""
     panels: list[Panel] = []
     for side, answer in zip(sides, answers):
-        how = {"length": ", cut at the limit", "stop": ""}.get(answer.finish, " …")
+        how = {"length": ", cut at the limit", "stop": "", "error": ", then it failed"}.get(answer.finish, " …")
+        said = Text(answer.text.strip())
+        if answer.error:
+            said.append(("\n" if said else "") + answer.error, style="red")
         panels.append(
             Panel(
-                Text(answer.text.strip()), title=Text(side.label, style="bold"), title_align="left",
+                said, title=Text(side.label, style="bold"), title_align="left",
                 subtitle=Text(f"{answer.tokens} tokens{how}", style="dim"), subtitle_align="right",
             )
         )  # fmt: skip
@@ -156,16 +164,17 @@ def talk(config: ChatConfig, console: Console) -> None:
     try:
         while True:
             try:
-                line = console.input("[bold]> [/bold]").strip()
+                line = console.input("[bold]> [/bold]")
             except EOFError:
                 console.print()
                 return
-            if line in ("/exit", "/quit"):
+            command = line.strip()
+            if command in ("/exit", "/quit"):
                 return
-            if line == "/new":
+            if command == "/new":
                 conversation.forget()
                 console.print(Text("a new conversation", style="dim"))
-            elif line:
+            elif command:  # a model that was taught texts may need the space at the end
                 _show(conversation, line, console)
     finally:
         conversation.engine.close()
@@ -173,18 +182,33 @@ def talk(config: ChatConfig, console: Console) -> None:
 
 def _show(conversation: Conversation, line: str, console: Console) -> None:
     """Answer one line on the screen."""
-    news = conversation.ask(line)
-    last: RenderableType = Columns([])
+    answers: list[Answer] = []
     try:
-        with Live(console=console, refresh_per_second=12, transient=not console.is_terminal) as live:
-            for answers in news:
-                last = render(conversation.sides, answers)
+        with _interruptions() as interrupted, Live(console=console, refresh_per_second=12, transient=True) as live:
+            for answers in conversation.ask(line):
                 if console.is_terminal:
-                    live.update(last)
-        if not console.is_terminal:
-            console.print(last)
-    except KeyboardInterrupt:
-        news.close()  # type: ignore[attr-defined]
-        console.print(Text("stopped", style="dim"))
+                    live.update(render(conversation.sides, answers))
+                if interrupted():
+                    break
+        console.print(render(conversation.sides, answers))
+        if interrupted():
+            console.print(Text("stopped; it is not part of the conversation", style="dim"))
     except GraftError as error:
         console.print(Text(str(error), style="red"))
+
+
+@contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Meanwhile Ctrl-C only sets a flag, so that no step of the engine is cut in half; a second one is as ever."""
+    told: list[int] = []
+
+    def hear(number: int, frame: object) -> None:
+        told.append(number)
+        if len(told) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield lambda: bool(told)
+    finally:
+        signal.signal(signal.SIGINT, before)
