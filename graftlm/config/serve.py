@@ -7,7 +7,12 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Compute, Config, Names, Precision, option
+from graftlm.config.fields import Compute, Config, Names, Precision, flag_name, option
+
+# What the printed command can say to vLLM, or is ours in making it.
+_FOR_VLLM = frozenset({
+    "model", "precision", "trust_remote_code", "store", "adapter", "adapter_slots", "host", "port", "running", "engine", "out",
+})  # fmt: skip
 
 
 class ServeConfig(Config):
@@ -79,6 +84,8 @@ class ServeConfig(Config):
             raise ValueError("adapter: there is no store to take it from; give --store")
         if self.engine == "vllm" and self.store is None:
             raise ValueError("engine: there is nothing to export for vLLM; give --store")
+        if self.engine == "vllm":
+            self._fits_vllm()
         if self.engine == "embedded" and "out" in self.model_fields_set:
             raise ValueError("out: it is for --engine vllm only; leave it out")
         if self.step_tokens < self.running:
@@ -86,3 +93,18 @@ class ServeConfig(Config):
                 f"step-tokens: {self.step_tokens} are too few for a batch of {self.running}, each of which writes one a step"
             )
         return self
+
+    def _fits_vllm(self) -> None:
+        """Raise ValueError for what the command for vLLM could not carry."""
+        if self.keys is not None:
+            raise ValueError(
+                "keys: vLLM has one --api-key for everything, so it cannot keep to who may use which adapter; "
+                "leave it out, and put a gateway in front that checks keys"
+            )
+        if self.precision == "int8":
+            raise ValueError("precision: vLLM does not store a base as int8; take bfloat16, float32 or nf4")
+        for name in sorted(self.model_fields_set - _FOR_VLLM):
+            raise ValueError(
+                f"{flag_name(name)}: it is an option of the embedded engine, and the command for vLLM has no place for it; "
+                "leave it out"
+            )

@@ -1,7 +1,8 @@
 """`graft serve --engine vllm`: the same adapters on vLLM. They are checked and made fit for it; the command is printed.
 
 vLLM serves plain folders under fixed names: `formal` and `formal@prod` become two names of one folder. An adapter that vLLM
-cannot serve is refused with its reason before any command is printed, and then nothing is left half exported.
+cannot serve is refused with its reason before any command is printed. An exported folder is named by its version and digest
+and appears whole or not at all, so the next run takes what is there and adds what was published since.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from graftlm import demo
+from graftlm.adapters import format as adapter_format
 from graftlm.adapters.export import export_adapter
 from graftlm.adapters.store import Store, Version
+from graftlm.base.chat import Encoder
 from graftlm.base.fingerprint import fingerprint
-from graftlm.base.load import resolve
+from graftlm.base.load import load_tokenizer, resolve
 from graftlm.config import ExportConfig, ServeConfig
-from graftlm.errors import ConfigError, StoreError
+from graftlm.errors import AdapterError, StoreError
+
+Note = Callable[[str], None]
 
 
-def export_for_vllm(config: ServeConfig, note: Callable[[str], None]) -> dict[str, Any]:
+def export_for_vllm(config: ServeConfig, note: Note) -> dict[str, Any]:
     """Export what would be served; returns the command and what was written. Raises GraftError."""
     assert config.store is not None
-    base = fingerprint(resolve(config.model, config.trust_remote_code))
+    model = resolve(config.model, config.trust_remote_code)
+    base = fingerprint(model)
     wanted = _wanted(Store(config.store), base, config.adapter)
     if not wanted:
         raise StoreError(f"{config.store} has no adapters for {config.model} ({base[:12]}); publish one first")
@@ -32,33 +38,49 @@ def export_for_vllm(config: ServeConfig, note: Callable[[str], None]) -> dict[st
     for name, version in wanted.items():
         if version.digest in folders:
             continue
-        place = folders[version.digest] = config.out / version.label
-        said = export_adapter(
-            ExportConfig(
-                version=str(version.folder), out=place, for_="vllm", model=config.model,
-                trust_remote_code=config.trust_remote_code,
-            )
-        )  # fmt: skip
-        rank = max(rank, int(said["rank"]))
-        note(f"exported   {name}: rank {said['rank']}, {said['tensors']} tensors, {place}")
-    if config.keys is not None:
-        note("keys       vLLM has one --api-key for all adapters; who may use which is not told to it")
-    command = ["vllm", "serve", demo.resolve_model(config.model), "--host", config.host, "--port", str(config.port)]
-    command += [
-        "--enable-lora",
-        "--max-lora-rank",
-        str(rank),
-        "--max-loras",
-        str(min(config.adapter_slots, len(folders))),
-    ]
-    command += ["--max-num-seqs", str(config.running)]
-    command += ["--quantization", "bitsandbytes"] if config.precision == "nf4" else []
-    command += ["--trust-remote-code"] if config.trust_remote_code else []
-    command += ["--lora-modules", *(f"{name}={folders[version.digest]}" for name, version in wanted.items())]
+        place = folders[version.digest] = config.out / f"{version.label}-{version.digest[:12]}"
+        rank = max(rank, _exported(config, name, version, place, note))
+    if not Encoder(load_tokenizer(model)).has_own_template and _any_chats(wanted.values()):
+        note(
+            "template   the base has no chat template, and vLLM has no plain one: ask /v1/completions, or give --chat-template"
+        )
+    command = _command(config, rank, len(folders), {name: folders[v.digest] for name, v in wanted.items()})
     adapters = {
         name: {"version": v.label, "digest": v.digest, "folder": str(folders[v.digest])} for name, v in wanted.items()
     }
     return {"command": shlex.join(command), "max_lora_rank": rank, "adapters": adapters}
+
+
+def _exported(config: ServeConfig, name: str, version: Version, place: Path, note: Note) -> int:
+    """Have a version in `place` as vLLM reads it; returns its rank there. Raises AdapterError with the name."""
+    try:
+        if place.is_dir():
+            rank = int(adapter_format.inspect_folder(place).config["r"])
+            note(f"there      {name}: rank {rank}, {place}")
+            return rank
+        export = ExportConfig(
+            version=str(version.folder), out=place, for_="vllm", model=config.model,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+        said = export_adapter(export)
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from None
+    note(f"exported   {name}: rank {said['rank']}, {said['tensors']} tensors, {place}")
+    return int(said["rank"])
+
+
+def _command(config: ServeConfig, rank: int, adapters: int, modules: dict[str, Path]) -> list[str]:
+    """What serves these folders; precisions that vLLM has under another name are called by it."""
+    command = ["vllm", "serve", demo.resolve_model(config.model), "--host", config.host, "--port", str(config.port)]
+    if config.precision == "nf4":
+        command += ["--quantization", "bitsandbytes"]
+    elif config.precision is not None:
+        command += ["--dtype", config.precision]
+    slots = min(config.adapter_slots, adapters)
+    command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
+    command += ["--max-cpu-loras", str(adapters), "--max-num-seqs", str(config.running)]
+    command += ["--trust-remote-code"] if config.trust_remote_code else []
+    return [*command, "--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())]
 
 
 def _wanted(store: Store, base: str, asked: tuple[str, ...]) -> dict[str, Version]:
@@ -72,6 +94,10 @@ def _wanted(store: Store, base: str, asked: tuple[str, ...]) -> dict[str, Versio
         found[name.name] = store.find(name.name, base)
         for alias in sorted(name.aliases):
             found[f"{name.name}@{alias}"] = store.find(f"{name.name}@{alias}", base)
-    if any("=" in name for name in found):
-        raise ConfigError("vLLM takes no '=' in a name")
     return found
+
+
+def _any_chats(versions: Any) -> bool:
+    """Whether any of these was trained on chats."""
+    manifests = [adapter_format.read_manifest(version.folder) for version in versions]
+    return any("chat" in (((m or {}).get("data") or {}).get("train") or {}).get("formats", {}) for m in manifests)
