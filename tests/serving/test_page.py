@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +82,16 @@ def test_what_goes_wrong_is_said_where_the_answer_would_stand(browser: Any, serv
     page.close()
 
 
-def test_a_long_answer_can_be_stopped_and_frees_its_place(browser: Any, server: serving.Loopback) -> None:
+def test_a_long_answer_can_be_stopped_and_frees_its_place(
+    browser: Any, server: serving.Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = server.engine.runner.run
+
+    def slowly(work: Any) -> Any:
+        time.sleep(0.05)
+        return run(work)
+
+    monkeypatch.setattr(server.engine.runner, "run", slowly)
     page = browser.new_page()
     page.goto(server.url)
     page.fill("#key", "half-key-1234")
