@@ -48,6 +48,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from graftlm.base.attention import segment_attention
 from graftlm.base.linear import Stored, StoredLinear, StoredStack, WeightHandle
+from graftlm.base.lookup import Share, look_up
 from graftlm.base.precision import DTYPES, kept_precision
 from graftlm.config import Precision
 from graftlm.errors import ModelError
@@ -165,7 +166,7 @@ def install(model: PreTrainedModel, targets: Targets, precision: Precision, comp
 
     head, embedding = _head_and_embedding(model)
     keep = DTYPES[kept_precision(precision)]
-    _widen_output(embedding, compute)
+    _widen_output(model, embedding, compute)
     for name, module in model.named_modules():
         if module is embedding or module is head or isinstance(module, Stored):
             continue
@@ -246,7 +247,7 @@ def embed(embedding: Any, rows: Tensor, ids: Tensor) -> Tensor:
         embedding._parameters["weight"], embedding.padding_idx = weight, padding
 
 
-def _widen_output(embedding: Any, compute: torch.dtype) -> None:
+def _widen_output(model: PreTrainedModel, embedding: Any, compute: torch.dtype) -> None:
     """Embeddings leave in the type of the products, so that the residual stream has it too.
 
     The rows are widened before the class scales them: Gemma rounds its scale to the type of the weight.
@@ -254,10 +255,19 @@ def _widen_output(embedding: Any, compute: torch.dtype) -> None:
     own = embedding.forward
 
     def forward(ids: Tensor) -> Tensor:
-        if embedding.weight.dtype == compute:
+        weight = embedding.weight
+        if weight.dtype == compute:
             return own(ids)
         padding = getattr(embedding, "padding_idx", None)
-        rows = F.embedding(ids.reshape(-1), embedding.weight, padding).to(compute)  # (tokens, width)
+        head = model.get_output_embeddings()
+        if (
+            isinstance(head, StoredLinear) and head.weight is weight and weight.requires_grad and torch.is_grad_enabled()
+            and weight.device.type == "cpu"
+        ):  # fmt: skip
+            head.share = Share()
+            rows = look_up(weight, ids.reshape(-1), padding, compute, head.share)  # (tokens, width)
+        else:
+            rows = F.embedding(ids.reshape(-1), weight, padding).to(compute)
         return embed(embedding, rows, torch.arange(len(rows), device=ids.device).view(ids.shape))
 
     embedding.forward = forward

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm import kernels
+from graftlm.base.lookup import Share
 from graftlm.base.precision import Weight, nbytes, restore, store
 from graftlm.config import Precision
 
@@ -161,6 +162,7 @@ class StoredLinear(Stored):
     ) -> None:
         super().__init__(shape, precision, turned=turned)
         self.out_features, self.in_features = shape
+        self.share: Share | None = None  # of a head, with the lookup that this pass began with
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from graftlm.base.shards import Spec, write_tensors
 from graftlm.errors import Diverged, RunError
 from graftlm.files import clear_left, damage, whole_folder, write_json
 from graftlm.tensorfile import read_header, read_json
@@ -55,12 +56,22 @@ def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
     }
     clear_left(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
     with whole_folder(place, manifest=True) as folder:
-        save_file(tensors, folder / TRAINABLE)
-        save_file(states, folder / OPTIMIZER)
+        _write(folder / TRAINABLE, tensors)
+        _write(folder / OPTIMIZER, states)
         write_json(folder / STATE, state)
     name_best(run, trial)
     _remove_old(run, trial.step, keep)
     return place
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One tensor after another, the widest types first, so that each begins at a multiple of its type.
+
+    The library's own function makes all of the file in memory before it writes: once more what a run holds already.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+    write_tensors(path, specs, ordered.__getitem__)
 
 
 def _remove_old(run: Path, step: int, keep: int) -> None:

@@ -113,6 +113,7 @@ class _PlainHeadLoss(torch.autograd.Function):
                     del own
             del logits  # before the next chunk's are made: else there would be two at once
         ctx.save_for_backward(dh, None if dW is None else dW.to(W.dtype))  # held until the whole pass is over
+        ctx.share, head.share = head.share if wants_hidden and wants_head else None, None
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
@@ -120,7 +121,10 @@ class _PlainHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         dh, dW = ctx.saved_tensors
         scale = grads[0]
-        return None if dh is None else dh * scale, None, None if dW is None else dW.mul_(scale), None, None
+        dW = None if dW is None else dW.mul_(scale)
+        if ctx.share is not None:  # the lookup at the other end adds its own to it
+            ctx.share.gradient, dW = dW, None
+        return None if dh is None else dh * scale, None, dW, None, None
 
 
 def _head_gradient(dlogits: Tensor, hidden: Tensor, head: StoredLinear, W: Tensor) -> Tensor:

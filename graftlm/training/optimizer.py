@@ -109,6 +109,10 @@ class AdamW:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def forget(self) -> None:
+        """Free the states: no step follows."""
+        self.moments = {}
+
     # ---- steps inside the backward pass ----
 
     @contextmanager

@@ -17,6 +17,7 @@ from graftlm.config import TrainConfig
 from graftlm.data.documents import Dataset
 from graftlm.files import whole_folder, write_json
 from graftlm.training import checkpoint
+from graftlm.training.pages import give_back
 from graftlm.training.resume import Identity
 from graftlm.training.runfolder import environment, write_lines
 from graftlm.training.trial import Trial
@@ -67,6 +68,8 @@ def finish(
         checkpoint.save(config.out, trial, identity.to_json(), config.keep_checkpoints + 1)
     except (OSError, SafetensorError) as error:  # the result is smaller and may still find room
         view.note(f"no checkpoint could be written at the end ({error}); saving the result")
+    trial.optimizer.forget()  # writing the result takes memory of its own
+    give_back()
     trouble = checkpoint.take_best(config.out, trial)
     if trouble is not None:
         view.note(trouble)

@@ -9,6 +9,7 @@ with its folder, `foresight.py` says what it will take, `loop.py` trains. What a
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from graftlm.planning.measured import PeakMemory
 from graftlm.training import checkpoint
 from graftlm.training.foresight import foresee, rehearse
 from graftlm.training.loop import train
-from graftlm.training.pages import own_pages
+from graftlm.training.pages import give_back, own_pages
 from graftlm.training.prepare import make_adapter, peek, read_data, set_checkpointing, stored_precision
 from graftlm.training.recorder import signals
 from graftlm.training.runfolder import check_free, locked
@@ -50,6 +51,7 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
                 config.model, precision=precision, compute=config.compute, device=config.device,
                 init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code,
             )  # fmt: skip
+        give_back()  # what was used for that
         set_checkpointing(config, base)
         view.base(base)
         loaded = time.perf_counter()
@@ -67,7 +69,9 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
             view.everything(sum(p.numel() for p in trial.parameters.values()))
 
         ahead = foresee(config, base, [trial], [] if adapter is None else [adapter])
-        try:
+        # Gradients that wait for a step's other passes settle in the gaps that a pass leaves: the heap grew to 1.7 times what
+        # lived in it (30M, two passes), and own pages took 2 % more time.
+        with own_pages(device.type == "cpu" and ahead.load.passes > 1), closing(session):
             session.go_on(ahead.tokens_per_pass)
             rehearsed = None if trial.done else rehearse(base, [trial], ahead) - memory.start
             view.ahead(ahead, rehearsed)
@@ -88,8 +92,6 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
                     )
                 trained = time.perf_counter()
                 result = session.finish()
-        finally:
-            session.close()
     summary = {
         **result,
         "peak_memory_bytes": memory.bytes,

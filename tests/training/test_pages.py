@@ -1,0 +1,50 @@
+"""What is freed goes back to the system where memory was asked for; a process for each case, for a heap has a past."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from graftlm.training import pages
+
+CASE = """
+import sys
+import torch
+from graftlm.planning.measured import own_memory
+from graftlm.training.pages import give_back, own_pages
+
+torch.ones(3 << 20)  # freed: glibc has seen a block of 12 MB, and smaller ones share a heap from now on
+before = own_memory()
+with own_pages(sys.argv[1] == "own"):
+    tensors = [torch.ones(350_000) for _ in range(120)]  # 1.4 MB each
+    full = own_memory() - before
+    kept = tensors[1::8]
+    del tensors
+    if sys.argv[1] == "given back":
+        give_back()
+    print(full, own_memory() - before)
+"""
+ALL, KEPT = 120 * 1.4e6, 15 * 1.4e6
+
+
+def memory(how: str) -> tuple[int, int]:
+    """Bytes with all tensors alive, and with every eighth."""
+    done = subprocess.run([sys.executable, "-c", CASE, how], capture_output=True, text=True, check=True)
+    full, rest = done.stdout.split()
+    return int(full), int(rest)
+
+
+@pytest.mark.skipif(pages.glibc("mallopt") is None, reason="another C library than glibc")
+@pytest.mark.parametrize("how", ["own", "given back"])
+def test_memory_of_freed_tensors_is_free(how: str) -> None:
+    full, rest = memory(how)
+    assert full == pytest.approx(ALL, rel=0.1)
+    assert rest == pytest.approx(KEPT, rel=0.25)
+
+
+@pytest.mark.skipif(pages.glibc("mallopt") is None, reason="another C library than glibc")
+def test_without_asking_the_heap_keeps_the_gaps() -> None:
+    _, rest = memory("not")
+    assert rest > 0.7 * ALL
