@@ -28,7 +28,7 @@ SEARCHED = (
 )  # fmt: skip
 """What each trial may have of its own."""
 _LISTS = ("targets", "data")
-_DECADE = 10.0
+_BY_RATIO = 4.0
 """A range that starts above zero and spans this factor is searched by its logarithm."""
 
 Sampler = Literal["tpe", "random", "grid"]
@@ -48,7 +48,7 @@ class Range:
     @property
     def log(self) -> bool:
         """Whether what counts is the ratio of two values, not their difference."""
-        return self.step is None and self.low > 0 and self.high / self.low >= _DECADE
+        return self.step is None and self.low > 0 and self.high / self.low >= _BY_RATIO
 
     @property
     def values(self) -> tuple[Value, ...] | None:

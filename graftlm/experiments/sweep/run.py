@@ -100,7 +100,7 @@ def _train(
         spare = places.count * places.each - sum(adapter.count for adapter in adapters)
         ahead = foresee(training, base, first, adapters, spare=spare)
         view.places(places.count, places.bytes, places.tokens_per_pass, rehearse(base, first, ahead) - memory.start)
-        with view.sweeping(config.trials, study.ended()):
+        with view.sweeping(study.wanted, study.ended()):
             train(base, first, places.tokens_per_pass, conductor)
 
 

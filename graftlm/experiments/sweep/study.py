@@ -62,9 +62,10 @@ class Claim:
 
     def report(self, documents: int, loss: float) -> bool:
         """Tell of a held-out loss after so many documents; returns whether the trial should end here."""
-        if documents not in self.trial.study.get_trials(deepcopy=False)[self.number].intermediate_values:
-            self.trial.report(loss, documents)
-        return bool(self.trial.should_prune())
+        with reached(self.study.where):
+            if documents not in self.trial.study.get_trials(deepcopy=False)[self.number].intermediate_values:
+                self.trial.report(loss, documents)
+            return bool(self.trial.should_prune())
 
     def tell(self, state: str, loss: float | None = None, **facts: Any) -> None:
         """Say what came of it: `complete` with its loss, `pruned` or `failed`; and let go of it."""
@@ -92,15 +93,16 @@ class Study:
         self.out = config.out
         self.where = shown(config.storage or str(config.out / JOURNAL))
         self.name = config.name or config.out.resolve().name
-        self.home = _claim_folder(config, self.name)
-        with reached(self.where):
+        _make_folder(config.out)
+        with self._turn():  # workers that begin at the same moment must agree on what the folder is
+            self.home = _claim_folder(config, self.name)
+        with reached(self.where), self._turn():  # two workers must not make the same tables
             storage = open_storage(config.storage, config.out)
-            with self._turn():
-                self.study = optuna.create_study(
-                    storage=storage, study_name=self.name, direction="minimize", load_if_exists=True
-                )
-                worker = int(self.study.user_attrs.get(WORKERS, 0))
-                self.study.set_user_attr(WORKERS, worker + 1)
+            self.study = optuna.create_study(
+                storage=storage, study_name=self.name, direction="minimize", load_if_exists=True
+            )
+            worker = int(self.study.user_attrs.get(WORKERS, 0))
+            self.study.set_user_attr(WORKERS, worker + 1)
         # Another worker, or the same one started again, must not draw the same first values.
         apart = (self.home,) if worker else ()
         self.study.sampler = _sampler(config, hash_words(config.search_seed, "sampler", worker, *apart))
@@ -160,9 +162,7 @@ class Study:
     def _asked(self) -> Claim | None:
         import optuna
 
-        wanted = self.config.trials
-        if self.config.sampler == "grid":
-            wanted = min(wanted, grid_size(self.config.space))
+        wanted = self.wanted
         if len(self._counted()) >= wanted:
             return None
         trial = self.study.ask(_distributions(self.config.space))
@@ -174,6 +174,12 @@ class Study:
         held = self._lock(trial.number)
         assert held is not None, f"the folder of the new trial {trial.number} is in use"
         return self._claim(trial, held)
+
+    @property
+    def wanted(self) -> int:
+        """Trials that there should be in the end: those asked for, at most as many as a grid has points."""
+        asked = self.config.trials
+        return min(asked, grid_size(self.config.space)) if self.config.sampler == "grid" else asked
 
     def _counted(self) -> list[int]:
         """Numbers of the trials that there are."""
@@ -226,21 +232,27 @@ def trial_folder(out: Path, number: int) -> Path:
 # ---- the sweep's own folder ------------------------------------------------------------------------------------------
 
 
-def _claim_folder(config: SweepConfig, name: str) -> str:
-    """Make `--out` this sweep's folder; returns what names it to other machines. Raises RunError where it is another's."""
-    out = config.out
+def _make_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
-        if not held:
-            home = uuid.uuid4().hex
-            write_json(out / MARK, {"written_by": "graft sweep", "home": home, "name": name,
-                                    "storage": None if secret(config.storage) else config.storage})  # fmt: skip
-            return home
+        (out / TURN).touch()
     except OSError as error:
         raise RunError(f"--out {out} cannot be written to: {error.strerror}") from None
+
+
+def _claim_folder(config: SweepConfig, name: str) -> str:
+    """Make `--out` this sweep's folder; returns what names it to other machines. Raises RunError where it is another's."""
+    out = config.out
+    held = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+    if not held:
+        home = uuid.uuid4().hex
+        kept = None if secret(config.storage) else config.storage
+        write_json(out / MARK, {
+            "written_by": "graft sweep", "home": home, "name": name, "model": config.model, "storage": kept,
+        })  # fmt: skip
+        return home
     if MARK not in held:
         raise RunError(f"--out {out} holds '{held[0]}', which no sweep wrote; take another folder")
     mark = read_json(out / MARK, RunError)
@@ -283,8 +295,9 @@ def reached(where: str) -> Iterator[None]:
     """Say in words that a storage is out of reach: RunError instead of what its driver raises."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise RunError(f"storage {where} needs the package '{error.name}': pip install {error.name}") from None
+    except ImportError as error:  # Optuna's own names none
+        name = error.name or getattr(error.__cause__ or error.__context__, "name", None) or "of its driver"
+        raise RunError(f"storage {where} needs the package {name}; install it, or take another --storage") from None
     except Exception as error:
         module = type(error).__module__.split(".")[0]
         if module not in ("sqlalchemy", "alembic", "optuna") and not isinstance(error, (OSError, ValueError)):
@@ -311,7 +324,10 @@ def _sampler(config: SweepConfig, seed: int) -> Any:
         return samplers.RandomSampler(seed=seed)
     if config.sampler == "grid":
         grid = {n: list(s.values or ()) for n, s in config.space.items()}
-        return samplers.GridSampler(grid, seed=config.search_seed)
+        sampler = samplers.GridSampler(grid, seed=config.search_seed)
+        # After its last point it stops Optuna's own loop, which is not running; here `grid_size` bounds the trials.
+        sampler.after_trial = lambda *_: None
+        return sampler
     return samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=min(10, max(4, config.trials // 3)))
 
 

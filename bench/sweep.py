@@ -1,0 +1,256 @@
+"""Many trials on one base at once, beside the same trials one after another, with Graft and with TRL + PEFT, in one run.
+
+    python bench/sweep.py                          # 8 trials on the 30M Llama and E2E, LoRA; then 1 to 32 trials
+    python bench/sweep.py --methods lora qlora --json bench/results/sweep.json
+
+Eight trials of ranks 4 to 32 with batches of 8 documents of their own. Sides take turns as in `train.py`; a turn is one
+optimizer step of all eight trials, whichever way it is made:
+
+    together          the passes of all eight together, as `graft sweep` makes them
+    together narrow   the same with passes no longer than one trial's own batch needs
+    apart             the same eight on the same base, one after another: what eight runs of `graft train` do in their steps
+    trl               SFTTrainer and PEFT, a process for each rank; a step of each of the eight trials is added up
+
+Time is that of steps; what a run takes to start is left out on all sides, which favours those that start eight times. Memory is
+the peak of a process of its own above what it held before the base was loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import train as pairs
+
+RANKS = (4, 4, 8, 8, 16, 16, 32, 32)
+BATCH = 8
+GROWTH = (1, 2, 4, 8, 16, 32)
+WIDE = 4096
+"""Tokens of a pass of all trials together, the default of `graft sweep`."""
+
+
+def graft_side(work: dict[str, Any], turns: pairs.Turns) -> dict[str, Any]:
+    import torch
+
+    from graftlm.base.chat import Encoder
+    from graftlm.base.load import load_base
+    from graftlm.config import TrainConfig
+    from graftlm.data.sources import named_source
+    from graftlm.planning.measured import PeakMemory
+    from graftlm.training.loop import optimizer_step, row_losses
+    from graftlm.training.prepare import make_adapter, make_trial, read_data
+    from graftlm.training.view import View
+
+    method = work["method"]
+    with PeakMemory(torch.device("cpu")) as memory:
+        base = load_base(work["model"], precision="nf4" if method == "qlora" else "float32", device="cpu")
+        trials: list[Any] = []
+        material: Any = None
+        for slot, rank in enumerate(work["ranks"], 1):
+            config = TrainConfig(
+                model=work["model"], data=(work["train"],), eval_data=work["valid"], method=method, rank=rank, seed=slot,
+                precision="nf4" if method == "qlora" else "float32", steps=work["steps"], batch_size=BATCH,
+                learning_rate=pairs.RATES[method], schedule="constant", warmup=0.0, out=Path("unused"),
+            )  # fmt: skip
+            if material is None:
+                encoder = Encoder(base.tokenizer)
+                material = read_data(config, [named_source(work["train"], "train")], encoder, base, View(quiet=True))
+            trials.append(make_trial(base, config, make_adapter(base, config, slot), slot, *material))
+        width = WIDE if work["side"] != "narrow" else max(longest_batch(trial) for trial in trials)
+        values = [sum(p.numel() for p in trial.parameters.values()) for trial in trials]
+        turns.next()
+        for step in range(work["steps"]):
+            if work["side"] == "apart":
+                for trial in trials:
+                    optimizer_step(base, [trial], WIDE)
+            else:
+                optimizer_step(base, trials, width)
+            turns.end() if step + 1 == work["steps"] else turns.next()
+    losses = [sum(r.loss for r in rows) / sum(r.trained_tokens for r in rows)
+              for rows in (row_losses(base, t.held_out, t.slot, WIDE) for t in trials)]  # fmt: skip
+    return {
+        "seconds": turns.counted, "peak_memory": memory.bytes - memory.start, "tokens_per_pass": width, "trained": values,
+        "losses": losses,
+    }  # fmt: skip
+
+
+def longest_batch(trial: Any) -> int:
+    """Tokens of a trial's longest batch."""
+    steps = (trial.order.step(step) for step in range(trial.order.steps))
+    return max(sum(trial.documents[i].tokens for _, i in step) for step in steps)
+
+
+def trl_side(work: dict[str, Any], turns: pairs.Turns) -> dict[str, Any]:
+    pairs.BATCH, pairs.RANK, pairs.ALPHA = BATCH, work["rank"], 2 * work["rank"]
+    found = pairs.peer_side(work, turns)
+    return {"seconds": turns.counted, "peak_memory": found["peak_memory"], "loss": found["loss"]}
+
+
+SIDES = {"together": graft_side, "narrow": graft_side, "apart": graft_side, "trl": trl_side}
+
+
+def compare(common: dict[str, Any], method: str) -> dict[str, Any]:
+    """All sides of one method."""
+    work = {**common, "method": method, "ranks": RANKS}
+    works = {"together": work, "narrow": work, "apart": work}
+    works.update({f"trl {rank}": {**work, "rank": rank} for rank in sorted(set(RANKS))})
+    found = pairs.in_turns(works, __file__)
+    one = max(
+        pairs.in_turns({"narrow": {**work, "ranks": [max(RANKS)], "steps": 4}}, __file__)["narrow"]["peak_memory"],
+        1,
+    )
+    peers = {rank: found.pop(f"trl {rank}") for rank in sorted(set(RANKS))}
+    trl = [peers[rank] for rank in RANKS]
+    found["trl"] = {
+        "seconds": sum(side["seconds"] for side in trl), "peak_memory": max(side["peak_memory"] for side in trl),
+        "losses": [side["loss"] for side in trl],
+    }  # fmt: skip
+    values = found["narrow"]["trained"]
+    states = sum(sorted(values)[: len(values) - 1]) * (4 + 8)  # A and B in float32, two moments
+    together, narrow = found["together"], found["narrow"]
+    return {
+        "sides": found,
+        "one_trial_peak_memory": one,
+        "time_vs_apart": together["seconds"] / found["apart"]["seconds"],
+        "time_vs_trl": together["seconds"] / found["trl"]["seconds"],
+        "narrow_time_vs_apart": narrow["seconds"] / found["apart"]["seconds"],
+        "narrow_time_vs_trl": narrow["seconds"] / found["trl"]["seconds"],
+        "narrow_memory": narrow["peak_memory"],
+        "memory_bound": 1.15 * (one + states),
+        "together_memory": together["peak_memory"],
+    }
+
+
+def grow(common: dict[str, Any], method: str, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """One step of 1, 2, 4, ... trials of rank 16 together: seconds a trial's step, and peak memory."""
+    common = {**common, "steps": 4, "warm_up": 1}
+    works = {f"together {n}": {**common, "method": method, "ranks": [16] * n} for n in counts}
+    found = pairs.in_turns(works, __file__)
+    return [
+        {
+            "trials": n, "seconds": found[f"together {n}"]["seconds"],
+            "seconds_per_trial": found[f"together {n}"]["seconds"] / n, "peak_memory": found[f"together {n}"]["peak_memory"],
+        }
+        for n in counts
+    ]  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    said = ["| | must | goal | " + " | ".join(results) + " |", "|---|---|---|" + "---:|" * len(results)]
+
+    def row(label: str, must: str, goal: str, write: Any) -> None:
+        said.append(f"| {label} | {must} | {goal} | " + " | ".join(write(r["eight"]) for r in results.values()) + " |")
+
+    row(
+        "time, passes of all eight together, vs one after another",
+        "0.9x",
+        "0.75x",
+        lambda r: f"{r['time_vs_apart']:.2f}x",
+    )
+    row("the same vs TRL + PEFT", "0.35x", "0.2x", lambda r: f"{r['time_vs_trl']:.2f}x")
+    row("time, one trial's tokens a pass, vs one after another", "", "", lambda r: f"{r['narrow_time_vs_apart']:.2f}x")
+    row("the same vs TRL + PEFT", "", "", lambda r: f"{r['narrow_time_vs_trl']:.2f}x")
+    row(
+        "peak memory, one trial's tokens a pass, of the bound", "100 %", "",
+        lambda r: f"{r['narrow_memory'] / r['memory_bound']:.0%} (of {r['memory_bound'] / 1e6:.0f} MB)",
+    )  # fmt: skip
+    row("peak memory, passes of all eight together", "", "", lambda r: f"{r['together_memory'] / 1e6:.0f} MB")
+    row("peak memory of one TRL run", "", "", lambda r: f"{r['sides']['trl']['peak_memory'] / 1e6:.0f} MB")
+    row(
+        "mean held-out loss, together / apart / TRL", "", "",
+        lambda r: " / ".join(f"{statistics.fmean(r['sides'][s]['losses']):.4f}" for s in ("together", "apart", "trl")),
+    )  # fmt: skip
+    for method, found in results.items():
+        if found.get("growth"):
+            said += ["", f"Trials at once, {method}, rank 16:", "", "| trials | seconds a step | of each trial | peak memory |",
+                     "|---:|---:|---:|---:|"]  # fmt: skip
+            said += [
+                f"| {g['trials']} | {g['seconds']:.2f} | {g['seconds_per_trial']:.3f} | {g['peak_memory'] / 1e6:.0f} MB |"
+                for g in found["growth"]
+            ]
+    return "\n".join(said)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """A trial's share of a step, and memory, by the number of trials."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for method, found in results.items():
+        growth = found.get("growth") or []
+        counts = [g["trials"] for g in growth]
+        left.plot(counts, [g["seconds_per_trial"] for g in growth], "o-", label=method)
+        right.plot(counts, [g["peak_memory"] / 1e6 for g in growth], "o-", label=method)
+    for axis, label in ((left, "seconds of a step, per trial"), (right, "peak memory, MB")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(GROWTH, [str(n) for n in GROWTH])
+        axis.set_xlabel("trials at once")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=pairs.SHAPES, default="30m")
+    parser.add_argument("--methods", nargs="+", choices=("lora", "qlora"), default=["lora"])
+    parser.add_argument("--steps", type=int, default=7, help="steps of each side")
+    parser.add_argument("--warm-up", type=int, default=2, help="first steps that do not count")
+    parser.add_argument(
+        "--growth", nargs="*", choices=("lora", "qlora"), default=["lora"], help="methods shown growing"
+    )
+    parser.add_argument("--most", type=int, default=32, help="most trials at once when growing")
+    parser.add_argument("--json", type=Path, help="write the figures here, a table (.md) and a plot (.png) beside them")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        work = json.loads(options.one)
+        print(json.dumps(SIDES[work["side"]](work, pairs.Turns(work["pipes"], work["warm_up"]))))
+        return
+    if not pairs.SHARED.is_dir():
+        raise SystemExit(f"the E2E set is not there: {pairs.SHARED}")
+    import machine
+
+    pairs.BATCH = BATCH
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / options.shape
+        pairs.make_model(options.shape, model)
+        common: dict[str, Any] = {
+            "model": str(model), "shape": options.shape, "steps": options.steps, "warm_up": options.warm_up, "packing": False,
+            **pairs.make_data(Path(folder), options.steps),
+        }  # fmt: skip
+        common.update(pairs.per_example(common))
+        for method in options.methods:
+            results[method] = {"eight": compare(common, method)}
+            counts = [n for n in GROWTH if n <= options.most]
+            results[method]["growth"] = grow(common, method, counts) if method in options.growth else []
+            print(table({method: results[method]}), file=sys.stderr, flush=True)
+    print(table(results))
+    if options.json:
+        found = {"shape": options.shape, "machine": machine.described(), "results": results}
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        name = (
+            f"{found['machine']['processor']}, {found['machine']['threads']} threads, {found['machine']['date'][:10]}"
+        )
+        command = f"python bench/sweep.py --methods {' '.join(options.methods)}"
+        what = f"8 trials of ranks {min(RANKS)} to {max(RANKS)}, batches of {BATCH}"
+        head = f"# Trials on one base at once\n\n`{command}` on {name}; {options.shape} Llama, E2E, {what}.\n\n"
+        options.json.with_suffix(".md").write_text(head + table(results) + "\n", encoding="utf-8")
+        plot(results, options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
