@@ -4,12 +4,13 @@
     python bench/ladder.py --only 0 5                        # these rungs alone
     python bench/ladder.py --json bench/results/ladder.json
 
-Every rung is a process of its own that calls what `graft train` calls, twice, after a tiny model has been trained once so
-that libraries and kernels are there already:
+Every rung is a process of its own that calls what `graft train` calls, three times, after a tiny model has been trained once
+so that libraries and kernels are there already:
 
-    short   steps of one document of a few tokens. Activations are about a megabyte, so what the peak lies above the idle
-            process is weights, gradients and states: these are the bytes a parameter. Nothing is subtracted.
-    e2e     batches of 16 from E2E: seconds a step, the whole peak, and the held-out loss after the same steps
+    short, longer   steps of one document of about 30 and 90 tokens. The line through the two peaks, above the idle process,
+                    taken back to no tokens, is what does not grow with them: weights, gradients, states, and whatever
+                    the allocator and the run hold beside them. These are the bytes a parameter.
+    e2e             batches of 16 from E2E: seconds a step, the whole peak, and the held-out loss after the same steps
 
 No run clips its gradients, for steps inside the backward pass cannot. Optimizer states in the host's memory are the
 ladder's fourth rung and need a GPU: `bench/gpu.py` has them. Nothing else may run meanwhile.
@@ -34,6 +35,7 @@ from train import BATCH, RATES, make_data, make_model
 SECONDS = 120  # of one rung
 MUST = 4.5  # bytes a parameter of the fullest rung
 SHORT_STEPS = 4  # the loop watches its first three
+LENGTHS = {"short": 30, "longer": 90}  # words of a document
 GPU_ONLY = "states in the host's memory (`--offload-optimizer`): GPU only, not measured here"
 
 
@@ -80,17 +82,25 @@ def measured(rung: Rung, folder: Path, shape: str, steps: int) -> Iterator[dict[
     from safetensors import safe_open
 
     _train(rung, folder, "tiny", "short", SHORT_STEPS)
-    short = _train(rung, folder, shape, "short", SHORT_STEPS)
+    short, longer = (_train(rung, folder, shape, name, SHORT_STEPS) for name in LENGTHS)
     real = _train(rung, folder, shape, "train", steps)
     with safe_open(folder / shape / "model.safetensors", "pt") as file:
         sizes = [torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()]  # noqa: SIM118
     parameters = sum(sizes)
     yield {
         "name": rung.name, "options": dict(rung.options), "flags": rung.flags, "parameters": parameters,
-        "bytes_per_parameter": short["memory"] / parameters, "expected": rung.expected(parameters, max(sizes)),
+        "bytes_per_parameter": without_tokens(short, longer) / parameters,
+        "expected": rung.expected(parameters, max(sizes)),
+        "peaks": [{"tokens": run["tokens"], "memory": run["memory"]} for run in (short, longer)],
         "peak_memory": real["memory"], "seconds_per_step": real["seconds_per_step"], "loss": real["loss"],
         "loss_before": real["loss_before"],
     }  # fmt: skip
+
+
+def without_tokens(short: Mapping[str, Any], longer: Mapping[str, Any]) -> float:
+    """Bytes at no tokens, on the line through two runs' peaks."""
+    slope = (longer["memory"] - short["memory"]) / (longer["tokens"] - short["tokens"])
+    return short["memory"] - slope * short["tokens"]
 
 
 def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[str, Any]:
@@ -116,6 +126,7 @@ def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[
     times = [line["seconds"] for line in lines if line["kind"] == "train"]
     return {
         "memory": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
+        "tokens": summary["tokens"] / steps,
         "seconds_per_step": statistics.median(times[3:] or times[-1:]),
         "loss": summary["eval_loss_after"],
         "loss_before": summary["eval_loss_before"],
@@ -143,7 +154,9 @@ def prepare(folder: Path, shape: str, steps: int) -> None:
     for name in ("tiny", shape):
         make_model(name, folder / name)
     make_data(folder, steps)
-    (folder / "short.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n", encoding="utf-8")
+    for name, words in LENGTHS.items():
+        row = {"prompt": "Say it.", "completion": " ".join(["and"] * words)}
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

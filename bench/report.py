@@ -188,6 +188,8 @@ def page(results: Results, figures: str = "cpu.json") -> str:
             f"`{part['command']}`: {part['seconds']:.0f} s on {part['date'][:10]}, {machine(part['machine'])}",
             "",
         ]
+        if part.get("note"):
+            lines += [f"How it was measured: {part['note']}.", ""]
         figures = part.get("figures")
         if part.get("error"):
             lines += [f"**Failed:** {part['error']}", ""]

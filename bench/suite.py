@@ -60,14 +60,14 @@ def parts_of(folder: Path) -> list[Part]:
     known = [
         Part(name="kernels", script="operations.py", seconds=120),
         Part(
-            name="train-30m", script="train.py", seconds=480,
-            arguments=("--steps", "7", "--packing", "lora", "--mixed", "full", "lora", "qlora"),
+            name="train-30m", script="train.py", seconds=420,
+            arguments=("--steps", "6", "--warm-up", "2", "--mixed", "full", "lora", "qlora"),
         ),
         Part(
             name="train-135m", script="train.py", seconds=400,
             arguments=("--shape", "135m", "--methods", "lora", "qlora", "--steps", "3", "--warm-up", "1"),
         ),
-        Part(name="ladder", script="ladder.py", arguments=("--steps", "5"), seconds=220),
+        Part(name="ladder", script="ladder.py", arguments=("--steps", "5"), seconds=330),
         Part(name="scaling", script="scaling.py", arguments=("--plot", "bench/results/scaling.png"), seconds=360),
     ]  # fmt: skip
     return [part for part in known if (folder / part.script).is_file()]

@@ -229,12 +229,17 @@ def test_the_formula_of_a_rung_is_bytes_of_weight_gradient_and_states() -> None:
     assert ladder.RUNGS[-1].flags == "--precision bfloat16 --optimizer adamw-8bit --optimizer-in-backward"
 
 
+def test_the_bytes_of_no_tokens_lie_on_the_line_through_two_peaks() -> None:
+    peaks = [{"memory": 5e8 + 3e5 * tokens, "tokens": tokens} for tokens in (40, 100)]
+    assert ladder.without_tokens(*peaks) == pytest.approx(5e8)
+
+
 def test_a_rung_is_trained_as_graft_train_does_and_measured(tmp_path: Path) -> None:
     ladder.prepare(tmp_path, "tiny", 1)
     (found,) = ladder.measured(ladder.RUNGS[-1], tmp_path, "tiny", 1)
     assert found["parameters"] == 8192 * 64 + 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 112 + 2 * 64) + 64
     assert found["loss"] < found["loss_before"]
-    assert found["bytes_per_parameter"] > 0
+    assert found["peak_memory"] > 0
     assert f"| all three | `{found['flags']}` |" in ladder.table([found])
 
 
