@@ -151,6 +151,8 @@ def _read(base: Base, store: KeyValues, attention: dict[int, Asked], positions: 
     """The layers as C takes them. Raises _Other where a part is missing or there is one too many."""
     norms: set[tuple[float, float]] = set()
     gates: set[str] = set()
+    sizes: set[tuple[Any, ...]] = set()
+    heads = 0
     linears: list[StoredLinear] = []
     layers: list[kernels.Layer] = []
     for index, module in enumerate(base.anatomy.layers):
@@ -169,6 +171,8 @@ def _read(base: Base, store: KeyValues, attention: dict[int, Asked], positions: 
         of_layer = {name: _linear(inside[part]) for name, part in _ATTENTION.items()}
         of_layer |= {name: _linear(mlp.get_submodule(part)) for name, part in names.items()}
         linears += of_layer.values()
+        heads = of_layer["q"].out_features // kept.width
+        sizes.add((kept, *(linear.shape for linear in of_layer.values())))
         weights: dict[str, Tensor | None] = {
             "norm": _norm(parts["input_layernorm"], norms), "norm_again": _norm(parts["post_attention_layernorm"], norms),
             "query_norm": _norm(inside.get("q_norm"), norms), "key_norm": _norm(inside.get("k_norm"), norms),
@@ -189,12 +193,9 @@ def _read(base: Base, store: KeyValues, attention: dict[int, Asked], positions: 
     others = {
         name for name, stored in base.stored().items() if stored not in linears and stored is not base.anatomy.head
     }
-    if not layers or last is None or len(norms) != 1 or len(gates) != 1 or others:
+    if not layers or last is None or others or any(len(kinds) != 1 for kinds in (norms, gates, sizes)):
         raise _Other(f"it has other parts than layers of one kind and a norm{': ' + min(others) if others else ''}")
     cosine, sine = _angles(body, len(last), positions)
-    heads = of_layer["q"].out_features // store.layers[0].width
-    if any(linear.out_features != heads * store.layers[0].width for linear in linears[:: len(of_layer)]):
-        raise _Other("its layers have different numbers of heads")
     ((epsilon, offset),) = norms
     stack = kernels.Stack(
         layers, heads=heads, block=store.block, epsilon=epsilon, offset=offset, gelu=gates == {"gelu_tanh"}, last_norm=last,

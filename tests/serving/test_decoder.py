@@ -56,7 +56,7 @@ def test_other_models_keep_their_own_code_and_the_reason_is_known(architecture: 
     assert why in runner.why_own_code
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "nf4"])
 def test_states_are_those_of_the_models_own_code_under_adapters_of_any_rank(architecture: str, precision: str) -> None:
@@ -78,7 +78,7 @@ def test_states_are_those_of_the_models_own_code_under_adapters_of_any_rank(arch
         detach(base, 7)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_an_adapter_in_16_bits_is_read_as_it_lies() -> None:
     base = asking.base_of()
     ours, store = decoder(base), store_of(base)
@@ -97,7 +97,7 @@ def test_an_adapter_in_16_bits_is_read_as_it_lies() -> None:
         detach(base, 4)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_row_gives_the_same_bits_whoever_shares_its_pass() -> None:
     base = asking.base_of()
     attach(base, ready(asking.adapter_of(base, 16)), slot=4)
@@ -114,7 +114,7 @@ def test_a_row_gives_the_same_bits_whoever_shares_its_pass() -> None:
         detach(base, 7)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["dora", "rank 300", "trained now"])
 def test_adapters_that_are_more_than_low_rank_products_are_left_to_the_models_own_code(kind: str) -> None:
     base = asking.base_of()
@@ -130,7 +130,7 @@ def test_adapters_that_are_more_than_low_rank_products_are_left_to_the_models_ow
         detach(base, 4)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_another_adapter_in_a_slot_is_seen_at_once() -> None:
     base = asking.base_of()
     ours = decoder(base)
