@@ -1,13 +1,14 @@
 """Memory as `graft plan` predicts it, beside what real runs took: python bench/memory.py
 
-Each run is planned first, from the model's config alone, and then trained for three steps on this machine's processor, in a
+Each run is planned first, from the model's config alone, and then trained for two steps on this machine's processor, in a
 process of its own; its peak is that of its own memory above what the interpreter had before the run began. Random Llamas of
 5 to 135 million values, every way of storing and training, ranks, lengths, batches, checkpointing, optimizers.
 
     python bench/memory.py --out bench/results       the table, the figures as JSON, and a plot
     python bench/memory.py --only qlora              some of the runs
+    python bench/memory.py --out DIR --keep          runs that DIR/memory.json has are not run again, only planned again
 
-It needs no quiet machine. The whole takes about a quarter of an hour on two cores.
+It needs no quiet machine, for nothing is timed. Figures are written after every run: what is interrupted goes on with --keep.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from typing import Any
 from graftlm.config import TrainConfig
 from graftlm.experiments.process import run_apart
 from graftlm.planning.activations import Load
+from graftlm.planning.hardware import processor
 from graftlm.planning.memory import need
 from graftlm.planning.method import NOTHING, Setting, adapted
 from graftlm.planning.models import find
@@ -42,7 +45,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
              "num_attention_heads": 9, "num_key_value_heads": 3},
 }  # fmt: skip
-STEPS = 3
+STEPS = 2  # the second has the optimizer's states from its beginning on
 AGAIN = {"activation_checkpointing": True}
 BF16, EIGHT = {"precision": "bfloat16"}, {"optimizer": "adamw-8bit"}
 IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0}
@@ -64,6 +67,11 @@ class Run:
         said = ", ".join(str(v) if k in ("precision", "optimizer") else f"{k.replace('_', ' ')} {v}" if v is not True else
                          k.replace("_", " ") for k, v in self.options.items() if k != "max_grad_norm")  # fmt: skip
         return f"{self.method}{', ' + said if said else ''}"
+
+    @property
+    def name(self) -> str:
+        """What tells it from every other run."""
+        return f"{self.shape} {self.label}, {self.batch} x {self.length}, {self.tokens_per_pass} a pass"
 
 
 RUNS = (
@@ -147,7 +155,7 @@ def plan(run: Run, model: Path) -> dict[str, Any]:
     adapter = NOTHING
     if run.method != "full":
         adapter = adapted(shape, run.options.get("targets", ["all-linear"]), run.options.get("rank", 16))
-    found = need(shape, setting, adapter, load, "cpu", fused=True)
+    found = need(shape, setting, adapter, load, "cpu", fused=True, decodes=processor().decodes)
     return {"bytes": found.training, "highest_at": found.moment, "parts": found.parts.to_json()}
 
 
@@ -188,6 +196,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.1, 1))
     colours = {"full": "#1f77b4", "lora": "#d95f02", "qlora": "#1b9e77"}
@@ -205,11 +214,16 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     left.set(
         xscale="log", yscale="log", xlim=(least, most), ylim=(least, most), xlabel="measured MB", ylabel="planned MB"
     )
+    shown = [mb for mb in (50, 100, 200, 500, 1000, 2000, 5000) if least < mb < most]
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_locator(FixedLocator(shown))
+        axis.set_major_formatter(lambda mb, place: f"{mb:,.0f}")
+        axis.set_minor_locator(NullLocator())
     left.set_title("Peak memory of a training run", fontsize=11)
     left.legend(frameon=False, fontsize=9)
     ordered = sorted(found, key=lambda f: f["error"])
     right.barh(range(len(ordered)), [100 * f["error"] for f in ordered], color=[colours[f["method"]] for f in ordered])
-    right.set_yticks(range(len(ordered)), [f"{f['shape']} {f['what']}"[:44] for f in ordered], fontsize=6.5)
+    right.set_yticks(range(len(ordered)), [_short(f) for f in ordered], fontsize=6.5)
     right.axvline(0, color="0.3", linewidth=0.8)
     for edge in (-10, 10):
         right.axvline(edge, color="0.6", linewidth=0.8, linestyle="--")
@@ -221,54 +235,94 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for memory.json, memory.md and memory.png")
-    parser.add_argument("--only", default="", help="runs whose shape and method hold this text")
-    options = parser.parse_args()
-    chosen = [run for run in RUNS if options.only in f"{run.shape} {run.label}"]
-    found: list[dict[str, Any]] = []
-    sys.stdout.write(HEAD)
-    with tempfile.TemporaryDirectory() as place:
-        for number, run in enumerate(chosen):
-            model = Path(place) / run.shape
-            if not model.is_dir():
-                make_model(SHAPES[run.shape], model)
-            folder = Path(place) / str(number)
-            folder.mkdir()
-            planned, measured = plan(run, model), measure(run, model, folder)
-            figures = {
-                "shape": run.shape, "method": run.method, "what": run.label, "length": run.length, "batch": run.batch,
-                "tokens": min(run.tokens_per_pass, run.length * run.batch), "planned": planned["bytes"],
-                "measured": measured["bytes"], "error": planned["bytes"] / measured["bytes"] - 1,
-                "highest_at": planned["highest_at"], "parts": planned["parts"], "rehearsed": measured["rehearsed_bytes"],
-            }  # fmt: skip
-            found.append(figures)
-            sys.stdout.write(line(figures) + "\n")
-            sys.stdout.flush()
+def _short(figures: dict[str, Any]) -> str:
+    what = (
+        figures["what"].replace("activation checkpointing", "run again").replace("optimizer in backward", "in backward")
+    )
+    return f"{figures['shape']} {what}, {figures['batch']} x {figures['length']}"
+
+
+def measured_before(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """What the runs in a folder's memory.json took, by their names."""
+    file = None if folder is None else folder / "memory.json"
+    if file is None or not file.is_file():
+        return {}
+    return {f["name"]: f for f in json.loads(file.read_text(encoding="utf-8"))["results"]}
+
+
+def figures_of(run: Run, place: Path, before: dict[str, Any] | None) -> dict[str, Any]:
+    """One run, planned and measured; where it was measured `before`, planned alone."""
+    model = place / run.shape
+    if not model.is_dir():
+        make_model(SHAPES[run.shape], model)
+    planned = plan(run, model)
+    if before is None:
+        folder = place / re.sub(r"[^a-z0-9]+", "-", run.name)
+        folder.mkdir()
+        found = measure(run, model, folder)
+    else:
+        found = {"bytes": before["measured"], "rehearsed_bytes": before["rehearsed"]}
+    return {
+        "name": run.name, "shape": run.shape, "method": run.method, "what": run.label, "length": run.length,
+        "batch": run.batch, "tokens": min(run.tokens_per_pass, run.length * run.batch), "planned": planned["bytes"],
+        "measured": found["bytes"], "error": planned["bytes"] / found["bytes"] - 1, "highest_at": planned["highest_at"],
+        "parts": planned["parts"], "rehearsed": found["rehearsed_bytes"],
+    }  # fmt: skip
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The errors of all runs together."""
     errors = [f["error"] for f in found]
-    said = {
+    return {
         "runs": len(errors),
+        "within_a_tenth": sum(abs(e) <= 0.10 for e in errors),
         "median_absolute_error": statistics.median(map(abs, errors)),
         "largest_absolute_error": max(map(abs, errors)),
         "mean_signed_error": statistics.mean(errors),
     }
-    words = (
-        f"{said['runs']} runs; absolute error {said['median_absolute_error']:.1%} in the median, "
-        f"{said['largest_absolute_error']:.1%} at most; signed {said['mean_signed_error']:+.1%} in the mean"
+
+
+def in_words(said: dict[str, Any]) -> str:
+    return (
+        f"{said['runs']} runs, {said['within_a_tenth']} of them within 10 %; absolute error "
+        f"{said['median_absolute_error']:.1%} in the median, {said['largest_absolute_error']:.1%} at most; signed "
+        f"{said['mean_signed_error']:+.1%} in the mean"
     )
-    sys.stdout.write(f"\n{words}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for memory.json, memory.md and memory.png")
+    parser.add_argument("--only", default="", help="runs whose name holds this text")
+    parser.add_argument("--keep", action="store_true", help="take what --out has measured already")
+    options = parser.parse_args()
+    before = measured_before(options.out) if options.keep else {}
+    chosen = [run for run in RUNS if options.only in run.name or run.name in before]
+    found: list[dict[str, Any]] = []
+    sys.stdout.write(HEAD)
+    with tempfile.TemporaryDirectory() as place:
+        for run in chosen:
+            found.append(figures_of(run, Path(place), before.get(run.name)))
+            sys.stdout.write(line(found[-1]) + "\n")
+            sys.stdout.flush()
+            if options.out is not None:
+                write(found, options.out)
+    sys.stdout.write(f"\n{in_words(summary(found))}\n")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        machine = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-        (options.out / "memory.json").write_text(
-            json.dumps({"machine": machine, **said, "results": found}, indent=1) + "\n"
-        )
-        table = "".join(f"{line(f)}\n" for f in found)
-        (options.out / "memory.md").write_text(
-            f"# Memory, planned and measured\n\n    python bench/memory.py\n\n{HEAD}{table}\n{words}.\n"
-        )
+        write(found, options.out)
         plot(found, options.out / "memory.png")
+
+
+def write(found: list[dict[str, Any]], folder: Path) -> None:
+    """The figures as JSON, and as a table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
+    said = summary(found)
+    (folder / "memory.json").write_text(json.dumps({"machine": machine, **said, "results": found}, indent=1) + "\n")
+    table = "".join(f"{line(f)}\n" for f in found)
+    (folder / "memory.md").write_text(
+        f"# Memory, planned and measured\n\n    python bench/memory.py\n\n{HEAD}{table}\n{in_words(said)}.\n"
+    )
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ PANEL = 16 << 20  # bytes of a widened weight at once on a processor: `kernels/n
 SLAB = 1 << 22  # values that the optimizer works on at once on a GPU: `kernels/reference_adamw.py`
 UPDATE_BYTES = 40  # of temporaries for each of them
 
-# What a processor's run takes beyond its tensors. Measured by runs so small that they have hardly any (bench/memory.py).
-RUNTIME_BYTES = 30_000_000
-# glibc gives tensors of 32 MB and more pages of their own; smaller ones share a heap, in which holes stay between long-lived
-# tensors. Measured over the runs of bench/memory.py as a share of what lives there during a pass. Where layers are run again,
-# and where the optimizer steps inside the backward pass, every tensor of a megabyte has pages of its own (`training/pages.py`),
-# and there are none.
-HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.20
+# What a processor's run takes beyond its tensors: what libraries make once they are used. Where large tensors have pages of
+# their own, tensors and this are all there is (bench/memory.py: 30M, layers run again, 212 MB measured, 202 MB of tensors).
+RUNTIME_BYTES = 10_000_000
+# glibc gives tensors of 32 MB and more pages of their own; smaller ones share a heap, in which gaps stay between tensors that
+# live long. Measured over runs of bench/memory.py as a share of what a pass keeps there: 0.28 to 0.43. There are none where
+# every large tensor has pages of its own (`training/pages.py`).
+HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.30
 
 Device = Literal["cuda", "cpu", "mps"]
 
@@ -257,7 +257,9 @@ def _moments(
     beside = backward_bytes(shape, setting, adapted, load)
     wide = widened_bytes(shape, setting, device, decodes=decodes)
     logits = logit_bytes(shape, setting, adapted, load, device, decodes=decodes)
-    embedding = shape.embedding * value if setting.full else 0  # made once more where it is tied, or looked up
+    # Made once more where it is tied, or looked up; but one tensor with the head's where rows are widened (`base/lookup.py`).
+    shared = device == "cpu" and not shape.head and setting.precision != setting.compute
+    embedding = shape.embedding * value if setting.full and not shared else 0
     update = SLAB * UPDATE_BYTES if device == "cuda" else 0
     present = Parts(
         weights=weight_bytes(shape, setting),
@@ -298,6 +300,11 @@ def _own_attention(shape: Shape, setting: Setting) -> bool:
     """Whether attention runs in C on a processor (`kernels/native/attention.py`): float32, heads of whole registers."""
     width = shape.attention_width // shape.heads
     return setting.compute != "bfloat16" and shape.packs and not shape.softcapped and width % 16 == 0
+
+
+def _own_pages(setting: Setting, load: Load) -> bool:
+    """Whether large tensors get pages of their own on a processor: as `training/run.py` decides."""
+    return setting.activation_checkpointing or setting.optimizer_in_backward or load.passes > 1
 
 
 def _with_holes(shape: Shape, setting: Setting, load: Load, parts: Parts) -> Parts:
