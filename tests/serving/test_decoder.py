@@ -71,7 +71,7 @@ def test_states_are_those_of_the_models_own_code_under_adapters_of_any_rank(arch
             expected = own_code(base, store, ids, step, done)
             found = ours.hidden(ids, step, done, (0, 1, 2), SLOTS)
             assert found is not None
-            assert float((found - expected).norm() / expected.norm()) < 1e-5
+            assert float((found - expected).norm() / expected.norm()) < 3e-5
             done = [a + n for a, n in zip(done, step)]
     finally:
         detach(base, 4)
