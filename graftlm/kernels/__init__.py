@@ -224,7 +224,7 @@ def low_rank_routed(
 
     Ranges are disjoint; tokens in no range, or in one whose slot is None, stay as they are.
     """
-    if triton.usable("low_rank_routed", x) and triton.fits(x, y, A):
+    if triton.usable("low_rank_routed", x) and triton.fits(x, y, ranges, A):
         return triton.low_rank_routed(y, x, ranges, A, B, scale)
     return reference.low_rank_routed(y, x, ranges, A, B, scale, one=low_rank)
 
@@ -240,7 +240,7 @@ def low_rank_routed_backward(
     dx: Tensor | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients to each slot's A and B, summed over its ranges (None for a slot no range uses); dx is added to."""
-    if triton.usable("low_rank_routed", dy) and triton.fits(dy, dy if dx is None else dx, A):
+    if triton.usable("low_rank_routed", dy) and triton.fits(dy, dy if dx is None else dx, ranges, A):
         return triton.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)
     return reference.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx, one=low_rank_backward)
 
@@ -252,6 +252,8 @@ def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, update: Up
     """
     if native.adamw.fits(parameter, gradient, moments) and native.usable("adamw_step", parameter):
         return native.adamw_step(parameter, gradient, moments, update)
+    if triton.adamw.fits(parameter, gradient, moments) and triton.usable("adamw_step", parameter):
+        return triton.adamw_step(parameter, gradient, moments, update)
     return reference_adamw.adamw(parameter, gradient, moments, update)
 
 

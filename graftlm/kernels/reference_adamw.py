@@ -23,14 +23,16 @@ Letters: n values, b blocks of 256.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from graftlm.kernels.counter import mix, uniform_words
-from graftlm.kernels.moments import MOMENT_BLOCK, ZERO_MEAN_CODE, Moments
+from graftlm.kernels.moments import MOMENT_BLOCK, ZERO_MEAN_CODE, Moments, no_moments
 from graftlm.kernels.reference import DYNAMIC_CODE, dynamic_code
+from graftlm.kernels.trust import sample
 
 SLAB = 1 << 22  # values worked on at once, whole blocks: bounds the temporaries whatever the parameter's size
 DECADES = 7
@@ -256,3 +258,26 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
         wide = flat[first : first + SLAB].double()
         total += wide.dot(wide)
     return total
+
+
+# ---- what the checks of the faster backends are made of -----------------------------------------------------------
+
+
+def agrees(step: Callable[[Tensor, Tensor, Moments, Update], None], device: torch.device) -> bool:
+    """Whether three of a backend's steps over 1001 values end in these bits, in both types and both kinds of moments."""
+    wave = sample(1001, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for eight_bit in (False, True):
+            ours, truth = wave.to(dtype, copy=True), wave.to(dtype, copy=True)
+            mine, theirs = (no_moments(1001, eight_bit=eight_bit, device=device) for _ in range(2))
+            for number in (1, 2, 3):
+                gradient = (wave.roll(number) * 10.0 ** (wave * 4)).to(dtype)
+                update = update_of(
+                    number, 0.01, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1, factor=0.3, key=(7, "check", number)
+                )  # fmt: skip
+                step(ours, gradient, mine, update)
+                adamw(truth, gradient, theirs, update)
+            pairs = zip((ours, *mine.tensors().values()), (truth, *theirs.tensors().values()))
+            if not all(torch.equal(a, b) for a, b in pairs):
+                return False
+    return True

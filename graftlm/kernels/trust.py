@@ -30,6 +30,10 @@ class Trust:
         self._warned = False
         self._lock = threading.RLock()
 
+    @property
+    def operations(self) -> list[str]:
+        return list(self._checks)
+
     def allows(self, operation: str, device: torch.device) -> bool:
         key = (operation, device.type)
         passed = self._passed.get(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # of the result's norm
 needs_library = pytest.mark.skipif(
     "without" in native.status(), reason="the C kernels are not compiled (pip install -e . with a C compiler)"
 )
-
-
-@pytest.fixture(params=native.instruction_sets())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.choose(request.param)
-    yield request.param
-    native.choose(None)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

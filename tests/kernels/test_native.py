@@ -2,8 +2,9 @@
 
 import random
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # 
 needs_library = pytest.mark.skipif(
     "without" in native.status(), reason="the C kernels are not compiled (pip install -e . with a C compiler)"
 )
-
-
-@pytest.fixture(params=native.instruction_sets())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.choose(request.param)
-    yield request.param
-    native.choose(None)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -190,6 +184,62 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 @needs_library
+def test_kernels_run_on_as_many_threads_as_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Recording:
+        """The library, noting the number of threads: the last argument of every operation here."""
+
+        def __getattr__(self, name: str) -> Callable[..., object]:
+            def call(*arguments: object) -> object:
+                asked.append(int(arguments[-1]))  # type: ignore[call-overload]
+                return getattr(library.calls(), name)(*arguments)
+
+            return call
+
+    for module in (weights, products):
+        monkeypatch.setattr(module, "calls", Recording)
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            torch.set_num_threads(threads)
+            weight = native.nf4_quantize(randn(40, 100))
+            native.nf4_dequantize(weight)
+            products.matmul(randn(2, 100), weight)
+            products.matmul_t(randn(2, 40), weight)
+            products.matmul(randn(2, 100), stored(randn(40, 100), "int8"))
+            assert len(asked) == 6
+            assert set(asked) == {threads}
+            asked.clear()
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+def test_the_interpreter_lock_is_free_while_a_kernel_runs() -> None:
+    values = randn(1 << 23)
+    native.choose("scalar C")
+    try:
+        worker = threading.Thread(target=native.nf4_quantize, args=(values,))
+        worker.start()
+        turns = 0
+        while worker.is_alive():
+            time.sleep(0.001)
+            turns += 1
+    finally:
+        native.choose(None)
+    assert turns >= 5, "with the lock held this thread would not have run before the kernel's end"
+
+
+@needs_library
+def test_the_widest_instruction_set_is_chosen_when_the_library_is_loaded() -> None:
+    sets = native.instruction_sets()
+    assert sets[0] == "scalar C"
+    assert library.Library().instructions == sets[-1]
+    assert native.status() == f"C kernels ({sets[-1]})"
+
+
+@needs_library
 def test_python_threads_may_call_at_once() -> None:
     weights = [reference.nf4_quantize(randn(60, 700, seed=seed)) for seed in range(4)]
     x = randn(3, 700)
@@ -227,8 +277,9 @@ def test_threads_started_for_the_call_do_the_work_where_no_openmp_can_be_borrowe
 def test_every_operation_passes_its_own_check() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for operation in ("nf4_quantize", "nf4_dequantize", "int8_dequantize", "matmul", "matmul_t"):
-            assert native.usable(operation, torch.zeros(1)), operation
+        for operation in native.trust.operations:
+            if operation != "gemm" or library.get().multiplies:
+                assert native.usable(operation, torch.zeros(1)), operation
 
 
 def test_without_the_library_the_reference_does_the_work_and_one_warning_says_so(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graftlm import kernels
 from graftlm.kernels import reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,6 +111,41 @@ def test_products_are_those_of_the_dense_weight_and_its_gradient(form: str) -> N
     assert x.grad is not None
     torch.testing.assert_close(reference.matmul(x.detach(), stored), y.detach())
     torch.testing.assert_close(reference.matmul_t(dy, stored), x.grad)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_references_answers_do_not_depend_on_strides(dtype: torch.dtype) -> None:
+    dense, x = weights((13, 77), dtype, seed=9), weights((5, 77), dtype, seed=10)
+    turned = dense.T.contiguous().T
+    gaps = torch.zeros(5, 154, dtype=dtype)[:, ::2].copy_(x)
+    pairs = (
+        (reference.nf4_quantize(dense), reference.nf4_quantize(turned)),
+        (reference.int8_quantize(dense), reference.int8_quantize(turned)),
+    )
+    for one, other in pairs:
+        assert all(same(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+        torch.testing.assert_close(reference.matmul(gaps, one), x @ reference.dequantize(other, dtype).T)
+        torch.testing.assert_close(
+            reference.matmul_t(gaps[:, :13], one), x[:, :13] @ reference.dequantize(other, dtype)
+        )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_one_adapters_product_and_gradients_are_those_of_float64(dtype: torch.dtype, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(11)
+    x, y, dy, dx = (torch.randn(tokens, 2 * n, generator=generator)[:, ::2].to(dtype) for n in (23, 19, 19, 23))
+    A, B = torch.randn(5, 23, generator=generator), torch.randn(19, 5, generator=generator)
+    wide = [t.double().requires_grad_() for t in (x, A, B)]
+    expected = y.double() + 0.7 * (wide[0] @ wide[1].T @ wide[2].T)
+    slopes = torch.autograd.grad(expected, wide, dy.double())
+    before = dx.double()
+    h = kernels.low_rank(y, x, A, B, 0.7)
+    dA, dB = kernels.low_rank_backward(dy, x, h, A, B, 0.7, dx)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for found, truth in zip((y, dx, dA, dB), (expected.detach(), before + slopes[0], *slopes[1:]), strict=True):
+        assert float((found.double() - truth).norm()) <= tolerance * float(truth.norm())
+    assert dA.dtype == dB.dtype == torch.float32
 
 
 RANGES = [(0, 4, 1), (4, 5, 0), (5, 11, 2), (11, 11, 1), (11, 14, 1), (15, 17, 3)]  # token 14 belongs to no range

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,13 +15,6 @@ from graftlm.kernels.native import rows
 pytestmark = pytest.mark.skipif(
     "without" in native.status(), reason="the C kernels are not compiled (pip install -e . with a C compiler)"
 )
-
-
-@pytest.fixture(params=native.instruction_sets())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.choose(request.param)
-    yield request.param
-    native.choose(None)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,15 +11,6 @@ from torch import Tensor
 
 from graftlm import kernels
 from graftlm.kernels import native, reference
-
-
-@pytest.fixture(params=native.instruction_sets() or ["none"])
-def instructions(request: pytest.FixtureRequest) -> object:
-    if request.param == "none":
-        pytest.skip("no C kernels on this machine")
-    native.choose(request.param)
-    yield request.param
-    native.choose(None)
 
 
 def heads(count: int, tokens: int, width: int, seed: int) -> Tensor:

@@ -6,6 +6,7 @@ The interpreter is chosen by an environment variable that triton reads when it i
 import importlib.util
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +37,59 @@ def test_triton_kernels_give_the_reference_s_answers_in_the_interpreter() -> Non
 
 
 def test_triton_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Path) -> None:
-    assert "compiled 5" in run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert "compiled 8" in run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftlm import kernels
+    from graftlm.base.linear import product
+    from graftlm.kernels import native, reference, reference_adamw, triton
+
+    called: list[str] = []
+
+    def stand_in(name: str, truth: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            called.append(name)
+            return truth(*arguments)
+
+        return call
+
+    monkeypatch.setattr(native, "usable", lambda operation, tensor: False)
+    monkeypatch.setattr(native, "multiplies", lambda x, narrow=False: False)
+    monkeypatch.setattr(triton, "usable", lambda operation, tensor: True)
+    for name in (
+        "nf4_dequantize",
+        "int8_dequantize",
+        "matmul",
+        "matmul_t",
+        "low_rank_routed",
+        "low_rank_routed_backward",
+    ):
+        monkeypatch.setattr(triton, name, stand_in(name, getattr(reference, name)))
+    monkeypatch.setattr(triton, "adamw_step", stand_in("adamw_step", reference_adamw.adamw))
+    weight = reference.nf4_quantize(randn(13, 70))
+    x, dy = randn(9, 70).requires_grad_(), randn(9, 13)
+    with torch.no_grad():
+        product(x, weight)
+    product(x, weight).backward(dy)
+    assert called == ["matmul", "matmul", "matmul_t"]
+    called.clear()
+    A, B = [randn(3, 70), randn(5, 70), None], [randn(13, 3), randn(13, 5), None]
+    for ranges, expected in (
+        ([(0, 4, 0), (4, 8, 1), (8, 9, 2)], ["matmul", "low_rank_routed", "matmul_t", "low_rank_routed_backward"]),
+        ([(0, 9, 1)], ["matmul", "matmul_t"]),  # one adapter alone: two plain products
+    ):
+        with torch.no_grad():
+            _, hidden = kernels.adapted(x, weight, ranges, A, B, [2.0, 0.5, 1.0])
+            kernels.adapted_backward(dy, x, weight, hidden, ranges, A, B, [2.0, 0.5, 1.0], True)
+        assert called == expected
+        called.clear()
+    for eight_bit in (True, False):
+        moments = kernels.no_moments(13, eight_bit=eight_bit, device=dy.device)
+        update = kernels.update_of(1, 0.1, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1, key=(1,))
+        kernels.adamw_step(dy[0].clone(), dy[1], moments, update)
+    kernels.nf4_dequantize(weight)
+    assert called == ["adamw_step", "adamw_step", "nf4_dequantize"]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -51,6 +104,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, what: object) -> None:
 
 def stored_weights() -> None:
     from graftlm.kernels import reference, triton
+    from graftlm.kernels.triton.device import agree
 
     pick = random.Random(1)
     for round_ in range(6):
@@ -59,8 +113,8 @@ def stored_weights() -> None:
         weight = whole.narrow(1, outer - 1)
         small = reference.int8_quantize(randn(outer, inner, seed=round_))
         for dtype in FLOATS:
-            assert triton.agree(triton.nf4_dequantize(weight, dtype), reference.nf4_dequantize(weight, dtype))
-            assert triton.agree(triton.int8_dequantize(small, dtype), reference.int8_dequantize(small, dtype))
+            assert agree(triton.nf4_dequantize(weight, dtype), reference.nf4_dequantize(weight, dtype))
+            assert agree(triton.int8_dequantize(small, dtype), reference.int8_dequantize(small, dtype))
         rows, dtype = pick.randint(1, 18), FLOATS[round_ % 3]
         x, dy = randn(rows, 2 * inner, dtype=dtype)[:, ::2], randn(rows, outer - 1, dtype=dtype)
         dense = reference.nf4_dequantize(weight, dtype).float()
@@ -99,10 +153,36 @@ def routed() -> None:
                 assert_close(ours, truth.to(ours.dtype), (round_, ours.shape))
 
 
+def optimizer() -> None:
+    from graftlm.kernels import reference_adamw as reference
+    from graftlm.kernels import triton
+    from graftlm.kernels.moments import no_moments
+
+    pick = random.Random(3)
+    for round_ in range(12):
+        count, dtype = pick.choice([1, 255, 256, 257, pick.randint(258, 4000)]), FLOATS[round_ % 2]
+        kind, eight_bit = pick.choice(FLOATS), round_ % 4 > 1
+        ours = randn(count, seed=round_).to(dtype)
+        truth = ours.clone()
+        mine, theirs = (no_moments(count, eight_bit=eight_bit, device=ours.device) for _ in range(2))
+        for number in range(1, 4):
+            wild = randn(count, seed=number) * 10 ** (2 * randn(count, seed=number + 1))
+            slope = wild.masked_fill_(randn(count, seed=number + 2) < -0.4, 0).to(kind)
+            gradient = torch.stack([slope, slope], dim=1)[:, 0] if round_ % 3 else slope  # with gaps, or without
+            update = reference.update_of(
+                number, 0.01, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1, factor=0.37, key=(round_, "w", number)
+            )  # fmt: skip
+            triton.adamw_step(ours, gradient, mine, update)
+            reference.adamw(truth, gradient, theirs, update)
+            pairs = [(ours, truth), *((t, theirs.tensors()[name]) for name, t in mine.tensors().items())]
+            for a, b in pairs:
+                assert torch.equal(a, b), (round_, count, dtype, kind, eight_bit, number)
+
+
 def own_checks() -> None:
     from graftlm.kernels import triton
 
-    for operation in ("nf4_dequantize", "int8_dequantize", "matmul", "matmul_t", "low_rank_routed"):
+    for operation in triton.trust.operations:
         assert triton.trust.allows(operation, torch.device("cpu")), triton.trust.reason
 
 
@@ -112,7 +192,9 @@ def compile_for_a_gpu() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from graftlm.kernels.triton import STAGES, kernels
+    from graftlm.kernels.triton.device import STAGES
+    from graftlm.kernels.triton.programs import adamw, routed, weights
+    from graftlm.kernels.triton.weights import FEW_ROWS, TILES
 
     weight = {"packed": "*u8", "absmax": "*u8", "group_scale": "*fp32", "offset": "*fp32", "start": "i64"}
     weight |= {"nf4_code": "*fp32", "dynamic_code": "*fp32"}
@@ -120,14 +202,28 @@ def compile_for_a_gpu() -> None:
     routes |= {"h": "*bf16", "h_stride": "i32"}
     sizes = dict.fromkeys(["rows", "summed", "made", "inner", "row_stride"], "i32")
     tile = {"RANK_FIRST": False, "SCALED": True, "TOKENS": 64, "R": 128, "WIDE": 64, "WIDEN": False}
-    product = {"TRANSPOSED": False, "ROWS": 16, "MADE": 32, "SUMMED": 64, "WIDEN": False}
+    forward, backward = (
+        {"TRANSPOSED": turned, "ROWS": FEW_ROWS, "MADE": TILES[which][0], "SUMMED": TILES[which][1], "WIDEN": False}
+        for turned, which in ((False, "x W^T"), (True, "dy W"))
+    )
     int8 = {"values": "*i8", "scale": "*fp32", "out": "*bf16", "inner": "i32", "count": "i64"}
+    step = dict.fromkeys(
+        ["mean_scale", "square_scale", "mean_code", "square_code", "mean_parts", "square_parts"], "*fp32"
+    )
+    step |= dict.fromkeys(["factor", "beta1", "rest1", "beta2", "rest2", "epsilon", "decay", "rate", "fix"], "fp32")
+    step |= {"gradient": "*bf16", "count": "i64", "start": "i32", "turn": "i32"}
+    small = {"parameter": "*i16", "mean": "*u8", "square": "*u8"}
+    large = dict.fromkeys(["parameter", "mean", "square"], "*fp32")
+    of_step = {"BLOCKS": 4, "ZERO": 127, "OTHER_BITS": 0x2545F491}
     for kernel, types, constants in (
-        (kernels.nf4_dequantize, weight | {"out": "*bf16", "count": "i64"}, {"TILE": 1024}),
-        (kernels.int8_dequantize, int8, {"TILE": 1024}),
-        (kernels.nf4_product, weight | sizes | {"x": "*bf16", "y": "*bf16"}, product),
-        (kernels.shrink, routes | {"x": "*bf16", "x_stride": "i32"}, tile),
-        (kernels.expand, routes | {"y": "*bf16", "y_stride": "i32"}, tile),
+        (weights.nf4_dequantize, weight | {"out": "*bf16", "count": "i64"}, {"TILE": 1024}),
+        (weights.int8_dequantize, int8, {"TILE": 1024}),
+        (weights.nf4_product, weight | sizes | {"x": "*bf16", "y": "*bf16"}, forward),
+        (weights.nf4_product, weight | sizes | {"x": "*fp32", "y": "*fp32"}, backward),
+        (routed.shrink, routes | {"x": "*bf16", "x_stride": "i32"}, tile),
+        (routed.expand, routes | {"y": "*bf16", "y_stride": "i32"}, tile),
+        (adamw.step, step | small, of_step | {"ROUNDED": True, "EIGHT": True}),
+        (adamw.step, step | large, of_step | {"ROUNDED": False, "EIGHT": False}),
     ):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -136,7 +232,12 @@ def compile_for_a_gpu() -> None:
         compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 99 << 10, (kernel.__name__, compiled.metadata.shared)
-    print("compiled 5")
+        if kernel is adamw.step:  # every operation rounds by itself, as IEEE 754 wants it
+            code = str(compiled.asm["ptx"])
+            assert "div.rn.f32" in code
+            assert "sqrt.rn.f32" in code
+            assert not re.search(r"\bfma|\.approx|\.ftz|div\.full", code)
+    print("compiled 8")
 
 
 if __name__ == "__main__":
@@ -146,4 +247,5 @@ if __name__ == "__main__":
         own_checks()
         stored_weights()
         routed()
+        optimizer()
         print("all agree")

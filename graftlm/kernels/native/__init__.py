@@ -153,7 +153,7 @@ def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
 
 def add_routed(y: Tensor, x: Tensor, routes: rows.Routes) -> bool:
     """y (rows, out) += each range's low-rank product, if C can take them; returns whether it did."""
-    if x.dtype != torch.float32 or x.stride(1) != 1 or not trust.allows("rows", x.device):
+    if x.dtype != torch.float32 or x.stride(1) != 1 or not usable("rows", x):
         return False
     routes.add(y, x)
     return True

@@ -1,0 +1,65 @@
+"""AdamW's step on a GPU: one launch for a parameter, with moments in 32 or in 8 bits."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from graftlm.kernels import reference_adamw as reference
+from graftlm.kernels.counter import word_keys
+from graftlm.kernels.moments import MOMENT_BLOCK, ZERO_MEAN_CODE, Moments
+from graftlm.kernels.triton.device import ceil, programs
+
+BLOCKS = 4  # of 256 values in a program: 8 values a thread
+PARAMETERS = (torch.float32, torch.bfloat16)
+
+
+def fits(parameter: Tensor, gradient: Tensor, moments: Moments) -> bool:
+    """Whether the program takes these: types it knows, end to end, and moments beside the parameter."""
+    return (
+        parameter.dtype in PARAMETERS
+        and parameter.is_contiguous()
+        and parameter.device == gradient.device == moments.device
+    )
+
+
+@functools.cache
+def _code_of(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A code's 256 values, and its starts, density, last and bend (4, 8), those of no decade first."""
+    code = reference.MEAN if signed else reference.SQUARE
+    starts = torch.cat([torch.zeros(1), code.starts])
+    return code.values.to(device), torch.stack([starts, code.density, code.last, code.bend]).to(device)
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the signed number of the same bits."""
+    return (word + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: reference.Update) -> None:
+    """One step of `reference_adamw.adamw`, in place."""
+    count, rounded = parameter.numel(), parameter.dtype == torch.bfloat16
+    if not count:
+        return
+    start, turn = word_keys(*update.key)
+    codes = [_code_of(signed, parameter.device) for signed in (True, False)]
+    mean_scale, square_scale = moments.mean_scale, moments.square_scale
+    programs("adamw").step[(ceil(count, MOMENT_BLOCK * BLOCKS),)](
+        parameter.detach().view(torch.int16) if rounded else parameter.detach(), gradient.detach().contiguous(),
+        moments.mean, moments.square, moments.mean if mean_scale is None else mean_scale,
+        moments.square if square_scale is None else square_scale, codes[0][0], codes[1][0], codes[0][1], codes[1][1],
+        count, update.factor, update.beta1, 1 - update.beta1, update.beta2, 1 - update.beta2, update.epsilon,
+        update.decay, update.rate, update.fix, _signed(start), _signed(turn), ROUNDED=rounded,
+        EIGHT=moments.eight_bit, BLOCKS=BLOCKS, ZERO=ZERO_MEAN_CODE, OTHER_BITS=reference.OTHER_BITS,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+# ---- the check before first use -----------------------------------------------------------------------------------
+
+
+def check(device: torch.device) -> bool:
+    """Whether three steps over 1001 values end in the reference's bits, in both types and both kinds of moments."""
+    return reference.agrees(step, device)

@@ -1,0 +1,41 @@
+"""What every launch needs: the programs, imported at first use, and the numbers that fit them to a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STAGES = 2  # loads in flight; more need more shared memory than consumer GPUs have (99 KiB)
+
+
+@functools.cache
+def programs(name: str) -> Any:
+    """The module `programs/NAME.py`. What `triton.jit` makes of its functions has no Python types."""
+    return importlib.import_module(f"graftlm.kernels.triton.programs.{name}")
+
+
+def interpreted() -> bool:
+    """Whether programs run in Triton's interpreter, on tensors of the CPU: what the tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def widen(x: Tensor) -> bool:
+    """Whether a program must widen x for a product: the interpreter knows none of bfloat16."""
+    return x.dtype == torch.bfloat16 and interpreted()
+
+
+def ceil(n: int, step: int) -> int:
+    return -(-n // step)
+
+
+def agree(found: Tensor, wanted: Tensor) -> bool:
+    """Bit for bit; but Triton's interpreter cuts bfloat16 off where a GPU rounds, so there it may be one step away."""
+    if found.dtype == torch.bfloat16 and interpreted():
+        return bool(((found.float() - wanted.float()).abs() <= wanted.float().abs() * 2**-7).all().item())
+    return torch.equal(found, wanted)

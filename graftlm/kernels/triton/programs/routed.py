@@ -1,0 +1,71 @@
+# pyright: basic
+# (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
+"""Low-rank products routed by token: one launch serves any mixture of adapters and ranks.
+
+Each program takes one tile of tokens that share a slot, finds that slot's matrix by its address, and sums in float32.
+
+Letters: x (tokens, in), y (tokens, out); a slot's A (r, in) and B (out, r), h (tokens, R) with R >= every r.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from graftlm.kernels.triton.programs.product import product
+
+
+@triton.jit
+def tile_of(tiles, pointers, ranks, like, TOKENS: tl.constexpr):
+    """This program's slot, its rank and matrix, the tile's tokens (TOKENS,), and which of them there are."""
+    tile = tl.program_id(0)
+    first, last, slot = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    matrix = tl.load(pointers + slot).to(tl.pointer_type(like.dtype.element_ty))
+    token = first + tl.arange(0, TOKENS)
+    return slot, tl.load(ranks + slot), matrix, token, token < last
+
+
+@triton.jit
+def shrink(
+    x, x_stride, tiles, pointers, ranks, scales, h, h_stride, wide,
+    RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """h[t, :r] = x[t] @ M.T for each tile of tokens, M (r, wide) its slot's A, or B transposed when not RANK_FIRST."""
+    slot, rank, matrix, token, there = tile_of(tiles, pointers, ranks, x, TOKENS)
+    r = tl.arange(0, R)
+    total = tl.zeros((TOKENS, R), dtype=tl.float32)
+    for begin in range(0, wide, WIDE):
+        w = begin + tl.arange(0, WIDE)
+        x_inside = there[:, None] & (w[None, :] < wide)
+        part = tl.load(x + token[:, None].to(tl.int64) * x_stride + w[None, :], mask=x_inside, other=0.0)
+        place = r[None, :] * wide + w[:, None] if RANK_FIRST else w[:, None] * rank + r[None, :]  # (WIDE, R)
+        columns = tl.load(matrix + place, mask=(w[:, None] < wide) & (r[None, :] < rank), other=0.0)
+        total = product(part, columns, total, WIDEN)
+    if SCALED:
+        total = total * tl.load(scales + slot)
+    inside = there[:, None] & (r[None, :] < h_stride)
+    tl.store(h + token[:, None].to(tl.int64) * h_stride + r[None, :], total.to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def expand(
+    h, h_stride, tiles, pointers, ranks, scales, y, y_stride, wide,
+    RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """y[t] += h[t, :r] @ M for each tile of tokens, M (r, wide) its slot's A, or B transposed when not RANK_FIRST."""
+    slot, rank, matrix, token, there = tile_of(tiles, pointers, ranks, h, TOKENS)
+    r = tl.arange(0, R)
+    w = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    h_inside = there[:, None] & (r[None, :] < rank)
+    part = tl.load(h + token[:, None].to(tl.int64) * h_stride + r[None, :], mask=h_inside, other=0.0)  # (TOKENS, R)
+    place = r[:, None] * wide + w[None, :] if RANK_FIRST else w[None, :] * rank + r[:, None]  # (R, WIDE)
+    rows = tl.load(matrix + place, mask=(w[None, :] < wide) & (r[:, None] < rank), other=0.0)
+    total = product(part, rows, tl.zeros((TOKENS, WIDE), dtype=tl.float32), WIDEN)
+    if SCALED:
+        total = total * tl.load(scales + slot)
+    inside = there[:, None] & (w[None, :] < wide)
+    target = y + token[:, None].to(tl.int64) * y_stride + w[None, :]
+    total = total + tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target, total.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,173 @@
+"""Low-rank products routed by token on a GPU.
+
+Which tensor goes to which slot's matrices is data: a table of tiles (first token, last token, slot) and one address for
+each slot's A and B, so one launch serves any mixture of adapters and ranks.
+
+    forward        h = x A^T          shrink over `in`       y += s h B^T      expand over `out`
+    backward       dh = s dy B        shrink over `out`      dx += dh A        expand over `in`
+
+The gradients to A and B are sums over a slot's own tokens: plain products, left to a loop over ranges.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graftlm.kernels import reference
+from graftlm.kernels.reference import Range, Slots
+from graftlm.kernels.triton.device import STAGES, ceil, programs, widen
+from graftlm.kernels.trust import close, sample
+
+LARGEST_RANK = 128  # one program holds a whole row of h; larger ranks go to the reference
+
+
+@functools.lru_cache(maxsize=4096)
+def _table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a GPU. Kept: layer after layer and pass after pass ask for the same, and a copy there waits for the GPU."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _tiles(ranges: tuple[Range, ...], ranks: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """(first token, last token, slot) of each tile, one after the other, and how many tokens a tile has at most."""
+    longest = max((last - first for first, last, slot in ranges if ranks[slot]), default=0)
+    tokens = 64 if longest > 32 else 32 if longest > 16 else 16
+    tiles = (
+        (begin, min(begin + tokens, last), slot)
+        for first, last, slot in ranges
+        if ranks[slot]
+        for begin in range(first, last, tokens)
+    )
+    return tuple(number for tile in tiles for number in tile), tokens
+
+
+class _Routes:
+    """Tiles and slots of one call as the kernels want them; it keeps alive what the addresses point at."""
+
+    def __init__(self, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float], like: Tensor) -> None:
+        # Serving keeps B turned in memory: then it is read as it lies.
+        self.turned = all(b is None or b.T.is_contiguous() for b in B)
+        sides = (A, [b if b is None or not self.turned else b.T for b in B])
+        self.matrices = [
+            [None if m is None else m.detach().to(like.dtype).contiguous() for m in side] for side in sides
+        ]
+        ranks = tuple(0 if a is None or b is None else len(a) for a, b in zip(A, B, strict=True))
+        self.largest = max((ranks[slot] for first, last, slot in ranges if first < last), default=0)
+        tiles, self.tokens = _tiles(tuple(ranges), ranks)
+        self.count, device = len(tiles) // 3, like.device
+        self.tiles, self.ranks = (_table(numbers, torch.int32, device) for numbers in (tiles, ranks))
+        self.scale = _table(tuple(scale), torch.float32, device)
+        self.pointers = [
+            _table(tuple(0 if m is None else m.data_ptr() for m in side), torch.int64, device) for side in self.matrices
+        ]
+
+    @property
+    def padded(self) -> int:
+        """The least power of two that the tensor cores take and every rank fits."""
+        return max(16, 1 << (self.largest - 1).bit_length())
+
+    def shrink(self, x: Tensor, side: int, scaled: bool) -> Tensor:
+        """h (tokens, largest rank) = x M^T, M = A (side 0) or B^T (side 1); rows outside all tiles are not written."""
+        h = torch.empty(len(x), self.largest, dtype=x.dtype, device=x.device)
+        if self.count:
+            programs("routed").shrink[(self.count,)](
+                x, x.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, h, h.stride(0), x.shape[1],
+                RANK_FIRST=side == 0 or self.turned, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
+                WIDEN=widen(x), num_stages=STAGES,
+            )  # fmt: skip
+        return h
+
+    def expand(self, h: Tensor, y: Tensor, side: int, scaled: bool) -> None:
+        """y += h M in place, M = A (side 0) or B^T (side 1)."""
+        if self.count:
+            programs("routed").expand[(self.count, ceil(y.shape[1], 64))](
+                h, h.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, y, y.stride(0), y.shape[1],
+                RANK_FIRST=side == 0 or self.turned, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
+                WIDEN=widen(h), num_stages=STAGES,
+            )  # fmt: skip
+
+
+def fits(x: Tensor, y: Tensor, ranges: Sequence[Range], A: Slots) -> bool:
+    """Whether the routed kernels take these: one float type, rows without gaps inside, ranks up to LARGEST_RANK.
+
+    A single range is not theirs: it is two plain products, which the vendor's library takes without any table.
+    """
+    ranks = [len(a) for a in A if a is not None]
+    return (
+        len(ranges) > 1
+        and x.dtype == y.dtype
+        and x.stride(1) == y.stride(1) == 1
+        and max(ranks, default=0) <= LARGEST_RANK
+    )
+
+
+def low_rank_routed(
+    y: Tensor, x: Tensor, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float]
+) -> list[Tensor | None]:
+    """As the reference's: y += s (x A^T) B^T, each range with its slot; returns h of each range."""
+    routes = _Routes(ranges, A, B, scale, x)
+    h = routes.shrink(x, 0, scaled=False)  # (tokens, R)
+    routes.expand(h, y, 1, scaled=True)
+    return [
+        None if a is None or B[slot] is None or first == last else h[first:last, : len(a)]
+        for (first, last, slot) in ranges
+        for a in (A[slot],)
+    ]
+
+
+def low_rank_routed_backward(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Sequence[Tensor | None],
+    ranges: Sequence[Range],
+    A: Slots,
+    B: Slots,
+    scale: Sequence[float],
+    dx: Tensor | None = None,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """As the reference's: gradients to each slot's A and B; the one to x is added to `dx`."""
+    routes = _Routes(ranges, A, B, scale, dy)
+    dh = routes.shrink(dy, 1, scaled=True)  # (tokens, R)
+    if dx is not None:
+        routes.expand(dh, dx, 0, scaled=False)
+    dA: list[Tensor | None] = [None] * len(A)
+    dB: list[Tensor | None] = [None] * len(B)
+    for (first, last, slot), h in zip(ranges, hidden, strict=True):
+        a, b = A[slot], B[slot]
+        if h is None or a is None or b is None:
+            continue
+        da = (dh[first:last, : len(a)].T @ x[first:last]).to(a.dtype)  # (r, in)
+        db = (dy[first:last].T @ h).mul_(scale[slot]).to(b.dtype)  # (out, r)
+        old_a, old_b = dA[slot], dB[slot]
+        dA[slot] = da if old_a is None else old_a.add_(da)
+        dB[slot] = db if old_b is None else old_b.add_(db)
+    return dA, dB
+
+
+# ---- the check before first use -----------------------------------------------------------------------------------
+
+
+def check(device: torch.device) -> bool:
+    """Mixed ranks, ranges without an adapter and tokens in none, B as training and as serving keep it; there and back."""
+    A: Slots = [None, sample(3, 23, device=device), sample(17, 23, device=device)]
+    B: Slots = [None, sample(70, 3, device=device), sample(70, 17, device=device)]
+    ranges, scale = [(0, 4, 1), (4, 5, 0), (5, 40, 2), (41, 43, 1)], [1.0, 0.5, 2.0]
+    x, dy = sample(43, 23, device=device), sample(43, 70, device=device)
+    turned: Slots = [b if b is None else b.T.contiguous().T for b in B]
+    outcomes: list[list[Tensor]] = []
+    # The truth in float64: a GPU's float32 products may be rounded to TF32, depending on PyTorch's settings.
+    for routed, backward, dtype, own in (
+        (low_rank_routed, low_rank_routed_backward, torch.float32, B),
+        (low_rank_routed, low_rank_routed_backward, torch.float32, turned),
+        (reference.low_rank_routed, reference.low_rank_routed_backward, torch.float64, B),
+    ):
+        y, dx = torch.ones(43, 70, dtype=dtype, device=device), torch.ones(43, 23, dtype=dtype, device=device)
+        hidden = routed(y, x.to(dtype), ranges, A, own, scale)
+        backward(dy.to(dtype), x.to(dtype), hidden, ranges, A, own, scale, dx)
+        outcomes.append([y.float(), dx.float()])
+    *found, truth = outcomes
+    return all(close(ours, wanted) for ours in found for ours, wanted in zip(ours, truth, strict=True))

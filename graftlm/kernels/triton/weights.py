@@ -1,0 +1,106 @@
+"""Stored weights on a GPU: decoded, and multiplied with a few rows without ever being dense."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from graftlm.kernels import reference
+from graftlm.kernels.stored import Int8, Nf4, Stored
+from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, programs, widen
+from graftlm.kernels.trust import close, sample
+
+FEW_ROWS = 16  # rows up to which a product decodes the weight itself; beyond, it is made dense for the vendor's product
+# (columns of the result, values summed at a time) of a program. The codes of one row of W lie beside each other: for x W^T
+# few columns and long runs, which also makes programs for every core of a large GPU; for dy W the row is what is made.
+TILES = {"x W^T": (16, 128), "dy W": (64, 32)}
+
+
+@functools.cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    return reference.NF4_CODE.to(device), reference.DYNAMIC_CODE.to(device)
+
+
+def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if out.numel():
+        programs("weights").nf4_dequantize[(ceil(out.numel(), 1024),)](
+            *weight.tensors().values(), *_tables(weight.device), out, weight.start, out.numel(), TILE=1024,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if out.numel():
+        values, scale = weight.values.contiguous(), weight.scale.contiguous()
+        programs("weights").int8_dequantize[(ceil(out.numel(), 1024),)](
+            values, scale, out, weight.shape[-1], out.numel(), TILE=1024
+        )
+    return out
+
+
+def dequantize(weight: Stored, dtype: torch.dtype) -> Tensor:
+    return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
+
+
+def _few_rows(x: Tensor, weight: Nf4, transposed: bool) -> Tensor:
+    """x (rows, summed) -> y (rows, made), rows at most FEW_ROWS."""
+    outer, inner = weight.shape
+    summed, made = (outer, inner) if transposed else (inner, outer)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = torch.empty(len(x), made, dtype=x.dtype, device=x.device)
+    columns, values = TILES["dy W" if transposed else "x W^T"]
+    programs("weights").nf4_product[(ceil(made, columns),)](
+        x, *weight.tensors().values(), *_tables(x.device), y, weight.start, len(x), summed, made, inner, x.stride(0),
+        TRANSPOSED=transposed, ROWS=FEW_ROWS, MADE=columns, SUMMED=values, WIDEN=widen(x),
+        num_stages=STAGES, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y
+
+
+def matmul(x: Tensor, weight: Stored) -> Tensor:
+    """x (..., in) -> x @ W.T (..., out)."""
+    outer, inner = weight.shape
+    rows = x.reshape(-1, inner)
+    if isinstance(weight, Nf4) and weight.numel and 0 < len(rows) <= FEW_ROWS:
+        return _few_rows(rows, weight, False).view(*x.shape[:-1], outer)
+    return x @ dequantize(weight, x.dtype).T
+
+
+def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
+    """dy (..., out) -> dy @ W (..., in)."""
+    outer, inner = weight.shape
+    rows = dy.reshape(-1, outer)
+    if isinstance(weight, Nf4) and weight.numel and 0 < len(rows) <= FEW_ROWS:
+        return _few_rows(rows, weight, True).view(*dy.shape[:-1], inner)
+    return dy @ dequantize(weight, dy.dtype)
+
+
+# ---- the checks before first use ----------------------------------------------------------------------------------
+
+
+def check_nf4_dequantize(device: torch.device) -> bool:
+    weight = reference.nf4_quantize(sample(37, 201, device=device))
+    parts = (weight, weight.narrow(3, 7))
+    return all(agree(nf4_dequantize(w, t), reference.nf4_dequantize(w, t)) for w in parts for t in FLOATS)
+
+
+def check_int8_dequantize(device: torch.device) -> bool:
+    weight = reference.int8_quantize(sample(13, 77, device=device))
+    return all(agree(int8_dequantize(weight, t), reference.int8_dequantize(weight, t)) for t in FLOATS)
+
+
+def check_matmul(device: torch.device) -> bool:
+    weight = reference.nf4_quantize(sample(45, 201, device=device)).narrow(3, 40)
+    x = sample(5, 201, device=device)
+    return close(matmul(x, weight), (x.double() @ reference.dequantize(weight).double().T).float())
+
+
+def check_matmul_t(device: torch.device) -> bool:
+    weight = reference.nf4_quantize(sample(45, 201, device=device)).narrow(3, 40)
+    dy = sample(5, 40, device=device)
+    return close(matmul_t(dy, weight), (dy.double() @ reference.dequantize(weight).double()).float())
