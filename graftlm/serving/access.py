@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -18,12 +19,15 @@ from graftlm.serving.metrics import Metrics
 from graftlm.serving.prompts import PromptBook, Prompts
 from graftlm.serving.service import Service
 
+_MOST_GUIDES = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
     """What one request may take."""
 
     body_bytes: int = 4 << 20
+    body_seconds: float = 60.0
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     seconds: float = 300.0
@@ -42,15 +46,18 @@ class State:
     fingerprint: str = ""
     draining: bool = False
     preloading: bool = False
-    guides: dict[int, Guide] = field(default_factory=dict[int, Guide])
+    guides: OrderedDict[int, Guide] = field(default_factory=OrderedDict[int, Guide])
 
     def guide(self, prompts: Prompts) -> Guide:
-        """The guide of a tokenizer."""
-        key = id(prompts.tokenizer)
-        if key not in self.guides:
+        """The guide of a tokenizer; those of the last few are kept, since making one takes a second."""
+        key = id(prompts.tokenizer)  # nobody else's while the guide lives, which keeps its tokenizer
+        found = self.guides.get(key)
+        if found is None:
             vocabulary = self.service.engine.base.anatomy.vocabulary
-            self.guides[key] = Guide(prompts.tokenizer, vocabulary, prompts.stop_ids)
-        return self.guides[key]
+            found = self.guides[key] = Guide(prompts.tokenizer, vocabulary, prompts.stop_ids)
+            if len(self.guides) > _MOST_GUIDES:
+                self.guides.popitem(last=False)
+        return found
 
 
 class Refused(Exception):
@@ -77,10 +84,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorAnswer, "description": text}
     for status, text in {
         400: "The request cannot be answered as asked", 401: "No valid API key", 404: "No such model, or not for this key",
-        413: "The body is too large", 429: "The queue is full", 500: "The adapter or the engine failed", 503: "Shutting down",
-        504: "Out of time",
+        408: "The body took too long to arrive", 413: "The body is too large", 429: "The queue is full",
+        500: "The adapter or the engine failed", 503: "Shutting down", 504: "Out of time",
     }.items()
 }  # fmt: skip
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer"},
+    **ERRORS,
+}
 ADMIN_ERRORS = {**ERRORS, 403: {"model": protocol.ErrorAnswer, "description": "Not an admin's key"}}
 READ_ERRORS: dict[int | str, dict[str, Any]] = {401: ERRORS[401], 400: ERRORS[400]}
 _bearer = HTTPBearer(auto_error=False, description="an API key of the server's file of keys")
@@ -94,11 +105,18 @@ def state_of(request: Request) -> State:
 Here = Annotated[State, Depends(state_of)]
 
 
-async def tenant_of(
+async def perhaps_tenant(
     state: Here, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-) -> Tenant:
+) -> Tenant | None:
+    """Whose key a request brings, if it brings one that is known."""
+    return state.keys.tenant(credentials.credentials if credentials is not None else None)
+
+
+PerhapsWhose = Annotated[Tenant | None, Depends(perhaps_tenant)]
+
+
+async def tenant_of(tenant: PerhapsWhose) -> Tenant:
     """Whose key a request brings. Raises Refused."""
-    tenant = state.keys.tenant(credentials.credentials if credentials is not None else None)
     if tenant is None:
         raise Refused(
             401, "this server wants an API key: send the header 'Authorization: Bearer KEY'", "invalid_api_key",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from datetime import datetime
 from typing import Any
 
 from fastapi import APIRouter
@@ -75,9 +77,10 @@ def rollback(asked: protocol.RollbackRequest, state: Here, tenant: Admin) -> dic
 
 
 async def preload(state: State, who: Answerer) -> None:
-    """Have a version in memory. Raises Refused for one that cannot be loaded."""
+    """Have a version in memory. Raises Refused for one that cannot be loaded, or finds no memory in time."""
     folder = who.folder
     assert folder is not None
+    end = time.monotonic() + state.bounds.seconds
     await state.service.call(lambda engine: engine.residents.hold(who.digest, folder))
     try:
         while True:
@@ -88,16 +91,29 @@ async def preload(state: State, who: Answerer) -> None:
                 )
             if ready:
                 return
+            if time.monotonic() > end:
+                raise Refused(
+                    504, f"adapter '{who.label}' was not in memory within {state.bounds.seconds:g} seconds: requests hold "
+                    "what is there; give more memory with --adapter-gb", "timeout",
+                )  # fmt: skip
             await asyncio.sleep(0.01)
     finally:
         await state.service.call(lambda engine: engine.residents.leave(who.digest))
 
 
 def _model(state: State, id: str, who: Answerer) -> dict[str, Any]:
-    said = {"id": id, "object": "model", "created": 0, "owned_by": "graft"}
+    said = {"id": id, "object": "model", "created": _moment(who), "owned_by": "graft"}
     if not who.digest:
         return {**said, "root": state.catalogue.base_name, "parent": None}
     return {**said, "root": who.label, "parent": state.catalogue.base_name, "digest": who.digest}
+
+
+def _moment(who: Answerer) -> int:
+    """When a version was published, in seconds since 1970; 0 for the base, of which nobody knows."""
+    try:
+        return int(datetime.fromisoformat(str(who.version.event["at"])).timestamp()) if who.version else 0
+    except (KeyError, ValueError, OverflowError):
+        return 0
 
 
 def _models(state: State, tenant: Tenant) -> list[dict[str, Any]]:

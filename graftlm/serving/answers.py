@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from graftlm.errors import GraftError, RequestError
 from graftlm.serving import protocol
-from graftlm.serving.access import ERRORS, Here, Refused, State, Whose, version_headers, without_paths
+from graftlm.serving.access import ANSWERS, ERRORS, Here, Refused, State, Whose, version_headers, without_paths
 from graftlm.serving.catalogue import Answerer
+from graftlm.serving.gate import READ
 from graftlm.serving.keys import Tenant
 from graftlm.serving.prompts import Prompts
 from graftlm.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Writer
@@ -25,38 +27,37 @@ from graftlm.serving.request import Request as Question
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", responses=ERRORS, response_model=None)
-async def chat(asked: ChatRequest, state: Here, tenant: Whose) -> Response:
+@router.post("/v1/chat/completions", responses=ANSWERS, response_model=None)
+async def chat(asked: ChatRequest, request: Request, state: Here, tenant: Whose) -> Response:
     """Answer a conversation; with `stream` as server-sent events."""
     who = _open(state, asked.model, tenant)
     prompts = await _prompts(state, who)
     messages = [message.plain() for message in asked.messages]
-    ids = await run_in_threadpool(_encode, lambda: prompts.chat(messages))
-    return await _answer(state, "chat", asked, tenant, who, prompts, [ids])
+    ids = await _encoded(sum(len(m["content"]) for m in messages), lambda: prompts.chat(messages))
+    return await _answer(state, "chat", asked, request, tenant, who, prompts, [ids])
 
 
-@router.post("/v1/completions", responses=ERRORS, response_model=None)
-async def completions(asked: CompletionRequest, state: Here, tenant: Whose) -> Response:
+@router.post("/v1/completions", responses=ANSWERS, response_model=None)
+async def completions(asked: CompletionRequest, request: Request, state: Here, tenant: Whose) -> Response:
     """Continue one prompt or several; with `stream` as server-sent events."""
     who = _open(state, asked.model, tenant)
     prompts = await _prompts(state, who)
-    given = asked.prompts
-    ids = await run_in_threadpool(_encode, lambda: [p if isinstance(p, list) else prompts.text(p) for p in given])
-    return await _answer(state, "text", asked, tenant, who, prompts, ids)
+    ids = await _texts(prompts, asked.prompts)
+    return await _answer(state, "text", asked, request, tenant, who, prompts, ids)
 
 
 @router.post("/v1/embeddings", responses=ERRORS, response_model=None)
-async def embeddings(asked: EmbeddingRequest, state: Here, tenant: Whose) -> Response:
+async def embeddings(asked: EmbeddingRequest, request: Request, state: Here, tenant: Whose) -> Response:
     """The mean of the last layer's states over each input, scaled to length 1."""
     who = _open(state, asked.model, tenant)
     prompts = await _prompts(state, who)
-    given = asked.prompts
-    ids = await run_in_threadpool(_encode, lambda: [p if isinstance(p, list) else prompts.text(p) for p in given])
+    ids = await _texts(prompts, asked.prompts)
     questions = [_question(state, tenant, who, prompts, one, 0, embed=True) for one in ids]
     by_id = {question.id: i for i, question in enumerate(questions)}
     ends: dict[int, Piece] = {}
-    async for pieces in _pieces(state, questions, who):
-        ends.update({by_id[p.id]: p for p in pieces if p.finish is not None})
+    async with _given_up_with(request, state, questions):
+        async for pieces in _pieces(state, questions, who):
+            ends.update({by_id[p.id]: p for p in pieces if p.finish is not None})
     data: list[dict[str, Any]] = []
     for i in range(len(questions)):
         vector = ends[i].embedding or []
@@ -77,16 +78,35 @@ def _open(state: State, model: str, tenant: Tenant) -> Answerer:
     """Who answers, if this server still takes requests."""
     if state.draining:
         raise Refused(503, "this server is shutting down; ask another one", headers={"Retry-After": "5"})
+    if not state.service.alive:
+        raise Refused(503, "the engine of this server has died; it must be started anew")
     return state.catalogue.find(model, tenant)
 
 
 async def _prompts(state: State, who: Answerer) -> Prompts:
+    known = state.book.known(who.digest)
+    if known is not None:
+        return known
     try:
         return await run_in_threadpool(state.book.of, who.digest, who.folder)
     except GraftError as error:
         raise Refused(
             500, f"adapter '{who.label}' cannot be used: {without_paths(str(error), who)}", "adapter_invalid"
         ) from None
+
+
+async def _texts(prompts: Prompts, given: list[str] | list[list[int]]) -> list[list[int]]:
+    """Prompts as tokens, those that are text encoded."""
+    length = sum(len(p) for p in given if isinstance(p, str))
+    return await _encoded(length, lambda: [p if isinstance(p, list) else prompts.text(p) for p in given])
+
+
+async def _encoded(length: int, encode: Callable[[], Any]) -> Any:
+    """Text to tokens: a short one here, one of more than a page where it holds nobody up."""
+    return _encode(encode) if length <= _PAGE else await run_in_threadpool(_encode, encode)
+
+
+_PAGE = 4000  # characters, about a millisecond: less than a thread may wait for its turn beside the engine
 
 
 def _encode(encode: Callable[[], Any]) -> Any:
@@ -125,8 +145,8 @@ def _most_tokens(state: State, asked: int | None, prompt: int) -> int:
 
 
 async def _answer(
-    state: State, kind: Literal["chat", "text"], asked: ChatRequest | CompletionRequest, tenant: Tenant, who: Answerer,
-    prompts: Prompts, ids: Sequence[Sequence[int]],
+    state: State, kind: Literal["chat", "text"], asked: ChatRequest | CompletionRequest, request: Request, tenant: Tenant,
+    who: Answerer, prompts: Prompts, ids: Sequence[Sequence[int]],
 ) -> Response:  # fmt: skip
     grammar = None
     if asked.response_format is not None and asked.response_format.type != "text":
@@ -134,32 +154,50 @@ async def _answer(
         grammar = await run_in_threadpool(lambda: state.guide(prompts).json(schema))
     n = asked.n or 1
     sampling = asked.sampling()
+    stop_ids = prompts.stop_ids.union(asked.stop_token_ids or ())
     questions = [
         _question(
             state, tenant, who, prompts, one, _most_tokens(state, asked.most_tokens, len(one)), n=n, sampling=sampling,
-            stop_ids=prompts.stop_ids, stop=asked.stops, logprobs=asked.alternatives, grammar=grammar,
+            stop_ids=stop_ids, stop=asked.stops, logprobs=asked.alternatives, grammar=grammar,
         )
         for one in ids
     ]  # fmt: skip
     news = _pieces(state, questions, who)
-    # Nothing is sent before the first token, so that what goes wrong until then has its status.
-    first = await anext(news)
     place = {question.id: i * n for i, question in enumerate(questions)}
     writer = Writer(kind, asked.model, state.fingerprint[:16], prompts)
-    if asked.stream:
-        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = _events(writer, place, first, news, with_usage)
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={**version_headers(who), "Cache-Control": "no-cache"}
-        )
-    answers: list[list[Piece]] = [[] for _ in range(n * len(questions))]
-    for piece in first:
-        answers[place[piece.id] + piece.index].append(piece)
-    async for pieces in news:
-        for piece in pieces:
-            answers[place[piece.id] + piece.index].append(piece)
+    async with _given_up_with(request, state, questions):
+        if asked.stream:
+            # Nothing is sent before the first token, so that what goes wrong until then has its status.
+            first = await anext(news)
+            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            events = _events(writer, place, first, news, with_usage)
+            return StreamingResponse(
+                events, media_type="text/event-stream", headers={**version_headers(who), "Cache-Control": "no-cache"}
+            )
+        answers: list[list[Piece]] = [[] for _ in range(n * len(questions))]
+        async for pieces in news:
+            for piece in pieces:
+                answers[place[piece.id] + piece.index].append(piece)
     used = protocol.usage([p for pieces in answers for p in pieces])
     return JSONResponse(writer.whole(answers, used), headers=version_headers(who))
+
+
+@contextlib.asynccontextmanager
+async def _given_up_with(request: Request, state: State, questions: Sequence[Question]) -> AsyncIterator[None]:
+    """Meanwhile the questions are given up as soon as the caller hangs up. A stream that has begun sees to that itself."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        for question in questions:
+            state.service.engine.cancel(question.id)
+
+    request.scope.get(READ, lambda: None)()  # all that was to be read is; the next step hands it to the engine
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
 
 
 async def _pieces(state: State, questions: Sequence[Question], who: Answerer) -> AsyncIterator[list[Piece]]:
@@ -182,6 +220,8 @@ async def _pieces(state: State, questions: Sequence[Question], who: Answerer) ->
                     raise Refused(
                         504, f"the answer was not complete within {state.bounds.seconds:g} seconds", "timeout"
                     )
+                if piece.finish == "cancelled":
+                    raise Refused(499, "the caller hung up", "cancelled")
             yield pieces
     state.metrics.duration.observe(time.monotonic() - begun)
 
@@ -214,7 +254,7 @@ async def _events(
                 yield written
         if with_usage:
             yield _event(writer.last(protocol.usage(ends)))
-    except Refused as error:
+    except Refused as error:  # its status was sent long ago, so it is told as an event
         yield _event(json.loads(bytes(error.response().body)))
     yield b"data: [DONE]\n\n"
 

@@ -30,7 +30,7 @@ from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Adapter
 from graftlm.base.keyvalues import Kept, bytes_per_token, may_keep
 from graftlm.base.load import Base
-from graftlm.errors import RequestError
+from graftlm.errors import GraftError, RequestError
 from graftlm.serving import sampling
 from graftlm.serving.grouped import Grouped
 from graftlm.serving.paged import Paged, Work, logits
@@ -38,6 +38,7 @@ from graftlm.serving.queue import FairQueue
 from graftlm.serving.request import Chosen, Piece, Request
 from graftlm.serving.residents import Residents
 from graftlm.serving.sequence import Sequence
+from graftlm.serving.shares import LEAST_CHUNK, Pace, first_and_rest
 
 BLOCK = 16  # tokens of a block of keys and values
 
@@ -102,6 +103,7 @@ class Engine:
         self._arrivals: deque[tuple[Request, Path | None]] = deque()
         self._cancelled: deque[str] = deque()
         self._queue = FairQueue()
+        self._pace = Pace()
         self._running: list[Sequence] = []
         self._of_request: dict[str, list[Sequence]] = {}
         self._pending = 0  # sequences that were submitted and are not in the queue yet
@@ -116,23 +118,31 @@ class Engine:
         """
         self.check(request)
         with self._lock:
-            waiting = len(self._queue) + self._pending
-            mine = self._queue.waiting(request.tenant) + sum(
-                r.n for r, _ in self._arrivals if r.tenant == request.tenant
-            )
-            if waiting + request.n > self.limits.queue:
-                raise RequestError(
-                    f"the queue is full: {waiting} answers wait, the limit is {self.limits.queue}", full=True
-                )
-            share = self.limits.queue // 2
-            if self.limits.shared and mine + request.n > max(share, 1):
-                raise RequestError(
-                    f"your part of the queue is full: {mine} answers wait, the limit for one key is {max(share, 1)}",
-                    full=True,
-                )
+            self._check_room(request.tenant, request.n)
             self._pending += request.n
             self._arrivals.append((request, folder))
         self.wake()
+
+    def check_room(self, tenant: str, answers: int = 1) -> None:
+        """Raise RequestError, with `full` set, where so many more answers of a tenant may not wait.
+
+        `submit` asks the same; a server asks before it spends anything on a request.
+        """
+        with self._lock:
+            self._check_room(tenant, answers)
+
+    def _check_room(self, tenant: str, answers: int) -> None:
+        waiting = len(self._queue) + self._pending
+        if waiting + answers > self.limits.queue:
+            raise RequestError(
+                f"the queue is full: {waiting} answers wait, the limit is {self.limits.queue}", full=True
+            )
+        share = max(self.limits.queue // 2, 1)
+        mine = self._queue.waiting(tenant) + sum(r.n for r, _ in self._arrivals if r.tenant == tenant)
+        if self.limits.shared and mine + answers > share:
+            raise RequestError(
+                f"your part of the queue is full: {mine} answers wait, the limit for one key is {share}", full=True
+            )
 
     def check(self, request: Request) -> None:
         """Raise RequestError for a request that cannot be answered however long it waits."""
@@ -184,7 +194,7 @@ class Engine:
         begun = time.perf_counter()
         pieces: list[Piece] = []
         self.residents.settle()
-        self._take_arrivals()
+        self._take_arrivals(pieces)
         self._give_up(pieces)
         self._let_in()
         work = self._plan()
@@ -193,10 +203,13 @@ class Engine:
             self.counts.prompt_tokens += read
             for sequence, n in work:
                 self._queue.serve(sequence.request.tenant, n)
+                sequence.worked = self.counts.steps
             sequences, states = self.runner.run(work)
             self._answer(sequences, states, pieces)
+            seconds = time.perf_counter() - begun
+            self._pace.learn(sum(n for _, n in work), seconds)
             self.counts.steps += 1
-            self.counts.step_seconds += time.perf_counter() - begun
+            self.counts.step_seconds += seconds
         return pieces
 
     @property
@@ -246,23 +259,36 @@ class Engine:
 
     # ---- the parts of a step ----------------------------------------------------------------------------------------
 
-    def _take_arrivals(self) -> None:
+    def _take_arrivals(self, pieces: list[Piece]) -> None:
         with self._lock:
             arrivals = list(self._arrivals)
             self._arrivals.clear()
         for request, folder in arrivals:
-            tokenizer = request.tokenizer or self.base.tokenizer
-            first = Sequence(request, 0, tokenizer, None)
-            sequences = [first, *(Sequence(request, i, tokenizer, first) for i in range(1, request.n))]
+            try:
+                sequences = self._begin(request, folder)
+            except Exception as error:
+                # Its own fault, such as a version that was removed since it was found: the others go on.
+                with self._lock:
+                    self._pending -= request.n
+                said = str(error) if isinstance(error, GraftError) else f"{type(error).__name__}: {error}"
+                pieces += [Piece(id=request.id, index=i, finish="error", error=said) for i in range(request.n)]
+                continue
             self._of_request[request.id] = sequences
-            if request.adapter:
-                for _ in sequences:
-                    self.residents.hold(request.adapter, folder or Path())
             tenants = self._tenants
             with self._lock:
                 for sequence in sequences:
                     self._queue.add(sequence, tenants)
                     self._pending -= 1
+
+    def _begin(self, request: Request, folder: Path | None) -> list[Sequence]:
+        """The answers that a request wants, its adapter held for each of them."""
+        tokenizer = request.tokenizer or self.base.tokenizer
+        first = Sequence(request, 0, tokenizer, None)
+        sequences = [first, *(Sequence(request, i, tokenizer, first) for i in range(1, request.n))]
+        if request.adapter:
+            for _ in sequences:
+                self.residents.hold(request.adapter, folder or Path())
+        return sequences
 
     @property
     def _tenants(self) -> set[str]:
@@ -327,21 +353,33 @@ class Engine:
         """Which sequences run this step, and how many new tokens of each; interrupts the newest where memory is short."""
         if not self.runner.splits_prompts:
             return [(sequence, sequence.left) for sequence in self._running]
-        work: Work = []
         budget = self.limits.step_tokens
-        for sequence in list(self._running):
-            if sequence.decoding and self._make_place(sequence, 1):
+        if not self.limits.shared or len(self._tenants) < 2:
+            work = self._fill(list(self._running), budget, budget)
+        else:
+            first, rest = first_and_rest(self._running)
+            work = self._fill(first, budget, budget)
+            taken = sum(n for _, n in work)
+            room = max(self._pace.room(taken), taken)
+            work += self._fill(rest, min(budget - taken, room), min(budget - taken, max(room, LEAST_CHUNK)))
+        return [(s, n) for s, n in work if s.seat >= 0]
+
+    def _fill(self, sequences: list[Sequence], budget: int, reading_budget: int) -> Work:
+        """New tokens for those that write, at most `budget`; and with what is left of the other one prompts are read."""
+        work: Work = []
+        for sequence in sequences:
+            if sequence.decoding and len(work) < budget and self._make_place(sequence, 1):
                 work.append((sequence, 1))
-                budget -= 1
-        # Prompts share what is left, the least served tenant's first, so one long prompt does not hold up the others'.
-        reading = [s for s in self._running if not s.decoding]
+        left = reading_budget - len(work)
+        # Prompts share it, the least served tenant's first, so one long prompt does not hold up the others'.
+        reading = [s for s in sequences if not s.decoding]
         order = {tenant: i for i, tenant in enumerate(self._queue.by_service(s.request.tenant for s in reading))}
         for sequence in sorted(reading, key=lambda s: order[s.request.tenant]):
-            new = min(sequence.left, budget)
+            new = min(sequence.left, left)
             if new > 0 and sequence in self._running and self._make_place(sequence, new):
                 work.append((sequence, new))
-                budget -= new
-        return [(s, n) for s, n in work if s.seat >= 0]
+                left -= new
+        return work
 
     def _make_place(self, sequence: Sequence, new: int) -> bool:
         """Hold memory for `new` tokens; sends the newest sequences back to wait until there is enough."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import sys
@@ -19,27 +18,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import uvicorn
 
 from graftlm.adapters.store import Store
-from graftlm.base.keyvalues import bytes_per_token, may_keep
+from graftlm.base.keyvalues import Kept, may_keep
 from graftlm.base.load import Base, load_base
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError
 from graftlm.serving.access import Bounds, Refused, State
 from graftlm.serving.administration import preload
 from graftlm.serving.catalogue import Catalogue
-from graftlm.serving.engine import BLOCK, Engine, Limits
+from graftlm.serving.engine import Engine, Limits
 from graftlm.serving.generate import checkpoint_precision
 from graftlm.serving.keys import Keys, Tenant, read_keys
+from graftlm.serving.memory import cache_tokens, free_memory
 from graftlm.serving.metrics import Metrics
 from graftlm.serving.prompts import PromptBook
 from graftlm.serving.server import create_app
 from graftlm.serving.service import Service
 
 Note = Callable[[str], None]
-_MOST_CACHE_TOKENS = 1 << 20
 
 
 @dataclass
@@ -78,13 +76,13 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> Built:
     )
     fingerprint = base.fingerprint
     kept = may_keep(base)
-    engine = Engine(base, plan(config, base, keys, bytes_per_token(kept[0], base.compute_dtype)), kept=kept)
+    engine = Engine(base, plan(config, base, keys, kept[0]), kept=kept)
     state = State(
         service=Service(engine), catalogue=Catalogue(base_label(config.model), fingerprint, store), keys=keys,
         book=PromptBook(base, config.format), metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]
         bounds=Bounds(
-            body_bytes=int(config.max_body_mb * 1e6), prompt_tokens=config.max_prompt_tokens,
-            output_tokens=config.max_output_tokens, seconds=config.max_seconds,
+            body_bytes=int(config.max_body_mb * 1e6), body_seconds=min(config.max_seconds, Bounds.body_seconds),
+            prompt_tokens=config.max_prompt_tokens, output_tokens=config.max_output_tokens, seconds=config.max_seconds,
         ),
     )  # fmt: skip
     state.metrics = Metrics(state.service)
@@ -107,45 +105,23 @@ def base_label(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def plan(config: ServeConfig, base: Base, keys: Keys, a_token: int) -> Limits:
+def plan(config: ServeConfig, base: Base, keys: Keys, kept: dict[int, Kept]) -> Limits:
     """Numbers for the engine from the options and the memory that is free now. Raises ConfigError for too little.
 
-    `a_token` is the bytes that a token keeps, 0 where that is not known beforehand.
+    `kept` is what `may_keep` says of the base: empty where keys and values are the model's own business.
     """
-    free = free_memory(base.device)
-    context = base.anatomy.max_positions or 4096
-    wanted = min(config.running * context, _MOST_CACHE_TOKENS)
-    if config.cache_gb is not None:
-        tokens = int(config.cache_gb * 1e9) // a_token if a_token else wanted
-    else:
-        tokens = min(wanted, free // 4 // a_token) if a_token else wanted
-    tokens = tokens // BLOCK * BLOCK
-    if tokens < 2 * BLOCK:
+    if config.cache_gb is not None and not kept:
         raise ConfigError(
-            f"there is room for the keys and values of {tokens} tokens, each of which takes {a_token:,} bytes; "
-            "give more with --cache-gb, or free memory"
+            "cache-gb: this model keeps its past in its own way, so what a token takes is not known beforehand; leave it out, "
+            "and bound its memory with --running"
         )
+    free = free_memory(base.device)
     adapters = int(config.adapter_gb * 1e9) if config.adapter_gb is not None else max(free // 4, 1 << 28)
+    tokens = cache_tokens(base, kept, config.running, config.cache_gb)
     return Limits(
         running=config.running, queue=config.max_queue, step_tokens=config.step_tokens, cache_tokens=tokens,
         adapter_slots=config.adapter_slots, adapter_bytes=adapters, shared=len(keys.tenants) > 1,
     )  # fmt: skip
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that nobody uses now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (ValueError, OSError):
-        return 4 << 30
 
 
 class Server(uvicorn.Server):
@@ -210,7 +186,7 @@ def serve(config: ServeConfig, note: Note, ready: Callable[[str, Built], None] =
     place = _listen(config)
     url = f"http://{_shown(config.host)}:{place.getsockname()[1]}"
 
-    async def run() -> None:
+    async def load() -> None:
         try:
             for who in preloaded:
                 await preload(built.state, who)
@@ -218,10 +194,22 @@ def serve(config: ServeConfig, note: Note, ready: Callable[[str, Built], None] =
             raise ConfigError(str(error)) from None
         built.state.preloading = False
         ready(url, built)
-        await server.serve(sockets=[place])
+
+    async def run() -> None:
+        serving, loading = asyncio.create_task(server.serve(sockets=[place])), asyncio.create_task(load())
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():  # told to end before all was in memory
+            loading.cancel()
+        elif loading.exception() is not None:
+            server.should_exit = True
+        await serving
+        if loading.done() and not loading.cancelled():
+            loading.result()
 
     try:
-        asyncio.run(run())
+        # The loop is uvloop's where that is installed.
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(run())
     finally:
         place.close()
         built.state.service.close()

@@ -1,14 +1,19 @@
-"""What the server tells Prometheus; state is read when it is asked for, so counting costs a step nothing."""
+"""What the server tells Prometheus; state is read when it is asked for, so counting costs a step nothing.
+
+What is told of single versions stands apart: with a file of keys it is an admin's, since a digest in it says that somebody
+has an adapter which others are not to know of.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graftlm.serving.engine import Engine
 from graftlm.serving.service import Service
@@ -45,10 +50,10 @@ def adapter_states(engine: Engine) -> list[AdapterState]:
 
 
 class Metrics:
-    """One server's registry."""
+    """One server's registries: of the whole, and of single versions."""
 
     def __init__(self, service: Service) -> None:
-        self.registry = CollectorRegistry()
+        self.registry, self.versions = CollectorRegistry(), CollectorRegistry()
         self.requests = Counter(
             "graft_requests", "Requests by path and status", ["path", "status"], registry=self.registry
         )
@@ -62,10 +67,40 @@ class Metrics:
             "graft_request_seconds", "From arrival to the end of an answer", buckets=_SECONDS, registry=self.registry
         )
         self.registry.register(_OfEngine(service))
+        self.versions.register(_OfVersions(service))
 
-    def page(self) -> bytes:
-        """The text that Prometheus reads."""
-        return generate_latest(self.registry)
+    def page(self, *, versions: bool) -> bytes:
+        """The text that Prometheus reads, with single `versions` or without."""
+        return generate_latest(self.registry) + (generate_latest(self.versions) if versions else b"")
+
+
+class Counted:
+    """ASGI middleware that counts requests by path and status, once they are answered.
+
+    `paths` are counted by their name even where no route has seen the request.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            known = scope["path"] if scope["path"] in self._paths else "unknown"
+            path = getattr(scope.get("route"), "path", known)
+            self._metrics.requests.labels(path, str(status)).inc()
 
 
 class _OfEngine(Collector):
@@ -114,10 +149,19 @@ class _OfEngine(Collector):
         for finish, count in list(counts.finished.items()):
             finished.add_metric([finish], count)
         yield finished
-        yield from self._adapters(engine)
 
-    def _adapters(self, engine: Engine) -> Iterator[Metric]:
-        states = adapter_states(engine)
+
+class _OfVersions(Collector):
+    """Reads where each adapter version is and what was asked of it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def describe(self) -> Iterator[Metric]:
+        yield from ()
+
+    def collect(self) -> Iterator[Metric]:
+        states = adapter_states(self._service.engine)
         label = ["digest"]
         kinds: tuple[tuple[GaugeMetricFamily | CounterMetricFamily, str], ...] = (
             (GaugeMetricFamily("graft_adapter_resident", "Whether a version is in a slot", labels=label), "resident"),

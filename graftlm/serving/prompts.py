@@ -68,14 +68,23 @@ def choose_format(asked: str, known: Mapping[str, Any] | None, encoder: Encoder)
 
 
 class PromptBook:
-    """The prompts of a base, and of the adapter versions that were asked lately."""
+    """The prompts of a base, and of the adapter versions that were asked lately.
 
-    _MOST = 256
+    Versions that are asked alike, by the base's tokenizer with the same date and format, share one: a template takes tens of
+    kilobytes, and a server sees thousands of versions.
+    """
+
+    _MOST, _MOST_KINDS = 256, 32
 
     def __init__(self, base: Base, style: str = "auto") -> None:
         self._tokenizer, self._style = base.tokenizer, style
         self.base = Prompts(base.tokenizer, _tuned(base.folder), style)
         self._of: OrderedDict[str, Prompts] = OrderedDict()
+        self._kinds: OrderedDict[str, Prompts] = OrderedDict()
+
+    def known(self, digest: str) -> Prompts | None:
+        """Those of a version, or of the base, where they need no reading of files."""
+        return self._of.get(digest) if digest else self.base
 
     def of(self, digest: str, folder: Path | None) -> Prompts:
         """The prompts of an adapter version, or of the base without one. Raises AdapterError, ModelError."""
@@ -83,12 +92,25 @@ class PromptBook:
             return self.base
         found = self._of.get(digest)
         if found is None:
-            manifest = adapter_format.read_manifest(folder)
-            own = (folder / "tokenizer.json").is_file()
-            tokenizer = load_tokenizer(folder) if own else self._tokenizer
-            found = self._of[digest] = Prompts(tokenizer, manifest or _tuned_or_none(self.base), self._style)
+            known = adapter_format.read_manifest(folder) or _tuned_or_none(self.base)
+            if (folder / "tokenizer.json").is_file():
+                found = Prompts(load_tokenizer(folder), known, self._style)
+            else:
+                found = self._like(known)
+            self._of[digest] = found
             if len(self._of) > self._MOST:
                 self._of.popitem(last=False)
+        return found
+
+    def _like(self, known: Mapping[str, Any] | None) -> Prompts:
+        """Those of a version that is asked by the base's tokenizer."""
+        formats = (((known or {}).get("data") or {}).get("train") or {}).get("formats") or {}
+        kind = f"{((known or {}).get('template') or {}).get('date')} {sorted(formats)}"
+        found = self._kinds.get(kind)
+        if found is None:
+            found = self._kinds[kind] = Prompts(self._tokenizer, known, self._style)
+            if len(self._kinds) > self._MOST_KINDS:
+                self._kinds.popitem(last=False)
         return found
 
 

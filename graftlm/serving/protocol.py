@@ -1,8 +1,8 @@
 """OpenAI's requests and answers as values: what is read, what is refused, how an answer is written.
 
 Fields that would change an answer and are not supported are refused by name, never ignored; fields that change nothing
-here (`user`, `metadata`, ...) are read and left aside. Beyond OpenAI's there are `top_k`, `min_p` and `repetition_penalty`, as
-other servers have them.
+here (`user`, `metadata`, ...) are read and left aside. Beyond OpenAI's there are `top_k`, `min_p`, `repetition_penalty` and
+`stop_token_ids`, as other servers have them.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class _Asked(_Read):
     seed: Annotated[int, Field(ge=-_MOST_SEED, le=_MOST_SEED)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = 1
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=256)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

@@ -33,6 +33,8 @@ class Sequence:
         self.detokenizer = Detokenizer(tokenizer, request.hidden_ids, request.stop)
         self.arrived = time.monotonic()
         self.first_token: float | None = None
+        self.worked = 0
+        """The step in which it last took part."""
         self.passed_over = 0
         """How often others were let in before it because its adapter found no slot."""
         self.states: Tensor | None = None

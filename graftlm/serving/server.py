@@ -5,15 +5,15 @@
     GET  /  (a page)   /healthz   /readyz   /metrics   /openapi.json
 
 Every bound has its status and says its numbers: 400 a request that cannot be answered as asked, 401 no key, 403 not an
-admin's, 404 no such model or not for this key, 413 a body that is too large, 429 a full queue, 503 shutting down,
-504 out of time.
+admin's, 404 no such model or not for this key, 408 a body that does not come, 413 one that is too large, 429 a full queue,
+503 shutting down, 504 out of time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from importlib.resources import files
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,37 +23,44 @@ from starlette.exceptions import HTTPException
 from graftlm import __version__
 from graftlm.errors import GraftError
 from graftlm.serving import administration, answers
-from graftlm.serving.access import Here, Refused, State, as_refused
+from graftlm.serving.access import Here, PerhapsWhose, Refused, State, as_refused
 from graftlm.serving.body import BodyLimit
-from graftlm.serving.metrics import CONTENT_TYPE
+from graftlm.serving.gate import ASKING, Gate, Turns
+from graftlm.serving.metrics import CONTENT_TYPE, Counted
 
 router = APIRouter()
 
 
 def create_app(state: State) -> FastAPI:
     """The application; `state` holds what its routes work with."""
-    app = FastAPI(
+    app = _App(
         title="graft serve", version=__version__, docs_url=None, redoc_url=None,
         description="One base model, many adapters, one server.",
     )  # fmt: skip
     app.state.graft = state
-    app.add_middleware(BodyLimit, limit=state.bounds.body_bytes)
-    app.middleware("http")(_counted)
+    app.add_middleware(Turns, state=state)
+    app.add_middleware(BodyLimit, limit=state.bounds.body_bytes, seconds=state.bounds.body_seconds)
+    app.add_middleware(Gate, state=state)
+    app.add_middleware(Counted, metrics=state.metrics, paths=ASKING)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(GraftError, _graft_error)
+    app.add_exception_handler(Exception, _unexpected)
     for part in (answers.router, administration.router, router):
         app.include_router(part)
     return app
 
 
-async def _counted(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    response = await call_next(request)
-    route = request.scope.get("route")
-    state: State = request.app.state.graft
-    state.metrics.requests.labels(getattr(route, "path", "unknown"), str(response.status_code)).inc()
-    return response
+class _App(FastAPI):
+    """With a description that says what is true: a request that does not read is a 400 here, as OpenAI has it, and no 422."""
+
+    def openapi(self) -> dict[str, Any]:
+        found = super().openapi()
+        for path in found["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return found
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
@@ -81,6 +88,11 @@ async def _graft_error(request: Request, error: Exception) -> JSONResponse:
     return as_refused(error).response()
 
 
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    """A mistake of ours: the log has its traceback, the caller gets a status and no insides."""
+    return Refused(500, "the server failed; its log says how").response()
+
+
 @router.get("/healthz", responses={503: {"description": "The engine has died"}})
 def healthz(state: Here) -> Response:
     """Whether the engine lives."""
@@ -99,9 +111,10 @@ def readyz(state: Here) -> Response:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-def metrics(state: Here) -> Response:
-    """For Prometheus."""
-    return Response(state.metrics.page(), media_type=CONTENT_TYPE)
+def metrics(state: Here, tenant: PerhapsWhose) -> Response:
+    """For Prometheus; what it says of single versions takes an admin's key where there are keys."""
+    versions = not state.keys.wanted or (tenant is not None and tenant.admin)
+    return Response(state.metrics.page(versions=versions), media_type=CONTENT_TYPE)
 
 
 @router.get("/", response_class=HTMLResponse)

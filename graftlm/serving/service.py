@@ -5,6 +5,7 @@
     state = await service.call(lambda engine: ...)               # runs between two steps
 
 The engine's thread waits while there is nothing to do. After each step it hands every listener's loop all of its news at once.
+Should it die, whoever waits is told so, and `alive` is false from then on.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from graftlm.errors import GraftError
 from graftlm.serving.engine import Engine
 from graftlm.serving.request import Piece, Request
 
 T = TypeVar("T")
+_ENDED = "the engine of this server has ended"
 _log = logging.getLogger("graft.serve")
 
 
@@ -45,7 +48,7 @@ class Service:
         self._calls: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
         self._wake = threading.Condition()
         self._awake = False
-        self._closed = False
+        self._closed = self._ended = False
         self._thread = threading.Thread(target=self._run, name="graft-engine", daemon=True)
         self.step_began: float | None = None
         """Moment of `time.monotonic()` at which the step that runs now began."""
@@ -69,10 +72,13 @@ class Service:
     # ---- from asynchronous code -------------------------------------------------------------------------------------
 
     async def ask(self, requests: Sequence[Request], folder: Path | None) -> AsyncGenerator[list[Piece]]:
-        """Answer requests; yields what is new until all are complete. Raises RequestError at once for what is refused.
+        """Answer requests; yields what is new until all are complete. Raises RequestError at once for what is refused, and
+        GraftError when the engine has ended.
 
         All of them are refused when one is, and all are given up when the caller leaves.
         """
+        if self._ended:
+            raise GraftError(_ENDED)
         listener = _Listener(asyncio.get_running_loop(), sum(r.n for r in requests))
         asked: list[str] = []
         try:
@@ -82,6 +88,8 @@ class Service:
                 self.engine.submit(request, folder)
             while listener.left:
                 pieces = await listener.news.get()
+                while not listener.news.empty():  # the loop is slower than the engine: all that has come is one parcel
+                    pieces += listener.news.get_nowait()
                 listener.left -= sum(p.finish is not None for p in pieces)
                 yield pieces
         finally:
@@ -90,9 +98,11 @@ class Service:
                     self.engine.cancel(id)
 
     async def call(self, do: Callable[[Engine], T]) -> T:
-        """Run something on the engine's thread, between two steps."""
+        """Run something on the engine's thread, between two steps. Raises GraftError when that has ended."""
         future: Future[Any] = Future()
         with self._wake:
+            if self._ended:
+                raise GraftError(_ENDED)
             self._calls.append((do, future))
         self._wake_up()
         return await asyncio.wrap_future(future)
@@ -105,6 +115,23 @@ class Service:
             self._wake.notify()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            _log.exception("the engine's thread has died")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Tell all who wait that nothing comes any more."""
+        with self._wake:
+            self._ended = True
+            calls, self._calls = self._calls, []
+        for _, future in calls:
+            future.set_exception(GraftError(_ENDED))
+        self._tell([Piece(id=id, finish="error", error=_ENDED) for id in list(self._listeners)])
+
+    def _work(self) -> None:
         while not self._closed:
             with self._wake:
                 while not self._awake and not self._closed:

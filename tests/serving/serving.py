@@ -74,6 +74,12 @@ class Loopback:
         self.url, self.built = url, built
 
     @property
+    def address(self) -> tuple[str, int]:
+        """For a socket of one's own."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    @property
     def engine(self) -> Any:
         return self.built.state.service.engine
 

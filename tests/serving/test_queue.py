@@ -7,6 +7,7 @@ import pytest
 
 from graftlm.serving.queue import FairQueue
 from graftlm.serving.sequence import Sequence
+from graftlm.serving.shares import Pace, first_and_rest
 
 
 def waiting(tenant: str) -> Sequence:
@@ -60,3 +61,51 @@ def test_two_tenants_share_a_busy_engine_whatever_their_numbers() -> None:
     order = [p.id for p in asking.drain(engine) if p.finish]
     last = max(order.index(f"quiet{i}") for i in range(6))
     assert last < 18, "about every second one is the quiet tenant's"
+
+
+# ---- who takes part in a step ---------------------------------------------------------------------------------------
+
+
+def test_a_step_is_stretched_by_others_as_far_as_its_own_time_allows() -> None:
+    steep, level = Pace(), Pace()
+    for n in (1, 2, 5, 12) * 20:
+        steep.learn(n, 0.002 + 0.002 * n)
+        level.learn(n, 0.004)
+    assert [steep.room(n) for n in (1, 9)] == [0, 3], "0.3 x (a + b n) / b"
+    assert level.room(1) > 10**6, "where a token costs nothing all may join"
+    assert Pace().room(5) == 0, "nothing is known"
+
+
+def test_the_tenant_who_wants_least_goes_first_and_the_others_take_turns() -> None:
+    def at_work(tenant: str, left: int, worked: int) -> Sequence:
+        one = waiting(tenant)
+        one.tokens = [1] * left
+        one.worked = worked
+        return one
+
+    big = [at_work("big", 1, worked) for worked in (4, 2, 3)]
+    middle = [at_work("middle", 1, worked) for worked in (4, 1)]
+    small = at_work("small", 1, 9)
+    first, rest = first_and_rest([*big, *middle, small])
+    assert first == [small]
+    assert rest == [middle[1], big[1], big[2], middle[0], big[0]]
+
+
+def test_beside_a_large_tenant_a_small_one_takes_part_in_every_step_and_neither_starves() -> None:
+    engine = asking.engine_of(asking.base_of(), running=8, queue=200, shared=True)
+    engine._pace.room = lambda tokens: 0  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
+    for i in range(30):
+        engine.submit(asking.request([5 + i % 7, 9, 11], 12, id=f"loud{i}", tenant="loud"))
+    for _ in range(6):
+        engine.step()
+    engine.submit(asking.request([5, 9, 11], 20, id="quiet", tenant="quiet"))
+    told: list[list[str]] = []
+    while engine.busy:
+        told.append([piece.id for piece in engine.step()])
+    steps = [ids for ids in told if "quiet" in ids]
+    assert len(steps) == 20
+    at = told.index(steps[0])
+    assert told[at : at + 20] == steps, "one after the other"
+    assert all(len(ids) == 2 for ids in steps[1:]), "and one of the large one's beside it, as many as it has itself"
+    assert len({id for ids in steps for id in ids}) > 4, "in turn"
+    assert sum(piece == f"loud{i}" for ids in told for piece in ids for i in range(30)) > 200

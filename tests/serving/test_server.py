@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx2 as httpx
 import pytest
 import serving
 import tiny_run
@@ -16,6 +22,7 @@ from graftlm.adapters.store import Store
 from graftlm.base.load import load_base
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError, StoreError
+from graftlm.serving.keys import Tenant
 from graftlm.serving.launch import build
 
 ADMIN, HALF, OTHER = "admin-key-1", "half-key-1234", "other-key-123"
@@ -101,6 +108,42 @@ def test_logprobs_several_answers_and_schemas_come_as_openais_client_reads_them(
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
     )  # fmt: skip
     assert guided.choices[0].message.content in ('{"ok":true}', '{"ok":false}')
+
+
+def test_every_way_of_choosing_tokens_reaches_the_engine(server: serving.Loopback) -> None:
+    client = server.openai()
+
+    def said(**given: object) -> str:
+        own = {k: given.pop(k) for k in ("top_k", "min_p", "repetition_penalty", "stop_token_ids") if k in given}
+        asked = {"model": "base", "prompt": "the old mill", "max_tokens": 24, "seed": 5, **given}
+        return client.completions.create(**asked, extra_body=own).choices[0].text
+
+    likeliest, drawn = said(temperature=0), said(temperature=3)
+    assert drawn != likeliest
+    assert said(temperature=3) == drawn != said(temperature=3, seed=6)
+    for narrow in ({"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}):
+        assert said(temperature=3, **narrow) == likeliest, narrow
+    letters = [letter for letter in said(temperature=0, repetition_penalty=100.0) if letter != "\ufffd"]
+    assert len(set(letters)) == len(letters) > 3, "nothing twice"
+    assert said(temperature=0, frequency_penalty=2.0) != likeliest
+    biased = said(temperature=0, logit_bias={"70": 100}, max_tokens=3)
+    assert len(set(biased)) == 1
+    assert said(temperature=0, stop=[likeliest[5:8]]) == likeliest[: likeliest.index(likeliest[5:8])]
+    letter = next(letter for letter in likeliest[1:] if letter.isascii())
+    ids = server.built.base.tokenizer.encode(letter)
+    assert len(ids) == 1
+    assert said(temperature=0, stop_token_ids=ids) == likeliest[: likeliest.index(letter)]
+
+
+def test_the_response_names_the_version_that_answered_by_its_digest(server: serving.Loopback) -> None:
+    client = server.openai()
+    digest = server.built.state.catalogue.find("says@prod", server.built.state.keys.tenants[0]).digest
+    for stream in (False, True):
+        raw = client.completions.with_raw_response.create(model="says@prod", prompt="3: ", stream=stream)
+        assert (raw.headers["x-graft-adapter"], raw.headers["x-graft-version"]) == (digest, "says@1")
+        raw.parse()
+    raw = client.embeddings.with_raw_response.create(model="base", input="x")
+    assert (raw.headers["x-graft-adapter"], raw.headers["x-graft-version"]) == ("base", "base")
 
 
 def test_openais_client_gets_its_own_kinds_of_error(guarded: serving.Loopback) -> None:
@@ -227,6 +270,18 @@ def test_every_bound_has_its_status_and_says_its_numbers(tmp_path: Path) -> None
         assert client.post("/v1/chat/completions", json={"model": "base", "messages": []}).status_code == 400
 
 
+def test_a_body_that_does_not_come_is_408_and_holds_nobody_up() -> None:
+    with serving.serving(max_seconds=0.4) as server, socket.create_connection(server.address, timeout=10) as slow:
+        slow.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+        with server.client() as client:
+            assert client.post("/v1/completions", json=serving.asked("base", max_tokens=2)).status_code == 200
+        answer = b"".join(iter(lambda: slow.recv(4096), b"")).decode()
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert "the body was not there within 0.4 seconds" in answer
+
+
 def test_a_full_queue_is_429_and_what_was_let_in_is_answered() -> None:
     with serving.serving(max_queue=3, running=1, step_tokens=16) as server:
 
@@ -245,6 +300,29 @@ def test_a_full_queue_is_429_and_what_was_let_in_is_answered() -> None:
         assert server.engine.waiting == 0
 
 
+def test_of_one_tenant_one_request_at_a_time_is_read_and_another_tenants_goes_between(
+    guarded: serving.Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = guarded.built.state.catalogue
+    find, order = catalogue.find, list[str]()
+
+    def slowly(name: str, tenant: Tenant, **given: Any) -> Any:
+        order.append(tenant.name)
+        time.sleep(0.05)  # the loop does nothing else meanwhile, as when it reads a long body
+        return find(name, tenant, **given)
+
+    monkeypatch.setattr(catalogue, "find", slowly)
+    with ThreadPoolExecutor(13) as pool:
+        loud = [pool.submit(guarded.says, "alpha", HALF) for _ in range(12)]
+        until(lambda: order)
+        quiet = pool.submit(guarded.says, "beta", OTHER)
+        assert quiet.result() == "BETA"
+        place = order.index("other")
+        assert {one.result() for one in loud} == {"ALPHA"}
+    assert order.count("half") == 12
+    assert place < 6, order
+
+
 def test_a_request_out_of_time_is_504_and_frees_its_place() -> None:
     with serving.serving(max_seconds=0.05, running=1) as server, server.client() as client:
         found = client.post("/v1/completions", json=serving.asked("base", max_tokens=200))
@@ -259,11 +337,30 @@ def test_who_hangs_up_frees_his_place(server: serving.Loopback) -> None:
     body = serving.asked("base", max_tokens=200, stream=True)
     with server.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
         next(answer.iter_lines())
-    end = time.monotonic() + 10
-    while server.engine.running:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    idle(server)
     assert server.engine.counts.finished.get("cancelled", 0) >= 1
+
+
+def test_who_hangs_up_before_his_answer_is_whole_frees_his_place_too(server: serving.Loopback) -> None:
+    before = server.engine.counts.finished.get("cancelled", 0)
+    body = json.dumps(serving.asked("base", max_tokens=230)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(server.address) as impatient:
+        impatient.sendall(head.encode() + body)
+        until(lambda: server.engine.running)
+    idle(server)
+    assert server.engine.counts.finished["cancelled"] == before + 1
+
+
+def until(what: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def idle(server: serving.Loopback) -> None:
+    until(lambda: not server.engine.running and not server.engine.waiting)
 
 
 def test_a_server_that_drains_ends_what_it_has_and_takes_nothing_new() -> None:
@@ -278,7 +375,36 @@ def test_a_server_that_drains_ends_what_it_has_and_takes_nothing_new() -> None:
                 assert other.post("/v1/completions", json=serving.asked("base")).status_code == 503
                 assert (other.get("/readyz").status_code, other.get("/healthz").status_code) == (503, 200)
             rest = list(lines)
-        assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
+        assert [line for line in rest if line][-1] == "data: [DONE]"
+
+
+def test_sigterm_lets_the_running_answer_end_and_the_process_with_status_0(tmp_path: Path) -> None:
+    keys = serving.keys_file(tmp_path, {"name": "a", "key": ADMIN, "admin": True})
+    given = ["--model", tiny_run.folder(), "--store", serving.new_store(tmp_path), "--adapter", "says@prod", "--keys", keys,
+             "--port", 0, "--format", "text", "--compute", "float32", "--cache-gb", "0.008", "--json"]  # fmt: skip
+    command = [sys.executable, "-c", "from graftlm.cli import main; main()", "serve", *map(str, given)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = json.loads(process.stdout.readline())
+            assert ready["event"] == "ready"
+            headers = {"Authorization": f"Bearer {ADMIN}"}
+            body = serving.asked("base", max_tokens=240, stream=True)
+            with httpx.Client(base_url=ready["url"], headers=headers, timeout=60) as client:
+                held = next(a for a in client.get("/v1/adapters").json()["adapters"] if a["name"] == "says")
+                assert [v["where"] for v in held["versions"]] == ["disk", "memory"], "--adapter is loaded beforehand"
+                with client.stream("POST", "/v1/completions", json=body) as answer:
+                    lines = answer.iter_lines()
+                    next(lines)
+                    process.terminate()
+                    text = [line for line in lines if line]
+                assert text[-1] == "data: [DONE]"
+                assert json.loads(text[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        assert "draining   no new requests" in process.stderr.read()
 
 
 # ---- adapters under load --------------------------------------------------------------------------------------------
@@ -357,6 +483,13 @@ def test_an_adapter_damaged_on_disk_fails_its_own_requests_only(tmp_path: Path) 
 # ---- what is told ---------------------------------------------------------------------------------------------------
 
 
+def test_versions_that_are_asked_alike_share_their_prompts(server: serving.Loopback) -> None:
+    book, find = server.built.state.book, server.built.state.catalogue.find
+    alpha, beta = (find(name, Tenant("")) for name in ("alpha", "beta"))
+    assert book.of(alpha.digest, alpha.folder) is book.of(beta.digest, beta.folder) is book.known(beta.digest)
+    assert book.known("0" * 64) is None
+
+
 def test_metrics_tell_queue_tokens_times_and_each_version(server: serving.Loopback) -> None:
     server.says("alpha")
     with server.client() as client:
@@ -369,6 +502,33 @@ def test_metrics_tell_queue_tokens_times_and_each_version(server: serving.Loopba
     digest = server.built.state.catalogue.find("alpha", server.built.state.keys.tenants[0]).digest
     assert f'graft_adapter_resident{{digest="{digest}"}} 1.0' in text
     assert f'graft_adapter_version_hits_total{{digest="{digest}"}}' in text
+
+
+def test_with_keys_single_versions_are_counted_for_an_admin_only(guarded: serving.Loopback) -> None:
+    guarded.says("beta", OTHER)
+    digest = guarded.built.state.catalogue.find("beta", Tenant("")).digest
+
+    def page(key: str | None) -> str:
+        with guarded.client(key) as client:
+            return client.get("/metrics").text
+
+    for key in (None, HALF, "unknown-key"):
+        assert "graft_generated_tokens_total" in page(key)
+        assert digest not in page(key), "that it is there would be told to all"
+    assert f'graft_adapter_resident{{digest="{digest}"}} 1.0' in page(ADMIN)
+    assert 'graft_requests_total{path="/v1/completions",status="200"}' in page(None)
+
+
+def test_a_mistake_of_ours_is_a_500_without_its_insides(
+    server: serving.Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("secret insides")
+
+    monkeypatch.setattr(server.built.state.catalogue, "find", broken)
+    with server.client() as client:
+        found = client.post("/v1/completions", json=serving.asked("base"))
+    assert (found.status_code, found.json()["error"]["message"]) == (500, "the server failed; its log says how")
 
 
 def test_adapters_are_listed_with_their_lineage_and_no_paths(server: serving.Loopback, place: Path) -> None:

@@ -1,0 +1,609 @@
+"""One server under everything at once, for five minutes: does it stay up, right, flat in memory, within its queue, and fair?
+
+    python bench/soak.py --json bench/results/soak.json     # 64 clients, 5 minutes, then fairness; writes soak.md beside it
+    python bench/soak.py --only fairness --quick            # one part, and in 20 seconds
+
+`graft serve` runs in a process of its own over the bundled base in float32, with fewer adapter slots than adapters and a
+queue that is shorter than its clients. Meanwhile
+
+    clients       ask prompts of random lengths of random versions, aliases and the base, whole and streamed; a fifth hang up
+    an admin      moves aliases and rolls them back, unloads versions and loads them again, tries to load hostile ones
+    a publisher   puts hostile versions into the store (`hostile.py`), replaces good ones on disk by hostile ones, mends them
+
+Every answer that is complete must equal its reference: the same request alone in an engine of this process, before all
+this began. Everything talks to 127.0.0.1 only and ends by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hostile
+import report_soak
+import torch
+import yaml
+from loopback import Answer, Connection
+from machine import described
+
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.attach import Plan, choose, new_adapter
+from graftlm.adapters.manifest import TENSORS
+from graftlm.adapters.store import Store
+from graftlm.base.load import Base, load_base
+from graftlm.errors import AdapterError, StoreError
+from graftlm.serving.engine import Engine, Limits
+from graftlm.serving.prompts import PromptBook
+from graftlm.serving.request import Request, Sampling
+
+MODEL, ADMIN = "demo", "soak-admin-key"
+KEYS = ("soak-key-one", "soak-key-two", "soak-key-three")
+RANKS = (1, 3, 8, 16, 33)
+STEADY, COMING, PREY = "steady", "coming", "prey"  # always there; unloaded and loaded; replaced on disk
+SEED = 20261125
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much, how long."""
+
+    clients: int = 64
+    seconds: float = 300.0
+    prompts: int = 10
+    longest: int = 48
+    """Most new tokens of an answer."""
+    running: int = 8
+    queue: int = 24
+    slots: int = 4
+    settle: float = 120.0
+    """Seconds after which memory must be flat."""
+    fair_seconds: float = 13.0
+    """Seconds of each of the four turns of the fairness part."""
+    fair_rate: float = 4.0
+    """Requests a second of the quiet tenant; the loud one's are a hundred times that."""
+
+
+QUICK = Size(seconds=20.0, prompts=4, longest=24, settle=10.0, fair_seconds=8.0)
+
+
+# ---- what is served, and what each answer must be ------------------------------------------------------------------------
+
+
+def make_adapters(base: Base, folder: Path) -> dict[str, Path]:
+    """Good adapters by the label that they will have: three steady names with two versions each, and the others'."""
+    labels = [f"{STEADY}-{i}@{n}" for i in range(3) for n in (1, 2)]
+    labels += [f"{kind}@{n}" for kind in (COMING, PREY) for n in (1, 2)]
+    made: dict[str, Path] = {}
+    for i, label in enumerate(labels):
+        rank = RANKS[i % len(RANKS)]
+        adapter = new_adapter(base, choose(base, ("all-linear",)), Plan(rank=rank, alpha=rank * 1.5), seed=i)
+        generator = torch.Generator().manual_seed(SEED + i)
+        for name, parameter in adapter.parameters().items():
+            if name.endswith("lora_B.weight"):
+                with torch.no_grad():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        place = made[label] = folder / label
+        place.mkdir(parents=True)
+        adapter_format.save(base, adapter, place, {"method": "lora", "seed": i, "steps": 1})
+    return made
+
+
+def load() -> Base:
+    return load_base(MODEL, precision="float32", compute="float32", device="cpu")
+
+
+def make_store(base: Base, place: Path) -> tuple[Store, dict[str, Path]]:
+    """A store of good adapters, and each one's own folder by its label."""
+    folders = make_adapters(base, place / "good")
+    store = Store(place / "store")
+    for label, folder in folders.items():
+        store.publish(folder, label.partition("@")[0])
+    for i in range(3):
+        store.alias(f"{STEADY}-{i}", "prod", 1)
+    return store, folders
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a client may ask; `reference` has what each version must answer."""
+
+    prompt: str
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    def body(self, model: str, *, chat: bool, stream: bool) -> dict[str, Any]:
+        asked = {"messages": [{"role": "user", "content": self.prompt}]} if chat else {"prompt": self.prompt}
+        return {"model": model, **asked, "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
+                "stream": stream}  # fmt: skip
+
+
+def questions(pick: random.Random, size: Size) -> list[Question]:
+    """Half of them take the likeliest token, half draw by a seed; lengths are random."""
+    words = [
+        "kettle",
+        "lamp",
+        "river",
+        "formal",
+        "garden",
+        "copper",
+        "quiet",
+        "blue",
+        "Velmora",
+        "old",
+        "mill",
+        "seven",
+    ]
+    return [
+        Question(
+            "Describe this product.\nname: " + " ".join(pick.choices(words, k=pick.randint(1, 60))) + "\nDescription:",
+            pick.randint(2, size.longest), 0.0 if i % 2 else 0.8, i,
+        )
+        for i in range(size.prompts)
+    ]  # fmt: skip
+
+
+def references(base: Base, folders: dict[str, Path], asked: Sequence[Question]) -> dict[tuple[str, int], str]:
+    """By version and question: the text of the same request alone in an engine, without a server."""
+    book, found = PromptBook(base), {}
+    engine = Engine(base, Limits(running=1, cache_tokens=4096, adapter_slots=1))
+    for label, folder in [(MODEL, None), *folders.items()]:
+        digest = "" if folder is None else adapter_format.inspect_folder(folder).digest
+        prompts = book.of(digest, folder)
+        for i, question in enumerate(asked):
+            sampling = Sampling(temperature=question.temperature, seed=question.seed)
+            request = Request(
+                id=f"{label} {i}", prompt=tuple(prompts.text(question.prompt)), max_tokens=question.max_tokens, adapter=digest,
+                sampling=sampling, stop_ids=prompts.stop_ids, hidden_ids=prompts.hidden_ids, tokenizer=prompts.tokenizer,
+            )  # fmt: skip
+            found[label, i] = "".join(piece.text for piece in engine.run([(request, folder)]))
+    engine.close()
+    return found
+
+
+# ---- the server ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    """`graft serve` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are its own."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+@contextmanager
+def serving(place: Path, name: str, **options: Any) -> Iterator[Server]:
+    """A server until the end of the block, which ends it by SIGTERM; its process is never left behind."""
+    log = place / f"{name}.log"
+    given = [f"--{option.replace('_', '-')}={value}" for option, value in options.items()]
+    command = [
+        sys.executable,
+        "-c",
+        "from graftlm.cli import main; main()",
+        "serve",
+        "--model",
+        MODEL,
+        "--port",
+        "0",
+        "--json",
+    ]
+    with log.open("w") as stream:
+        process = subprocess.Popen([*command, *given], stdout=subprocess.PIPE, stderr=stream, text=True)
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        if not said:
+            raise SystemExit(f"the server did not start:\n{log.read_text()}")
+        yield Server(process, int(json.loads(said)["url"].rpartition(":")[2]), log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def keys_file(place: Path, *entries: dict[str, Any]) -> Path:
+    path = place / "keys.yaml"
+    path.write_text(yaml.safe_dump({"keys": list(entries)}))
+    return path
+
+
+# ---- the soak --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What happened. `faults` must stay empty."""
+
+    answers: Counter[str] = field(default_factory=Counter[str])
+    refusals: Counter[str] = field(default_factory=Counter[str])
+    deeds: Counter[str] = field(default_factory=Counter[str])
+    faults: list[str] = field(default_factory=list[str])
+    memory: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+    waiting: int = 0
+    """Most answers that waited, as the server told it."""
+    slowest_health: float = 0.0
+    first_tokens: list[float] = field(default_factory=list[float])
+    tokens: int = 0
+
+    def fault(self, text: str) -> None:
+        if len(self.faults) < 50:
+            self.faults.append(text[:400])
+
+
+class Soak:
+    """The clients, the admin, the publisher and the watcher of one run."""
+
+    def __init__(self, size: Size, server: Server, store: Store, folders: dict[str, Path], place: Path,
+                 asked: Sequence[Question], expected: dict[tuple[str, int], str]) -> None:  # fmt: skip
+        self.size, self.server, self.store, self.folders, self.place = size, server, store, folders, place
+        self.asked, self.expected = asked, expected
+        self.tally = Tally()
+        self.end = time.monotonic() + size.seconds
+        self.hostile: list[str] = []
+        """Labels of hostile versions that are in the store."""
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.end
+
+    async def run(self) -> None:
+        """Everything at once; whatever hangs for a minute after the end is given up and told."""
+        tasks = [asyncio.create_task(self.client(i)) for i in range(self.size.clients)]
+        tasks += [asyncio.create_task(work) for work in (self.admin(), self.publisher(), self.watch())]
+        done, left = await asyncio.wait(tasks, timeout=self.size.seconds + 60)
+        for task in left:
+            task.cancel()
+            self.tally.fault("a task hung for a minute after the end")
+        for task in done:
+            if task.exception() is not None:
+                self.tally.fault(f"{type(task.exception()).__name__}: {task.exception()}")
+
+    # ---- clients
+
+    async def client(self, number: int) -> None:
+        pick = random.Random(SEED + number)
+        connection = Connection(self.server.port, KEYS[number % len(KEYS)])
+        while not self.over:
+            i = pick.randrange(len(self.asked))
+            model = self.a_model(pick)
+            chat, stream = pick.random() < 0.3, pick.random() < 0.6
+            leave = pick.choice([0, 1, 2, 5]) if pick.random() < 0.2 else None
+            stream = stream or leave is not None
+            path = "/v1/chat/completions" if chat else "/v1/completions"
+            body = self.asked[i].body(model, chat=chat, stream=stream)
+            try:
+                async with asyncio.timeout(60):
+                    answer = await connection.ask("POST", path, body, leave_after=leave)
+            except (OSError, EOFError, TimeoutError) as error:
+                self.tally.fault(f"{model}: the connection broke off or hung: {type(error).__name__} {error}")
+                connection.cut()
+                continue
+            self.judge(model, i, answer)
+            if answer.status == 429:
+                await asyncio.sleep(pick.uniform(0.05, 0.3))
+        connection.cut()
+
+    def a_model(self, pick: random.Random) -> str:
+        if self.hostile and pick.random() < 0.03:
+            return pick.choice(self.hostile)
+        names = [
+            MODEL,
+            *self.folders,
+            *(f"{STEADY}-{i}" for i in range(3)),
+            *[f"{STEADY}-{i}@prod" for i in range(3)] * 2,
+        ]
+        return pick.choice(names)
+
+    def judge(self, model: str, i: int, answer: Answer) -> None:
+        tally = self.tally
+        if answer.cut:
+            tally.answers["hung up"] += 1
+            return
+        bad = model.partition("@")[0] == "hostile"
+        if answer.status == 429:
+            tally.refusals["429 the queue is full"] += 1
+        elif answer.error:
+            known = "adapter_invalid" in answer.error or "model_not_found" in answer.error
+            if bad and known:
+                tally.refusals[f"{answer.status} a hostile version"] += 1
+            elif model.startswith(PREY) and known:
+                tally.refusals[f"{answer.status} a version replaced on disk"] += 1
+            elif model.startswith(COMING) and answer.status == 404:
+                tally.refusals["404 an unloaded version"] += 1
+            else:
+                tally.fault(f"{model}: {answer.status} {answer.error}")
+        elif bad:
+            tally.fault(f"{model}: a hostile version was served: {answer.text[:100]!r}")
+        else:
+            version = answer.headers["x-graft-version"]
+            expected = self.expected[version, i]
+            if answer.text == expected:
+                tally.answers["equal to its reference"] += 1
+                tally.first_tokens.append(answer.first)
+            else:
+                tally.answers["other than its reference"] += 1
+                tally.fault(f"{model} = {version}, question {i}: {answer.text!r} instead of {expected!r}")
+
+    # ---- the admin
+
+    async def admin(self) -> None:
+        pick = random.Random(SEED - 1)
+        connection = Connection(self.server.port, ADMIN)
+
+        async def do(path: str, good: tuple[int, ...], **body: Any) -> Answer:
+            answer = await connection.ask("POST", f"/v1/adapters/{path}", body)
+            self.tally.deeds[f"{path}: {answer.status}"] += 1
+            if answer.status not in good:
+                self.tally.fault(f"{path} {body}: {answer.status} {answer.error}")
+            return answer
+
+        while not self.over:
+            await asyncio.sleep(pick.uniform(0.1, 0.6))
+            name, coming = f"{STEADY}-{pick.randrange(3)}", f"{COMING}@{pick.choice((1, 2))}"
+            match pick.randrange(5):
+                case 0:
+                    await do("alias", (200,), name=name, alias="prod", version=pick.choice((1, 2)))
+                case 1:
+                    await do("rollback", (200, 400), name=name, alias="prod")
+                case 2:
+                    await do("unload", (200, 404), adapter=coming)
+                    await asyncio.sleep(pick.uniform(0, 0.5))
+                    await do("load", (200,), adapter=coming)
+                case 3 if self.hostile:
+                    await do("load", (400, 404), adapter=pick.choice(self.hostile))
+                case _:
+                    await do("load", (200, 400, 404), adapter=f"{PREY}@{pick.choice((1, 2))}")
+        connection.cut()
+
+    # ---- the publisher
+
+    async def publisher(self) -> None:
+        pick = random.Random(SEED - 2)
+        for number, kind in enumerate(itertools.cycle(hostile.KINDS)):
+            if self.over:
+                return
+            await asyncio.sleep(pick.uniform(0.3, 1.0))
+            await asyncio.to_thread(self.publish_hostile, number, kind)
+            await asyncio.sleep(pick.uniform(0.3, 1.0))
+            label = f"{PREY}@{1 + number % 2}"
+            version = self.store.find(label)
+            await asyncio.to_thread(hostile.spoil, kind, version.folder / TENSORS)
+            self.tally.deeds[f"replaced on disk: {kind}"] += 1
+            await asyncio.sleep(pick.uniform(0.3, 1.0))
+            await asyncio.to_thread(self.store.publish, self.folders[label], PREY)
+
+    def publish_hostile(self, number: int, kind: str) -> None:
+        place = self.place / f"hostile-{number}"
+        good = self.folders[f"{STEADY}-0@1"]
+        hostile.forge(kind, good, place, number)
+        try:
+            version, _ = self.store.publish(place, "hostile")
+        except (AdapterError, StoreError):
+            self.tally.deeds[f"refused at publishing: {kind}"] += 1
+        else:
+            self.hostile.append(version.label)
+            self.tally.deeds[f"published behind its back: {kind}"] += 1
+            while len(self.hostile) > 6:
+                self.store.remove(self.hostile.pop(0))
+        shutil.rmtree(place)
+
+    # ---- the watcher
+
+    async def watch(self) -> None:
+        connection, begun = Connection(self.server.port), time.monotonic()
+        while not self.over:
+            health = await connection.ask("GET", "/healthz")
+            self.tally.slowest_health = max(self.tally.slowest_health, health.seconds)
+            if health.status != 200:
+                self.tally.fault(f"/healthz: {health.status}")
+            page = (await connection.ask("GET", "/metrics")).body.decode()
+            self.tally.waiting = max(self.tally.waiting, int(metric(page, "graft_queue_waiting")))
+            self.tally.tokens = int(metric(page, "graft_generated_tokens_total"))
+            self.tally.memory.append((time.monotonic() - begun, self.server.memory))
+            await asyncio.sleep(max(0.0, 1.0 - health.seconds))
+        connection.cut()
+
+
+def metric(page: str, name: str) -> float:
+    """One figure of a page for Prometheus."""
+    return next(float(line.split()[1]) for line in page.splitlines() if line.startswith(f"{name} "))
+
+
+async def settled(server: Server, tally: Tally) -> None:
+    """After the end nothing runs, nothing waits and no memory of answers is held."""
+    connection, end = Connection(server.port), time.monotonic() + 30
+    held = ("graft_running", "graft_queue_waiting", "graft_cache_occupied_ratio")
+    while True:
+        page = (await connection.ask("GET", "/metrics")).body.decode()
+        found = {name: metric(page, name) for name in held}
+        if not any(found.values()):
+            break
+        if time.monotonic() > end:
+            tally.fault(f"30 s after the last request: {found}")
+            break
+        await asyncio.sleep(0.1)
+    connection.cut()
+
+
+def soak(size: Size, place: Path) -> dict[str, Any]:
+    """The run under everything at once; returns its figures, `faults` among them."""
+    base = load()
+    store, folders = make_store(base, place)
+    asked = questions(random.Random(SEED), size)
+    expected = references(base, folders, asked)
+    keys = keys_file(
+        place, {"name": "admin", "key": ADMIN, "admin": True}, *({"name": key, "key": key} for key in KEYS)
+    )
+    options = {
+        "precision": "float32", "compute": "float32", "device": "cpu", "store": store.root, "keys": keys, "format": "text",
+        "running": size.running, "max_queue": size.queue, "adapter_slots": size.slots, "adapter_gb": 0.02, "cache_gb": 0.05,
+        "max_seconds": 30,
+    }  # fmt: skip
+    with serving(place, "soak", **options) as server:
+        run = Soak(size, server, store, folders, place, asked, expected)
+        asyncio.run(run.run())
+        tally = run.tally
+        asyncio.run(settled(server, tally))
+        server.process.send_signal(signal.SIGTERM)
+        try:
+            status = server.process.wait(40)
+        except subprocess.TimeoutExpired:
+            status = None
+        if status != 0:
+            tally.fault(f"after SIGTERM the server ended with {status}")
+        log = server.log.read_text()
+    if "Traceback" in log:
+        tally.fault(f"the server's log: ...{log[log.index('Traceback') :][:1500]}")
+    if tally.waiting > size.queue:
+        tally.fault(f"{tally.waiting} answers waited, the bound is {size.queue}")
+    if not tally.refusals["429 the queue is full"]:
+        tally.fault("the queue was never full: nothing is shown of its bound")
+    return {
+        "size": asdict(size), "answers": dict(tally.answers), "refusals": dict(tally.refusals), "deeds": dict(tally.deeds),
+        "faults": tally.faults, "most_waiting": tally.waiting, "slowest_health_seconds": tally.slowest_health,
+        "first_token_seconds": report_soak.quantiles(tally.first_tokens), "tokens": tally.tokens,
+        "memory_mb_every_5_seconds": [round(own / 1e6, 1) for _, own in tally.memory[::5]],
+        "flat": report_soak.slope([(t, b) for t, b in tally.memory if t > size.settle]), "references": len(expected),
+    }  # fmt: skip
+
+
+# ---- fairness --------------------------------------------------------------------------------------------------------------
+
+QUIET, LOUD = "fair-quiet-key", "fair-loud-key"
+
+
+async def at_rate(rate: float, seconds: float, ask: Callable[[int], Awaitable[None]]) -> None:
+    """Ask `rate` times a second whatever the answers take, for some seconds, and wait for all of them."""
+    begun, tasks = time.monotonic(), set[asyncio.Task[None]]()
+    for i in range(int(rate * seconds)):
+        await asyncio.sleep(max(0.0, begun + i / rate - time.monotonic()))
+        task = asyncio.ensure_future(ask(i))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+
+
+class Pool:
+    """Connections of one key, as many as are needed at once."""
+
+    def __init__(self, port: int, key: str) -> None:
+        self._port, self._key = port, key
+        self._free: list[Connection] = []
+
+    async def ask(self, body: Any) -> Answer:
+        connection = self._free.pop() if self._free else Connection(self._port, self._key)
+        answer = await connection.ask("POST", "/v1/completions", body)
+        self._free.append(connection)
+        return answer
+
+
+async def turn(port: int, size: Size, *, loud: bool) -> dict[str, Any]:
+    """The quiet tenant's answers at its rate, alone or beside a loud one at a hundred times that."""
+    whole: list[float] = []
+    first: list[float] = []
+    statuses: Counter[str] = Counter()
+    quiet_pool, loud_pool = Pool(port, QUIET), Pool(port, LOUD)
+    asked = {"max_tokens": 24, "temperature": 0, "stream": True}
+
+    async def quiet(i: int) -> None:
+        answer = await quiet_pool.ask({"model": f"{STEADY}-{i % 3}", "prompt": f"Describe product {i}", **asked})
+        statuses[f"quiet {answer.status}"] += 1
+        if answer.status == 200:
+            whole.append(answer.seconds)
+            first.append(answer.first)
+
+    async def noise(i: int) -> None:
+        answer = await loud_pool.ask({"model": f"{STEADY}-{i % 3}@1", "prompt": f"Noise, number {i}", **asked})
+        statuses[f"loud {answer.status}"] += 1
+
+    both = [at_rate(size.fair_rate, size.fair_seconds, quiet)]
+    both += [at_rate(100 * size.fair_rate, size.fair_seconds, noise)] if loud else []
+    await asyncio.gather(*both)
+    return {"seconds": whole, "first": first, "statuses": dict(statuses)}
+
+
+def fairness(size: Size, place: Path) -> dict[str, Any]:
+    """The quiet tenant alone and beside the loud one, in turns on one server."""
+    store, _ = make_store(load(), place)
+    keys = keys_file(place, *({"name": key, "key": key} for key in (QUIET, LOUD)))
+    options = {"store": store.root, "keys": keys, "format": "text", "precision": "float32", "device": "cpu"}
+    turns: dict[str, list[dict[str, Any]]] = {"alone": [], "beside": []}
+    with serving(place, "fairness", **options) as server:
+        warm = Size(fair_seconds=3, fair_rate=size.fair_rate)
+        asyncio.run(turn(server.port, warm, loud=False))
+        for _ in range(2):
+            for name in turns:
+                part = asyncio.run(turn(server.port, size, loud=name == "beside"))
+                turns[name].append(part)
+                print(
+                    f"{name}: {report_soak.quantiles(part['seconds'])} {part['statuses']}", file=sys.stderr, flush=True
+                )
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(40)
+    found: dict[str, Any] = {"rate": size.fair_rate, "seconds_a_turn": size.fair_seconds}
+    for name, parts in turns.items():
+        statuses = sum((Counter(part["statuses"]) for part in parts), Counter())
+        joined = {kind: [s for part in parts for s in part[kind]] for kind in ("seconds", "first")}
+        found[name] = {kind: report_soak.quantiles(values) for kind, values in joined.items()} | {
+            "statuses": dict(statuses)
+        }
+    for kind in ("seconds", "first"):
+        found[f"{kind}_p99_ratio"] = found["beside"][kind]["p99"] / found["alone"][kind]["p99"]
+    return found
+
+
+PARTS: dict[str, Callable[[Size, Path], dict[str, Any]]] = {"soak": soak, "fairness": fairness}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--quick", action="store_true", help="20 seconds")
+    parser.add_argument("--only", choices=PARTS, help="one part; what the file of figures has of the other stays")
+    parser.add_argument("--json", type=Path, help="where to write the figures; a page goes beside it")
+    given = parser.parse_args(arguments)
+    size = QUICK if given.quick else Size()
+    found: dict[str, Any] = (
+        json.loads(given.json.read_text()) if given.only and given.json and given.json.is_file() else {}
+    )
+    with tempfile.TemporaryDirectory(prefix="graft-soak-") as folder:
+        os.environ.setdefault("GRAFT_CACHE", f"{folder}/cache")
+        for name in PARTS if given.only is None else [given.only]:
+            begun = time.monotonic()
+            figures = PARTS[name](size, Path(folder) / name)
+            found[name] = {**figures, "total_seconds": time.monotonic() - begun, "machine": described(),
+                           "cores": len(os.sched_getaffinity(0))}  # fmt: skip
+            if given.json:  # what was found so far is kept, whatever becomes of the rest
+                given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page = report_soak.page(found)
+    print(page)
+    if given.json:
+        given.json.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
+    return 1 if found.get("soak", {}).get("faults") else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""At the door: whom the queue has no room for is told before a body is read, and tenants take turns at being read.
+
+Turning somebody away must cost next to nothing, and so must standing behind somebody who asks a hundred times as often. If
+all that has arrived were read, checked and looked up first come, first served, others would wait behind that work, however
+fair the queue behind it is. So of one tenant one request at a time is read; the next one's turn comes when the loop has been
+round, and in between it is the others'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from graftlm.errors import RequestError
+from graftlm.serving.access import State, as_refused
+
+ASKING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+READ = "graft.read"
+"""Where a request's scope has what to call once it is read."""
+_TENANT = "graft.tenant"
+
+
+class Gate:
+    """ASGI middleware that answers 429 to whom the queue has no room for."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self._app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in ASKING and scope["method"] == "POST":
+            tenant = self._state.keys.tenant(_key(scope))
+            if tenant is not None:
+                scope[_TENANT] = tenant.name
+                if await _turned_away(self._state, scope, receive, send):
+                    return
+        await self._app(scope, receive, send)
+
+
+async def _turned_away(state: State, scope: Scope, receive: Receive, send: Send) -> bool:
+    """Whether the queue has no room for a request's tenant, who then has been told so."""
+    try:
+        state.service.engine.check_room(scope[_TENANT])
+    except RequestError as error:
+        await as_refused(error).response()(scope, receive, send)
+        return True
+    return False
+
+
+class Turns:
+    """ASGI middleware, behind the limit of bodies: waits for the whole body, then for the tenant's turn.
+
+    The turn ends when the request says that it was read, or is over. With one tenant there is nobody to take turns with.
+    """
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self._app, self._state = app, state
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # there are as many tenants as keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _TENANT not in scope or not self._state.service.engine.limits.shared:
+            await self._app(scope, receive, send)
+            return
+        begun = [await receive()]
+        while begun[-1]["type"] == "http.request" and begun[-1].get("more_body", False):
+            begun.append(await receive())
+
+        async def again() -> Message:
+            return begun.pop(0) if begun else await receive()
+
+        turn = self._turns[scope[_TENANT]]
+        await turn.acquire()
+        mine = True
+
+        def read() -> None:
+            nonlocal mine
+            if mine:
+                mine = False
+                turn.release()
+
+        scope[READ] = read
+        try:
+            if not await _turned_away(self._state, scope, again, send):  # the queue may have filled while it stood here
+                await self._app(scope, again, send)
+        finally:
+            read()
+
+
+def _key(scope: Scope) -> str | None:
+    """The bearer token of a request; None where there is none that reads."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            kind, _, key = value.decode("latin-1").partition(" ")
+            return key.strip() if kind.lower() == "bearer" else None
+    return None
