@@ -108,9 +108,7 @@ def foresee(
         took = case = None
         if shape is not None:
             beside = spare + max(0, sum(adapter.count for adapter in adapters) - adapted.values(shape))
-            took = need(
-                shape, setting, adapted, load, card.kind, fused=fused, decodes=card.decodes, beside=beside
-            )
+            took = need(shape, setting, adapted, load, card.kind, fused=fused, decodes=card.decodes, beside=beside)
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = Case(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = Foresight(tokens_per_pass=tokens, load=load, need=took, card=card, case=case, work=tuple(work))
