@@ -283,7 +283,7 @@ def _moments(
         ),
         "update": replace(present, gradients=after, workspace=min(update, trained * UPDATE_BYTES)),
     }
-    if device == "cpu" and not (setting.activation_checkpointing or setting.optimizer_in_backward):
+    if device == "cpu" and not _own_pages(setting, load):
         found = {name: _with_holes(shape, setting, load, parts) for name, parts in found.items()}
     return found
 

@@ -24,10 +24,10 @@ from graftlm.adapters.store import Store
 from graftlm.base.keyvalues import Kept, may_keep
 from graftlm.base.load import Base, load_base
 from graftlm.config import ServeConfig
-from graftlm.errors import ConfigError
+from graftlm.errors import ConfigError, nearest
 from graftlm.serving.access import Bounds, Refused, State
 from graftlm.serving.administration import preload
-from graftlm.serving.catalogue import Catalogue
+from graftlm.serving.catalogue import Answerer, Catalogue, UnknownModel
 from graftlm.serving.engine import Engine, Limits
 from graftlm.serving.generate import checkpoint_precision
 from graftlm.serving.keys import Keys, Tenant, read_keys
@@ -94,7 +94,11 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> Built:
     else:
         note(f"answers    {say['running']} at once, those of equal length together: {engine.why_grouped}")
     slots = f"{say['adapter_slots']} at work at once, {say['adapter_bytes'] / 1e9:.1f} GB for all in memory"
-    note(f"adapters   {say['adapters']} names in the store; {slots}")
+    note(
+        f"adapters   {say['adapters']} names in the store; {slots}"
+        if store is not None
+        else "adapters   none: no --store"
+    )
     if not keys.wanted and config.host not in ("127.0.0.1", "localhost", "::1"):
         note(f"open       anybody who reaches {config.host} may ask; give --keys FILE to change that")
     return built
@@ -179,8 +183,7 @@ def serve(config: ServeConfig, note: Note, ready: Callable[[str, Built], None] =
     # While a thread of the engine wants to go on, the one that answers HTTP must not keep the interpreter for 5 ms.
     sys.setswitchinterval(0.0005)
     built = build(config, note)
-    admin = Tenant("", admin=True)
-    preloaded = [built.state.catalogue.find(name, admin) for name in config.adapter]
+    preloaded = [_wanted(built, name, config) for name in config.adapter]
     built.state.service.start()
     server = Server(built, config, note)
     place = _listen(config)
@@ -213,6 +216,15 @@ def serve(config: ServeConfig, note: Note, ready: Callable[[str, Built], None] =
     finally:
         place.close()
         built.state.service.close()
+
+
+def _wanted(built: Built, name: str, config: ServeConfig) -> Answerer:
+    """A version that --adapter names. Raises ConfigError."""
+    try:
+        return built.state.catalogue.find(name, Tenant("", admin=True))
+    except UnknownModel:
+        known = list(built.state.catalogue.names())
+        raise ConfigError(f"adapter: {config.store} has no '{name}' for {config.model}{nearest(name, known)}") from None
 
 
 def _listen(config: ServeConfig) -> socket.socket:

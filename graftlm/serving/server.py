@@ -73,6 +73,10 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = str(first["msg"]).removeprefix("Value error, ")
+    if not where and "json" not in request.headers.get("content-type", ""):
+        message = (
+            "the body is read as JSON only when it is said to be: send the header 'Content-Type: application/json'"
+        )
     return Refused(400, f"{where}: {message}" if where else message, "invalid_value", where or None).response()
 
 

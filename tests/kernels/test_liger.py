@@ -62,8 +62,18 @@ def test_every_operation_through_liger_gives_the_references_answer_in_the_interp
 
 
 def interpret() -> None:
+    import numpy as np
     import triton.language as tl
     from liger_kernel.ops import cross_entropy, geglu, rms_norm
+    from triton.runtime import interpreter
+
+    converted = interpreter._implicit_cvt
+
+    def convert(argument: object) -> object:
+        """A program's argument; a float is a float32 of the GPU, which the interpreter leaves a float of Python's."""
+        if not isinstance(argument, float):
+            return converted(argument)
+        return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
 
     def rsqrt(x: object) -> object:
         return tl.rsqrt(x)
@@ -71,7 +81,7 @@ def interpret() -> None:
     def tanh(x: object) -> object:
         return 2 * tl.sigmoid(2 * x) - 1  # type: ignore[operator]
 
-    rms_norm.rsqrt, geglu.tanh, cross_entropy.tanh = rsqrt, tanh, tanh
+    rms_norm.rsqrt, geglu.tanh, cross_entropy.tanh, interpreter._implicit_cvt = rsqrt, tanh, tanh, convert
     import torch
 
     from graftlm.kernels import liger

@@ -23,7 +23,7 @@ from graftlm.base.load import load_base
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError, StoreError
 from graftlm.serving.keys import Tenant
-from graftlm.serving.launch import build
+from graftlm.serving.launch import build, serve
 
 ADMIN, HALF, OTHER = "admin-key-1", "half-key-1234", "other-key-123"
 
@@ -557,6 +557,8 @@ def test_what_cannot_be_served_is_said_before_a_port_is_opened(tmp_path: Path) -
 
     with pytest.raises(StoreError, match="no store of adapters"):
         build(config(store=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"adapter: .* has no 'sais@2' for .*did you mean 'says'"):
+        serve(config(store=str(serving.new_store(tmp_path / "some")), adapter=["sais@2"]), lambda text: None)
     with pytest.raises(ConfigError, match="give --store"):
         config(adapter=["formal"])
     with pytest.raises(ConfigError, match="too few for a batch of 16"):

@@ -324,9 +324,9 @@ def _sampler(config: SweepConfig, seed: int) -> Any:
         return samplers.RandomSampler(seed=seed)
     if config.sampler == "grid":
         grid = {n: list(s.values or ()) for n, s in config.space.items()}
-        sampler = samplers.GridSampler(grid, seed=config.search_seed)
+        sampler: Any = samplers.GridSampler(grid, seed=config.search_seed)
         # After its last point it stops Optuna's own loop, which is not running; here `grid_size` bounds the trials.
-        sampler.after_trial = lambda *_: None
+        sampler.after_trial = lambda *_, **__: None
         return sampler
     return samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=min(10, max(4, config.trials // 3)))
 

@@ -86,10 +86,12 @@ def multiply(
 ) -> Tensor:
     """Sum over (A, W, turned) of A (M, K) times W (K, N), or times W^T where W (N, K) is `turned`; returns C (M, N) float32.
 
-    A is a float32 tensor of any strides, W a float32 or bfloat16 tensor or a stored weight. `out`, with rows of stride
-    one, takes the result; with `add` it is added to. `narrow` rounds both sides of the first term to bfloat16 (their
+    A is a float32 tensor of any strides, W a float32 or bfloat16 tensor or a stored weight. `out` takes
+    the result; with `add` it is added to. `narrow` rounds both sides of the first term to bfloat16 (their
     products are summed in float32), on processors that have instructions for it.
     """
+    if out is not None and out.shape[-1] > 1 and out.stride(-1) != 1:  # C writes rows without gaps
+        return out.copy_(multiply(terms, out=out.contiguous(), alpha=alpha, add=add, narrow=narrow))
     count = len(terms)
     a, b, k = (Matrix * count)(), (Matrix * count)(), (ctypes.c_int64 * count)()
     alive: list[Any] = []
