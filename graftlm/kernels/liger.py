@@ -103,8 +103,9 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | Non
     least, most = (int(number) for number in torch.aminmax(labels))
     if least < 0 or most >= logits.shape[-1]:  # Liger passes over a label of its own, and only asserts that others fit
         raise IndexError(f"a label is not in 0 .. {logits.shape[-1] - 1}")
-    # In float32, since it returns losses in the logits' type. It differentiates what asks for a gradient, in place.
-    wide = logits.detach().float().requires_grad_(weights is not None)
+    # In float32, since it returns losses in the logits' type. It differentiates what asks for a gradient, in place; a copy
+    # that it makes of logits with gaps would not ask.
+    wide = logits.detach().float().contiguous().requires_grad_(weights is not None)
     with torch.no_grad():
         losses, _, _, _, slopes = cross_entropy_forward(wide, labels, None, -100, 0.0, 0.0, "none", None, False)
         if weights is not None:
