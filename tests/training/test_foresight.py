@@ -91,7 +91,9 @@ def test_memory_that_runs_out_in_the_rehearsal_is_said_with_a_way_out(
         )
 
     monkeypatch.setattr(foresight, "forward", no_memory)
-    with pytest.raises(TrainingError, match=r"memory runs out in a pass of 104 tokens, before the first step"):
+    with pytest.raises(
+        TrainingError, match=f"memory runs out in a pass of {found.load.tokens} tokens, before the first step"
+    ):
         rehearse(base, [trial], found)
 
 
