@@ -235,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common.update(pairs.per_example(common))
         for method in options.methods:
             results[method] = {"eight": compare(common, method)}
+            if options.json:  # a run that is cut off in what follows has kept this
+                options.json.write_text(json.dumps({"shape": options.shape, "results": results}, indent=2) + "\n")
             counts = [n for n in GROWTH if n <= options.most]
             results[method]["growth"] = grow(common, method, counts) if method in options.growth else []
             print(table({method: results[method]}), file=sys.stderr, flush=True)
