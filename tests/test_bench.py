@@ -234,6 +234,7 @@ def test_the_bytes_of_no_tokens_lie_on_the_line_through_two_peaks() -> None:
     assert ladder.without_tokens(*peaks) == pytest.approx(5e8)
 
 
+@pytest.mark.skipif(not training.SHARED.is_dir(), reason=f"the E2E set is not at {training.SHARED}")
 def test_a_rung_is_trained_as_graft_train_does_and_measured(tmp_path: Path) -> None:
     ladder.prepare(tmp_path, "tiny", 1)
     (found,) = ladder.measured(ladder.RUNGS[-1], tmp_path, "tiny", 1)
