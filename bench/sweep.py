@@ -44,6 +44,7 @@ def graft_side(work: dict[str, Any], turns: pairs.Turns) -> dict[str, Any]:
     from graftlm.data.sources import named_source
     from graftlm.planning.measured import PeakMemory
     from graftlm.training.loop import optimizer_step, row_losses
+    from graftlm.training.pages import own_pages
     from graftlm.training.prepare import make_adapter, make_trial, read_data
     from graftlm.training.view import View
 
@@ -64,19 +65,21 @@ def graft_side(work: dict[str, Any], turns: pairs.Turns) -> dict[str, Any]:
             trials.append(make_trial(base, config, make_adapter(base, config, slot), slot, *material))
         width = WIDE if work["side"] != "narrow" else max(longest_batch(trial) for trial in trials)
         values = [sum(p.numel() for p in trial.parameters.values()) for trial in trials]
-        turns.next()
-        for step in range(work["steps"]):
-            if work["side"] == "apart":
-                for trial in trials:
-                    optimizer_step(base, [trial], WIDE)
-            else:
-                optimizer_step(base, trials, width)
-            turns.end() if step + 1 == work["steps"] else turns.next()
+        several = work["side"] != "apart" and sum(map(longest_batch, trials)) > width
+        with own_pages(several):  # as `graft train` and `graft sweep` do where a step takes several passes
+            turns.next()
+            for step in range(work["steps"]):
+                if work["side"] == "apart":
+                    for trial in trials:
+                        optimizer_step(base, [trial], WIDE)
+                else:
+                    optimizer_step(base, trials, width)
+                turns.end() if step + 1 == work["steps"] else turns.next()
     losses = [sum(r.loss for r in rows) / sum(r.trained_tokens for r in rows)
-              for rows in (row_losses(base, t.held_out, t.slot, WIDE) for t in trials)]  # fmt: skip
+              for rows in (row_losses(base, t.held_out, t.slot, WIDE) for t in trials if work["judged"])]  # fmt: skip
     return {
-        "seconds": turns.counted, "peak_memory": memory.bytes - memory.start, "tokens_per_pass": width, "trained": values,
-        "losses": losses,
+        "seconds": turns.counted, "steps": turns.seconds, "peak_memory": memory.bytes - memory.start, "tokens_per_pass": width,
+        "trained": values, "losses": losses,
     }  # fmt: skip
 
 
@@ -89,7 +92,12 @@ def longest_batch(trial: Any) -> int:
 def trl_side(work: dict[str, Any], turns: pairs.Turns) -> dict[str, Any]:
     pairs.BATCH, pairs.RANK, pairs.ALPHA = BATCH, work["rank"], 2 * work["rank"]
     found = pairs.peer_side(work, turns)
-    return {"seconds": turns.counted, "peak_memory": found["peak_memory"], "loss": found["loss"]}
+    return {
+        "seconds": turns.counted,
+        "steps": turns.seconds,
+        "peak_memory": found["peak_memory"],
+        "loss": found["loss"],
+    }
 
 
 SIDES = {"together": graft_side, "narrow": graft_side, "apart": graft_side, "trl": trl_side}
@@ -97,12 +105,12 @@ SIDES = {"together": graft_side, "narrow": graft_side, "apart": graft_side, "trl
 
 def compare(common: dict[str, Any], method: str) -> dict[str, Any]:
     """All sides of one method."""
-    work = {**common, "method": method, "ranks": RANKS}
-    works = {"together": work, "narrow": work, "apart": work}
+    work = {**common, "method": method, "ranks": RANKS, "judged": True}
+    works = {"together": work, "narrow": {**work, "judged": False}, "apart": work}
     works.update({f"trl {rank}": {**work, "rank": rank} for rank in sorted(set(RANKS))})
     found = pairs.in_turns(works, __file__)
     one = max(
-        pairs.in_turns({"narrow": {**work, "ranks": [max(RANKS)], "steps": 4}}, __file__)["narrow"]["peak_memory"],
+        pairs.in_turns({"narrow": {**work, "ranks": [max(RANKS)], "judged": False}}, __file__)["narrow"]["peak_memory"],
         1,
     )
     peers = {rank: found.pop(f"trl {rank}") for rank in sorted(set(RANKS))}
@@ -129,7 +137,7 @@ def compare(common: dict[str, Any], method: str) -> dict[str, Any]:
 
 def grow(common: dict[str, Any], method: str, counts: Sequence[int]) -> list[dict[str, Any]]:
     """One step of 1, 2, 4, ... trials of rank 16 together: seconds a trial's step, and peak memory."""
-    common = {**common, "steps": 4, "warm_up": 1}
+    common = {**common, "steps": 4, "warm_up": 1, "judged": False}
     works = {f"together {n}": {**common, "method": method, "ranks": [16] * n} for n in counts}
     found = pairs.in_turns(works, __file__)
     return [
