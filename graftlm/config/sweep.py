@@ -304,7 +304,7 @@ class SweepConfig(Config):
             raise ConfigError(f"a trial with {said} could not be trained: {error}") from None
 
 
-_PASSED = set(SweepConfig.model_fields) & set(TrainConfig.model_fields) - {"out"}
+_PASSED = set(SweepConfig.model_fields) & set(TrainConfig.model_fields) - {"out", "store"}  # both a sweep's own
 _FREE = {
     "at_once", "device", "keep_checkpoints", "name", "out", "publish", "save_every", "search_seed", "storage", "store",
     "tokens_per_pass", "activation_checkpointing", "trials", "trust_remote_code",

@@ -69,9 +69,13 @@ class TrainConfig(Config):
 
     # The adapter
     from_adapter: Path | None = option(
-        None, "adapter folder to go on training, instead of a new one; rank, alpha and targets are then its own",
+        None, "adapter to go on training, instead of a new one: a folder, or a version in the store such as formal@prod; "
+        "rank, alpha and targets are then its own",
         group="adapter",
     )  # fmt: skip
+    store: Path | None = option(
+        None, "store of named adapters, for --from-adapter NAME; default ./adapters", group="adapter"
+    )
     rank: int = option(16, "rank r of A (r, in) and B (out, r)", group="adapter", ge=1)
     alpha: float | None = option(None, "scale numerator: s = alpha / r; default 2 x rank", group="adapter", gt=0)
     rank_stabilized: bool = option(False, "scale s = alpha / sqrt(r) (rsLoRA)", group="adapter")
@@ -186,6 +190,8 @@ class TrainConfig(Config):
             if given:
                 flag = given[0].replace("_", "-")
                 raise ValueError(f"--{flag} is that of the adapter which training starts from; leave it out")
+        elif self.store is not None:
+            raise ValueError("--store is for --from-adapter NAME, such as formal@prod; give both, or leave it out")
         if self.allow_change and not self.resume:
             raise ValueError("--allow-change is for --resume, which is not given; leave it out")
         if self.optimizer_in_backward and self.max_grad_norm > 0:
@@ -261,4 +267,4 @@ _FORMULA = (
     "train_tokens",
 )  # fmt: skip
 """What an adapter is made of."""
-_ADAPTER_ONLY = (*_FORMULA, "b_learning_rate_ratio", "from_adapter")
+_ADAPTER_ONLY = (*_FORMULA, "b_learning_rate_ratio", "from_adapter", "store")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Adapter, Plan, attach, choose, new_adapter
+from graftlm.adapters.store.folder import locate
 from graftlm.base.chat import Encoder
 from graftlm.base.load import Base
 from graftlm.config import Precision, TrainConfig
@@ -51,7 +53,7 @@ def read_data(
 def stored_precision(config: TrainConfig) -> Precision:
     """How the base is stored: as asked, else as the adapter that training starts from had it, else the method's default."""
     if config.from_adapter is not None and config.precision is None and config.method == "lora":
-        manifest = adapter_format.inspect_folder(config.from_adapter).manifest
+        manifest = adapter_format.inspect_folder(_parent(config, config.from_adapter)).manifest
         if manifest is not None:
             return manifest["base"]["precision"]
     return config.stored_precision
@@ -75,13 +77,18 @@ def make_adapter(base: Base, config: TrainConfig, slot: int = 1) -> Adapter | No
     if config.method == "full":
         return None
     if config.from_adapter is not None:
-        adapter = adapter_format.load(base, config.from_adapter)
+        adapter = adapter_format.load(base, _parent(config, config.from_adapter))
         assert adapter.origin is not None
         base.tokenizer = adapter.origin.tokenizer or base.tokenizer
     else:
         adapter = untrained(base, config)
     attach(base, adapter, slot)
     return adapter
+
+
+def _parent(config: TrainConfig, name: Path) -> Path:
+    """The folder of the adapter that training starts from."""
+    return locate(name, config.store, model=config.model)
 
 
 def untrained(base: Base, config: TrainConfig) -> Adapter:

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from graftlm.adapters.format import inspect_folder
+from graftlm.adapters.store import Store
 from graftlm.config import TrainConfig
-from graftlm.errors import AdapterError, ConfigError
+from graftlm.errors import AdapterError, ConfigError, StoreError
 from graftlm.training.run import run
 from graftlm.training.view import View
 
@@ -54,6 +55,18 @@ def test_the_config_that_it_saved_is_the_same_run_again(tmp_path: Path) -> None:
     assert (saved["rank"], saved["alpha"], saved["from_adapter"]) == (None, None, str(parent))
     run(TrainConfig.read(tmp_path / "run" / "config.json", {"out": str(tmp_path / "b")}), View(quiet=True))
     assert tiny_run.adapter_bytes(tmp_path / "run") == tiny_run.adapter_bytes(tmp_path / "b")
+
+
+def test_an_adapter_is_named_by_its_version_in_a_store(tmp_path: Path) -> None:
+    parent = first(tmp_path)
+    store = Store(tmp_path / "adapters")
+    store.publish(parent, "formal")
+    further(tmp_path, Path("formal@1"), store=str(tmp_path / "adapters"), steps=1)
+    assert inspect_folder(tmp_path / "run" / "adapter").parents == (inspect_folder(parent).digest,)
+    with pytest.raises(StoreError, match="formal@2"):
+        further(tmp_path, Path("formal@2"), store=str(tmp_path / "adapters"), steps=1, out=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="--store is for --from-adapter NAME"):
+        tiny_run.train(tmp_path, store="x")
 
 
 def test_the_base_is_stored_as_the_adapter_had_it_unless_asked_otherwise(tmp_path: Path) -> None:
