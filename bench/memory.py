@@ -32,6 +32,7 @@ from graftlm.planning.hardware import processor
 from graftlm.planning.memory import need
 from graftlm.planning.method import NOTHING, Setting, adapted
 from graftlm.planning.models import find
+from graftlm.planning.plan import DEFAULT_TOKENS_PER_PASS
 
 SHAPES: dict[str, dict[str, int]] = {
     "5m": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
@@ -150,7 +151,7 @@ def plan(run: Run, model: Path) -> dict[str, Any]:
     together = min(run.batch, max(1, run.tokens_per_pass // run.length))
     load = Load(
         tokens=together * run.length, trained=together * (run.length - 2), longest=run.length, documents=together,
-        passes=-(-run.batch // together),
+        passes=-(-run.batch // together), small=run.tokens_per_pass < DEFAULT_TOKENS_PER_PASS,
     )  # fmt: skip
     adapter = NOTHING
     if run.method != "full":

@@ -31,6 +31,13 @@ class Load:
     documents: int = 1
     passes: int = 1
     """Passes of one optimizer step."""
+    small: bool = False
+    """Whether its passes are of fewer tokens than the default, as asked or because the machine has no more memory."""
+
+    @property
+    def sparing(self) -> bool:
+        """Whether large tensors of a step get pages of their own on a processor (`training/pages.py`): a third more time."""
+        return self.small and self.passes > 1
 
     @property
     def squares(self) -> int:

@@ -95,7 +95,13 @@ def longest_document(case: Case, setting: Setting) -> int:
     share = case.load.trained / case.load.tokens
 
     def at(length: int) -> bool:
-        one = Load(tokens=length, trained=max(1, round(length * share)), longest=length, passes=case.load.passes)
+        one = Load(
+            tokens=length,
+            trained=max(1, round(length * share)),
+            longest=length,
+            passes=case.load.passes,
+            small=case.load.small,
+        )
         return fits(replace(case, load=one).of(setting), case.card)
 
     found = _most(at, _LONGEST)
@@ -146,7 +152,7 @@ def changes(case: Case, setting: Setting) -> list[Change]:
         share = load.trained / load.tokens
         one = replace(
             load, tokens=load.longest, trained=max(1, round(load.longest * share)), documents=1,
-            passes=load.passes * load.documents,
+            passes=load.passes * load.documents, small=True,
         )  # fmt: skip
         if add(
             f"--tokens-per-pass {load.longest}: one document at a time, the same result", replace(now, load=one), how

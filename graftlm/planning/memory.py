@@ -304,7 +304,7 @@ def _own_attention(shape: Shape, setting: Setting) -> bool:
 
 def _own_pages(setting: Setting, load: Load) -> bool:
     """Whether large tensors get pages of their own on a processor: as `training/run.py` decides."""
-    return setting.activation_checkpointing or setting.optimizer_in_backward or load.passes > 1
+    return setting.activation_checkpointing or setting.optimizer_in_backward or load.sparing
 
 
 def _with_holes(shape: Shape, setting: Setting, load: Load, parts: Parts) -> Parts:

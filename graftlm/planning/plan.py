@@ -260,13 +260,14 @@ def _load(model: Model, config: PlanConfig, dataset: Dataset | None, notes: list
             )
         length = most
     share = dataset.trained_tokens / dataset.tokens if dataset is not None else 1.0
-    together = max(1, min(config.batch_size, (config.tokens_per_pass or DEFAULT_TOKENS_PER_PASS) // length))
+    most_tokens = config.tokens_per_pass or DEFAULT_TOKENS_PER_PASS
+    together = max(1, min(config.batch_size, most_tokens // length))
     tokens = together * length
     if dataset is not None and dataset.longest > length:
         notes.append(f"The longest document has {dataset.longest:,} tokens; planned with {length:,}.")
     return Load(
         tokens=tokens, trained=max(1, round(share * (tokens - together))), longest=length, documents=together,
-        passes=-(-config.batch_size // together),
+        passes=-(-config.batch_size // together), small=most_tokens < DEFAULT_TOKENS_PER_PASS,
     )  # fmt: skip
 
 

@@ -105,6 +105,7 @@ def foresee(
     found: Foresight | None = None
     for tokens in sizes:
         work, load = _heaviest(base, trials, tokens)
+        load = replace(load, small=tokens < DEFAULT_TOKENS_PER_PASS)
         took = case = None
         if shape is not None:
             beside = spare + max(0, sum(adapter.count for adapter in adapters) - adapted.values(shape))

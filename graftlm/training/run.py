@@ -69,9 +69,7 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
             view.everything(sum(p.numel() for p in trial.parameters.values()))
 
         ahead = foresee(config, base, [trial], [] if adapter is None else [adapter])
-        # Gradients that wait for a step's other passes settle in the gaps that a pass leaves: the heap grew to 1.7 times what
-        # lived in it (30M, two passes), and own pages took 2 % more time.
-        with own_pages(device.type == "cpu" and ahead.load.passes > 1), closing(session):
+        with own_pages(device.type == "cpu" and ahead.load.sparing), closing(session):
             session.go_on(ahead.tokens_per_pass)
             rehearsed = None if trial.done else rehearse(base, [trial], ahead) - memory.start
             view.ahead(ahead, rehearsed)

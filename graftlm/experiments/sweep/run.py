@@ -99,8 +99,8 @@ def _train(
         training = sessions[0].config.model_copy(update={"tokens_per_pass": places.tokens_per_pass})
         spare = places.count * places.each - sum(adapter.count for adapter in adapters)
         ahead = foresee(training, base, first, adapters, spare=spare)
-        several = base.device.type == "cpu" and ahead.load.passes > 1  # as for one run, see `training/run.py`
-        with own_pages(several), view.sweeping(study.wanted, study.ended()):
+        sparing = base.device.type == "cpu" and ahead.load.sparing
+        with own_pages(sparing), view.sweeping(study.wanted, study.ended()):
             view.places(places.count, places.bytes, places.tokens_per_pass, rehearse(base, first, ahead) - memory.start)
             train(base, first, places.tokens_per_pass, conductor)
 
