@@ -175,15 +175,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             (one,) = list(in_process(measured, [rung, folder, options.shape, options.steps], SECONDS, "spawn"))
             found.append(one)
+            if options.json:  # after each: a run that is cut off has what it measured
+                result = {
+                    "shape": options.shape,
+                    "steps": options.steps,
+                    "machine": described(),
+                    "must": MUST,
+                    "rungs": found,
+                }
+                options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             print(
                 f"{rung.name}: {one['bytes_per_parameter']:.2f} bytes a parameter (formula {one['expected']:.2f}), "
                 f"{one['peak_memory'] / 1e6:,.0f} MB, {one['seconds_per_step']:.2f} s a step, loss {one['loss']:.4f}",
                 flush=True,
             )
-    result = {"shape": options.shape, "steps": options.steps, "machine": described(), "must": MUST, "rungs": found}
     print(table(found))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -192,8 +192,10 @@ def page(results: Results, figures: str = "cpu.json") -> str:
             lines += [f"How it was measured: {part['note']}.", ""]
         figures = part.get("figures")
         if part.get("error"):
-            lines += [f"**Failed:** {part['error']}", ""]
-        elif name.startswith("train"):
+            lines += [f"**{'Not finished' if figures else 'Failed'}:** {part['error']}", ""]
+        if not figures:
+            continue
+        if name.startswith("train"):
             lines += [train_table(figures), ""]
         elif name == "ladder":
             lines += [ladder.table(figures["rungs"]), ""]

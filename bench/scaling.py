@@ -82,7 +82,12 @@ def bytes_per_token(points: Sequence[Line]) -> float:
 
 def growth(found: dict[str, list[Line]]) -> list[Line]:
     """Bytes a token for each vocabulary, beside what that token's logits alone would take in float32."""
-    sizes = sorted({p["vocabulary"] for p in found.get("vocabulary", [])})
+    points = found.get("vocabulary", [])
+    counts = {
+        size: {p["tokens_per_step"] for p in points if p["vocabulary"] == size}
+        for size in sorted({p["vocabulary"] for p in points})
+    }
+    sizes = [size for size, tokens in counts.items() if len(tokens) > 1]
     return [
         {
             "vocabulary": size,
@@ -168,18 +173,19 @@ def plot(found: dict[str, list[Line]], place: Path, title: str) -> None:
                     linewidth=1.4,
                     label=f"logits of {LARGE:,} alone",
                 )
-        linear = name == "vocabulary"
+        linear = name in ("batch", "vocabulary")  # here memory is to be seen as the straight line that it is
         upper.set_xscale("linear" if linear else "log", **({} if linear else {"base": 2}))
-        lower.set_xticks(sorted({p["x"] for p in found[name]}))
+        lower.set_xticks(_apart(sorted({p["x"] for p in found[name]}), linear))
         lower.xaxis.set_major_formatter(ScalarFormatter())
         lower.xaxis.set_minor_formatter(NullFormatter())
         lower.tick_params(axis="x", labelsize=8)
         lower.set_xlabel(label)
+        many = len(upper.get_lines()) > 1
         for axis in (upper, lower):
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, axis.get_ylim()[1] * (1.25 if many and axis is lower else 1.05))  # the legend stands above
             axis.grid(alpha=0.25, linewidth=0.6)
             axis.spines[["top", "right"]].set_visible(False)
-        if len(upper.get_lines()) > 1:
+        if many:
             lower.legend(fontsize=7.5, frameon=False, loc="upper left")
     axes[0][0].set_ylabel("tokens a second")
     axes[1][0].set_ylabel("peak memory of training, MB")
@@ -187,6 +193,17 @@ def plot(found: dict[str, list[Line]], place: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(place, dpi=110)
     pyplot.close(figure)
+
+
+def _apart(ticks: Sequence[int], linear: bool) -> list[int]:
+    """Those that have room for their numbers: on a linear axis small ones lie on top of each other."""
+    if not linear:
+        return list(ticks)
+    kept = [ticks[-1]]
+    for tick in reversed(ticks[:-1]):
+        if kept[-1] - tick > 0.07 * (ticks[-1] - ticks[0]):
+            kept.append(tick)
+    return kept
 
 
 def _curves(name: str, points: Sequence[Line]) -> Iterator[tuple[str, str, str, list[Line]]]:
@@ -213,19 +230,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.from_json:
         result = json.loads(options.from_json.read_text(encoding="utf-8"))
     else:
-        result = {"model": options.model, "machine": described(), "series": measure_all(options.model, options.series)}
-        result["growth"] = growth(result["series"])
+        result = {"model": options.model, "machine": described(), "series": {}, "growth": []}
+        for found in measure_all(options.model, options.series):
+            result.update(series=found, growth=growth(found))
+            if options.json:  # after each point: a run that is cut off has what it measured
+                options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result["series"]))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if options.plot:
         machine = result["machine"]
         title = f"LoRA on a {result['model'].upper()} Llama, {machine['processor']}, {machine['threads']} threads"
         plot(result["series"], options.plot, title)
 
 
-def measure_all(model: str, names: Sequence[str]) -> dict[str, list[Line]]:
-    """Every point of the named series, each in a process of its own; one that fails is said and left out."""
+def measure_all(model: str, names: Sequence[str]) -> Iterator[dict[str, list[Line]]]:
+    """All that is measured, after every point of the named series, each in a process of its own; one that fails is said
+    and left out."""
     chosen = {name: points for name, points in series(model).items() if name in names}
     count, done = sum(map(len, chosen.values())), 0
     found: dict[str, list[Line]] = {name: [] for name in chosen}
@@ -245,7 +264,7 @@ def measure_all(model: str, names: Sequence[str]) -> dict[str, list[Line]]:
                 f"{time.perf_counter() - began:.1f} s",
                 flush=True,
             )
-    return found
+            yield {name: points for name, points in found.items() if points}
 
 
 if __name__ == "__main__":

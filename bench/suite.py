@@ -96,11 +96,10 @@ def run(part: Part, seconds: float) -> dict[str, Any]:
             found["error"] = f"not done after {seconds:.0f} s; last: {said}"
         elif status:
             found["error"] = f"ended with status {status}: {said}"
-        else:
-            try:
-                found["figures"] = json.loads(out.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                found["error"] = f"it wrote no figures ({error})"
+        try:  # what it had by then, where it did not come to its end
+            found["figures"] = json.loads(out.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            found.setdefault("error", f"it wrote no figures ({error})")
     found["seconds"] = time.monotonic() - began
     return found
 

@@ -143,8 +143,9 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
 
 
 def rates(turns: Turns, work: dict[str, Any]) -> dict[str, float]:
-    """Speeds of a side that takes a batch a step."""
+    """Speeds of a side that takes a batch a step, and how long each of its steps took."""
     return {
+        "seconds": turns.seconds,
         "seconds_per_step": turns.counted,
         "examples_per_second": BATCH / turns.counted,
         "trained_tokens_per_second": BATCH * work["trained_per_example"] / turns.counted,
@@ -191,7 +192,7 @@ def bare_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
         if method == "full":
             dlogits.T @ hidden
         turns.end() if step + 1 == work["steps"] else turns.next()
-    return {"seconds_per_step": turns.counted}
+    return {"seconds_per_step": turns.counted, "seconds": turns.seconds}
 
 
 def peer_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
@@ -372,11 +373,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not SHARED.is_dir():
         raise SystemExit(f"the E2E set is not there: {SHARED}")
-    results = measure(
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for method, found in measure(
         options.shape, options.methods, options.steps, options.warm_up, packing=options.packing, mixed=options.mixed
-    )
-    if options.json:
-        options.json.write_text(json.dumps({"shape": options.shape, "results": results}, indent=2) + "\n")
+    ):
+        results[method] = found
+        print(line(method, found), flush=True)
+        if options.json:  # after each: a run that is cut off has what it measured
+            options.json.write_text(json.dumps({"shape": options.shape, "results": results}, indent=2) + "\n")
 
 
 def measure(
@@ -387,11 +391,10 @@ def measure(
     *,
     packing: Sequence[str] = (),
     mixed: Sequence[str] = (),
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Figures by method and side."""
+) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Each method with its figures by side, as soon as they are there."""
     from graftlm import kernels
 
-    results: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / shape
         make_model(shape, model)
@@ -407,14 +410,13 @@ def measure(
         for method in methods:
             work = {**common, "method": method}
             found = in_turns(dict.fromkeys(SIDES, work))
-            found["graft"]["bare_seconds_per_step"] = found.pop("bare")["seconds_per_step"]
+            bare = found.pop("bare")
+            found["graft"].update(bare_seconds_per_step=bare["seconds_per_step"], bare_seconds=bare["seconds"])
             if method in packing:
                 found.update(in_turns({"trl packed": {**work, "packing": True}}))
             if method in mixed and kernels.narrows():
                 found.update(in_turns({"graft mixed": {**work, "compute": "mixed"}}))
-            results[method] = found
-            print(line(method, found), flush=True)
-    return results
+            yield method, found
 
 
 def per_example(work: dict[str, Any]) -> dict[str, float]:

@@ -146,6 +146,20 @@ def test_a_benchmark_that_takes_too_long_is_ended_with_its_children(
     found = suite.run(part, 2)
     assert found["error"] == "not done after 2 s; last: begun"
     assert found["seconds"] < 30
+    assert "figures" not in found
+
+
+def test_what_a_benchmark_had_measured_when_it_was_ended_is_kept_and_said_to_be_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite.Part, "command", property(lambda part: [part.script]))
+    place = tmp_path / "cpu.json"
+    part = _script(tmp_path, "half", "open(place, 'w').write(json.dumps({'first': 1})); sys.exit('no more')")
+    assert suite.measure([part], place, 60) is False
+    results = suite.read(place)
+    assert results is not None
+    assert results["parts"]["half"]["figures"] == {"first": 1}
+    assert "**Not finished:** ended with status 1: no more" in report.page(results)
 
 
 def test_every_part_of_the_suite_is_a_script_that_is_there() -> None:
@@ -213,7 +227,7 @@ def test_the_median_step_after_those_that_do_not_count() -> None:
 
 @pytest.mark.prove
 def test_both_sides_train_a_tiny_model_to_the_same_loss() -> None:
-    found = training.measure("tiny", ["lora", "qlora"], 4, warm_up=2, packing=["lora"])
+    found = dict(training.measure("tiny", ["lora", "qlora"], 4, warm_up=2, packing=["lora"]))
     for sides in found.values():
         assert sides["graft"]["loss"] == pytest.approx(sides["trl"]["loss"], rel=2e-3)
         assert all(side["examples_per_second"] > 0 for side in sides.values())
