@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -46,6 +46,8 @@ class State:
     fingerprint: str = ""
     draining: bool = False
     preloading: bool = False
+    standing: Counter[str] = field(default_factory=Counter[str])
+    """Requests of each tenant that came in and wait to be read."""
     guides: OrderedDict[int, Guide] = field(default_factory=OrderedDict[int, Guide])
 
     def guide(self, prompts: Prompts) -> Guide:

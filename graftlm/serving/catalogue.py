@@ -58,7 +58,7 @@ class Catalogue:
         with self._lock:
             if seen != self._seen:
                 known = self.store.shelf(self.fingerprint).names
-                self._names = {name: found for name, found in known.items() if found.versions}
+                self._names = {name: _as_it_is(found) for name, found in known.items() if found.versions}
                 self._seen = seen
             return self._names
 
@@ -140,6 +140,12 @@ class Catalogue:
         if self.store is None:
             raise StoreError("this server has no store of adapters; start it with --store")
         return self.store
+
+
+def _as_it_is(name: Name) -> Name:
+    """A name without its past, which grows for as long as somebody moves aliases and removes versions."""
+    trails = {alias: trail[-1:] for alias, trail in name.trails.items()}
+    return Name(name.name, name.versions, name.highest, trails)
 
 
 def lineage(version: Version) -> dict[str, Any]:

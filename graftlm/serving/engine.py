@@ -15,6 +15,7 @@ hashes of its seed, and kept keys and values are named by adapter digest and tok
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -41,6 +42,8 @@ from graftlm.serving.sequence import Sequence
 from graftlm.serving.shares import LEAST_CHUNK, Pace, first_and_rest
 
 BLOCK = 16  # tokens of a block of keys and values
+LOOK = 0.02
+"""Seconds between two looks through all that wait for who is out of time: a step may be shorter than that takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,10 @@ class Engine:
         self._of_request: dict[str, list[Sequence]] = {}
         self._pending = 0  # sequences that were submitted and are not in the queue yet
         self._lock = threading.Lock()
+        self._looked, self._failures = (
+            -math.inf,
+            0,
+        )  # when `_give_up` last went through all, and what had failed by then
 
     # ---- from any thread --------------------------------------------------------------------------------------------
 
@@ -123,22 +130,23 @@ class Engine:
             self._arrivals.append((request, folder))
         self.wake()
 
-    def check_room(self, tenant: str, answers: int = 1) -> None:
+    def check_room(self, tenant: str, answers: int = 1, *, standing: int = 0) -> None:
         """Raise RequestError, with `full` set, where so many more answers of a tenant may not wait.
 
-        `submit` asks the same; a server asks before it spends anything on a request.
+        `submit` asks the same; a server asks before it spends anything on a request, and has `standing` others of the tenant
+        that it has not submitted yet.
         """
         with self._lock:
-            self._check_room(tenant, answers)
+            self._check_room(tenant, answers, standing)
 
-    def _check_room(self, tenant: str, answers: int) -> None:
-        waiting = len(self._queue) + self._pending
+    def _check_room(self, tenant: str, answers: int, standing: int = 0) -> None:
+        waiting = len(self._queue) + self._pending + standing
         if waiting + answers > self.limits.queue:
             raise RequestError(
                 f"the queue is full: {waiting} answers wait, the limit is {self.limits.queue}", full=True
             )
         share = max(self.limits.queue // 2, 1)
-        mine = self._queue.waiting(tenant) + sum(r.n for r, _ in self._arrivals if r.tenant == tenant)
+        mine = standing + self._queue.waiting(tenant) + sum(r.n for r, _ in self._arrivals if r.tenant == tenant)
         if self.limits.shared and mine + answers > share:
             raise RequestError(
                 f"your part of the queue is full: {mine} answers wait, the limit for one key is {share}", full=True
@@ -170,6 +178,10 @@ class Engine:
         """Give up a request; its last pieces say so."""
         self._cancelled.append(id)
         self.wake()
+
+    def crowds(self, tenant: str) -> bool:
+        """Whether a tenant wants more than it gets, on an engine that several share."""
+        return self.limits.shared and self._queue.waiting(tenant) > 0
 
     @property
     def busy(self) -> bool:
@@ -296,10 +308,14 @@ class Engine:
 
     def _give_up(self, pieces: list[Piece]) -> None:
         """Drop what was cancelled, what is too late, and what waits for an adapter that cannot be loaded."""
+        cancelled = bool(self._cancelled)
         while self._cancelled:
             for sequence in self._of_request.get(self._cancelled.popleft(), []):
                 sequence.cancelled = True
-        now = time.monotonic()
+        now, failures = time.monotonic(), self.residents.counters.failures
+        if not cancelled and failures == self._failures and now < self._looked + LOOK:
+            return
+        self._looked, self._failures = now, failures
         for sequence in [*self._running, *self._queue]:
             request = sequence.request
             if sequence.cancelled:

@@ -2,8 +2,8 @@
 
 Turning somebody away must cost next to nothing, and so must standing behind somebody who asks a hundred times as often. If
 all that has arrived were read, checked and looked up first come, first served, others would wait behind that work, however
-fair the queue behind it is. So of one tenant one request at a time is read; the next one's turn comes when the loop has been
-round, and in between it is the others'.
+fair the queue behind it is. So of one tenant one request at a time is read, and of one that has answers waiting, who is
+served no sooner for it, the next only after a pause several times as long. Who stands here counts as waiting.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ ASKING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
 READ = "graft.read"
 """Where a request's scope has what to call once it is read."""
 _TENANT = "graft.tenant"
+PAUSE = 4.0
+"""How many times as long as a request was read nobody else of its tenant is, while that has answers waiting."""
 
 
 class Gate:
@@ -33,15 +35,15 @@ class Gate:
             tenant = self._state.keys.tenant(_key(scope))
             if tenant is not None:
                 scope[_TENANT] = tenant.name
-                if await _turned_away(self._state, scope, receive, send):
+                if await _turned_away(self._state, scope, receive, send, self._state.standing[tenant.name]):
                     return
         await self._app(scope, receive, send)
 
 
-async def _turned_away(state: State, scope: Scope, receive: Receive, send: Send) -> bool:
-    """Whether the queue has no room for a request's tenant, who then has been told so."""
+async def _turned_away(state: State, scope: Scope, receive: Receive, send: Send, standing: int = 0) -> bool:
+    """Whether the queue has no room for a request's tenant beside those who stand in front; then the tenant has been told."""
     try:
-        state.service.engine.check_room(scope[_TENANT])
+        state.service.engine.check_room(scope[_TENANT], standing=standing)
     except RequestError as error:
         await as_refused(error).response()(scope, receive, send)
         return True
@@ -69,15 +71,21 @@ class Turns:
         async def again() -> Message:
             return begun.pop(0) if begun else await receive()
 
-        turn = self._turns[scope[_TENANT]]
-        await turn.acquire()
-        mine = True
+        tenant: str = scope[_TENANT]
+        turn, standing, loop = self._turns[tenant], self._state.standing, asyncio.get_running_loop()
+        standing[tenant] += 1
+        try:
+            await turn.acquire()
+        finally:
+            standing[tenant] -= 1
+        mine, begun_at = True, loop.time()
 
         def read() -> None:
             nonlocal mine
             if mine:
                 mine = False
-                turn.release()
+                crowds = self._state.service.engine.crowds(tenant)
+                loop.call_later(PAUSE * (loop.time() - begun_at) if crowds else 0.0, turn.release)
 
         scope[READ] = read
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
@@ -38,6 +39,8 @@ from graftlm.serving.server import create_app
 from graftlm.serving.service import Service
 
 Note = Callable[[str], None]
+SWITCH = 0.0001
+"""Seconds that a thread may keep the interpreter from another."""
 
 
 @dataclass
@@ -181,8 +184,11 @@ class Server(uvicorn.Server):
 def serve(config: ServeConfig, note: Note, ready: Callable[[str, Built], None] = lambda url, built: None) -> None:
     """Serve until a signal; `ready` is told the address when requests are taken. Raises GraftError."""
     # While a thread of the engine wants to go on, the one that answers HTTP must not keep the interpreter for 5 ms.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(SWITCH)
     built = build(config, note)
+    # What is there now stays: looking through all of it for garbage would hold everybody up for a third of a second.
+    gc.collect()
+    gc.freeze()
     preloaded = [_wanted(built, name, config) for name in config.adapter]
     built.state.service.start()
     server = Server(built, config, note)

@@ -9,7 +9,7 @@ One request may want several answers (`n`); each is a sequence of its own, told 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
@@ -103,3 +103,9 @@ class Piece:
     """New tokens so far, an end token included."""
     embedding: list[float] | None = None
     error: str = ""
+
+    def then(self, later: Piece) -> Piece:
+        """This and a later piece of the same answer as one."""
+        return replace(
+            later, text=self.text + later.text, tokens=self.tokens + later.tokens, chosen=self.chosen + later.chosen
+        )

@@ -4,7 +4,8 @@
     async for pieces in service.ask(request, folder): ...        # leaving the loop early gives the request up
     state = await service.call(lambda engine: ...)               # runs between two steps
 
-The engine's thread waits while there is nothing to do. After each step it hands every listener's loop all of its news at once.
+The engine's thread waits while there is nothing to do. After each step it hands every listener's loop all of its news at once,
+but a listener of a tenant whose further answers wait only as often as PARCEL says.
 Should it die, whoever waits is told so, and `alive` is false from then on.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import defaultdict
@@ -25,16 +27,31 @@ from graftlm.serving.engine import Engine
 from graftlm.serving.request import Piece, Request
 
 T = TypeVar("T")
+PARCEL = 0.05
+"""Seconds between two parcels of news to somebody whose tenant has answers waiting."""
 _ENDED = "the engine of this server has ended"
 _log = logging.getLogger("graft.serve")
 
 
 class _Listener:
-    """Who hears of some requests, in which loop."""
+    """Who hears of some requests of a tenant, in which loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, answers: int) -> None:
-        self.loop, self.left = loop, answers
+    def __init__(self, loop: asyncio.AbstractEventLoop, answers: int, tenant: str) -> None:
+        self.loop, self.left, self.tenant = loop, answers, tenant
         self.news: asyncio.Queue[list[Piece]] = asyncio.Queue()
+        self.held: list[Piece] = []
+        """What is not told yet; this and the next are the engine's thread's."""
+        self.told = -math.inf
+        """Moment of `time.monotonic()` at which it was told last."""
+
+    def hold(self, pieces: Sequence[Piece]) -> None:
+        """Keep pieces to be told, those of one answer as one."""
+        for piece in pieces:
+            at = next((i for i, p in enumerate(self.held) if (p.id, p.index) == (piece.id, piece.index)), None)
+            if at is None:
+                self.held.append(piece)
+            else:
+                self.held[at] = self.held[at].then(piece)
 
 
 class Service:
@@ -45,6 +62,7 @@ class Service:
         engine.wake = self._wake_up
         engine.residents.on_arrival(self._wake_up)
         self._listeners: dict[str, _Listener] = {}
+        self._late: dict[_Listener, None] = {}  # those who have something held, in order
         self._calls: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
         self._wake = threading.Condition()
         self._awake = False
@@ -79,7 +97,7 @@ class Service:
         """
         if self._ended:
             raise GraftError(_ENDED)
-        listener = _Listener(asyncio.get_running_loop(), sum(r.n for r in requests))
+        listener = _Listener(asyncio.get_running_loop(), sum(r.n for r in requests), requests[0].tenant)
         asked: list[str] = []
         try:
             for request in requests:
@@ -147,7 +165,7 @@ class Service:
                 pieces = self._step()
                 if pieces or not self.engine.stalled:
                     self._awake = True  # there may be more to do at once
-            if pieces:
+            if pieces or self._late:
                 self._tell(pieces)
 
     def _call(self, do: Callable[[Engine], Any], future: Future[Any]) -> None:
@@ -168,14 +186,21 @@ class Service:
             self.step_began = None
 
     def _tell(self, pieces: Sequence[Piece]) -> None:
+        """Hand out what is new, and what was held for long enough."""
         by_listener: defaultdict[_Listener, list[Piece]] = defaultdict(list)
         for piece in pieces:
             listener = self._listeners.get(piece.id)
             if listener is not None:
                 by_listener[listener].append(piece)
-        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Listener, list[Piece]]]] = defaultdict(list)
         for listener, news in by_listener.items():
-            by_loop[listener.loop].append((listener, news))
+            listener.hold(news)
+            self._late[listener] = None
+        now = time.monotonic()
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Listener, list[Piece]]]] = defaultdict(list)
+        for listener in [one for one in self._late if self._due(one, now)]:
+            by_loop[listener.loop].append((listener, listener.held))
+            listener.held, listener.told = [], now
+            del self._late[listener]
         for loop, parcels in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_deliver, parcels)
@@ -183,6 +208,15 @@ class Service:
                 for _, news in parcels:
                     for piece in news:
                         self.engine.cancel(piece.id)
+
+    def _due(self, listener: _Listener, now: float) -> bool:
+        """Whether a listener is told now. The first word and the last are; between them one whose tenant has answers
+        waiting, and so gets no more of the server whatever it is told, hears in parcels: each costs the loop that all share.
+        """
+        return (
+            self._ended or now - listener.told >= PARCEL or any(piece.finish is not None for piece in listener.held)
+            or not self.engine.crowds(listener.tenant)
+        )  # fmt: skip
 
 
 def _deliver(parcels: Sequence[tuple[_Listener, list[Piece]]]) -> None:

@@ -14,42 +14,44 @@ from collections.abc import Iterable
 
 from graftlm.serving.sequence import Sequence
 
-STRETCH = 1.3
+STRETCH = 1.1
 LEAST_CHUNK = 8
 """Tokens of a prompt that are always read, so that a long one comes to its end beside somebody's short answers."""
-_FORGET = 0.99
-_ENOUGH = 20  # steps before the estimate is used
+_REMEMBERED = 50  # steps of about as many tokens that an estimate is the mean of
+_ENOUGH = 20  # steps before the estimates are used
 _ANY = 1 << 30
 
 
 class Pace:
-    """Estimates a and b from the steps so far, the last hundred or so; least squares with exponential forgetting."""
+    """Estimates a and b from the steps so far.
+
+    Steps of about as many tokens are averaged first and the averages fitted, with equal relative errors: while one tenant is
+    alone all steps are alike, and a fit of these would be a fit of noise.
+    """
 
     def __init__(self) -> None:
-        self._weight = self._n = self._t = self._nn = self._nt = 0.0
+        self._seen: dict[int, tuple[float, float, float]] = {}  # by the power of two: steps, mean tokens, mean seconds
         self._steps = 0
 
     def learn(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens has taken so long."""
-        self._weight, self._n, self._t, self._nn, self._nt = (
-            _FORGET * old + new
-            for old, new in zip(
-                (self._weight, self._n, self._t, self._nn, self._nt),
-                (1.0, tokens, seconds, tokens * tokens, tokens * seconds),
-            )
-        )
+        steps, n, t = self._seen.get(tokens.bit_length(), (0.0, 0.0, 0.0))
+        steps = min(steps + 1, _REMEMBERED)
+        self._seen[tokens.bit_length()] = (steps, n + (tokens - n) / steps, t + (seconds - t) / steps)
         self._steps += 1
 
     def room(self, tokens: int) -> int:
         """How many tokens may join a step of `tokens` that is to take at most STRETCH times as long."""
-        if self._steps < _ENOUGH:
+        if self._steps < _ENOUGH or len(self._seen) < 2:
             return 0
-        mean_n, mean_t = self._n / self._weight, self._t / self._weight
-        spread = self._nn / self._weight - mean_n * mean_n
-        b = (self._nt / self._weight - mean_n * mean_t) / spread if spread > 1e-9 else 0.0
+        points = [(steps / (n * n), n, t) for steps, n, t in self._seen.values()]
+        weight = sum(w for w, _, _ in points)
+        mean_n, mean_t = sum(w * n for w, n, _ in points) / weight, sum(w * t for w, _, t in points) / weight
+        spread = sum(w * (n - mean_n) ** 2 for w, n, _ in points)
+        b = sum(w * (n - mean_n) * (t - mean_t) for w, n, t in points) / spread
         a = mean_t - b * mean_n
         if b <= 0:
-            return _ANY if spread > 1e-9 else 0
+            return _ANY
         return min(int((STRETCH - 1) * (max(a, 0.0) + b * tokens) / b), _ANY)
 
 

@@ -483,6 +483,15 @@ def test_an_adapter_damaged_on_disk_fails_its_own_requests_only(tmp_path: Path) 
 # ---- what is told ---------------------------------------------------------------------------------------------------
 
 
+def test_a_name_is_kept_without_its_past(server: serving.Loopback, place: Path) -> None:
+    store, catalogue = Store(place / "store"), server.built.state.catalogue
+    for version in (2, 1, 2, 1):
+        store.alias("says", "prod", version)
+    says = catalogue.names()["says"]
+    assert (says.aliases, sorted(says.versions), says.history) == ({"prod": 1}, [1, 2], [])
+    assert says.trails == {"prod": [1]}
+
+
 def test_versions_that_are_asked_alike_share_their_prompts(server: serving.Loopback) -> None:
     book, find = server.built.state.book, server.built.state.catalogue.find
     alpha, beta = (find(name, Tenant("")) for name in ("alpha", "beta"))

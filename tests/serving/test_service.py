@@ -99,3 +99,30 @@ def test_a_request_that_cannot_begin_fails_alone(service: Service, monkeypatch: 
     assert kept[-1].finish == "length"
     assert service.engine.waiting == 0
     assert service.failures == 0
+
+
+def test_a_tenant_with_answers_waiting_hears_in_parcels_and_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftlm.serving.service.PARCEL", 60.0)
+    service = Service(asking.engine_of(asking.base_of(), shared=True))
+
+    async def told(tenant: str) -> list[list[Piece]]:
+        return [p async for p in service.ask([asking.request([5, 9, 11], 12, tenant=tenant, logprobs=0)], None)]
+
+    async def both() -> tuple[list[list[Piece]], list[list[Piece]]]:
+        asked = asyncio.gather(told("large"), told("small"))
+        await asyncio.sleep(0)
+        service.start()  # with both there from the first step on
+        return await asyncio.wait_for(asked, 20)
+
+    monkeypatch.setattr(service.engine, "crowds", lambda tenant: tenant == "large")
+    parcels, single = asyncio.run(both())
+    service.close()
+    assert [sum(len(p.tokens) for p in news) for news in parcels] == [1, 11], (
+        "the first word at once, the rest with the last"
+    )
+    (last,) = parcels[-1]
+    assert (last.finish, last.completion_tokens, len(last.chosen)) == ("length", 12, 11)
+    joined = [[p for news in all for p in news] for all in (parcels, single)]
+    for part in ("tokens", "text", "chosen"):
+        large, small = ([x for p in pieces for x in getattr(p, part)] for pieces in joined)
+        assert large == small
