@@ -1,4 +1,7 @@
-"""A small HTTP client for `soak.py`: many requests a second from one process, over connections that may be cut at any event."""
+"""A small HTTP client for `soak.py`: many requests a second from one process, over connections that may be cut at any event.
+
+Run as a program it is the other end: a server that refuses everything with 429, and says on its first line at which port.
+"""
 
 from __future__ import annotations
 
@@ -118,3 +121,35 @@ async def _parts(reader: asyncio.StreamReader, headers: dict[str, str]) -> Async
         yield await reader.readexactly(size)
         await reader.readexactly(2)
     await reader.readexactly(2)
+
+
+class _Refusing(asyncio.Protocol):
+    """Answers 429 to every request that comes in one piece or several."""
+
+    _ANSWER = b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+
+    def __init__(self) -> None:
+        self._read = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._read += data
+        while b"\r\n\r\n" in self._read:
+            head, _, rest = self._read.partition(b"\r\n\r\n")
+            length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length:"))
+            if len(rest) < length:
+                return
+            self._read = rest[length:]
+            self._transport.write(self._ANSWER)
+
+
+async def _refuse() -> None:
+    server = await asyncio.get_running_loop().create_server(_Refusing, HOST, 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(_refuse())

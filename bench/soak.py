@@ -31,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Size:
     settle: float = 120.0
     """Seconds after which memory must be flat."""
     fair_seconds: float = 13.0
-    """Seconds of each of the four turns of the fairness part."""
+    """Seconds of each of the six turns of the fairness part."""
     fair_rate: float = 4.0
     """Requests a second of the quiet tenant; the loud one's are a hundred times that."""
 
@@ -521,12 +521,24 @@ class Pool:
         return answer
 
 
-async def turn(port: int, size: Size, *, loud: bool) -> dict[str, Any]:
-    """The quiet tenant's answers at its rate, alone or beside a loud one at a hundred times that."""
+@contextmanager
+def refusing() -> Iterator[int]:
+    """The port of a process that refuses everything."""
+    command = [sys.executable, str(Path(__file__).with_name("loopback.py"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+async def turn(port: int, size: Size, loud_port: int | None) -> dict[str, Any]:
+    """The quiet tenant's answers at its rate, and at `loud_port` a loud one that asks at a hundred times that."""
     whole: list[float] = []
     first: list[float] = []
     statuses: Counter[str] = Counter()
-    quiet_pool, loud_pool = Pool(port, QUIET), Pool(port, LOUD)
+    quiet_pool, loud_pool = Pool(port, QUIET), Pool(loud_port or port, LOUD)
     asked = {"max_tokens": 24, "temperature": 0, "stream": True}
 
     async def quiet(i: int) -> None:
@@ -541,23 +553,28 @@ async def turn(port: int, size: Size, *, loud: bool) -> dict[str, Any]:
         statuses[f"loud {answer.status}"] += 1
 
     both = [at_rate(size.fair_rate, size.fair_seconds, quiet)]
-    both += [at_rate(100 * size.fair_rate, size.fair_seconds, noise)] if loud else []
+    both += [at_rate(100 * size.fair_rate, size.fair_seconds, noise)] if loud_port else []
     await asyncio.gather(*both)
     return {"seconds": whole, "first": first, "statuses": dict(statuses)}
 
 
 def fairness(size: Size, place: Path) -> dict[str, Any]:
-    """The quiet tenant alone and beside the loud one, in turns on one server."""
+    """The quiet tenant alone and beside the loud one, in turns on one server.
+
+    The loud one's client works on the same cores as the server, where a real one is elsewhere. So there are turns also in
+    which it asks a process that refuses everything: what they are longer than those alone is the client's doing.
+    """
     store, _ = make_store(load(), place)
     keys = keys_file(place, *({"name": key, "key": key} for key in (QUIET, LOUD)))
     options = {"store": store.root, "keys": keys, "format": "text", "precision": "float32", "device": "cpu"}
-    turns: dict[str, list[dict[str, Any]]] = {"alone": [], "beside": []}
-    with serving(place, "fairness", **options) as server:
+    with serving(place, "fairness", **options) as server, refusing() as elsewhere:
+        loud_ports = {"alone": None, "elsewhere": elsewhere, "beside": server.port}
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in loud_ports}
         warm = Size(fair_seconds=3, fair_rate=size.fair_rate)
-        asyncio.run(turn(server.port, warm, loud=False))
+        asyncio.run(turn(server.port, warm, None))
         for _ in range(2):
-            for name in turns:
-                part = asyncio.run(turn(server.port, size, loud=name == "beside"))
+            for name, loud_port in loud_ports.items():
+                part = asyncio.run(turn(server.port, size, loud_port))
                 turns[name].append(part)
                 print(
                     f"{name}: {report_soak.quantiles(part['seconds'])} {part['statuses']}", file=sys.stderr, flush=True
@@ -573,6 +590,7 @@ def fairness(size: Size, place: Path) -> dict[str, Any]:
         }
     for kind in ("seconds", "first"):
         found[f"{kind}_p99_ratio"] = found["beside"][kind]["p99"] / found["alone"][kind]["p99"]
+    found["elsewhere_p99_ratio"] = found["beside"]["seconds"]["p99"] / found["elsewhere"]["seconds"]["p99"]
     return found
 
 
@@ -582,10 +600,13 @@ PARTS: dict[str, Callable[[Size, Path], dict[str, Any]]] = {"soak": soak, "fairn
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="20 seconds")
+    parser.add_argument("--seconds", type=float, help="how long the clients ask; memory must be flat after two fifths")
     parser.add_argument("--only", choices=PARTS, help="one part; what the file of figures has of the other stays")
     parser.add_argument("--json", type=Path, help="where to write the figures; a page goes beside it")
     given = parser.parse_args(arguments)
     size = QUICK if given.quick else Size()
+    if given.seconds:
+        size = replace(size, seconds=given.seconds, settle=0.4 * given.seconds)
     found: dict[str, Any] = (
         json.loads(given.json.read_text()) if given.only and given.json and given.json.is_file() else {}
     )
