@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from graftlm.adapters import canary
@@ -342,7 +343,8 @@ def load(base: Base, folder: Path) -> Adapter:
     if manifest is not None:
         _same_base(base, found.path, manifest["base"])
     try:
-        named = load_file(found.path / TENSORS)
+        # Not `load_file`: of a file that it opens itself safetensors 0.8 keeps two objects for each tensor, for good.
+        named = load_bytes((found.path / TENSORS).read_bytes())
     except (SafetensorError, ValueError, OSError) as error:
         raise AdapterError(f"{found.path / TENSORS} cannot be read: {error}") from None
     adapter = fit(base, found.path, found.config, named)
