@@ -64,7 +64,7 @@ class _Product(torch.autograd.Function):
             dx = kernels.matmul_t(dy, ctx.compressed if dense is None else dense, ctx.narrow)
         if ctx.needs_input_grad[1]:
             assert dense is not None
-            dw = kernels.weight_gradient(dy, x, ctx.narrow).to(dense.dtype)
+            dw = kernels.weight_gradient(dy, x, ctx.narrow, dense.dtype)
         return dx, dw, None, None
 
 
@@ -163,6 +163,7 @@ class StoredLinear(Stored):
         super().__init__(shape, precision, turned=turned)
         self.out_features, self.in_features = shape
         self.share: Share | None = None  # of a head, with the lookup that this pass began with
+        self.late = False  # a head with a share makes its weight's gradient last, from its logits once more
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ A head tied to the embedding has its gradient dW (V, w) before the backward pass
 a handful of rows at its end. Left to autograd, the rows are made into a second matrix of zeros to be added to the first. Here
 the head hands its own over and the rows are added in place: the lookup's gradient is that of both.
 
+Where memory counts more than time (`StoredLinear.late`) the head hands over how to make it instead, and it is made when the
+layers have run back and their activations are gone: its logits are computed once more.
+
     Share          between one lookup and the head that follows it in the same pass
     look_up(...)   rows in another type than the matrix has, with that gradient
 
@@ -12,6 +15,7 @@ Letters: V vocabulary, w width, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +24,17 @@ from torch.nn import functional as F
 
 
 class Share:
-    """What a head leaves for the lookup of its matrix: nothing yet, or its gradient."""
+    """What a head leaves for the lookup of its matrix: nothing yet, its gradient, or how to make that."""
 
     def __init__(self) -> None:
         self.gradient: Tensor | None = None
+        self.make: Callable[[], Tensor] | None = None
+
+    def take(self) -> Tensor | None:
+        """The head's gradient, or None where it has left none; nothing is kept."""
+        gradient, make = self.gradient, self.make
+        self.gradient = self.make = None
+        return gradient if make is None else make()
 
 
 class _Lookup(torch.autograd.Function):
@@ -42,7 +53,7 @@ class _Lookup(torch.autograd.Function):
         rows = torch.zeros(len(which), ctx.shape[1]).index_add_(0, place, dy.float())  # (u, w)
         if ctx.padding is not None:
             rows[which == ctx.padding] = 0  # as PyTorch's own has it
-        total, ctx.share.gradient = ctx.share.gradient, None
+        total = ctx.share.take()
         if total is None:
             total = torch.zeros(ctx.shape, dtype=ctx.type)
         total[which] = (total[which].float() + rows).to(ctx.type)

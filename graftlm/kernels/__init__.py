@@ -57,6 +57,9 @@ __all__ = [
 
 FLOATS = tuple(native.TYPES)  # what the faster backends know
 
+_PANEL_BYTES, _PANEL_ROWS = 1 << 18, 64
+"""How much of a weight's gradient is made at once in the products' type where another is wanted; and its fewest rows."""
+
 
 def backend(device: torch.device | str = "cpu") -> str:
     """One line: which backend runs on `device`, and why."""
@@ -138,9 +141,19 @@ def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     return reference.matmul_t(dy, weight)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, narrow: bool = False) -> Tensor:
-    """dy (rows, out), x (rows, in) -> dy^T x (out, in): the gradient of `matmul` to a dense W."""
-    return native.weight_gradient(dy, x, narrow) if native.multiplies(dy, narrow) else reference.weight_gradient(dy, x)
+def weight_gradient(dy: Tensor, x: Tensor, narrow: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """dy (rows, out), x (rows, in) -> dy^T x (out, in): the gradient of `matmul` to a dense W.
+
+    In `dtype`, the type of dy where that is left out; where it is another one, no more than a panel exists in the wider one.
+    """
+    if dtype in (None, dy.dtype):
+        own = native.multiplies(dy, narrow)
+        return native.weight_gradient(dy, x, narrow) if own else reference.weight_gradient(dy, x)
+    result = torch.empty(dy.shape[1], x.shape[1], dtype=dtype, device=dy.device)
+    step = max(_PANEL_ROWS, _PANEL_BYTES // (x.shape[1] * dy.element_size() or 1))
+    for first in range(0, len(result), step):
+        result[first : first + step] = weight_gradient(dy[:, first : first + step], x, narrow)
+    return result
 
 
 def attends(q: Tensor) -> bool:

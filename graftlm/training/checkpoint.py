@@ -11,6 +11,7 @@ is the newest `keep` and, for each of these, the best step as it was known then.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from graftlm import kernels
 from graftlm.base.shards import Spec, write_tensors
 from graftlm.errors import Diverged, RunError
 from graftlm.files import clear_left, damage, whole_folder, write_json
@@ -41,7 +43,7 @@ def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
     tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
     states = {n: t.detach().cpu().contiguous() for n, t in trial.optimizer.state().items()}
     for name, tensor in (*tensors.items(), *states.items()):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not math.isfinite(float(kernels.sum_of_squares(tensor))):  # without a copy
             raise Diverged(f"{trial.name}: '{name}' is not finite after step {trial.step}; lower --learning-rate")
     state = {
         "step": trial.step,

@@ -15,6 +15,7 @@ Letters: n trained tokens, w width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from graftlm.base.load import Base
 from graftlm.segments import Segments, running
 
 CHUNK_LOGITS = 1 << 23  # values of logits that exist at once: 32 MB in float32
-PANEL = 1 << 10  # rows of the head whose gradient is made at once where it is then rounded to another type
 
 
 def _chunks(slots: Sequence[tuple[int, int, int]], size: int) -> list[tuple[int, int, int]]:
@@ -92,28 +92,21 @@ class _PlainHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: StoredLinear, W: Tensor, labels: Tensor, weights: Tensor) -> Any:
         wants_hidden, _, wants_head = ctx.needs_input_grad[:3]
+        share, head.share = head.share if wants_hidden and wants_head else None, None
+        late = share is not None and head.late
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         dh = torch.empty_like(hidden) if wants_hidden else None  # (n, w)
         dW: Tensor | None = None  # (V, w)
         for first, last in _rows(len(hidden), len(W)):
-            part = hidden[first:last]
-            logits = head(part)  # (c, V)
-            if logits.requires_grad:
-                logits = logits.detach()
             asked = weights[first:last] if wants_hidden or wants_head else None
-            losses[first:last] = kernels.cross_entropy_in_place(logits, labels[first:last], asked)
+            logits, losses[first:last] = _own_gradient(hidden[first:last], head, labels[first:last], asked)
             if dh is not None:
                 dh[first:last] = kernels.matmul_t(logits, W, head.narrow)
-            if wants_head:
-                if last - first == len(hidden):
-                    dW = _head_gradient(logits, part, head, W)
-                else:
-                    own = kernels.weight_gradient(logits, part, head.narrow)
-                    dW = own.float() if dW is None else dW.add_(own)
-                    del own
+            if wants_head and not late:
+                dW = _added(dW, logits, hidden, first, head)
             del logits  # before the next chunk's are made: else there would be two at once
         ctx.save_for_backward(dh, None if dW is None else dW.to(W.dtype))  # held until the whole pass is over
-        ctx.share, head.share = head.share if wants_hidden and wants_head else None, None
+        ctx.share, ctx.later = share, (hidden.detach(), head, labels, weights) if late else None
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
@@ -122,19 +115,42 @@ class _PlainHeadLoss(torch.autograd.Function):
         dh, dW = ctx.saved_tensors
         scale = grads[0]
         dW = None if dW is None else dW.mul_(scale)
-        if ctx.share is not None:  # the lookup at the other end adds its own to it
+        if ctx.later is not None:
+            hidden, head, labels, weights = ctx.later
+            ctx.share.make = partial(_head_gradient, hidden, head, labels, weights * scale)
+        elif ctx.share is not None:  # the lookup at the other end adds its own to it
             ctx.share.gradient, dW = dW, None
         return None if dh is None else dh * scale, None, dW, None, None
 
 
-def _head_gradient(dlogits: Tensor, hidden: Tensor, head: StoredLinear, W: Tensor) -> Tensor:
-    """dlogits (n, V), hidden (n, w) -> dlogits^T hidden (V, w) in W's type, never as a whole in a wider one."""
-    if W.dtype == hidden.dtype:
-        return kernels.weight_gradient(dlogits, hidden, head.narrow)
-    dW = torch.empty_like(W)
-    for first in range(0, len(W), PANEL):
-        dW[first : first + PANEL] = kernels.weight_gradient(dlogits[:, first : first + PANEL], hidden, head.narrow)
-    return dW
+def _own_gradient(hidden: Tensor, head: StoredLinear, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """hidden (c, w) -> the gradient of the weighted losses to their logits (c, V), made in place of these, and the losses."""
+    logits = head(hidden)
+    if logits.requires_grad:
+        logits = logits.detach()
+    return logits, kernels.cross_entropy_in_place(logits, labels, weights)
+
+
+def _added(dW: Tensor | None, dlogits: Tensor, hidden: Tensor, first: int, head: StoredLinear) -> Tensor:
+    """What the chunk from row `first` on adds to the gradient dW (V, w): of several the sum is float32."""
+    assert head.weight is not None
+    part = hidden[first : first + len(dlogits)]
+    if len(part) == len(hidden):
+        return kernels.weight_gradient(dlogits, part, head.narrow, head.weight.dtype)
+    own = kernels.weight_gradient(dlogits, part, head.narrow)
+    return own.float() if dW is None else dW.add_(own)
+
+
+@torch.no_grad()
+def _head_gradient(hidden: Tensor, head: StoredLinear, labels: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the weighted losses to the head's weight (V, w), from the hidden states (n, w) alone."""
+    assert head.weight is not None
+    dW: Tensor | None = None
+    for first, last in _rows(len(hidden), len(head.weight)):
+        logits, _ = _own_gradient(hidden[first:last], head, labels[first:last], weights[first:last])
+        dW = _added(dW, logits, hidden, first, head)
+        del logits
+    return torch.zeros_like(head.weight) if dW is None else dW.to(head.weight.dtype)
 
 
 def _rows(count: int, vocabulary: int) -> list[tuple[int, int]]:

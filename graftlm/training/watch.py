@@ -26,7 +26,7 @@ from graftlm.errors import TrainingError
 
 STEPS = 3
 _EXPECTED = 20.0
-_BLOCK = 1 << 17  # words at a time: a few MB with all that is made of them, however large the tensor
+_BLOCK = 1 << 15  # words at a time: a MB or less with all that is made of them, however large the tensor
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
