@@ -164,7 +164,9 @@ def test_what_a_benchmark_had_measured_when_it_was_ended_is_kept_and_said_to_be_
 
 def test_every_part_of_the_suite_is_a_script_that_is_there() -> None:
     parts = suite.parts_of(suite.BENCH)
-    assert {"kernels", "train-30m", "train-135m", "scaling", "ladder"} == {part.name for part in parts}
+    assert {"kernels", "train-30m", "train-135m-lora", "train-135m-qlora", "scaling", "ladder"} == {
+        part.name for part in parts
+    }
     assert all((suite.BENCH / part.script).is_file() for part in parts)
     assert suite.TOTAL_SECONDS < 1200
 
