@@ -272,9 +272,9 @@ def test_bytes_per_token_is_the_slope_of_the_line_through_the_points() -> None:
 def test_the_series_hold_fixed_what_they_say() -> None:
     found = scaling.series("30m")
     assert {line["point"].tokens for line in found["sequence"]} == {4096}
-    assert {line["point"].sequence for line in found["sequence"]} == {128, 512, 1024, 2048, 4096}
+    assert {line["point"].sequence for line in found["sequence"]} == {128, 1024, 4096}
     assert {line["point"].tokens for line in found["rank"]} == {2048}
-    assert [line["point"].rank for line in found["rank"]] == [4, 16, 64, 256]
+    assert [line["point"].rank for line in found["rank"]] == [4, 32, 256]
     assert {line["point"].sequence for line in found["batch"]} == {128}
     assert {line["point"].batch for line in found["batch"]} == {1, 4, 16, 64}
     assert {line["vocabulary"] for line in found["vocabulary"]} == {None, scaling.LARGE}
