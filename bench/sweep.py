@@ -229,7 +229,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for method, found in results.items():
-        growth = found.get("growth") or []
+        growth = found.get("growth")
+        if not growth:
+            continue
         counts = [g["trials"] for g in growth]
         left.plot(counts, [g["seconds_per_trial"] for g in growth], "o-", label=method)
         right.plot(counts, [g["peak_memory"] / 1e6 for g in growth], "o-", label=method)
