@@ -20,8 +20,9 @@ ASKING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
 READ = "graft.read"
 """Where a request's scope has what to call once it is read."""
 _TENANT = "graft.tenant"
-PAUSE = 4.0
-"""How many times as long as a request was read nobody else of its tenant is, while that has answers waiting."""
+PAUSE, LONGEST_PAUSE = 4.0, 0.1
+"""How many times as long as a request was read nobody else of its tenant is, while that has answers waiting; and at most
+how many seconds, since some reading is waiting for another thread."""
 
 
 class Gate:
@@ -84,8 +85,8 @@ class Turns:
             nonlocal mine
             if mine:
                 mine = False
-                crowds = self._state.service.engine.crowds(tenant)
-                loop.call_later(PAUSE * (loop.time() - begun_at) if crowds else 0.0, turn.release)
+                pause = min(PAUSE * (loop.time() - begun_at), LONGEST_PAUSE)
+                loop.call_later(pause if self._state.service.engine.crowds(tenant) else 0.0, turn.release)
 
         scope[READ] = read
         try:
