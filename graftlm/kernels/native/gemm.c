@@ -8,7 +8,7 @@
  *
  * The shape of it is that of Goto and van de Geijn (2008): K is cut into pieces of at most MOST_K; of B a piece is packed
  * in panels as wide as a tile, of A in panels as high as one that stay in the second-level cache, and a kernel keeps a tile's
- * sums in registers. `gemm_avx2.c` and `gemm_avx512.c` pack and multiply tiles. Narrow operands that would be used for
+ * sums in registers. `gemm_avx2.c` and `gemm_avx512.c` fill panels and multiply tiles. Narrow operands that would be used for
  * one or two panels only are read where they lie. Every element of C is summed in the same order whatever the number of
  * threads.
  */
@@ -96,6 +96,44 @@ static int64_t even_step(int64_t length, int64_t most, int64_t unit) { /* equal 
 
 static int least(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
+/* B[k0 .. k0 + count, n0 .. n0 + columns] into panels; a weight is B itself when `along`, else B is the weight turned. */
+static void pack_b(const struct gemm_set *set, const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0,
+                   int64_t columns, float *to, float *scratch) {
+    const float *dense = (const float *)b->values + b->start;
+    const int width = set->columns;
+    if (b->along) {
+        for (int64_t k = 0; k < count; k++) {
+            const float *row = dense + (k0 + k) * b->row + n0;
+            if (b->kind != GRAFT_FLOAT32) graft_gemm_decode(b, k0 + k, n0, columns, scratch), row = scratch;
+            set->cut(row, columns, k, count, to);
+        }
+        return;
+    }
+    for (int64_t n = 0; n < columns; n += width) {
+        const int here = least(width, columns - n);
+        const float *first = dense + (n0 + n) * b->row + k0;
+        int64_t stride = b->row;
+        if (b->kind != GRAFT_FLOAT32) {
+            for (int i = 0; i < here; i++) graft_gemm_decode(b, n0 + n + i, k0, count, scratch + i * MOST_K);
+            first = scratch, stride = MOST_K;
+        }
+        set->turn_columns(first, stride, here, count, to + n * count);
+    }
+}
+
+/* A[m0 .. m0 + rows, k0 .. k0 + count] into panels; A's rows are k when `along`, as for B. */
+static void pack_a(const struct gemm_set *set, const struct graft_matrix *a, int64_t m0, int64_t rows, int64_t k0,
+                   int64_t count, float *to) {
+    const float *values = (const float *)a->values + a->start;
+    for (int64_t m = 0; m < rows; m += set->rows) {
+        const int here = least(set->rows, rows - m);
+        if (a->along)
+            set->copy_rows(values + k0 * a->row + m0 + m, a->row, here, count, to + m * count);
+        else
+            set->turn_rows(values + (m0 + m) * a->row + k0, a->row, here, count, to + m * count);
+    }
+}
+
 static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float *memory) {
     float *packed_a = memory, *packed_b = memory + A_VALUES, *scratch = memory + A_VALUES + B_VALUES;
     const struct gemm_set *set = p->set;
@@ -117,13 +155,13 @@ static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n
                 if (narrow)
                     set->narrow_pack_b(b, k, count, n, columns, packed_b, scratch);
                 else if (!loose_b)
-                    set->pack_b(b, k, count, n, columns, packed_b, scratch);
+                    pack_b(set, b, k, count, n, columns, packed_b, scratch);
                 for (int64_t m = m0; m < m1; m += m_step) {
                     const int64_t rows = least(m_step, m1 - m);
                     if (narrow)
                         set->narrow_pack_a(a, m, rows, k, count, packed_a, scratch);
                     else if (!loose_a)
-                        set->pack_a(a, m, rows, k, count, packed_a);
+                        pack_a(set, a, m, rows, k, count, packed_a);
                     for (int64_t j = 0; j < columns; j += nr)
                         for (int64_t i = 0; i < rows; i += mr) {
                             const float *from = (const float *)a->values + a->start;

@@ -1,9 +1,16 @@
-/* What the files of the matrix product share: `gemm.c` cuts a product into pieces and tiles, `gemm_avx512.c` and
- * `gemm_avx2.c` pack the operands and multiply one tile. */
+/* What the files of the matrix product share: `gemm.c` cuts a product into pieces and tiles and walks over the operands to
+ * pack them, `gemm_avx512.c` and `gemm_avx2.c` turn and copy one panel and multiply one tile. */
 #ifndef GRAFT_GEMM_H
 #define GRAFT_GEMM_H
 
 #include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
 
 enum { MOST_K = 256, MOST_N = 1024, SPAN = 64, WIDEST = 32 };
 /* SPAN: pieces of N and K begin at multiples of it, where the 64-value blocks of a stored weight begin. */
@@ -26,12 +33,16 @@ struct tile {
 struct gemm_set {
     int rows, columns;
     int64_t most_m; /* rows of A that are packed at once: with MOST_K of k they stay in the second-level cache */
-    /* B[k0 .. k0 + count, n0 .. n0 + columns] into panels; a weight is B itself when `along`, else B is the weight turned. */
-    void (*pack_b)(const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0, int64_t columns, float *to,
-                   float *scratch);
-    /* A[m0 .. m0 + rows, k0 .. k0 + count] into panels; A's rows are k when `along`, as for B. */
-    void (*pack_a)(const struct graft_matrix *a, int64_t m0, int64_t rows, int64_t k0, int64_t count, float *to);
-    /* The same in words of two bfloat16 values; NULL where there are no instructions for them. */
+    /* Row k of B, `length` values, into the panels of `columns` that it crosses, each `count` rows long; zeros behind it. */
+    void (*cut)(const float *row, int64_t length, int64_t k, int64_t count, float *to);
+    /* to[k * columns + i] = from[i * stride + k] for i < here, k < count: a panel of B; zeros behind `here`. */
+    void (*turn_columns)(const float *from, int64_t stride, int here, int64_t count, float *to);
+    /* The same for a panel of A, `rows` wide. */
+    void (*turn_rows)(const float *from, int64_t stride, int here, int64_t count, float *to);
+    /* to[k * rows + i] = from[k * stride + i]: a panel of A whose rows are k; zeros behind `here`. */
+    void (*copy_rows)(const float *from, int64_t stride, int here, int64_t count, float *to);
+    /* B[k0 .. k0 + count, n0 .. n0 + columns] and A[m0 .. m0 + rows, k0 .. k0 + count] into panels of words of two bfloat16
+     * values; NULL where there are no instructions for them. */
     void (*narrow_pack_b)(const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0, int64_t columns, float *to,
                           float *scratch);
     void (*narrow_pack_a)(const struct graft_matrix *a, int64_t m0, int64_t rows, int64_t k0, int64_t count, float *to,

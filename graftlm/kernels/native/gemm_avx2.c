@@ -6,12 +6,6 @@
 #include <immintrin.h>
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
 
 enum { MR = 6, NR = 16 };
 
@@ -76,53 +70,24 @@ INLINE AVX2 __m256i lanes(uint32_t mask, int half) {
     return _mm256_cmpeq_epi32(_mm256_and_si256(all, bit), bit);
 }
 
-AVX2 static void pack_b(const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0, int64_t columns, float *to,
-                        float *scratch) {
-    const float *dense = (const float *)b->values + b->start;
-    if (b->along) {
-        for (int64_t k = 0; k < count; k++) {
-            const float *row = dense + (k0 + k) * b->row + n0;
-            if (b->kind != GRAFT_FLOAT32) graft_gemm_decode(b, k0 + k, n0, columns, scratch), row = scratch;
-            int64_t n = 0;
-            float *at = to + k * NR;
-            for (; n + NR <= columns; n += NR, at += count * NR) {
-                _mm256_storeu_ps(at, _mm256_loadu_ps(row + n));
-                _mm256_storeu_ps(at + 8, _mm256_loadu_ps(row + n + 8));
-            }
-            for (int i = 0; n < columns && i < NR; i++) at[i] = n + i < columns ? row[n + i] : 0.0f;
-        }
-        return;
+AVX2 static void cut(const float *row, int64_t length, int64_t k, int64_t count, float *to) {
+    int64_t n = 0;
+    float *at = to + k * NR;
+    for (; n + NR <= length; n += NR, at += count * NR) {
+        _mm256_storeu_ps(at, _mm256_loadu_ps(row + n));
+        _mm256_storeu_ps(at + 8, _mm256_loadu_ps(row + n + 8));
     }
-    for (int64_t n = 0; n < columns; n += NR) {
-        int rows = columns - n < NR ? (int)(columns - n) : NR;
-        const float *first = dense + (n0 + n) * b->row + k0;
-        int64_t stride = b->row;
-        if (b->kind != GRAFT_FLOAT32) {
-            for (int i = 0; i < rows; i++) graft_gemm_decode(b, n0 + n + i, k0, count, scratch + i * MOST_K);
-            first = scratch, stride = MOST_K;
-        }
-        turn_panel(first, stride, rows, count, to + n * count);
-    }
+    for (int i = 0; n < length && i < NR; i++) at[i] = n + i < length ? row[n + i] : 0.0f;
 }
 
-AVX2 static void pack_a(const struct graft_matrix *a, int64_t m0, int64_t rows, int64_t k0, int64_t count, float *to) {
-    const float *values = (const float *)a->values + a->start;
-    for (int64_t m = 0; m < rows; m += MR) {
-        int here = rows - m < MR ? (int)(rows - m) : MR;
-        float *panel = to + m * count;
-        if (!a->along) { /* (M, K) */
-            turn_rows(values + (m0 + m) * a->row + k0, a->row, here, count, panel);
+AVX2 static void copy_rows(const float *from, int64_t stride, int here, int64_t count, float *to) {
+    for (int64_t k = 0; k < count; k++, from += stride, to += MR) {
+        if (here < MR) {
+            for (int i = 0; i < MR; i++) to[i] = i < here ? from[i] : 0.0f;
             continue;
         }
-        const float *from = values + k0 * a->row + m0 + m; /* (K, M) */
-        for (int64_t k = 0; k < count; k++, from += a->row, panel += MR) {
-            if (here < MR) {
-                for (int i = 0; i < MR; i++) panel[i] = i < here ? from[i] : 0.0f;
-                continue;
-            }
-            _mm_storeu_ps(panel, _mm_loadu_ps(from));
-            memcpy(panel + 4, from + 4, 2 * sizeof(float));
-        }
+        _mm_storeu_ps(to, _mm_loadu_ps(from));
+        memcpy(to + 4, from + 4, 2 * sizeof(float));
     }
 }
 
@@ -185,7 +150,8 @@ AVX2 static void multiply(struct tile t, int rows, int columns, int packed, int 
 }
 
 const struct gemm_set *graft_gemm_avx2(void) {
-    static const struct gemm_set set = {MR, NR, 32 * MR, pack_b, pack_a, NULL, NULL, multiply};
+    static const struct gemm_set set = {.rows = MR, .columns = NR, .most_m = 32 * MR, .cut = cut, .turn_columns = turn_panel,
+                                        .turn_rows = turn_rows, .copy_rows = copy_rows, .multiply = multiply};
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &set : NULL;
 }

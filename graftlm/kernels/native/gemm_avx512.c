@@ -11,12 +11,6 @@
 
 #define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 #define AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
 
 enum { MR = 12, NR = 32 };
 
@@ -99,7 +93,6 @@ AVX512 static void turn_panel(const float *from, int64_t stride, int rows, int64
     if (k < count) turn(from + k, stride, rows, count - k, to + k * NR, NR);
 }
 
-/* `count` rows of `columns` values each, `stride` apart, into panels of NR columns that are `count` x NR long. */
 AVX512 static void cut(const float *row, int64_t columns, int64_t k, int64_t count, float *to) {
     int64_t n = 0;
     for (; n + NR <= columns; n += NR) {
@@ -115,48 +108,14 @@ AVX512 static void cut(const float *row, int64_t columns, int64_t k, int64_t cou
     }
 }
 
-/* B[k0 .. k0 + count, n0 .. n0 + columns] into panels. A weight (rows, row) is B itself when `along` (its rows are the k),
- * else B is the weight turned. */
-AVX512 static void pack_b(const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0, int64_t columns, float *to,
-                          float *scratch) {
-    const float *dense = (const float *)b->values + b->start;
-    if (b->along) {
-        for (int64_t k = 0; k < count; k++) {
-            const float *row = dense + (k0 + k) * b->row + n0;
-            if (b->kind != GRAFT_FLOAT32) {
-                graft_gemm_decode(b, k0 + k, n0, columns, scratch);
-                row = scratch;
-            }
-            cut(row, columns, k, count, to);
-        }
-        return;
-    }
-    for (int64_t n = 0; n < columns; n += NR) {
-        int rows = columns - n < NR ? (int)(columns - n) : NR;
-        const float *first = dense + (n0 + n) * b->row + k0;
-        int64_t stride = b->row;
-        if (b->kind != GRAFT_FLOAT32) {
-            for (int i = 0; i < rows; i++) graft_gemm_decode(b, n0 + n + i, k0, count, scratch + i * MOST_K);
-            first = scratch, stride = MOST_K;
-        }
-        turn_panel(first, stride, rows, count, to + n * count);
-    }
+AVX512 static void turn_rows(const float *from, int64_t stride, int rows, int64_t count, float *to) {
+    turn(from, stride, rows, count, to, MR);
 }
 
-/* A[m0 .. m0 + rows, k0 .. k0 + count] into panels of MR rows; A's rows are k when `along`, as for B. */
-AVX512 static void pack_a(const struct graft_matrix *a, int64_t m0, int64_t rows, int64_t k0, int64_t count, float *to) {
-    const float *values = (const float *)a->values + a->start;
-    for (int64_t m = 0; m < rows; m += MR) {
-        int here = rows - m < MR ? (int)(rows - m) : MR;
-        float *panel = to + m * count;
-        if (!a->along) { /* (M, K) */
-            turn(values + (m0 + m) * a->row + k0, a->row, here, count, panel, MR);
-            continue;
-        }
-        const __mmask16 mask = (__mmask16)((1u << here) - 1);
-        for (int64_t k = 0; k < count; k++) /* (K, M) */
-            _mm512_mask_storeu_ps(panel + k * MR, 0x0fff, _mm512_maskz_loadu_ps(mask, values + (k0 + k) * a->row + m0 + m));
-    }
+AVX512 static void copy_rows(const float *from, int64_t stride, int here, int64_t count, float *to) {
+    const __mmask16 mask = (__mmask16)((1u << here) - 1);
+    for (int64_t k = 0; k < count; k++)
+        _mm512_mask_storeu_ps(to + k * MR, 0x0fff, _mm512_maskz_loadu_ps(mask, from + k * stride));
 }
 
 /* ---- packing in bfloat16: panels of words that hold values k and k + 1 ---- */
@@ -330,10 +289,10 @@ AVX512 static void multiply(struct tile t, int rows, int columns, int packed, in
 }
 
 const struct gemm_set *graft_gemm_avx512(void) {
-    static const struct gemm_set sets[2] = {
-        {MR, NR, 40 * MR, pack_b, pack_a, NULL, NULL, multiply},
-        {MR, NR, 40 * MR, pack_b, pack_a, narrow_pack_b, narrow_pack_a, multiply},
-    };
+#define PLAIN                                                                                                          \
+    .rows = MR, .columns = NR, .most_m = 40 * MR, .cut = cut, .turn_columns = turn_panel, .turn_rows = turn_rows,       \
+    .copy_rows = copy_rows, .multiply = multiply
+    static const struct gemm_set sets[2] = {{PLAIN}, {PLAIN, .narrow_pack_b = narrow_pack_b, .narrow_pack_a = narrow_pack_a}};
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512dq"))
