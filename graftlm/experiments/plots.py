@@ -78,7 +78,9 @@ class Figure:
             self.add("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=at, y2=at, cls="grid")
             self.add("text", write(value), x=_LEFT - 5, y=at + 3.5, cls="tick end")
         for value in x.ticks():
-            self.add("text", plain(value), x=x(value), y=bottom + 14, cls="tick middle")
+            text, at = plain(value), x(value)
+            half = 3.5 * len(text)  # of its width, about
+            self.add("text", text, x=min(at, WIDTH - half), y=bottom + 14, cls="tick middle")
         self.add("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=bottom, y2=bottom, cls="axis")
         self.add("text", x_label, x=(WIDTH + _LEFT) / 2, y=self.height - 6, cls="label middle")
         self.add(

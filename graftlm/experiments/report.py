@@ -114,7 +114,7 @@ def _method(found: Comparison) -> list[str]:
         )
     if config.metric:
         said.append(f"{config.metric} scores the likeliest answers to {data['prompts_answered']} held-out prompts.")
-    said += found.notes
+    said += [f"{note[:1].upper()}{note[1:]}." for note in found.notes]
     total = sum(line.seconds for line in found.lines) * config.seeds
     said.append(f"The optimizer steps of all runs took {duration(total)}.")
     versions = found.environment.get("versions", {})
