@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Literal
 
 from graftlm.config import Precision
@@ -147,14 +148,15 @@ def chunk_rows(shape: Shape, load: Load) -> int:
 
 
 def logit_bytes(
-    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, decodes: bool = False
-) -> int:
+    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, decodes: bool = False,
+    late: bool = False,
+) -> int:  # fmt: skip
     """A chunk of logits; the body's states, those of the trained tokens, and their gradients; what the head's products take.
 
     Logits of a plain head become their own gradient in place (`training/loss.py`); through a soft cap or a scale autograd
     keeps them, their widened copy and probabilities, and makes their gradient: four times. The head is widened for its
     products where it is stored in another type than they run in. Where it is trained its gradient is made a chunk at a
-    time: of several the sum so far is there too.
+    time: of several the sum so far is there too. `late`: it is made at another moment.
     """
     c = 2 if setting.compute == "bfloat16" else 4
     rows = chunk_rows(shape, load)
@@ -163,7 +165,7 @@ def logit_bytes(
     head = shape.vocabulary * shape.width
     stored = 4 if setting.precision == "float32" else 2
     wide = head * c if stored != c and not (device == "cpu" and decodes) else 0
-    if not setting.full and adapted.whole < head:
+    if late or (not setting.full and adapted.whole < head):
         return chunk + states + wide
     if load.trained > rows:
         return chunk + states + head * FLOAT32 + max(wide, head * FLOAT32)
@@ -256,10 +258,11 @@ def _moments(
     again = saved.layer if setting.activation_checkpointing else 0
     beside = backward_bytes(shape, setting, adapted, load)
     wide = widened_bytes(shape, setting, device, decodes=decodes)
-    logits = logit_bytes(shape, setting, adapted, load, device, decodes=decodes)
+    logits = partial(logit_bytes, shape, setting, adapted, load, device, decodes=decodes)
     # Made once more where it is tied, or looked up; but one tensor with the head's where rows are widened (`base/lookup.py`).
     shared = device == "cpu" and not shape.head and setting.precision != setting.compute
     embedding = shape.embedding * value if setting.full and not shared else 0
+    late = shared and setting.full and setting.optimizer_in_backward  # made when the layers have run back
     update = SLAB * UPDATE_BYTES if device == "cuda" else 0
     present = Parts(
         weights=weight_bytes(shape, setting),
@@ -271,15 +274,19 @@ def _moments(
     before = gradients if load.passes > 1 and not setting.optimizer_in_backward else 0
     after = largest if setting.optimizer_in_backward else gradients
     found = {
-        "loss": replace(present, gradients=before, activations=held, logits=logits),
+        "loss": replace(present, gradients=before, activations=held, logits=logits(late=late)),
         "backward": replace(
             present,
-            gradients=before + _held_back(shape, setting, value, more=before > 0),
+            gradients=before + (0 if late else _held_back(shape, setting, value, more=before > 0)),
             activations=held - saved.behind + again,
             workspace=max(beside, wide),
         ),
         "end": replace(
-            present, gradients=after, activations=saved.outside + saved.layer, workspace=beside + wide + embedding
+            present,
+            gradients=0 if late else after,
+            activations=saved.outside + saved.layer,
+            workspace=beside + wide + embedding,
+            logits=logits() if late else 0,
         ),
         "update": replace(present, gradients=after, workspace=min(update, trained * UPDATE_BYTES)),
     }
