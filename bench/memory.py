@@ -226,9 +226,10 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     right.barh(range(len(ordered)), [100 * f["error"] for f in ordered], color=[colours[f["method"]] for f in ordered])
     right.set_yticks(range(len(ordered)), [_short(f) for f in ordered], fontsize=6.5)
     right.axvline(0, color="0.3", linewidth=0.8)
-    for edge in (-10, 10):
-        right.axvline(edge, color="0.6", linewidth=0.8, linestyle="--")
-    right.set(xlim=(-15, 15), xlabel="planned above measured, %")
+    for bar in (-10, 10):
+        right.axvline(bar, color="0.6", linewidth=0.8, linestyle="--")
+    edge = max(15.0, *(105 * abs(f["error"]) for f in found))
+    right.set(xlim=(-edge, edge), xlabel="planned above measured, %")
     right.set_title("Signed error of each run", fontsize=11)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
