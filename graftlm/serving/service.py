@@ -77,7 +77,7 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended
 
     def close(self) -> None:
         """End the engine's thread and the loader's."""

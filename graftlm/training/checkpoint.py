@@ -33,6 +33,11 @@ TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", 
 _MOST_STATE_BYTES = 1 << 30  # it holds three numbers for each held-out row
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether every value of a tensor is, found without a copy of it."""
+    return not tensor.is_floating_point() or math.isfinite(float(kernels.sum_of_squares(tensor)))
+
+
 def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
     """Write a checkpoint of `trial` after its current step, `said` beside it (JSON); keeps the newest `keep` and the best.
 
@@ -43,7 +48,7 @@ def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
     tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
     states = {n: t.detach().cpu().contiguous() for n, t in trial.optimizer.state().items()}
     for name, tensor in (*tensors.items(), *states.items()):
-        if tensor.is_floating_point() and not math.isfinite(float(kernels.sum_of_squares(tensor))):  # without a copy
+        if not finite(tensor):
             raise Diverged(f"{trial.name}: '{name}' is not finite after step {trial.step}; lower --learning-rate")
     state = {
         "step": trial.step,
