@@ -34,7 +34,7 @@ types: setup
 	$(BIN)/basedpyright
 
 unit: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 prove: setup
 	$(BIN)/python -m pytest -m 'prove or measured' --record --timeout 3600
