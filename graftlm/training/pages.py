@@ -5,8 +5,9 @@ tensor's size does not take the same tensor again, since its address has to be a
 made again many times between others that stay, as when layers are run again in the backward pass, the heap grows to several
 times what lives in it (measured: 577 MB where 231 MB lived). It also keeps up to 64 MB at its end. Gradients that are freed
 one by one as the optimizer steps inside the backward pass leave the same gaps. Tensors with pages of their own give them back
-at once; the system fills each new page with zeros for that, which costs time, so it is done where memory was asked for: with
-`--activation-checkpointing` and `--optimizer-in-backward`.
+at once; the system fills each new page with zeros for that, which costs time (a third more for a step of a 30M model), so it is
+done where memory was asked for: with `--activation-checkpointing`, `--optimizer-in-backward`, and where a step's passes are
+made small (`planning.activations.Load.sparing`).
 
 LARGE_BYTES is small because weights of half a megabyte are not: with a limit of 1 MB the heap grew by 26 MB over four steps of
 a 30M model that steps inside its backward pass, with 128 kB by 9 MB, with 64 or 32 kB not at all, at the same speed.
