@@ -143,8 +143,9 @@ def optimizer_bytes(trained: int, setting: Setting) -> int:
 
 
 def chunk_rows(shape: Shape, load: Load) -> int:
-    """Tokens whose logits exist at once."""
-    return min(load.trained, max(16, CHUNK_LOGITS // shape.vocabulary))
+    """Tokens whose logits exist at once: the trained ones in pieces of one size."""
+    pieces = math.ceil(load.trained / max(16, CHUNK_LOGITS // shape.vocabulary))
+    return math.ceil(load.trained / max(1, pieces))
 
 
 def logit_bytes(

@@ -31,9 +31,17 @@ from graftlm.segments import Segments, running
 CHUNK_LOGITS = 1 << 23  # values of logits that exist at once: 32 MB in float32
 
 
-def _chunks(slots: Sequence[tuple[int, int, int]], size: int) -> list[tuple[int, int, int]]:
-    """(slot, first, last) pieces of at most `size` rows; a piece never crosses from one slot into the next."""
-    return [(slot, a, min(a + size, last)) for slot, first, last in slots for a in range(first, last, size)]
+def _pieces(first: int, last: int, vocabulary: int) -> list[tuple[int, int]]:
+    """(first, last) pieces of rows whose logits may exist at once, all of about one size: a short one would cost its own
+    pass over the head."""
+    count = last - first
+    pieces = -(-count // max(16, CHUNK_LOGITS // vocabulary))
+    return [(first + count * i // pieces, first + count * (i + 1) // pieces) for i in range(pieces)]
+
+
+def _chunks(slots: Sequence[tuple[int, int, int]], vocabulary: int) -> list[tuple[int, int, int]]:
+    """(slot, first, last) pieces of all slots' rows; a piece never crosses from one slot into the next."""
+    return [(slot, a, b) for slot, first, last in slots for a, b in _pieces(first, last, vocabulary)]
 
 
 def _piece(base: Base, hidden: Tensor, labels: Tensor, slot: int) -> Tensor:
@@ -48,11 +56,10 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, base: Base, labels: Tensor, weights: Tensor, slots: Any, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
-        size = max(16, CHUNK_LOGITS // base.anatomy.vocabulary)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (n, w)
         totals: list[Tensor | None] = [None] * len(trained)  # None: no token's loss depends on it
-        for slot, first, last in _chunks(slots, size):
+        for slot, first, last in _chunks(slots, base.anatomy.vocabulary):
             with torch.enable_grad():
                 part = hidden[first:last].detach().requires_grad_(gradient is not None)
                 loss = _piece(base, part, labels[first:last], slot)
@@ -97,7 +104,7 @@ class _PlainHeadLoss(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         dh = torch.empty_like(hidden) if wants_hidden else None  # (n, w)
         dW: Tensor | None = None  # (V, w)
-        for first, last in _rows(len(hidden), len(W)):
+        for first, last in _pieces(0, len(hidden), len(W)):
             asked = weights[first:last] if wants_hidden or wants_head else None
             logits, losses[first:last] = _own_gradient(hidden[first:last], head, labels[first:last], asked)
             if dh is not None:
@@ -146,17 +153,11 @@ def _head_gradient(hidden: Tensor, head: StoredLinear, labels: Tensor, weights: 
     """The gradient of the weighted losses to the head's weight (V, w), from the hidden states (n, w) alone."""
     assert head.weight is not None
     dW: Tensor | None = None
-    for first, last in _rows(len(hidden), len(head.weight)):
+    for first, last in _pieces(0, len(hidden), len(head.weight)):
         logits, _ = _own_gradient(hidden[first:last], head, labels[first:last], weights[first:last])
         dW = _added(dW, logits, hidden, first, head)
         del logits
     return torch.zeros_like(head.weight) if dW is None else dW.to(head.weight.dtype)
-
-
-def _rows(count: int, vocabulary: int) -> list[tuple[int, int]]:
-    """(first, last) pieces of `count` rows whose logits may exist at once."""
-    size = max(16, CHUNK_LOGITS // vocabulary)
-    return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _plain_head(base: Base, trained: Sequence[nn.Parameter]) -> StoredLinear | None:
@@ -199,7 +200,7 @@ def weighted_loss(
     if torch.is_grad_enabled():
         total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, *trained)  # pyright: ignore
         return total, losses
-    size = max(16, CHUNK_LOGITS // base.anatomy.vocabulary)
-    parts = [_piece(base, hidden[a:b], labels[a:b], slot) for slot, a, b in _chunks(slots, size)]
+    chunks = _chunks(slots, base.anatomy.vocabulary)
+    parts = [_piece(base, hidden[a:b], labels[a:b], slot) for slot, a, b in chunks]
     losses = torch.cat(parts) if parts else hidden.new_zeros(0)
     return (losses * weights).sum(), losses

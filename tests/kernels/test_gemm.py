@@ -133,6 +133,15 @@ def test_adapted_products_and_gradients_equal_the_references(kind: str, ranges: 
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-2)
 
 
+def test_a_16_bit_weight_is_never_widened_whole_for_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not library.get().multiplies:
+        pytest.skip("PyTorch's products are faster here")
+    random = torch.Generator().manual_seed(0)
+    dy, weight = torch.randn(2, 333, generator=random), torch.randn(333, 70, generator=random).bfloat16()
+    monkeypatch.setattr(reference, "matmul_t", lambda *_: pytest.fail("the whole weight is widened"))
+    assert near(kernels.matmul_t(dy, weight), dy.double() @ wide(weight), dy.double().abs() @ wide(weight).abs())
+
+
 def test_a_narrower_instruction_set_leaves_products_to_pytorch() -> None:
     library.choose(library.instruction_sets()[0])
     try:

@@ -130,6 +130,13 @@ def test_offloaded_states_are_in_the_hosts_memory() -> None:
     assert found.host == optimizer_bytes(shape.parameters, setting)
 
 
+@pytest.mark.parametrize("trained", [1, 500, 2042, 2048])
+def test_the_logits_that_are_planned_are_those_of_the_largest_piece(trained: int) -> None:
+    shape = find("llama-3.2-1b").shape
+    largest = max(last - first for first, last in loss._pieces(0, trained, shape.vocabulary))
+    assert memory.chunk_rows(shape, replace(LOAD, trained=trained)) == largest
+
+
 def test_the_plans_constants_are_the_implementations() -> None:
     assert memory.CHUNK_LOGITS == loss.CHUNK_LOGITS
     assert (memory.MOMENT_BLOCK, memory.SMALL) == (moments.MOMENT_BLOCK, moments.SMALL)

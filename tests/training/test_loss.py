@@ -170,6 +170,18 @@ def test_a_head_in_bfloat16_gets_the_same_gradients(monkeypatch: pytest.MonkeyPa
         tiny.close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("count", "vocabulary"), [(0, 9), (1, 9), (2042, 49152), (2040, 49152), (17, 1 << 30), (5000, 128)]
+)
+def test_rows_meet_the_head_in_pieces_of_one_size(count: int, vocabulary: int) -> None:
+    pieces = loss_module._pieces(7, 7 + count, vocabulary)
+    assert [row for first, last in pieces for row in range(first, last)] == [*range(7, 7 + count)]
+    sizes = {last - first for first, last in pieces}
+    most = max(16, loss_module.CHUNK_LOGITS // vocabulary)
+    assert all(0 < size <= most for size in sizes)
+    assert len(sizes) <= 1 or max(sizes) - min(sizes) == 1
+
+
 def test_logits_become_their_gradient_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
     made: list[int] = []

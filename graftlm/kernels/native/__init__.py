@@ -89,7 +89,12 @@ def multiplies(x: Tensor, narrow: bool = False) -> bool:
 
     Those in float32 where that is faster, `narrow` ones wherever the processor has instructions for them.
     """
-    if x.dtype != torch.float32 or x.ndim != 2 or len(x) <= FEW_ROWS or x.device.type != "cpu":
+    return len(x) > FEW_ROWS and _takes(x, narrow)
+
+
+def _takes(x: Tensor, narrow: bool) -> bool:
+    """The same whatever the number of rows."""
+    if x.dtype != torch.float32 or x.ndim != 2 or x.device.type != "cpu":
         return False
     loaded = library.get()
     return (loaded.multiplies or (narrow and loaded.narrows)) and trust.allows("gemm", x.device)
@@ -142,7 +147,9 @@ def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     flat = dy.reshape(-1, outer)  # (rows, out)
     if not flat.numel() or not inner:
         return dy.new_zeros(*dy.shape[:-1], inner)
-    if multiplies(flat, narrow):
+    # PyTorch would widen the whole of a dense weight in 16 bits, such as a head, for however few rows.
+    widened = isinstance(weight, Tensor) and weight.dtype != flat.dtype
+    if multiplies(flat, narrow) or (widened and _takes(flat, narrow)):
         dx = gemm.multiply([(flat, weight, False)], narrow=narrow)  # (rows, in)
     elif not isinstance(weight, Tensor):
         dx = products.matmul_t(flat, weight)
