@@ -6,8 +6,10 @@ The folders that are damaged here have no manifest of ours, which would find eve
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,19 @@ def test_what_is_saved_is_read_back_exactly(base: Base, saved: Path, tmp_path: P
     adapter_format.save(base, adapter, again, {})
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (again / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_reading_a_version_again_and_again_keeps_nothing(base: Base, saved: Path) -> None:
+    def blocks() -> int:
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    for _ in range(60):  # until what libraries keep for the next time is there
+        tensors = len(adapter_format.load(base, saved).parameters())
+    before = blocks()
+    for _ in range(20):
+        adapter_format.load(base, saved)
+    assert blocks() - before < 5 * tensors  # one object kept of each tensor each time would be 20
 
 
 def test_another_base_is_refused_by_its_fingerprint(saved: Path, tmp_path: Path) -> None:
