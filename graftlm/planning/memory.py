@@ -38,8 +38,9 @@ UPDATE_BYTES = 40  # of temporaries for each of them
 # their own, tensors and this are all there is (bench/memory.py: 30M, layers run again, 212 MB measured, 202 MB of tensors).
 RUNTIME_BYTES = 10_000_000
 # glibc gives tensors of 32 MB and more pages of their own; smaller ones share a heap, in which gaps stay between tensors that
-# live long. Measured over runs of bench/memory.py as a share of what a pass keeps there: 0.28 to 0.43. There are none where
-# every large tensor has pages of its own (`training/pages.py`).
+# live long. Measured over runs of bench/memory.py as a share of what a pass keeps there: 0.28 to 0.43. A product of gate and up
+# that nobody saves leaves one of its own size in each layer besides: it is freed between tensors that stay, and does not fit
+# in there again. There are none where every large tensor has pages of its own (`training/pages.py`).
 HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.30
 
 Device = Literal["cuda", "cpu", "mps"]
@@ -178,11 +179,19 @@ def backward_bytes(shape: Shape, setting: Setting, adapted: Adapted, load: Load)
     product is still there, and the gradient that travels past the layer. The product itself is gone by then, if it was saved,
     which it is for the gradient of the matrix behind it."""
     c = 2 if setting.compute == "bfloat16" else 4
-    inner = shape.inner_width * (shape.experts_per_token if shape.mixture else 1)
+    gates = (2 if shape.gated else 1) + (0 if _saves_product(shape, setting, adapted) else 1)
+    return (gates * _inner(shape) + shape.width) * c * load.tokens
+
+
+def _inner(shape: Shape) -> int:
+    """Values of a token inside a feed-forward part."""
+    return shape.inner_width * (shape.experts_per_token if shape.mixture else 1)
+
+
+def _saves_product(shape: Shape, setting: Setting, adapted: Adapted) -> bool:
+    """Whether the product of gate and up is saved: for the gradient of the matrix behind it, or of its adapter."""
     last = [w for w in shape.weights if w.part in ("mlp", "experts") and w.out == shape.width]
-    saved = setting.full or any(adapted.layers.get(w.key) for w in last)
-    gates = (2 if shape.gated else 1) + (0 if saved else 1)
-    return (gates * inner + shape.width) * c * load.tokens
+    return setting.full or any(adapted.layers.get(w.key) for w in last)
 
 
 def widened_bytes(shape: Shape, setting: Setting, device: Device, *, decodes: bool = False) -> int:
@@ -292,7 +301,7 @@ def _moments(
         "update": replace(present, gradients=after, workspace=min(update, trained * UPDATE_BYTES)),
     }
     if device == "cpu" and not _own_pages(setting, load):
-        found = {name: _with_holes(shape, setting, load, parts) for name, parts in found.items()}
+        found = {name: _with_holes(shape, setting, adapted, load, parts) for name, parts in found.items()}
     return found
 
 
@@ -315,9 +324,13 @@ def _own_pages(setting: Setting, load: Load) -> bool:
     return setting.activation_checkpointing or setting.optimizer_in_backward or load.sparing
 
 
-def _with_holes(shape: Shape, setting: Setting, load: Load, parts: Parts) -> Parts:
+def _with_holes(shape: Shape, setting: Setting, adapted: Adapted, load: Load, parts: Parts) -> Parts:
     """With what glibc's heap holds between the tensors of a pass, as long as these are small enough to live there."""
     c = 2 if setting.compute == "bfloat16" else 4
     widths = (shape.width, shape.attention_width, shape.inner_width)
     small = sum(w for w in widths if w * c * load.tokens < HEAP_LIMIT) / sum(widths)
-    return replace(parts, workspace=parts.workspace + int(HEAP_HOLES * small * (parts.activations + parts.workspace)))
+    holes = int(HEAP_HOLES * small * (parts.activations + parts.workspace))
+    product = _inner(shape) * c * load.tokens
+    if parts.activations and product < HEAP_LIMIT and not _saves_product(shape, setting, adapted):
+        holes += shape.layers * product
+    return replace(parts, workspace=parts.workspace + holes)
