@@ -40,11 +40,12 @@ def slope(samples: Sequence[tuple[float, int]]) -> dict[str, float]:
 
 def page(found: Mapping[str, Any]) -> str:
     """Everything that was measured, beside what it must be."""
-    run, fair = found.get("soak"), found.get("fairness")
-    rows = [*(_soak_rows(run) if run else []), *(_fair_rows(fair) if fair else [])]
+    run = found.get("soak")
+    pairs = [said for name, said in found.items() if name.startswith("fairness")]
+    rows = [*(_soak_rows(run) if run else []), *(row for fair in pairs for row in _fair_rows(fair))]
     lines = ["# A server under everything at once", "", "`python bench/soak.py --json bench/results/soak.json`", ""]
     lines += ["| | found | must |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    return "\n".join([*lines, *(_soak(run) if run else []), *(_fairness(fair) if fair else [])])
+    return "\n".join([*lines, *(_soak(run) if run else []), *(line for fair in pairs for line in _fairness(fair))])
 
 
 def _soak_rows(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -83,7 +84,8 @@ def _fair_rows(fair: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     p99 = {name: _ms(fair[name]["seconds"]["p99"]) for name in _TURNS}
     return [
         (
-            f"99th percentile of a tenant that asks {quiet:g} times a second, beside one that asks {loud:g} times",
+            f"{_base(fair)}: 99th percentile of a tenant that asks {quiet:g} times a second, beside one that asks "
+            f"{loud:g} times",
             f"{fair['seconds_p99_ratio']:.2f}x ({p99['beside']}, alone {p99['alone']})", "2x",
         ),
         (
@@ -98,15 +100,20 @@ _TURNS = {
 }  # fmt: skip
 
 
+def _base(fair: Mapping[str, Any]) -> str:
+    """What is served."""
+    return f"{fair['shape'] + ' of random weights' if fair['shape'] else 'bundled base'}, {fair['precision']}"
+
+
 def _fairness(fair: Mapping[str, Any]) -> list[str]:
     """The two tenants, in full."""
-    lines = ["| the quiet tenant | median | 99th percentile | most | first token, 99th |", "|---|---|---|---|---|"]
+    lines = [f"| {_base(fair)} | median | 99th percentile | most | first token, 99th |", "|---|---|---|---|---|"]
     for name, said in _TURNS.items():
         whole = [_ms(fair[name]["seconds"][which]) for which in ("p50", "p99", "most")]
         lines.append(f"| {said} | {' | '.join(whole)} | {_ms(fair[name]['first']['p99'])} |")
     said = ", ".join(f"{name} {count:,}" for name, count in sorted(fair["beside"]["statuses"].items()))
-    turns = f"{2 * fair['seconds_a_turn']:g} s each in two turns; answers of 24 tokens by one of three adapters"
-    return [*lines, "", f"Fairness: {turns}; {_where(fair)}. Statuses beside the loud one: {said}."]
+    turns = f"{2 * fair['seconds']:g} s each in two turns; answers of 24 tokens by one of three adapters"
+    return [*lines, "", f"Fairness: {turns}; {_where(fair)}. Statuses beside the loud one: {said}.", ""]
 
 
 def _where(part: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """One server under everything at once, for five minutes: does it stay up, right, flat in memory, within its queue, and fair?
 
     python bench/soak.py --json bench/results/soak.json     # 64 clients, 5 minutes, then fairness; writes soak.md beside it
-    python bench/soak.py --only fairness --quick            # one part, and in 20 seconds
+    python bench/soak.py --only fairness --quick            # one part, and soon over
 
 `graft serve` runs in a process of its own over the bundled base in float32, with fewer adapter slots than adapters and a
 queue that is shorter than its clients. Meanwhile
@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,14 @@ import torch
 import yaml
 from loopback import Answer, Connection
 from machine import described
+from train import make_model
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Plan, choose, new_adapter
 from graftlm.adapters.manifest import TENSORS
 from graftlm.adapters.store import Store
 from graftlm.base.load import Base, load_base
+from graftlm.config import Precision
 from graftlm.errors import AdapterError, StoreError
 from graftlm.serving.engine import Engine, Limits
 from graftlm.serving.prompts import PromptBook
@@ -73,13 +76,23 @@ class Size:
     slots: int = 4
     settle: float = 120.0
     """Seconds after which memory must be flat."""
-    fair_seconds: float = 13.0
-    """Seconds of each of the six turns of the fairness part."""
-    fair_rate: float = 4.0
-    """Requests a second of the quiet tenant; the loud one's are a hundred times that."""
 
 
-QUICK = Size(seconds=20.0, prompts=4, longest=24, settle=10.0, fair_seconds=8.0)
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two tenants of one server: what it serves, and how much the quiet one asks. The loud one asks a hundred times that."""
+
+    shape: str = ""
+    """A shape of `train.py`, of random weights; the bundled base where it is left out."""
+    precision: Precision = "float32"
+    rate: float = 4.0
+    """Requests a second of the quiet tenant."""
+    seconds: float = 13.0
+    """Of each of the six turns."""
+
+
+QUICK = Size(seconds=20.0, prompts=4, longest=24, settle=10.0)
+PAIRS = {"fairness": Pair(), "fairness-135m": Pair(shape="135m", precision="nf4", rate=2.0, seconds=20.0)}
 
 
 # ---- what is served, and what each answer must be ------------------------------------------------------------------------
@@ -104,8 +117,8 @@ def make_adapters(base: Base, folder: Path) -> dict[str, Path]:
     return made
 
 
-def load() -> Base:
-    return load_base(MODEL, precision="float32", compute="float32", device="cpu")
+def load(model: str = MODEL, precision: Precision = "float32") -> Base:
+    return load_base(model, precision=precision, compute="float32", device="cpu")
 
 
 def make_store(base: Base, place: Path) -> tuple[Store, dict[str, Path]]:
@@ -196,21 +209,12 @@ class Server:
 
 
 @contextmanager
-def serving(place: Path, name: str, **options: Any) -> Iterator[Server]:
+def serving(place: Path, name: str, model: str = MODEL, **options: Any) -> Iterator[Server]:
     """A server until the end of the block, which ends it by SIGTERM; its process is never left behind."""
     log = place / f"{name}.log"
     given = [f"--{option.replace('_', '-')}={value}" for option, value in options.items()]
-    command = [
-        sys.executable,
-        "-c",
-        "from graftlm.cli import main; main()",
-        "serve",
-        "--model",
-        MODEL,
-        "--port",
-        "0",
-        "--json",
-    ]
+    command = [sys.executable, "-c", "from graftlm.cli import main; main()", "serve", "--port", "0", "--json"]
+    command += ["--model", model]
     with log.open("w") as stream:
         process = subprocess.Popen([*command, *given], stdout=subprocess.PIPE, stderr=stream, text=True)
     try:
@@ -458,7 +462,7 @@ def soak(size: Size, place: Path) -> dict[str, Any]:
     keys = keys_file(
         place, {"name": "admin", "key": ADMIN, "admin": True}, *({"name": key, "key": key} for key in KEYS)
     )
-    options = {
+    options: dict[str, Any] = {
         "precision": "float32", "compute": "float32", "device": "cpu", "store": store.root, "keys": keys, "format": "text",
         "running": size.running, "max_queue": size.queue, "adapter_slots": size.slots, "adapter_gb": 0.02, "cache_gb": 0.05,
         "max_seconds": 30,
@@ -533,7 +537,7 @@ def refusing() -> Iterator[int]:
             process.kill()
 
 
-async def turn(port: int, size: Size, loud_port: int | None) -> dict[str, Any]:
+async def turn(port: int, pair: Pair, loud_port: int | None) -> dict[str, Any]:
     """The quiet tenant's answers at its rate, and at `loud_port` a loud one that asks at a hundred times that."""
     whole: list[float] = []
     first: list[float] = []
@@ -552,36 +556,46 @@ async def turn(port: int, size: Size, loud_port: int | None) -> dict[str, Any]:
         answer = await loud_pool.ask({"model": f"{STEADY}-{i % 3}@1", "prompt": f"Noise, number {i}", **asked})
         statuses[f"loud {answer.status}"] += 1
 
-    both = [at_rate(size.fair_rate, size.fair_seconds, quiet)]
-    both += [at_rate(100 * size.fair_rate, size.fair_seconds, noise)] if loud_port else []
+    both = [at_rate(pair.rate, pair.seconds, quiet)]
+    both += [at_rate(100 * pair.rate, pair.seconds, noise)] if loud_port else []
     await asyncio.gather(*both)
     return {"seconds": whole, "first": first, "statuses": dict(statuses)}
 
 
-def fairness(size: Size, place: Path) -> dict[str, Any]:
+def fairness(pair: Pair, place: Path) -> dict[str, Any]:
     """The quiet tenant alone and beside the loud one, in turns on one server.
 
     The loud one's client works on the same cores as the server, where a real one is elsewhere. So there are turns also in
     which it asks a process that refuses everything: what they are longer than those alone is the client's doing.
     """
-    store, _ = make_store(load(), place)
+    model = MODEL
+    if pair.shape:
+        make_model(pair.shape, place / "model")
+        model = str(place / "model")
+    store, _ = make_store(load(model, pair.precision), place)
     keys = keys_file(place, *({"name": key, "key": key} for key in (QUIET, LOUD)))
-    options = {"store": store.root, "keys": keys, "format": "text", "precision": "float32", "device": "cpu"}
-    with serving(place, "fairness", **options) as server, refusing() as elsewhere:
+    options: dict[str, Any] = {
+        "store": store.root,
+        "keys": keys,
+        "format": "text",
+        "precision": pair.precision,
+        "compute": "float32",
+        "device": "cpu",
+    }
+    with serving(place, "fairness", model, **options) as server, refusing() as elsewhere:
         loud_ports = {"alone": None, "elsewhere": elsewhere, "beside": server.port}
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in loud_ports}
-        warm = Size(fair_seconds=3, fair_rate=size.fair_rate)
-        asyncio.run(turn(server.port, warm, None))
+        asyncio.run(turn(server.port, replace(pair, seconds=3), None))
         for _ in range(2):
             for name, loud_port in loud_ports.items():
-                part = asyncio.run(turn(server.port, size, loud_port))
+                part = asyncio.run(turn(server.port, pair, loud_port))
                 turns[name].append(part)
                 print(
                     f"{name}: {report_soak.quantiles(part['seconds'])} {part['statuses']}", file=sys.stderr, flush=True
                 )
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(40)
-    found: dict[str, Any] = {"rate": size.fair_rate, "seconds_a_turn": size.fair_seconds}
+    found: dict[str, Any] = {**asdict(pair)}
     for name, parts in turns.items():
         statuses = sum((Counter(part["statuses"]) for part in parts), Counter())
         joined = {kind: [s for part in parts for s in part[kind]] for kind in ("seconds", "first")}
@@ -594,27 +608,27 @@ def fairness(size: Size, place: Path) -> dict[str, Any]:
     return found
 
 
-PARTS: dict[str, Callable[[Size, Path], dict[str, Any]]] = {"soak": soak, "fairness": fairness}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="20 seconds")
+    parser.add_argument("--quick", action="store_true", help="the soak in 20 seconds, the others' turns in 3")
     parser.add_argument("--seconds", type=float, help="how long the clients ask; memory must be flat after two fifths")
-    parser.add_argument("--only", choices=PARTS, help="one part; what the file of figures has of the other stays")
+    parser.add_argument("--only", choices=("soak", *PAIRS), help="one part; the file's figures of the others stay")
     parser.add_argument("--json", type=Path, help="where to write the figures; a page goes beside it")
     given = parser.parse_args(arguments)
     size = QUICK if given.quick else Size()
     if given.seconds:
         size = replace(size, seconds=given.seconds, settle=0.4 * given.seconds)
+    pairs = {name: replace(pair, seconds=3.0) if given.quick else pair for name, pair in PAIRS.items()}
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {"soak": partial(soak, size)}
+    parts |= {name: partial(fairness, pair) for name, pair in pairs.items()}
     found: dict[str, Any] = (
         json.loads(given.json.read_text()) if given.only and given.json and given.json.is_file() else {}
     )
     with tempfile.TemporaryDirectory(prefix="graft-soak-") as folder:
         os.environ.setdefault("GRAFT_CACHE", f"{folder}/cache")
-        for name in PARTS if given.only is None else [given.only]:
+        for name in parts if given.only is None else [given.only]:
             begun = time.monotonic()
-            figures = PARTS[name](size, Path(folder) / name)
+            figures = parts[name](Path(folder) / name)
             found[name] = {**figures, "total_seconds": time.monotonic() - begun, "machine": described(),
                            "cores": len(os.sched_getaffinity(0))}  # fmt: skip
             if given.json:  # what was found so far is kept, whatever becomes of the rest
