@@ -1,11 +1,14 @@
 """For all tests: this folder is importable (`import tiny`), one thread, and a cache folder that is nobody's own.
 
+Processes that a test starts have one thread too: as many tests run at once as there are cores.
+
 `pytest --record` (what `make prove` runs) keeps what the proofs showed in bench/results/proofs.json: a test says it with
 pytest's own `record_property`, and when, where, how long and with what end is added here.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -18,6 +21,7 @@ import pytest
 import torch
 
 os.environ.setdefault("GRAFT_CACHE", tempfile.mkdtemp(prefix="graft-test-cache-"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 PROOFS = Path(__file__).parents[1] / "bench" / "results" / "proofs.json"
@@ -28,6 +32,17 @@ def graft_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of this test's own."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: looking through two million objects for garbage, as a run does twice, is half of a small
+    run's time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries report what is not freed at the end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

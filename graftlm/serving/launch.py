@@ -222,6 +222,7 @@ def serve(config: ServeConfig, note: Note, ready: Callable[[str, Built], None] =
     finally:
         place.close()
         built.state.service.close()
+        gc.unfreeze()  # libraries report what is not freed at the end
 
 
 def _wanted(built: Built, name: str, config: ServeConfig) -> Answerer:

@@ -65,7 +65,7 @@ def losses(metrics: list[dict[str, Any]], kind: str = "train") -> list[float]:
 # ---- equal to alone --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "tolerance", "steps"), [("float32", 1e-5, 50), ("nf4", 1e-4, 30)])
+@pytest.mark.parametrize(("precision", "tolerance", "steps"), [("float32", 1e-5, 30), ("nf4", 1e-4, 22)])
 def test_each_of_many_trials_has_the_losses_that_it_has_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tolerance: float, steps: int
 ) -> None:
@@ -160,14 +160,18 @@ def test_a_place_that_is_left_goes_to_the_next_trial(tmp_path: Path, monkeypatch
 
 
 def test_how_many_fit_is_planned_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Planned(Exception):
+        """Nothing is to be trained once it is known how many fit."""
+
     seen: list[places.Places] = []
 
     def planned(*given: Any) -> places.Places:
         seen.append(places.plan_places(*given))
-        return seen[-1]
+        raise Planned
 
     monkeypatch.setattr(run, "plan_places", planned)
-    swept(tmp_path / "a", search={"rank": "4..64"}, sampler="random", trials=20, steps=1)
+    with pytest.raises(Planned):
+        swept(tmp_path / "a", search={"rank": "4..64"}, sampler="random", trials=20, steps=1)
     plenty = seen[0]
     assert plenty.count == places.AT_ONCE
     assert plenty.bytes is not None
@@ -180,7 +184,8 @@ def test_how_many_fit_is_planned_from_memory(tmp_path: Path, monkeypatch: pytest
         )
 
     monkeypatch.setattr(foresight, "local", smaller)
-    swept(tmp_path / "b", search={"rank": "4..64"}, sampler="random", trials=5, at_once=None, steps=1)
+    with pytest.raises(Planned):
+        swept(tmp_path / "b", search={"rank": "4..64"}, sampler="random", trials=5, at_once=None, steps=1)
     assert seen[1].count == 5
     with pytest.raises(ConfigError, match=r"--at-once 60: 60 trials would take .* fit\. Give --at-once \d+"):
         swept(tmp_path / "c", search={"rank": "4..64"}, sampler="random", trials=60, at_once=60, steps=1)
