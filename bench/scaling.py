@@ -46,12 +46,13 @@ def series(model: str) -> dict[str, list[Line]]:
 
     # Few points, and two that are checkpointed: twenty minutes are all there is for every benchmark.
     lengths = {False: (128, 1024, 4096), True: (128, 4096)}
-    batches = {False: (1, 4, 16, 64), True: (1, 16)}
+    sizes = {None: (256, 2048), LARGE: (256, 1024, 2048)}
+    batches = {False: (1, 8, 64), True: (1, 16)}
     return {
         "sequence": [one(n, n, 4096 // n, checkpointing=on) for on, few in lengths.items() for n in few],
         "rank": [one(rank, 256, 8, rank=rank) for rank in (4, 32, 256)],
         "batch": [one(n, 128, n, checkpointing=on) for on, few in batches.items() for n in few],
-        "vocabulary": [one(n, 256, n // 256, size) for size in (None, LARGE) for n in (256, 1024, 2048)],
+        "vocabulary": [one(n, 256, n // 256, size) for size, few in sizes.items() for n in few],
     }
 
 

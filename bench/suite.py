@@ -61,7 +61,7 @@ def parts_of(folder: Path) -> list[Part]:
         Part(name="kernels", script="operations.py", seconds=120),
         Part(
             name="train-30m", script="train.py", seconds=420,
-            arguments=("--steps", "6", "--warm-up", "2", "--mixed", "full", "lora", "qlora"),
+            arguments=("--steps", "5", "--warm-up", "2", "--mixed", "full", "lora", "qlora"),
         ),
         *(  # apart: a method that does not come to its end takes nothing from the other
             Part(
