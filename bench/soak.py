@@ -92,7 +92,7 @@ class Pair:
 
 
 QUICK = Size(seconds=20.0, prompts=4, longest=24, settle=10.0)
-PAIRS = {"fairness": Pair(), "fairness-135m": Pair(shape="135m", precision="nf4", rate=2.0, seconds=20.0)}
+PAIRS = {"fairness": Pair(), "fairness-135m": Pair(shape="135m", precision="nf4", rate=0.5, seconds=30.0)}
 
 
 # ---- what is served, and what each answer must be ------------------------------------------------------------------------
@@ -585,7 +585,7 @@ def fairness(pair: Pair, place: Path) -> dict[str, Any]:
     with serving(place, "fairness", model, **options) as server, refusing() as elsewhere:
         loud_ports = {"alone": None, "elsewhere": elsewhere, "beside": server.port}
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in loud_ports}
-        asyncio.run(turn(server.port, replace(pair, seconds=3), None))
+        asyncio.run(turn(server.port, replace(pair, rate=max(pair.rate, 2.0), seconds=3.0), None))  # every adapter once
         for _ in range(2):
             for name, loud_port in loud_ports.items():
                 part = asyncio.run(turn(server.port, pair, loud_port))

@@ -276,7 +276,7 @@ def test_the_series_hold_fixed_what_they_say() -> None:
     assert {line["point"].tokens for line in found["rank"]} == {2048}
     assert [line["point"].rank for line in found["rank"]] == [4, 32, 256]
     assert {line["point"].sequence for line in found["batch"]} == {128}
-    assert {line["point"].batch for line in found["batch"]} == {1, 4, 16, 64}
+    assert {line["point"].batch for line in found["batch"]} == {1, 8, 16, 64}
     assert {line["vocabulary"] for line in found["vocabulary"]} == {None, scaling.LARGE}
 
 

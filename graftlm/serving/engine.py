@@ -39,7 +39,7 @@ from graftlm.serving.queue import FairQueue
 from graftlm.serving.request import Chosen, Piece, Request
 from graftlm.serving.residents import Residents
 from graftlm.serving.sequence import Sequence
-from graftlm.serving.shares import LEAST_CHUNK, Pace, first_and_rest
+from graftlm.serving.shares import Pace, first_and_rest
 
 BLOCK = 16  # tokens of a block of keys and values
 LOOK = 0.02
@@ -203,7 +203,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Piece]:
         """Do one step; returns what is new, in no order between requests."""
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.thread_time()
         pieces: list[Piece] = []
         self.residents.settle()
         self._take_arrivals(pieces)
@@ -218,10 +218,10 @@ class Engine:
                 sequence.worked = self.counts.steps
             sequences, states = self.runner.run(work)
             self._answer(sequences, states, pieces)
-            seconds = time.perf_counter() - begun
-            self._pace.learn(sum(n for _, n in work), seconds)
+            # Of its own thread: what it waits for others' use of the processor or the interpreter is not for its tokens.
+            self._pace.learn(sum(n for _, n in work), time.thread_time() - worked)
             self.counts.steps += 1
-            self.counts.step_seconds += seconds
+            self.counts.step_seconds += time.perf_counter() - begun
         return pieces
 
     @property
@@ -370,14 +370,17 @@ class Engine:
         if not self.runner.splits_prompts:
             return [(sequence, sequence.left) for sequence in self._running]
         budget = self.limits.step_tokens
+        reading = min(budget, self._pace.reading()) if self.limits.shared else budget
         if not self.limits.shared or len(self._tenants) < 2:
-            work = self._fill(list(self._running), budget, budget)
+            work = self._fill(list(self._running), budget, reading)
         else:
             first, rest = first_and_rest(self._running)
-            work = self._fill(first, budget, budget)
+            work = self._fill(first, budget, reading)
             taken = sum(n for _, n in work)
-            room = max(self._pace.room(taken), taken)
-            work += self._fill(rest, min(budget - taken, room), min(budget - taken, max(room, LEAST_CHUNK)))
+            room = min(budget - taken, self._pace.room(taken))
+            others = self._fill(rest, room, room)
+            self._pace.spend(sum(n for _, n in others))
+            work += others
         return [(s, n) for s, n in work if s.seat >= 0]
 
     def _fill(self, sequences: list[Sequence], budget: int, reading_budget: int) -> Work:

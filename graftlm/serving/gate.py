@@ -9,6 +9,7 @@ served no sooner for it, the next only after a pause several times as long. Who 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import defaultdict
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,19 +37,28 @@ class Gate:
             tenant = self._state.keys.tenant(_key(scope))
             if tenant is not None:
                 scope[_TENANT] = tenant.name
-                if await _turned_away(self._state, scope, receive, send, self._state.standing[tenant.name]):
+                if await _turned_away(self._state, scope, send, self._state.standing[tenant.name]):
                     return
         await self._app(scope, receive, send)
 
 
-async def _turned_away(state: State, scope: Scope, receive: Receive, send: Send, standing: int = 0) -> bool:
+async def _turned_away(state: State, scope: Scope, send: Send, standing: int = 0) -> bool:
     """Whether the queue has no room for a request's tenant beside those who stand in front; then the tenant has been told."""
     try:
         state.service.engine.check_room(scope[_TENANT], standing=standing)
     except RequestError as error:
-        await as_refused(error).response()(scope, receive, send)
+        status, headers, body = _told(str(error))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
         return True
     return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _told(message: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body of a refusal. The same few are told over and over again, each with other numbers."""
+    response = as_refused(RequestError(message, full=True)).response()
+    return response.status_code, response.raw_headers, bytes(response.body)
 
 
 class Turns:
@@ -90,7 +100,7 @@ class Turns:
 
         scope[READ] = read
         try:
-            if not await _turned_away(self._state, scope, again, send):  # the queue may have filled while it stood here
+            if not await _turned_away(self._state, scope, send):  # the queue may have filled while it stood here
                 await self._app(scope, again, send)
         finally:
             read()

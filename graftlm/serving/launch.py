@@ -137,7 +137,7 @@ class Server(uvicorn.Server):
     def __init__(self, built: Built, config: ServeConfig, note: Note) -> None:
         settings = uvicorn.Config(
             built.app, host=config.host, port=config.port, log_level="warning", access_log=False, lifespan="off",
-            timeout_keep_alive=30, timeout_graceful_shutdown=5, server_header=False,
+            timeout_keep_alive=30, timeout_graceful_shutdown=5, server_header=False, proxy_headers=False,
         )  # fmt: skip
         super().__init__(settings)
         self._built, self._drain, self._note = built, config.drain_seconds, note

@@ -19,6 +19,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from graftlm import __version__
 from graftlm.errors import GraftError
@@ -33,15 +34,9 @@ router = APIRouter()
 
 def create_app(state: State) -> FastAPI:
     """The application; `state` holds what its routes work with."""
-    app = _App(
-        title="graft serve", version=__version__, docs_url=None, redoc_url=None,
-        description="One base model, many adapters, one server.",
-    )  # fmt: skip
-    app.state.graft = state
+    app = _App(state)
     app.add_middleware(Turns, state=state)
     app.add_middleware(BodyLimit, limit=state.bounds.body_bytes, seconds=state.bounds.body_seconds)
-    app.add_middleware(Gate, state=state)
-    app.add_middleware(Counted, metrics=state.metrics, paths=ASKING)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -53,7 +48,21 @@ def create_app(state: State) -> FastAPI:
 
 
 class _App(FastAPI):
-    """With a description that says what is true: a request that does not read is a 400 here, as OpenAI has it, and no 422."""
+    """With the door in front of all that a framework does for a request: turning somebody away must cost next to nothing.
+
+    Its description says what is true: a request that does not read is a 400 here, as OpenAI has it, and no 422.
+    """
+
+    def __init__(self, state: State) -> None:
+        super().__init__(
+            title="graft serve", version=__version__, docs_url=None, redoc_url=None,
+            description="One base model, many adapters, one server.",
+        )  # fmt: skip
+        self.state.graft = state
+        self._door = Counted(Gate(super().__call__, state), state.metrics, ASKING)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._door(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         found = super().openapi()

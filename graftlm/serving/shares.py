@@ -3,8 +3,9 @@
 A step of n tokens takes about a + b n seconds. Where b is next to nothing, as on a GPU, everybody takes part in every step.
 On a CPU twelve tokens take several times as long as one, so a tenant with one answer beside another's twelve would write at
 a fraction of its speed for as long as they are there. So the tenant that wants the fewest tokens goes first, and of the
-others as many join as it wants itself, or as many as make the step no longer than STRETCH times its own: max-min
-fairness a step at a time. Those that are left out are first the next time.
+others, one of each tenant in turn and the idlest first, as many join as it has itself: max-min fairness a step at a time. More
+join where they add little to the step: a SHARE of the time that its own steps take is saved up for them. When it has nothing
+to do they have all of the engine, in steps no longer than LONGEST, since whoever comes waits for the end of one.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from collections.abc import Iterable
 
 from graftlm.serving.sequence import Sequence
 
-STRETCH = 1.1
+SHARE = 0.25
+"""Seconds that others may add for each second of the smallest tenant's own steps."""
+LONGEST = 0.1
+"""Seconds of a step in which prompts are read; where single tokens take long, those of four of them."""
 LEAST_CHUNK = 8
-"""Tokens of a prompt that are always read, so that a long one comes to its end beside somebody's short answers."""
+"""Tokens of a prompt that may be read in any step."""
 _REMEMBERED = 50  # steps of about as many tokens that an estimate is the mean of
 _ENOUGH = 20  # steps before the estimates are used
 _ANY = 1 << 30
 
 
 class Pace:
-    """Estimates a and b from the steps so far.
+    """Estimates a and b from the steps so far, and keeps what the others have saved up.
 
     Steps of about as many tokens are averaged first and the averages fitted, with equal relative errors: while one tenant is
     alone all steps are alike, and a fit of these would be a fit of noise.
@@ -32,6 +36,7 @@ class Pace:
     def __init__(self) -> None:
         self._seen: dict[int, tuple[float, float, float]] = {}  # by the power of two: steps, mean tokens, mean seconds
         self._steps = 0
+        self._saved = 0.0  # seconds
 
     def learn(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens has taken so long."""
@@ -40,19 +45,39 @@ class Pace:
         self._seen[tokens.bit_length()] = (steps, n + (tokens - n) / steps, t + (seconds - t) / steps)
         self._steps += 1
 
-    def room(self, tokens: int) -> int:
-        """How many tokens may join a step of `tokens` that is to take at most STRETCH times as long."""
+    @property
+    def cost(self) -> tuple[float, float] | None:
+        """a and b, in seconds; None as long as too little is known."""
         if self._steps < _ENOUGH or len(self._seen) < 2:
-            return 0
+            return None
         points = [(steps / (n * n), n, t) for steps, n, t in self._seen.values()]
         weight = sum(w for w, _, _ in points)
         mean_n, mean_t = sum(w * n for w, n, _ in points) / weight, sum(w * t for w, _, t in points) / weight
         spread = sum(w * (n - mean_n) ** 2 for w, n, _ in points)
-        b = sum(w * (n - mean_n) * (t - mean_t) for w, n, t in points) / spread
-        a = mean_t - b * mean_n
-        if b <= 0:
+        b = max(sum(w * (n - mean_n) * (t - mean_t) for w, n, t in points) / spread, 0.0)
+        return max(mean_t - b * mean_n, 0.0), b
+
+    def reading(self) -> int:
+        """How many tokens a step may have in which prompts are read."""
+        if self.cost is None:
             return _ANY
-        return min(int((STRETCH - 1) * (max(a, 0.0) + b * tokens) / b), _ANY)
+        a, b = self.cost
+        left = max(LONGEST, 4 * (a + b)) - a
+        return max(int(min(left / b, _ANY)), LEAST_CHUNK) if b > 0 else _ANY
+
+    def room(self, own: int) -> int:
+        """How many tokens others may add now to a step of `own` tokens: as many again, or what is saved up for them."""
+        if self.cost is None:
+            return own
+        a, b = self.cost
+        alone = a + b * own
+        self._saved = min(self._saved + SHARE * alone, max(alone, LEAST_CHUNK * b))
+        return max(own, min(int(self._saved / b), _ANY)) if b > 0 else _ANY
+
+    def spend(self, tokens: int) -> None:
+        """Others have added so many."""
+        if self.cost is not None:
+            self._saved = max(self._saved - tokens * self.cost[1], 0.0)
 
 
 def first_and_rest(running: Iterable[Sequence]) -> tuple[list[Sequence], list[Sequence]]:

@@ -7,7 +7,7 @@ import pytest
 
 from graftlm.serving.queue import FairQueue
 from graftlm.serving.sequence import Sequence
-from graftlm.serving.shares import Pace, first_and_rest
+from graftlm.serving.shares import LEAST_CHUNK, Pace, first_and_rest
 
 
 def waiting(tenant: str) -> Sequence:
@@ -66,14 +66,41 @@ def test_two_tenants_share_a_busy_engine_whatever_their_numbers() -> None:
 # ---- who takes part in a step ---------------------------------------------------------------------------------------
 
 
-def test_a_step_is_stretched_by_others_as_far_as_its_own_time_allows() -> None:
-    steep, level = Pace(), Pace()
+def paced(a: float, b: float) -> Pace:
+    """An engine whose steps of n tokens take a + b n seconds."""
+    pace = Pace()
     for n in (1, 2, 5, 12) * 20:
-        steep.learn(n, 0.002 + 0.002 * n)
-        level.learn(n, 0.004)
-    assert [steep.room(n) for n in (1, 24)] == [0, 2], "0.1 x (a + b n) / b"
+        pace.learn(n, a + b * n)
+    return pace
+
+
+def test_others_add_as_many_tokens_to_a_step_as_it_has_or_what_is_saved_up_for_them() -> None:
+    steep, level = paced(0.010, 0.0019), paced(0.004, 0.0)
+    # A step of one token takes 11.9 ms, a quarter of that is 3 ms, and a token of theirs takes 1.9.
+    found: list[int] = []
+    for _ in range(6):
+        found.append(steep.room(1))
+        steep.spend(found[-1])
+    assert found == [1, 2, 1, 2, 1, 2]
+    assert steep.room(24) >= 24
     assert level.room(1) > 10**6, "where a token costs nothing all may join"
-    assert Pace().room(5) == 0, "nothing is known"
+    assert Pace().room(5) == 5, "nothing is known"
+
+
+def test_what_is_saved_up_pays_for_no_more_than_a_step_twice_as_long() -> None:
+    pace = paced(0.010, 0.002)
+    for _ in range(1000):
+        pace.room(1)
+    assert pace.room(1) == LEAST_CHUNK, "16 ms, where a step of one token takes 12"
+    assert paced(0.1, 0.001).room(1) == 25, "a quarter of 101 ms"
+
+
+def test_a_step_in_which_prompts_are_read_is_as_long_as_somebody_else_may_wait() -> None:
+    assert paced(0.010, 0.0021).reading() == 42, "100 ms"
+    assert paced(0.5, 0.11).reading() == 17, "four steps of one token: 2.4 s"
+    assert paced(0.0, 1.0).reading() == LEAST_CHUNK
+    assert paced(0.004, 0.0).reading() > 10**6
+    assert Pace().reading() > 10**6, "nothing is known"
 
 
 def test_a_thousand_steps_alike_make_nobody_forget_what_a_token_takes() -> None:
@@ -82,7 +109,8 @@ def test_a_thousand_steps_alike_make_nobody_forget_what_a_token_takes() -> None:
         pace.learn(n, 0.002 + 0.002 * n)
     for i in range(1000):
         pace.learn(12, 0.026 * (1.5 if i % 2 else 0.5))  # the machine has other things to do as well
-    assert pace.room(1) <= 1
+    assert pace.cost is not None
+    assert pace.cost[1] == pytest.approx(0.002, rel=0.2)
 
 
 def test_the_tenant_who_wants_least_goes_first_and_the_others_take_turns() -> None:
@@ -102,7 +130,8 @@ def test_the_tenant_who_wants_least_goes_first_and_the_others_take_turns() -> No
 
 def test_beside_a_large_tenant_a_small_one_takes_part_in_every_step_and_neither_starves() -> None:
     engine = asking.engine_of(asking.base_of(), running=8, queue=200, shared=True)
-    engine._pace.room = lambda tokens: 0  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
+    engine._pace = paced(0.0, 0.01)  # pyright: ignore[reportPrivateUsage]
+    engine._pace.learn = lambda tokens, seconds: None  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
     for i in range(30):
         engine.submit(asking.request([5 + i % 7, 9, 11], 12, id=f"loud{i}", tenant="loud"))
     for _ in range(6):
