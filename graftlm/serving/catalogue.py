@@ -1,6 +1,6 @@
 """What can be asked for by name: the base, and the versions of adapters in the store that were trained on it.
 
-Names are looked up in the store's journal, which is read again whenever it has changed, so an alias that was moved by another
+Names are looked up in the store's journal, which is read on whenever it has changed, so an alias that was moved by another
 process means its new version from then on. A name is never a path: what is not in the journal is not there.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftlm.adapters.store import Name, Store, Version, parse
+from graftlm.adapters.store import Name, Store, Version, carried_on, parse
 from graftlm.errors import StoreError
 from graftlm.serving.keys import Tenant
 
@@ -42,23 +42,27 @@ class Catalogue:
         self.base = Answerer(base_name)
         self._lock = threading.Lock()
         self._seen: tuple[int, int, int] | None = None
+        self._journal = None if store is None else store.shelf(fingerprint).journal
+        self._follower = None if self._journal is None else self._journal.follow()
+        self._all: dict[str, Name] = {}
         self._names: dict[str, Name] = {}
+        """Those of all that have versions."""
         self._withdrawn: set[str] = set()
 
     def names(self) -> dict[str, Name]:
         """The names that have versions, as they are now."""
-        if self.store is None:
+        if self._journal is None or self._follower is None:
             return {}
-        journal = self.store.shelf(self.fingerprint).journal.path
         try:
-            stat = journal.stat()
+            stat = self._journal.path.stat()
         except OSError:
             return {}
         seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         with self._lock:
             if seen != self._seen:
-                known = self.store.shelf(self.fingerprint).names
-                self._names = {name: _as_it_is(found) for name, found in known.items() if found.versions}
+                anew, events = self._follower.news()
+                self._all = carried_on({} if anew else self._all, events)
+                self._names = {key: name for key, name in self._all.items() if name.versions}
                 self._seen = seen
             return self._names
 
@@ -140,12 +144,6 @@ class Catalogue:
         if self.store is None:
             raise StoreError("this server has no store of adapters; start it with --store")
         return self.store
-
-
-def _as_it_is(name: Name) -> Name:
-    """A name without its past, which grows for as long as somebody moves aliases and removes versions."""
-    trails = {alias: trail[-1:] for alias, trail in name.trails.items()}
-    return Name(name.name, name.versions, name.highest, trails)
 
 
 def lineage(version: Version) -> dict[str, Any]:

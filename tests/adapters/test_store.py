@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import pytest
 import stores
 from stores import BASE, OTHER
 
-from graftlm.adapters.store import Store, locate, looks_like_a_name, parse, resolve
+from graftlm.adapters.store import Name, Store, carried_on, locate, looks_like_a_name, parse, resolve
 from graftlm.adapters.store import shelf as shelves
-from graftlm.adapters.store.journal import Journal
+from graftlm.adapters.store.journal import Event, Journal
 from graftlm.errors import AdapterError, GraftError, StoreError
 
 
@@ -323,6 +324,54 @@ def test_a_tail_that_is_no_beginning_of_a_line_is_damage(tail: bytes, store: Sto
         with pytest.raises(StoreError, match=rf"damaged after line {line}"):
             store.versions()
         assert store.verify().faults
+
+
+def test_a_journal_that_is_read_on_says_what_one_read_from_its_beginning_says(store: Store, tmp_path: Path) -> None:
+    journal = store.bases()[0].journal
+    follower, names = journal.follow(), dict[str, Name]()
+
+    def follow() -> list[Event]:
+        nonlocal names
+        anew, events = follower.news()
+        names = carried_on({} if anew else names, events)
+        return events
+
+    def as_read() -> dict[str, Any]:
+        return {key: (name.versions, name.highest, name.aliases) for key, name in store.bases()[0].names.items()}
+
+    def as_followed() -> dict[str, Any]:
+        return {key: (name.versions, name.highest, name.aliases) for key, name in names.items()}
+
+    assert len(follow()) == len(journal.read())
+    before = as_followed()
+    assert before == as_read()
+    kept = names
+    changes: list[Callable[[], object]] = [
+        lambda: store.alias("formal", "prod", 1), lambda: store.alias("formal", "prod", 2),
+        lambda: store.rollback("formal", "prod"), lambda: store.publish(stores.run(tmp_path / "more", 9), "formal"),
+        lambda: store.remove("formal@2"), lambda: store.publish(stores.run(tmp_path / "other", 10), "another"),
+    ]  # fmt: skip
+    for change in changes:
+        change()
+        assert len(follow()) == 1, "the new line alone"
+        assert as_followed() == as_read()
+        assert follow() == []
+    assert {key: (name.versions, name.highest, name.aliases) for key, name in kept.items()} == before, "a reader's stay"
+    with journal.path.open("ab") as stream:
+        stream.write(b"0123456789abcdef {")  # cut short
+    assert follow() == []
+    journal.path.write_bytes(journal.path.read_bytes()[: journal.path.read_bytes().rfind(b"\n") + 1])
+    longer = b"".join(journal.path.read_bytes().splitlines(keepends=True)[:-1])
+    journal.path.write_bytes(longer)  # an older copy was put back
+    follow()
+    assert as_followed() == as_read()
+    with journal.path.open("r+b") as stream:  # the same file, other lines
+        stream.seek(len(longer) - 5)
+        stream.write(b"?")
+    with journal.path.open("ab") as stream:
+        stream.write(b"0123456789abcdef {}\n")
+    with pytest.raises(StoreError, match=r"is damaged at line \d+"):
+        follow()
 
 
 def test_a_journal_that_cannot_be_written_records_nothing(

@@ -13,9 +13,9 @@ hub.py       push and pull: the Hugging Face hub
 from graftlm.adapters.store.folder import DEFAULT, Store, locate, resolve
 from graftlm.adapters.store.names import Reference, looks_like_a_name, parse
 from graftlm.adapters.store.shelf import Check, Fault, Shelf, Version
-from graftlm.adapters.store.state import Name
+from graftlm.adapters.store.state import Name, carried_on
 
 __all__ = [
-    "DEFAULT", "Check", "Fault", "Name", "Reference", "Shelf", "Store", "Version", "locate", "looks_like_a_name", "parse",
-    "resolve",
+    "DEFAULT", "Check", "Fault", "Name", "Reference", "Shelf", "Store", "Version", "carried_on", "locate",
+    "looks_like_a_name", "parse", "resolve",
 ]  # fmt: skip

@@ -45,7 +45,11 @@ class Journal:
 
     def read(self) -> list[Event]:
         """Every whole line's event, oldest first. Raises StoreError for a line that is not as it was written."""
-        return self._parse(self._bytes())[0]
+        return self.parse(self._bytes())[0]
+
+    def follow(self) -> Follower:
+        """For somebody who reads it again and again, however long it grows."""
+        return Follower(self)
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:
@@ -57,7 +61,7 @@ class Journal:
             raise StoreError(f"{self.path.parent} cannot be written to: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            events, last, whole = self._parse(self._bytes())
+            events, last, whole = self.parse(self._bytes())
             yield Writer(self.path, events, last, whole)
         finally:
             os.close(descriptor)
@@ -70,11 +74,10 @@ class Journal:
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read: {error.strerror}") from None
 
-    def _parse(self, data: bytes) -> tuple[list[Event], str, int]:
-        """The events, the last checksum, and how many bytes the whole lines take."""
+    def parse(self, data: bytes, last: str = _START) -> tuple[list[Event], str, int]:
+        """The events, the last checksum, and how many bytes the whole lines take; `last` is that of the line before."""
         whole = data.rfind(b"\n") + 1
         events: list[Event] = []
-        last = _START
         for number, line in enumerate(data[:whole].splitlines(keepends=True), 1):
             try:
                 text = line.decode()
@@ -93,6 +96,43 @@ class Journal:
                 f"{self.path} is damaged after line {len(events)}: what stands there is no line that was cut short"
             )
         return events, last, whole
+
+
+class Follower:
+    """Reads a journal on: what it has read once, and found to be as it was written, it reads no more."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._begin()
+
+    def _begin(self) -> None:
+        self._file: int | None = None
+        self._whole, self._last = 0, _START
+
+    def news(self) -> tuple[bool, list[Event]]:
+        """Whether the events begin anew, as at first or in another file, and those that came since. Raises StoreError."""
+        try:
+            with self._journal.path.open("rb") as stream:
+                stat = os.fstat(stream.fileno())
+                if stat.st_ino != self._file or stat.st_size < self._whole:
+                    self._begin()
+                stream.seek(self._whole)
+                data = stream.read()
+        except FileNotFoundError:
+            self._begin()
+            return True, []
+        except OSError as error:
+            raise StoreError(f"{self._journal.path} cannot be read: {error.strerror}") from None
+        anew = self._whole == 0
+        try:
+            events, self._last, whole = self._journal.parse(data, self._last)
+        except StoreError:
+            if anew:
+                raise
+            self._begin()  # another journal was written over it; if this one is damaged, its lines are named from the first
+            return self.news()
+        self._file, self._whole = stat.st_ino, self._whole + whole
+        return anew, events
 
 
 class Writer:
@@ -133,4 +173,4 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["Event", "Journal", "Writer", "flush_folder"]
+__all__ = ["Event", "Follower", "Journal", "Writer", "flush_folder"]

@@ -5,7 +5,7 @@ An alias keeps what it pointed at before. Rolling back takes the last entry off;
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,26 @@ def replay(events: Iterable[Event]) -> dict[str, Name]:
     return names
 
 
+def carried_on(names: Mapping[str, Name], events: Iterable[Event]) -> dict[str, Name]:
+    """Names after more events, without their past, which grows for as long as somebody moves aliases and removes versions.
+
+    `names` stay as they are. Raises StoreError as `replay` does.
+    """
+    found = dict(names)
+    changed: dict[str, Name] = {}
+    for event in events:
+        key = event["name"]
+        if key not in changed:
+            old = names.get(key, Name(key))
+            trails = {alias: list(trail) for alias, trail in old.trails.items()}
+            found[key] = changed[key] = Name(key, dict(old.versions), old.highest, trails)
+        _apply(changed[key], event)
+    for name in changed.values():
+        name.history.clear()
+        name.trails = {alias: trail[-1:] for alias, trail in name.trails.items()}
+    return found
+
+
 def _apply(name: Name, event: dict[str, Any]) -> None:
     do = event["do"]
     if do == "publish":
@@ -83,6 +103,8 @@ def _apply(name: Name, event: dict[str, Any]) -> None:
         trail = name.trails[event["alias"]]
         while trail and trail[-1] != event["version"]:
             trail.pop()
+        if not trail:  # what it pointed at before is not kept
+            trail.append(event["version"])
     elif do == "unalias":
         name.trails.pop(event["alias"], None)
     else:
