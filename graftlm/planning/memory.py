@@ -301,7 +301,12 @@ def _moments(
         "update": replace(present, gradients=after, workspace=min(update, trained * UPDATE_BYTES)),
     }
     if device == "cpu" and not _own_pages(setting, load):
-        found = {name: _with_holes(shape, setting, adapted, load, parts) for name, parts in found.items()}
+        head = shape.vocabulary * shape.width * value if setting.full else 0
+        left = 0 if before or setting.optimizer_in_backward else gradients - (head if head >= HEAP_LIMIT else 0)
+        found = {
+            name: _with_holes(shape, setting, adapted, load, parts, left if name in ("loss", "backward") else 0)
+            for name, parts in found.items()
+        }
     return found
 
 
@@ -324,12 +329,15 @@ def _own_pages(setting: Setting, load: Load) -> bool:
     return setting.activation_checkpointing or setting.optimizer_in_backward or load.sparing
 
 
-def _with_holes(shape: Shape, setting: Setting, adapted: Adapted, load: Load, parts: Parts) -> Parts:
-    """With what glibc's heap holds between the tensors of a pass, as long as these are small enough to live there."""
+def _with_holes(
+    shape: Shape, setting: Setting, adapted: Adapted, load: Load, parts: Parts, gradients: int
+) -> Parts:  # fmt: skip
+    """With what glibc's heap holds between the tensors of a pass, as long as these are small enough to live there: `gradients`
+    are those of the step before, whose places between the optimizer's states the pass has to fit into."""
     c = 2 if setting.compute == "bfloat16" else 4
     widths = (shape.width, shape.attention_width, shape.inner_width)
     small = sum(w for w in widths if w * c * load.tokens < HEAP_LIMIT) / sum(widths)
-    holes = int(HEAP_HOLES * small * (parts.activations + parts.workspace))
+    holes = int(HEAP_HOLES * (small * (parts.activations + parts.workspace) + gradients))
     product = _inner(shape) * c * load.tokens
     if parts.activations and product < HEAP_LIMIT and not _saves_product(shape, setting, adapted):
         holes += shape.layers * product
