@@ -61,16 +61,16 @@ def parts_of(folder: Path) -> list[Part]:
         Part(name="kernels", script="operations.py", seconds=120),
         Part(
             name="train-30m", script="train.py", seconds=420,
-            arguments=("--steps", "5", "--warm-up", "2", "--mixed", "full", "lora", "qlora"),
+            arguments=("--steps", "4", "--warm-up", "2", "--mixed", "full", "lora", "qlora"),
         ),
         *(  # apart: a method that does not come to its end takes nothing from the other
             Part(
                 name=f"train-135m-{method}", script="train.py", seconds=280,
-                arguments=("--shape", "135m", "--methods", method, "--steps", "3", "--warm-up", "1"),
+                arguments=("--shape", "135m", "--methods", method, "--steps", steps, "--warm-up", "1"),
             )
-            for method in ("lora", "qlora")
+            for method, steps in (("lora", "3"), ("qlora", "2"))
         ),
-        Part(name="ladder", script="ladder.py", arguments=("--steps", "5"), seconds=330),
+        Part(name="ladder", script="ladder.py", arguments=("--steps", "4"), seconds=330),
         Part(name="scaling", script="scaling.py", arguments=("--plot", "bench/results/scaling.png"), seconds=360),
     ]  # fmt: skip
     return [part for part in known if (folder / part.script).is_file()]
