@@ -13,7 +13,7 @@ from graftlm.cli.app import Json, app, errors, print_json
 
 @app.command(epilog="Example:  graft demo --steps 80 --out runs/demo")
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 80,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 40,
     out: Annotated[Path, typer.Option(help="Folder for the comparison and the voices.")] = Path("runs/demo"),
     json: Json = False,
 ) -> None:
