@@ -37,6 +37,8 @@ class Pace:
         self._seen: dict[int, tuple[float, float, float]] = {}  # by the power of two: steps, mean tokens, mean seconds
         self._steps = 0
         self._saved = 0.0  # seconds
+        self.cost: tuple[float, float] | None = None
+        """a and b, in seconds; None as long as too little is known."""
 
     def learn(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens has taken so long."""
@@ -44,12 +46,10 @@ class Pace:
         steps = min(steps + 1, _REMEMBERED)
         self._seen[tokens.bit_length()] = (steps, n + (tokens - n) / steps, t + (seconds - t) / steps)
         self._steps += 1
+        if self._steps >= _ENOUGH and len(self._seen) > 1:
+            self.cost = self._fitted()
 
-    @property
-    def cost(self) -> tuple[float, float] | None:
-        """a and b, in seconds; None as long as too little is known."""
-        if self._steps < _ENOUGH or len(self._seen) < 2:
-            return None
+    def _fitted(self) -> tuple[float, float]:
         points = [(steps / (n * n), n, t) for steps, n, t in self._seen.values()]
         weight = sum(w for w, _, _ in points)
         mean_n, mean_t = sum(w * n for w, n, _ in points) / weight, sum(w * t for w, _, t in points) / weight
