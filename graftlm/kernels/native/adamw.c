@@ -14,8 +14,6 @@ enum { VALUES = 256, GRAIN = 64, LANES = 8, PART = 1 << 14 };
 /* VALUES: that share one scale. GRAIN: blocks that a thread takes at once. PART: values whose squares are summed before
  * they meet others. */
 
-#define INLINE static inline __attribute__((always_inline))
-
 typedef float any_float __attribute__((aligned(1), may_alias));
 typedef uint16_t any_half __attribute__((aligned(1), may_alias));
 

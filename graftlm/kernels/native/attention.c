@@ -11,13 +11,6 @@
 
 #include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
-
 typedef void (*attention_part)(const struct graft_attention_call *p, int64_t start, int64_t length, int64_t head, float *memory);
 
 /* ---- four lanes: what every compiler makes something good of, NEON included ---- */

@@ -10,11 +10,10 @@
 
 #include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
-#define UNROLLED _Pragma("unroll")
+#define UNROLLED_4 _Pragma("unroll")
 #else
-#define UNROLLED _Pragma("GCC unroll 4")
+#define UNROLLED_4 _Pragma("GCC unroll 4")
 #endif
 
 struct fused_primitives {

@@ -5,13 +5,6 @@
 
 #include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
-
 enum { MOST_K = 256, MOST_N = 1024, SPAN = 64, WIDEST = 32 };
 /* SPAN: pieces of N and K begin at multiples of it, where the 64-value blocks of a stored weight begin. */
 

@@ -23,6 +23,13 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
+
 enum float_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct tables {

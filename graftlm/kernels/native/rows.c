@@ -15,13 +15,6 @@
 #include "kernels.h"
 #include "rows.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
-
 enum { AHEAD = 4096, ROWS_OF_B = 4 };
 /* AHEAD: bytes of W fetched ahead: rows are short, and the processor's own prefetching stops at their ends. ROWS_OF_B: read
  * side by side. */

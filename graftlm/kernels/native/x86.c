@@ -18,13 +18,6 @@
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
-
 /* Calls `function` with the number of rows as a constant, so that its accumulators live in registers. */
 #define EACH_ROW_COUNT(function, ...)                  \
     switch (rows) {                                    \
