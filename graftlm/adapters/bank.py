@@ -197,14 +197,12 @@ class _Use:
         return mask.to(x.dtype) * (1.0 / (1.0 - self.dropout))
 
 
-def _routed(
-    uses: Sequence[_Use], factors: Sequence[Tensor]
-) -> tuple[list[kernels.Range], Sequence[Tensor], Sequence[Tensor], list[float]]:
-    """Uses as the routed kernels take them: ranges with the number of their factor pair, every A, every B, every scale."""
+def _routing(uses: Sequence[_Use], factors: Sequence[Tensor]) -> kernels.Routing:
+    """Uses as the routed kernels take them, a slot for each pair of factors."""
     scale = [0.0] * (len(factors) // 2)
     for use in uses:
         scale[use.index] = use.scale
-    return [(use.first, use.last, use.index) for use in uses], factors[0::2], factors[1::2], scale
+    return kernels.Routing([(use.first, use.last, use.index) for use in uses], factors[0::2], factors[1::2], scale)
 
 
 class _Banked(torch.autograd.Function):
@@ -222,7 +220,7 @@ class _Banked(torch.autograd.Function):
                 for u in uses
             ]
         else:
-            y, hidden = kernels.adapted(x, weight, *_routed(uses, factors), narrow)
+            y, hidden = kernels.adapted(x, weight, _routing(uses, factors), narrow)
         ctx.save_for_backward(x, *factors, *hidden)
         ctx.weight, ctx.narrow, ctx.uses, ctx.count = weight, narrow, uses, len(factors)
         return y
@@ -235,9 +233,9 @@ class _Banked(torch.autograd.Function):
         weight, wanted = ctx.weight, ctx.needs_input_grad[0]
         totals: list[Tensor | None] = [None] * ctx.count
         if not any(u.drops for u in ctx.uses):
-            ranges, A, B, scale = _routed(ctx.uses, factors)
+            routing = _routing(ctx.uses, factors)
             dx, totals[0::2], totals[1::2] = kernels.adapted_backward(
-                dy, x, weight, hidden, ranges, A, B, scale, wanted, ctx.narrow
+                dy, x, weight, hidden, routing, wanted, ctx.narrow
             )
             return (dx, None, None, None, *totals)
         dx = kernels.matmul_t(dy, weight, ctx.narrow) if wanted else None

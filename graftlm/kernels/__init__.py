@@ -39,14 +39,13 @@ from graftlm.kernels.fused import (
 from graftlm.kernels.moments import Moments, no_moments
 from graftlm.kernels.native.layers import MOST_RANK, Layer, Stack, table_of
 from graftlm.kernels.native.rows import Attention, Factors, Routes
-from graftlm.kernels.reference import Range, Slots
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
+from graftlm.kernels.routing import Range, Routing
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
 
 __all__ = [
-    "BLOCK", "GROUP", "MOST_RANK", "Attention", "Factors", "Int8", "Layer", "Moments", "Nf4", "Range", "Routes", "Slots",
-    "Stack", "Stored",
-    "Update", "Weight", "adamw_step", "adapted", "adapted_backward", "add_routed", "attend_rows", "attends",
+    "BLOCK", "GROUP", "MOST_RANK", "Attention", "Factors", "Int8", "Layer", "Moments", "Nf4", "Range", "Routes", "Routing",
+    "Stack", "Stored", "Update", "Weight", "adamw_step", "adapted", "adapted_backward", "add_routed", "attend_rows", "attends",
     "attention", "attention_backward", "backend", "cross_entropy_in_place", "dequantize", "few", "fuses", "gated",
     "gated_backward", "int8_dequantize", "int8_quantize", "low_rank", "low_rank_backward", "low_rank_routed",
     "low_rank_routed_backward", "matmul", "matmul_t", "moments_in", "multiplies", "narrows", "nf4_dequantize",
@@ -191,71 +190,55 @@ def low_rank_backward(
     return (native if native.multiplies(x) else reference).low_rank_backward(dy, x, h, A, B, scale, dx)
 
 
-def adapted(
-    x: Tensor, weight: Weight, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float], narrow: bool = False
-) -> tuple[Tensor, list[Tensor | None]]:
+def adapted(x: Tensor, weight: Weight, routing: Routing, narrow: bool = False) -> tuple[Tensor, list[Tensor | None]]:
     """x (tokens, in) -> x W^T and, on each range of tokens, its slot's low-rank product (tokens, out); h of each range."""
-    one = _only(len(x), ranges, A, B)
+    one = routing.only(len(x))
     if one is not None and native.multiplies(x, narrow):
-        y, h = native.adapted(x, weight, one[0], one[1], scale[ranges[0][2]], narrow)
+        y, h = native.adapted(x, weight, *one, narrow)
         return y, [h]
     y = matmul(x, weight, narrow)
-    return y, low_rank_routed(y, x, ranges, A, B, scale)
+    return y, low_rank_routed(y, x, routing)
 
 
 def adapted_backward(
-    dy: Tensor, x: Tensor, weight: Weight, hidden: Sequence[Tensor | None], ranges: Sequence[Range], A: Slots, B: Slots,
-    scale: Sequence[float], wants_dx: bool, narrow: bool = False,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Weight,
+    hidden: Sequence[Tensor | None],
+    routing: Routing,
+    wants_dx: bool,
+    narrow: bool = False,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """The gradients of `adapted`: to x (tokens, in) where wanted, and to each slot's A and B as `low_rank_routed_backward`."""
-    one = _only(len(x), ranges, A, B)
+    one = routing.only(len(x))
     if one is not None and native.multiplies(x, narrow):
-        h, slot = hidden[0], ranges[0][2]
+        h, slot = hidden[0], routing.ranges[0][2]
         assert h is not None
-        dA: list[Tensor | None] = [None] * len(A)
-        dB: list[Tensor | None] = [None] * len(B)
-        dx, dA[slot], dB[slot] = native.adapted_backward(
-            dy, x, weight, h, one[0], one[1], scale[slot], wants_dx, narrow
-        )
+        dA: list[Tensor | None] = [None] * len(routing.A)
+        dB: list[Tensor | None] = [None] * len(routing.B)
+        dx, dA[slot], dB[slot] = native.adapted_backward(dy, x, weight, h, *one, wants_dx, narrow)
         return dx, dA, dB
     dx = matmul_t(dy, weight, narrow) if wants_dx else None
-    return dx, *low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)
+    return dx, *low_rank_routed_backward(dy, x, hidden, routing, dx)
 
 
-def _only(tokens: int, ranges: Sequence[Range], A: Slots, B: Slots) -> tuple[Tensor, Tensor] | None:
-    """The one A and B that all tokens use, if there is one."""
-    if len(ranges) != 1 or ranges[0][0] != 0 or ranges[0][1] != tokens:
-        return None
-    a, b = A[ranges[0][2]], B[ranges[0][2]]
-    return None if a is None or b is None else (a, b)
-
-
-def low_rank_routed(
-    y: Tensor, x: Tensor, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float]
-) -> list[Tensor | None]:
+def low_rank_routed(y: Tensor, x: Tensor, routing: Routing) -> list[Tensor | None]:
     """y (tokens, out) += s (x A^T) B^T in place, each range of tokens with its slot; returns h of each range.
 
-    Ranges are disjoint; tokens in no range, or in one whose slot is None, stay as they are.
+    Tokens in no range, or in one whose slot is None, stay as they are.
     """
-    if triton.usable("low_rank_routed", x) and triton.fits(x, y, ranges, A):
-        return triton.low_rank_routed(y, x, ranges, A, B, scale)
-    return reference.low_rank_routed(y, x, ranges, A, B, scale, one=low_rank)
+    if triton.usable("low_rank_routed", x) and triton.fits(x, y, routing):
+        return triton.low_rank_routed(y, x, routing)
+    return reference.low_rank_routed(y, x, routing, one=low_rank)
 
 
 def low_rank_routed_backward(
-    dy: Tensor,
-    x: Tensor,
-    hidden: Sequence[Tensor | None],
-    ranges: Sequence[Range],
-    A: Slots,
-    B: Slots,
-    scale: Sequence[float],
-    dx: Tensor | None = None,
+    dy: Tensor, x: Tensor, hidden: Sequence[Tensor | None], routing: Routing, dx: Tensor | None = None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients to each slot's A and B, summed over its ranges (None for a slot no range uses); dx is added to."""
-    if triton.usable("low_rank_routed", dy) and triton.fits(dy, dy if dx is None else dx, ranges, A):
-        return triton.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx)
-    return reference.low_rank_routed_backward(dy, x, hidden, ranges, A, B, scale, dx, one=low_rank_backward)
+    if triton.usable("low_rank_routed", dy) and triton.fits(dy, dy if dx is None else dx, routing):
+        return triton.low_rank_routed_backward(dy, x, hidden, routing, dx)
+    return reference.low_rank_routed_backward(dy, x, hidden, routing, dx, one=low_rank_backward)
 
 
 def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update) -> None:
@@ -293,9 +276,7 @@ def add_routed(y: Tensor, x: Tensor, routes: Routes) -> None:
     Nothing is recorded or returned for a backward pass: this is `low_rank_routed` for decoding.
     """
     if not native.add_routed(y, x, routes):
-        ranges = [(first, last, i) for i, (first, last) in enumerate(routes.ranges)]
-        factors = routes.factors
-        low_rank_routed(y, x, ranges, [f.A for f in factors], [f.B for f in factors], [f.scale for f in factors])
+        low_rank_routed(y, x, routes.routing)
 
 
 def attend_rows(

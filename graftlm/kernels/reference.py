@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.kernels.routing import Routing
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
 
 SLAB = 1 << 20  # values worked on at once: bounds temporaries to a few times 4 MiB whatever the weight's size
@@ -235,24 +236,18 @@ def low_rank_backward(
     return dA.to(A.dtype), dB.to(B.dtype)
 
 
-Range = tuple[int, int, int]  # first token, one past the last token, slot
-Slots = Sequence[Tensor | None]  # a slot's A or B; None where a slot leaves this layer as it is (slot 0, the bare base)
-
-
-def low_rank_routed(
-    y: Tensor, x: Tensor, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float], one: Any = low_rank
-) -> list[Tensor | None]:
+def low_rank_routed(y: Tensor, x: Tensor, routing: Routing, one: Any = low_rank) -> list[Tensor | None]:
     """`low_rank` where each range of tokens uses its own slot, ranks mixed; returns h of each range (None: no adapter).
 
-    Ranges are disjoint; tokens in no range, or in one whose slot is None, stay as they are. `one` does a single range.
+    Tokens in no range, or in one whose slot is None, stay as they are. `one` does a single range.
     """
     hidden: list[Tensor | None] = []
-    for first, last, slot in ranges:
-        a, b = A[slot], B[slot]
+    for first, last, slot in routing.ranges:
+        a, b = routing.A[slot], routing.B[slot]
         if a is None or b is None or first == last:
             hidden.append(None)
         else:
-            hidden.append(one(y[first:last], x[first:last], a, b, scale[slot]))
+            hidden.append(one(y[first:last], x[first:last], a, b, routing.scale[slot]))
     return hidden
 
 
@@ -260,22 +255,19 @@ def low_rank_routed_backward(
     dy: Tensor,
     x: Tensor,
     hidden: Sequence[Tensor | None],
-    ranges: Sequence[Range],
-    A: Slots,
-    B: Slots,
-    scale: Sequence[float],
+    routing: Routing,
     dx: Tensor | None = None,
     one: Any = low_rank_backward,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients to each slot's A and B, summed over its ranges (None for a slot no range uses); dx is added to."""
-    dA: list[Tensor | None] = [None] * len(A)
-    dB: list[Tensor | None] = [None] * len(B)
-    for (first, last, slot), h in zip(ranges, hidden, strict=True):
-        a, b = A[slot], B[slot]
+    dA: list[Tensor | None] = [None] * len(routing.A)
+    dB: list[Tensor | None] = [None] * len(routing.B)
+    for (first, last, slot), h in zip(routing.ranges, hidden, strict=True):
+        a, b = routing.A[slot], routing.B[slot]
         if h is None or a is None or b is None:
             continue
         part = dx[first:last] if dx is not None else None
-        da, db = one(dy[first:last], x[first:last], h, a, b, scale[slot], part)
+        da, db = one(dy[first:last], x[first:last], h, a, b, routing.scale[slot], part)
         old_a, old_b = dA[slot], dB[slot]
         dA[slot] = da if old_a is None else old_a.add_(da)
         dB[slot] = db if old_b is None else old_b.add_(db)

@@ -117,13 +117,13 @@ def test_adapted_products_and_gradients_equal_the_references(kind: str, ranges: 
     weight = stored(torch.randn(75, 130, generator=random), kind)
     A = [torch.randn(r, 130, generator=random) for r in (8, 33)] + [None]
     B = [torch.randn(75, r, generator=random) for r in (8, 33)] + [None]
-    scale = [2.0, 0.5, 0.0]
-    y, hidden = kernels.adapted(x, weight, ranges, A, B, scale)
-    dx, dA, dB = kernels.adapted_backward(dy, x, weight, hidden, ranges, A, B, scale, True)
+    routing = kernels.Routing(ranges, A, B, [2.0, 0.5, 0.0])
+    y, hidden = kernels.adapted(x, weight, routing)
+    dx, dA, dB = kernels.adapted_backward(dy, x, weight, hidden, routing, True)
     expected = reference.matmul(x, weight)
-    kept = reference.low_rank_routed(expected, x, ranges, A, B, scale)
+    kept = reference.low_rank_routed(expected, x, routing)
     truth = reference.matmul_t(dy, weight)
-    tA, tB = reference.low_rank_routed_backward(dy, x, kept, ranges, A, B, scale, truth)
+    tA, tB = reference.low_rank_routed_backward(dy, x, kept, routing, truth)
     assert torch.allclose(y, expected, rtol=1e-4, atol=1e-3)
     assert dx is not None
     assert torch.allclose(dx, truth, rtol=1e-4, atol=1e-3)

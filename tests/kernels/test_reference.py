@@ -175,10 +175,11 @@ def test_a_routed_low_rank_product_has_the_values_and_gradients_of_autograd() ->
             expected[first:last] += scale[slot] * (x[first:last] @ a.T @ b.T)
     expected.backward(dy)
     with torch.no_grad():
-        hidden = reference.low_rank_routed(y, x, RANGES, A, B, scale)
+        routing = kernels.Routing(RANGES, A, B, scale)
+        hidden = reference.low_rank_routed(y, x, routing)
         already = torch.randn(17, 23, generator=generator, dtype=torch.float64)
         dx = already.clone()
-        dA, dB = reference.low_rank_routed_backward(dy, x, hidden, RANGES, A, B, scale, dx)
+        dA, dB = reference.low_rank_routed_backward(dy, x, hidden, routing, dx)
     torch.testing.assert_close(y, expected.detach())
     assert x.grad is not None
     torch.testing.assert_close(dx - already, x.grad)

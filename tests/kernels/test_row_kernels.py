@@ -61,10 +61,9 @@ def test_each_range_its_own_adapter(instructions: str) -> None:
             at = last
         x, y = randn(at + 1, inner, seed=round_), randn(at + 1, outer, seed=round_ + 1)
         expected = y.clone()
-        reference.low_rank_routed(
-            expected, x, [(a, b, i) for i, (a, b) in enumerate(ranges)], [f.A.float() for f in factors],
-            [f.B.float() for f in factors], [f.scale for f in factors],
-        )  # fmt: skip
+        A, B = ([getattr(f, side).float() for f in factors] for side in "AB")
+        routed = [(a, b, i) for i, (a, b) in enumerate(ranges)]
+        reference.low_rank_routed(expected, x, kernels.Routing(routed, A, B, [f.scale for f in factors]))
         assert all(f.ready for f in factors)
         before = y.clone()
         kernels.add_routed(y, x, kernels.Routes(ranges, factors))

@@ -80,8 +80,9 @@ def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pyte
         ([(0, 9, 1)], ["matmul", "matmul_t"]),  # one adapter alone: two plain products
     ):
         with torch.no_grad():
-            _, hidden = kernels.adapted(x, weight, ranges, A, B, [2.0, 0.5, 1.0])
-            kernels.adapted_backward(dy, x, weight, hidden, ranges, A, B, [2.0, 0.5, 1.0], True)
+            routing = kernels.Routing(ranges, A, B, [2.0, 0.5, 1.0])
+            _, hidden = kernels.adapted(x, weight, routing)
+            kernels.adapted_backward(dy, x, weight, hidden, routing, True)
         assert called == expected
         called.clear()
     for eight_bit in (True, False):
@@ -125,6 +126,7 @@ def stored_weights() -> None:
 
 def routed() -> None:
     from graftlm.kernels import reference, triton
+    from graftlm.kernels.routing import Routing
 
     pick = random.Random(2)
     Routed = Callable[..., Sequence[torch.Tensor | None]]
@@ -144,8 +146,9 @@ def routed() -> None:
             forwards, [triton.low_rank_routed_backward, reference.low_rank_routed_backward], [dtype, torch.float32]
         ):
             y, dx = randn(95, outer, seed=5).to(as_type), randn(95, inner, seed=6).to(as_type)
-            hidden = forward(y, x.to(as_type), ranges, A, B, scale)
-            dA, dB = backward(dy.to(as_type), x.to(as_type), hidden, ranges, A, B, scale, dx)
+            routing = Routing(ranges, A, B, scale)
+            hidden = forward(y, x.to(as_type), routing)
+            dA, dB = backward(dy.to(as_type), x.to(as_type), hidden, routing, dx)
             outcomes.append([y, dx, *hidden, *dA, *dB])
         for ours, truth in zip(*outcomes, strict=True):
             assert (ours is None) == (truth is None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.native.library import TWO_TYPES, calls
+from graftlm.kernels.routing import Routing
 from graftlm.kernels.trust import close, sample
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -75,6 +76,14 @@ class Routes:
         count = len(ranges)
         self._ranges = (_long * (2 * count))(*(row for both in ranges for row in both))
         self._factors = (_pointer * count)(*(f.at for f in factors))
+
+    @property
+    def routing(self) -> Routing:
+        """The same for the routed products of training."""
+        ranges = [(first, last, i) for i, (first, last) in enumerate(self.ranges)]
+        return Routing(
+            ranges, [f.A for f in self.factors], [f.B for f in self.factors], [f.scale for f in self.factors]
+        )
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """y (rows, out) += scale (x A^T) B^T in each range; both float32, y's rows end to end."""

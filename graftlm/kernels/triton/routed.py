@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.reference import Range, Slots
+from graftlm.kernels.routing import Range, Routing, Slots
 from graftlm.kernels.triton.device import STAGES, ceil, programs, widen
 from graftlm.kernels.trust import close, sample
 
@@ -48,7 +48,8 @@ def _tiles(ranges: tuple[Range, ...], ranks: tuple[int, ...]) -> tuple[tuple[int
 class _Routes:
     """Tiles and slots of one call as the kernels want them; it keeps alive what the addresses point at."""
 
-    def __init__(self, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float], like: Tensor) -> None:
+    def __init__(self, routing: Routing, like: Tensor) -> None:
+        ranges, A, B = routing.ranges, routing.A, routing.B
         # Serving keeps B turned in memory: then it is read as it lies.
         self.turned = all(b is None or b.T.is_contiguous() for b in B)
         sides = (A, [b if b is None or not self.turned else b.T for b in B])
@@ -60,7 +61,7 @@ class _Routes:
         tiles, self.tokens = _tiles(tuple(ranges), ranks)
         self.count, device = len(tiles) // 3, like.device
         self.tiles, self.ranks = (_table(numbers, torch.int32, device) for numbers in (tiles, ranks))
-        self.scale = _table(tuple(scale), torch.float32, device)
+        self.scale = _table(tuple(routing.scale), torch.float32, device)
         self.pointers = [
             _table(tuple(0 if m is None else m.data_ptr() for m in side), torch.int64, device) for side in self.matrices
         ]
@@ -91,31 +92,29 @@ class _Routes:
             )  # fmt: skip
 
 
-def fits(x: Tensor, y: Tensor, ranges: Sequence[Range], A: Slots) -> bool:
+def fits(x: Tensor, y: Tensor, routing: Routing) -> bool:
     """Whether the routed kernels take these: one float type, rows without gaps inside, ranks up to LARGEST_RANK.
 
     A single range is not theirs: it is two plain products, which the vendor's library takes without any table.
     """
-    ranks = [len(a) for a in A if a is not None]
+    ranks = [len(a) for a in routing.A if a is not None]
     return (
-        len(ranges) > 1
+        len(routing.ranges) > 1
         and x.dtype == y.dtype
         and x.stride(1) == y.stride(1) == 1
         and max(ranks, default=0) <= LARGEST_RANK
     )
 
 
-def low_rank_routed(
-    y: Tensor, x: Tensor, ranges: Sequence[Range], A: Slots, B: Slots, scale: Sequence[float]
-) -> list[Tensor | None]:
+def low_rank_routed(y: Tensor, x: Tensor, routing: Routing) -> list[Tensor | None]:
     """As the reference's: y += s (x A^T) B^T, each range with its slot; returns h of each range."""
-    routes = _Routes(ranges, A, B, scale, x)
+    routes = _Routes(routing, x)
     h = routes.shrink(x, 0, scaled=False)  # (tokens, R)
     routes.expand(h, y, 1, scaled=True)
     return [
-        None if a is None or B[slot] is None or first == last else h[first:last, : len(a)]
-        for (first, last, slot) in ranges
-        for a in (A[slot],)
+        None if a is None or routing.B[slot] is None or first == last else h[first:last, : len(a)]
+        for (first, last, slot) in routing.ranges
+        for a in (routing.A[slot],)
     ]
 
 
@@ -123,25 +122,22 @@ def low_rank_routed_backward(
     dy: Tensor,
     x: Tensor,
     hidden: Sequence[Tensor | None],
-    ranges: Sequence[Range],
-    A: Slots,
-    B: Slots,
-    scale: Sequence[float],
+    routing: Routing,
     dx: Tensor | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """As the reference's: gradients to each slot's A and B; the one to x is added to `dx`."""
-    routes = _Routes(ranges, A, B, scale, dy)
+    routes = _Routes(routing, dy)
     dh = routes.shrink(dy, 1, scaled=True)  # (tokens, R)
     if dx is not None:
         routes.expand(dh, dx, 0, scaled=False)
-    dA: list[Tensor | None] = [None] * len(A)
-    dB: list[Tensor | None] = [None] * len(B)
-    for (first, last, slot), h in zip(ranges, hidden, strict=True):
-        a, b = A[slot], B[slot]
+    dA: list[Tensor | None] = [None] * len(routing.A)
+    dB: list[Tensor | None] = [None] * len(routing.B)
+    for (first, last, slot), h in zip(routing.ranges, hidden, strict=True):
+        a, b = routing.A[slot], routing.B[slot]
         if h is None or a is None or b is None:
             continue
         da = (dh[first:last, : len(a)].T @ x[first:last]).to(a.dtype)  # (r, in)
-        db = (dy[first:last].T @ h).mul_(scale[slot]).to(b.dtype)  # (out, r)
+        db = (dy[first:last].T @ h).mul_(routing.scale[slot]).to(b.dtype)  # (out, r)
         old_a, old_b = dA[slot], dB[slot]
         dA[slot] = da if old_a is None else old_a.add_(da)
         dB[slot] = db if old_b is None else old_b.add_(db)
@@ -166,8 +162,9 @@ def check(device: torch.device) -> bool:
         (reference.low_rank_routed, reference.low_rank_routed_backward, torch.float64, B),
     ):
         y, dx = torch.ones(43, 70, dtype=dtype, device=device), torch.ones(43, 23, dtype=dtype, device=device)
-        hidden = routed(y, x.to(dtype), ranges, A, own, scale)
-        backward(dy.to(dtype), x.to(dtype), hidden, ranges, A, own, scale, dx)
+        routing = Routing(ranges, A, own, scale)
+        hidden = routed(y, x.to(dtype), routing)
+        backward(dy.to(dtype), x.to(dtype), hidden, routing, dx)
         outcomes.append([y.float(), dx.float()])
     *found, truth = outcomes
     return all(close(ours, wanted) for ours in found for ours, wanted in zip(ours, truth, strict=True))
