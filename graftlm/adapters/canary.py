@@ -28,7 +28,7 @@ from torch import Tensor
 from graftlm.adapters.attach import Adapter, attach, detach
 from graftlm.base.chat import Encoder, Message
 from graftlm.base.load import Base
-from graftlm.config import Precision
+from graftlm.config import Compute, Precision
 from graftlm.errors import AdapterError, DataError
 from graftlm.kernels.counter import uniform_words
 from graftlm.segments import Segments, running
@@ -54,7 +54,8 @@ _TOLERANCE = {
 }  # fmt: skip
 _FOUR_BITS = 0.6
 _PRODUCTS = {"float32": 3e-4, "bfloat16": 0.1, "mixed": 0.1}
-"""How far apart the same precision may lie through the order of sums alone, f below, by the type of the products."""
+"""How far apart the same precision may lie through the order of sums alone, f below, by the type of the products. A base
+of `mixed` takes its canary in float32."""
 
 
 # ------------------------------------------------------------------------------------------------------- golden ids
@@ -112,7 +113,7 @@ def prompts(base: Base, text: Sequence[int]) -> list[list[int]]:
 def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> tuple[list[float], list[float]]:
     """What is kept of the logits behind N prompts of one length: of the bare base, and of the adapter; N K numbers each.
 
-    One forward pass of 2 N L tokens, the adapter in a slot of its own for so long.
+    One forward pass of 2 N L tokens, the adapter in a slot of its own for so long; products in `base.compute_dtype`.
     """
     lengths = tuple(len(ids) for ids in given)
     attach(base, adapter, slot=SCRATCH)
@@ -121,10 +122,10 @@ def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> t
             lengths=lengths * 2, slots=(0,) * len(lengths) + (SCRATCH,) * len(lengths), stacked=not base.packs
         )
         ids = torch.tensor([i for one in given for i in one] * 2, device=base.device)  # (2 N L,)
-        with running(segments):
+        with base.unrounded(), running(segments):
             hidden = base.hidden(ids, segments)  # (2 N L, width)
         ends = torch.tensor([start + n - 1 for start, n in zip(segments.starts, segments.lengths)], device=base.device)
-        with running(Segments(lengths=(1,) * len(ends), slots=segments.slots)):
+        with base.unrounded(), running(Segments(lengths=(1,) * len(ends), slots=segments.slots)):
             logits = base.logits(hidden[ends]).float()  # (2 N, V)
     finally:
         detach(base, slot=SCRATCH)
@@ -165,7 +166,12 @@ def take(base: Base, adapter: Adapter, text: Sequence[int]) -> dict[str, Any]:
         raise AdapterError("the adapter's logits are not finite; it is not saved")
     kinds: tuple[Precision, ...] = get_args(Precision)
     tolerance = {kind: _TOLERANCE.get(frozenset({base.precision, kind}), _FOUR_BITS) for kind in kinds}
-    return {"prompts": given, "base": bare, "adapter": on, "tolerance": tolerance}
+    return {"prompts": given, "base": bare, "adapter": on, "tolerance": tolerance, "products": _products(base)}
+
+
+def _products(base: Base) -> Compute:
+    """The type in which a base's canary is taken."""
+    return "float32" if base.compute == "mixed" else base.compute
 
 
 def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> float:
@@ -187,7 +193,7 @@ def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trai
             f"{name}: the canary keeps {len(kept['adapter'])} numbers, expected {len(on)}; it is damaged"
         )
     t = kept["tolerance"].get(base.precision, _FOUR_BITS)
-    f = max(_PRODUCTS[base.compute], _PRODUCTS[trained["compute"]])
+    f = max(_PRODUCTS[_products(base)], _PRODUCTS[kept.get("products") or trained["compute"]])
     off = distance(bare, kept["base"])
     if not off <= t + f:
         raise AdapterError(

@@ -70,6 +70,8 @@ class _Canary(_Part):
     base: list[float]
     adapter: list[float]
     tolerance: dict[Precision, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    products: Compute | None = None
+    """In which type they were taken; None, of manifests before this entry: in that of training."""
 
 
 class _Lineage(_Part):

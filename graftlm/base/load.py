@@ -68,6 +68,23 @@ class Base:
     def compute_dtype(self) -> torch.dtype:
         return DTYPES[self.compute]
 
+    @contextlib.contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """While open, the products of a base in `mixed` are float32's: what is compared with other machines."""
+        if self.compute != "mixed":
+            yield
+            return
+        self.round_products(False)
+        try:
+            yield
+        finally:
+            self.round_products(True)
+
+    def round_products(self, on: bool) -> None:
+        """Whether products round both sides to bfloat16, from now on."""
+        for module in self.stored().values():
+            module.narrow = on
+
     @cached_property
     def fingerprint(self) -> str:
         """The base's identity by content; `random` for fresh weights, which have no checkpoint."""
@@ -206,17 +223,18 @@ def load_base(
     init: Literal["pretrained", "random"] = "pretrained",
     seed: int = 0,
     trust_remote_code: bool = False,
+    training: bool = False,
 ) -> Base:
     """Find, check and load a base model.
 
-    The storage `precision` is the user's, `compute` the hardware's unless given. Raises ModelError.
+    The storage `precision` is the user's, `compute` the hardware's for `training` or elsewhere unless given. Raises ModelError.
     """
     place = default_device(device)
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
     config = load_config(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     with _memory_explained(name, precision, place):
-        chosen = compute or default_compute(place)
+        chosen = compute or default_compute(place, training=training)
         if chosen == "mixed" and not (place.type == "cpu" and kernels.narrows()):
             raise ModelError(
                 f"compute mixed needs a CPU that multiplies bfloat16 (AVX-512 BF16), found {kernels.backend(place)} on "
@@ -281,9 +299,7 @@ def _understood(
     )
     base.fused = fuse(model, DTYPES[compute])
     _choose_attention(base)
-    for module in base.model.modules():
-        if isinstance(module, Stored):
-            module.narrow = compute == "mixed"
+    base.round_products(compute == "mixed")
     return base
 
 

@@ -34,8 +34,8 @@ class TrainConfig(Config):
     )
     compute: Compute | None = option(
         None,
-        "type in which products run; mixed: in bfloat16 between float32 states, on CPUs with AVX-512 BF16; "
-        "default bfloat16 where it is fastest, else float32",
+        "type in which products run; mixed: rounded to bfloat16 and summed in float32 between float32 states, on CPUs with "
+        "AVX-512 BF16 and the default there; elsewhere bfloat16 where it is fastest, else float32",
         group="base",
     )
     init: Literal["pretrained", "random"] = option(

@@ -124,7 +124,7 @@ def narrows() -> bool:
 def matmul(x: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     """x (..., in) with W (out, in) dense or stored -> x @ W.T (..., out), in x's type.
 
-    `narrow`, here and below: see `narrows`. Where it is false, and for few rows, products are those of x's type.
+    `narrow`, here and below: see `narrows`. Where it is false, products are those of x's type.
     """
     for fast in (native,) if isinstance(weight, Tensor) else (native, triton):
         if fast.usable("matmul", x):

@@ -49,7 +49,7 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
         with view.working("loading the base"):
             base = load_base(
                 config.model, precision=precision, compute=config.compute, device=config.device,
-                init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code,
+                init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
             )  # fmt: skip
         give_back()  # what was used for that
         set_checkpointing(config, base)

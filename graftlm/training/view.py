@@ -65,7 +65,8 @@ class View:
         """What was loaded and how it will run."""
         self.fact("base", f"{base.name}: {count(base.parameters)} parameters as {base.precision}, {size(base.bytes)}")
         how = "documents packed end to end" if base.packs else f"stacks of equally long documents: {base.why_not}"
-        self.fact("", f"products in {base.compute} on {base.device.type}; {how}")
+        products = "bfloat16 summed in float32" if base.compute == "mixed" else base.compute
+        self.fact("", f"products in {products} on {base.device.type}; {how}")
         for name, why in list(base.kept.items())[:5]:
             self.fact("", f"kept as it is: {name}, {why}")
         if len(base.kept) > 5:

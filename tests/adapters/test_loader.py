@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from graftlm import kernels
 from graftlm.adapters import canary, fit
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import attach, detach
@@ -289,6 +290,22 @@ def test_the_same_base_in_another_precision_is_taken_with_a_note(saved: Path, pr
     assert adapter.origin is not None
     (note,) = adapter.origin.notes
     assert f"trained on a base in float32 and runs on {precision}: its logits differ by" in note
+
+
+def test_a_canary_of_products_in_bfloat16_is_taken_in_float32(base: Base, tmp_path: Path) -> None:
+    if not kernels.narrows():
+        pytest.skip("this processor has no bfloat16 instructions")
+    mixed = loaded(tiny_run.folder(), compute="mixed")
+    exact, rounded = write(base, tmp_path / "exact"), write(mixed, tmp_path / "rounded")
+    one, other = (json.loads((folder / MANIFEST).read_text()) for folder in (exact, rounded))
+    assert other["base"]["compute"] == "mixed"
+    assert one["canary"] == other["canary"]
+    for place, folder in ((base, rounded), (mixed, exact), (mixed, rounded)):
+        found = adapter_format.load(place, folder)
+        assert found.origin is not None
+        assert found.origin.notes == ()
+    rewrite(rounded, lambda m: m["canary"].pop("products"))  # as it was written before that entry
+    adapter_format.load(base, rounded)
 
 
 def test_a_precision_whose_tolerance_is_passed_is_refused(saved: Path) -> None:

@@ -22,6 +22,7 @@ from graftlm import kernels
 from graftlm.base import hf
 from graftlm.base.linear import Stored
 from graftlm.base.load import Base, default_device, load_base, load_tokenizer, resolve
+from graftlm.base.precision import default_compute
 from graftlm.errors import ModelError
 
 
@@ -420,6 +421,19 @@ def test_mixed_compute_is_refused_where_the_processor_has_no_bfloat16_products(m
         load_base(str(tiny.folder("llama")), compute="mixed", device="cpu")
 
 
+@pytest.mark.parametrize(("flags", "narrows", "training", "elsewhere"), [
+    ("amx_bf16", True, "bfloat16", "bfloat16"), ("avx512_bf16", True, "mixed", "float32"),
+    ("avx2", False, "float32", "float32"),
+])  # fmt: skip
+def test_training_takes_the_products_that_are_fastest_on_this_processor(
+    flags: str, narrows: bool, training: str, elsewhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftlm.kernels.narrows", lambda: narrows)
+    monkeypatch.setattr("graftlm.base.precision._cpu_multiplies_bfloat16_faster", lambda: flags == "amx_bf16")
+    assert default_compute(torch.device("cpu"), training=True) == training
+    assert default_compute(torch.device("cpu")) == elsewhere
+
+
 def test_mixed_compute_narrows_every_stored_product_and_keeps_the_states_in_float32() -> None:
     if not kernels.narrows():
         pytest.skip("this processor has no bfloat16 instructions")
@@ -428,3 +442,6 @@ def test_mixed_compute_narrows_every_stored_product_and_keeps_the_states_in_floa
     assert stored
     assert all(module.narrow for module in stored)
     assert base.compute_dtype == torch.float32
+    with base.unrounded():
+        assert not any(module.narrow for module in stored)
+    assert all(module.narrow for module in stored)

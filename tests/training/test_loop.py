@@ -12,10 +12,11 @@ import tiny
 import torch
 from torch import Tensor
 
+from graftlm import kernels
 from graftlm.adapters.attach import Adapter
 from graftlm.base import hf
 from graftlm.base.load import Base, load_base
-from graftlm.config import Precision
+from graftlm.config import Compute, Precision
 from graftlm.data.order import make_order
 from graftlm.errors import TrainingError
 from graftlm.training.loop import StepResult, lay_out, optimizer_step, passes, row_losses, train
@@ -30,8 +31,16 @@ HELD_OUT = tiny.documents((6, 11, 8), seed=5)
 EPSILON = 0.1
 
 
-def loaded(precision: Precision = "float32", architecture: str = "llama") -> Base:
-    return load_base(str(tiny.folder(architecture)), precision=precision, compute="float32", device="cpu")
+def loaded(precision: Precision = "float32", architecture: str = "llama", compute: Compute = "float32") -> Base:
+    return load_base(str(tiny.folder(architecture)), precision=precision, compute=compute, device="cpu")
+
+
+@pytest.fixture(params=["float32", "mixed"])
+def compute(request: pytest.FixtureRequest) -> Compute:
+    """The types of products that keep the residual stream in float32."""
+    if request.param == "mixed" and not kernels.narrows():
+        pytest.skip("this processor has no bfloat16 instructions")
+    return request.param
 
 
 def started(base: Base, method: str, *, dropout: float = 0.0, slot: int = 1, **changes: Any) -> Trial:
@@ -49,7 +58,7 @@ def weights(trial: Trial) -> dict[str, Tensor]:
 
 
 def trained(method: str, tokens_per_pass: int, **changes: Any) -> dict[str, Tensor]:
-    base = loaded(changes.pop("precision", "float32"))
+    base = loaded(changes.pop("precision", "float32"), compute=changes.pop("compute", "float32"))
     if changes.pop("checkpointing", False):
         assert base.anatomy.checkpoint_layers(True) == 2
     trial = started(base, method, **changes)
@@ -72,21 +81,30 @@ METHODS = [("full", 0.0), ("lora", 0.0), ("lora", 0.4)]
 @pytest.mark.parametrize(("method", "dropout"), METHODS)
 @pytest.mark.parametrize("tokens_per_pass", [1, 20])
 def test_splitting_the_same_rows_otherwise_gives_the_same_weights(
-    method: str, dropout: float, tokens_per_pass: int
+    method: str, dropout: float, tokens_per_pass: int, compute: Compute
 ) -> None:
-    whole = trained(method, 10_000, dropout=dropout)
-    assert far(whole, trained(method, tokens_per_pass, dropout=dropout)) < 1e-6
+    whole = trained(method, 10_000, dropout=dropout, compute=compute)
+    assert far(whole, trained(method, tokens_per_pass, dropout=dropout, compute=compute)) < 1e-6
 
 
 @pytest.mark.parametrize(("method", "dropout"), METHODS)
-def test_the_same_training_twice_gives_the_same_bits(method: str, dropout: float) -> None:
-    assert far(trained(method, 25, dropout=dropout), trained(method, 25, dropout=dropout)) == 0
+def test_the_same_training_twice_gives_the_same_bits(method: str, dropout: float, compute: Compute) -> None:
+    once, again = (trained(method, 25, dropout=dropout, compute=compute) for _ in range(2))
+    assert far(once, again) == 0
 
 
 @pytest.mark.parametrize(("method", "dropout"), METHODS)
-def test_activation_checkpointing_changes_no_bit(method: str, dropout: float) -> None:
-    plain = trained(method, 25, dropout=dropout)
-    assert far(plain, trained(method, 25, dropout=dropout, checkpointing=True)) == 0
+def test_activation_checkpointing_changes_no_bit(method: str, dropout: float, compute: Compute) -> None:
+    plain = trained(method, 25, dropout=dropout, compute=compute)
+    assert far(plain, trained(method, 25, dropout=dropout, compute=compute, checkpointing=True)) == 0
+
+
+def test_products_in_bfloat16_train_as_those_in_float32_do() -> None:
+    if not kernels.narrows():
+        pytest.skip("this processor has no bfloat16 instructions")
+    for method in ("full", "lora"):
+        exact, rounded = (trained(method, 25, compute=compute) for compute in ("float32", "mixed"))
+        assert 0 < far(exact, rounded) < 1e-2
 
 
 def test_dropout_changes_what_is_learnt() -> None:
@@ -129,7 +147,7 @@ def test_untrained_tokens_get_no_logits() -> None:
     assert sum(counted) == sum(int(row.trained[1:].sum()) for row in ROWS) < sum(len(row.ids) - 1 for row in ROWS)
 
 
-def test_two_trials_in_one_loop_learn_what_each_learns_alone() -> None:
+def test_two_trials_in_one_loop_learn_what_each_learns_alone(compute: Compute) -> None:
     def trials(base: Base, slots: Sequence[int]) -> list[Trial]:
         made: list[Trial] = []
         for slot in slots:
@@ -139,12 +157,12 @@ def test_two_trials_in_one_loop_learn_what_each_learns_alone() -> None:
             made.append(trial)
         return made
 
-    base = loaded()
+    base = loaded(compute=compute)
     together = trials(base, (1, 2))
     train(base, together, 30, tiny.Heard())
     assert [trial.step for trial in together] == [3, 2]
     for slot, beside in zip((1, 2), together):
-        base = loaded()
+        base = loaded(compute=compute)
         alone = trials(base, (slot,))
         train(base, alone, 30, tiny.Heard())
         assert far(weights(alone[0]), weights(beside)) < 1e-6

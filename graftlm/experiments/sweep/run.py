@@ -52,7 +52,7 @@ def sweep(config: SweepConfig, view: SweepView) -> Found:
     with view.working("loading the base"):
         base = load_base(
             config.model, precision=stored_precision(any_setting), compute=config.compute, device=config.device,
-            init="pretrained", seed=0, trust_remote_code=config.trust_remote_code,
+            init="pretrained", seed=0, trust_remote_code=config.trust_remote_code, training=True,
         )  # fmt: skip
     set_checkpointing(any_setting, base)
     view.base(base)

@@ -87,9 +87,10 @@ def usable(operation: str, tensor: Tensor) -> bool:
 def multiplies(x: Tensor, narrow: bool = False) -> bool:
     """Whether products of these rows, x (rows, in), are taken with our own `gemm.c` rather than PyTorch's.
 
-    Those in float32 where that is faster, `narrow` ones wherever the processor has instructions for them.
+    Those in float32 where that is faster, `narrow` ones wherever the processor has instructions for them: of few rows too,
+    since what a token gives must not depend on how many stand beside it.
     """
-    return len(x) > FEW_ROWS and _takes(x, narrow)
+    return (len(x) > FEW_ROWS or (narrow and library.get().narrows)) and _takes(x, narrow)
 
 
 def _takes(x: Tensor, narrow: bool) -> bool:

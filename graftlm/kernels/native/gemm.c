@@ -145,7 +145,8 @@ static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n
         for (int term = 0; term < p->terms; term++) {
             const struct graft_matrix *a = p->a + term, *b = p->b + term;
             /* Packing pays where what is packed is read often enough. */
-            const int narrow = b->narrow && set->narrow_pack_b && p->n > 2 * nr && p->m > 2 * mr; /* whatever this thread's share of it */
+            /* Whatever this thread's share of it, and however many rows: a row's result does not depend on the others. */
+            const int narrow = b->narrow && set->narrow_pack_b && p->n > 2 * nr;
             const int loose_a = !narrow && columns <= 2 * nr;
             const int loose_b = !narrow && b->kind == GRAFT_FLOAT32 && b->along && m1 - m0 <= 2 * mr;
             const int64_t k_step = even_step(p->k[term], MOST_K, SPAN);

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import TWO_TYPES, calls
+from graftlm.kernels.native.library import TWO_TYPES, calls, get
 from graftlm.kernels.stored import Nf4, Weight
 from graftlm.kernels.trust import close, sample
 
@@ -181,6 +181,9 @@ def check() -> bool:
         and close(multiply([(dy[:, : w.shape[0]], w, False)]), reference.matmul_t(dy[:, : w.shape[0]], w))
         for w in weights
     )
+    if get().narrows:
+        rounded = x.bfloat16().float() @ dense.bfloat16().float().T
+        good = good and all(close(multiply([(x, w, True)], narrow=True), rounded) for w in weights[:2])
     narrow = multiply([(x, dense, True), (x[:, :5], dense[:, :5], True)], alpha=0.5)
     turned = multiply([(x.T, dense[:53], False)], out=torch.ones(331, 331), add=True)
     return (
