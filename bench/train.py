@@ -7,6 +7,10 @@ Each side is a process of its own, and they take turns step by step: one works, 
 machine falls on all of them. The median step counts, after those that warm up (Graft watches its first three). Beside them
 runs a third process that takes nothing but the matrix products of such a step. Nothing else may run meanwhile.
 
+Products run in the type that each side takes by itself on this processor: Graft's default for training, the peer's float32.
+With `--types` both also take part with the other one: Graft in float32 where that is not its default, the peer under its
+own bfloat16 (`bf16=True`).
+
 The peer is set up as its documentation says: SFTTrainer, PEFT on all linear layers, BitsAndBytesConfig nf4 with double
 quantization; padded as it defaults to, and where asked once more with its own packing, alone. Losses on held-out rows after
 the same steps stand beside the speeds: speed that changes the training does not count.
@@ -204,7 +208,7 @@ def peer_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
 
     from graftlm.planning.measured import PeakMemory
 
-    method = work["method"]
+    method, bf16 = work["method"], work.get("bf16", False)
     data = load_dataset("json", data_files={"train": work["train"], "valid": work["valid"]})
     idle = PeakMemory(torch.device("cpu"))
 
@@ -220,7 +224,7 @@ def peer_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
         if method == "qlora":
             extra["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.float32,
+                bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
             )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(work["model"], **extra)
         trainer = SFTTrainer(
@@ -230,7 +234,7 @@ def peer_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
                 output_dir=out, num_train_epochs=1, per_device_train_batch_size=1 if work["packing"] else BATCH,
                 learning_rate=RATES[method],
                 lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0, report_to="none", save_strategy="no",
-                logging_steps=1000, use_cpu=True, bf16=False, gradient_checkpointing=False, packing=work["packing"],
+                logging_steps=1000, use_cpu=True, bf16=bf16, gradient_checkpointing=False, packing=work["packing"],
                 max_length=1280, disable_tqdm=True, seed=0,
             ),
             train_dataset=data["train"],
@@ -359,11 +363,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--packing", nargs="+", choices=methods, default=(), help="methods that the peer also runs with its own packing"
     )
     parser.add_argument(
-        "--mixed",
+        "--types",
         nargs="+",
         choices=methods,
         default=(),
-        help="methods that we also run with --compute mixed (AVX-512 BF16)",
+        help="methods that both sides also run in the other type of products: see above",
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -376,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"the E2E set is not there: {SHARED}")
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for method, found in measure(
-        options.shape, options.methods, options.steps, options.warm_up, packing=options.packing, mixed=options.mixed
+        options.shape, options.methods, options.steps, options.warm_up, packing=options.packing, types=options.types
     ):
         results[method] = found
         print(line(method, found), flush=True)
@@ -391,11 +395,14 @@ def measure(
     warm_up: int,
     *,
     packing: Sequence[str] = (),
-    mixed: Sequence[str] = (),
+    types: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """Each method with its figures by side, as soon as they are there."""
-    from graftlm import kernels
+    import torch
 
+    from graftlm.base.precision import default_compute
+
+    own = default_compute(torch.device("cpu"), training=True)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / shape
         make_model(shape, model)
@@ -410,13 +417,16 @@ def measure(
         common.update(per_example(common))
         for method in methods:
             work = {**common, "method": method}
-            found = in_turns(dict.fromkeys(SIDES, work))
+            sides = dict.fromkeys(SIDES, work)
+            if method in types:
+                if own != "float32":
+                    sides["graft float32"] = {**work, "compute": "float32"}
+                sides["trl bf16"] = {**work, "bf16": True}
+            found = in_turns(sides)
             bare = found.pop("bare")
             found["graft"].update(bare_seconds_per_step=bare["seconds_per_step"], bare_seconds=bare["seconds"])
             if method in packing:
                 found.update(in_turns({"trl packed": {**work, "packing": True}}))
-            if method in mixed and kernels.narrows():
-                found.update(in_turns({"graft mixed": {**work, "compute": "mixed"}}))
             yield method, found
 
 
