@@ -67,7 +67,8 @@ def segment_attention(
     if query.shape[2] != pass_segments.tokens or key.shape[2] != pass_segments.tokens:
         raise UnsupportedAttention(f"{query.shape[2]} queries for {pass_segments.tokens} tokens")
     groups = query.shape[1] // key.shape[1]
-    q, k, v = (t.transpose(1, 2)[0] for t in (query, key, value))  # (T, H or K, D)
+    # The batch is one row; an index would fill zeros around its gradient.
+    q, k, v = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))  # (T, H or K, D)
     if pass_segments.past is not None:
         layer = getattr(module, "layer_idx", None)
         if layer is None:

@@ -8,8 +8,8 @@
  *
  * The shape of it is that of Goto and van de Geijn (2008): K is cut into pieces of at most MOST_K; of B a piece is packed
  * in panels as wide as a tile, of A in panels as high as one that stay in the second-level cache, and a kernel keeps a tile's
- * sums in registers. `gemm_avx2.c` and `gemm_avx512.c` fill panels and multiply tiles. Narrow operands that would be used for
- * one or two panels only are read where they lie. Every element of C is summed in the same order whatever the number of
+ * sums in registers. `gemm_avx2.c` and `gemm_avx512.c` fill panels and multiply tiles. Operands that would be used for one
+ * or two tiles only are read where they lie, where that is not slower: rows of B far apart are, with few of them in the first cache. Every element of C is summed in the same order whatever the number of
  * threads.
  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
@@ -148,7 +148,7 @@ static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n
             /* Whatever this thread's share of it, and however many rows: a row's result does not depend on the others. */
             const int narrow = b->narrow && set->narrow_pack_b && p->n > 2 * nr;
             const int loose_a = !narrow && columns <= 2 * nr;
-            const int loose_b = !narrow && b->kind == GRAFT_FLOAT32 && b->along && m1 - m0 <= 2 * mr;
+            const int loose_b = !narrow && b->kind == GRAFT_FLOAT32 && b->along && m1 - m0 <= 4;
             const int64_t k_step = even_step(p->k[term], MOST_K, SPAN);
             for (int64_t k = 0; k < p->k[term]; k += k_step) {
                 const int64_t count = least(k_step, p->k[term] - k);
@@ -180,7 +180,7 @@ static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n
                             } else {
                                 t.b = packed_b + j * words, t.b_row = nr;
                             }
-                            set->multiply(t, least(mr, rows - i), least(nr, columns - j), !loose_a && !loose_b, narrow);
+                            set->multiply(&t, least(mr, rows - i), least(nr, columns - j), !loose_a && !loose_b, narrow);
                         }
                 }
                 add = 1;
@@ -251,9 +251,13 @@ EXPORT int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const s
     double work = (double)m * (double)n * (double)all;
     if (work < 2e5) threads = 1;
     if (threads < 1) threads = 1;
-    /* One piece a thread, along the longer side: what the other side packs, each thread packs for itself. */
+    /* One piece a thread, along the longer side: what the other side packs, each thread packs for itself. Where rows of 4-bit
+     * codes are cut, it is between blocks. */
+    int unit = set->columns;
+    for (int i = 0; i < terms; i++)
+        if (b[i].kind == GRAFT_NF4 && b[i].along && n >= threads * SPAN) unit = SPAN;
     if (n >= m || n >= threads * 4 * SPAN) {
-        p.n_step = even_step(n, (n + threads - 1) / threads, threads > 1 && n < threads * SPAN ? set->columns : SPAN), p.m_step = m;
+        p.n_step = even_step(n, (n + threads - 1) / threads, unit), p.m_step = m;
     } else {
         p.m_step = even_step(m, (m + threads - 1) / threads, set->rows), p.n_step = n;
     }

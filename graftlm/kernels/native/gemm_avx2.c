@@ -132,20 +132,20 @@ SUMS(loose_6_narrow, 6, 1, 0, 1)
 SUMS(loose_4, 4, 2, 0, 1)
 SUMS(loose_1, 1, 2, 0, 1)
 
-AVX2 static void multiply(struct tile t, int rows, int columns, int packed, int narrow) {
+AVX2 static void multiply(struct tile *t, int rows, int columns, int packed, int narrow) {
     (void)narrow;
-    t.mask = columns >= NR ? 0xffff : (1u << columns) - 1;
+    t->mask = columns >= NR ? 0xffff : (1u << columns) - 1;
     while (rows > 0) {
         int here = rows >= MR ? MR : rows >= 4 ? 4 : 1;
         if (here == MR && packed)
-            columns >= NR ? packed_6(&t) : packed_6_masked(&t);
+            columns >= NR ? packed_6(t) : packed_6_masked(t);
         else if (here == MR)
-            columns <= 8 ? loose_6_narrow(&t) : loose_6(&t);
+            columns <= 8 ? loose_6_narrow(t) : loose_6(t);
         else if (packed)
-            here == 4 ? packed_4(&t) : packed_1(&t);
+            here == 4 ? packed_4(t) : packed_1(t);
         else
-            here == 4 ? loose_4(&t) : loose_1(&t);
-        t.a += here * t.a_row, t.c += here * t.c_row, rows -= here;
+            here == 4 ? loose_4(t) : loose_1(t);
+        t->a += here * t->a_row, t->c += here * t->c_row, rows -= here;
     }
 }
 

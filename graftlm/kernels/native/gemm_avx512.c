@@ -222,7 +222,11 @@ INLINE AVX512_BF16 __m512 multiply_add_words(__m512 a, __m512 b, __m512 c) {
 #define SUMS(name, set, multiply, rows, wide, packed, masked)                                                           \
 set static void name(const struct tile *t) {                                                                            \
     __m512 c[MR][2];                                                                                                    \
-    UNROLLED for (int i = 0; i < rows; i++) c[i][0] = c[i][1] = _mm512_setzero_ps();                                    \
+    UNROLLED for (int i = 0; i < rows; i++) {                                                                           \
+        c[i][0] = c[i][1] = _mm512_setzero_ps();                                                                        \
+        UNROLLED for (int j = 0; j < wide; j++)                                                                         \
+            __builtin_prefetch(t->c + i * t->c_row + 16 * j, 1); /* to be there when the sums are */                    \
+    }                                                                                                                   \
     const float *b = t->b;                                                                                              \
     const int64_t a_row = packed ? 1 : t->a_row, a_column = packed ? MR : t->a_column, b_row = packed ? NR : t->b_row;  \
     const float *a[3] = {t->a, t->a + 4 * a_row, t->a + 8 * a_row};                                                     \
@@ -259,32 +263,32 @@ SUMS(words_12_masked, AVX512_BF16, multiply_add_words, 12, 2, 1, 1)
 SUMS(words_4, AVX512_BF16, multiply_add_words, 4, 2, 1, 1)
 SUMS(words_1, AVX512_BF16, multiply_add_words, 1, 2, 1, 1)
 
-AVX512 static void multiply(struct tile t, int rows, int columns, int packed, int narrow) {
-    t.mask = columns >= NR ? 0xffffffffu : (1u << columns) - 1;
+AVX512 static void multiply(struct tile *t, int rows, int columns, int packed, int narrow) {
+    t->mask = columns >= NR ? 0xffffffffu : (1u << columns) - 1;
     if (narrow && rows == MR) {
-        columns >= NR ? words_12(&t) : words_12_masked(&t);
+        columns >= NR ? words_12(t) : words_12_masked(t);
         return;
     }
     while (narrow && rows > 0) {
         int here = rows >= 4 ? 4 : 1;
-        here == 4 ? words_4(&t) : words_1(&t);
-        t.a += here, t.c += here * t.c_row, rows -= here;
+        here == 4 ? words_4(t) : words_1(t);
+        t->a += here, t->c += here * t->c_row, rows -= here;
     }
     if (rows == MR && packed) {
-        columns >= NR ? packed_12(&t) : packed_12_masked(&t);
+        columns >= NR ? packed_12(t) : packed_12_masked(t);
         return;
     }
     if (rows == MR) {
-        columns <= 16 ? loose_12_narrow(&t) : loose_12(&t);
+        columns <= 16 ? loose_12_narrow(t) : loose_12(t);
         return;
     }
     while (rows > 0) {
         int here = packed && rows >= 8 ? 8 : rows >= 4 ? 4 : 1;
         if (packed)
-            here == 8 ? packed_8(&t) : here == 4 ? packed_4(&t) : packed_1(&t);
+            here == 8 ? packed_8(t) : here == 4 ? packed_4(t) : packed_1(t);
         else
-            here == 4 ? loose_4(&t) : loose_1(&t);
-        t.a += here * t.a_row, t.c += here * t.c_row, rows -= here;
+            here == 4 ? loose_4(t) : loose_1(t);
+        t->a += here * t->a_row, t->c += here * t->c_row, rows -= here;
     }
 }
 
