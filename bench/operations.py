@@ -67,6 +67,7 @@ def rows_of(size: int) -> list[tuple[str, Contenders, dict[str, str]]]:
     into, new, one, some, wide, back, quantize, one8, wide8 = rows
     into[1]["memory copy"] = lambda: out_too.copy_(W)
     into[2]["memory copy"] = "goal 0.8x"
+    into[1]["filling it with one number"] = lambda: out_too.fill_(1.0)  # what no way of making its values goes below
     new[1]["memory copy"] = W.clone
     one[1]["dense float32"] = one8[1]["dense float32"] = lambda: torch.mv(W, x[0])
     one[1]["dense bfloat16"] = lambda: torch.mv(W16, x16[0])

@@ -1,7 +1,8 @@
 """What the CPU benchmarks found, put beside what was asked for: bars, tables, and the sections of pages that are made of them.
 
 A bar is a figure with what it must reach and what it should. Everything here is a function from `cpu.json` to values or
-text; `suite.py` runs the benchmarks and writes the files.
+text; `suite.py` runs the benchmarks and writes the files. `cpu.json` holds the parts by the processor's instruction set (as
+PyTorch names it): figures of two processors never stand in one table.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 
 import ladder
 import scaling
-from train import BATCH
+from train import BATCH, peer
 
-Results = Mapping[str, Any]
+Parts = Mapping[str, Any]
+"""Each benchmark of one instruction set by its name."""
+Results = Mapping[str, Parts]
+"""By instruction set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +91,19 @@ def train_bars(figures: Mapping[str, Any]) -> list[Bar]:
     shape, results = figures["shape"], figures["results"]
     found: list[Bar] = []
     for method, sides in results.items():
-        ours, theirs, name = sides["graft"], sides["trl"], f"{shape.upper()} {_NAMES[method]}"
+        ours, (their_speed, their_memory), name = sides["graft"], peer(sides), f"{shape.upper()} {_NAMES[method]}"
         must, goal = _SPEED.get(shape, {}).get(method, (None, None))
-        ratio = ours["examples_per_second"] / theirs["examples_per_second"]
+        ratio = ours["examples_per_second"] / their_speed
         found.append(Bar(what=f"{name}, examples/s beside TRL", measured=ratio, must=must, goal=goal))
+        if "trl bf16" in sides:
+            exact = sides.get("graft float32", ours)["examples_per_second"] / sides["trl"]["examples_per_second"]
+            found.append(Bar(what=f"{name}, examples/s beside TRL, both in float32", measured=exact))
         packed = sides.get("trl packed")
         if packed is not None:
             ratio = ours["examples_per_second"] / packed["examples_per_second"]
             found.append(Bar(what=f"{name}, examples/s beside TRL with its packing", measured=ratio))
-        mixed = sides.get("graft mixed")
-        if mixed is not None:
-            ratio = mixed["examples_per_second"] / theirs["examples_per_second"]
-            found.append(Bar(what=f"{name}, examples/s beside TRL, ours with --compute mixed", measured=ratio))
         must, goal = _MEMORY.get(shape, (None, None))
-        ratio = ours["peak_memory"] / theirs["peak_memory"]
+        ratio = ours["peak_memory"] / their_memory
         found.append(Bar(what=f"{name}, peak memory beside TRL", measured=ratio, must=must, goal=goal, more=False))
         bare = ours.get("bare_seconds_per_step")
         if bare:
@@ -171,13 +174,21 @@ def train_table(figures: Mapping[str, Any]) -> str:
 
 
 def page(results: Results, figures: str = "cpu.json") -> str:
-    """The page beside the file of `figures`: the machine, the bars, both sides' figures, the growth; what failed is named."""
+    """The page beside the file of `figures`: for each instruction set the bars, both sides' figures, the growth; what failed
+    is named."""
     about = (
         f"Written by `make bench` from `{figures}`. Parts ran one after another; nothing else should run meanwhile, which is "
-        "not checked."
+        "not checked. `trl bf16` is the peer under its own bfloat16; beside TRL means beside the faster of its two."
     )
     lines = ["# CPU benchmarks", "", about, ""]
-    parts = results["parts"]
+    for instructions, parts in results.items():
+        lines += [f"# {instructions}", "", *_of_one(parts), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _of_one(parts: Parts) -> list[str]:
+    """The lines of one instruction set."""
+    lines: list[str] = []
     bars = [bar for name, part in parts.items() for bar in bars_of(name, part.get("figures") or {})]
     if bars:
         lines += [bar_table(bars), ""]
@@ -210,7 +221,7 @@ def page(results: Results, figures: str = "cpu.json") -> str:
             lines.append("")
         else:
             lines += ["Its figures are in `cpu.json`.", ""]
-    return "\n".join(lines).rstrip() + "\n"
+    return lines
 
 
 def machine(found: Mapping[str, Any]) -> str:
@@ -243,25 +254,32 @@ class Section:
 
 
 def performance(results: Results) -> str:
-    """The README's table: speed and memory beside the peers, and the ladder's fullest rung."""
-    lines: list[str] = []
-    rows: list[str] = []
-    where = None
-    for name, part in results["parts"].items():
-        figures = part.get("figures")
-        if not name.startswith("train") or not figures:
-            continue
-        where = where or part
-        for method, sides in figures["results"].items():
-            ours, theirs = sides["graft"], sides["trl"]
-            speed = ours["examples_per_second"] / theirs["examples_per_second"]
-            memory = ours["peak_memory"] / theirs["peak_memory"]
-            rows.append(f"| {figures['shape'].upper()} {_NAMES[method]} | {speed:.1f}x | {memory:.2f}x |")
-    if where is not None:
-        lines += [f"Beside TRL, PEFT and bitsandbytes ({machine(where['machine'])}, {where['date'][:10]}):", ""]
-        lines += ["| | examples/s | memory |", "|---|---:|---:|", *rows, ""]
-    if not any(part.get("figures") for part in results["parts"].values()):
+    """The README's table: speed and memory beside the peers, a pair of columns for each instruction set."""
+    rows: dict[str, dict[str, str]] = {}
+    where: dict[str, str] = {}
+    for instructions, parts in results.items():
+        for name, part in parts.items():
+            figures = part.get("figures")
+            if not name.startswith("train") or not figures:
+                continue
+            where[instructions] = f"{machine(part['machine'])}, {part['date'][:10]}"
+            for method, sides in figures["results"].items():
+                ours, (speed, memory) = sides["graft"], peer(sides)
+                ratios = ours["examples_per_second"] / speed, ours["peak_memory"] / memory
+                row = rows.setdefault(f"{figures['shape'].upper()} {_NAMES[method]}", {})
+                row[instructions] = f"{ratios[0]:.1f}x | {ratios[1]:.2f}x"
+    if not any(part.get("figures") for parts in results.values() for part in parts.values()):
         return ""
+    lines: list[str] = []
+    if rows:
+        titles = " | ".join(f"{name}: examples/s | memory" for name in where)
+        lines += [
+            f"Beside TRL, PEFT and bitsandbytes, the faster of their float32 and bfloat16 ({'; '.join(where.values())}):",
+            "",
+        ]
+        lines += [f"| | {titles} |", "|---|" + "---:|---:|" * len(where)]
+        lines += [f"| {name} | {' | '.join(row.get(i, ' | ') for i in where)} |" for name, row in rows.items()]
+        lines.append("")
     lines.append(
         "[All figures](bench/results/cpu.md) · [how they are measured](docs/performance.md). GPUs: unmeasured."
     )
@@ -269,11 +287,12 @@ def performance(results: Results) -> str:
 
 
 def rungs(results: Results) -> str:
-    """The memory ladder's table, and what it was measured on."""
-    part = results["parts"].get("ladder", {})
-    figures = part.get("figures")
-    if not figures:
+    """The memory ladder's table, and what it was measured on: the newest there is."""
+    found = [parts["ladder"] for parts in results.values() if parts.get("ladder", {}).get("figures")]
+    if not found:
         return ""
+    part = max(found, key=lambda part: part["date"])
+    figures = part["figures"]
     return (
         f"`{part['command']}`: {figures['shape'].upper()} Llama, {figures['steps']} steps of {BATCH} documents, "
         f"{machine(part['machine'])}, {part['date'][:10]}.\n\n{ladder.table(figures['rungs'])}"

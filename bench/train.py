@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -445,15 +445,21 @@ def per_example(work: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def peer(sides: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """(examples a second, peak memory) of the peer, padded as it defaults to: the better of each where it ran in two types."""
+    found = [sides[name] for name in ("trl", "trl bf16") if name in sides]
+    return max(f["examples_per_second"] for f in found), min(f["peak_memory"] for f in found)
+
+
 def line(method: str, sides: dict[str, dict[str, Any]]) -> str:
     """One method's figures in one line."""
-    ours, theirs = sides["graft"], sides["trl"]
+    ours, (their_speed, their_memory) = sides["graft"], peer(sides)
     said = [f"{method:6}"]
     for side, found in sides.items():
         speed, memory = found["examples_per_second"], found["peak_memory"] / 1e6
         said.append(f"{side} {speed:.2f} examples/s {memory:.0f} MB loss {found['loss']:.4f}")
-    faster = ours["examples_per_second"] / theirs["examples_per_second"]
-    said.append(f"{faster:.2f}x speed, {ours['peak_memory'] / theirs['peak_memory']:.2f}x memory")
+    faster = ours["examples_per_second"] / their_speed
+    said.append(f"{faster:.2f}x speed, {ours['peak_memory'] / their_memory:.2f}x memory")
     said.append(f"bare products {ours['bare_seconds_per_step'] / ours['seconds_per_step']:.0%} of a step")
     return " | ".join(said)
 

@@ -50,7 +50,7 @@ def _results() -> dict[str, Any]:
     ]
     about = {"machine": MACHINE, "date": "2026-01-02T03:04:05", "seconds": 10.0, "command": "python bench/x.py"}
     return {
-        "parts": {
+        "AVX2": {
             "kernels": {**about, "figures": {"results": kernels}},
             "train-30m": {**about, "figures": {"shape": "30m", "results": train}},
             "ladder": {**about, "error": "ended with status 3: no memory"},
@@ -62,7 +62,7 @@ def _results() -> dict[str, Any]:
 
 
 def test_each_figure_gets_the_verdict_that_its_bounds_give() -> None:
-    parts = _results()["parts"]
+    parts = _results()["AVX2"]
     bars = {b.what: b.verdict for n in ("kernels", "train-30m") for b in report.bars_of(n, parts[n]["figures"])}
     assert bars == {
         "NF4 quantize, speed beside bitsandbytes": "met",
@@ -125,7 +125,7 @@ def test_one_benchmark_that_fails_does_not_stop_the_others(tmp_path: Path, monke
     parts.append(_script(tmp_path, "silent", "pass"))
     place = tmp_path / "cpu.json"
     assert suite.measure(parts, place, 60) is False
-    found = json.loads(place.read_text())["parts"]
+    found = json.loads(place.read_text())[suite.instructions()]
     assert found["good"]["figures"] == {"found": 7}
     assert "ended with status 1: broken here" in found["bad"]["error"]
     assert "wrote no figures" in found["silent"]["error"]
@@ -133,7 +133,7 @@ def test_one_benchmark_that_fails_does_not_stop_the_others(tmp_path: Path, monke
     # Run again, what has failed now leaves the figures that were there.
     _script(tmp_path, "good", "sys.exit(2)")
     assert suite.measure(parts[1:2], place, 60) is False
-    assert json.loads(place.read_text())["parts"]["good"]["figures"] == {"found": 7}
+    assert json.loads(place.read_text())[suite.instructions()]["good"]["figures"] == {"found": 7}
 
 
 def test_a_benchmark_that_takes_too_long_is_ended_with_its_children(
@@ -158,7 +158,7 @@ def test_what_a_benchmark_had_measured_when_it_was_ended_is_kept_and_said_to_be_
     assert suite.measure([part], place, 60) is False
     results = suite.read(place)
     assert results is not None
-    assert results["parts"]["half"]["figures"] == {"first": 1}
+    assert results[suite.instructions()]["half"]["figures"] == {"first": 1}
     assert "**Not finished:** ended with status 1: no more" in report.page(results)
 
 
