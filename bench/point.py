@@ -85,7 +85,8 @@ def llama(model: str, **changes: Any) -> LlamaConfig:
 
 def base_of(config: LlamaConfig, precision: Precision, device: str) -> Base:
     """A base of random weights; the tokenizer is the bundled one, of which nothing is used."""
-    return random_base(config, load_tokenizer(Path(demo.resolve_model("demo"))), precision=precision, device=device)
+    tokenizer = load_tokenizer(Path(demo.resolve_model("demo")))
+    return random_base(config, tokenizer, precision=precision, device=device, training=True)
 
 
 def documents(count: int, length: int, vocabulary: int) -> Dataset:

@@ -274,7 +274,7 @@ def performance(results: Results) -> str:
     if rows:
         titles = " | ".join(f"{name}: examples/s | memory" for name in where)
         lines += [
-            f"Beside TRL, PEFT and bitsandbytes, the faster of their float32 and bfloat16 ({'; '.join(where.values())}):",
+            f"Beside TRL, PEFT and bitsandbytes, with AVX-512 the faster of their float32 and bfloat16 ({'; '.join(where.values())}):",
             "",
         ]
         lines += [f"| | {titles} |", "|---|" + "---:|---:|" * len(where)]

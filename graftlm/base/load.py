@@ -266,6 +266,7 @@ def random_base(
     compute: Compute | None = None,
     device: str | None = None,
     seed: int = 0,
+    training: bool = False,
 ) -> Base:
     """A base of a config's architecture and size without a checkpoint, for measuring: random weights made on the device.
 
@@ -275,7 +276,7 @@ def random_base(
     place = default_device(device)
     name = f"random {config.model_type}"
     with _memory_explained(name, precision, place):
-        chosen = compute or default_compute(place)
+        chosen = compute or default_compute(place, training=training)
         model, targets = hf.fresh_stored(config, precision, DTYPES[chosen], place, seed)
         return _understood(name, Path(), model, targets, tokenizer, precision, chosen, True, [])
 

@@ -15,6 +15,10 @@ from graftlm.errors import ConfigError, nearest
 Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
 Compute = Literal["float32", "bfloat16", "mixed"]
+PRODUCTS: dict[Compute, str] = {
+    "float32": "float32", "bfloat16": "bfloat16", "mixed": "bfloat16 summed in float32",
+}  # fmt: skip
+"""How a message names the type of products."""
 
 
 def _split(value: Any) -> Any:

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from graftlm.config.fields import PRODUCTS
 from graftlm.errors import ConfigError, nearest
 
 GiB = 1 << 30
@@ -60,6 +61,8 @@ class Card:
     """FLOP a second of matrix products; 0 where unknown."""
     bfloat16: float = 0.0
     """The same in bfloat16; 0 where it has none."""
+    mixed: float = 0.0
+    """The same with both sides rounded to bfloat16 and sums in float32, as training takes them on some processors; else 0."""
     here: bool = False
     """Whether it is this machine's."""
     decodes: bool = False
@@ -76,13 +79,18 @@ class Card:
 
     @property
     def compute(self) -> Literal["float32", "bfloat16"]:
-        """The type in which products run on it."""
+        """The type of the residual stream on it."""
         return "bfloat16" if self.bfloat16 > self.float32 or (self.kind == "cuda" and not self.float32) else "float32"
 
     @property
     def rate(self) -> float:
-        """FLOP a second of products in that type; 0 where unknown."""
-        return self.bfloat16 if self.compute == "bfloat16" else self.float32
+        """FLOP a second of training's products; 0 where unknown."""
+        return self.mixed or (self.bfloat16 if self.compute == "bfloat16" else self.float32)
+
+    @property
+    def products(self) -> str:
+        """The type of training's products, as a message names it."""
+        return PRODUCTS["mixed" if self.mixed else self.compute]
 
 
 @cache
@@ -179,16 +187,24 @@ def _gpu(device: str | None) -> Card | None:
 def processor() -> Card:
     """This machine's processor: the cores and the memory that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    float32 = cores * _FLOP_PER_CYCLE[_instructions()] * _CLOCK
     return Card(
         key="cpu",
         name=f"this machine's processor, {cores} {'core' if cores == 1 else 'cores'}",
         kind="cpu",
         memory=machine_memory(),
         bandwidth=min(cores * _CORE_BANDWIDTH, _MOST_BANDWIDTH),
-        float32=cores * _FLOP_PER_CYCLE[_instructions()] * _CLOCK,
+        float32=float32,
+        mixed=2 * float32 if _rounds() else 0.0,
         here=True,
-        decodes=_instructions() != "other" and "GenuineIntel" not in _cpuinfo(),  # as gemm.c decides
+        decodes=_rounds() or (_instructions() != "other" and "GenuineIntel" not in _cpuinfo()),  # as gemm.c decides
     )
+
+
+def _rounds() -> bool:
+    """Whether training rounds to bfloat16 and sums in float32 here by default (`base.precision.default_compute`)."""
+    flags = _cpuinfo()
+    return "avx512_bf16" in flags and "amx_bf16" not in flags
 
 
 def _instructions() -> str:

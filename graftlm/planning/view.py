@@ -45,7 +45,7 @@ def _model(plan: Plan, report: Report, console: Console) -> None:
     passes = "one pass" if load.passes == 1 else f"{load.passes} passes"
     console.print(
         f"A step: {passes} of {documents} of {load.longest:,} tokens; rank {plan.case.rank} on {', '.join(plan.case.targets)}; "
-        f"products in {report.card.compute}.",
+        f"products in {report.card.products}.",
         highlight=False,
     )
     console.print(_memory(plan, report.card, console.width))

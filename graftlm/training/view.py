@@ -17,6 +17,7 @@ from rich.text import Text
 
 from graftlm.adapters.attach import Adapter, CoverageRow
 from graftlm.base.load import Base
+from graftlm.config.fields import PRODUCTS
 from graftlm.data.documents import Dataset
 from graftlm.planning.words import count, size
 from graftlm.training.foresight import Foresight
@@ -65,8 +66,7 @@ class View:
         """What was loaded and how it will run."""
         self.fact("base", f"{base.name}: {count(base.parameters)} parameters as {base.precision}, {size(base.bytes)}")
         how = "documents packed end to end" if base.packs else f"stacks of equally long documents: {base.why_not}"
-        products = "bfloat16 summed in float32" if base.compute == "mixed" else base.compute
-        self.fact("", f"products in {products} on {base.device.type}; {how}")
+        self.fact("", f"products in {PRODUCTS[base.compute]} on {base.device.type}; {how}")
         for name, why in list(base.kept.items())[:5]:
             self.fact("", f"kept as it is: {name}, {why}")
         if len(base.kept) > 5:
