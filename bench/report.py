@@ -273,8 +273,9 @@ def performance(results: Results) -> str:
     lines: list[str] = []
     if rows:
         titles = " | ".join(f"{name}: examples/s | memory" for name in where)
+        machines = "; ".join(where.values())
         lines += [
-            f"Beside TRL, PEFT and bitsandbytes, with AVX-512 the faster of their float32 and bfloat16 ({'; '.join(where.values())}):",
+            f"Beside TRL, PEFT and bitsandbytes, with AVX-512 the faster of their float32 and bfloat16 ({machines}):",
             "",
         ]
         lines += [f"| | {titles} |", "|---|" + "---:|---:|" * len(where)]
