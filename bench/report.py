@@ -182,11 +182,16 @@ def page(results: Results, figures: str = "cpu.json") -> str:
     )
     lines = ["# CPU benchmarks", "", about, ""]
     for instructions, parts in results.items():
-        lines += [f"# {instructions}", "", *_of_one(parts), ""]
+        lines += [f"# {instructions}", "", *_of_one(parts, plot(instructions)), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _of_one(parts: Parts) -> list[str]:
+def plot(instructions: str) -> str:
+    """The name of the picture of how training grows on one instruction set."""
+    return f"scaling-{instructions.lower().replace(' ', '-')}.png"
+
+
+def _of_one(parts: Parts, growth: str) -> list[str]:
     """The lines of one instruction set."""
     lines: list[str] = []
     bars = [bar for name, part in parts.items() for bar in bars_of(name, part.get("figures") or {})]
@@ -211,7 +216,8 @@ def _of_one(parts: Parts) -> list[str]:
         elif name == "ladder":
             lines += [ladder.table(figures["rungs"]), ""]
         elif name == "scaling":
-            lines += [scaling.table(figures["series"]), "", "![growth](scaling.png)", ""]
+            lines += [scaling.table(figures["series"]), ""]
+            lines += [] if part.get("error") else [f"![growth]({growth})", ""]
         elif name == "kernels":
             lines += ["| operation | graft, ms | beside | its ms | faster by |", "|---|---:|---|---:|---:|"]
             lines += [

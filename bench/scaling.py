@@ -2,7 +2,7 @@
 
     python bench/scaling.py                                  # 30M Llama, LoRA, about four minutes on two cores
     python bench/scaling.py --series rank batch
-    python bench/scaling.py --json bench/results/scaling.json --plot bench/results/scaling.png
+    python bench/scaling.py --json bench/results/scaling.json --plot /tmp/scaling.png
 
 Each point is a process of its own with nothing else running: random weights, random documents of one length, every token
 trained, a batch in one pass. Memory is what the peak lies above the same process before it had a model, so it holds the

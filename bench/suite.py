@@ -33,6 +33,7 @@ import report
 import torch
 from machine import described
 
+from graftlm.base.precision import default_compute
 from graftlm.files import write_json, write_text
 
 BENCH = Path(__file__).resolve().parent
@@ -58,8 +59,9 @@ class Part:
 
 def parts_of(folder: Path) -> list[Part]:
     """The parts, in the order of running; scripts that are not in `folder` are left out."""
-    # A processor with AVX-512 takes half the time and multiplies bfloat16: more steps, and both types of products.
-    quick = instructions() == "AVX512"
+    # A processor with AVX-512 BF16 takes half the time and multiplies bfloat16: more steps, and both types of products.
+    name = instructions()
+    quick = name.startswith("AVX512 ")
     steps = {"30m": ("8", "3"), "lora": ("5", "2"), "qlora": ("5", "2")}
     if not quick:
         steps = {"30m": ("4", "2"), "lora": ("3", "1"), "qlora": ("2", "1")}
@@ -78,14 +80,15 @@ def parts_of(folder: Path) -> list[Part]:
             for method in ("lora", "qlora")
         ),
         Part(name="ladder", script="ladder.py", arguments=("--steps", "4"), seconds=330),
-        Part(name="scaling", script="scaling.py", arguments=("--plot", "bench/results/scaling.png"), seconds=360),
+        Part(name="scaling", script="scaling.py", arguments=("--plot", f"bench/results/{report.plot(name)}"), seconds=360),
     ]  # fmt: skip
     return [part for part in known if (folder / part.script).is_file()]
 
 
 def instructions() -> str:
-    """The instruction set that PyTorch's products use here: figures of one are kept apart from those of another."""
-    return torch.backends.cpu.get_cpu_capability()
+    """What products use here, PyTorch's and training's: figures of one are kept apart from those of another."""
+    own = default_compute(torch.device("cpu"), training=True)
+    return torch.backends.cpu.get_cpu_capability() + {"mixed": " BF16", "bfloat16": " AMX"}.get(own, "")
 
 
 def run(part: Part, seconds: float) -> dict[str, Any]:

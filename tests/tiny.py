@@ -112,6 +112,13 @@ def folder(architecture: str) -> Path:
     return write(_root() / architecture, random_model(architecture))
 
 
+@functools.cache
+def wide() -> Path:
+    """A Llama whose layers are wide enough for products in bfloat16 (`gemm.c`: more than 64 columns)."""
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 24, "num_key_value_heads": 4}
+    return write(_root() / "wide", random_model("llama", **sizes))
+
+
 def plain(place: Path | str) -> PreTrainedModel:
     """A folder as plain transformers loads it, in float32."""
     return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()

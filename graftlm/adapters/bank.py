@@ -317,7 +317,7 @@ class Bank:
         if all(isinstance(slot, LowRank) and slot.magnitude is None for slot, _, _ in used):
             y = self._low_rank(x, weight, used, expert, rows, module.narrow)
             return y if bias is None else y + bias.to(y.dtype)
-        parts = [self._one(x[first:last], weight, bias, self.slots.get(slot), first, last, rows)
+        parts = [self._one(x[first:last], weight, bias, self.slots.get(slot), first, last, rows, module.narrow)
                  for slot, first, last in ranges]  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -363,13 +363,14 @@ class Bank:
         first: int,
         last: int,
         rows: Tensor | None,
+        narrow: bool,
     ) -> Tensor:
         """One range of tokens through one slot of any kind, composed from differentiable parts; x (t, in) -> (t, out)."""
         if isinstance(slot, Whole):
-            return product(x, slot.weight.to(x.dtype), bias)
-        y = product(x, weight)  # (t, out)
+            return product(x, slot.weight.to(x.dtype), bias, narrow)
+        y = product(x, weight, None, narrow)  # (t, out)
         if isinstance(slot, Rows):  # a head that shares the embedding's rows
-            own = product(x, slot.values.to(x.dtype))  # (t, rows)
+            own = product(x, slot.values.to(x.dtype), None, narrow)  # (t, rows)
             y = y.index_copy(1, torch.tensor(slot.tokens, device=y.device), own)
         elif isinstance(slot, LowRank):
             use = _use(slot, first, last, 0, rows)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from graftlm.adapters.attach import Adapter, attach, detach
 from graftlm.base.chat import Encoder, Message
+from graftlm.base.linear import unrounded
 from graftlm.base.load import Base
 from graftlm.config import Compute, Precision
 from graftlm.errors import AdapterError, DataError
@@ -122,10 +123,10 @@ def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> t
             lengths=lengths * 2, slots=(0,) * len(lengths) + (SCRATCH,) * len(lengths), stacked=not base.packs
         )
         ids = torch.tensor([i for one in given for i in one] * 2, device=base.device)  # (2 N L,)
-        with base.unrounded(), running(segments):
+        with unrounded(), running(segments):
             hidden = base.hidden(ids, segments)  # (2 N L, width)
         ends = torch.tensor([start + n - 1 for start, n in zip(segments.starts, segments.lengths)], device=base.device)
-        with base.unrounded(), running(Segments(lengths=(1,) * len(ends), slots=segments.slots)):
+        with unrounded(), running(Segments(lengths=(1,) * len(ends), slots=segments.slots)):
             logits = base.logits(hidden[ends]).float()  # (2 N, V)
     finally:
         detach(base, slot=SCRATCH)

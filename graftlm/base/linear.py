@@ -13,7 +13,9 @@ Letters: T tokens, `in`, `out` features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +29,19 @@ from graftlm.config import Precision
 
 Range = tuple[int, int, int]
 """(slot, first token, one past the last token)."""
+
+
+_unrounded: ContextVar[bool] = ContextVar("unrounded", default=False)
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """While open, and in this thread alone, products of modules that round theirs are those of float32."""
+    token = _unrounded.set(True)
+    try:
+        yield
+    finally:
+        _unrounded.reset(token)
 
 
 class Bank(Protocol):
@@ -97,9 +112,14 @@ class Stored(nn.Module):
         self.precision: Precision = precision
         self.turned = turned  # the original module keeps this weight transposed
         self.compressed: Any = None
-        self.narrow = False  # products in bfloat16 of a stream in float32; `base.hf` sets it
+        self.rounds = False  # products in bfloat16 of a stream in float32: `compute` is mixed
         self.bank: Bank | None = None
         self.register_parameter("weight", None)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether products are taken in bfloat16, here and now."""
+        return self.rounds and not _unrounded.get()
 
     @property
     def original_shape(self) -> tuple[int, ...]:

@@ -68,23 +68,6 @@ class Base:
     def compute_dtype(self) -> torch.dtype:
         return DTYPES[self.compute]
 
-    @contextlib.contextmanager
-    def unrounded(self) -> Iterator[None]:
-        """While open, the products of a base in `mixed` are float32's: what is compared with other machines."""
-        if self.compute != "mixed":
-            yield
-            return
-        self.round_products(False)
-        try:
-            yield
-        finally:
-            self.round_products(True)
-
-    def round_products(self, on: bool) -> None:
-        """Whether products round both sides to bfloat16, from now on."""
-        for module in self.stored().values():
-            module.narrow = on
-
     @cached_property
     def fingerprint(self) -> str:
         """The base's identity by content; `random` for fresh weights, which have no checkpoint."""
@@ -300,7 +283,8 @@ def _understood(
     )
     base.fused = fuse(model, DTYPES[compute])
     _choose_attention(base)
-    base.round_products(compute == "mixed")
+    for module in base.stored().values():
+        module.rounds = compute == "mixed"
     return base
 
 

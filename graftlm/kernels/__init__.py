@@ -180,14 +180,14 @@ def attention_backward(
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """y (tokens, out) += scale * (x A^T) B^T in place; returns h (tokens, r), which `low_rank_backward` wants back."""
-    return (native if native.multiplies(x) else reference).low_rank(y, x, A, B, scale)
+    return (native if native.takes(x) else reference).low_rank(y, x, A, B, scale)
 
 
 def low_rank_backward(
     dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scale: float, dx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `low_rank` to A (r, in) and B (out, r); the one to x is added to `dx`."""
-    return (native if native.multiplies(x) else reference).low_rank_backward(dy, x, h, A, B, scale, dx)
+    return (native if native.takes(x) else reference).low_rank_backward(dy, x, h, A, B, scale, dx)
 
 
 def adapted(x: Tensor, weight: Weight, routing: Routing, narrow: bool = False) -> tuple[Tensor, list[Tensor | None]]:

@@ -197,14 +197,18 @@ def processor() -> Card:
         float32=float32,
         mixed=2 * float32 if _rounds() else 0.0,
         here=True,
-        decodes=_rounds() or (_instructions() != "other" and "GenuineIntel" not in _cpuinfo()),  # as gemm.c decides
+        decodes=_instructions() != "other" and "GenuineIntel" not in _cpuinfo(),  # as gemm.c decides
     )
 
 
 def _rounds() -> bool:
     """Whether training rounds to bfloat16 and sums in float32 here by default (`base.precision.default_compute`)."""
     flags = _cpuinfo()
-    return "avx512_bf16" in flags and "amx_bf16" not in flags
+    if "avx512_bf16" not in flags or "amx_bf16" in flags:
+        return False
+    from graftlm import kernels  # PyTorch is asked only where the answer depends on it
+
+    return kernels.narrows()
 
 
 def _instructions() -> str:

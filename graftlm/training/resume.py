@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftlm import kernels
 from graftlm.adapters.attach import Adapter
 from graftlm.base.load import Base
-from graftlm.config import TrainConfig
+from graftlm.config import Compute, TrainConfig
 from graftlm.data.documents import Dataset
 from graftlm.errors import ConfigError, RunError, nearest
 from graftlm.training import checkpoint
@@ -53,6 +54,18 @@ def identify(
         "from_adapter": origin.digest if origin else None,
     }
     return Identity({**{name: value for name, value in resolved.items() if name not in _FREE}, **by_content})
+
+
+def products_of(config: TrainConfig) -> Compute | None:
+    """The type of products that a run takes: the one asked for, else, where it goes on, the one it began with.
+
+    None leaves it to the processor; so does a type that this one does not have, and `go_on` then says what is different.
+    """
+    if config.compute is not None or not config.resume:
+        return config.compute
+    found, _ = checkpoint.newest(config.out)
+    began = None if found is None else (checkpoint.read_state(found).get("identity") or {}).get("compute")
+    return None if began == "mixed" and not kernels.narrows() else began
 
 
 def go_on(config: TrainConfig, trial: Trial, identity: Identity, view: View) -> bool:

@@ -28,6 +28,7 @@ from graftlm.training.loop import train
 from graftlm.training.pages import give_back, own_pages
 from graftlm.training.prepare import make_adapter, peek, read_data, set_checkpointing, stored_precision
 from graftlm.training.recorder import signals
+from graftlm.training.resume import products_of
 from graftlm.training.runfolder import check_free, locked
 from graftlm.training.session import Material, Session
 from graftlm.training.trackers import check_trackers
@@ -48,7 +49,7 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
         precision = stored_precision(config)
         with view.working("loading the base"):
             base = load_base(
-                config.model, precision=precision, compute=config.compute, device=config.device,
+                config.model, precision=precision, compute=products_of(config), device=config.device,
                 init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
             )  # fmt: skip
         give_back()  # what was used for that

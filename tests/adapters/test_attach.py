@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
+from graftlm import kernels
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Plan, attach, choose, coverage, detach, new_adapter, whole_modules
 from graftlm.base import hf
+from graftlm.base.linear import unrounded
 from graftlm.base.load import Base, load_base
 from graftlm.errors import ConfigError
 from graftlm.segments import Segments, running
@@ -247,3 +250,22 @@ def test_a_new_adapter_depends_on_its_seed_and_its_layers_names_alone() -> None:
     assert few.parameters()[name].abs().max() <= 28**-0.5
     attach(base, few)
     assert torch.equal(tiny.base_logits(base, tiny.ids(), slot=1), tiny.base_logits(base, tiny.ids(), slot=0))
+
+
+def test_an_adapters_rows_are_rounded_alike_beside_another_kind_of_adapter() -> None:
+    if not kernels.narrows():
+        pytest.skip("this processor has no bfloat16 instructions")
+    base = load_base(str(tiny.wide()), compute="mixed", device="cpu")
+    ids = tiny.ids(9)
+
+    def logits(slots: tuple[int, ...]) -> Tensor:
+        segments = Segments(lengths=(9,) * len(slots), slots=slots)
+        with torch.no_grad(), running(segments):
+            return base.logits(base.hidden(ids.repeat(len(slots)), segments))[:9]
+
+    tiny.adapted(base, slot=1)
+    alone = logits((1,))
+    tiny.adapted(base, slot=2, seed=5, dora=True)
+    assert torch.allclose(logits((1, 2)), alone, rtol=1e-4, atol=1e-4)
+    with unrounded():
+        assert not torch.allclose(logits((1,)), alone, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from graftlm import kernels
 from graftlm.base import hf
-from graftlm.base.linear import Stored
+from graftlm.base.linear import Stored, unrounded
 from graftlm.base.load import Base, default_device, load_base, load_tokenizer, resolve
 from graftlm.base.precision import default_compute
 from graftlm.errors import ModelError
@@ -442,6 +442,6 @@ def test_mixed_compute_narrows_every_stored_product_and_keeps_the_states_in_floa
     assert stored
     assert all(module.narrow for module in stored)
     assert base.compute_dtype == torch.float32
-    with base.unrounded():
+    with unrounded():
         assert not any(module.narrow for module in stored)
     assert all(module.narrow for module in stored)

@@ -56,6 +56,7 @@ def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pyte
 
     monkeypatch.setattr(native, "usable", lambda operation, tensor: False)
     monkeypatch.setattr(native, "multiplies", lambda x, narrow=False: False)
+    monkeypatch.setattr(native, "takes", lambda x, narrow=False: False)
     monkeypatch.setattr(triton, "usable", lambda operation, tensor: True)
     for name in (
         "nf4_dequantize",

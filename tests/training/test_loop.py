@@ -15,6 +15,7 @@ from torch import Tensor
 from graftlm import kernels
 from graftlm.adapters.attach import Adapter
 from graftlm.base import hf
+from graftlm.base.linear import unrounded
 from graftlm.base.load import Base, load_base
 from graftlm.config import Compute, Precision
 from graftlm.data.order import make_order
@@ -32,7 +33,8 @@ EPSILON = 0.1
 
 
 def loaded(precision: Precision = "float32", architecture: str = "llama", compute: Compute = "float32") -> Base:
-    return load_base(str(tiny.folder(architecture)), precision=precision, compute=compute, device="cpu")
+    place = tiny.wide() if compute == "mixed" else tiny.folder(architecture)
+    return load_base(str(place), precision=precision, compute=compute, device="cpu")
 
 
 @pytest.fixture(params=["float32", "mixed"])
@@ -83,8 +85,19 @@ METHODS = [("full", 0.0), ("lora", 0.0), ("lora", 0.4)]
 def test_splitting_the_same_rows_otherwise_gives_the_same_weights(
     method: str, dropout: float, tokens_per_pass: int, compute: Compute
 ) -> None:
-    whole = trained(method, 10_000, dropout=dropout, compute=compute)
-    assert far(whole, trained(method, tokens_per_pass, dropout=dropout, compute=compute)) < 1e-6
+    # In bfloat16 a last bit may round to another value in the steps after.
+    how: dict[str, Any] = {"dropout": dropout, "compute": compute, "steps": 3 if compute == "float32" else 1}
+    assert far(trained(method, 10_000, **how), trained(method, tokens_per_pass, **how)) < 1e-6
+
+
+@pytest.mark.parametrize(("method", "dropout"), METHODS)
+def test_splitting_with_products_in_bfloat16_changes_later_steps_by_their_rounding_alone(
+    method: str, dropout: float
+) -> None:
+    if not kernels.narrows():
+        pytest.skip("this processor has no bfloat16 instructions")
+    how: dict[str, Any] = {"dropout": dropout, "compute": "mixed"}
+    assert far(trained(method, 10_000, **how), trained(method, 1, **how)) < 2e-3
 
 
 @pytest.mark.parametrize(("method", "dropout"), METHODS)
@@ -103,8 +116,12 @@ def test_products_in_bfloat16_train_as_those_in_float32_do() -> None:
     if not kernels.narrows():
         pytest.skip("this processor has no bfloat16 instructions")
     for method in ("full", "lora"):
-        exact, rounded = (trained(method, 25, compute=compute) for compute in ("float32", "mixed"))
-        assert 0 < far(exact, rounded) < 1e-2
+        rounded = trained(method, 25, compute="mixed")
+        with unrounded():
+            exact = trained(method, 25, compute="mixed")
+        changed = {name for name in exact if not torch.equal(exact[name], rounded[name])}
+        assert changed == set(exact)  # every layer's products are rounded, there and back
+        assert far(exact, rounded) < 1e-2
 
 
 def test_dropout_changes_what_is_learnt() -> None:
@@ -165,7 +182,7 @@ def test_two_trials_in_one_loop_learn_what_each_learns_alone(compute: Compute) -
         base = loaded(compute=compute)
         alone = trials(base, (slot,))
         train(base, alone, 30, tiny.Heard())
-        assert far(weights(alone[0]), weights(beside)) < 1e-6
+        assert far(weights(alone[0]), weights(beside)) < (1e-6 if compute == "float32" else 2e-3)
 
 
 class Watching(tiny.Heard):

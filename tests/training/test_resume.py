@@ -63,6 +63,20 @@ def test_a_run_that_was_stopped_and_goes_on_ends_like_one_that_was_not(
     assert [line["step"] for line in metrics if line["kind"] == "event"] == [step]
 
 
+def test_a_run_goes_on_in_the_type_of_products_it_began_with(
+    tmp_path: Path, stop_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that began on another processor, or before that processor's default was another."""
+    stop_after(2)
+    with pytest.raises(Stopped):
+        train(tmp_path, compute="float32")
+    stop_after(99)
+    monkeypatch.setattr("graftlm.base.load.default_compute", lambda device, training: "bfloat16")
+    with pytest.raises(RunError, match="compute was 'float32', now 'bfloat16'"):
+        train(tmp_path, resume=True, compute="bfloat16")
+    assert train(tmp_path, resume=True)["compute"] == "float32"
+
+
 def checkpoints(out: Path) -> list[int]:
     return sorted(int(path.name) for path in (out / "checkpoints").iterdir())
 

@@ -175,6 +175,7 @@ def _content(base: Base, materials: Mapping[Data, Material]) -> dict[str, Any]:
     """What the sweep stands on, by content."""
     return {
         "model": base.fingerprint,
+        "compute": base.compute,
         "data": sorted(material.dataset.digest for material in materials.values()),
         "eval_data": sorted({m.held_out.digest for m in materials.values() if m.held_out is not None}),
     }

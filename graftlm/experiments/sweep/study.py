@@ -124,6 +124,8 @@ class Study:
                     raise RunError(f"'{self.name}' in {self.where} is a study of another program; give another --name")
                 self.study.set_user_attr(IDENTITY, now)
                 return
+        if known.get("compute") is None:  # of before the type of products was kept
+            known = {**known, "compute": now.get("compute")}
         changed = [name for name in {**known, **now} if known.get(name) != now.get(name)]
         if changed:
             said = "; ".join(f"{flag_name(n)} was {known.get(n)!r}, now {now.get(n)!r}" for n in changed)

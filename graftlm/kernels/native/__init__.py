@@ -90,10 +90,10 @@ def multiplies(x: Tensor, narrow: bool = False) -> bool:
     Those in float32 where that is faster, `narrow` ones wherever the processor has instructions for them: of few rows too,
     since what a token gives must not depend on how many stand beside it.
     """
-    return (len(x) > FEW_ROWS or (narrow and library.get().narrows)) and _takes(x, narrow)
+    return (len(x) > FEW_ROWS or (narrow and library.get().narrows)) and takes(x, narrow)
 
 
-def _takes(x: Tensor, narrow: bool) -> bool:
+def takes(x: Tensor, narrow: bool = False) -> bool:
     """The same whatever the number of rows."""
     if x.dtype != torch.float32 or x.ndim != 2 or x.device.type != "cpu":
         return False
@@ -150,7 +150,7 @@ def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
         return dy.new_zeros(*dy.shape[:-1], inner)
     # PyTorch would widen the whole of a dense weight in 16 bits, such as a head, for however few rows.
     widened = isinstance(weight, Tensor) and weight.dtype != flat.dtype
-    if multiplies(flat, narrow) or (widened and _takes(flat, narrow)):
+    if multiplies(flat, narrow) or (widened and takes(flat, narrow)):
         dx = gemm.multiply([(flat, weight, False)], narrow=narrow)  # (rows, in)
     elif not isinstance(weight, Tensor):
         dx = products.matmul_t(flat, weight)

@@ -8,9 +8,9 @@
  *
  * The shape of it is that of Goto and van de Geijn (2008): K is cut into pieces of at most MOST_K; of B a piece is packed
  * in panels as wide as a tile, of A in panels as high as one that stay in the second-level cache, and a kernel keeps a tile's
- * sums in registers. `gemm_avx2.c` and `gemm_avx512.c` fill panels and multiply tiles. Operands that would be used for one
- * or two tiles only are read where they lie, where that is not slower: rows of B far apart are, with few of them in the first cache. Every element of C is summed in the same order whatever the number of
- * threads.
+ * sums in registers. `gemm_avx2.c` and `gemm_avx512.c` fill panels and multiply tiles. A that would be used for two panels of B
+ * only is read where it lies, and so is B for a few rows of A; for more it is packed, since its rows lie far apart and would
+ * push each other out of the first cache. Every element of C is summed in the same order whatever the number of threads.
  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* madvise */
@@ -144,8 +144,8 @@ static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n
         int add = p->add;
         for (int term = 0; term < p->terms; term++) {
             const struct graft_matrix *a = p->a + term, *b = p->b + term;
-            /* Packing pays where what is packed is read often enough. */
-            /* Whatever this thread's share of it, and however many rows: a row's result does not depend on the others. */
+            /* Narrow whatever this thread's share of it, and however many rows: a row's result does not depend on the others.
+             * Packing pays where what is packed is read often enough. */
             const int narrow = b->narrow && set->narrow_pack_b && p->n > 2 * nr;
             const int loose_a = !narrow && columns <= 2 * nr;
             const int loose_b = !narrow && b->kind == GRAFT_FLOAT32 && b->along && m1 - m0 <= 4;

@@ -181,11 +181,25 @@ def check() -> bool:
         and close(multiply([(dy[:, : w.shape[0]], w, False)]), reference.matmul_t(dy[:, : w.shape[0]], w))
         for w in weights
     )
-    if get().narrows:
-        rounded = x.bfloat16().float() @ dense.bfloat16().float().T
-        good = good and all(close(multiply([(x, w, True)], narrow=True), rounded) for w in weights[:2])
+    good = good and (not get().narrows or _narrow_check(x, dy, weights))
     narrow = multiply([(x, dense, True), (x[:, :5], dense[:, :5], True)], alpha=0.5)
     turned = multiply([(x.T, dense[:53], False)], out=torch.ones(331, 331), add=True)
     return (
         good and close(narrow, 0.5 * (x @ dense.T + x[:, :5] @ dense[:, :5].T)) and close(turned, 1 + x.T @ dense[:53])
     )
+
+
+def _narrow_check(x: Tensor, dy: Tensor, weights: Sequence[Weight]) -> bool:
+    """The same with both sides rounded: each kind of weight in both orientations, and a weight's gradient."""
+
+    def rounded(value: Weight) -> Tensor:
+        return (value if isinstance(value, Tensor) else reference.dequantize(value)).bfloat16().float()
+
+    def good(left: Tensor, weight: Weight, turned: bool) -> bool:
+        right = rounded(weight)
+        found = multiply([(left, weight, turned)], narrow=True)
+        return close(found, rounded(left) @ (right.T if turned else right))
+
+    forward = all(good(x, w, True) for w in weights if w.shape[0] > 64)  # fewer columns are not rounded
+    back = all(good(dy[:, : w.shape[0]], w, False) for w in weights)
+    return forward and back and close(weight_gradient(dy, x, narrow=True), rounded(dy).T @ rounded(x))
