@@ -1,8 +1,8 @@
 """What the CPU benchmarks found, put beside what was asked for: bars, tables, and the sections of pages that are made of them.
 
 A bar is a figure with what it must reach and what it should. Everything here is a function from `cpu.json` to values or
-text; `suite.py` runs the benchmarks and writes the files. `cpu.json` holds the parts by the processor's instruction set (as
-PyTorch names it): figures of two processors never stand in one table.
+text; `suite.py` runs the benchmarks and writes the files. `cpu.json` holds the parts by what products use
+(`suite.instructions`): figures of two kinds of processors never stand in one column.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def page(results: Results, figures: str = "cpu.json") -> str:
     is named."""
     about = (
         f"Written by `make bench` from `{figures}`. Parts ran one after another; nothing else should run meanwhile, which is "
-        "not checked. `trl bf16` is the peer under its own bfloat16; beside TRL means beside the faster of its two."
+        "not checked. `trl bf16` is the peer under its own bfloat16; beside TRL means beside the faster, where it ran in both "
+        "types."
     )
     lines = ["# CPU benchmarks", "", about, ""]
     for instructions, parts in results.items():

@@ -77,6 +77,23 @@ def test_each_figure_gets_the_verdict_that_its_bounds_give() -> None:
     }
 
 
+def test_beside_the_peer_is_beside_the_better_of_its_two_types() -> None:
+    sides = {"graft": _side(40.0, 5e8), "graft float32": _side(24.0, 5e8), "trl": _side(8.0, 1e9),
+             "trl bf16": _side(10.0, 8e8)}  # fmt: skip
+    assert training.peer(sides) == (10.0, 8e8)
+    assert training.peer({name: sides[name] for name in ("graft", "trl")}) == (8.0, 1e9)
+    bars = {bar.what: bar.measured for bar in report.train_bars({"shape": "30m", "results": {"lora": sides}})}
+    assert bars["30M LoRA, examples/s beside TRL"] == 4.0
+    assert bars["30M LoRA, examples/s beside TRL, both in float32"] == 3.0
+    assert bars["30M LoRA, peak memory beside TRL"] == 0.625
+
+
+def test_figures_of_two_processors_stand_in_columns_of_their_own() -> None:
+    results = {**_results(), "AVX512 BF16": {"train-30m": _results()["AVX2"]["train-30m"]}}
+    assert "| 30M LoRA | 3.6x | 0.40x | 3.6x | 0.40x |" in report.README.written(results)
+    assert report.page(results).count("30M LoRA, examples/s beside TRL |") == 2
+
+
 def test_a_bound_that_is_just_reached_is_reached() -> None:
     assert report.Bar(what="", measured=2.0, must=2.0).verdict == "met"
     assert report.Bar(what="", measured=0.6, must=0.6, goal=0.4, more=False).verdict == "met"
