@@ -158,8 +158,9 @@ def by_graft(base: Path, adapter: Path, said: list[str]) -> Tensor:
     """Logits of a chat through the base and the adapter, as Graft loads them."""
     from graftlm.adapters import format as adapter_format
     from graftlm.adapters.attach import attach
+    from graftlm.base.context import ForwardContext
     from graftlm.base.load import load_base
-    from graftlm.segments import Segments, running
+    from graftlm.segments import Segments
 
     loaded = load_base(str(base), precision="float32", compute="float32", device="cpu")
     found = adapter_format.load(loaded, adapter)
@@ -168,8 +169,9 @@ def by_graft(base: Path, adapter: Path, said: list[str]) -> Tensor:
     attach(loaded, found)
     ids = prompt_ids(base)
     segments = Segments(lengths=(len(ids),), slots=(1,))
-    with torch.no_grad(), running(segments):
-        return loaded.logits(loaded.hidden(ids, segments))
+    context = ForwardContext(segments)
+    with torch.no_grad():
+        return loaded.logits(loaded.hidden(ids, context), context)
 
 
 def by_peft(base: Path, adapter: Path, said: list[str]) -> Tensor:

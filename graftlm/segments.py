@@ -8,8 +8,7 @@ Documents of different lengths are laid end to end in one row of tokens, never p
     slots       1         1         2            which adapter of the bank each segment uses (0: the bare base)
 
 Training packs documents into it, serving packs the prompts and the next tokens of many requests into it; attention and
-the bank of adapters read it. `nn.Linear` takes no keyword arguments, so both learn it from `current()`, which must hold
-during the backward pass too: activation checkpointing runs layers again there.
+the bank of adapters read it from the pass's context (`base/context.py`).
 
 Two orders make it cheap to read: segments of one slot stand together (one range of rows per adapter), and within a slot
 those of one length (one attention call per run of equal lengths).
@@ -17,12 +16,10 @@ those of one length (one attention call per run of equal lengths).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -137,44 +134,6 @@ class Segments:
         if (name, device) not in kept:
             kept[name, device] = make()
         return kept[name, device]
-
-
-_passes: list[
-    tuple[object, Segments]
-] = []  # those that run now, in any thread, the newest last, each with a key of its own
-_entering = threading.Lock()
-_own: Any = threading.local()
-
-
-def current() -> Segments | None:
-    """The segments of the pass that is running in this thread, or None outside of one.
-
-    A thread that runs none sees the newest of the others: autograd runs the backward of a GPU on threads of its own.
-    """
-    own: Segments | None = getattr(_own, "segments", None)
-    if own is not None:
-        return own
-    with _entering:
-        return _passes[-1][1] if _passes else None
-
-
-@contextmanager
-def running(segments: Segments) -> Iterator[Segments]:
-    """Make `segments` the current ones during forward and backward of one pass.
-
-    A thread sees its own first, so passes without a backward may run at the same time in several threads, and end in any
-    order: a server checks an adapter while it answers.
-    """
-    before, key = getattr(_own, "segments", None), object()
-    with _entering:
-        _passes.append((key, segments))
-    _own.segments = segments
-    try:
-        yield segments
-    finally:
-        _own.segments = before
-        with _entering:
-            _passes[:] = [entry for entry in _passes if entry[0] is not key]
 
 
 def pack(

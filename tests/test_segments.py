@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftlm.segments import Segments, current, pack, running
+from graftlm.segments import Segments, pack
 
 batches = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=30)
 
@@ -60,41 +58,3 @@ def test_a_tokens_key_depends_on_its_trial_draw_and_position_alone() -> None:
     cached = Segments(lengths=(2,), slots=(4,), cached=(4,), streams=((5, 3),))
     assert torch.equal(cached.token_keys, alone.token_keys[4:])
     assert cached.positions.tolist() == [4, 5]
-
-
-def test_passes_of_several_threads_that_end_in_any_order_leave_none_behind() -> None:
-    mine, other = Segments(lengths=(3,), slots=(0,)), Segments(lengths=(2,), slots=(1,))
-    entered, leave, seen = threading.Event(), threading.Event(), []
-
-    def work() -> None:
-        seen.append(current())  # a thread without a pass of its own sees the one that runs
-        with running(other):
-            entered.set()
-            leave.wait(10)
-            seen.append(current())
-        seen.append(current())
-
-    thread = threading.Thread(target=work)
-    with running(mine):
-        thread.start()
-        assert entered.wait(10)
-        assert current() is mine
-    leave.set()
-    thread.join()
-    assert seen[0] is mine
-    assert seen[1] is other
-    assert seen[2] is None
-    assert current() is None
-
-
-def test_the_running_segments_are_the_innermost() -> None:
-    first, second = Segments(lengths=(3,), slots=(0,)), Segments(lengths=(2,), slots=(1,))
-    assert current() is None
-    with running(first):
-        try:
-            with running(second):
-                assert current() is second
-                raise KeyError
-        except KeyError:
-            assert current() is first
-    assert current() is None

@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from graftlm.adapters.attach import Adapter, Plan, attach, choose, new_adapter
 from graftlm.base import hf
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
 from graftlm.data.documents import Document
 from graftlm.data.order import make_order
 from graftlm.kernels.counter import uniform
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 from graftlm.training.loop import Observer
 from graftlm.training.optimizer import AdamW, Schedule
 from graftlm.training.trial import Trial
@@ -144,9 +145,8 @@ def layout(lengths: Sequence[int], slots: Sequence[int] | None = None) -> Segmen
 @torch.no_grad()
 def base_logits(base: Base, ids: Tensor, slot: int = 1) -> Tensor:
     """One document's ids (L,) through our base and the adapter in `slot`: logits (L, vocabulary)."""
-    segments = Segments(lengths=(len(ids),), slots=(slot,), stacked=not base.packs)
-    with running(segments):
-        return base.logits(base.hidden(ids, segments))
+    context = ForwardContext(Segments(lengths=(len(ids),), slots=(slot,), stacked=not base.packs))
+    return base.logits(base.hidden(ids, context), context)
 
 
 @torch.no_grad()

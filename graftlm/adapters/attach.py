@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from graftlm.adapters.bank import Bank, EmbeddingBank, LowRank, Rows, Slot, Whole, new_low_rank
+from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.linear import Stored, StoredLinear, StoredStack
 from graftlm.base.load import Base
 from graftlm.base.precision import restore
@@ -232,6 +233,7 @@ def attach(base: Base, adapter: Adapter, slot: int = 1) -> None:
     assert slot > 0
     with _changing:
         _attach(base, adapter, slot)
+        base.adapter_changes += 1
 
 
 _changing = threading.Lock()
@@ -242,7 +244,7 @@ def _attach(base: Base, adapter: Adapter, slot: int) -> None:
     stored = {**adaptable(base), base.anatomy.head_name: base.anatomy.head}
     for name, part in adapter.slots.items():
         if name == base.anatomy.embedding_name:
-            _embedding_bank(base).slots[slot] = part
+            _embedding_bank(base.anatomy.embedding).slots[slot] = part
             head = base.anatomy.head
             if (
                 isinstance(part, Rows)
@@ -265,9 +267,12 @@ def detach(base: Base, slot: int = 1) -> None:
                 bank.slots.pop(slot, None)
                 if not bank.slots:
                     module.bank = None
-        embedding_bank = getattr(base.anatomy.embedding, "graft_bank", None)
-        if embedding_bank is not None:
-            embedding_bank.slots.pop(slot, None)
+        embedding = base.anatomy.embedding
+        if isinstance(embedding.bank, EmbeddingBank):
+            embedding.bank.slots.pop(slot, None)
+            if not embedding.bank.slots:
+                embedding.bank = None
+        base.adapter_changes += 1
 
 
 def _bank(module: Stored) -> Bank:
@@ -277,13 +282,11 @@ def _bank(module: Stored) -> Bank:
     return module.bank
 
 
-def _embedding_bank(base: Base) -> EmbeddingBank:
-    embedding: Any = base.anatomy.embedding
-    if not hasattr(embedding, "graft_bank"):
-        bank = EmbeddingBank(base.compute_dtype)
-        embedding.graft_bank = bank
-        embedding.register_forward_hook(bank)
-    return embedding.graft_bank
+def _embedding_bank(embedding: StoredEmbedding) -> EmbeddingBank:
+    if embedding.bank is None:
+        embedding.bank = EmbeddingBank()
+    assert isinstance(embedding.bank, EmbeddingBank)
+    return embedding.bank
 
 
 @dataclass(frozen=True)

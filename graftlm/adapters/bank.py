@@ -3,7 +3,7 @@
     y = x W^T + b + s (drop(x) A^T) B^T            LoRA (Hu et al. 2021), s = alpha / r, or alpha / sqrt(r) rank-stabilized
     y = m / |W + s B A| (x W^T + s (drop(x) A^T) B^T) + b                                        DoRA (Liu et al. 2024)
 
-A bank holds one `Slot` for each adapter that adapts this layer, of any rank; the running segments say which tokens use
+A bank holds one `Slot` for each adapter that adapts this layer, of any rank; the segments of the pass say which tokens use
 which. Training one adapter is a bank of one; a sweep and a server fill more. W is multiplied once for all tokens, then each
 slot adds to its own range. One autograd function does both, so that its backward pass needs only x, the narrow h = x A^T,
 and the stored form of W.
@@ -13,7 +13,6 @@ Letters: T tokens, `in`, `out` features, r rank, E experts.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm import kernels
-from graftlm import segments as segs
-from graftlm.base.hf import embed
+from graftlm.base import context
+from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.linear import Stored, StoredStack, product
 from graftlm.base.precision import Weight, restore
 from graftlm.kernels.counter import hash_words, keep_mask, uniform
@@ -272,28 +271,17 @@ class _Decoding:
 
 
 class _Slots(dict[int, Slot]):
-    """Slots by number, counting their changes: its own, and those of all layers together."""
+    """Slots by number, counting their changes: what was read of them holds until then."""
 
     changes = 0
-    everywhere = itertools.count(1)
-    last = 0
 
     def __setitem__(self, number: int, slot: Slot) -> None:
-        self._changed()
+        self.changes += 1
         super().__setitem__(number, slot)
 
     def pop(self, number: int, default: Any = None) -> Any:
-        self._changed()
-        return super().pop(number, default)
-
-    def _changed(self) -> None:
         self.changes += 1
-        _Slots.last = next(_Slots.everywhere)
-
-
-def changes() -> int:
-    """A number that is another one whenever a slot of any layer has changed: what was read of slots holds until then."""
-    return _Slots.last
+        return super().pop(number, default)
 
 
 class Bank:
@@ -325,7 +313,8 @@ class Bank:
         """How decoding's kernels take these ranges, kept for the next pass; None where a slot is not `for_decoding`."""
         slots, kept = self.slots, self._routes
         assert isinstance(slots, _Slots)
-        if kept is not None and kept[1] == slots.changes and kept[0] == ranges:
+        changes = slots.changes  # before any slot is read: another thread may put one in meanwhile
+        if kept is not None and kept[1] == changes and kept[0] == ranges:
             return kept[2]
         used = [(slots[slot], first, last) for slot, first, last in ranges if slot in slots]
         low = [(slot, first, last) for slot, first, last in used if isinstance(slot, LowRank) and slot.decodes]
@@ -333,7 +322,7 @@ class Bank:
         if len(low) == len(used):
             routes = kernels.Routes([(a, b) for _, a, b in low], [slot.described for slot, _, _ in low])
             found = _Decoding(routes, [(a, b, slot.ratio(weight)) for slot, a, b in low if slot.magnitude is not None])
-        self._routes = (ranges, slots.changes, found)
+        self._routes = (ranges, changes, found)
         return found
 
     def _low_rank(
@@ -395,20 +384,19 @@ def combined_norm(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None) -> _Use:
     keys = None
-    running = segs.current()
-    if slot.dropout and torch.is_grad_enabled() and running is not None and running.streams:
-        keys = running.token_keys_on(slot.A.device)
+    segments = context.current().segments
+    if slot.dropout and torch.is_grad_enabled() and segments.streams:
+        keys = segments.token_keys_on(slot.A.device)
         keys = keys[first:last] if rows is None else keys[rows[first:last]]
     return _Use(first, last, index, slot.scale, slot.dropout, slot.key, keys)
 
 
 def _ranges(tokens: int, rows: Tensor | None) -> Sequence[tuple[int, int, int]]:
-    """(slot, first, last) over the rows of x: those of the running segments, or of an expert's share of them."""
-    running = segs.current()
-    assert running is not None, "an adapter is attached and no segments are running"
-    ranges = running.slot_ranges
+    """(slot, first, last) over the rows of x: those of the pass's segments, or of an expert's share of them."""
+    segments = context.current().segments
+    ranges = segments.slot_ranges
     if rows is None:
-        assert tokens == running.tokens, f"{tokens} rows for {running.tokens} tokens"
+        assert tokens == segments.tokens, f"{tokens} rows for {segments.tokens} tokens"
         return ranges
     if len(ranges) == 1:
         return ((ranges[0][0], 0, tokens),)
@@ -418,38 +406,32 @@ def _ranges(tokens: int, rows: Tensor | None) -> Sequence[tuple[int, int, int]]:
 
 
 class EmbeddingBank:
-    """Slots on an embedding, as a forward hook: its own tokens get an adapter's rows, or all of an adapter's weight.
+    """Slots on an embedding: some tokens get an adapter's rows, or all of them rows of an adapter's weight.
 
-    The module's own forward runs with the other weight, so a scale that its class applies comes along.
+    The scale that the embedding's class applies comes along (`StoredEmbedding.scaled`).
     """
 
-    def __init__(self, compute: torch.dtype) -> None:
-        self.compute = compute
+    def __init__(self) -> None:
         self.slots: dict[int, Slot] = {}
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        running = segs.current()
-        if running is None or not self.slots:
-            return output
-        ids = args[0].reshape(-1)  # (T,)
+    def __call__(self, ids: Tensor, output: Tensor, embedding: StoredEmbedding) -> Tensor:
+        """ids (...,) and the base's rows for them (..., width) -> the rows of each token's own slot (..., width)."""
+        ids = ids.reshape(-1)  # (T,)
         flat = output.reshape(-1, output.shape[-1])  # (T, width)
         parts: list[Tensor] = []
-        for number, first, last in running.slot_ranges:
+        for number, first, last in context.current().segments.slot_ranges:
             slot, part = self.slots.get(number), ids[first:last]
             if isinstance(slot, Whole):
-                parts.append(self._with(module, slot.weight, part))
+                parts.append(embedding.scaled(slot.weight, part).to(embedding.compute))
             elif isinstance(slot, Rows):
                 place = slot.lookup[part]  # (t,)
-                own = self._with(module, slot.values, place.clamp_min(0))
+                own = embedding.scaled(slot.values, place.clamp_min(0)).to(embedding.compute)
                 parts.append(torch.where((place >= 0)[:, None], own, flat[first:last]))
             else:
                 parts.append(flat[first:last])
         return torch.cat(parts).view(output.shape)
 
-    def _with(self, module: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
-        return embed(module, weight, ids).to(self.compute)
-
 
 __all__ = [
-    "Bank", "EmbeddingBank", "LowRank", "Rows", "Slot", "Whole", "changes", "combined_norm", "new_low_rank", "scale_of",
+    "Bank", "EmbeddingBank", "LowRank", "Rows", "Slot", "Whole", "combined_norm", "new_low_rank", "scale_of",
 ]  # fmt: skip

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from graftlm.adapters.attach import Adapter, attach, detach
 from graftlm.base.chat import Encoder, Message
-from graftlm.base.linear import unrounded
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
 from graftlm.config import Compute, Precision
 from graftlm.errors import AdapterError, DataError
 from graftlm.kernels.counter import uniform_words
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 PROMPTS, LENGTH, KEPT = 4, 12, 16
 SCRATCH = 1 << 30
@@ -123,11 +123,10 @@ def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> t
             lengths=lengths * 2, slots=(0,) * len(lengths) + (SCRATCH,) * len(lengths), stacked=not base.packs
         )
         ids = torch.tensor([i for one in given for i in one] * 2, device=base.device)  # (2 N L,)
-        with unrounded(), running(segments):
-            hidden = base.hidden(ids, segments)  # (2 N L, width)
+        hidden = base.hidden(ids, ForwardContext(segments, bf16_matmul=False))  # (2 N L, width)
         ends = torch.tensor([start + n - 1 for start, n in zip(segments.starts, segments.lengths)], device=base.device)
-        with unrounded(), running(Segments(lengths=(1,) * len(ends), slots=segments.slots)):
-            logits = base.logits(hidden[ends]).float()  # (2 N, V)
+        of_ends = Segments(lengths=(1,) * len(ends), slots=segments.slots)
+        logits = base.logits(hidden[ends], ForwardContext(of_ends, bf16_matmul=False)).float()  # (2 N, V)
     finally:
         detach(base, slot=SCRATCH)
     kept = _project(logits)  # (2 N, K)

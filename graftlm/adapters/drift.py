@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.adapters.merge import Merger
+from graftlm.base.context import ForwardContext
 from graftlm.base.linear import Stored
 from graftlm.base.load import Base
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 _MOST_BYTES = 1 << 30
 """Most memory that the live model's logits may take; rows beyond it are not measured."""
@@ -78,10 +79,8 @@ def limited(rows: Sequence[Row], vocabulary: int, most: int) -> list[Row]:
 def logits_of(base: Base, slot: int, row: Row) -> Tensor:
     """One row through a base and the adapter in `slot`: (n, V), float32, on the CPU."""
     segments = Segments(lengths=(len(row.ids),), slots=(slot,), stacked=not base.packs)
-    with running(segments):
-        hidden = base.hidden(row.ids.to(base.device), segments)[row.before.to(base.device)]  # (n, width)
-    with running(Segments(lengths=(len(hidden),), slots=(slot,))):
-        return base.logits(hidden).float().cpu()
+    hidden = base.hidden(row.ids.to(base.device), ForwardContext(segments))[row.before.to(base.device)]  # (n, width)
+    return base.logits(hidden, ForwardContext(Segments(lengths=(len(hidden),), slots=(slot,)))).float().cpu()
 
 
 def listen(base: Base, slot: int, rows: Sequence[Row]) -> Live:

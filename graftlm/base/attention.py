@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graftlm import kernels
-from graftlm import segments as segs
+from graftlm.base import context
 from graftlm.segments import Segments
 
 # Keywords that do not change what is computed here: the mask and the cache are ours, positions are already in q and k.
@@ -56,9 +56,9 @@ def segment_attention(
     Refuses, with UnsupportedAttention, every keyword that it does not know and that is not None: one that changes the
     mathematics must not be dropped in silence.
     """
-    pass_segments = segs.current()
-    if pass_segments is None or pass_segments.stacked:
-        raise UnsupportedAttention("no packed segments are running")
+    pass_segments = context.current().segments
+    if pass_segments.stacked:
+        raise UnsupportedAttention("packed segments; this pass is a stack")
     unknown = [name for name, given in others.items() if given is not None and name not in _IGNORED]
     if unknown:
         raise UnsupportedAttention(f"attention keyword '{unknown[0]}'")

@@ -24,7 +24,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,7 +33,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -46,13 +45,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from graftlm.base import context
 from graftlm.base.attention import segment_attention
+from graftlm.base.context import ForwardContext
+from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.linear import Stored, StoredLinear, StoredStack, WeightHandle
-from graftlm.base.lookup import Share, look_up
 from graftlm.base.precision import DTYPES, kept_precision
 from graftlm.config import Precision
 from graftlm.errors import ModelError
-from graftlm.segments import Segments
 
 ATTENTION = "graft_segments"
 EXPERTS = "graft_experts"
@@ -164,9 +164,9 @@ def install(model: PreTrainedModel, targets: Targets, precision: Precision, comp
     if targets.stacks:
         _set_experts(model)
 
-    head, embedding = _head_and_embedding(model)
+    head, original = _head_and_embedding(model)
     keep = DTYPES[kept_precision(precision)]
-    _widen_output(model, embedding, compute)
+    embedding = _replace_embedding(model, original, compute)
     for name, module in model.named_modules():
         if module is embedding or module is head or isinstance(module, Stored):
             continue
@@ -189,6 +189,7 @@ def install(model: PreTrainedModel, targets: Targets, precision: Precision, comp
         else:
             linear.weight = head.weight
         _replace(model, head_name, linear)
+        embedding.tie(linear)
     if embedding.weight.dtype != keep and isinstance(embedding.weight, nn.Parameter) and not embedding.weight.is_meta:
         embedding.weight = nn.Parameter(embedding.weight.detach().to(keep), requires_grad=False)
 
@@ -234,43 +235,14 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     model.get_submodule(parent).add_module(attribute, module)
 
 
-def embed(embedding: Any, rows: Tensor, ids: Tensor) -> Tensor:
-    """An embedding's own forward over other `rows` (n, width), indexed by `ids`: a scale that its class applies comes along.
-
-    Its padding index does not: it only stops a gradient, and would name another row here.
-    """
-    weight, padding = embedding._parameters["weight"], getattr(embedding, "padding_idx", None)
-    embedding._parameters["weight"], embedding.padding_idx = rows, None
-    try:
-        return type(embedding).forward(embedding, ids)
-    finally:
-        embedding._parameters["weight"], embedding.padding_idx = weight, padding
-
-
-def _widen_output(model: PreTrainedModel, embedding: Any, compute: torch.dtype) -> None:
-    """Embeddings leave in the type of the products, so that the residual stream has it too.
-
-    The rows are widened before the class scales them: Gemma rounds its scale to the type of the weight.
-    """
-    own = embedding.forward
-
-    def forward(ids: Tensor) -> Tensor:
-        weight = embedding.weight
-        if weight.dtype == compute:
-            return own(ids)
-        padding = getattr(embedding, "padding_idx", None)
-        head = model.get_output_embeddings()
-        if (
-            isinstance(head, StoredLinear) and head.weight is weight and weight.requires_grad and torch.is_grad_enabled()
-            and weight.device.type == "cpu"
-        ):  # fmt: skip
-            head.share = Share()
-            rows = look_up(weight, ids.reshape(-1), padding, compute, head.share)  # (tokens, width)
-        else:
-            rows = F.embedding(ids.reshape(-1), weight, padding).to(compute)
-        return embed(embedding, rows, torch.arange(len(rows), device=ids.device).view(ids.shape))
-
-    embedding.forward = forward
+def _replace_embedding(model: PreTrainedModel, embedding: nn.Module, compute: torch.dtype) -> StoredEmbedding:
+    """Embeddings leave in the type of the products, so that the residual stream has it too; wherever the model holds one."""
+    stored = StoredEmbedding(embedding, compute)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is embedding:
+                module._modules[name] = stored
+    return stored
 
 
 def _set_experts(model: PreTrainedModel) -> None:
@@ -653,7 +625,13 @@ def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """A layer's forward whose inputs alone are kept; the backward pass runs it again. Its randomness is counter-based."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
+    passing = context.current()  # autograd may run it again in a thread of its own
+
+    def run(*args: Any) -> Any:
+        with passing:
+            return forward(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Anatomy:
@@ -665,7 +643,7 @@ class Anatomy:
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = _head_and_embedding(model)
         self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
-        self.embedding = embedding
+        self.embedding: Any = embedding  # a StoredEmbedding, once the model is installed
         self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         config: Any = model.config.get_text_config()
         self.vocabulary = int(head.weight.shape[0])
@@ -750,26 +728,30 @@ class Anatomy:
             "cannot compute its loss; please report this architecture"
         )
 
-    def hidden(self, ids: Tensor, segments: Segments) -> Tensor:
-        """The body alone: ids (T,) laid out as `segments` -> hidden states (T, width)."""
-        if segments.stacked:
-            count, length = len(segments.lengths), segments.lengths[0]
-            output = self.body(input_ids=ids.view(count, length), use_cache=False)
-        else:
-            positions = segments.positions.to(ids.device)[None]
-            output = self.body(input_ids=ids[None], position_ids=positions, use_cache=False)
+    def hidden(self, ids: Tensor, passing: ForwardContext) -> Tensor:
+        """The body alone: ids (T,) laid out as the context's segments -> hidden states (T, width)."""
+        segments = passing.segments
+        with passing:
+            if segments.stacked:
+                count, length = len(segments.lengths), segments.lengths[0]
+                output = self.body(input_ids=ids.view(count, length), use_cache=False)
+            else:
+                positions = segments.positions.to(ids.device)[None]
+                output = self.body(input_ids=ids[None], position_ids=positions, use_cache=False)
         hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         return hidden.reshape(-1, hidden.shape[-1])
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, passing: ForwardContext | None = None) -> Tensor:
         """From hidden states (n, width) or (1, n, width) to logits (n, vocabulary), by the model's own code.
 
-        The class's forward runs with its body replaced by the states we have, so soft caps and scales come along.
+        The class's forward runs with its body replaced by the states we have, so soft caps and scales come along. The
+        context's segments lay out the n rows; a head with adapters needs it.
         """
         states = hidden if hidden.ndim == 3 else hidden[None]
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
         stand_in = _with(self.model, self.body_name.split("."), _Given(self.body, states))
-        return stand_in(input_ids=ids, use_cache=False).logits[0]
+        with nullcontext() if passing is None else passing:
+            return stand_in(input_ids=ids, use_cache=False).logits[0]
 
     def checkpoint_layers(self, on: bool) -> int:
         """Keep only the inputs of each layer and run it again in the backward pass; returns how many layers do."""

@@ -27,8 +27,9 @@ from torch import Tensor
 from graftlm import kernels
 from graftlm.base import hf
 from graftlm.base.attention import UnsupportedAttention, causal
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,7 @@ def asked(base: Base) -> dict[int, Asked]:
 def _watch(base: Base) -> _Watch:
     watch = _Watch()
     segments = Segments(lengths=(3,), slots=(0,), past=watch)
-    with running(segments):
-        base.hidden(torch.arange(3, device=base.device) % base.anatomy.vocabulary, segments)
+    base.hidden(torch.arange(3, device=base.device) % base.anatomy.vocabulary, ForwardContext(segments))
     if watch.twice or not watch.seen:
         raise UnsupportedAttention("one number for each layer that keeps keys and values")
     return watch
@@ -256,8 +256,8 @@ def may_keep(base: Base) -> tuple[dict[int, Kept], str]:
 
 
 def _logits(base: Base, ids: Tensor, segments: Segments) -> Tensor:
-    with running(segments):
-        return base.logits(base.hidden(ids, segments))
+    context = ForwardContext(segments)
+    return base.logits(base.hidden(ids, context), context)
 
 
 __all__ = ["Asked", "Kept", "KeyValues", "PagedPass", "asked", "bytes_per_token", "may_keep", "measure"]

@@ -13,9 +13,7 @@ Letters: T tokens, `in`, `out` features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -23,25 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm import kernels
-from graftlm.base.lookup import Share
+from graftlm.base import context
 from graftlm.base.precision import Weight, nbytes, restore, store
 from graftlm.config import Precision
 
 Range = tuple[int, int, int]
 """(slot, first token, one past the last token)."""
-
-
-_unrounded: ContextVar[bool] = ContextVar("unrounded", default=False)
-
-
-@contextmanager
-def unrounded() -> Iterator[None]:
-    """While open, and in this thread alone, products of modules that round theirs are those of float32."""
-    token = _unrounded.set(True)
-    try:
-        yield
-    finally:
-        _unrounded.reset(token)
 
 
 class Bank(Protocol):
@@ -119,7 +104,10 @@ class Stored(nn.Module):
     @property
     def narrow(self) -> bool:
         """Whether products are taken in bfloat16, here and now."""
-        return self.rounds and not _unrounded.get()
+        if not self.rounds:
+            return False
+        active = context.active()
+        return active is None or active.bf16_matmul
 
     @property
     def original_shape(self) -> tuple[int, ...]:
@@ -182,8 +170,6 @@ class StoredLinear(Stored):
     ) -> None:
         super().__init__(shape, precision, turned=turned)
         self.out_features, self.in_features = shape
-        self.share: Share | None = None  # of a head, with the lookup that this pass began with
-        self.late = False  # a head with a share makes its weight's gradient last, from its logits once more
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """From a name to a base model that can be trained on: found, checked, streamed into its precision, and understood.
 
     base = load_base("Qwen/Qwen3-0.6B", precision="nf4")
-    base.hidden(ids, segments)      # the layers
-    base.logits(hidden)             # the head, for a few tokens
+    context = ForwardContext(segments)
+    base.hidden(ids, context)          # the layers
+    base.logits(hidden, context)       # the head, for a few tokens
 
 Weights are read from safetensors only. Nothing is unpickled, and no code of the model's runs unless it is asked for.
 """
@@ -24,13 +25,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from graftlm import demo, kernels
 from graftlm.base import hf
 from graftlm.base.attention import may_pack
+from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint, weight_files
 from graftlm.base.fused import Fused, fuse
 from graftlm.base.linear import Stored
 from graftlm.base.precision import DTYPES, default_compute, nbytes
 from graftlm.config import Compute, Precision
 from graftlm.errors import ModelError
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -57,6 +59,8 @@ class Base:
     random: bool = False
     """Whether its weights are fresh instead of the folder's."""
     notes: list[str] = field(default_factory=list[str])
+    adapter_changes: int = 0
+    """Counts attached and detached adapters: what was read of their slots holds until it is another number."""
     fused: Fused = field(default_factory=Fused)
     """How many of its norms, gated products and rotations run as one pass each."""
 
@@ -73,13 +77,13 @@ class Base:
         """The base's identity by content; `random` for fresh weights, which have no checkpoint."""
         return "random" if self.random else fingerprint(self.folder)
 
-    def hidden(self, ids: Tensor, segments: Segments) -> Tensor:
-        """ids (T,) -> the states before the head (T, width); `segments` must be the running ones."""
-        return self.anatomy.hidden(ids, segments)
+    def hidden(self, ids: Tensor, context: ForwardContext) -> Tensor:
+        """ids (T,) laid out as the context's segments -> the states before the head (T, width)."""
+        return self.anatomy.hidden(ids, context)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, width) -> (n, vocabulary), with everything that the model's class does after its layers."""
-        return self.anatomy.logits(hidden)
+    def logits(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """(n, width) laid out as the context's segments -> (n, vocabulary), with all that the class does after its layers."""
+        return self.anatomy.logits(hidden, context)
 
     def stored(self) -> dict[str, Stored]:
         """The stored modules by name, the head included."""
@@ -315,15 +319,14 @@ def _choose_attention(base: Base) -> None:
         return
 
     def alone(ids: Tensor) -> Tensor:
-        segments = Segments(lengths=(ids.shape[1],), slots=(0,), stacked=True)
+        context = ForwardContext(Segments(lengths=(ids.shape[1],), slots=(0,), stacked=True))
         hf.switch(base.model, own)
-        with running(segments):
-            return base.logits(base.hidden(ids[0].to(base.device), segments))
+        return base.logits(base.hidden(ids[0].to(base.device), context), context)
 
     def packed(ids: Tensor, segments: Segments) -> Tensor:
         hf.switch(base.model, hf.ATTENTION)
-        with running(segments):
-            return base.logits(base.hidden(ids[0].to(base.device), segments))
+        context = ForwardContext(segments)
+        return base.logits(base.hidden(ids[0].to(base.device), context), context)
 
     with hf.short_windows(base.model, 5):
         base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary, exact=base.compute != "bfloat16")

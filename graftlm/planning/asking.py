@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
 from graftlm.data.documents import Document
 from graftlm.planning.distance import FEW_PROMPT_TOKENS, SAMPLE_TOKENS, Distance
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 
 def sample(documents: Sequence[Document], most_tokens: int = SAMPLE_TOKENS) -> list[Document]:
@@ -37,11 +38,10 @@ def measure(base: Base, documents: Sequence[Document]) -> Distance:
     for document in documents:
         ids = torch.from_numpy(document.ids.astype(np.int64)).to(base.device)  # (L,)
         segments = Segments(lengths=(len(ids),), slots=(0,), stacked=not base.packs)
-        with running(segments):
-            hidden = base.hidden(ids, segments)[:-1]  # (L - 1, width)
+        hidden = base.hidden(ids, ForwardContext(segments))[:-1]  # (L - 1, width)
         for part, wanted in zip(hidden.split(512), ids[1:].split(512)):
-            with running(Segments(lengths=(len(part),), slots=(0,))):
-                p = base.logits(part).float().log_softmax(-1)  # (c, V)
+            context = ForwardContext(Segments(lengths=(len(part),), slots=(0,)))
+            p = base.logits(part, context).float().log_softmax(-1)  # (c, V)
             losses.append(-p.gather(1, wanted[:, None])[:, 0].cpu().numpy())
             entropies.append(-(p.exp() * p).sum(-1).cpu().numpy())
         trained.append(document.trained[1:])

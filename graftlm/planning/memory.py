@@ -269,7 +269,7 @@ def _moments(
     beside = backward_bytes(shape, setting, adapted, load)
     wide = widened_bytes(shape, setting, device, decodes=decodes)
     logits = partial(logit_bytes, shape, setting, adapted, load, device, decodes=decodes)
-    # Made once more where it is tied, or looked up; but one tensor with the head's where rows are widened (`base/lookup.py`).
+    # Made once more where it is tied, or looked up; but one tensor with the head's where rows are widened (`embedding.py`).
     shared = device == "cpu" and not shape.head and setting.precision != setting.compute
     embedding = shape.embedding * value if setting.full and not shared else 0
     late = shared and setting.full and setting.optimizer_in_backward  # made when the layers have run back

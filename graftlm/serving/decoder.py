@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import kernels
-from graftlm.adapters.bank import Bank, LowRank, changes
+from graftlm.adapters.bank import Bank, LowRank
 from graftlm.base import fused, hf
 from graftlm.base.attention import UnsupportedAttention
+from graftlm.base.context import ForwardContext
 from graftlm.base.keyvalues import Asked, Kept, KeyValues, PagedPass, asked
 from graftlm.base.linear import StoredLinear
 from graftlm.base.load import Base
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _LONG, _SEEN = 16, 1024  # segments longer than that which see more than that are answered faster by PyTorch's attention
@@ -68,7 +69,7 @@ class Decoder:
                     return None
                 ranges += (first, last)
                 tables.append(found[0])
-        with running(segments):
+        with ForwardContext(segments):
             x = self.base.anatomy.embedding(ids).reshape(len(ids), self.stack.width).contiguous()
         rows = torch.tensor(seats)
         if len(ids) > len(lengths):
@@ -80,7 +81,7 @@ class Decoder:
 
     def _table(self, slot: int) -> tuple[Any, Sequence[Any]] | None:
         """What the adapter in a slot adds to each linear layer; None where it does something else as well."""
-        now = changes()
+        now = self.base.adapter_changes
         if now != self._known:
             self._tables, self._known = {}, now
         if slot not in self._tables:
@@ -134,8 +135,7 @@ def _distance(base: Base, layers: dict[int, Kept]) -> float:
         ids = torch.cat([text[a : a + n] for text, a, n in zip(texts, done, step)])
         past = PagedPass(own, step, done, (0, 1))
         segments = Segments(lengths=step, slots=(0, 0), cached=tuple(done), past=past)
-        with running(segments):
-            expected = base.hidden(ids, segments)
+        expected = base.hidden(ids, ForwardContext(segments))
         found = decoder.hidden(ids, step, done, (0, 1), (0, 0))
         assert found is not None
         most = max(most, float((found - expected).norm() / expected.norm().clamp_min(1e-30)))

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from graftlm.base import hf
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 from graftlm.serving.paged import Work
 from graftlm.serving.sequence import Sequence
 
@@ -118,7 +119,7 @@ class Grouped:
         ids = torch.tensor([s.tokens[past:] for s in group.sequences], device=self.base.device)  # (n, L)
         slots = tuple(s.slot for s in group.sequences)
         given = {"past_key_values": group.cache} if self._caches else {}
-        with running(Segments(lengths=(length,) * len(slots), slots=slots, stacked=True)):
+        with ForwardContext(Segments(lengths=(length,) * len(slots), slots=slots, stacked=True)):
             output = self.base.anatomy.body(input_ids=ids, use_cache=self._caches, **given)
         hidden: Tensor = (
             output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]

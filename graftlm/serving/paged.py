@@ -12,9 +12,10 @@ from collections.abc import Sequence as Sequences
 import torch
 from torch import Tensor
 
+from graftlm.base.context import ForwardContext
 from graftlm.base.keyvalues import Kept, KeyValues, PagedPass
 from graftlm.base.load import Base
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 from graftlm.serving.blocks import Blocks, chain, root
 from graftlm.serving.decoder import decoder_of
 from graftlm.serving.sequence import Sequence
@@ -145,11 +146,13 @@ class Paged:
                 return hidden
         past = PagedPass(self.store, lengths, pasts, seats)
         segments = Segments(lengths=lengths, slots=slots, cached=pasts, past=past)
-        with running(segments):
-            return self.base.hidden(ids, segments)
+        return self.base.hidden(ids, ForwardContext(segments))
 
 
 def logits(base: Base, states: Tensor, slots: Sequences[int]) -> Tensor:
     """From states (n, width), each under its slot, to logits (n, V)."""
-    with running(Segments(lengths=(1,) * len(states), slots=tuple(slots))):
-        return base.anatomy.head(states) if base.anatomy.plain_head else base.logits(states)
+    context = ForwardContext(Segments(lengths=(1,) * len(states), slots=tuple(slots)))
+    if not base.anatomy.plain_head:
+        return base.logits(states, context)
+    with context:
+        return base.anatomy.head(states)

@@ -35,7 +35,6 @@ from graftlm.planning.models import find
 from graftlm.planning.plan import DEFAULT_TOKENS_PER_PASS
 from graftlm.planning.shape import Shape
 from graftlm.planning.words import size
-from graftlm.segments import running
 from graftlm.training.loop import Work, forward, lay_out, passes
 from graftlm.training.trial import Trial
 
@@ -225,9 +224,8 @@ def rehearse(base: Base, trials: Sequence[Trial], foresight: Foresight) -> int:
     try:
         with PeakMemory(base.device, keep=True) as memory, _freed_at_once(trials):
             laid = lay_out(base, foresight.work)
-            with running(laid.segments):
-                total, _ = forward(base, laid)
-                total.backward()
+            total, _ = forward(base, laid, head_gradient_last=any(t.optimizer.in_backward for t in trials))
+            total.backward()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", said, re.IGNORECASE):

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
 from graftlm.data.documents import Document
 from graftlm.errors import Diverged, TrainingError
-from graftlm.segments import Segments, pack, running
+from graftlm.segments import Segments, pack
 from graftlm.training import in_backward, notfinite
 from graftlm.training.loss import weighted_loss
 from graftlm.training.optimizer import clip_factor
@@ -193,10 +194,11 @@ def passes(base: Base, work: Sequence[Work], tokens_per_pass: int) -> list[list[
     return [[work[i] for i in group] for group in groups]
 
 
-def forward(base: Base, laid: Pass) -> tuple[Tensor, Tensor]:
-    """One pass, its segments running: the weighted loss, with gradients where they are on, and each trained token's."""
-    hidden = base.hidden(laid.ids, laid.segments)  # (T, width)
-    return weighted_loss(base, hidden[laid.sources], laid.labels, laid.weights, laid.slots)
+def forward(base: Base, laid: Pass, *, head_gradient_last: bool = False) -> tuple[Tensor, Tensor]:
+    """One pass: the weighted loss, with gradients where they are on, and each trained token's."""
+    context = ForwardContext(laid.segments, head_gradient_last=head_gradient_last)
+    hidden = base.hidden(laid.ids, context)  # (T, width)
+    return weighted_loss(base, hidden[laid.sources], laid.labels, laid.weights, laid.slots, context)
 
 
 Failed = Callable[[Trial, TrainingError], None]
@@ -238,10 +240,9 @@ def optimizer_step(
     bad: list[Work] = []  # documents whose loss is not finite
     for group in passes(base, work, tokens_per_pass):
         laid = lay_out(base, group)
-        with running(laid.segments):
-            total, losses = forward(base, laid)
-            with in_backward.stepping(trials, losses, watches or {}):
-                total.backward()
+        total, losses = forward(base, laid, head_gradient_last=any(trial.optimizer.in_backward for trial in trials))
+        with in_backward.stepping(trials, losses, watches or {}):
+            total.backward()
         for slot, first, last in laid.slots:
             sums[slot] += float(losses[first:last].sum())
         if not torch.isfinite(losses).all():
@@ -304,7 +305,7 @@ def _blame(
     def run(i: int) -> None:
         seed, draw, document = documents[i]
         laid = lay_out(base, [Work(document, trial.slot, (seed, draw), 1.0 / max(1, int(document.trained[1:].sum())))])
-        with running(laid.segments), torch.set_grad_enabled(back):
+        with torch.set_grad_enabled(back):
             total, _ = forward(base, laid)
             if back and total.requires_grad:
                 total.backward()
@@ -357,8 +358,7 @@ def row_losses(
     found: dict[int, RowLoss] = {}
     for group in passes(base, work, tokens_per_pass):
         laid = lay_out(base, group)
-        with running(laid.segments):
-            _, losses = forward(base, laid)
+        _, losses = forward(base, laid)
         at = 0
         for w, count in zip(group, laid.counts):
             index = w.stream[1]

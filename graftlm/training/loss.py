@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from graftlm import kernels
 from graftlm.adapters.bank import Bank
+from graftlm.base.context import ForwardContext
 from graftlm.base.linear import Stored, StoredLinear
 from graftlm.base.load import Base
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 CHUNK_LOGITS = 1 << 23  # values of logits that exist at once: 32 MB in float32
 
@@ -44,17 +45,23 @@ def _chunks(slots: Sequence[tuple[int, int, int]], vocabulary: int) -> list[tupl
     return [(slot, a, b) for slot, first, last in slots for a, b in _pieces(first, last, vocabulary)]
 
 
-def _piece(base: Base, hidden: Tensor, labels: Tensor, slot: int) -> Tensor:
+def _piece(base: Base, hidden: Tensor, labels: Tensor, slot: int, context: ForwardContext) -> Tensor:
     """hidden (c, w), labels (c,) -> each token's loss, (c,) float32."""
-    with running(Segments(lengths=(len(hidden),), slots=(slot,))):
-        logits = base.logits(hidden)  # (c, V)
+    logits = base.logits(hidden, context.over(Segments(lengths=(len(hidden),), slots=(slot,))))  # (c, V)
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, base: Base, labels: Tensor, weights: Tensor, slots: Any, *trained: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        base: Base,
+        labels: Tensor,
+        weights: Tensor,
+        slots: Any,
+        context: ForwardContext,
+        *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (n, w)
@@ -62,7 +69,7 @@ class _HeadLoss(torch.autograd.Function):
         for slot, first, last in _chunks(slots, base.anatomy.vocabulary):
             with torch.enable_grad():
                 part = hidden[first:last].detach().requires_grad_(gradient is not None)
-                loss = _piece(base, part, labels[first:last], slot)
+                loss = _piece(base, part, labels[first:last], slot, context)
                 weighted = (loss * weights[first:last]).sum()
                 wanted = ([part] if gradient is not None else []) + list(trained)
                 found: list[Tensor | None] = []
@@ -90,17 +97,26 @@ class _HeadLoss(torch.autograd.Function):
         scale = grads[0]
         saved = list(ctx.saved_tensors)
         dh = saved.pop(0) * scale if ctx.with_hidden else None
-        return (dh, None, None, None, None, *(None if t is None else t.mul_(scale) for t in saved))
+        return (dh, None, None, None, None, None, *(None if t is None else t.mul_(scale) for t in saved))
 
 
 class _PlainHeadLoss(torch.autograd.Function):
     """The same where logits are hidden W^T: a chunk's logits become their gradient, and meet W once more."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: StoredLinear, W: Tensor, labels: Tensor, weights: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: StoredLinear,
+        W: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        context: ForwardContext,
+    ) -> Any:
         wants_hidden, _, wants_head = ctx.needs_input_grad[:3]
-        share, head.share = head.share if wants_hidden and wants_head else None, None
-        late = share is not None and head.late
+        left = context.take_tied()
+        tied = left if wants_hidden and wants_head else None
+        late = tied is not None and context.head_gradient_last
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         dh = torch.empty_like(hidden) if wants_hidden else None  # (n, w)
         dW: Tensor | None = None  # (V, w)
@@ -113,7 +129,7 @@ class _PlainHeadLoss(torch.autograd.Function):
                 dW = _added(dW, logits, hidden, first, head)
             del logits  # before the next chunk's are made: else there would be two at once
         ctx.save_for_backward(dh, None if dW is None else dW.to(W.dtype))  # held until the whole pass is over
-        ctx.share, ctx.later = share, (hidden.detach(), head, labels, weights) if late else None
+        ctx.tied, ctx.later = tied, (hidden.detach(), head, labels, weights, context) if late else None
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
@@ -123,11 +139,11 @@ class _PlainHeadLoss(torch.autograd.Function):
         scale = grads[0]
         dW = None if dW is None else dW.mul_(scale)
         if ctx.later is not None:
-            hidden, head, labels, weights = ctx.later
-            ctx.share.make = partial(_head_gradient, hidden, head, labels, weights * scale)
-        elif ctx.share is not None:  # the lookup at the other end adds its own to it
-            ctx.share.gradient, dW = dW, None
-        return None if dh is None else dh * scale, None, dW, None, None
+            hidden, head, labels, weights, context = ctx.later
+            ctx.tied.make = partial(_head_gradient, hidden, head, labels, weights * scale, context)
+        elif ctx.tied is not None:  # the lookup at the other end adds its own to it
+            ctx.tied.gradient, dW = dW, None
+        return None if dh is None else dh * scale, None, dW, None, None, None
 
 
 def _own_gradient(hidden: Tensor, head: StoredLinear, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,14 +165,17 @@ def _added(dW: Tensor | None, dlogits: Tensor, hidden: Tensor, first: int, head:
 
 
 @torch.no_grad()
-def _head_gradient(hidden: Tensor, head: StoredLinear, labels: Tensor, weights: Tensor) -> Tensor:
+def _head_gradient(
+    hidden: Tensor, head: StoredLinear, labels: Tensor, weights: Tensor, context: ForwardContext
+) -> Tensor:
     """The gradient of the weighted losses to the head's weight (V, w), from the hidden states (n, w) alone."""
     assert head.weight is not None
     dW: Tensor | None = None
-    for first, last in _pieces(0, len(hidden), len(head.weight)):
-        logits, _ = _own_gradient(hidden[first:last], head, labels[first:last], weights[first:last])
-        dW = _added(dW, logits, hidden, first, head)
-        del logits
+    with context:
+        for first, last in _pieces(0, len(hidden), len(head.weight)):
+            logits, _ = _own_gradient(hidden[first:last], head, labels[first:last], weights[first:last])
+            dW = _added(dW, logits, hidden, first, head)
+            del logits
     return torch.zeros_like(head.weight) if dW is None else dW.to(head.weight.dtype)
 
 
@@ -185,9 +204,14 @@ def tail_parameters(base: Base) -> list[nn.Parameter]:
 
 
 def weighted_loss(
-    base: Base, hidden: Tensor, labels: Tensor, weights: Tensor, slots: Sequence[tuple[int, int, int]]
+    base: Base,
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    slots: Sequence[tuple[int, int, int]],
+    context: ForwardContext,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of token losses, with gradients, and each token's loss without.
+    """The weighted sum of token losses, with gradients, and each token's loss without; `context` is the pass's own.
 
     hidden (n, w) are the states in front of each trained token, labels (n,) the tokens, weights (n,) float32;
     `slots` gives (slot, first, last) over the n rows.
@@ -195,12 +219,13 @@ def weighted_loss(
     trained = tail_parameters(base) if torch.is_grad_enabled() else []
     head = _plain_head(base, trained)
     if head is not None:
-        total, losses = _PlainHeadLoss.apply(hidden, head, head.weight, labels, weights)  # pyright: ignore
+        with context:
+            total, losses = _PlainHeadLoss.apply(hidden, head, head.weight, labels, weights, context)  # pyright: ignore
         return total, losses
     if torch.is_grad_enabled():
-        total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, *trained)  # pyright: ignore
+        total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, context, *trained)  # pyright: ignore
         return total, losses
     chunks = _chunks(slots, base.anatomy.vocabulary)
-    parts = [_piece(base, hidden[a:b], labels[a:b], slot) for slot, a, b in chunks]
+    parts = [_piece(base, hidden[a:b], labels[a:b], slot, context) for slot, a, b in chunks]
     losses = torch.cat(parts) if parts else hidden.new_zeros(0)
     return (losses * weights).sum(), losses

@@ -15,7 +15,6 @@ from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Adapter, Plan, attach, choose, new_adapter
 from graftlm.adapters.store.folder import locate
 from graftlm.base.chat import Encoder
-from graftlm.base.linear import StoredLinear
 from graftlm.base.load import Base
 from graftlm.config import Precision, TrainConfig
 from graftlm.config.train import OFFLOAD_ON_CPU
@@ -147,8 +146,6 @@ def make_trial(
         eight_bit=config.optimizer == "adamw-8bit", in_backward=config.optimizer_in_backward,
         state_device=torch.device("cpu") if config.offload_optimizer else None,
     )  # fmt: skip
-    if optimizer.in_backward and isinstance(base.anatomy.head, StoredLinear):
-        base.anatomy.head.late = True  # no gradient is to wait
     schedule = Schedule(
         peak=config.peak_learning_rate, kind=config.schedule, warmup_steps=round(config.warmup * order.steps),
         steps=order.steps,

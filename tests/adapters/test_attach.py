@@ -11,10 +11,10 @@ from graftlm import kernels
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Plan, attach, choose, coverage, detach, new_adapter, whole_modules
 from graftlm.base import hf
-from graftlm.base.linear import unrounded
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base, load_base
 from graftlm.errors import ConfigError
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 from graftlm.training.loop import train
 
 
@@ -185,9 +185,9 @@ def test_adapters_of_different_kinds_in_one_batch_are_each_as_alone(architecture
     lengths, slots = (5, 7, 3, 3, 8), (0, 1, 1, 2, 2)
     parts = [tiny.ids(n, seed=40 + i) for i, n in enumerate(lengths)]
     segments = Segments(lengths=lengths, slots=slots)
-    with torch.no_grad(), running(segments):
-        hidden = base.hidden(torch.cat(parts), segments)
-        found = base.logits(hidden)
+    context = ForwardContext(segments)
+    with torch.no_grad():
+        found = base.logits(base.hidden(torch.cat(parts), context), context)
     for part, slot, logits in zip(parts, slots, found.split(lengths), strict=True):
         tiny.close(logits, tiny.base_logits(base, part, slot=slot), rtol=1e-5)
     alone = {slot: tiny.base_logits(base, parts[1], slot=slot) for slot in (0, 1, 2)}
@@ -258,14 +258,13 @@ def test_an_adapters_rows_are_rounded_alike_beside_another_kind_of_adapter() -> 
     base = load_base(str(tiny.wide()), compute="mixed", device="cpu")
     ids = tiny.ids(9)
 
-    def logits(slots: tuple[int, ...]) -> Tensor:
-        segments = Segments(lengths=(9,) * len(slots), slots=slots)
-        with torch.no_grad(), running(segments):
-            return base.logits(base.hidden(ids.repeat(len(slots)), segments))[:9]
+    def logits(slots: tuple[int, ...], bf16_matmul: bool = True) -> Tensor:
+        context = ForwardContext(Segments(lengths=(9,) * len(slots), slots=slots), bf16_matmul=bf16_matmul)
+        with torch.no_grad():
+            return base.logits(base.hidden(ids.repeat(len(slots)), context), context)[:9]
 
     tiny.adapted(base, slot=1)
     alone = logits((1,))
     tiny.adapted(base, slot=2, seed=5, dora=True)
     assert torch.allclose(logits((1, 2)), alone, rtol=1e-4, atol=1e-4)
-    with unrounded():
-        assert not torch.allclose(logits((1,)), alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits((1,), bf16_matmul=False), alone, rtol=1e-4, atol=1e-4)

@@ -11,8 +11,9 @@ import torch
 from transformers.models.mistral import modeling_mistral
 
 from graftlm.base import hf
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base, load_base
-from graftlm.segments import running
+from graftlm.segments import Segments
 from graftlm.training.loop import Work, passes, row_losses, train
 
 PACK = tuple(a for a in tiny.ARCHITECTURES if a not in ("falcon", "bloom"))
@@ -36,8 +37,9 @@ def test_a_token_sees_its_own_document_up_to_itself_and_nothing_else(architectur
     lengths = (3, 7, 7, 12, 1)
     parts = [tiny.ids(n, seed=n + i) for i, n in enumerate(lengths)]
     segments = tiny.layout(lengths, [0] * len(lengths))
-    with torch.no_grad(), running(segments):
-        found = base.logits(base.hidden(torch.cat(parts), segments))
+    context = ForwardContext(segments)
+    with torch.no_grad():
+        found = base.logits(base.hidden(torch.cat(parts), context), context)
     for part, logits in zip(parts, found.split(lengths), strict=True):
         tiny.close(logits, tiny.plain_logits(plain, part))
 
@@ -138,14 +140,14 @@ def test_our_attention_refuses_what_it_does_not_compute() -> None:
     from graftlm.base.attention import UnsupportedAttention, segment_attention
 
     q, k = torch.randn(1, 4, 5, 6), torch.randn(1, 2, 5, 6)
-    with running(tiny.layout((3, 2))):
+    with ForwardContext(tiny.layout((3, 2))):
         for keyword in ({"s_aux": torch.zeros(4)}, {"dropout": 0.1}, {"position_bias": torch.zeros(1)}):
             with pytest.raises(UnsupportedAttention):
                 segment_attention(None, q, k, k, None, **keyword)
         segment_attention(None, q, k, k, None, s_aux=None)
-    with pytest.raises(UnsupportedAttention):
+    with ForwardContext(Segments(lengths=(5,), slots=(0,), stacked=True)), pytest.raises(UnsupportedAttention):
         segment_attention(None, q, k, k, None)
-    with running(tiny.layout((3, 3))), pytest.raises(UnsupportedAttention):
+    with ForwardContext(tiny.layout((3, 3))), pytest.raises(UnsupportedAttention):
         segment_attention(None, q, k, k, None)
 
 

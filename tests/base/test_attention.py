@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graftlm.base.attention import may_pack, segment_attention
-from graftlm.segments import Segments, running
+from graftlm.base.context import ForwardContext
+from graftlm.segments import Segments
 
 H, K, D = 6, 2, 5  # heads, key-value heads, head width
 
@@ -46,7 +47,7 @@ def test_each_document_attends_to_its_own_past(
     q, k, v = random(sum(lengths))
     segments = Segments(lengths=tuple(lengths), slots=(0,) * len(lengths))
     scale = 1 / math.sqrt(D) if scaling is None else scaling
-    with running(segments):
+    with ForwardContext(segments):
         found, weights = segment_attention(None, q, k, v, None, scaling, 0.0, window, softcap)
     assert weights is None
     parts = [
@@ -64,7 +65,7 @@ def test_each_document_attends_to_its_own_past(
 
 def test_no_gradient_crosses_from_one_document_into_another_or_into_the_past() -> None:
     q, k, v = random(12)
-    with running(Segments(lengths=(4, 4, 4), slots=(0, 0, 0))):
+    with ForwardContext(Segments(lengths=(4, 4, 4), slots=(0, 0, 0))):
         y, _ = segment_attention(None, q, k, v, None)
     for gradient in torch.autograd.grad(y[0, 6].sum(), (k, v)):
         touched = gradient.abs().sum((0, 1, 3)) > 0  # (T,)

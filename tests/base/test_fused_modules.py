@@ -17,9 +17,9 @@ from transformers.models.llama import modeling_llama
 
 from graftlm import kernels
 from graftlm.base import fused
+from graftlm.base.context import ForwardContext
 from graftlm.base.fused import Fused, fuse, unfuse
 from graftlm.base.load import Base, load_base
-from graftlm.segments import running
 from graftlm.training.loop import Work, forward, lay_out
 
 pytestmark = pytest.mark.skipif(
@@ -48,9 +48,8 @@ def gradients(base: Base, parameters: dict[str, Any], slot: int) -> tuple[Tensor
         p.grad = None
     for group in [work] if base.packs else [[w] for w in work]:
         laid = lay_out(base, group)
-        with running(laid.segments):
-            loss, _ = forward(base, laid)
-            loss.backward()
+        loss, _ = forward(base, laid)
+        loss.backward()
         total += loss.detach()
     return total, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
 
@@ -167,8 +166,7 @@ def test_a_whole_pass_keeps_less_than_with_the_models_own_code(architecture: str
     laid = lay_out(base, [Work(row, 0, (0, i), 0.1) for i, row in enumerate(ROWS)])
 
     def kept() -> int:
-        with running(laid.segments):
-            return kept_bytes(lambda: base.hidden(laid.ids, laid.segments), *base.model.parameters())
+        return kept_bytes(lambda: base.hidden(laid.ids, ForwardContext(laid.segments)), *base.model.parameters())
 
     ours = kept()
     unfuse(base.model)

@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 
+from graftlm.base.context import ForwardContext
 from graftlm.base.keyvalues import KeyValues, PagedPass, bytes_per_token, may_keep, measure
 from graftlm.base.load import load_base
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -51,8 +52,9 @@ def test_sequences_at_different_places_share_a_pass(architecture: str) -> None:
         past = PagedPass(store, lengths, pasts, going)
         segments = Segments(lengths=lengths, slots=(0,) * len(going), cached=pasts, past=past)
         ids = torch.cat([texts[i][a : a + n] for i, a, n in zip(going, pasts, lengths)])
-        with running(segments), torch.no_grad():
-            found = base.logits(base.hidden(ids, segments)).split(list(lengths))
+        context = ForwardContext(segments)
+        with torch.no_grad():
+            found = base.logits(base.hidden(ids, context), context).split(list(lengths))
         for i, a, n, logits in zip(going, pasts, lengths, found):
             tiny.close(logits, whole[i][a : a + n])
             done[i] += n
@@ -62,5 +64,4 @@ def test_training_passes_are_not_touched_by_a_past() -> None:
     base = load_base(str(tiny.folder("llama")), precision="float32")
     segments = tiny.layout([5, 7, 7], [0, 0, 0])
     assert segments.past is None
-    with running(segments):
-        base.hidden(tiny.ids(19), segments)
+    base.hidden(tiny.ids(19), ForwardContext(segments))

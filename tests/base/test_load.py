@@ -20,10 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from graftlm import kernels
 from graftlm.base import hf
-from graftlm.base.linear import Stored, unrounded
+from graftlm.base.context import ForwardContext
+from graftlm.base.linear import Stored
 from graftlm.base.load import Base, default_device, load_base, load_tokenizer, resolve
 from graftlm.base.precision import default_compute
 from graftlm.errors import ModelError
+from graftlm.segments import Segments
 
 
 @pytest.fixture
@@ -399,8 +401,9 @@ def test_the_linear_layers_are_replaced_and_nothing_else_is() -> None:
     found = {name: type(m).__name__ for name, m in base.model.named_modules()}
     assert set(found) == set(plain)
     assert {found[name] for name, kind in plain.items() if kind == nn.Linear.__name__} == {"StoredLinear"}
-    assert {name: kind for name, kind in found.items() if kind != "StoredLinear"} == {
-        name: kind for name, kind in plain.items() if kind != "Linear"
+    assert found["model.embed_tokens"] == "StoredEmbedding"
+    assert {name: kind for name, kind in found.items() if not kind.startswith("Stored")} == {
+        name: kind for name, kind in plain.items() if kind not in ("Linear", "Embedding")
     }
 
 
@@ -442,6 +445,6 @@ def test_mixed_compute_narrows_every_stored_product_and_keeps_the_states_in_floa
     assert stored
     assert all(module.narrow for module in stored)
     assert base.compute_dtype == torch.float32
-    with unrounded():
+    with ForwardContext(Segments(lengths=(1,), slots=(0,)), bf16_matmul=False):
         assert not any(module.narrow for module in stored)
     assert all(module.narrow for module in stored)

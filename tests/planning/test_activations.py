@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
+from graftlm.base.context import ForwardContext
 from graftlm.base.fused import unfuse
 from graftlm.base.load import Base, load_base
 from graftlm.planning.activations import Load, kept
 from graftlm.planning.instantiate import instantiate
 from graftlm.planning.method import NOTHING, Setting, adapted
-from graftlm.segments import running
 from graftlm.training.loop import Work, lay_out
 
 LENGTHS = (20, 20, 20)
@@ -41,8 +41,8 @@ def saved_by_autograd(base: Base, slot: int) -> int:
 
     documents = tiny.documents(LENGTHS)
     laid = lay_out(base, [Work(d, slot, (0, i), 0.01) for i, d in enumerate(documents)])
-    with running(laid.segments), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        base.hidden(laid.ids, laid.segments)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        base.hidden(laid.ids, ForwardContext(laid.segments))
     return sum(found.values())
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from graftlm.adapters.attach import attach, detach
 from graftlm.adapters.bank import LowRank
+from graftlm.base.context import ForwardContext
 from graftlm.base.keyvalues import KeyValues, PagedPass, may_keep
 from graftlm.base.load import Base
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 from graftlm.serving.decoder import Decoder, decoder_of
 from graftlm.serving.residents import ready
 
@@ -37,8 +38,7 @@ def decoder(base: Base) -> Decoder:
 def own_code(base: Base, store: KeyValues, ids: Tensor, step: tuple[int, ...], done: list[int]) -> Tensor:
     past = PagedPass(store, step, done, (0, 1, 2))
     segments = Segments(lengths=step, slots=SLOTS, cached=tuple(done), past=past)
-    with running(segments):
-        return base.hidden(ids, segments)
+    return base.hidden(ids, ForwardContext(segments))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

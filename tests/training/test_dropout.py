@@ -6,9 +6,10 @@ import tiny
 import torch
 from torch import Tensor
 
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import load_base
 from graftlm.kernels.counter import hash_words, keep_mask, uniform
-from graftlm.segments import Segments, running
+from graftlm.segments import Segments
 
 
 def keys(*streams: tuple[int, int], lengths: tuple[int, ...]) -> Tensor:
@@ -68,13 +69,13 @@ def test_kept_features_are_scaled_so_that_the_mean_stays() -> None:
     total = torch.zeros(6, 44)
     count = 1500
     for draw in range(count):
-        with running(Segments(lengths=(6,), slots=(1,), streams=((9, draw),))):
+        with ForwardContext(Segments(lengths=(6,), slots=(1,), streams=((9, draw),))):
             total += layer(x).detach()
             if draw == 0:  # the formula itself, once
                 key = keep_mask(keys((9, 0), lengths=(6,)), slot.key, 28, 0.4)  # pyright: ignore
                 own = (x * key / 0.6) @ slot.A.T @ slot.B.T * slot.scale  # pyright: ignore
                 tiny.close(layer(x), x @ layer.weight.T + own)
-    with running(Segments(lengths=(6,), slots=(1,))):
+    with ForwardContext(Segments(lengths=(6,), slots=(1,))):
         plain = layer(x).detach()
     spread = (plain - x @ layer.weight.detach().T).abs().max()
     assert (total / count - plain).abs().max() < 0.15 * spread

@@ -85,7 +85,7 @@ def test_memory_that_runs_out_in_the_rehearsal_is_said_with_a_way_out(
 ) -> None:
     _, base, trial, found = run(tmp_path)
 
-    def no_memory(*given: object) -> None:
+    def no_memory(*given: object, **options: object) -> None:
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
         )
@@ -102,7 +102,7 @@ def test_another_error_in_the_rehearsal_is_not_taken_for_a_lack_of_memory(
 ) -> None:
     _, base, trial, found = run(tmp_path)
 
-    def broken(*given: object) -> None:
+    def broken(*given: object, **options: object) -> None:
         raise RuntimeError("shapes do not go together")
 
     monkeypatch.setattr(foresight, "forward", broken)

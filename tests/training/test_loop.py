@@ -15,7 +15,7 @@ from torch import Tensor
 from graftlm import kernels
 from graftlm.adapters.attach import Adapter
 from graftlm.base import hf
-from graftlm.base.linear import unrounded
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base, load_base
 from graftlm.config import Compute, Precision
 from graftlm.data.order import make_order
@@ -61,6 +61,9 @@ def weights(trial: Trial) -> dict[str, Tensor]:
 
 def trained(method: str, tokens_per_pass: int, **changes: Any) -> dict[str, Tensor]:
     base = loaded(changes.pop("precision", "float32"), compute=changes.pop("compute", "float32"))
+    if not changes.pop("rounds", True):
+        for module in base.stored().values():
+            module.rounds = False
     if changes.pop("checkpointing", False):
         assert base.anatomy.checkpoint_layers(True) == 2
     trial = started(base, method, **changes)
@@ -116,9 +119,7 @@ def test_products_in_bfloat16_train_as_those_in_float32_do() -> None:
     if not kernels.narrows():
         pytest.skip("this processor has no bfloat16 instructions")
     for method in ("full", "lora"):
-        rounded = trained(method, 25, compute="mixed")
-        with unrounded():
-            exact = trained(method, 25, compute="mixed")
+        rounded, exact = (trained(method, 25, compute="mixed", rounds=rounds) for rounds in (True, False))
         changed = {name for name in exact if not torch.equal(exact[name], rounded[name])}
         assert changed == set(exact)  # every layer's products are rounded, there and back
         assert far(exact, rounded) < 1e-2
@@ -271,8 +272,9 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_leaves_the_weights() -> No
     before = weights(trial)
     hidden = base.anatomy.hidden
 
-    def broken(ids: Tensor, segments: Any) -> Tensor:
-        states = hidden(ids, segments).clone()
+    def broken(ids: Tensor, context: ForwardContext) -> Tensor:
+        states = hidden(ids, context).clone()
+        segments = context.segments
         if 12 not in segments.lengths:
             return states
         at = segments.starts[segments.lengths.index(12)]

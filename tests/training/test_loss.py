@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from graftlm import kernels
 from graftlm.adapters.bank import Bank
+from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base, load_base
 from graftlm.errors import TrainingError
-from graftlm.segments import running
+from graftlm.segments import Segments
 from graftlm.training import loss as loss_module
 from graftlm.training.loop import Work, _beside, _refuse_untrained, forward, lay_out, optimizer_step
 from graftlm.training.loss import tail_parameters, weighted_loss
@@ -45,8 +46,7 @@ def gradients(base: Base, plain: Any) -> None:
     work = [Work(row, 0, (0, i), 1.0 / count) for i, row in enumerate(ROWS)]
     for group in [work] if base.packs else [[w] for w in work]:
         laid = lay_out(base, group)
-        with running(laid.segments):
-            forward(base, laid)[0].backward()
+        forward(base, laid)[0].backward()
     tiny.mean_loss(plain, ROWS).backward()
 
 
@@ -134,14 +134,15 @@ def both_ways(
     labels = torch.randint(0, base.anatomy.vocabulary, (count,), generator=generator)
     weights = torch.rand(count, generator=generator) + 0.3
     found: list[list[torch.Tensor]] = []
+    context = ForwardContext(Segments(lengths=(count,), slots=(0,)))
     for general in (False, True):
         if general:
             monkeypatch.setattr(loss_module, "_plain_head", lambda base, trained: None)
         h = hidden.clone().requires_grad_()
-        total, losses = weighted_loss(base, h, labels, weights, [(0, 0, count)])
+        total, losses = weighted_loss(base, h, labels, weights, [(0, 0, count)], context)
         found.append([total.detach(), losses, *torch.autograd.grad(total * 1.7, [h, *wanted])])
         with torch.no_grad():
-            found[-1].append(weighted_loss(base, hidden, labels, weights, [(0, 0, count)])[1])
+            found[-1].append(weighted_loss(base, hidden, labels, weights, [(0, 0, count)], context)[1])
     return found[0], found[1]
 
 
@@ -190,7 +191,9 @@ def test_logits_become_their_gradient_in_place(monkeypatch: pytest.MonkeyPatch) 
     own = kernels.matmul_t
     monkeypatch.setattr(kernels, "matmul_t", lambda dy, *rest: used.append(dy.data_ptr()) or own(dy, *rest))
     hidden = torch.randn(9, 28, requires_grad=True)
-    weighted_loss(base, hidden, torch.arange(9), torch.ones(9), [(0, 0, 9)])
+    weighted_loss(
+        base, hidden, torch.arange(9), torch.ones(9), [(0, 0, 9)], ForwardContext(Segments(lengths=(9,), slots=(0,)))
+    )
     assert made == used != []
 
 
@@ -211,4 +214,7 @@ def test_a_head_with_an_adapter_or_with_more_that_is_trained_is_not_taken_as_pla
 def test_a_label_that_is_no_token_of_the_model_is_refused() -> None:
     base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
     with pytest.raises(IndexError, match=r"0 \.\. 82"):
-        weighted_loss(base, torch.randn(1, 28), torch.tensor([83]), torch.ones(1), [(0, 0, 1)])
+        weighted_loss(
+            base, torch.randn(1, 28), torch.tensor([83]), torch.ones(1), [(0, 0, 1)],
+            ForwardContext(Segments(lengths=(1,), slots=(0,))),
+        )  # fmt: skip

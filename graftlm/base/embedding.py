@@ -1,0 +1,133 @@
+"""The input embedding: rows in the type that the layers compute in, an adapter's own rows, and one gradient with a tied head.
+
+    StoredEmbedding(ids (...,)) -> (..., w)
+
+It stands where the model's embedding was and shares its tensors. What the class does to a row behind the lookup (Gemma's
+scale) is the class's own code, run on a private view of the module that holds other rows: the shared module is never
+written to, so passes of several threads may run at once.
+
+**A tied head.** The head has its gradient dW (V, w) before the backward pass begins (`training/loss.py`); the lookup has a
+handful of rows at its end. Left to autograd, the rows are made into a second matrix of zeros to be added to the first. Here
+the head hands its own over (`context.TiedGradient`) and the rows are added in place: the lookup's gradient is that of both.
+Where memory counts more than time (`ForwardContext.head_gradient_last`) the head hands over how to make it instead, and it
+is made when the layers have run back and their activations are gone: its logits are computed once more.
+
+Letters: V vocabulary, w width, T tokens.
+"""
+
+# nn.Module's attributes are untyped; the model's embedding may be of any class.
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleVariableOverride=false
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftlm.base import context
+from graftlm.base.context import TiedGradient
+
+
+class RowBank(Protocol):
+    """What an embedding asks of the adapters on it (`adapters.bank` implements it)."""
+
+    def __call__(self, ids: Tensor, output: Tensor, embedding: StoredEmbedding) -> Tensor: ...
+
+
+class StoredEmbedding(nn.Module):
+    """The model's own embedding, whose rows leave in `compute`; `bank` puts adapters' rows in."""
+
+    weight: nn.Parameter
+
+    def __init__(self, original: nn.Module, compute: torch.dtype) -> None:
+        super().__init__()
+        # One set of tensors: moving or replacing a tensor here does it there too.
+        self._parameters, self._buffers = original._parameters, original._buffers
+        self._non_persistent_buffers_set = original._non_persistent_buffers_set
+        self.__dict__["original"] = original  # no child: its tensors would be named twice
+        self.__dict__["head"] = None
+        self.compute = compute
+        self.bank: RowBank | None = None
+
+    def tie(self, head: nn.Module | None) -> None:
+        """Name the head; while it has the same weight as this embedding, the two share one gradient in training."""
+        self.__dict__["head"] = head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, bank = self._own_rows(ids), self.bank
+        return rows if bank is None else bank(ids, rows, self)
+
+    def _own_rows(self, ids: Tensor) -> Tensor:
+        """The rows are widened before the class scales them: Gemma rounds its scale to the type of the weight."""
+        weight: Tensor = self.weight
+        original: Any = self.__dict__["original"]
+        if weight.dtype == self.compute:
+            return original.forward(ids)
+        padding = getattr(original, "padding_idx", None)
+        if self._shares_gradient(weight):
+            passing = context.current()
+            passing.tied = TiedGradient()
+            rows = look_up(weight, ids.reshape(-1), padding, self.compute, passing.tied)  # (T, w)
+        else:
+            rows = F.embedding(ids.reshape(-1), weight, padding).to(self.compute)
+        return self.scaled(rows, torch.arange(len(rows), device=ids.device).view(ids.shape))
+
+    def _shares_gradient(self, weight: Tensor) -> bool:
+        head = self.__dict__["head"]
+        return (
+            weight.requires_grad and torch.is_grad_enabled() and weight.device.type == "cpu"
+            and head is not None and head.weight is weight and context.active() is not None
+        )  # fmt: skip
+
+    def scaled(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Other `rows` (n, w), indexed by `ids`, through what the class does behind its lookup -> (*ids.shape, w).
+
+        Its padding index does not come along: it only stops a gradient, and would name another row here.
+        """
+        original: Any = self.__dict__["original"]
+        view: Any = object.__new__(type(original))
+        view.__dict__.update(original.__dict__)
+        view.__dict__["_parameters"] = {**original._parameters, "weight": rows}
+        if "padding_idx" in view.__dict__:
+            view.__dict__["padding_idx"] = None
+        return type(original).forward(view, ids)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
+
+
+class _Lookup(torch.autograd.Function):
+    """weight (V, w), ids (T,) -> rows (T, w) in `wide`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, wide: torch.dtype, tied: TiedGradient
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.type, ctx.padding, ctx.tied = weight.shape, weight.dtype, padding, tied
+        return F.embedding(ids, weight).to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
+        (ids,), (dy,) = ctx.saved_tensors, grads
+        which, place = ids.unique(return_inverse=True)  # (u,), (T,)
+        rows = torch.zeros(len(which), ctx.shape[1]).index_add_(0, place, dy.float())  # (u, w)
+        if ctx.padding is not None:
+            rows[which == ctx.padding] = 0  # as PyTorch's own has it
+        total = ctx.tied.take()
+        if total is None:
+            total = torch.zeros(ctx.shape, dtype=ctx.type)
+        total[which] = (total[which].float() + rows).to(ctx.type)
+        return total, None, None, None, None
+
+
+def look_up(weight: Tensor, ids: Tensor, padding: int | None, wide: torch.dtype, tied: TiedGradient) -> Tensor:
+    """weight (V, w), ids (T,) -> rows (T, w) in `wide`; on a CPU. Whatever `tied` then holds is in the weight's gradient."""
+    rows = _Lookup.apply(weight, ids, padding, wide, tied)
+    assert isinstance(rows, Tensor)
+    return rows
