@@ -451,7 +451,7 @@ class Engine:
                 if sequence.matcher is not None:
                     sequence.matcher.restrict(row)
         tokens = rows.argmax(-1).tolist()
-        drawn = [i for i, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+        drawn = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
         if drawn:
             samplings = [sequences[i].request.sampling for i in drawn]
             numbers = [
