@@ -48,11 +48,11 @@ class StoreError(GraftError):
 
 
 class RequestError(GraftError):
-    """A request cannot be answered as asked; `full` where it could be later, when fewer wait."""
+    """A request cannot be answered as asked; `full` where it could be later, when fewer wait. `field` names what is wrong."""
 
-    def __init__(self, message: str, *, full: bool = False) -> None:
+    def __init__(self, message: str, *, full: bool = False, field: str | None = None) -> None:
         super().__init__(message)
-        self.full = full
+        self.full, self.field = full, field
 
 
 class RunError(GraftError):

@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from graftlm.config import CheckConfig, Config, GenerateConfig, TrainConfig
+from graftlm.config import ChatConfig, CheckConfig, Config, GenerateConfig, TrainConfig
 from graftlm.errors import ConfigError
 
 NEEDED = {"model": "m", "data": "d.jsonl", "out": "o"}
@@ -206,8 +206,17 @@ def test_options_of_sampling_are_refused_where_nothing_is_sampled(option: dict[s
     needed = {"model": "m", "prompt": "p"}
     with pytest.raises(ConfigError, match=f"--{next(iter(option)).replace('_', '-')} is for sampling.*--temperature"):
         GenerateConfig.build({**needed, **option})
+    with pytest.raises(ConfigError, match="temperature 1e-06 takes the likeliest token each time"):
+        GenerateConfig.build({**needed, **option, "temperature": 1e-6})
     GenerateConfig.build({**needed, **option, "temperature": 0.7})
     GenerateConfig.build(needed)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38, 100.5, -1e-300])
+def test_a_temperature_beyond_its_bounds_is_refused(value: float) -> None:
+    for config in (GenerateConfig, ChatConfig):
+        with pytest.raises(ConfigError, match="temperature: must be"):
+            config.build({"model": "m", "temperature": value, **({"prompt": "p"} if config is GenerateConfig else {})})
 
 
 def test_check_refuses_a_weight_on_held_out_data_too() -> None:

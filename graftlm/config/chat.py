@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Compute, Config, Precision, no_idle_sampling, option
+from graftlm.config.fields import Compute, Config, Precision, no_idle_sampling, option, temperature_option
 
 
 class ChatConfig(Config):
@@ -22,7 +22,7 @@ class ChatConfig(Config):
         "auto", "chat puts messages through the chat template; auto follows what was trained"
     )
     max_tokens: int = option(256, "most tokens of an answer", ge=1)
-    temperature: float = option(0.0, "0 takes the likeliest token each time", ge=0)
+    temperature: float = temperature_option()
     top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
     seed: int = option(0, "seed of sampling", ge=0)
     precision: Precision | None = option(

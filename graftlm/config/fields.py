@@ -62,13 +62,17 @@ def no_weight(eval_data: str | None) -> None:
         raise ValueError(f"eval-data '{eval_data}' has a weight, and every held-out row counts once; give '{path}'")
 
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 100.0
+"""Below the first the likeliest token is taken, as at 0 (vLLM's bound); above the second nothing is left to choose by."""
+
+
 def no_idle_sampling(temperature: float, given: set[str]) -> None:
     """At temperature 0 nothing is drawn, so an option of drawing (`given` are the fields that were) would do nothing."""
     for name in ("top_p", "seed"):
-        if temperature == 0 and name in given:
+        if temperature < LEAST_TEMPERATURE and name in given:
             raise ValueError(
-                f"--{name.replace('_', '-')} is for sampling, and temperature 0 takes the likeliest token each time; "
-                "give --temperature, such as 0.7, or leave it out"
+                f"--{name.replace('_', '-')} is for sampling, and temperature {temperature:g} takes the likeliest token each "
+                "time; give --temperature, such as 0.7, or leave it out"
             )
 
 
@@ -148,3 +152,9 @@ def flag_name(field: str) -> str:
 def option(default: Any, help: str, *, group: str = "", **limits: Any) -> Any:
     """A field with its help text and the group it is listed under."""
     return Field(default, description=help, json_schema_extra={"group": group}, **limits)
+
+
+def temperature_option() -> Any:
+    """The temperature of sampling."""
+    help = "0 takes the likeliest token each time, and so does less than 0.00001"
+    return option(0.0, help, ge=0, le=MOST_TEMPERATURE)

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Compute, Config, Precision, no_idle_sampling, option
+from graftlm.config.fields import Compute, Config, Precision, no_idle_sampling, option, temperature_option
 
 
 class GenerateConfig(Config):
@@ -22,7 +22,7 @@ class GenerateConfig(Config):
         "auto", "chat puts the prompt through the chat template; auto follows what the adapter was trained on"
     )
     max_tokens: int = option(128, "most tokens to write", ge=1)
-    temperature: float = option(0.0, "0 takes the likeliest token each time", ge=0)
+    temperature: float = temperature_option()
     top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
     seed: int = option(0, "seed of sampling", ge=0)
     precision: Precision | None = option(

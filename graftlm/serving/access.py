@@ -147,7 +147,7 @@ def as_refused(error: GraftError) -> Refused:
     if isinstance(error, RequestError) and error.full:
         return Refused(429, str(error), "queue_full", headers={"Retry-After": "1"})
     if isinstance(error, (RequestError, DataError, StoreError)):
-        return Refused(400, str(error), "invalid_value")
+        return Refused(400, str(error), "invalid_value", error.field if isinstance(error, RequestError) else None)
     return Refused(500, str(error), "adapter_invalid" if isinstance(error, AdapterError) else None)
 
 

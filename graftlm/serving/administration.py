@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from graftlm.errors import StoreError
 from graftlm.serving import protocol
 from graftlm.serving.access import ADMIN_ERRORS, ERRORS, READ_ERRORS, Admin, Here, Refused, State, Whose, without_paths
+from graftlm.serving.body import JsonRoute
 from graftlm.serving.catalogue import Answerer, lineage
 from graftlm.serving.keys import Tenant
 from graftlm.serving.metrics import adapter_states
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
+T = TypeVar("T")
 
 
 @router.get("/v1/models", responses=READ_ERRORS)
@@ -65,15 +69,25 @@ async def unload(asked: protocol.AdapterRequest, state: Here, tenant: Admin) -> 
 @router.post("/v1/adapters/alias", responses=ADMIN_ERRORS)
 def alias(asked: protocol.AliasRequest, state: Here, tenant: Admin) -> dict[str, Any]:
     """Point an alias at a version; requests that come after the answer get that one."""
-    before, now = state.catalogue.alias(asked.name, asked.alias, asked.version)
+    before, now = _changed(state, lambda: state.catalogue.alias(asked.name, asked.alias, asked.version))
     return {"name": asked.name, "alias": asked.alias, "before": before, "version": now}
 
 
 @router.post("/v1/adapters/rollback", responses=ADMIN_ERRORS)
 def rollback(asked: protocol.RollbackRequest, state: Here, tenant: Admin) -> dict[str, Any]:
     """Point an alias at what it pointed at before."""
-    before, now = state.catalogue.rollback(asked.name, asked.alias)
+    before, now = _changed(state, lambda: state.catalogue.rollback(asked.name, asked.alias))
     return {"name": asked.name, "alias": asked.alias, "before": before, "version": now}
+
+
+def _changed(state: State, change: Callable[[], T]) -> T:
+    """What a change of the store gives. Raises Refused with what the store says, but for its folder."""
+    try:
+        return change()
+    except StoreError as error:
+        store = state.catalogue.store
+        message = str(error) if store is None else str(error).replace(str(store.root), "the store")
+        raise Refused(400, message, "invalid_value") from None
 
 
 async def preload(state: State, who: Answerer) -> None:

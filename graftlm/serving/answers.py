@@ -15,7 +15,18 @@ from starlette.concurrency import run_in_threadpool
 
 from graftlm.errors import GraftError, RequestError
 from graftlm.serving import protocol
-from graftlm.serving.access import ANSWERS, ERRORS, Here, Refused, State, Whose, version_headers, without_paths
+from graftlm.serving.access import (
+    ANSWERS,
+    ERRORS,
+    Here,
+    Refused,
+    State,
+    Whose,
+    as_refused,
+    version_headers,
+    without_paths,
+)
+from graftlm.serving.body import JsonRoute
 from graftlm.serving.catalogue import Answerer
 from graftlm.serving.gate import READ
 from graftlm.serving.keys import Tenant
@@ -24,7 +35,7 @@ from graftlm.serving.protocol import ChatRequest, CompletionRequest, EmbeddingRe
 from graftlm.serving.request import Piece
 from graftlm.serving.request import Request as Question
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", responses=ANSWERS, response_model=None)
@@ -114,7 +125,7 @@ def _encode(encode: Callable[[], Any]) -> Any:
     try:
         return encode()
     except (UnicodeError, TypeError) as error:
-        raise RequestError(f"the prompt cannot be read as text: {str(error)[:200]}") from None
+        raise RequestError(f"the prompt cannot be read as text: {str(error)[:200]}", field="prompt") from None
 
 
 def _question(
@@ -123,7 +134,10 @@ def _question(
     limit = state.bounds.prompt_tokens
     if limit is not None and len(ids) > limit:
         raise Refused(
-            400, f"the prompt has {len(ids)} tokens, this server takes at most {limit}", "context_length_exceeded"
+            400,
+            f"the prompt has {len(ids)} tokens, this server takes at most {limit}",
+            "context_length_exceeded",
+            "prompt",
         )
     return Question(
         id=protocol.new_id("q"), prompt=tuple(ids), max_tokens=most, adapter=who.digest, tenant=tenant.name,
@@ -152,8 +166,10 @@ async def _answer(
     if asked.response_format is not None and asked.response_format.type != "text":
         schema = asked.response_format.wanted
         grammar = await run_in_threadpool(lambda: state.guide(prompts).json(schema))
+    state.service.engine.check_tokens("stop_token_ids", asked.stop_token_ids or ())
     n = asked.n or 1
     sampling = asked.sampling()
+    state.service.engine.check_tokens("logit_bias", sampling.bias)
     stop_ids = prompts.stop_ids.union(asked.stop_token_ids or ())
     questions = [
         _question(
@@ -210,6 +226,8 @@ async def _pieces(state: State, questions: Sequence[Question], who: Answerer) ->
                 seen = True
                 state.metrics.first_token.observe(time.monotonic() - begun)
             for piece in pieces:
+                if piece.refused:
+                    raise RequestError(piece.error, field="response_format")
                 if piece.finish == "error":
                     raise Refused(
                         500,
@@ -254,8 +272,9 @@ async def _events(
                 yield written
         if with_usage:
             yield _event(writer.last(protocol.usage(ends)))
-    except Refused as error:  # its status was sent long ago, so it is told as an event
-        yield _event(json.loads(bytes(error.response().body)))
+    except (Refused, RequestError) as error:  # its status was sent long ago, so it is told as an event
+        refused = as_refused(error) if isinstance(error, RequestError) else error
+        yield _event(json.loads(bytes(refused.response().body)))
     yield b"data: [DONE]\n\n"
 
 

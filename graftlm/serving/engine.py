@@ -19,7 +19,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from graftlm.base.load import Base
 from graftlm.errors import GraftError, RequestError
 from graftlm.serving import sampling
 from graftlm.serving.grouped import Grouped
+from graftlm.serving.invalid import shown
 from graftlm.serving.paged import Paged, Work, logits
 from graftlm.serving.queue import FairQueue
 from graftlm.serving.request import Chosen, Piece, Request
@@ -155,24 +156,32 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise RequestError for a request that cannot be answered however long it waits."""
         if not request.prompt:
-            raise RequestError("the prompt is empty: 0 tokens; give at least one")
+            raise RequestError("the prompt is empty: 0 tokens; give at least one", field="prompt")
         most = self.runner.most_tokens
         if len(request.prompt) + min(request.max_tokens, 1) > most:
             raise RequestError(
-                f"the prompt has {len(request.prompt)} tokens, and {most} fit with the answer; shorten the prompt"
+                f"the prompt has {len(request.prompt)} tokens, and {most} fit with the answer; shorten the prompt",
+                field="prompt",
             )
         if len(request.prompt) + request.max_tokens > most:
             raise RequestError(
                 f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.max_tokens}; together at most {most} "
-                f"fit, so ask for at most {most - len(request.prompt)}"
+                f"fit, so ask for at most {most - len(request.prompt)}",
+                field="max_tokens",
             )
-        unknown = [t for t in request.prompt if not 0 <= t < self.base.anatomy.vocabulary]
-        if unknown:
-            raise RequestError(
-                f"token {unknown[0]} is not in this model's vocabulary of {self.base.anatomy.vocabulary}"
-            )
+        self.check_tokens("prompt", request.prompt)
         if request.n > self.limits.queue:
-            raise RequestError(f"n is {request.n}, and at most {self.limits.queue} answers may wait")
+            raise RequestError(f"n is {request.n}, and at most {self.limits.queue} answers may wait", field="n")
+
+    def check_tokens(self, field: str, ids: Iterable[int]) -> None:
+        """Raise RequestError for the first id that is none of this model's vocabulary; `field` holds them."""
+        size = self.base.anatomy.vocabulary
+        unknown = next((token for token in ids if not 0 <= token < size), None)
+        if unknown is not None:
+            raise RequestError(
+                f"{field} has the token id {shown(unknown)}, and this model's vocabulary has ids from 0 to {size - 1}",
+                field=field,
+            )
 
     def cancel(self, id: str) -> None:
         """Give up a request; its last pieces say so."""
@@ -451,7 +460,7 @@ class Engine:
                 if sequence.matcher is not None:
                     sequence.matcher.restrict(row)
         tokens = rows.argmax(-1).tolist()
-        drawn = [i for i, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+        drawn = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
         if drawn:
             samplings = [sequences[i].request.sampling for i in drawn]
             numbers = [
@@ -477,8 +486,12 @@ class Engine:
         piece = Piece(id=request.id, index=sequence.index, tokens=[token])
         if said is not None:
             piece.chosen.append(said)
-        over = sequence.matcher is not None and sequence.matcher.accept(token)
-        if token in request.stop_ids:
+        matcher = sequence.matcher
+        over = matcher is not None and matcher.accept(token)
+        if matcher is not None and matcher.failure:
+            piece.finish, piece.refused = "error", True
+            piece.error = f"the schema cannot be followed to the end of an answer: {matcher.failure}"
+        elif token in request.stop_ids:
             piece.finish = "stop"
         else:
             piece.text = sequence.detokenizer.push(token)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import RequestError
+from graftlm.serving.endings import endless
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _MOST_SCHEMA = 100_000  # characters
@@ -29,17 +30,18 @@ class Guide:
         self._bound: Any = None
         self._lock = threading.Lock()
 
-    def json(self, schema: Any = None) -> JsonGrammar:
+    def json(self, schema: dict[str, Any] | None = None) -> JsonGrammar:
         """A grammar for JSON of `schema` (any object without one). Raises RequestError for one that cannot be followed."""
         try:
             from llguidance import LLMatcher
         except ImportError:
-            raise RequestError(
+            raise _refused(
                 "JSON-schema output needs llguidance; install it on the server: pip install 'graftlm[serve]'"
             ) from None
-        text = json.dumps(ANY_OBJECT if schema is None else schema)
+        wanted = ANY_OBJECT if schema is None else schema
+        text = json.dumps(wanted)
         if len(text) > _MOST_SCHEMA:
-            raise RequestError(f"the schema has {len(text)} characters, at most {_MOST_SCHEMA} are taken")
+            raise _refused(f"the schema has {len(text)} characters, at most {_MOST_SCHEMA} are taken")
         bound = self._bind()
         try:
             grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
@@ -47,8 +49,18 @@ class Guide:
         except ValueError as error:
             grammar, fault = "", str(error) or "it is no schema"
         if fault:
-            raise RequestError(f"the schema cannot be followed: {fault.strip().splitlines()[0][:300]}")
-        return JsonGrammar(bound, grammar, self._vocabulary)
+            raise _refused(f"the schema cannot be followed: {_reason(fault)}")
+        place = endless(wanted)
+        if place is not None:
+            raise _refused(
+                f"the schema has no answer that ends: {place[:200]} needs itself again and again; make a property optional, or "
+                "allow something else, such as null, by anyOf"
+            )
+        found = JsonGrammar(bound, grammar, self._vocabulary)
+        failure = found.start().begin()
+        if failure:
+            raise _refused(f"the schema cannot be followed: {failure}")
+        return found
 
     def _bind(self) -> Any:
         """The tokenizer as llguidance reads it, made once: it takes a second."""
@@ -59,7 +71,7 @@ class Guide:
                 try:
                     self._bound = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._stops)
                 except Exception as error:  # it raises many kinds for tokenizers whose bytes it cannot tell
-                    raise RequestError(
+                    raise _refused(
                         f"this model's tokenizer cannot be guided by a schema: {str(error).strip()[:200]}"
                     ) from None
             return self._bound
@@ -75,7 +87,7 @@ class JsonGrammar:
         """Begin one answer."""
         from llguidance import LLMatcher
 
-        return Walk(LLMatcher(self._tokenizer, self._grammar), self._vocabulary)
+        return Walk(LLMatcher(self._tokenizer, self._grammar, log_level=0), self._vocabulary)
 
 
 class Walk:
@@ -83,15 +95,45 @@ class Walk:
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
         self._matcher = matcher
+        self.failure = ""
+        """Why the answer cannot go on: the grammar is too large for llguidance's bounds, or the tokenizer lacks a token."""
         self._mask = np.zeros((vocabulary + 31) // 32, dtype=np.int32)  # a bit a token
 
+    def begin(self) -> str:
+        """Why nothing may be written at all; empty where something may."""
+        self._look()
+        return self.failure
+
     def restrict(self, row: Tensor) -> None:
-        """Rule out, in a row of logits (V,), every token that may not follow."""
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: len(row)]
-        row.masked_fill_(torch.from_numpy(allowed == 0).to(row.device), float("-inf"))
+        """Rule out, in a row of logits (V,), every token that may not follow; nothing where `failure` says why none may."""
+        self._look()
+        if not self.failure:
+            allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: len(row)]
+            row.masked_fill_(torch.from_numpy(allowed == 0).to(row.device), float("-inf"))
 
     def accept(self, token: int) -> bool:
-        """Go on by a token; True when the answer is complete with it."""
-        self._matcher.consume_token(token)
-        return bool(self._matcher.is_stopped())
+        """Go on by a token; True when the answer is complete with it, or `failure` says why it cannot go on."""
+        if not self.failure:
+            self._matcher.consume_token(token)
+            self._fail(self._matcher.is_error())
+        return bool(self.failure) or bool(self._matcher.is_stopped())
+
+    def _look(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        self._fail(self._matcher.is_error() or not self._mask.any())
+
+    def _fail(self, failed: bool) -> None:
+        if failed:
+            lines = self._matcher.get_error().strip().splitlines()
+            self.failure = f"no token may come next ({lines[0][:200] if lines else 'the tokenizer has none for it'})"
+
+
+def _reason(fault: str) -> str:
+    """llguidance's message on one line, with ways out that a request has."""
+    said = " ".join(fault.split())
+    said = said.replace("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "Write anyOf instead")
+    return said.replace("Unimplemented keys:", "these keywords are not supported, leave them out:")[:300]
+
+
+def _refused(message: str) -> RequestError:
+    return RequestError(message, field="response_format")

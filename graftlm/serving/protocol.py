@@ -14,34 +14,58 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, Tag, model_validator
 
+from graftlm.config.fields import MOST_TEMPERATURE
+from graftlm.serving.fields import Bias, LeftAside, Name, Only, Prompt, Read, Stop, Text, TextOrParts, fault
+from graftlm.serving.invalid import shown
 from graftlm.serving.prompts import Prompts
 from graftlm.serving.request import Chosen, Piece, Sampling
 
-MOST_STOPS, MOST_TOP, MOST_ANSWERS, MOST_PROMPTS = 16, 20, 128, 256
+MOST_TOP, MOST_ANSWERS = 20, 128
 _MOST_SEED = (1 << 63) - 1
-
-Text = Annotated[str, Field(max_length=10_000_000)]
-StopText = Annotated[str, Field(max_length=1000)]
-Name = Annotated[str, Field(max_length=10_000, description="the base, or an adapter: formal, formal@3, formal@prod")]
+_NO_TOOLS = "this server calls no tools"
+_TEXT_ONLY = "this server reads and writes text only"
 
 
-class _Read(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(_Read):
+class TextPart(Read):
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description="read and left aside")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind(cls, given: Any) -> Any:  # told before the fields that another kind of part has
+        if isinstance(given, dict) and isinstance(given.get("type"), str) and given["type"] != "text":
+            raise fault(f'is {shown(given["type"])}, and {_TEXT_ONLY}; give parts of type "text"', "type")
+        return given
 
 
-class ChatMessage(_Read):
-    """One turn. Other parts of OpenAI's messages (images, sound, tool calls) are refused."""
+_Parts = Annotated[list[TextPart], Field(max_length=10_000, fail_fast=True)]
+Content = Annotated[Annotated[Text, Tag("one")] | Annotated[_Parts, Tag("many")], TextOrParts]
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Text | list[TextPart] | None = None
+
+class ChatMessage(Read):
+    """One turn. Other parts of OpenAI's messages (images, sound, tool calls) are refused.
+
+    The message of an answer may be sent back as it came.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
+    refusal: Annotated[Any, Only(None, "", why="a refusal is no text for this model")] = None
+    annotations: Annotated[Any, Only(None, [], why=_TEXT_ONLY)] = None
+    audio: Annotated[Any, Only(None, why=_TEXT_ONLY)] = None
+    tool_calls: Annotated[Any, Only(None, [], why=_NO_TOOLS)] = None
+    tool_call_id: Annotated[Any, Only(None, why=_NO_TOOLS)] = None
+    function_call: Annotated[Any, Only(None, why=_NO_TOOLS)] = None
+
+    @model_validator(mode="after")
+    def _said(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise fault("is null or missing, and text, or a list of parts, is expected", "content", code="invalid_type")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """As chat templates read it."""
@@ -50,26 +74,28 @@ class ChatMessage(_Read):
         return {"role": self.role, "content": text, **({"name": self.name} if self.name else {})}
 
 
-class StreamOptions(_Read):
+class StreamOptions(Read):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class JsonSchema(_Read):
+class JsonSchema(Read):
     name: Annotated[str, Field(max_length=64)] = "answer"
     description: Text | None = None
-    schema_: dict[str, Any] | bool = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Read):
+class ResponseFormat(Read):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema is given with type 'json_schema', and only then")
+        if self.type == "json_schema" and self.json_schema is None:
+            raise fault('is missing, and type "json_schema" needs it', "json_schema", code="missing_required_parameter")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise fault(f'is given, and type is "{self.type}"; give type "json_schema", or leave it out', "json_schema")
         return self
 
     @property
@@ -78,34 +104,33 @@ class ResponseFormat(_Read):
         return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
 
 
-class _Asked(_Read):
+class _Asked(Read):
     """What chats and completions share."""
 
     model: Name
     max_tokens: Annotated[int, Field(ge=1, le=1 << 30)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
+    temperature: Annotated[float, Field(ge=0, le=MOST_TEMPERATURE)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=-1, le=1 << 30)] | None = 0
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    logit_bias: Bias | None = None
     seed: Annotated[int, Field(ge=-_MOST_SEED, le=_MOST_SEED)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = 1
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=256)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=256, fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    user: Annotated[str, Field(max_length=1000)] | None = Field(None, description="read and left aside")
+    user: LeftAside | None = None
     metadata: dict[str, Any] | None = Field(None, description="read and left aside")
 
     @model_validator(mode="after")
-    def _bias(self) -> Self:
-        for token in self.logit_bias or {}:
-            if not (token.isascii() and token.isdigit() and len(token) < 12):
-                raise ValueError(f"logit_bias: {token[:20]!r} is not the number of a token")
+    def _streamed(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise fault("is given, and stream is not true; leave it out, or ask for a stream", "stream_options")
         return self
 
     @property
@@ -131,21 +156,38 @@ class _Asked(_Read):
 class ChatRequest(_Asked):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 30)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     store: bool | None = Field(None, description="read and left aside: nothing is stored")
-    service_tier: Annotated[str, Field(max_length=64)] | None = Field(None, description="read and left aside")
-    safety_identifier: Annotated[str, Field(max_length=1000)] | None = Field(None, description="read and left aside")
-    prompt_cache_key: Annotated[str, Field(max_length=1000)] | None = Field(None, description="read and left aside")
+    service_tier: LeftAside | None = None
+    safety_identifier: LeftAside | None = None
+    prompt_cache_key: LeftAside | None = None
+    prompt_cache_retention: LeftAside | None = None
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="read and left aside")
+    tools: Annotated[Any, Only(None, [], why=_NO_TOOLS)] = None
+    tool_choice: Annotated[Any, Only(None, "none", "auto", why=_NO_TOOLS)] = None
+    parallel_tool_calls: bool | None = Field(None, description="read and left aside: there are no tools")
+    functions: Annotated[Any, Only(None, [], why=_NO_TOOLS)] = None
+    function_call: Annotated[Any, Only(None, "none", "auto", why=_NO_TOOLS)] = None
+    modalities: Annotated[Any, Only(None, ["text"], why=_TEXT_ONLY)] = None
+    audio: Annotated[Any, Only(None, why=_TEXT_ONLY)] = None
+    prediction: Annotated[Any, Only(None, why="this server does not read predictions")] = None
+    reasoning_effort: Annotated[Any, Only(None, "none", why="how much is reasoned is up to the model")] = None
+    verbosity: Annotated[Any, Only(None, why="how much is written is up to the model and max_tokens")] = None
+    moderation: Annotated[Any, Only(None, why="this server moderates nothing")] = None
+    web_search_options: Annotated[Any, Only(None, why="this server searches nothing")] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is given without logprobs: true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; give one")
+            raise fault(f"is {self.top_logprobs}, and logprobs is not true; give both, or leave it out", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise fault(
+                f"is {self.max_completion_tokens}, and max_tokens, which means the same, is {self.max_tokens}; give one",
+                "max_completion_tokens",
+            )
         return self
 
     @property
@@ -158,28 +200,21 @@ class ChatRequest(_Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=1 << 20)]
-
-
 class CompletionRequest(_Asked):
     """`POST /v1/completions`."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | _Ids
-        | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
-    )
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    echo: Literal[False] | None = False
+    echo: Annotated[Any, Only(None, False, why="this server does not write the prompt again")] = None
     best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
-    suffix: None = None
+    suffix: Annotated[Any, Only(None, "", why="this server writes nothing in front of a text")] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(
-                f"best_of is {self.best_of} and n is {self.n or 1}: only as many answers as are returned are written"
+            raise fault(
+                f"is {self.best_of}, and n is {self.n or 1}: as many answers are written as are returned; leave it out",
+                "best_of",
             )
         return self
 
@@ -197,32 +232,27 @@ class CompletionRequest(_Asked):
         return several(self.prompt)
 
 
-class EmbeddingRequest(_Read):
+class EmbeddingRequest(Read):
     """`POST /v1/embeddings`: the mean of the states before the head, at length 1."""
 
     model: Name
-    input: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | _Ids
-        | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
-    )
+    input: Prompt
     encoding_format: Literal["float", "base64"] | None = "float"
-    dimensions: None = None
-    user: Annotated[str, Field(max_length=1000)] | None = Field(None, description="read and left aside")
+    dimensions: Annotated[Any, Only(None, why="vectors are as long as the model is wide")] = None
+    user: LeftAside | None = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         return several(self.input)
 
 
-class AdapterRequest(_Read):
+class AdapterRequest(Read):
     """Load or unload one version."""
 
     adapter: Name
 
 
-class AliasRequest(_Read):
+class AliasRequest(Read):
     """Point an alias at a version."""
 
     name: Annotated[str, Field(max_length=1000)]
@@ -230,7 +260,7 @@ class AliasRequest(_Read):
     version: Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
-class RollbackRequest(_Read):
+class RollbackRequest(Read):
     """Point an alias at what it pointed at before."""
 
     name: Annotated[str, Field(max_length=1000)]

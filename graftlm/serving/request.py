@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from graftlm.config.fields import LEAST_TEMPERATURE
+
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
@@ -23,7 +25,10 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest; everything else draws by a counter, not by state."""
+    """How the next token is chosen. Temperature 0 takes the likeliest; everything else draws by a counter, not by state.
+
+    A temperature below LEAST_TEMPERATURE is 0: logits divided by it leave the range of float32 or come close to it.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -39,6 +44,11 @@ class Sampling:
     bias: Mapping[int, float] = field(default_factory=dict[int, float])
     """Added to the logits of single tokens."""
     seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def changes_logits(self) -> bool:
@@ -103,6 +113,8 @@ class Piece:
     """New tokens so far, an end token included."""
     embedding: list[float] | None = None
     error: str = ""
+    refused: bool = False
+    """Whether the error is the request's own, and not the adapter's or the engine's."""
 
     def then(self, later: Piece) -> Piece:
         """This and a later piece of the same answer as one."""

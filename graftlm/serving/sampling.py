@@ -52,7 +52,7 @@ def uniform(seed: int, index: int, position: int) -> float:
 
 
 def draw(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> list[int]:
-    """One token for each row of logits (n, V), all with a temperature above 0."""
+    """One token for each row of logits (n, V), none of them greedy."""
     device = logits.device
     temperature = torch.tensor([s.temperature for s in samplings], device=device)[:, None]
     p = torch.softmax(logits.float() / temperature, dim=-1)  # (n, V)

@@ -27,9 +27,15 @@ from graftlm.serving import administration, answers
 from graftlm.serving.access import Here, PerhapsWhose, Refused, State, as_refused
 from graftlm.serving.body import BodyLimit
 from graftlm.serving.gate import ASKING, Gate, Turns
+from graftlm.serving.invalid import explain
 from graftlm.serving.metrics import CONTENT_TYPE, Counted
 
 router = APIRouter()
+_NAMES = {
+    "/v1/chat/completions": {"prompt": "messages"}, "/v1/embeddings": {"prompt": "input"},
+    "/v1/adapters/load": {"model": "adapter"}, "/v1/adapters/unload": {"model": "adapter"},
+}  # fmt: skip
+"""What the fields of a path are called, where not as everywhere."""
 
 
 def create_app(state: State) -> FastAPI:
@@ -72,21 +78,31 @@ class _App(FastAPI):
         return found
 
 
+def _response(request: Request, error: Refused) -> JSONResponse:
+    if error.param is not None:
+        error.param = _NAMES.get(request.url.path, {}).get(error.param, error.param)
+    return error.response()
+
+
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refused)
-    return error.response()
+    return _response(request, error)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if not where and "json" not in request.headers.get("content-type", ""):
-        message = (
-            "the body is read as JSON only when it is said to be: send the header 'Content-Type: application/json'"
-        )
-    return Refused(400, f"{where}: {message}" if where else message, "invalid_value", where or None).response()
+    if first["type"] == "json_invalid":
+        return Refused(400, first["ctx"]["error"], "invalid_json").response()
+    if isinstance(error.body, bytes):
+        found = request.headers.get("content-type")
+        message = f"Content-Type is {found[:80]}" if found else "the header Content-Type is missing"
+        message += ", and the body is read as JSON only when it is said to be: send 'Content-Type: application/json'"
+        return Refused(400, message, "invalid_content_type").response()
+    if error.body is None and first["type"] == "missing":
+        return Refused(400, "the body is empty or null, and an object of JSON is expected", "invalid_type").response()
+    message, param, code = explain(first, error.body)
+    return Refused(400, message, code, param).response()
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -98,7 +114,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _graft_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, GraftError)
-    return as_refused(error).response()
+    return _response(request, as_refused(error))
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -253,7 +253,7 @@ def test_what_cannot_be_answered_is_refused_with_the_numbers() -> None:
         (asking.request([], 3), "the prompt is empty"),
         (asking.request([5] * 64, 3), "the prompt has 64 tokens, and 64 fit with the answer"),
         (asking.request([5] * 60, 9), "60 tokens and max_tokens is 9; together at most 64 fit, so ask for at most 4"),
-        (asking.request([5, 99], 3), "token 99 is not in this model's vocabulary of 83"),
+        (asking.request([5, 99], 3), "prompt has the token id 99, and this model's vocabulary has ids from 0 to 82"),
         (asking.request([5], 3, n=9), "n is 9, and at most 3 answers may wait"),
     ]
     for one, message in refused:

@@ -104,6 +104,7 @@ def test_sampling_from_nearly_nothing_takes_the_likeliest() -> None:
         return generate_text(GenerateConfig(model="demo", prompt="Describe", max_tokens=12, **sampling))["text"]
 
     assert asked(temperature=0.7, top_p=1e-6) == asked()
+    assert asked(temperature=1e-40) == asked(temperature=1e-300) == asked()
     assert asked(temperature=9.0, seed=1) != asked(temperature=9.0, seed=2)
 
 

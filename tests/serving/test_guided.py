@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import asking
 import pytest
 import tiny
 import tiny_run
+import torch
 
 from graftlm.base.load import load_base
 from graftlm.errors import RequestError
+from graftlm.serving.endings import endless
 from graftlm.serving.guided import Guide
 from graftlm.serving.request import Sampling
 
@@ -25,6 +29,36 @@ SCHEMA = {
     "required": ["kind", "size", "tags"],
     "additionalProperties": False,
 }
+
+
+ME: dict[str, Any] = {"$ref": "#"}
+ENDLESS: list[dict[str, Any]] = [
+    ME,
+    {"$id": "http://a.b/c", "$ref": "http://a.b/c"},
+    {"allOf": [ME]},
+    {"anyOf": [ME, ME]},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    {"type": "object", "properties": {"a": ME}, "required": ["a"], "additionalProperties": False},
+    {"type": "object", "properties": {"a": {"type": "array", "items": ME, "minItems": 1}}, "required": ["a"]},
+    {"type": "object", "additionalProperties": ME, "required": ["a"]},
+    {"type": "object", "additionalProperties": ME, "minProperties": 1},
+    {"type": "array", "items": ME, "minItems": 1},
+    {"type": "array", "prefixItems": [{"type": "null"}, ME], "minItems": 2},
+    {"type": ["object", "array"], "properties": {"a": ME}, "required": ["a"], "items": ME, "minItems": 2},
+]
+RECURSIVE: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": ME}, "additionalProperties": False},
+    {
+        "type": "object",
+        "properties": {"a": {"anyOf": [ME, {"type": "null"}]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+    {"type": ["object", "null"], "properties": {"a": ME}, "required": ["a"], "additionalProperties": False},
+    {"type": "array", "items": ME, "maxItems": 2},
+    {"type": "array", "prefixItems": [{"type": "null"}, ME], "minItems": 1, "items": False},
+    {"anyOf": [ME, {"type": "boolean"}]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +98,60 @@ def test_a_schema_that_cannot_be_followed_is_refused(base: object) -> None:
         guide.json({"type": "nonsense"})
     with pytest.raises(RequestError, match="at most 100000 are taken"):
         guide.json({"enum": ["x" * 100_001]})
+
+
+def test_a_grammar_that_cannot_go_on_ends_with_its_reason_and_not_as_if_it_were_complete(base: Any) -> None:
+    many = {f"p{i}": {"type": "integer"} for i in range(1000)}  # llguidance gives up at 2000 states
+    guide = Guide(base.tokenizer, base.anatomy.vocabulary, {2})
+    grammar = guide.json({"type": "object", "properties": many, "additionalProperties": False})
+    engine = asking.engine_of(base)
+    engine.submit(asking.request([65, 66], 40, id="guided", grammar=grammar, stop_ids=frozenset({2})))
+    engine.submit(asking.request([65, 66], 40, id="free"))
+    ends = {piece.id: piece for piece in asking.drain(engine) if piece.finish is not None}
+    assert (ends["guided"].finish, ends["guided"].refused) == ("error", True)
+    assert "cannot be followed to the end of an answer: no token may come next" in ends["guided"].error
+    assert ends["free"].finish == "length", "nobody else's answer ends with it"
+
+
+@pytest.mark.parametrize("schema", ENDLESS, ids=str)
+def test_a_schema_without_an_answer_that_ends_is_refused(base: Any, schema: dict[str, Any]) -> None:
+    guide = Guide(base.tokenizer, base.anatomy.vocabulary, {2})
+    with pytest.raises(RequestError, match=r"no answer that ends: \S+ needs itself again and again"):
+        guide.json(schema)
+
+
+@pytest.mark.parametrize("schema", RECURSIVE, ids=str)
+def test_a_schema_that_needs_itself_only_where_it_may_end_is_followed(base: Any, schema: dict[str, Any]) -> None:
+    grammar = Guide(base.tokenizer, base.anatomy.vocabulary, {2}).json(schema)
+    ends = 0
+    for seed in range(8):  # whichever of the allowed tokens is taken
+        walk, text, random = grammar.start(), list[int](), Random(seed)
+        for _ in range(300):
+            row = torch.zeros(base.anatomy.vocabulary)
+            walk.restrict(row)
+            assert not walk.failure
+            token = random.choice(row.isfinite().nonzero()[:, 0].tolist())
+            text += [token] if token != 2 else []
+            if walk.accept(token):
+                json.loads(base.tokenizer.decode(text))
+                ends += 1
+                break
+    assert ends > 0
+
+
+def test_the_place_of_what_does_not_end_is_told() -> None:
+    inner = {"type": "array", "items": {"$ref": "#/$defs/x~1y"}, "minItems": 1}
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x~1y"}}, "$defs": {"x/y": inner}}
+    assert endless(schema) == "#/$defs/x~1y"
+    assert endless({"type": "integer", "$defs": {"unused": {"$ref": "#/$defs/unused"}}}) is None
+
+
+def test_a_large_schema_is_followed_to_its_ends_without_recursion() -> None:
+    chain = {f"n{i}": {"$ref": f"#/$defs/n{i + 1}"} for i in range(3000)}
+    assert endless({"$ref": "#/$defs/n0", "$defs": {**chain, "n3000": {"type": "null"}}}) is None
+    assert endless({"$ref": "#/$defs/n0", "$defs": {**chain, "n3000": {"$ref": "#"}}}) is not None
+    wide = {f"k{i}": {"$ref": "#"} for i in range(3000)}
+    assert endless({"type": "object", "properties": wide, "required": list(wide)}) is not None
 
 
 def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from graftlm.config.fields import LEAST_TEMPERATURE
 from graftlm.serving import sampling
 from graftlm.serving.request import Sampling
 
@@ -93,6 +94,51 @@ def test_penalties_are_those_of_transformers_and_openai() -> None:
     want[4] -= 0.4 + 0.3
     want[5] += 2.0
     torch.testing.assert_close(found, want)
+
+
+def test_a_temperature_next_to_nothing_takes_the_likeliest_and_the_least_that_draws_does_not_overflow() -> None:
+    for tiny in (0.0, -0.0, 5e-324, 1e-45, 1e-40, 1e-37, 1e-30, 9.9e-6):
+        assert Sampling(temperature=tiny).greedy, tiny
+    row = logits_of(1)[0] * 100
+    best = int(row.argmax())
+    least = Sampling(temperature=LEAST_TEMPERATURE)
+    assert not least.greedy
+    row[best] = 3e4  # as large as a logit of a float16 model can be
+    assert sampling.draw(row[None], [least], [0.7]) == [best]
+
+
+@pytest.mark.parametrize(
+    "s",
+    [
+        Sampling(temperature=1.0, top_p=5e-324), Sampling(temperature=1.0, top_p=1e-38), Sampling(temperature=100.0, min_p=1.0),
+        Sampling(temperature=1.0, top_k=1), Sampling(temperature=1e-5), Sampling(temperature=100.0, top_k=1, min_p=5e-324),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_narrowest_choices_leave_the_likeliest(s: Sampling) -> None:
+    row = logits_of(1)[0]
+    assert sampling.draw(row.expand(5, -1), [s] * 5, [1e-12, 0.2, 0.5, 0.8, 1 - 1e-12]) == [int(row.argmax())] * 5
+
+
+def test_the_widest_choices_draw_from_all() -> None:
+    row = logits_of(1, vocabulary=7)[0]
+    numbers = [(i + 0.5) / 500 for i in range(500)]
+    for s in (Sampling(temperature=100.0, min_p=5e-324), Sampling(temperature=100.0, top_p=1.0, top_k=1 << 30)):
+        assert set(sampling.draw(row.expand(500, -1), [s] * 500, numbers)) == set(range(7))
+
+
+def test_the_strongest_penalties_and_biases_leave_numbers() -> None:
+    for penalty in (0.01, 100.0):
+        row = logits_of(1)[0] * 1000
+        sampling.change(
+            row,
+            Sampling(
+                repetition_penalty=penalty, presence_penalty=2.0, frequency_penalty=-2.0, bias={3: 100.0, 4: -100.0}
+            ),
+            [1, 2, 3],
+            [5] * 10_000,
+        )
+        assert bool(row.isfinite().all())
 
 
 def test_the_numbers_of_a_seed_are_even_and_no_two_places_share_one() -> None:
