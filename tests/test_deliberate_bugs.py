@@ -152,6 +152,10 @@ LOADER = (
         ),
     ),
     Bug(
+        "loader", "a manifest's tolerance is believed", set_to(canary, "check_kept", nothing),
+        lambda b: test_loader.test_a_canary_that_cannot_be_is_refused(b.base, b.saved, "a tolerance of everything"),
+    ),
+    Bug(
         "loader", "the template's rendering is not compared", set_to(canary, "check_golden", nothing),
         lambda b: test_loader.test_another_template_is_refused_for_an_adapter_of_chats_and_not_for_one_of_texts(b.place),
     ),

@@ -42,7 +42,7 @@ from graftlm.adapters.targets import Targets, key_of, layers
 from graftlm.base.chat import Encoder
 from graftlm.base.load import Base, load_tokenizer
 from graftlm.base.skeleton import Skeleton
-from graftlm.errors import AdapterError, ModelError
+from graftlm.errors import AdapterError, ConfigError, ModelError
 from graftlm.files import write_json
 from graftlm.tensorfile import TensorInfo, read_header, read_json
 
@@ -222,6 +222,7 @@ def inspect_folder(path: Path) -> AdapterFolder:
                 raise AdapterError(f"{folder}/{MANIFEST} does not list {name}; it is damaged")
         _same_plan(folder, manifest, header)
         _same_formula(folder, manifest, config)
+        canary.check_kept(f"{folder}/{MANIFEST}", manifest["canary"], manifest["base"]["precision"])
         check_files(folder, entries)
         digest = digest_of(manifest)
         if digest != manifest["digest"]:
@@ -257,7 +258,7 @@ def _same_formula(folder: Path, manifest: Mapping[str, Any], config: Mapping[str
     """Raise AdapterError where PEFT's config says another mathematics than was trained."""
     trained: dict[str, Any] = manifest["formula"]
     for key in _FORMULA:
-        if key in trained and config.get(key) != trained[key]:
+        if config.get(key) != trained.get(key):
             raise AdapterError(
                 f"{folder}/{CONFIG}: {key} is {config.get(key)!r}, and the adapter was trained with {trained.get(key)!r}; "
                 "put it back, or take the adapter from where it came from"
@@ -331,7 +332,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def load(base: Base, folder: Path) -> Adapter:
     """Read an adapter, ours or PEFT's, for the base it is to sit on: the one loader of training, generating, merging, serving.
 
-    Costs a read of the files, and for an adapter with a manifest one small forward pass. What a user should know comes in
+    Costs a read of the files, and one small forward pass. What a user should know comes in
     `adapter.origin.notes`: another precision than trained on, and for PEFT's own what could not be checked. Attached is
     nothing yet.
 
@@ -353,6 +354,8 @@ def load(base: Base, folder: Path) -> Adapter:
     _refuse_no_effect(found.path, adapter)
     tokenizer = load_tokenizer(found.path) if "tokenizer.json" in found.files else None
     if manifest is None:
+        if not isinstance(base, Skeleton):
+            canary.check_finite(str(found.path), base, adapter)
         notes = _unchecked(base, found.config)
     else:
         notes = _behaves(base, found.path, manifest, adapter, tokenizer or base.tokenizer)
@@ -384,7 +387,7 @@ def _behaves(base: Base, folder: Path, manifest: Mapping[str, Any], adapter: Ada
     template: dict[str, Any] = manifest.get("template") or {}
     try:
         encoder = Encoder(tokenizer, date=template.get("date"))
-    except ModelError as error:
+    except (ModelError, ConfigError) as error:
         raise AdapterError(f"{folder} cannot be used with this base's tokenizer: {error}") from None
     formats = ((manifest.get("data") or {}).get("train") or {}).get("formats") or {"chat": 1}
     canary.check_golden(str(folder), manifest["golden"], encoder, chats="chat" in formats)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters import patterns
@@ -326,3 +327,10 @@ def test_a_rank_for_every_layer_of_the_largest_models_is_read() -> None:
 def test_a_glob_of_our_own_options_is_quick_whatever_it_is() -> None:
     assert not patterns.matches("a" * 200, "*a" * 60 + "*b")
     assert patterns.matches("model.layers.3.self_attn.q_proj", "*.3.*q_proj")
+
+
+def test_a_value_that_makes_no_finite_logits_is_refused_without_a_manifest_too(base: Base, tmp_path: Path) -> None:
+    folder = everywhere(tmp_path / "a")
+    named = load_file(folder / "adapter_model.safetensors")
+    save_file({n: torch.full_like(t, 1e30) for n, t in named.items()}, folder / "adapter_model.safetensors")
+    refused(base, folder, "its logits are not finite")
