@@ -22,6 +22,7 @@ import torch
 from graftlm import files
 from graftlm.adapters import canary, fit, gguf, manifest, merge, merged
 from graftlm.adapters import format as adapter_format
+from graftlm.adapters.attach import adaptable
 from graftlm.adapters.drift import Drift
 from graftlm.base.load import Base
 from graftlm.config import TrainConfig
@@ -40,6 +41,7 @@ import test_loader  # noqa: E402
 import test_merge  # noqa: E402
 import test_merging  # noqa: E402
 import test_resume  # noqa: E402
+import test_targets  # noqa: E402
 
 
 class Bench:
@@ -141,6 +143,17 @@ LOADER = (
         lambda b: test_loader.test_a_config_that_means_another_mathematics_than_was_trained_is_refused_with_both_values(
             b.base, b.saved, "alpha"
         ),
+    ),
+    Bug(
+        "loader", "layers that the config leaves out are loaded",
+        set_to(fit, "applied", lambda base, targets: (set(adaptable(base)), set(), str)),
+        lambda b: test_targets.test_what_the_file_holds_and_its_config_leaves_out_is_refused_by_name(
+            test_targets.loaded("llama"), b.place, "one of seven kinds"
+        ),
+    ),
+    Bug(
+        "loader", "a manifest's tolerance is believed", set_to(canary, "check_kept", nothing),
+        lambda b: test_loader.test_a_canary_that_cannot_be_is_refused(b.base, b.saved, "a tolerance of everything"),
     ),
     Bug(
         "loader", "the template's rendering is not compared", set_to(canary, "check_golden", nothing),

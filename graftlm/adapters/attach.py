@@ -10,10 +10,9 @@ into the banks of the stored layers under a slot number; the base's own tensors 
 
 from __future__ import annotations
 
-import fnmatch
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from graftlm.adapters.bank import Bank, EmbeddingBank, LowRank, Rows, Slot, Whole, new_low_rank
+from graftlm.adapters.patterns import matches, refused_by_peft
 from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.linear import Stored, StoredLinear, StoredStack
 from graftlm.base.load import Base
@@ -115,23 +115,37 @@ def kept_as_parameters(base: Base, names: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern names a layer: the whole name, its end after a dot, or a glob with * ? [ ] over the whole name."""
-    if any(c in pattern for c in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
+def notes_for_peft(base: Base, layers: Collection[str]) -> list[str]:
+    """What to say of layers that PEFT refuses to adapt: that they are left out, or that it will not read the adapter."""
+    kind = type(base.model).__name__
+    names = [name for name in adaptable(base) if refused_by_peft(kind, name)]
+    adapted = [name for name in names if name in layers]
+    if adapted:
+        return [
+            f"PEFT takes no adapter on out_proj of a {kind}, such as {adapted[0]}: Graft trains, serves and merges this "
+            "one, and PEFT will refuse its files"
+        ]
+    if names:
+        return [
+            f"left out: {names[0]} and {len(names) - 1} more out_proj, which PEFT adapts in no {kind}; --targets names them"
+        ]
+    return []
 
 
 def choose(base: Base, targets: Sequence[str]) -> list[str]:
-    """Layer names for `all-linear`, `attention`, `mlp` or patterns; ConfigError for a pattern that matches nothing."""
+    """Layer names for `all-linear`, `attention`, `mlp` or patterns; ConfigError for a pattern that matches nothing.
+
+    The three words leave out what PEFT refuses to adapt; a pattern that names it takes it.
+    """
     layers = list(adaptable(base))
+    kind = type(base.model).__name__
+    usual = [name for name in layers if not refused_by_peft(kind, name)]
     chosen: set[str] = set()
     for target in targets:
         if target == "all-linear":
-            hit = layers
+            hit = usual
         elif target in ("attention", "mlp"):
-            inside = {name: in_attention(base.model, name) for name in layers}
-            hit = [name for name in layers if inside[name] == (target == "attention")]
+            hit = [name for name in usual if in_attention(base.model, name) == (target == "attention")]
         else:
             hit = [name for name in layers if matches(name, target)]
         if not hit:

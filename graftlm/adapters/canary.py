@@ -35,6 +35,7 @@ from graftlm.kernels.counter import uniform_words
 from graftlm.segments import Segments
 
 PROMPTS, LENGTH, KEPT = 4, 12, 16
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 SCRATCH = 1 << 30
 """The slot in which an adapter is tried; nobody else uses it."""
 
@@ -155,6 +156,13 @@ def distance(found: Sequence[float], expected: Sequence[float]) -> float:
     return d if math.isfinite(d) else math.inf
 
 
+def check_finite(name: str, base: Base, adapter: Adapter) -> None:
+    """Raise AdapterError for an adapter whose logits are not finite: all that can be known of one without a manifest."""
+    _, on = summaries(base, adapter, prompts(base, ()))
+    if not all(map(math.isfinite, on)):
+        raise AdapterError(f"{name}: its logits are not finite; its tensors or its alpha are too large")
+
+
 def take(base: Base, adapter: Adapter, text: Sequence[int]) -> dict[str, Any]:
     """The canary as the manifest keeps it, taken with one forward pass; `text` (ids) gives the first prompt.
 
@@ -164,9 +172,23 @@ def take(base: Base, adapter: Adapter, text: Sequence[int]) -> dict[str, Any]:
     bare, on = summaries(base, adapter, given)
     if not all(map(math.isfinite, (*bare, *on))):
         raise AdapterError("the adapter's logits are not finite; it is not saved")
-    kinds: tuple[Precision, ...] = get_args(Precision)
-    tolerance = {kind: _TOLERANCE.get(frozenset({base.precision, kind}), _FOUR_BITS) for kind in kinds}
+    tolerance = {kind: _tolerance(base.precision, kind) for kind in PRECISIONS}
     return {"prompts": given, "base": bare, "adapter": on, "tolerance": tolerance, "products": _products(base)}
+
+
+def _tolerance(trained: Precision, here: Precision) -> float:
+    return _TOLERANCE.get(frozenset({trained, here}), _FOUR_BITS)
+
+
+def check_kept(name: str, kept: Mapping[str, Any], trained: Precision) -> None:
+    """Raise AdapterError where a manifest asks for a canary that lets more pass than Graft's own would."""
+    for kind in PRECISIONS:
+        most = _tolerance(trained, kind)
+        if kept["tolerance"].get(kind, most) > most:
+            raise AdapterError(
+                f"{name}: canary.tolerance.{kind} is {kept['tolerance'][kind]:g}, and between {trained} and {kind} at most "
+                f"{most:g} is taken; it is damaged, or of a newer graftlm"
+            )
 
 
 def _products(base: Base) -> Compute:
@@ -181,9 +203,15 @@ def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trai
     one of the products' type: the bare base's must lie within (t + f) |y|, D within t |D| + f |y|. Raises AdapterError.
     """
     given: list[list[int]] = kept["prompts"]
-    limit = base.anatomy.max_positions or len(given[0])
+    limit = base.anatomy.max_positions or LENGTH
+    length = min(LENGTH, limit)
     if len({len(ids) for ids in given}) > 1 or len(given[0]) > limit:
         raise AdapterError(f"{name}: the canary's prompts are not of one length of at most {limit}; it is damaged")
+    if len({tuple(ids) for ids in given}) < PROMPTS or len(given[0]) < length:
+        raise AdapterError(
+            f"{name}: the canary has {len({tuple(ids) for ids in given})} different prompts of {len(given[0])} tokens, "
+            f"expected {PROMPTS} of {length}; it is damaged"
+        )
     if max(map(max, given)) >= base.anatomy.vocabulary:
         last = base.anatomy.vocabulary - 1
         raise AdapterError(f"{name}: the canary asks for token {max(map(max, given))}, this base's last one is {last}")
@@ -192,7 +220,7 @@ def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trai
         raise AdapterError(
             f"{name}: the canary keeps {len(kept['adapter'])} numbers, expected {len(on)}; it is damaged"
         )
-    t = kept["tolerance"].get(base.precision, _FOUR_BITS)
+    t = kept["tolerance"].get(base.precision, _tolerance(trained["precision"], base.precision))
     f = max(_PRODUCTS[_products(base)], _PRODUCTS[kept.get("products") or trained["compute"]])
     off = distance(bare, kept["base"])
     if not off <= t + f:
@@ -204,7 +232,7 @@ def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trai
     size = math.hypot(*kept["adapter"])
     part, then = ([a - b for a, b in zip(x, y)] for x, y in ((on, bare), (kept["adapter"], kept["base"])))
     error, allowed = math.dist(part, then), t * math.hypot(*then) + f * size
-    if not error <= allowed:  # not a number is no answer either
+    if not error <= allowed or not math.isfinite(error):  # neither is an answer, not even to a manifest's own infinity
         raise AdapterError(
             f"{name}: the canary failed: what the adapter adds to the logits is off by {error / size:.2%} of their size, "
             f"{allowed / size:.2%} are allowed in {base.precision}. It is not applied as it was trained; report this with "

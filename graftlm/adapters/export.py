@@ -27,6 +27,7 @@ from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Adapter
 from graftlm.adapters.bank import LowRank
 from graftlm.adapters.fit import PREFIX, places_of
+from graftlm.adapters.patterns import refused_by_peft
 from graftlm.adapters.store import locate
 from graftlm.base.linear import StoredStack
 from graftlm.base.skeleton import Skeleton, load_skeleton
@@ -54,6 +55,7 @@ def export_adapter(config: ExportConfig) -> dict[str, Any]:
     found = adapter_format.inspect_folder(folder)
     said = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
     if config.for_ == "peft":
+        _readable(found)
         with whole_folder(out) as place:
             for name in found.files:
                 shutil.copyfile(folder / name, place / name)
@@ -80,6 +82,18 @@ def export_adapter(config: ExportConfig) -> dict[str, Any]:
         **said, "rank": made.config["r"], "alpha": float(made.config["lora_alpha"]), "tensors": len(made.tensors),
         "notes": made.notes,
     }  # fmt: skip
+
+
+def _readable(found: adapter_format.AdapterFolder) -> None:
+    """Raise AdapterError for an adapter on layers that PEFT refuses."""
+    kind = str(((found.manifest or {}).get("base") or {}).get("architecture"))
+    layers = (name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in found.tensors)
+    odd = next((layer for layer in layers if refused_by_peft(kind, layer)), None)
+    if odd is not None:
+        raise AdapterError(
+            f"{found.path} adapts '{odd}', and PEFT takes no adapter on out_proj of a {kind}; train without it "
+            "(--targets all-linear leaves it out), or merge the adapter: graft merge"
+        )
 
 
 @dataclass(frozen=True)

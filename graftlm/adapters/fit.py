@@ -7,10 +7,9 @@ or has another shape than the config says is an error that names it; nothing is 
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,18 @@ from torch import Tensor, nn
 from graftlm.adapters.attach import Adapter, Plan, adaptable
 from graftlm.adapters.bank import LowRank, Rows, Slot, Whole, scale_of
 from graftlm.adapters.manifest import CONFIG
-from graftlm.base.linear import Stored, StoredLinear, StoredStack
+from graftlm.adapters.targets import Targets, applied, key_of, layers
+from graftlm.base.linear import Stored, StoredStack
 from graftlm.base.load import Base
 from graftlm.errors import AdapterError, nearest
 from graftlm.kernels.counter import hash_words
 
+MOST_ALPHA = 1_000_000
+"""Of ranks and alphas: what a file may multiply its own numbers by."""
 PREFIX = "base_model.model."
 _ROWS = "token_adapter.trainable_tokens_delta"
 _OF_VOCABULARY = ("weight", _ROWS)
 """What only the embedding and the head have: a weight of their own, or some rows of it."""
-
-
-def layers(base: Base) -> dict[str, Stored]:
-    """Every layer whose tensors a file may hold: the adaptable ones, and the head, which PEFT adapts when it is named."""
-    head = base.anatomy.head
-    return {**adaptable(base), **({base.anatomy.head_name: head} if isinstance(head, Stored) else {})}
 
 
 def _stack_groups(base: Base, names: list[str]) -> dict[str, list[str]]:
@@ -56,29 +52,56 @@ def places_of(base: Base, names: list[str]) -> dict[str, str]:
     return places
 
 
-def _of_peft_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """PEFT's own matching: the first pattern that, as a regular expression, fits the name or its end after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
 def fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> Adapter:
     """Sort the tensors into slots; every one must have its place and its shape. Raises AdapterError."""
     stored = layers(base)
-    wanted_parameters = config.get("target_parameters") or []
-    stacks = [
-        n for n, m in stored.items()
-        if isinstance(m, StoredStack) and any(n == t or n.endswith("." + t) for t in wanted_parameters)
-    ]  # fmt: skip
-    others = [n for n, m in stored.items() if not isinstance(m, StoredStack)]
-    whole = {base.anatomy.embedding_name, base.anatomy.head_name}
-    places = {place: name for name, place in places_of(base, [*others, *stacks]).items()}
-    places.update({name: name for name in whole})
-    listed = {n for n in whole for m in config.get("modules_to_save") or () if n == m or n.endswith("." + m)}
-    rank, alpha = int(_positive(folder, config, "r")), _positive(folder, config, "lora_alpha")
+    targets = Targets(config, f"{folder}/{CONFIG}")
+    modules, parameters, why_not = applied(base, targets)
+    saved = {
+        key: _trained(base, folder, key, config.get(key)) for key in ("modules_to_save", "trainable_token_indices")
+    }
+    _refuse_tying(base, folder, config, saved["modules_to_save"])
+    plan = Plan(
+        rank=_rank(folder, config),
+        alpha=_positive(folder, config, "lora_alpha"),
+        rank_stabilized=bool(config.get("use_rslora")),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        dora=bool(config.get("use_dora")),
+        whole=tuple(config.get("modules_to_save") or ()),
+    )
+    adapted = [n for n, m in stored.items() if n in parameters or not isinstance(m, StoredStack)]
+    grouped = _grouped(base, folder, named, adapted, saved["modules_to_save"])
+    slots: dict[str, Slot] = {}
+    for name in dict.fromkeys([*stored, base.anatomy.embedding_name, base.anatomy.head_name]):
+        parts = grouped.get(name)
+        if not parts:
+            continue
+        if len(parts) > 1 and not parts.keys().isdisjoint(_OF_VOCABULARY):
+            raise AdapterError(f"{folder}: '{name}' is adapted in two ways at once: {', '.join(sorted(parts))}")
+        if "weight" in parts:
+            slots[name] = _whole(base, folder, name, parts["weight"])
+        elif _ROWS in parts:
+            slots[name] = _rows(base, folder, saved["trainable_token_indices"].get(name), name, parts[_ROWS])
+        elif name not in stored:
+            raise AdapterError(
+                f"{folder}: a low-rank adapter on '{name}' is not supported; its rows can be trained instead"
+            )
+        elif name not in modules and name not in parameters:
+            raise AdapterError(f"{folder}: it holds tensors of '{name}', and {why_not(name)}; PEFT would not load them")
+        else:
+            key = key_of(name, stored[name], name in parameters)
+            slots[name] = _low_rank(base, folder, targets, plan, name, key, stored[name], parts)
+    _complete(folder, modules | parameters, saved, slots)
+    return Adapter(plan, slots)
 
+
+def _grouped(
+    base: Base, folder: Path, named: Mapping[str, Tensor], adapted: list[str], saved: Collection[str]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer by their last name. Raises AdapterError for one that has no place on this base."""
+    whole = {base.anatomy.embedding_name, base.anatomy.head_name}
+    places = {place: name for name, place in places_of(base, adapted).items()}
+    places.update({name: name for name in whole})
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in named.items():
         if not key.startswith(PREFIX):
@@ -93,7 +116,7 @@ def fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tenso
         place = match.group(1) if match else ""
         if match is not None and match.group(2) == "weight":
             place = place.removesuffix(".base_layer")
-            if place in whole and place not in listed:
+            if place in whole and place not in saved:
                 _check_copy(base, folder, place, tensor)
                 continue
         misplaced = match is not None and match.group(2) in _OF_VOCABULARY and place not in whole
@@ -103,39 +126,7 @@ def fit(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tenso
                 "Is it another architecture's adapter?"
             )
         grouped[places[place]][match.group(2).removesuffix(".weight")] = tensor
-
-    plan = Plan(
-        rank=rank,
-        alpha=alpha,
-        rank_stabilized=bool(config.get("use_rslora")),
-        dropout=float(config.get("lora_dropout") or 0.0),
-        dora=bool(config.get("use_dora")),
-        whole=tuple(config.get("modules_to_save") or ()),
-    )
-    slots: dict[str, Slot] = {}
-    for name in dict.fromkeys([*stored, *sorted(whole)]):
-        parts = grouped.get(name)
-        if not parts:
-            continue
-        if len(parts) > 1 and not parts.keys().isdisjoint(_OF_VOCABULARY):
-            raise AdapterError(f"{folder}: '{name}' is adapted in two ways at once: {', '.join(sorted(parts))}")
-        if "weight" in parts:
-            if name == base.anatomy.head_name and name not in stored:
-                raise AdapterError(
-                    f"{folder}: '{name}' is a {type(base.anatomy.head).__name__}, which computes more than a linear layer; "
-                    "Graft does not take one from an adapter"
-                )
-            slots[name] = _whole(base, folder, name, parts["weight"])
-        elif _ROWS in parts:
-            slots[name] = _rows(base, folder, config, name, parts[_ROWS])
-        elif name not in stored:
-            raise AdapterError(
-                f"{folder}: a low-rank adapter on '{name}' is not supported; its rows can be trained instead"
-            )
-        else:
-            slots[name] = _low_rank(base, folder, config, plan, name, stored[name], parts)
-    _complete(base, folder, config, slots)
-    return Adapter(plan, slots)
+    return grouped
 
 
 def _placed(base: Base, tensor: Tensor) -> nn.Parameter:
@@ -143,11 +134,21 @@ def _placed(base: Base, tensor: Tensor) -> nn.Parameter:
 
 
 def _positive(folder: Path, config: Mapping[str, Any], key: str) -> float:
-    """A number of the config that must be above zero and finite."""
+    """A number of the config that must be above zero and one that somebody may have trained with."""
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise AdapterError(f"{folder}/{CONFIG}: {key} is {value!r}, expected a number above 0; the adapter is damaged")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST_ALPHA:
+        raise AdapterError(
+            f"{folder}/{CONFIG}: {key} is {repr(value)[:40]}, expected a number above 0 and at most {MOST_ALPHA:,}; "
+            "the adapter is damaged"
+        )
     return value
+
+
+def _rank(folder: Path, config: Mapping[str, Any]) -> int:
+    rank = _positive(folder, config, "r")
+    if rank != int(rank):
+        raise AdapterError(f"{folder}/{CONFIG}: r is {rank!r}, expected a whole number; the adapter is damaged")
+    return int(rank)
 
 
 def _check_copy(base: Base, folder: Path, name: str, weight: Tensor) -> None:
@@ -160,16 +161,18 @@ def _check_copy(base: Base, folder: Path, name: str, weight: Tensor) -> None:
 
 
 def _whole(base: Base, folder: Path, name: str, weight: Tensor) -> Whole:
+    if name == base.anatomy.head_name and not isinstance(base.anatomy.head, Stored):
+        raise AdapterError(
+            f"{folder}: '{name}' is a {type(base.anatomy.head).__name__}, which computes more than a linear layer; "
+            "Graft does not take one from an adapter"
+        )
     own: Any = base.model.get_submodule(name).weight
     if weight.shape != own.shape:
         raise AdapterError(f"{folder}: '{name}' has shape {tuple(weight.shape)}, expected {tuple(own.shape)}")
     return Whole(_placed(base, weight))
 
 
-def _rows(base: Base, folder: Path, config: dict[str, Any], name: str, values: Tensor) -> Rows:
-    given = config.get("trainable_token_indices")
-    if isinstance(given, dict):
-        given = next((ids for module, ids in given.items() if name == module or name.endswith("." + module)), None)
+def _rows(base: Base, folder: Path, given: Sequence[int] | None, name: str, values: Tensor) -> Rows:
     indices = [int(i) for i in given or ()]
     vocabulary, width = base.model.get_submodule(name).weight.shape
     if tuple(values.shape) != (len(indices), width):
@@ -183,17 +186,21 @@ def _rows(base: Base, folder: Path, config: dict[str, Any], name: str, values: T
 
 
 def _low_rank(
-    base: Base, folder: Path, config: dict[str, Any], plan: Plan, name: str, module: Stored, parts: dict[str, Tensor]
+    base: Base,
+    folder: Path,
+    targets: Targets,
+    plan: Plan,
+    name: str,
+    key: str,
+    module: Stored,
+    parts: dict[str, Tensor],
 ) -> LowRank:
     if "lora_A" not in parts or "lora_B" not in parts:
         missing = "lora_A" if "lora_A" not in parts else "lora_B"
         raise AdapterError(f"{folder}: layer '{name}' has no {missing}; the adapter is incomplete")
     A, B = parts["lora_A"], parts["lora_B"]
-    patterns = {
-        "r": _of_peft_pattern(name, config.get("rank_pattern"), plan.rank),
-        "lora_alpha": _of_peft_pattern(name, config.get("alpha_pattern"), plan.alpha),
-    }
-    rank, alpha = int(_positive(folder, patterns, "r")), _positive(folder, patterns, "lora_alpha")
+    patterns = {"r": targets.ranks.of(key, plan.rank), "lora_alpha": targets.alphas.of(key, plan.alpha)}
+    rank, alpha = _rank(folder, patterns), _positive(folder, patterns, "lora_alpha")
     experts = module.experts if isinstance(module, StoredStack) else 0
     out_features, in_features = module.shape[-2:]
     rows = rank * max(experts, 1)
@@ -216,32 +223,35 @@ def _low_rank(
     )  # fmt: skip
 
 
-def _complete(base: Base, folder: Path, config: dict[str, Any], slots: Mapping[str, Slot]) -> None:
-    """Every layer that the config names must have its tensors."""
-    targets = config.get("target_modules") or []
-    head = base.anatomy.head_name
-    expected: set[str] = set()
-    for name, module in layers(base).items():
-        is_module = isinstance(base.model.get_submodule(name), StoredLinear)
-        if isinstance(targets, str):
-            every = targets.lower() == "all-linear"
-            hit = is_module and (name != head if every else re.fullmatch(targets, name) is not None)
-        else:
-            hit = is_module and any(name == t or name.endswith("." + t) for t in targets)
-        parameter = name if isinstance(module, StoredStack) else f"{name}.weight"
-        hit = hit or any(parameter == t or parameter.endswith("." + t) for t in config.get("target_parameters") or [])
-        if hit:
-            expected.add(name)
-    for key in ("modules_to_save", "trainable_token_indices"):
-        for module in _modules_of(base, config.get(key)):
-            full = next(
-                (n for n in (base.anatomy.embedding_name, head) if n == module or n.endswith("." + module)), None
+def _trained(base: Base, folder: Path, key: str, value: Any) -> dict[str, Any]:
+    """Embedding or head by full name, where `modules_to_save` or `trainable_token_indices` names it, and its indices.
+
+    PEFT (`_set_trainable`) takes every module whose name ends with an entry; plain indices mean the embedding.
+    """
+    anatomy = base.anatomy
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        return {anatomy.embedding_name: value}
+    found: dict[str, Any] = {}
+    for module in value or ():
+        hits = [name for name, _ in base.model.named_modules(remove_duplicate=False) if name.endswith(module)]
+        odd = next((name for name in hits if name not in (anatomy.embedding_name, anatomy.head_name)), None)
+        if not hits or odd is not None:
+            also = f"; it means '{odd}' too" if hits else ""
+            raise AdapterError(
+                f"{folder}/{CONFIG}: {key} '{module}' is neither this base's embedding nor its head{also}; Graft trains and "
+                "reads no other module whole"
             )
-            if full is None:
-                raise AdapterError(f"{folder}/{CONFIG}: {key} '{module}' is neither this base's embedding nor its head")
-            if not isinstance(slots.get(full), Whole if key == "modules_to_save" else Rows):
+        found.update({name: value[module] if isinstance(value, dict) else () for name in hits})
+    return found
+
+
+def _complete(folder: Path, expected: set[str], saved: Mapping[str, dict[str, Any]], slots: Mapping[str, Slot]) -> None:
+    """Every layer that the config names must have its tensors."""
+    for key, kind in (("modules_to_save", Whole), ("trainable_token_indices", Rows)):
+        for name in saved[key]:
+            if not isinstance(slots.get(name), kind):
                 raise AdapterError(
-                    f"{folder}: {key} names '{module}', and its tensor is missing; the adapter is incomplete"
+                    f"{folder}: {key} names '{name}', and its tensor is missing; the adapter is incomplete"
                 )
     missing = sorted(expected - set(slots))
     if missing:
@@ -249,14 +259,13 @@ def _complete(base: Base, folder: Path, config: dict[str, Any], slots: Mapping[s
             f"{folder}: {len(missing)} of {len(expected)} target layers have no tensors, the first is '{missing[0]}'; "
             "the adapter is incomplete"
         )
-    if not slots:
-        raise AdapterError(f"{folder}: the adapter holds no tensors")
 
 
-def _modules_of(base: Base, value: Any) -> list[str]:
-    """The modules that `modules_to_save` or `trainable_token_indices` names; plain indices mean the embedding."""
-    if not value:
-        return []
-    if isinstance(value, list) and isinstance(value[0], int):
-        return [base.anatomy.embedding_name]
-    return [value] if isinstance(value, str) else list(value)
+def _refuse_tying(base: Base, folder: Path, config: Mapping[str, Any], whole: Collection[str]) -> None:
+    """With `ensure_weight_tying` PEFT lets a tied head follow the embedding that an adapter trains; ours stays as it is."""
+    tied = getattr(base.anatomy.head, "weight", None) is base.anatomy.embedding.weight
+    if config.get("ensure_weight_tying") and tied and base.anatomy.embedding_name in whole:
+        raise AdapterError(
+            f"{folder}/{CONFIG}: ensure_weight_tying = True makes this base's head follow the adapter's own embedding, which "
+            "Graft does not compute; save the adapter without it, or merge it with PEFT"
+        )

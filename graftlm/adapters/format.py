@@ -27,7 +27,7 @@ from torch import Tensor
 from graftlm.adapters import canary
 from graftlm.adapters.attach import Adapter, Origin, kept_as_parameters
 from graftlm.adapters.bank import LowRank, Rows, Whole
-from graftlm.adapters.fit import PREFIX, fit, layers, places_of
+from graftlm.adapters.fit import PREFIX, fit, places_of
 from graftlm.adapters.manifest import (
     CONFIG,
     FORMAT,
@@ -38,11 +38,11 @@ from graftlm.adapters.manifest import (
     file_entries,
     read_manifest,
 )
+from graftlm.adapters.targets import Targets, key_of, layers
 from graftlm.base.chat import Encoder
-from graftlm.base.linear import StoredStack
 from graftlm.base.load import Base, load_tokenizer
 from graftlm.base.skeleton import Skeleton
-from graftlm.errors import AdapterError, ModelError
+from graftlm.errors import AdapterError, ConfigError, ModelError
 from graftlm.files import write_json
 from graftlm.tensorfile import TensorInfo, read_header, read_json
 
@@ -55,20 +55,19 @@ _TOKENIZER = (
 _ELSEWHERE: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "bias": "none", "layer_replication": None, "lora_bias": False,
     "megatron_config": None, "monteclora_config": None, "use_bdlora": None, "use_qalora": False, "velora_config": None,
-    "kasa_config": None, "exclude_modules": None, "layers_to_transform": None,
+    "kasa_config": None,
 }  # fmt: skip
 # Where A and B may have started while the base stayed as it was; the other ways (pissa, olora, corda, ...) change it.
 _BASE_UNTOUCHED = (True, False, None, "gaussian", "eva", "orthogonal")
 _FORMULA = (
     "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
-    "modules_to_save", "trainable_token_indices",
+    "modules_to_save", "trainable_token_indices", "exclude_modules", "layers_to_transform", "layers_pattern",
 )  # fmt: skip
 """What decides the mathematics that Graft does compute; the manifest keeps it a second time."""
 _NEUTRAL = {
     *_FORMULA, "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_dropout",
-    "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "task_type",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 
 
@@ -99,6 +98,7 @@ def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
     stored = layers(base)
     parameters = kept_as_parameters(base, list(low))
     linears = [n for n in low if n not in parameters]
+    keys = {n: re.escape(key_of(n, stored[n], n in parameters)) for n in low}
     turned = any(stored[n].turned for n in linears)
     rows = {name: list(s.tokens) for name, s in adapter.slots.items() if isinstance(s, Rows)}
     return {
@@ -110,11 +110,10 @@ def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": plan.dropout,
         "use_rslora": plan.rank_stabilized,
         "use_dora": plan.dora,
-        "rank_pattern": {re.escape(n): s.rank for n, s in low.items() if s.rank != plan.rank},
-        "alpha_pattern": {re.escape(n): s.alpha for n, s in low.items() if s.alpha != plan.alpha},
+        "rank_pattern": {keys[n]: s.rank for n, s in low.items() if s.rank != plan.rank},
+        "alpha_pattern": {keys[n]: s.alpha for n, s in low.items() if s.alpha != plan.alpha},
         "target_modules": _targets(base, linears) if linears else [],
-        "target_parameters": sorted(n if isinstance(stored[n], StoredStack) else f"{n}.weight" for n in parameters)
-        or None,
+        "target_parameters": sorted(key_of(n, stored[n], True) for n in parameters) or None,
         "modules_to_save": sorted(n for n, s in adapter.slots.items() if isinstance(s, Whole)) or None,
         "trainable_token_indices": _indices(base, rows),
         "bias": "none",
@@ -156,7 +155,7 @@ def save(base: Base, adapter: Adapter, folder: Path, about: Mapping[str, Any]) -
             "name": base.name, "fingerprint": base.fingerprint, "precision": base.precision, "compute": base.compute,
             **about.get("base", {}),
         },
-        "formula": {key: config[key] for key in _FORMULA},
+        "formula": {key: config[key] for key in _FORMULA if key in config},
         "tensors": {name: {"shape": list(t.shape), "dtype": "F32"} for name, t in sorted(named.items())},
         "tokenizer_digest": encoder.tokenizer_digest,
         "golden": golden,
@@ -223,6 +222,7 @@ def inspect_folder(path: Path) -> AdapterFolder:
                 raise AdapterError(f"{folder}/{MANIFEST} does not list {name}; it is damaged")
         _same_plan(folder, manifest, header)
         _same_formula(folder, manifest, config)
+        canary.check_kept(f"{folder}/{MANIFEST}", manifest["canary"], manifest["base"]["precision"])
         check_files(folder, entries)
         digest = digest_of(manifest)
         if digest != manifest["digest"]:
@@ -258,9 +258,9 @@ def _same_formula(folder: Path, manifest: Mapping[str, Any], config: Mapping[str
     """Raise AdapterError where PEFT's config says another mathematics than was trained."""
     trained: dict[str, Any] = manifest["formula"]
     for key in _FORMULA:
-        if key in trained and config.get(key) != trained[key]:
+        if config.get(key) != trained.get(key):
             raise AdapterError(
-                f"{folder}/{CONFIG}: {key} is {config.get(key)!r}, and the adapter was trained with {trained[key]!r}; "
+                f"{folder}/{CONFIG}: {key} is {config.get(key)!r}, and the adapter was trained with {trained.get(key)!r}; "
                 "put it back, or take the adapter from where it came from"
             )
 
@@ -275,8 +275,14 @@ class _Config(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
     target_modules: _Words = None
-    target_parameters: _Words = None
-    modules_to_save: _Words = None
+    exclude_modules: _Words = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: _Words = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    ensure_weight_tying: bool | None = None
     rank_pattern: _Numbers = None
     alpha_pattern: _Numbers = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -312,15 +318,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         _Config.model_validate(config)
-        patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-        targets = config.get("target_modules")
-        for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
-            re.compile(pattern)
     except ValidationError as error:
         first = error.errors()[0]
-        raise AdapterError(f"{path}: {first['loc'][0]} is {config[str(first['loc'][0])]!r}: {first['msg']}") from None
-    except re.error as error:
-        raise AdapterError(f"{path}: {error.pattern!r} is not a regular expression: {error}") from None
+        found = repr(config[str(first["loc"][0])])[:200]
+        raise AdapterError(f"{path}: {first['loc'][0]} is {found}: {first['msg']}") from None
+    Targets(config, str(path))
     return config
 
 
@@ -330,13 +332,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def load(base: Base, folder: Path) -> Adapter:
     """Read an adapter, ours or PEFT's, for the base it is to sit on: the one loader of training, generating, merging, serving.
 
-    Costs a read of the files, and for an adapter with a manifest one small forward pass. What a user should know comes in
+    Costs a read of the files, and one small forward pass. What a user should know comes in
     `adapter.origin.notes`: another precision than trained on, and for PEFT's own what could not be checked. Attached is
     nothing yet.
 
     Raises AdapterError for another base than it was trained on; for missing, extra, wrongly shaped or not finite tensors and
-    files changed since; for entries of PEFT's config that mean another formula or rank or alpha than trained; for B zero in
-    every tensor; for a tokenizer or template that renders the fixed chat otherwise; and where the canary's logits are off.
+    files changed since; for layers that the config names or leaves out otherwise; for entries of PEFT's config that mean
+    another formula or rank or alpha than trained; for B zero in every tensor; for a tokenizer or template that renders the
+    fixed chat otherwise; and where the canary's logits are off.
     """
     found = inspect_folder(folder)
     manifest = found.manifest
@@ -351,6 +354,8 @@ def load(base: Base, folder: Path) -> Adapter:
     _refuse_no_effect(found.path, adapter)
     tokenizer = load_tokenizer(found.path) if "tokenizer.json" in found.files else None
     if manifest is None:
+        if not isinstance(base, Skeleton):
+            canary.check_finite(str(found.path), base, adapter)
         notes = _unchecked(base, found.config)
     else:
         notes = _behaves(base, found.path, manifest, adapter, tokenizer or base.tokenizer)
@@ -382,7 +387,7 @@ def _behaves(base: Base, folder: Path, manifest: Mapping[str, Any], adapter: Ada
     template: dict[str, Any] = manifest.get("template") or {}
     try:
         encoder = Encoder(tokenizer, date=template.get("date"))
-    except ModelError as error:
+    except (ModelError, ConfigError) as error:
         raise AdapterError(f"{folder} cannot be used with this base's tokenizer: {error}") from None
     formats = ((manifest.get("data") or {}).get("train") or {}).get("formats") or {"chat": 1}
     canary.check_golden(str(folder), manifest["golden"], encoder, chats="chat" in formats)

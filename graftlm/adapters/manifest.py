@@ -16,6 +16,7 @@ has no manifest; its digest is taken over what `files` would say.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from graftlm.config import Compute, Precision
 from graftlm.errors import AdapterError
@@ -36,6 +37,11 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Ids = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+
+
+def _day(text: str) -> str:
+    datetime.date.fromisoformat(text)  # ValueError for one that no calendar has
+    return text
 
 
 class _Part(BaseModel):
@@ -65,13 +71,36 @@ class _Golden(_Part):
     stop: _Ids
 
 
+_Logits = list[Annotated[float, Field(ge=-3.5e38, le=3.5e38, allow_inf_nan=False)]]
+"""What float32 can hold, so that no sum over them overflows."""
+
+
 class _Canary(_Part):
     prompts: Annotated[list[Annotated[_Ids, Field(min_length=1, max_length=64)]], Field(min_length=1, max_length=64)]
-    base: list[float]
-    adapter: list[float]
+    base: _Logits
+    adapter: _Logits
     tolerance: dict[Precision, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     products: Compute | None = None
     """In which type they were taken; None, of manifests before this entry: in that of training."""
+
+
+class _Trained(_Part):
+    digest: str | None = None
+    formats: dict[str, int] | None = None
+
+
+class _Data(_Part):
+    train: _Trained | None = None
+    train_on: str | None = None
+
+
+class _Template(_Part):
+    date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$"), AfterValidator(_day)] | None = None
+
+
+class _Evaluation(_Part):
+    before: float | None = None
+    after: float | None = None
 
 
 class _Lineage(_Part):
@@ -81,7 +110,7 @@ class _Lineage(_Part):
 class _Manifest(_Part):
     """The entries that Graft itself relies on; the others are for people."""
 
-    format: int
+    format: Annotated[int, Field(ge=1)]
     digest: Digest
     files: dict[str, _File]
     base: _Base
@@ -90,10 +119,16 @@ class _Manifest(_Part):
     golden: _Golden
     canary: _Canary
     lineage: _Lineage = _Lineage()
+    data: _Data | None = None
+    template: _Template | None = None
+    evaluation: _Evaluation | None = None
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """SHA-256 over a manifest without its digest, 64 hexadecimal digits; the order of its keys does not matter."""
+    """SHA-256 over a manifest without its digest, 64 hexadecimal digits; the order of its keys does not matter.
+
+    Raises ValueError for a number that is not finite.
+    """
     plain = {key: value for key, value in content.items() if key != "digest"}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -124,6 +159,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise AdapterError(
             f"{path}: {place}: {first['msg']}, found {str(first['input'])[:80]}; it is damaged"
         ) from None
+    try:
+        digest_of(found)
+    except ValueError:
+        raise AdapterError(f"{path} holds a number that is not finite; it is damaged") from None
     odd = [name for name in found["files"] if not _FILE_NAME.fullmatch(name) or name == MANIFEST]
     if odd:
         raise AdapterError(f"{path} lists a file named {odd[0]!r}, which is no plain file name; it is damaged")

@@ -35,7 +35,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateUsage]
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -854,3 +858,13 @@ def save(model: PreTrainedModel, folder: str, dtype: torch.dtype) -> None:
         config._attn_implementation = implementation
         if experts is not None:
             config._experts_implementation = experts
+
+
+def mixture_of_v4(model: PreTrainedModel) -> str | None:
+    """The mixture after whose transformers 4 form PEFT rewrites a config for this model: `mixtral`, `qwen2_moe`, or None.
+
+    As `_convert_peft_config_moe` of PEFT 0.21 finds it.
+    """
+    kind = str(getattr(model.config, "model_type", ""))
+    known = {**_MODEL_TO_CONVERSION_PATTERN, "mixtral": "mixtral"}
+    return known.get(kind) if get_checkpoint_conversion_mapping(kind) is not None else None

@@ -13,7 +13,6 @@ An even spectrum alone does not mean that more rank would help; so what is said 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from graftlm.adapters.format import CONFIG, TENSORS
+from graftlm.adapters.patterns import Expressions
 
 SATURATED = 0.75
 """Share of the rank that is in use, from which more rank may help."""
@@ -104,13 +104,12 @@ def measure(adapter: Path) -> Capacity:
 
 
 def _spectra(tensors: dict[str, Tensor], config: dict[str, Any]) -> Iterator[Spectrum]:
+    ranks = Expressions(CONFIG).values("rank_pattern", config.get("rank_pattern"))
     for name in sorted(n for n in tensors if n.endswith(_A)):
         A, B = tensors[name], tensors[name.removesuffix(_A) + _B]
         layer = name.removesuffix(_A).removeprefix("base_model.model.").replace(".base_layer", "")
-        patterns: dict[str, int] = config.get("rank_pattern") or {}
-        own = (r for pattern, r in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
         # A stack of experts is one pair in PEFT's layout: A's rows expert after expert, B's columns with the expert fastest.
-        experts = A.shape[0] // next(own, int(config["r"]))
+        experts = A.shape[0] // ranks.of_place(layer, int(config["r"]))
         for expert in range(experts):
             one_A = A.view(experts, -1, A.shape[1])[expert]  # (r, in)
             one_B = B.view(B.shape[0], -1, experts)[:, :, expert]  # (out, r)

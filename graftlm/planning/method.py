@@ -9,11 +9,11 @@ A rung of the ladder keeps what the rungs above it saved.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from graftlm.adapters.patterns import matches, refused_by_peft
 from graftlm.config import Compute, Method, Precision
 from graftlm.errors import ConfigError, nearest
 from graftlm.planning.shape import Shape, Weights
@@ -114,7 +114,7 @@ def adapted(shape: Shape, targets: Sequence[str], rank: int) -> Adapted:
     """
     chosen: list[Weights] = []
     for target in targets:
-        hit = [w for w in shape.weights if _matches(w, target)]
+        hit = [w for w in shape.weights if _matches(shape.architecture, w, target)]
         if not hit:
             known = sorted({w.kind for w in shape.weights} | {"all-linear", "attention", "mlp"})
             raise ConfigError(
@@ -127,11 +127,11 @@ def adapted(shape: Shape, targets: Sequence[str], rank: int) -> Adapted:
     )
 
 
-def _matches(weights: Weights, target: str) -> bool:
+def _matches(architecture: str, weights: Weights, target: str) -> bool:
     if target == "all-linear":
-        return True
+        return not refused_by_peft(architecture, weights.name)
     if target in ("attention", "mlp"):
-        return (weights.part == "attention") == (target == "attention")
-    if any(c in target for c in "*?["):
-        return fnmatch.fnmatchcase(weights.name, target)
-    return weights.name == target or weights.name.endswith(f".{target}")
+        return not refused_by_peft(architecture, weights.name) and (weights.part == "attention") == (
+            target == "attention"
+        )
+    return matches(weights.name, target)

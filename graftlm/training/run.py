@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from graftlm.adapters.attach import coverage
+from graftlm.adapters.attach import coverage, notes_for_peft
 from graftlm.base.chat import Encoder
 from graftlm.base.load import load_base
 from graftlm.config import TrainConfig
@@ -65,7 +65,7 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
         if adapter is not None:
             for note in adapter.origin.notes if adapter.origin is not None else ():
                 view.note(note)
-            view.coverage(coverage(base, adapter), adapter)
+            view.coverage(coverage(base, adapter), adapter, notes_for_peft(base, adapter.slots))
         else:
             view.everything(sum(p.numel() for p in trial.parameters.values()))
 

@@ -87,8 +87,8 @@ class View:
         for note in notes:
             self.fact("", note)
 
-    def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter) -> None:
-        """Which layers are adapted."""
+    def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter, notes: Sequence[str] = ()) -> None:
+        """Which layers are adapted, and what is to be said of others."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
         table.add_column("layer", footer="adapter", min_width=_LABEL - 2)
         table.add_column("adapted", justify="right")
@@ -98,6 +98,8 @@ class View:
         for row in rows:
             table.add_row(row.kind, f"{row.adapted} of {row.total}", row.rank, f"{row.parameters:,}")
         self.console.print(table)
+        for note in notes:
+            self.fact("", note)
 
     def everything(self, parameters: int) -> None:
         """That no layer is left out."""

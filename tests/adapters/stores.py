@@ -56,7 +56,7 @@ def written(
         "formula": formula,
         "tensors": {name: {"shape": list(t.shape), "dtype": "F32"} for name, t in named.items()},
         "golden": {"chat": None, "text": [1, 2], "stop": [2]},
-        "canary": {"prompts": [[1, 2]], "base": [0.5], "adapter": [0.25], "tolerance": {"nf4": 0.1}},
+        "canary": {"prompts": [[1, 2]], "base": [0.5], "adapter": [0.25], "tolerance": {"nf4": 0.001}},
         "method": "qlora",
         "steps": 7,
         "data": {"train": {"digest": "d" * 32, "rows": 12, "tokens": 99, "trained_tokens": 50, "sources": []}},

@@ -112,9 +112,11 @@ def test_another_base_is_refused_by_its_fingerprint(saved: Path, tmp_path: Path)
     refused(other, saved, "was trained on base", other.fingerprint[:12])
 
 
-def test_another_architecture_is_refused_by_the_first_tensor_that_fits_nowhere(saved: Path) -> None:
+def test_another_architecture_is_refused_by_the_targets_that_it_has_not(saved: Path) -> None:
     (saved / "graft.json").unlink()
-    refused(load_base(str(tiny.folder("gpt2")), device="cpu"), saved, "fits no layer", "another architecture")
+    refused(
+        load_base(str(tiny.folder("gpt2")), device="cpu"), saved, "name no layer of this base", "another architecture"
+    )
 
 
 def zero_b(named: Tensors) -> None:

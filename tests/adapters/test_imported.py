@@ -135,7 +135,7 @@ def test_what_does_not_pass_the_loader_is_not_published(tmp_path: Path, spoil: A
 
 def test_another_architectures_adapter_is_refused(tmp_path: Path) -> None:
     tiny.with_peft(tiny.plain(tiny.folder("gpt2")), tiny.peft_config()).save_pretrained(tmp_path / "a")
-    with pytest.raises(AdapterError, match="fits no layer of this base"):
+    with pytest.raises(AdapterError, match="name no layer of this base"):
         brought(tmp_path / "a", tmp_path, model=str(BASE))
 
 

@@ -245,6 +245,18 @@ MANIFESTS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "with a thousand canaries": (lambda m: m["canary"].update(prompts=[[1]] * 1000), "canary.prompts"),
     "with an endless canary": (lambda m: m["canary"].update(prompts=[[1] * 99999]), "canary.prompts.0"),
     "with a tolerance of everything": (lambda m: m["canary"]["tolerance"].update(nf4=float("inf")), "tolerance.nf4"),
+    "with a tolerance below nothing": (lambda m: m["canary"]["tolerance"].update(int8=-1.0), "tolerance.int8"),
+    "with logits that are not finite": (lambda m: m["canary"].update(adapter=[float("inf")] * 64), "canary.adapter.0"),
+    "with a loss that is none": (
+        lambda m: m.update(evaluation={"after": float("nan")}),
+        "holds a number that is not finite",
+    ),
+    "of format zero": (lambda m: m.update(format=0), "graft.json: format: "),
+    "with data that is a list": (lambda m: m.update(data=[1]), "graft.json: data: "),
+    "with formats that are a list": (lambda m: m.update(data={"train": {"formats": ["text"]}}), "data.train.formats"),
+    "with a date that is none": (lambda m: m.update(template={"date": "now"}), "template.date"),
+    "with a date that no calendar has": (lambda m: m.update(template={"date": "0000-02-30"}), "template.date"),
+    "without a golden text": (lambda m: m["golden"].pop("text"), "golden.text"),
     "with parents that are no digests": (lambda m: m.update(lineage={"parents": ["x"]}), "lineage.parents.0"),
     "changed by hand": (lambda m: m.update(seed=9), r"graft\.json has changed since it was written"),
 }
@@ -348,7 +360,17 @@ CANARIES: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "prompts of two lengths": (lambda c: c["prompts"][0].pop(), "not of one length of at most 256"),
     "a token too high": (lambda c: c["prompts"][1].__setitem__(2, 259), "asks for token 259, this base's last one is 258"),
     "too few numbers": (lambda c: c["adapter"].pop(), "keeps 63 numbers, expected 64"),
-    "not a number": (lambda c: c["adapter"].__setitem__(3, 1e308), "the canary failed"),
+    "a number that is far off": (lambda c: c["adapter"].__setitem__(3, 1e38), "the canary failed"),
+    "numbers whose sum overflows": (lambda c: c.update(adapter=[1e308] * 64), r"graft\.json: canary\.adapter\.0"),
+    "one prompt": (lambda c: c.update(prompts=c["prompts"][:1]), "1 different prompts of 12 tokens, expected 4 of 12"),
+    "one prompt four times": (lambda c: c.update(prompts=c["prompts"][:1] * 4), "1 different prompts"),
+    "prompts of one token": (lambda c: c.update(prompts=[[i] for i in range(4)]), "4 different prompts of 1 tokens"),
+    "a tolerance of everything": (
+        lambda c: c["tolerance"].update(float32=1e9),
+        r"graft\.json: canary\.tolerance\.float32 is 1e\+09, and between float32 and float32 at most 0\.001 is taken",
+    ),
+    "the tolerance of another precision": (lambda c: c["tolerance"].update(float32=0.6), r"at most 0\.001 is taken"),
+    "a tolerance that would serve for nf4": (lambda c: c["tolerance"].update(nf4=0.7), r"at most 0\.6 is taken"),
 }  # fmt: skip
 
 
@@ -357,6 +379,17 @@ def test_a_canary_that_cannot_be_is_refused(base: Base, saved: Path, which: str)
     change, words = CANARIES[which]
     rewrite(saved, lambda m: change(m["canary"]))
     refused(base, saved, words)
+
+
+def test_a_manifest_without_a_tolerance_has_the_canary_that_graft_takes(base: Base, saved: Path) -> None:
+    change_tensors(saved, lambda t: t[KEY].mul_(1.3))
+    rewrite(saved, lambda m: m["canary"].update(tolerance={}))
+    refused(base, saved, "the canary failed: what the adapter adds to the logits is off by")
+
+
+def test_an_entry_of_the_config_that_the_formula_leaves_out_is_held_against_nothing(base: Base, saved: Path) -> None:
+    rewrite(saved, lambda m: m.update(formula={}))
+    refused(base, saved, "r is 3, and the adapter was trained with None")
 
 
 def test_another_tokenizer_is_refused_with_the_first_token_that_differs(

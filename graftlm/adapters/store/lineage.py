@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -183,6 +182,7 @@ def _updates(folder: Path) -> dict[str, _Update]:
     from safetensors.torch import load_file
 
     from graftlm.adapters.format import CONFIG, TENSORS
+    from graftlm.adapters.patterns import Expressions
 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     grouped: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -195,22 +195,15 @@ def _updates(folder: Path) -> dict[str, _Update]:
                 break
         else:
             found[name] = _Update(values[None], None)
+    expressions = Expressions(str(folder / CONFIG))
+    ranks, alphas = (expressions.values(key, config.get(key)) for key in ("rank_pattern", "alpha_pattern"))
     for layer, factors in grouped.items():
         A, B = factors["A"], factors["B"]
-        rank = int(_of_pattern(layer, config.get("rank_pattern"), config["r"]))
+        rank = int(ranks.of_place(layer, config["r"]))
         rank = rank if len(A) % rank == 0 else len(A)
-        alpha = float(_of_pattern(layer, config.get("alpha_pattern"), config["lora_alpha"]))
+        alpha = float(alphas.of_place(layer, config["lora_alpha"]))
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         experts = len(A) // rank
         stacked = B.view(len(B), rank, experts).permute(2, 0, 1)  # (E, out, r)
         found[layer] = _Update(stacked * scale, A.view(experts, rank, -1))
     return dict(sorted(found.items()))
-
-
-def _of_pattern(layer: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """The value of the first pattern that fits the layer; a stack's tensors lie under its module's name or below it."""
-    module = re.sub(r"(\.base_layer)+$", "", layer)
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer) or re.sub(r"\\(.)", r"\1", pattern).startswith(f"{module}."):
-            return value
-    return default
