@@ -27,7 +27,7 @@ from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Adapter
 from graftlm.adapters.bank import LowRank
 from graftlm.adapters.fit import PREFIX, places_of
-from graftlm.adapters.store import locate
+from graftlm.adapters.store import open_adapter
 from graftlm.base.linear import StoredStack
 from graftlm.base.skeleton import Skeleton, load_skeleton
 from graftlm.config import ExportConfig
@@ -45,13 +45,16 @@ _WITHOUT_LORA = {
 }  # fmt: skip
 
 
-def export_adapter(config: ExportConfig) -> dict[str, Any]:
-    """Write a version for PEFT or vLLM; returns what `--json` prints. Raises AdapterError, and then nothing is written."""
+def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | None = None) -> dict[str, Any]:
+    """Write a version for PEFT or vLLM; returns what `--json` prints. Raises GraftError, and then nothing is written.
+
+    `opened` is the version where it was found already.
+    """
     out = config.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already; name a folder that is not")
-    folder = locate(config.version, config.store, config.base)
-    found = adapter_format.inspect_folder(folder)
+    found = opened or open_adapter(config.version, config.store, config.base)
+    folder = found.path
     said = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
     if config.for_ == "peft":
         with whole_folder(out) as place:
@@ -67,7 +70,7 @@ def export_adapter(config: ExportConfig) -> dict[str, Any]:
     if not name:
         raise ConfigError(f"{folder} does not say on which base it was trained; name it with --model")
     base = load_skeleton(name, trust_remote_code=config.trust_remote_code)
-    adapter = adapter_format.load(base, folder)
+    adapter = adapter_format.load(base, found)
     made = for_vllm(base, adapter)
     with whole_folder(out) as place:
         save_file(made.tensors, place / adapter_format.TENSORS, metadata={"format": "pt"})

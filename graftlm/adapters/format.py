@@ -327,18 +327,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- loading
 
 
-def load(base: Base, folder: Path) -> Adapter:
+def load(base: Base, folder: Path | AdapterFolder) -> Adapter:
     """Read an adapter, ours or PEFT's, for the base it is to sit on: the one loader of training, generating, merging, serving.
 
-    Costs a read of the files, and for an adapter with a manifest one small forward pass. What a user should know comes in
-    `adapter.origin.notes`: another precision than trained on, and for PEFT's own what could not be checked. Attached is
-    nothing yet.
+    `folder` is a path, or what `inspect_folder` or a version's `opened()` gave. Costs a read of the files, and for an adapter
+    with a manifest one small forward pass. What a user should know comes in `adapter.origin.notes`: another precision than
+    trained on, and for PEFT's own what could not be checked. Attached is nothing yet.
 
-    Raises AdapterError for another base than it was trained on; for missing, extra, wrongly shaped or not finite tensors and
-    files changed since; for entries of PEFT's config that mean another formula or rank or alpha than trained; for B zero in
-    every tensor; for a tokenizer or template that renders the fixed chat otherwise; and where the canary's logits are off.
+    Raises AdapterError for files that are others than when they were inspected; for another base than it was trained on; for
+    missing, extra, wrongly shaped or not finite tensors and files changed since; for entries of PEFT's config that mean
+    another formula or rank or alpha than trained; for B zero in every tensor; for a tokenizer or template that renders the
+    fixed chat otherwise; and where the canary's logits are off.
     """
-    found = inspect_folder(folder)
+    before = folder if isinstance(folder, AdapterFolder) else None
+    found = inspect_folder(folder.path if isinstance(folder, AdapterFolder) else folder)
+    if before is not None and before.digest != found.digest:
+        raise AdapterError(
+            f"{found.path} holds adapter {found.digest[:12]} now and {before.digest[:12]} before; try again"
+        )
     manifest = found.manifest
     if manifest is not None:
         _same_base(base, found.path, manifest["base"])

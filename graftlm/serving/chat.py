@@ -20,8 +20,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from graftlm.adapters import format as adapter_format
-from graftlm.adapters.store import locate
+from graftlm.adapters.format import AdapterFolder
+from graftlm.adapters.store import open_adapter
 from graftlm.base.keyvalues import may_keep
 from graftlm.base.load import Base, load_base
 from graftlm.config import ChatConfig
@@ -57,6 +57,12 @@ class Side:
         self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
+def _side(label: str, found: AdapterFolder | None, book: PromptBook, messages: list[dict[str, Any]]) -> Side:
+    if found is None:
+        return Side(label, book.base, messages=messages)
+    return Side(label, book.of(found.digest, found.path, lambda: found.manifest), found.digest, found.path, messages)
+
+
 @dataclass
 class Answer:
     """What a side has said to a line so far."""
@@ -74,10 +80,8 @@ class Conversation:
         """Load the base and find the adapters. Raises GraftError."""
         self.config = config
         names = [config.adapter or BASE, *([config.beside] if config.beside else [])]
-        folders = [None if name == BASE else locate(name, config.store, model=config.model) for name in names]
-        digests = ["" if folder is None else adapter_format.inspect_folder(folder).digest for folder in folders]
-        manifests = [adapter_format.read_manifest(folder) if folder is not None else None for folder in folders]
-        trained = [m["base"]["precision"] for m in manifests if m is not None]
+        found = [None if name == BASE else open_adapter(name, config.store, model=config.model) for name in names]
+        trained = [given.manifest["base"]["precision"] for given in found if given and given.manifest]
         precision = config.precision or (
             trained[0] if trained else checkpoint_precision(config.model, config.trust_remote_code)
         )
@@ -90,10 +94,7 @@ class Conversation:
         limits = Limits(running=2, cache_tokens=cache_tokens(self.base, kept[0], running=2), adapter_slots=2)
         self.engine = Engine(self.base, limits, kept=kept)
         system = [{"role": "system", "content": config.system}] if config.system else []
-        self.sides = [
-            Side(name, book.of(digest, folder), digest, folder, list(system))
-            for name, digest, folder in zip(names, digests, folders)
-        ]
+        self.sides = [_side(name, given, book, list(system)) for name, given in zip(names, found)]
         self._asked = 0
 
     def ask(self, line: str) -> Iterator[list[Answer]]:

@@ -23,11 +23,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftlm.adapters.store.content import ANY_RUN, DIGEST, RUN, open_content
 from graftlm.adapters.store.names import Reference, check_name, looks_like_a_name, parse
-from graftlm.adapters.store.shelf import RUN, Check, Shelf, Version
+from graftlm.adapters.store.shelf import Check, Shelf, Version
 from graftlm.adapters.store.state import Name, replay
 from graftlm.errors import AdapterError, StoreError, nearest
-from graftlm.files import sha256, write_json
+from graftlm.files import write_json
 
 if TYPE_CHECKING:
     from graftlm.adapters.format import AdapterFolder
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 DEFAULT = Path("adapters")
 _MARK = "store.json"
 _FORMAT = 1
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 class Store:
@@ -69,7 +69,7 @@ class Store:
         """One shelf for each base that has adapters here."""
         self._open()
         place = self.root / "bases"
-        found = [p for p in place.iterdir() if _FINGERPRINT.fullmatch(p.name)] if place.is_dir() else []
+        found = [p for p in place.iterdir() if DIGEST.fullmatch(p.name)] if place.is_dir() else []
         return [Shelf(p) for p in sorted(found)]
 
     def shelf(self, fingerprint: str) -> Shelf:
@@ -85,7 +85,7 @@ class Store:
         hits = [s for s in found if (few and s.fingerprint.startswith(base)) or s.base_name == base]
         if not hits:
             known = [f"{s.fingerprint[:12]} ({s.base_name})" for s in found]
-            short = base[:12] if _FINGERPRINT.fullmatch(base) else base
+            short = base[:12] if DIGEST.fullmatch(base) else base
             raise StoreError(f"no adapters on base '{short}' in {self.root}; it has: {', '.join(known) or 'none'}")
         return hits
 
@@ -160,7 +160,6 @@ class Store:
                 write_json(place / RUN, run)
             if inspect_folder(place).digest != found.digest:
                 raise StoreError(f"{folder} changed while it was read; publish it again once nobody writes it")
-            about["run"] = sha256(place / RUN) if run else None
             shelf.settle(place)
             return shelf.put(place, name, found.digest, about, number)
 
@@ -259,16 +258,22 @@ def resolve(text: str, store: Path = DEFAULT, base: str | None = None) -> Versio
     return Store(store).find(text, base)
 
 
-def locate(
+def open_adapter(
     adapter: Path | str, store: Path | None = None, base: str | None = None, *, model: str | None = None
-) -> Path:
-    """The folder of an adapter that a user names: a folder, or a version in a store. Raises StoreError, AdapterError.
+) -> AdapterFolder:
+    """The adapter that a user names, a folder or a version in a store, its files checked. Raises StoreError, AdapterError.
 
     Of a name that several bases have, that of `model` is meant, as `--model` names it, where `base` does not say which.
     """
+    from graftlm.adapters.format import inspect_folder
+
     text = str(adapter)
     if not looks_like_a_name(text):
-        return Path(adapter)
+        folder = Path(adapter)
+        base_of, kind = folder.parent.parent.name, folder.parent.name
+        if DIGEST.fullmatch(folder.name) and DIGEST.fullmatch(base_of) and kind == "versions":  # a version, by its path
+            return open_content(folder, folder.name, base_of, ANY_RUN)
+        return inspect_folder(folder)
     place = Store(store or DEFAULT)
     if store is None and not place.exists:
         raise AdapterError(
@@ -279,7 +284,7 @@ def locate(
         from graftlm.base.load import resolve as model_folder
 
         base = fingerprint(model_folder(model))
-    return place.find(text, base).folder
+    return place.find(text, base).opened()
 
 
 def describe(found: AdapterFolder, source: Path | str, note: str = "", parents: Sequence[str] = ()) -> dict[str, Any]:
@@ -320,7 +325,7 @@ def _base_of(found: AdapterFolder) -> str:
             "graft adapters import"
         )
     fingerprint = str(found.manifest["base"]["fingerprint"])
-    if not _FINGERPRINT.fullmatch(fingerprint):
+    if not DIGEST.fullmatch(fingerprint):
         raise AdapterError(
             f"{found.path} was trained on a base without a fingerprint ('{fingerprint[:20]}'), which nobody could load again"
         )

@@ -12,10 +12,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from graftlm.adapters.store.content import RUN, run_of
 from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import check_name
 from graftlm.adapters.store.remote import Record, check_fetched, reason
-from graftlm.adapters.store.shelf import RUN, Version, run_of
+from graftlm.adapters.store.shelf import Version
 from graftlm.errors import AdapterError, GraftError, StoreError
 from graftlm.tensorfile import read_json
 
@@ -30,12 +31,9 @@ def push(version: Version, repository: str, private: bool) -> bool:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from graftlm.adapters.format import inspect_folder
     from graftlm.adapters.imported import WANTED
 
-    found = inspect_folder(version.folder)
-    if found.digest != version.digest:
-        raise StoreError(f"{version.label} is damaged here, so it is not pushed; see: graft adapters verify")
+    found = version.opened()
     names = [*found.files, *([RUN] if (version.folder / RUN).is_file() else [])]
     try:
         api = HfApi()
