@@ -27,6 +27,7 @@ from graftlm.files import sha256
 
 _MOST_RECORD = 1 << 20
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_RECORD = re.compile(r"([1-9][0-9]{0,9})\.json")
 _MOST_FILES, _MOST_BYTES = 64, 1 << 40
 _LAST = "graft.json"
 
@@ -76,8 +77,9 @@ class Remote:
         found: list[Record] = []
         for path in paths:
             parts = path.removeprefix(self.root).strip("/").split("/")
-            if len(parts) == 4 and parts[1] == "names" and DIGEST.fullmatch(parts[0]) and parts[3][:-5].isdigit():
-                found.append(self._record(path, parts[0], parts[2], int(parts[3][:-5])))
+            number = _RECORD.fullmatch(parts[-1])
+            if len(parts) == 4 and parts[1] == "names" and DIGEST.fullmatch(parts[0]) and number is not None:
+                found.append(self._record(path, parts[0], parts[2], int(number[1])))
         return sorted(found, key=lambda r: (r.name, r.base, r.number))
 
     def _record(self, path: str, base: str, name: str, number: int) -> Record:

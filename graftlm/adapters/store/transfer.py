@@ -18,7 +18,7 @@ from graftlm.adapters.store.shelf import Version
 from graftlm.config import PullConfig, PushConfig
 from graftlm.errors import ConfigError, StoreError
 
-_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def is_hub_id(place: str) -> bool:
