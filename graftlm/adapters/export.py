@@ -14,6 +14,7 @@ Letters: r rank, R padded rank, E experts.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +132,7 @@ def _servable(base: Skeleton, adapter: Adapter) -> dict[str, LowRank]:
     """The adapter's layers, all of them low-rank. Raises AdapterError for what vLLM does not compute."""
     kind = type(base.plain).__name__
     if kind in _WITHOUT_LORA:
-        raise AdapterError(f"vLLM has no LoRA for {kind}; merge the adapter and serve the merged model: graft merge")
+        raise AdapterError(f"vLLM has no LoRA for {kind}; serve it merged: {_merge(base, adapter)}")
     found: dict[str, LowRank] = {}
     for layer, slot in adapter.slots.items():
         why = None
@@ -144,10 +145,18 @@ def _servable(base: Skeleton, adapter: Adapter) -> dict[str, LowRank]:
         elif layer == base.anatomy.head_name and base.tied:
             why = "it adapts a head that shares its matrix with the embedding, which vLLM keeps as one"
         if why is not None:
-            raise AdapterError(f"the adapter cannot be served by vLLM: {why}; merge it into a model: graft merge")
+            raise AdapterError(
+                f"the adapter cannot be served by vLLM: {why}; merge it into a model: {_merge(base, adapter)}"
+            )
         assert isinstance(slot, LowRank)
         found[layer] = slot
     return found
+
+
+def _merge(base: Skeleton, adapter: Adapter) -> str:
+    """The command that merges it instead."""
+    folder = adapter.origin.folder if adapter.origin is not None else "ADAPTER"
+    return shlex.join(["graft", "merge", "--model", base.name, "--adapter", str(folder), "--out", "merged"])
 
 
 def _named(base: Skeleton, layer: str, slot: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:

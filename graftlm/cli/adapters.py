@@ -104,7 +104,7 @@ def verify(config: configs.VerifyConfig, json: Json = False) -> None:
     else:
         for path in cleaned:
             _said(f"removed {path}")
-        Console().print(view.check_report(check))
+        Console().print(view.check_report(check, config.store))
     if check.faults:
         raise SystemExit(2)
 
@@ -116,7 +116,7 @@ def alias(config: configs.AliasConfig, json: Json = False) -> None:
     from graftlm.adapters.store import Store
 
     store, label = Store(config.store), f"{config.name}@{config.alias}"
-    if config.version is None:
+    if config.delete:
         before, now = store.unalias(config.name, config.alias, config.base), None
     else:
         before, now = store.alias(config.name, config.alias, config.version, config.base)

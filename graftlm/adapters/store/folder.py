@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftlm.adapters.store.advice import DEFAULT, command
 from graftlm.adapters.store.content import ANY_RUN, DIGEST, RUN, open_content
 from graftlm.adapters.store.names import Reference, check_name, looks_like_a_name, parse
 from graftlm.adapters.store.shelf import Check, Shelf, Version
@@ -33,7 +34,6 @@ from graftlm.files import write_json
 if TYPE_CHECKING:
     from graftlm.adapters.format import AdapterFolder
 
-DEFAULT = Path("adapters")
 _MARK = "store.json"
 _FORMAT = 1
 
@@ -149,7 +149,7 @@ class Store:
         folder, beside = _adapter_and_run(Path(source))
         run = run or beside
         found = inspect_folder(folder)
-        fingerprint = _base_of(found)
+        fingerprint = _base_of(found, name, self.root)
         self._make()
         shelf = self.shelf(fingerprint)
         about = dict(event) if event is not None else describe(found, origin or source, note, parents)
@@ -163,9 +163,19 @@ class Store:
             shelf.settle(place)
             return shelf.put(place, name, found.digest, about, number)
 
-    def alias(self, name: str, alias: str, number: int, base: str | None = None) -> tuple[int | None, int]:
-        """Point an alias at a version; returns where it pointed before, and where now. Raises StoreError."""
+    def alias(self, name: str, alias: str, number: int | None, base: str | None = None) -> tuple[int | None, int]:
+        """Point an alias at a version; returns where it pointed before, and where now.
+
+        Raises StoreError; where the number is left out, or stands with the name, it says what to write.
+        """
         check_name(alias, "alias")
+        if number is None or "@" in name:
+            version = self.find(name, base)
+            meant = version.number if number is None else number
+            raise StoreError(
+                f"an alias points at the number of a version, which stands behind it: "
+                f"{self._advised('alias', version.name, alias, meant, base=base)}"
+            )
         shelf, _ = self.name(name, base)
         with shelf.journal.writing() as writer:
             held = replay(writer.events)[name]
@@ -192,9 +202,15 @@ class Store:
             now = _number(held, Reference(name, alias=alias))
             before = held.before(alias)
             if before is None:
+                other = next((n for n in sorted(held.versions, reverse=True) if n != now), None)
+                way = (
+                    f"point it at another one: {self._advised('alias', name, alias, other, base=base)}"
+                    if other is not None
+                    else f"it is the only version; take the alias away with: "
+                    f"{self._advised('alias', name, alias, '--delete', base=base)}"
+                )
                 raise StoreError(
-                    f"{name}@{alias} points at version {now} and at none before it that is still there; "
-                    f"point it with: graft adapters alias {name} {alias} NUMBER"
+                    f"{name}@{alias} points at version {now} and at none before it that is still there; {way}"
                 )
             writer.append({"do": "rollback", "name": name, "alias": alias, "version": before, "from": now, **_signed()})
             return now, before
@@ -206,18 +222,18 @@ class Store:
         """
         reference = parse(text)
         if reference.number is None:
-            raise StoreError(f"'{text}' does not say which version; give its number, such as {reference.name}@1")
+            meant = self.find(text, base)
+            self._unpointed(meant.label, meant.name, meant.aliases, base)
+            raise StoreError(
+                f"'{text}' may mean another version tomorrow; give the number: "
+                f"{self._advised('remove', meant.label, base=base)}"
+            )
         shelf, _ = self.name(reference.name, base)
         with shelf.journal.writing() as writer:
             names = replay(writer.events)
             held = names[reference.name]
             number = _number(held, reference)
-            pointing = held.pointing_at(number)
-            if pointing:
-                raise StoreError(
-                    f"{reference} is what {', '.join(f'{reference.name}@{a}' for a in pointing)} points at; "
-                    "point the alias elsewhere, or roll it back, first"
-                )
+            self._unpointed(str(reference), held.name, held.pointing_at(number), base)
             version = shelf.version(held.versions[number])
             writer.append({"do": "remove", "name": held.name, "version": number, "digest": version.digest, **_signed()})
             del held.versions[number]
@@ -226,6 +242,17 @@ class Store:
                 return version, False
             shelf.drop(version.folder)
             return version, True
+
+    def _unpointed(self, label: str, name: str, aliases: Sequence[str], base: str | None) -> None:
+        """Raise StoreError where aliases point at a version that is to be removed."""
+        if aliases:
+            raise StoreError(
+                f"{label} is what {', '.join(f'{name}@{a}' for a in aliases)} points at; point the alias elsewhere first, "
+                f"roll it back, or take it away: {self._advised('alias', name, aliases[0], '--delete', base=base)}"
+            )
+
+    def _advised(self, *words: object, base: str | None = None) -> str:
+        return command(*words, *(["--base", base] if base else []), store=self.root)
 
     def verify(self, base: str | None = None) -> Check:
         """Read everything, and hold it against what was published."""
@@ -317,12 +344,13 @@ def _signed() -> dict[str, str]:
     return {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": f"{who}@{socket.gethostname()}"}
 
 
-def _base_of(found: AdapterFolder) -> str:
+def _base_of(found: AdapterFolder, name: str, store: Path) -> str:
     """The fingerprint of the base that an adapter belongs to. Raises AdapterError for one that names none."""
     if found.manifest is None:
+        model = [] if found.config.get("base_model_name_or_path") else ["--model", "BASE"]
         raise AdapterError(
             f"{found.path} has no graft.json, so it does not say on which base it was trained; bring it in with: "
-            "graft adapters import"
+            f"{command('import', found.path, '--name', name, *model, store=store)}"
         )
     fingerprint = str(found.manifest["base"]["fingerprint"])
     if not DIGEST.fullmatch(fingerprint):

@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.content import RUN, run_of
 from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import check_name
@@ -98,7 +99,8 @@ def pull(store: Store, repository: str, name: str | None, revision: str | None) 
     folder = fetch(repository, commit, beside=(RECORD, RUN))
     if not (folder / RECORD).is_file():
         raise StoreError(
-            f"{repository} has no {RECORD}, so it was not pushed by graft; bring it in with: graft adapters import"
+            f"{repository} has no {RECORD}, so it was not pushed by graft; bring it in with: "
+            f"{command('import', repository, '--name', name or repository.rpartition('/')[2], store=store.root)}"
         )
     try:
         manifest = read_manifest(folder)

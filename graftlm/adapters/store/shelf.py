@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.content import ANY_RUN, RUN, check_above, content_fault, open_content, open_manifest
 from graftlm.adapters.store.journal import Event, Journal, flush_folder
 from graftlm.adapters.store.state import Entry, Name, replay
@@ -42,6 +43,11 @@ class Version:
     def label(self) -> str:
         return f"{self.name}@{self.number}"
 
+    @property
+    def root(self) -> Path:
+        """The store that it is in."""
+        return self.folder.parents[3]
+
     def opened(self) -> AdapterFolder:
         """Its files, every byte found as it was published: what each command reads a version by. Raises StoreError."""
         try:
@@ -59,7 +65,7 @@ class Version:
     def _damaged(self, error: Exception) -> StoreError:
         return StoreError(
             f"{self.label} is not as it was published: {error}. Publish or pull the same adapter again, which puts its files "
-            "back, or take another version; graft adapters verify lists all that is damaged"
+            f"back, or take another version. All that is damaged is listed by: {command('verify', store=self.root)}"
         )
 
     def to_json(self) -> dict[str, Any]:

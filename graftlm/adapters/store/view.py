@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.shelf import Check, Shelf, Version
 from graftlm.adapters.store.state import Name
 
@@ -208,7 +210,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_report(check: Check) -> RenderableType:
+def check_report(check: Check, store: Path) -> RenderableType:
     """What `verify` found."""
     if not check.faults:
         line = f"[green]whole[/green]: {check.versions:,} versions of {check.contents:,} contents, {size(check.bytes)} read"
@@ -222,7 +224,9 @@ def check_report(check: Check) -> RenderableType:
     for fault in check.faults:
         table.add_row(f"[bold]{escape(fault.where)}[/bold]: {escape(fault.what)}")
     for left in check.leftovers:
-        table.add_row(f"left over, no name has it: {escape(left)} (graft adapters verify --clean removes it)")
+        table.add_row(f"left over, no name has it: {escape(left)}")
+    if check.leftovers:
+        table.add_row(f"what is left over is removed by: {escape(command('verify', '--clean', store=store))}")
     return table
 
 
