@@ -395,7 +395,11 @@ def _behaves(base: Base, folder: Path, manifest: Mapping[str, Any], adapter: Ada
     if manifest.get("tokenizer_digest") not in (None, encoder.tokenizer_digest):
         notes.append("the tokenizer's file is another one than in training; the fixed chat gives the same tokens")
     if isinstance(base, Skeleton):
-        return [*notes, "its canary was not run, since the base is here without its weights"]
+        return [
+            *notes,
+            "its canary was not run, which takes the running model, and here the base's weights are only read; by their "
+            "fingerprint they are those that it was trained on",
+        ]
     off = canary.check(str(folder), base, adapter, manifest["canary"], manifest["base"])
     trained = manifest["base"]["precision"]
     if trained != base.precision:
