@@ -22,7 +22,7 @@ from graftlm.errors import RunError
 from graftlm.tensorfile import read_json
 
 MANIFEST = "manifest.json"
-_LEFT = re.compile(r"\..+\.\d+(\.partial|\.old)?")
+_LEFT = re.compile(r"\..+\.[0-9]+(\.partial|\.old)?")
 
 
 def write_json(path: Path, value: Any) -> None:

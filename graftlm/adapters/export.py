@@ -14,6 +14,7 @@ Letters: r rank, R padded rank, E experts.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from graftlm.adapters.attach import Adapter
 from graftlm.adapters.bank import LowRank
 from graftlm.adapters.fit import PREFIX, places_of
 from graftlm.adapters.patterns import refused_by_peft
-from graftlm.adapters.store import locate
+from graftlm.adapters.store import open_adapter
 from graftlm.base.linear import StoredStack
 from graftlm.base.skeleton import Skeleton, load_skeleton
 from graftlm.config import ExportConfig
@@ -46,13 +47,16 @@ _WITHOUT_LORA = {
 }  # fmt: skip
 
 
-def export_adapter(config: ExportConfig) -> dict[str, Any]:
-    """Write a version for PEFT or vLLM; returns what `--json` prints. Raises AdapterError, and then nothing is written."""
+def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | None = None) -> dict[str, Any]:
+    """Write a version for PEFT or vLLM; returns what `--json` prints. Raises GraftError, and then nothing is written.
+
+    `opened` is the version where it was found already.
+    """
     out = config.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already; name a folder that is not")
-    folder = locate(config.version, config.store, config.base)
-    found = adapter_format.inspect_folder(folder)
+    found = opened or open_adapter(config.version, config.store, config.base)
+    folder = found.path
     said = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
     if config.for_ == "peft":
         _readable(found)
@@ -69,7 +73,7 @@ def export_adapter(config: ExportConfig) -> dict[str, Any]:
     if not name:
         raise ConfigError(f"{folder} does not say on which base it was trained; name it with --model")
     base = load_skeleton(name, trust_remote_code=config.trust_remote_code)
-    adapter = adapter_format.load(base, folder)
+    adapter = adapter_format.load(base, found)
     made = for_vllm(base, adapter)
     with whole_folder(out) as place:
         save_file(made.tensors, place / adapter_format.TENSORS, metadata={"format": "pt"})
@@ -142,7 +146,7 @@ def _servable(base: Skeleton, adapter: Adapter) -> dict[str, LowRank]:
     """The adapter's layers, all of them low-rank. Raises AdapterError for what vLLM does not compute."""
     kind = type(base.plain).__name__
     if kind in _WITHOUT_LORA:
-        raise AdapterError(f"vLLM has no LoRA for {kind}; merge the adapter and serve the merged model: graft merge")
+        raise AdapterError(f"vLLM has no LoRA for {kind}; serve it merged: {_merge(base, adapter)}")
     found: dict[str, LowRank] = {}
     for layer, slot in adapter.slots.items():
         why = None
@@ -155,10 +159,18 @@ def _servable(base: Skeleton, adapter: Adapter) -> dict[str, LowRank]:
         elif layer == base.anatomy.head_name and base.tied:
             why = "it adapts a head that shares its matrix with the embedding, which vLLM keeps as one"
         if why is not None:
-            raise AdapterError(f"the adapter cannot be served by vLLM: {why}; merge it into a model: graft merge")
+            raise AdapterError(
+                f"the adapter cannot be served by vLLM: {why}; merge it into a model: {_merge(base, adapter)}"
+            )
         assert isinstance(slot, LowRank)
         found[layer] = slot
     return found
+
+
+def _merge(base: Skeleton, adapter: Adapter) -> str:
+    """The command that merges it instead."""
+    folder = adapter.origin.folder if adapter.origin is not None else "ADAPTER"
+    return shlex.join(["graft", "merge", "--model", base.name, "--adapter", str(folder), "--out", "merged"])
 
 
 def _named(base: Skeleton, layer: str, slot: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:

@@ -329,19 +329,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- loading
 
 
-def load(base: Base, folder: Path) -> Adapter:
+def load(base: Base, folder: Path | AdapterFolder) -> Adapter:
     """Read an adapter, ours or PEFT's, for the base it is to sit on: the one loader of training, generating, merging, serving.
 
-    Costs a read of the files, and one small forward pass. What a user should know comes in
-    `adapter.origin.notes`: another precision than trained on, and for PEFT's own what could not be checked. Attached is
-    nothing yet.
+    `folder` is a path, or what `inspect_folder` or a version's `opened()` gave. Costs a read of the files, and one small
+    forward pass. What a user should know comes in `adapter.origin.notes`: another precision than trained on, and for PEFT's
+    own what could not be checked. Attached is nothing yet.
 
-    Raises AdapterError for another base than it was trained on; for missing, extra, wrongly shaped or not finite tensors and
-    files changed since; for layers that the config names or leaves out otherwise; for entries of PEFT's config that mean
+    Raises AdapterError for files that are others than when they were inspected; for another base than it was trained on; for
+    missing, extra, wrongly shaped or not finite tensors and files changed since; for layers that the config names or leaves
+    out otherwise; for entries of PEFT's config that mean
     another formula or rank or alpha than trained; for B zero in every tensor; for a tokenizer or template that renders the
     fixed chat otherwise; and where the canary's logits are off.
     """
-    found = inspect_folder(folder)
+    before = folder if isinstance(folder, AdapterFolder) else None
+    found = inspect_folder(folder.path if isinstance(folder, AdapterFolder) else folder)
+    if before is not None and before.digest != found.digest:
+        raise AdapterError(
+            f"{found.path} holds adapter {found.digest[:12]} now and {before.digest[:12]} before; try again"
+        )
     manifest = found.manifest
     if manifest is not None:
         _same_base(base, found.path, manifest["base"])
@@ -394,7 +400,11 @@ def _behaves(base: Base, folder: Path, manifest: Mapping[str, Any], adapter: Ada
     if manifest.get("tokenizer_digest") not in (None, encoder.tokenizer_digest):
         notes.append("the tokenizer's file is another one than in training; the fixed chat gives the same tokens")
     if isinstance(base, Skeleton):
-        return [*notes, "its canary was not run, since the base is here without its weights"]
+        return [
+            *notes,
+            "its canary was not run, which takes the running model, and here the base's weights are only read; by their "
+            "fingerprint they are those that it was trained on",
+        ]
     off = canary.check(str(folder), base, adapter, manifest["canary"], manifest["base"])
     trained = manifest["base"]["precision"]
     if trained != base.precision:

@@ -23,7 +23,7 @@ from graftlm.base.load import load_base, load_config, resolve
 from graftlm.config import ImportConfig, Precision
 from graftlm.errors import AdapterError, ConfigError
 
-HUB = re.compile(r"[\w.-]+/[\w.-]+")
+HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 WANTED = (
     adapter_format.CONFIG, adapter_format.TENSORS, MANIFEST, "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt",

@@ -35,7 +35,7 @@ Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
-_SENTINEL = re.compile(r"qz7(\d{6})7zq")
+_SENTINEL = re.compile(r"qz7([0-9]{6})7zq")
 # What a header is compared by: a tag with the white space after it, or the words up to the next tag. Comparing by
 # character instead would take `<t` as common to `<think>` and `<tool_call>`.
 _UNIT = re.compile(r"<[^<>\s]*>\s*|\[[^\[\]\s]*\]\s*|[^<\[]+|.", re.DOTALL)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
 
 from graftlm import config as configs
 from graftlm.cli.app import Json, app, options, print_json
+from graftlm.terminal import console
 
 group = typer.Typer(
     help="Keep adapters: names, numbered versions that never change, aliases, rollback, sharing.",
@@ -18,7 +18,7 @@ app.add_typer(group, name="adapters")
 
 
 def _said(text: str) -> None:
-    Console(soft_wrap=True).print(text, highlight=False, markup=False)
+    console(soft_wrap=True).print(text, highlight=False, markup=False)
 
 
 @group.command(epilog='Example:  graft adapters publish runs/first --name formal --note "three epochs"')
@@ -49,11 +49,11 @@ def list_(config: configs.ListConfig, json: Json = False) -> None:
         if json:
             print_json({"versions": [v.to_json() for v in versions], "history": name.history})
         else:
-            view.print_name(Console(), name, versions)
+            view.print_name(console(), name, versions)
     elif json:
         print_json({"versions": [v.to_json() for v in store.versions(config.base)]})
     else:
-        view.print_names(Console(), store.names(config.base))
+        view.print_names(console(), store.names(config.base))
 
 
 @group.command(epilog="Example:  graft adapters show formal@prod")
@@ -68,7 +68,7 @@ def show(config: configs.ShowConfig, json: Json = False) -> None:
     if json:
         print_json(found)
     else:
-        view.print_lineage(Console(), found)
+        view.print_lineage(console(), found)
 
 
 @group.command(epilog="Example:  graft adapters diff formal@1 formal@2")
@@ -83,7 +83,7 @@ def diff(config: configs.DiffConfig, json: Json = False) -> None:
     if json:
         print_json(found)
     else:
-        view.print_differences(Console(), found)
+        view.print_differences(console(), found)
 
 
 @group.command(epilog="Example:  graft adapters verify")
@@ -104,7 +104,7 @@ def verify(config: configs.VerifyConfig, json: Json = False) -> None:
     else:
         for path in cleaned:
             _said(f"removed {path}")
-        Console().print(view.check_report(check))
+        view.print_check(console(), check, config.store)
     if check.faults:
         raise SystemExit(2)
 
@@ -116,7 +116,7 @@ def alias(config: configs.AliasConfig, json: Json = False) -> None:
     from graftlm.adapters.store import Store
 
     store, label = Store(config.store), f"{config.name}@{config.alias}"
-    if config.version is None:
+    if config.delete:
         before, now = store.unalias(config.name, config.alias, config.base), None
     else:
         before, now = store.alias(config.name, config.alias, config.version, config.base)
@@ -166,7 +166,7 @@ def import_(config: configs.ImportConfig, json: Json = False) -> None:
     else:
         _said(f"imported {version.label}  {version.digest[:12]}" if new else f"{version.label} holds this already")
         for note in notes:
-            Console(stderr=True, soft_wrap=True).print(f"note: {note}", highlight=False, markup=False)
+            console(stderr=True, soft_wrap=True).print(f"note: {note}", highlight=False, markup=False)
 
 
 @group.command(epilog="Example:  graft adapters export formal@prod ./for-vllm --for vllm")
@@ -181,7 +181,7 @@ def export(config: configs.ExportConfig, json: Json = False) -> None:
     else:
         _said(f"wrote {done['out']}: rank {done['rank']}, alpha {done['alpha']:g}, {done['tensors']:,} tensors")
         for note in done["notes"]:
-            Console(stderr=True, soft_wrap=True).print(f"note: {note}", highlight=False, markup=False)
+            console(stderr=True, soft_wrap=True).print(f"note: {note}", highlight=False, markup=False)
 
 
 @group.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import sys
@@ -11,11 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import typer
-from rich.console import Console
 
+from graftlm import terminal
 from graftlm.config import Config
 from graftlm.config.fields import flag_name
 from graftlm.errors import GraftError, Stopped
+
+# Help and the errors of the command line itself are typer's, which frames them; into a pipe they go plain, as all else.
+with contextlib.suppress(ImportError):
+    from typer import rich_utils
+
+    rich_utils.Console = terminal.help_console  # pyright: ignore
 
 app = typer.Typer(
     help="Fine-tune language models in full, with LoRA or with QLoRA.",
@@ -119,7 +126,7 @@ class errors:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(
+    terminal.console(stderr=True, soft_wrap=True).print(
         message, style="red" if status == 2 else "", highlight=False, markup=False
     )
     raise SystemExit(status)

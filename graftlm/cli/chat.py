@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from graftlm import terminal
 from graftlm.cli.app import app, options
 from graftlm.config import ChatConfig
 
@@ -17,4 +16,4 @@ def chat(config: ChatConfig) -> None:
     """Talk to a base or an adapter in the terminal, or to two of them side by side."""
     from graftlm.serving.chat import talk
 
-    talk(config, Console())
+    talk(config, terminal.console())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from graftlm import terminal
 from graftlm.cli.app import Json, app, options, print_json
 from graftlm.config import CheckConfig
 
@@ -18,6 +17,6 @@ def check(config: CheckConfig, json: Json = False) -> None:
     if json:
         print_json(report.to_json())
     else:
-        report.render(Console())
+        report.render(terminal.console())
     if not report.good:
         raise SystemExit(2)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from graftlm import terminal
 from graftlm.cli.app import Json, app, options, print_json
 from graftlm.config import CompareConfig
 
@@ -19,7 +18,7 @@ def compare(config: CompareConfig, json: Json = False) -> None:
     from graftlm.experiments.compare import compare as run
     from graftlm.experiments.view import CompareView
 
-    view = CompareView(Console(stderr=True))
+    view = CompareView(terminal.console(stderr=True))
     found = run(config, view)
     view.comparison(found)
     view.say(f"\nreport: {config.out / 'report.html'} and report.md")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from graftlm import terminal
 from graftlm.cli.app import Json, app, errors, print_json
 
 
@@ -21,6 +21,6 @@ def demo(
     from graftlm.experiments.demonstration import demonstrate
 
     with errors():
-        result = demonstrate(steps, out, Console(stderr=json))
+        result = demonstrate(steps, out, terminal.console(stderr=json))
         if json:
             print_json(result)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-
+from graftlm import terminal
 from graftlm.cli.app import Json, app, options, print_json
 from graftlm.config import GenerateConfig
 
@@ -32,4 +31,4 @@ def generate(config: GenerateConfig, json: Json = False) -> None:
     else:
         sys.stdout.write("\n")
         for note in result["notes"]:
-            Console(stderr=True).print(f"note: {note}", highlight=False, markup=False)
+            terminal.console(stderr=True).print(f"note: {note}", highlight=False, markup=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from graftlm import terminal
 from graftlm.cli.app import Json, app, options, print_json
 from graftlm.config import MergeConfig
 
@@ -20,7 +19,7 @@ def merge(config: MergeConfig, json: Json = False) -> None:
     from graftlm.experiments.merging import MergeRefused
     from graftlm.experiments.merging import merge as run
 
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     try:
         with console.status("merging") as status:
             done = run(config, lambda text: status.update(text))
@@ -30,4 +29,4 @@ def merge(config: MergeConfig, json: Json = False) -> None:
     if json:
         print_json(done)
     else:
-        view.print_merged(Console(), done)
+        view.print_merged(terminal.console(), done)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from graftlm import terminal
 from graftlm.cli.app import Json, app, options, print_json
 from graftlm.config import PlanConfig
 
@@ -17,11 +16,11 @@ def plan(config: PlanConfig, json: Json = False) -> None:
     """Say what full, LoRA and QLoRA would take, where each fits and which to choose, from a config alone."""
     from graftlm.planning.plan import plan_for
 
-    waiting = Console(stderr=True)
+    waiting = terminal.console(stderr=True)
     report = plan_for(config, lambda text: waiting.print(f"{text} ...", style="dim"))
     if json:
         print_json(report.to_json())
         return
     from graftlm.planning.view import render
 
-    render(report, Console())
+    render(report, terminal.console())

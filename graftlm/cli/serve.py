@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from graftlm import terminal
 from graftlm.cli.app import Json, app, options, print_json
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError
@@ -17,7 +16,7 @@ from graftlm.errors import ConfigError
 @options(ServeConfig, file=True)
 def serve(config: ServeConfig, json: Json = False) -> None:
     """Serve one base with all of its adapters over OpenAI's HTTP interface, each request with its own."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = terminal.console(stderr=True, soft_wrap=True)
 
     def note(text: str) -> None:
         console.print(text, highlight=False, markup=False)

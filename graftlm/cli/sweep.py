@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
+from graftlm import terminal
 from graftlm.cli.app import Json, app, options, print_json
 from graftlm.config import ShowSweepConfig, SweepConfig
 
@@ -65,4 +65,4 @@ def show(config: ShowSweepConfig, json: Json = False) -> None:
     if json:
         print_json(found.to_json())
     else:
-        print_table(Console(), found, most=1000)
+        print_table(terminal.console(), found, most=1000)

@@ -64,8 +64,10 @@ class AliasConfig(_OfBase):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.delete == (self.version is not None):
-            raise ValueError(f"give the number of a version, such as: graft adapters alias {self.name} {self.alias} 1")
+        if self.delete and self.version is not None:
+            raise ValueError(
+                f"--delete takes {self.name}@{self.alias} away, so it takes no number; leave {self.version} out"
+            )
         return self
 
 

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Config, Sources, no_weight, option
+from graftlm.config.fields import ISO_DATE, Config, Sources, no_weight, option
 
 
 class CheckConfig(Config):
@@ -20,7 +20,7 @@ class CheckConfig(Config):
         None, "length limit in tokens; default the model's longest position", ge=2
     )
     too_long: Literal["error", "drop", "cut"] = option("error", "what training will do with a document over the limit")
-    template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=ISO_DATE)
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
     @model_validator(mode="after")

@@ -6,13 +6,14 @@ share (data, order, batch, steps) cannot be a variant's own, or the comparison w
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, model_validator
 
-from graftlm.config.fields import Compute, Config, Method, Names, Sources, no_weight, option
+from graftlm.config.fields import Compute, Config, Method, Names, Sources, no_weight, option, plain_number
 from graftlm.config.train import TrainConfig
 from graftlm.errors import ConfigError, nearest
 
@@ -67,7 +68,7 @@ class Variant:
     @property
     def folder(self) -> str:
         """Its name as a folder's."""
-        return "".join(c if c.isalnum() or c in "=._-" else "-" for c in self.name)
+        return re.sub(r"[^A-Za-z0-9=._-]", "-", self.name)
 
     @property
     def adapter(self) -> bool:
@@ -212,7 +213,7 @@ class CompareConfig(Config):
     def given_rate(self, variant: Variant) -> float | None:
         """The learning rate that was given for a variant: its own, its name's, its method's, or one for all."""
         if "learning_rate" in variant.own:
-            return float(variant.own["learning_rate"])
+            return plain_number(str(variant.own["learning_rate"]))
         names = (variant.name, variant.method, "")
         return next((self.learning_rate[name] for name in names if name in self.learning_rate), None)
 

@@ -21,6 +21,17 @@ PRODUCTS: dict[Compute, str] = {
 """How a message names the type of products."""
 
 
+ISO_DATE = "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
+_NUMBER = re.compile(r"\s*[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|nan)\s*", re.IGNORECASE | re.ASCII)
+
+
+def plain_number(text: str) -> float:
+    """A number as options write it, in the digits 0 to 9; `float` takes the digits of every script. Raises ValueError."""
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"'{text}' is no number")
+    return float(text)
+
+
 def _split(value: Any) -> Any:
     """`a,b` and repeated options mean the same list; commas inside brackets of a pattern do not split."""
     if value is None:

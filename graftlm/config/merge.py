@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Compute, Config, Names, no_weight, option
+from graftlm.config.fields import Compute, Config, Names, no_weight, option, plain_number
 
 Onto = Literal["original", "dequantized", "requantized"]
 Combine = Literal["linear", "ties", "dare-linear", "dare-ties"]
@@ -99,9 +99,9 @@ class MergeConfig(Config):
         """Each adapter with its weight: `A,B:0.3` -> (("A", 1.0), ("B", 0.3)). Raises ValueError."""
         found: list[tuple[str, float]] = []
         for text in self.adapter:
-            name, colon, number = text.rpartition(":")
+            name, colon, weight_text = text.rpartition(":")
             try:
-                weight = float(number) if colon else 1.0
+                weight = plain_number(weight_text) if colon else 1.0
             except ValueError:
                 name, colon, weight = text, "", 1.0  # a path may hold a colon
             if not (name if colon else text) or weight != weight or abs(weight) == float("inf") or weight == 0:

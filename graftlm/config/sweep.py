@@ -122,6 +122,8 @@ def _range(name: str, flag: str, spec: str) -> Range:
     step: float | None = None
     if step_text:
         try:
+            if not step_text.isascii():  # `int` takes the digits of every script
+                raise ValueError
             step = int(step_text) if whole else float(step_text)
         except ValueError:
             raise ConfigError(f"search: the step of '{flag}={spec}' is no number: '{step_text}'") from None

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from graftlm.config.fields import (
+    ISO_DATE,
     Alphas,
     Compute,
     Config,
@@ -64,7 +65,7 @@ class TrainConfig(Config):
         "error", "what happens to a document over the limit", group="data"
     )
     template_date: str = option(
-        "2026-01-01", "the date that a chat template is told, YYYY-MM-DD", group="data", pattern=r"^\d{4}-\d{2}-\d{2}$"
+        "2026-01-01", "the date that a chat template is told, YYYY-MM-DD", group="data", pattern=ISO_DATE
     )
 
     # The adapter

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
+from graftlm import terminal
 from graftlm.base.chat import Encoder
 from graftlm.data.documents import Document, Progress, TooLong, read_all
 from graftlm.data.rows import SHOWN, Fault
@@ -93,23 +92,21 @@ class Report:
 
     def render(self, console: Console) -> None:
         """Write the report to a terminal."""
-        facts = Table(show_header=False, box=None, pad_edge=False)
-        facts.add_column(style="bold")
-        facts.add_column()
+        facts: list[tuple[str, str]] = []
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
         share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
-        facts.add_row("rows", f"{self.rows:,} ({kinds})" if kinds else f"{self.rows:,}")
-        facts.add_row("tokens", f"{self.tokens:,}")
-        facts.add_row("trained tokens", f"{self.trained_tokens:,}{share}")
-        facts.add_row("length", f"{self.shortest:,} to {self.longest:,} tokens, median {self.median:,}")
-        facts.add_row("template", f"{self.template}, date {self.date}" if "chat" in self.kinds else "not used")
+        facts.append(("rows", f"{self.rows:,} ({kinds})" if kinds else f"{self.rows:,}"))
+        facts.append(("tokens", f"{self.tokens:,}"))
+        facts.append(("trained tokens", f"{self.trained_tokens:,}{share}"))
+        facts.append(("length", f"{self.shortest:,} to {self.longest:,} tokens, median {self.median:,}"))
+        facts.append(("template", f"{self.template}, date {self.date}" if "chat" in self.kinds else "not used"))
         if self.max_tokens is not None:
-            facts.add_row("too long", f"{self.too_long:,} of more than {self.max_tokens:,} tokens")
-        facts.add_row("duplicates", f"{self.duplicates:,}")
+            facts.append(("too long", f"{self.too_long:,} of more than {self.max_tokens:,} tokens"))
+        facts.append(("duplicates", f"{self.duplicates:,}"))
         if self.eval_rows:
-            facts.add_row("validation", f"{self.eval_rows:,} rows, {self.overlap:,} of them also in the training data")
-        facts.add_row("bad rows", f"{self.faults:,}")
-        console.print(facts)
+            facts.append(("validation", f"{self.eval_rows:,} rows, {self.overlap:,} of them also in the training data"))
+        facts.append(("bad rows", f"{self.faults:,}"))
+        terminal.facts(console, facts)
         self._render_histogram(console)
         for note in self.notes:
             console.print(f"note: {note}", style="yellow", markup=False)
@@ -118,32 +115,32 @@ class Report:
         self._render_list(console, "overlap", self.overlap, [" = ".join(pair) for pair in self.overlap_rows])
         self._render_list(console, "bad rows", self.faults, self.fault_rows)
         for shown in self.examples:
-            title = f"{shown.row}: {shown.tokens:,} tokens, {shown.trained_tokens:,} trained (in green)"
-            console.print(f"\n[bold]{escape(title)}[/bold]")
+            how, before, after = ("in green", "", "") if console.color_system else ("between {+ and +}", "{+", "+}")
+            title = f"{shown.row}: {shown.tokens:,} tokens, {shown.trained_tokens:,} trained ({how})"
+            console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
             text = Text()
             for piece in shown.pieces:
-                text.append(piece.text, style="green" if piece.trained else "dim")
+                marked = f"{before}{piece.text}{after}" if piece.trained else piece.text
+                text.append(marked, style="green" if piece.trained else "dim")
             console.print(text)
 
     def _render_histogram(self, console: Console) -> None:
         if not self.histogram:
             return
         most = max(step.rows for step in self.histogram)
-        table = Table(box=None, pad_edge=False)
-        table.add_column("tokens", justify="right")
-        table.add_column("rows", justify="right")
-        table.add_column("")
-        for step in self.histogram:
-            table.add_row(f"{step.low:,}-{step.high:,}", f"{step.rows:,}", "█" * round(40 * step.rows / most))
+        columns = [terminal.Column("tokens", right=True), terminal.Column("rows", right=True), terminal.Column()]
         console.print()
-        console.print(table)
+        terminal.table(
+            console, columns,
+            [(f"{s.low:,}-{s.high:,}", f"{s.rows:,}", "█" * round(40 * s.rows / most)) for s in self.histogram],
+        )  # fmt: skip
 
     def _render_list(self, console: Console, title: str, count: int, rows: Sequence[str]) -> None:
         if not rows:
             return
         console.print(f"\n[bold]{title}[/bold]")
         for row in rows:
-            console.print(f"  {row}", markup=False, highlight=False)
+            console.print(f"  {row}", markup=False, highlight=False, soft_wrap=True)
         if count > len(rows):
             console.print(f"  and {count - len(rows)} more")
 

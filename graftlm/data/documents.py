@@ -276,4 +276,4 @@ def _too_long(document: Document, max_tokens: int) -> Fault:
 
 def _place(row: str, order: Mapping[str, int]) -> tuple[int, int]:
     name, _, number = row.rpartition(":")
-    return order.get(name, len(order)), int(number) if number.isdigit() else 0
+    return order.get(name, len(order)), int(number) if number.isascii() and number.isdigit() else 0

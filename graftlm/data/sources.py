@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from graftlm import demo
+from graftlm.config.fields import plain_number
 from graftlm.data.rows import Fault, Raw
 from graftlm.errors import ConfigError, DataError, nearest
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.\[\]:%+-]+)?")
+_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.\[\]:%+-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,12 @@ class Source:
     def parse(cls, text: str) -> Source:
         """Read `PATH[:weight]`. Raises DataError where the weight is no positive number."""
         head, colon, tail = text.rpartition(":")
-        if not colon or not head or Path(text).exists() or not re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|nan|inf", tail):
+        if (
+            not colon
+            or not head
+            or Path(text).exists()
+            or not re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?|nan|inf", tail)
+        ):
             return cls(path=text)
         try:
             weight = float(tail)
@@ -63,7 +69,7 @@ def share(text: str | None) -> float | None:
     if text is None or not text.strip().endswith("%"):
         return None
     try:
-        return float(text.strip()[:-1]) / 100
+        return plain_number(text.strip()[:-1]) / 100
     except ValueError:
         raise ConfigError(f"eval-data '{text}' is not a share; give one such as 5%, or a file") from None
 

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
-from graftlm import demo
+from graftlm import demo, terminal
 from graftlm.config import CompareConfig, PlanConfig, TrainConfig
 from graftlm.errors import RunError
 from graftlm.experiments.compare import compare
@@ -81,7 +79,7 @@ def _demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
         adapters[voice] = config.out / "adapter"
     prompt, answers = answer_all(adapters)
     console.print()
-    console.print(answers_table(prompt, answers))
+    show_answers(console, prompt, answers)
     seconds = time.perf_counter() - started
     view.say(
         f"Done in {seconds:.0f} s. The report, with plots, is {out}/compare/report.html. Ask a voice yourself:\n\n"
@@ -170,12 +168,7 @@ def answer_all(adapters: dict[str, Path]) -> tuple[str, list[Answer]]:
     return prompt.strip(), answers
 
 
-def answers_table(prompt: str, answers: list[Answer]) -> Panel:
+def show_answers(console: Console, prompt: str, answers: list[Answer]) -> None:
     """A prompt with the answers below each other."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("prompt", Text(prompt, style="dim"))
-    for answer in answers:
-        table.add_row(answer.voice, Text(answer.text))
-    return Panel(table, title="one held-out product, one base in memory", title_align="left")
+    console.print(Text("one held-out product, one base in memory", style="bold"))
+    terminal.facts(console, [("prompt", prompt), *((answer.voice, answer.text) for answer in answers)])

@@ -19,9 +19,10 @@ from graftlm.adapters import gguf
 from graftlm.adapters.attach import attach, detach
 from graftlm.adapters.combine import Recipe
 from graftlm.adapters.drift import Drift, Live, Row, compare, limited, listen, put_merged
+from graftlm.adapters.format import AdapterFolder
 from graftlm.adapters.merge import Merger, Weighted
 from graftlm.adapters.merged import rounding_of, write_merged
-from graftlm.adapters.store import locate
+from graftlm.adapters.store import open_adapter
 from graftlm.base.chat import Encoder
 from graftlm.base.load import Base, load_base, load_tokenizer
 from graftlm.base.skeleton import Skeleton, load_skeleton
@@ -38,14 +39,14 @@ _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
     """Merge as the config says; returns what `--json` prints. Raises GraftError, and then nothing is written."""
     _free(config.out, config.gguf)
-    folders = [(locate(name, config.store, model=config.model), weight) for name, weight in config.weighted()]
-    manifests = [adapter_format.inspect_folder(folder).manifest for folder, _ in folders]
-    precision = _trained_on(manifests, [folder for folder, _ in folders])
+    found = [(open_adapter(name, config.store, model=config.model), weight) for name, weight in config.weighted()]
+    manifests = [given.manifest for given, _ in found]
+    precision = _trained_on(manifests, [given.path for given, _ in found])
     say("reading the base's shapes")
     base = load_skeleton(config.model, precision=precision or "float32", trust_remote_code=config.trust_remote_code)
     if config.gguf is not None:
         gguf.check_gguf(base.folder)
-    adapters = [Weighted(adapter_format.load(base, folder), weight) for folder, weight in folders]
+    adapters = [Weighted(adapter_format.load(base, given), weight) for given, weight in found]
     compressed = precision in ("int8", "nf4")
     onto: Onto = config.onto or ("dequantized" if compressed else "original")
     if onto != "original" and precision is None:
@@ -59,9 +60,9 @@ def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
 
     notes: list[str] = []
     live, drifts = None, list[Drift]()
-    rows = _rows(config, base, folders, manifests, compressed)
+    rows = _rows(config, base, found, manifests, compressed)
     if rows:
-        live, drifts = _measure(config, mergers, folders[0], precision or "float32", rows, save_dtype, say)
+        live, drifts = _measure(config, mergers, found[0][0], precision or "float32", rows, save_dtype, say)
         chosen = next(d for d in drifts if d.onto == onto)
         if config.max_drift is not None and chosen.relative > config.max_drift:
             raise MergeRefused(_too_far(config, onto, drifts), report(config, onto, live, drifts))
@@ -150,22 +151,22 @@ def _targets(base: Skeleton, onto: Onto, compressed: bool) -> list[Onto]:
 
 
 def _rows(
-    config: MergeConfig, base: Skeleton, folders: Sequence[tuple[Path, float]], manifests: Sequence[dict[str, Any] | None],
-    compressed: bool,
+    config: MergeConfig, base: Skeleton, adapters: Sequence[tuple[AdapterFolder, float]],
+    manifests: Sequence[dict[str, Any] | None], compressed: bool,
 ) -> list[Row]:  # fmt: skip
     """Held-out rows to measure on; none where nothing has to be measured. Raises GraftError where they are missing."""
-    if config.unmeasured or not folders:
+    if config.unmeasured or not adapters:
         return []
     wanted = config.eval_data is not None or config.max_drift is not None
     if not wanted and not compressed:
         return []
-    if len(folders) > 1 or folders[0][1] != 1:
+    if len(adapters) > 1 or adapters[0][1] != 1:
         if wanted:
             raise ConfigError(
                 "the drift is measured beside one adapter with weight 1, as it runs; leave --max-drift and --eval-data out"
             )
         return []
-    folder, manifest = folders[0][0], manifests[0] or {}
+    folder, manifest = adapters[0][0].path, manifests[0] or {}
     sources = _sources(config, folder)
     if sources is None:
         trained = (manifest.get("base") or {}).get("precision")
@@ -228,13 +229,13 @@ def _sources(config: MergeConfig, folder: Path) -> tuple[list[str], str] | None:
 
 
 def _measure(
-    config: MergeConfig, mergers: dict[Onto, Merger], adapter: tuple[Path, float], precision: Precision,
+    config: MergeConfig, mergers: dict[Onto, Merger], adapter: AdapterFolder, precision: Precision,
     rows: Sequence[Row], save_dtype: torch.dtype | None, say: Say,
 ) -> tuple[Live, list[Drift]]:  # fmt: skip
     """The live model on the rows, then each merged one, put together in memory as it would be read back."""
     say(f"measuring the live model, {precision}")
     base = _loaded(config, precision)
-    loaded = adapter_format.load(base, adapter[0])  # with its canary, which a skeleton cannot run
+    loaded = adapter_format.load(base, adapter)  # with its canary, which a skeleton cannot run
     attach(base, loaded, slot=1)
     live = listen(base, 1, rows)
     detach(base, slot=1)

@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from graftlm.config import CompareConfig
 from graftlm.experiments.material import Material
 from graftlm.experiments.results import Comparison
 from graftlm.experiments.search import Found
 from graftlm.experiments.table import rows
+from graftlm.terminal import Column, table
 
 Stepped = Callable[[dict[str, Any]], None]
 
@@ -79,13 +79,10 @@ class CompareView:
 
     def comparison(self, found: Comparison) -> None:
         """The table and the verdict."""
-        table = Table(title="As measured on this machine", title_justify="left")
-        table.add_column("", overflow="fold")
-        for line in found.lines:
-            table.add_column(line.name, justify="right", overflow="fold")
-        for row in rows(found):
-            table.add_row(row.label, *row.cells)
+        columns = [Column(), *(Column(line.name, right=True, words=True) for line in found.lines)]
         self.console.print()
-        self.console.print(table)
+        table(
+            self.console, columns, [(row.label, *row.cells) for row in rows(found)], title="As measured on this machine"
+        )
         for sentence in found.verdict.sentences:
             self.say(sentence)

@@ -141,7 +141,7 @@ def from_memory(text: str) -> Card:
 
 def memory_bytes(text: str) -> int:
     """Bytes of "24GB" (10^9) or "24GiB" (2^30); ConfigError for a number without a unit, or none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
     unit = _UNITS.get(found[2].upper()) if found else None
     if found and not found[2]:
         raise ConfigError(f"memory '{text}' has no unit; did you mean {found[1]}GB? GB is 10^9 bytes, GiB 2^30")

@@ -92,7 +92,7 @@ def _float32_parts(model: Any) -> set[str]:
 
 def common_name(name: str) -> str:
     """A name with `*` for its numbers."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", name)
 
 
 def _weights(model: Any, targets: hf.Targets, layers: list[str]) -> tuple[Weights, ...]:

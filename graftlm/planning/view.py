@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from graftlm.planning.hardware import Card
 from graftlm.planning.plan import Plan, Report, Row
 from graftlm.planning.timing import BANDWIDTH_REACHED, EFFICIENCY
 from graftlm.planning.words import count, duration, size
+from graftlm.terminal import Cell, Column, table
 
 _PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "runtime")
 # On a narrow terminal parts share a column.
@@ -48,8 +47,8 @@ def _model(plan: Plan, report: Report, console: Console) -> None:
         f"products in {report.card.products}.",
         highlight=False,
     )
-    console.print(_memory(plan, report.card, console.width))
-    console.print(_fitting(plan, report, console.width))
+    _memory(plan, report.card, console)
+    _fitting(plan, report, console)
     for row in plan.rows:
         if not row.fits and row.changes and row.need.setting.key in ("full", "lora", "qlora"):
             _changes(row, report.card, console)
@@ -58,60 +57,59 @@ def _model(plan: Plan, report: Report, console: Console) -> None:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
 
 
-def _memory(plan: Plan, card: Card, width: int) -> Table:
+def _memory(plan: Plan, card: Card, where: Console) -> None:
     """Bytes of each part at the peak of training."""
-    wide = width >= _WIDE
-    columns = {name: (name,) for name in _PARTS} if wide else _JOINED
+    wide = where.width >= _WIDE
+    parts = {name: (name,) for name in _PARTS} if wide else _JOINED
     if not any(row.need.parts.runtime for row in plan.rows):
-        columns = {name: parts for name, parts in columns.items() if name != "runtime"}
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title="memory at the peak", title_justify="left", title_style="dim"
-    )
-    table.add_column("method", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("peak", justify="right", no_wrap=True)
-    table.add_column("layers run again" if wide else "run again", justify="right", no_wrap=True)
+        parts = {name: joined for name, joined in parts.items() if name != "runtime"}
+    drops = {name: i for i, name in enumerate(parts, 1)}
+    columns = [
+        Column("method"), *(Column(name, right=True, drop=drops[name]) for name in parts), Column("peak", right=True),
+        Column("layers run again" if wide else "run again", right=True),
+    ]  # fmt: skip
+    rows: list[list[Cell]] = []
     for row in plan.rows:
         values = row.need.parts.to_json()
         good = "green" if row.fits else "red"
         again = "green" if row.checkpointed <= card.usable else "red"
-        table.add_row(
-            row.need.setting.label, *(_cell(sum(values[p] for p in parts)) for parts in columns.values()),
-            Text(size(row.need.peak), style=f"bold {good}"), Text(size(row.checkpointed), style=again),
+        rows.append(
+            [
+                row.need.setting.label, *(_cell(sum(values[p] for p in joined)) for joined in parts.values()),
+                Text(size(row.need.peak), style=f"bold {good}"), Text(size(row.checkpointed), style=again),
+            ]
         )  # fmt: skip
-    if not wide:
-        table.caption = (
-            "trained: adapters, gradients and optimizer; pass: activations, logits and workspace; run again: the peak with "
-            "--activation-checkpointing. A terminal of 140 characters shows every part."
-        )
-        table.caption_style, table.caption_justify = "dim", "left"
-    return table
+    note = (
+        "trained: adapters, gradients and optimizer; pass: activations, logits and workspace; run again: the peak with "
+        "--activation-checkpointing. A terminal of 140 characters shows every part."
+    )
+    where.print()
+    table(where, columns, rows, title="memory at the peak", note="" if wide else note)
 
 
 def _cell(value: int) -> str:
     return size(value) if value else "-"
 
 
-def _fitting(plan: Plan, report: Report, width: int) -> Table:
+# Which columns are left out first where there is no room; `fits` and a step's or an epoch's time never are.
+_LEFT_OUT = {"loading": 6, "saved": 5, "tokens/s": 4, "a step": 3, "length": 2, "batch": 1}
+
+
+def _fitting(plan: Plan, report: Report, where: Console) -> None:
     """Where each method fits, how far it reaches, and how long it takes; a narrow terminal gets what matters most."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="where it fits", title_justify="left", title_style="dim")
     rows = [_reach(plan, row, report) for row in plan.rows]
-    left_out = () if width >= _WIDE else ("loading",) if width >= 110 else ("loading", "saved", "tokens/s")
-    names = [name for name in rows[0] if name not in left_out]
-    for name in names:
-        words = name in ("method", "smallest card")
-        table.add_column(name, justify="left" if words else "right", no_wrap=True)
-    for cells in rows:
-        table.add_row(*(cells[name] for name in names))
-    table.caption = (
+    names = list(rows[0])
+    columns = [
+        Column(name, right=name not in ("method", "smallest card"), drop=_LEFT_OUT.get(name, 0)) for name in names
+    ]
+    note = (
         "batch: most documents of this length in one pass; length: most tokens of one document. Times are estimates at "
         f"{EFFICIENCY[report.card.kind]:.0%} of the card's rate and {BANDWIDTH_REACHED:.0%} of its bandwidth."
     )
     if any((row.cards or 1) > 1 for row in plan.rows):
-        table.caption += " on N: with weights split over N cards (FSDP), which graft train does not do itself."
-    table.caption_style, table.caption_justify = "dim", "left"
-    return table
+        note += " on N: with weights split over N cards (FSDP), which graft train does not do itself."
+    where.print()
+    table(where, columns, [[cells[name] for name in names] for cells in rows], title="where it fits", note=note)
 
 
 def _reach(plan: Plan, row: Row, report: Report) -> dict[str, str]:
@@ -155,7 +153,7 @@ def _advice(plan: Plan, console: Console) -> None:
         for sentence in plan.advice.would_change:
             console.print(_indented(sentence, 4), highlight=False)
     if plan.advice.command:
-        console.print(_indented(f"graft train {plan.advice.command}", 2, "bold"), highlight=False)
+        console.print(Text(f"  graft train {plan.advice.command}", style="bold"), soft_wrap=True)  # to be copied
 
 
 def _indented(text: str, by: int, style: str = "") -> Padding:
@@ -165,19 +163,13 @@ def _indented(text: str, by: int, style: str = "") -> Padding:
 
 def _known(report: Report, console: Console) -> None:
     """The numbers that everybody quotes, beside ours."""
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title="the numbers that everybody quotes, on a GPU", title_justify="left",
-        title_style="dim",
-    )  # fmt: skip
-    table.add_column("quoted", no_wrap=True)
-    table.add_column("ours", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("under")
+    columns = [Column("quoted"), Column("ours", right=True), Column(), Column("under", words=True)]
+    rows: list[list[Cell]] = []
     before = ""
     for plan in report.plans:
         for answer in plan.known:
             style = "" if answer.verdict == "holds" else "green" if "lower" in answer.verdict else "yellow"
             quoted = "" if answer.claim.what == before else answer.claim.what
             before = answer.claim.what
-            table.add_row(quoted, size(answer.ours * 1e9), Text(answer.verdict, style=style), answer.claim.under)
-    console.print(table)
+            rows.append([quoted, size(answer.ours * 1e9), Text(answer.verdict, style=style), answer.claim.under])
+    table(console, columns, rows, title="the numbers that everybody quotes, on a GPU")

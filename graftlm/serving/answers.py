@@ -99,7 +99,7 @@ async def _prompts(state: State, who: Answerer) -> Prompts:
     if known is not None:
         return known
     try:
-        return await run_in_threadpool(state.book.of, who.digest, who.folder)
+        return await run_in_threadpool(state.book.of, who.digest, who.folder, who.manifest)
     except GraftError as error:
         raise Refused(
             500, f"adapter '{who.label}' cannot be used: {without_paths(str(error), who)}", "adapter_invalid"

@@ -6,13 +6,13 @@ process means its new version from then on. A name is never a path: what is not 
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graftlm.adapters.store import Name, Store, Version, carried_on, parse
+from graftlm.adapters.store.content import check_place
 from graftlm.errors import StoreError
 from graftlm.serving.keys import Tenant
 
@@ -32,6 +32,10 @@ class Answerer:
     digest: str = ""
     folder: Path | None = None
     version: Version | None = None
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the version says of itself, as it was published; None for the base. Raises StoreError."""
+        return None if self.version is None else self.version.manifest()
 
 
 class Catalogue:
@@ -88,8 +92,11 @@ class Catalogue:
         if entry is None or (entry.digest in self._withdrawn and not withdrawn_too):
             raise UnknownModel(text)
         found = self._answerer(name, entry.number)
-        if not self._inside(found.folder):
-            raise UnknownModel(text)
+        assert found.folder is not None
+        try:
+            check_place(found.folder)
+        except StoreError:
+            raise UnknownModel(text) from None
         return found
 
     def listed(self, tenant: Tenant) -> list[tuple[Name, list[Answerer]]]:
@@ -105,17 +112,6 @@ class Catalogue:
         entry = name.versions[number]
         version = self.store.shelf(self.fingerprint).version(entry, name.pointing_at(number))
         return Answerer(version.label, version.digest, version.folder, version)
-
-    def _inside(self, folder: Path | None) -> bool:
-        """Whether a version's folder and its files lie in the store, and are no links to somewhere else."""
-        assert self.store is not None
-        if folder is None or not folder.resolve().is_relative_to(self.store.root.resolve()):
-            return False
-        try:
-            with os.scandir(folder) as entries:
-                return all(entry.is_file(follow_symlinks=False) for entry in entries)
-        except OSError:
-            return False
 
     # ---- for administrators -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from graftlm.adapters import format as adapter_format
-from graftlm.adapters.store import locate
+from graftlm import terminal
+from graftlm.adapters.format import AdapterFolder
+from graftlm.adapters.store import open_adapter
 from graftlm.base.keyvalues import may_keep
 from graftlm.base.load import Base, load_base
 from graftlm.config import ChatConfig
@@ -57,6 +58,12 @@ class Side:
         self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
+def _side(label: str, found: AdapterFolder | None, book: PromptBook, messages: list[dict[str, Any]]) -> Side:
+    if found is None:
+        return Side(label, book.base, messages=messages)
+    return Side(label, book.of(found.digest, found.path, lambda: found.manifest), found.digest, found.path, messages)
+
+
 @dataclass
 class Answer:
     """What a side has said to a line so far."""
@@ -74,10 +81,8 @@ class Conversation:
         """Load the base and find the adapters. Raises GraftError."""
         self.config = config
         names = [config.adapter or BASE, *([config.beside] if config.beside else [])]
-        folders = [None if name == BASE else locate(name, config.store, model=config.model) for name in names]
-        digests = ["" if folder is None else adapter_format.inspect_folder(folder).digest for folder in folders]
-        manifests = [adapter_format.read_manifest(folder) if folder is not None else None for folder in folders]
-        trained = [m["base"]["precision"] for m in manifests if m is not None]
+        found = [None if name == BASE else open_adapter(name, config.store, model=config.model) for name in names]
+        trained = [given.manifest["base"]["precision"] for given in found if given and given.manifest]
         precision = config.precision or (
             trained[0] if trained else checkpoint_precision(config.model, config.trust_remote_code)
         )
@@ -90,10 +95,7 @@ class Conversation:
         limits = Limits(running=2, cache_tokens=cache_tokens(self.base, kept[0], running=2), adapter_slots=2)
         self.engine = Engine(self.base, limits, kept=kept)
         system = [{"role": "system", "content": config.system}] if config.system else []
-        self.sides = [
-            Side(name, book.of(digest, folder), digest, folder, list(system))
-            for name, digest, folder in zip(names, digests, folders)
-        ]
+        self.sides = [_side(name, given, book, list(system)) for name, given in zip(names, found)]
         self._asked = 0
 
     def ask(self, line: str) -> Iterator[list[Answer]]:
@@ -154,47 +156,67 @@ def render(sides: Sequence[Side], answers: Sequence[Answer]) -> RenderableType:
     return grid
 
 
+def plainly(sides: Sequence[Side], answers: Sequence[Answer]) -> str:
+    """The answers as text for a pipe: that of one side as it is, those of two with their names in front."""
+    texts = [answer.text.strip() for answer in answers]
+    if len(sides) == 1:
+        return texts[0]
+    return "\n".join(f"{side.label}: {text}" for side, text in zip(sides, texts))
+
+
 def talk(config: ChatConfig, console: Console) -> None:
-    """Read lines and answer them until the end of input. Raises GraftError for what prevents the first question."""
+    """Read lines and answer them until the end of input. Raises GraftError for what prevents the first question.
+
+    On a terminal there are frames and a prompt. Elsewhere `console` gets the answers and nothing else; what is said about them
+    goes to standard error.
+    """
+    aside = console if console.is_terminal else terminal.console(stderr=True)
     with console.status("loading"):
         conversation = Conversation(config)
     labels = " | ".join(side.label for side in conversation.sides)
     hint = Text("/new begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer", style="dim")
-    console.print(Group(Text(f"{config.model} as {conversation.base.precision}: {labels}"), hint))
+    aside.print(Group(Text(f"{config.model} as {conversation.base.precision}: {labels}"), hint))
     try:
         while True:
             try:
-                line = console.input("[bold]> [/bold]")
+                line = console.input("[bold]> [/bold]") if console.is_terminal else input()
             except EOFError:
-                console.print()
+                aside.print()
                 return
             command = line.strip()
             if command in ("/exit", "/quit"):
                 return
             if command == "/new":
                 conversation.forget()
-                console.print(Text("a new conversation", style="dim"))
+                aside.print(Text("a new conversation", style="dim"))
             elif command:  # a model that was taught texts may need the space at the end
-                _show(conversation, line, console)
+                _show(conversation, line, console, aside)
     finally:
         conversation.engine.close()
 
 
-def _show(conversation: Conversation, line: str, console: Console) -> None:
-    """Answer one line on the screen."""
+def _show(conversation: Conversation, line: str, console: Console, aside: Console) -> None:
+    """Answer one line: on a screen as it comes, into a pipe once it is there."""
     answers: list[Answer] = []
+    screen = Live(console=console, refresh_per_second=12, transient=True) if console.is_terminal else None
     try:
-        with _interruptions() as interrupted, Live(console=console, refresh_per_second=12, transient=True) as live:
+        with _interruptions() as interrupted, screen or nullcontext():
             for answers in conversation.ask(line):
-                if console.is_terminal:
-                    live.update(render(conversation.sides, answers))
+                if screen is not None:
+                    screen.update(render(conversation.sides, answers))
                 if interrupted():
                     break
-        console.print(render(conversation.sides, answers))
+        if screen is not None:
+            console.print(render(conversation.sides, answers))
+        else:
+            console.print(Text(plainly(conversation.sides, answers)), soft_wrap=True)
+            for side, answer in zip(conversation.sides, answers):
+                if answer.error:
+                    aside.print(Text(f"{side.label}: {answer.error}"), soft_wrap=True)
         if interrupted():
-            console.print(Text("stopped; it is not part of the conversation", style="dim"))
+            aside.print(Text("stopped; it is not part of the conversation", style="dim"))
     except GraftError as error:
-        console.print(Text(str(error), style="red"))
+        aside.print(Text(str(error), style="red"))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import attach
-from graftlm.adapters.store import locate
+from graftlm.adapters.store import open_adapter
 from graftlm.base.chat import Encoder
 from graftlm.base.load import Base, load_base, load_config, resolve
 from graftlm.config import GenerateConfig, Precision
@@ -31,9 +31,8 @@ ATTACHED = "attached"  # what the engine calls an adapter that was put into its 
 
 def generate_text(config: GenerateConfig, show: Show | None = None) -> dict[str, Any]:
     """Load what the config names and answer its prompt; `show` gets the text as it comes. Raises GraftError."""
-    folder = locate(config.adapter, config.store, model=config.model) if config.adapter else None
-    manifest = adapter_format.read_manifest(folder) if folder else None
-    trained_on = (manifest or {}).get("base", {}).get("precision")
+    found = open_adapter(config.adapter, config.store, model=config.model) if config.adapter else None
+    trained_on = ((found and found.manifest) or {}).get("base", {}).get("precision")
     precision = config.precision or trained_on or checkpoint_precision(config.model, config.trust_remote_code)
     base = load_base(
         config.model, precision=precision, compute=config.compute, device=config.device,
@@ -43,13 +42,13 @@ def generate_text(config: GenerateConfig, show: Show | None = None) -> dict[str,
     notes: list[str] = []
     book = PromptBook(base, config.format)
     prompts = book.base
-    if folder is not None:
-        adapter = adapter_format.load(base, folder)
+    if found is not None:
+        adapter = adapter_format.load(base, found)
         attach(base, adapter, slot=1)
         slot = 1
         assert adapter.origin is not None
         notes.extend(adapter.origin.notes)
-        prompts = book.of(adapter.origin.digest, adapter.origin.folder)
+        prompts = book.of(found.digest, found.path, lambda: found.manifest)
     prompt = prompt_ids(prompts, config.prompt, config.system)
     room = room_for(base, len(prompt))
     if room is not None and room < config.max_tokens:

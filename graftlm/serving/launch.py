@@ -21,7 +21,10 @@ from typing import Any
 
 import uvicorn
 
+from graftlm.adapters import format as adapter_format
+from graftlm.adapters.attach import Adapter
 from graftlm.adapters.store import Store
+from graftlm.adapters.store.content import ANY_RUN, open_manifest
 from graftlm.base.keyvalues import Kept, may_keep
 from graftlm.base.load import Base, load_base
 from graftlm.config import ServeConfig
@@ -79,7 +82,14 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> Built:
     )
     fingerprint = base.fingerprint
     kept = may_keep(base)
-    engine = Engine(base, plan(config, base, keys, kept[0]), kept=kept)
+
+    def load(folder: Path) -> Adapter:
+        # A server's adapters are versions, whose folders are named by their digests. The digest of what this returns, its
+        # tensors among it, is compared once more before it is served.
+        open_manifest(folder, folder.name, fingerprint, ANY_RUN)
+        return adapter_format.load(base, folder)
+
+    engine = Engine(base, plan(config, base, keys, kept[0]), kept=kept, load=load)
     state = State(
         service=Service(engine), catalogue=Catalogue(base_label(config.model), fingerprint, store), keys=keys,
         book=PromptBook(base, config.format), metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,17 +86,21 @@ class PromptBook:
         """Those of a version, or of the base, where they need no reading of files."""
         return self._of.get(digest) if digest else self.base
 
-    def of(self, digest: str, folder: Path | None) -> Prompts:
-        """The prompts of an adapter version, or of the base without one. Raises AdapterError, ModelError."""
+    def of(
+        self, digest: str, folder: Path | None, manifest: Callable[[], Mapping[str, Any] | None] | None = None
+    ) -> Prompts:
+        """The prompts of an adapter version, or of the base without one. Raises AdapterError, StoreError, ModelError.
+
+        `manifest` gives the version's, checked; without it the whole folder is.
+        """
         if not digest or folder is None:
             return self.base
         found = self._of.get(digest)
         if found is None:
-            known = adapter_format.read_manifest(folder) or _tuned_or_none(self.base)
-            if (folder / "tokenizer.json").is_file():
-                found = Prompts(load_tokenizer(folder), known, self._style)
-            else:
-                found = self._like(known)
+            own = manifest() if manifest is not None else adapter_format.inspect_folder(folder).manifest
+            known = own or _tuned_or_none(self.base)
+            listed = (folder / "tokenizer.json").is_file() if own is None else "tokenizer.json" in own["files"]
+            found = Prompts(load_tokenizer(folder), known, self._style) if listed else self._like(known)
             self._of[digest] = found
             if len(self._of) > self._MOST:
                 self._of.popitem(last=False)

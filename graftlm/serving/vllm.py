@@ -59,12 +59,12 @@ def _exported(config: ServeConfig, name: str, version: Version, place: Path, not
             note(f"there      {name}: rank {rank}, {place}")
             return rank
         export = ExportConfig(
-            version=str(version.folder), out=place, for_="vllm", model=config.model,
+            version=version.label, out=place, for_="vllm", model=config.model,
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
-        said = export_adapter(export)
-    except AdapterError as error:
-        raise AdapterError(f"{name}: {error}") from None
+        said = export_adapter(export, version.opened())
+    except (AdapterError, StoreError) as error:
+        raise type(error)(f"{name}: {error}") from None
     note(f"exported   {name}: rank {said['rank']}, {said['tensors']} tensors, {place}")
     return int(said["rank"])
 
@@ -99,5 +99,5 @@ def _wanted(store: Store, base: str, asked: tuple[str, ...]) -> dict[str, Versio
 
 def _any_chats(versions: Any) -> bool:
     """Whether any of these was trained on chats."""
-    manifests = [adapter_format.read_manifest(version.folder) for version in versions]
+    manifests = [version.manifest() for version in versions]
     return any("chat" in (((m or {}).get("data") or {}).get("train") or {}).get("formats", {}) for m in manifests)

@@ -199,7 +199,9 @@ def take_best(run: Path, trial: Trial) -> str | None:
 
 def _folders(run: Path) -> list[Path]:
     folder = run / "checkpoints"
-    found = [p for p in folder.glob("*") if p.is_dir() and p.name.isdecimal()] if folder.is_dir() else []
+    found = (
+        [p for p in folder.glob("*") if p.is_dir() and p.name.isascii() and p.name.isdigit()] if folder.is_dir() else []
+    )
     return sorted(found, key=lambda p: int(p.name))
 
 

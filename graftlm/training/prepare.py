@@ -13,7 +13,8 @@ from torch import nn
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Adapter, Plan, attach, choose, new_adapter
-from graftlm.adapters.store.folder import locate
+from graftlm.adapters.format import AdapterFolder
+from graftlm.adapters.store import open_adapter
 from graftlm.base.chat import Encoder
 from graftlm.base.load import Base
 from graftlm.config import Precision, TrainConfig
@@ -53,7 +54,7 @@ def read_data(
 def stored_precision(config: TrainConfig) -> Precision:
     """How the base is stored: as asked, else as the adapter that training starts from had it, else the method's default."""
     if config.from_adapter is not None and config.precision is None and config.method == "lora":
-        manifest = adapter_format.inspect_folder(_parent(config, config.from_adapter)).manifest
+        manifest = _parent(config, config.from_adapter).manifest
         if manifest is not None:
             return manifest["base"]["precision"]
     return config.stored_precision
@@ -86,9 +87,9 @@ def make_adapter(base: Base, config: TrainConfig, slot: int = 1) -> Adapter | No
     return adapter
 
 
-def _parent(config: TrainConfig, name: Path) -> Path:
-    """The folder of the adapter that training starts from."""
-    return locate(name, config.store, model=config.model)
+def _parent(config: TrainConfig, name: Path) -> AdapterFolder:
+    """The adapter that training starts from."""
+    return open_adapter(name, config.store, model=config.model)
 
 
 def untrained(base: Base, config: TrainConfig) -> Adapter:

@@ -12,9 +12,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
+from graftlm import terminal
 from graftlm.adapters.attach import Adapter, CoverageRow
 from graftlm.base.load import Base
 from graftlm.config.fields import PRODUCTS
@@ -31,7 +30,7 @@ class View:
     """Draws a run for a person."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet)
+        self.console = console or terminal.console(stderr=True, quiet=quiet)
         self._bar: Progress | None = None
         self._task: Any = None
         self._tokens, self._seconds = 0, 0.0
@@ -42,11 +41,8 @@ class View:
 
     def fact(self, label: str, text: str) -> None:
         """A line under a label, its continuation lines in the column of its text."""
-        grid = Table.grid(padding=(0, 0))
-        grid.add_column(width=_LABEL)
-        grid.add_column(overflow="fold")
-        grid.add_row(Text(label), Text(text))
-        self.console.print(grid)
+        columns = [terminal.Column(), terminal.Column(words=True)]
+        terminal.table(self.console, columns, [(f"{label:<{_LABEL - 2}}", text)])
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -89,15 +85,13 @@ class View:
 
     def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter, notes: Sequence[str] = ()) -> None:
         """Which layers are adapted, and what is to be said of others."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
-        table.add_column("layer", footer="adapter", min_width=_LABEL - 2)
-        table.add_column("adapted", justify="right")
-        table.add_column("rank", justify="right")
-        table.add_column("trained", footer=f"{adapter.count:,}", justify="right")
-        table.add_column("", footer=size(adapter.bytes))
-        for row in rows:
-            table.add_row(row.kind, f"{row.adapted} of {row.total}", row.rank, f"{row.parameters:,}")
-        self.console.print(table)
+        columns = [terminal.Column("layer"), *(terminal.Column(h, right=True) for h in ("adapted", "rank", "trained"))]
+        cells = [
+            (f"{row.kind:<{_LABEL - 2}}", f"{row.adapted} of {row.total}", row.rank, f"{row.parameters:,}", "")
+            for row in rows
+        ]
+        cells.append(("adapter", "", "", f"{adapter.count:,}", size(adapter.bytes)))
+        terminal.table(self.console, [*columns, terminal.Column()], cells)
         for note in notes:
             self.fact("", note)
 
@@ -120,7 +114,7 @@ class View:
             TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         waiting = "held-out rows first" if trial.wants_evaluation and trial.first is None else ""
-        with Progress(*columns, console=self.console) as bar:
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
             self._bar = bar
             self._task = bar.add_task("", total=trial.order.steps, completed=trial.step, numbers=waiting)
             try:

@@ -17,7 +17,7 @@ import pytest
 import stores
 from stores import BASE, OTHER
 
-from graftlm.adapters.store import Name, Store, carried_on, locate, looks_like_a_name, parse, resolve
+from graftlm.adapters.store import Name, Store, carried_on, looks_like_a_name, open_adapter, parse, resolve
 from graftlm.adapters.store import shelf as shelves
 from graftlm.adapters.store.journal import Event, Journal
 from graftlm.errors import AdapterError, GraftError, StoreError
@@ -193,13 +193,13 @@ def test_a_name_on_two_bases_asks_for_the_base(store: Store, tmp_path: Path) -> 
 
 
 def test_what_a_user_gives_is_a_folder_or_a_name(store: Store, tmp_path: Path) -> None:
-    assert locate(tmp_path / "run1" / "adapter") == tmp_path / "run1" / "adapter"
-    assert locate("formal@2", store.root) == store.find("formal@2").folder
+    assert open_adapter(tmp_path / "run1" / "adapter").path == tmp_path / "run1" / "adapter"
+    assert open_adapter("formal@2", store.root).path == store.find("formal@2").folder
     assert not looks_like_a_name("./formal")
     assert not looks_like_a_name("runs/formal")
     assert str(parse("formal@2")) == "formal@2"
     with pytest.raises(AdapterError, match="no adapter folder at nowhere, and no store"):
-        locate("nowhere")
+        open_adapter("nowhere")
 
 
 # ---- several at once, and crashes -----------------------------------------------------------------------------------

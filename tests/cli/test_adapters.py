@@ -128,7 +128,9 @@ def test_alias_and_rollback_say_before_and_now(place: Path) -> None:
     assert told("alias", "formal", "beta", 2) == {"name": "formal", "alias": "beta", "before": None, "now": 2}
     assert said("alias", "formal", "beta", "--delete") == "formal@beta is gone; it pointed at 2"
     assert "none before it that is still there" in refused("adapters", "rollback", "formal", "prod")
-    assert "such as: graft adapters alias formal prod 1" in refused("adapters", "alias", "formal", "prod")
+    assert "which stands behind it: graft adapters alias formal prod 2" in refused(
+        "adapters", "alias", "formal", "prod"
+    )
 
 
 def test_remove_is_refused_while_an_alias_points_there(place: Path) -> None:

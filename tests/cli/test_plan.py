@@ -98,11 +98,14 @@ def test_a_machine_that_would_take_days_is_called_slow(card: str, slow: bool) ->
     assert any("LoRA would read 1,000,000 tokens in about" in note for note in notes) == slow
 
 
-@pytest.mark.parametrize("columns", [80, 110, 200])
+@pytest.mark.parametrize("columns", [60, 80, 110, 200])
 def test_no_figure_is_cut_off_on_a_narrow_terminal(columns: int) -> None:
     found = graft("plan", "llama-2-70b", "--gpu", "h100", columns=columns)
     assert "…" not in found.stdout
-    assert all(len(line.rstrip()) <= columns for line in found.stdout.splitlines())
+    lines = [
+        line for line in found.stdout.splitlines() if not line.startswith("  graft train")
+    ]  # stays one, to be copied
+    assert all(len(line.rstrip()) <= columns for line in lines)
 
 
 def test_seventy_billion_parameters_are_planned_within_two_seconds() -> None:

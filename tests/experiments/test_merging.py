@@ -165,6 +165,15 @@ def test_versions_of_a_store_are_merged_by_name_with_their_runs_held_out_rows(tr
         )
 
 
+def test_the_note_of_a_merge_that_is_not_measured_denies_no_weights(tmp_path: Path) -> None:
+    tiny_run.train(tmp_path)  # a float32 base: nothing has to be measured
+    done = merge(asked(tmp_path / "run", tmp_path / "out", compute=None))
+    assert len(done["notes"]) == 1
+    assert done["notes"][0].startswith("its canary was not run, which takes the running model")
+    assert "by their fingerprint they are those that it was trained on" in done["notes"][0]
+    assert "without" not in done["notes"][0], "the base's weights are there, and they were merged"
+
+
 def test_several_adapters_are_not_measured_and_say_so(trained: Path, tmp_path: Path) -> None:
     both = [str(trained / "adapter"), f"{shutil.copytree(trained / 'adapter', tmp_path / 'again')}:0.3"]
     with pytest.raises(ConfigError, match="measured beside one adapter with weight 1"):

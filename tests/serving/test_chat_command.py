@@ -46,15 +46,41 @@ def texts(conversation: Conversation, line: str) -> list[str]:
     return [answer.text for answer in last]
 
 
-def test_two_answers_stand_side_by_side_in_the_terminal(store: Path) -> None:
-    given = ["chat", "--model", tiny_run.folder(), "--store", store, "--adapter", "says@prod", "--beside", "says@2"]
-    found = CliRunner().invoke(app, [*map(str, given), "--max-tokens", "9"], input="3: \n\n/new\n5: \n/exit\n",
-                               env={"COLUMNS": "80"})  # fmt: skip
+def talked(*given: object, lines: str, terminal: bool) -> Any:
+    """`graft chat` with lines typed, on a terminal of 80 columns or into a pipe."""
+    env = {"COLUMNS": "80", **({"FORCE_COLOR": "1", "TERM": "xterm"} if terminal else {})}
+    words = ["chat", "--model", str(tiny_run.folder()), *map(str, given), "--max-tokens", "9"]
+    found = CliRunner().invoke(app, words, input=lines, env=env)
     assert found.exit_code == 0, found.output
-    assert len(re.findall(r"│ ALPHA +│ +│ BETA +│", found.stdout)) == 2, found.stdout
-    assert re.search(r"─ says@prod ─+╮ +╭─ says@2 ─", found.stdout)
-    assert "6 tokens" in found.stdout
-    assert "a new conversation" in found.stdout
+    return found
+
+
+def test_two_answers_stand_side_by_side_in_the_terminal(store: Path) -> None:
+    found = talked(
+        "--store",
+        store,
+        "--adapter",
+        "says@prod",
+        "--beside",
+        "says@2",
+        lines="3: \n\n/new\n5: \n/exit\n",
+        terminal=True,
+    )
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", found.stdout)
+    assert len(re.findall(r"│ ALPHA +│ +│ BETA +│", shown)) >= 2, shown
+    assert re.search(r"─ says@prod ─+╮ +╭─ says@2 ─", shown)
+    assert "6 tokens" in shown
+    assert "a new conversation" in shown
+
+
+def test_into_a_pipe_go_the_answers_and_nothing_else(store: Path) -> None:
+    lines = "3: \n\n/new\n5: \n"
+    one = talked("--store", store, "--adapter", "says@prod", lines=lines, terminal=False)
+    assert one.stdout == "ALPHA\nALPHA\n"
+    assert "a new conversation" in one.stderr
+    two = talked("--store", store, "--adapter", "says@prod", "--beside", "says@2", lines=lines, terminal=False)
+    assert two.stdout == "says@prod: ALPHA\nsays@2: BETA\n" * 2
+    assert "\x1b" not in one.output + two.output
 
 
 def test_what_cannot_begin_is_said_before_a_question_is_asked(store: Path) -> None:
@@ -127,7 +153,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(store: Path, monkeypatc
             yield answers
 
     monkeypatch.setattr(conversation, "ask", interrupted)
-    chat._show(conversation, "once", console)  # pyright: ignore[reportPrivateUsage]
+    chat._show(conversation, "once", console, console)  # pyright: ignore[reportPrivateUsage]
     assert "stopped" in console.file.getvalue()  # type: ignore[attr-defined]
     assert signal.getsignal(signal.SIGINT) is before
     assert conversation.sides[0].messages == []

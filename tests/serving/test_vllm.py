@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from graftlm.adapters.store import Store
 from graftlm.cli import app
 from graftlm.config import ServeConfig
-from graftlm.errors import AdapterError, ConfigError, StoreError
+from graftlm.errors import ConfigError, StoreError
 from graftlm.serving.vllm import export_for_vllm
 
 
@@ -109,7 +109,7 @@ def test_a_store_without_adapters_for_this_base_is_refused(tmp_path: Path) -> No
     file = Store(place).find("beta").folder / "adapter_config.json"
     file.chmod(0o644)
     file.write_text(file.read_text().replace('"r": 4', '"r": 5'))
-    with pytest.raises(AdapterError, match=r"beta: .* r is 5, and the adapter was trained with 4"):
+    with pytest.raises(StoreError, match=r"beta: beta@1 is not as .* r is 5, and the adapter was trained with 4"):
         export_for_vllm(config(store=place, out=tmp_path / "out", adapter=["beta"]), lambda text: None)
     assert not any((tmp_path / "out").glob("beta*"))
 

@@ -23,19 +23,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftlm.adapters.store.advice import DEFAULT, command
+from graftlm.adapters.store.content import ANY_RUN, DIGEST, RUN, open_content
 from graftlm.adapters.store.names import Reference, check_name, looks_like_a_name, parse
-from graftlm.adapters.store.shelf import RUN, Check, Shelf, Version
+from graftlm.adapters.store.shelf import Check, Shelf, Version
 from graftlm.adapters.store.state import Name, replay
 from graftlm.errors import AdapterError, StoreError, nearest
-from graftlm.files import sha256, write_json
+from graftlm.files import write_json
 
 if TYPE_CHECKING:
     from graftlm.adapters.format import AdapterFolder
 
-DEFAULT = Path("adapters")
 _MARK = "store.json"
 _FORMAT = 1
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 class Store:
@@ -69,7 +69,7 @@ class Store:
         """One shelf for each base that has adapters here."""
         self._open()
         place = self.root / "bases"
-        found = [p for p in place.iterdir() if _FINGERPRINT.fullmatch(p.name)] if place.is_dir() else []
+        found = [p for p in place.iterdir() if DIGEST.fullmatch(p.name)] if place.is_dir() else []
         return [Shelf(p) for p in sorted(found)]
 
     def shelf(self, fingerprint: str) -> Shelf:
@@ -85,7 +85,7 @@ class Store:
         hits = [s for s in found if (few and s.fingerprint.startswith(base)) or s.base_name == base]
         if not hits:
             known = [f"{s.fingerprint[:12]} ({s.base_name})" for s in found]
-            short = base[:12] if _FINGERPRINT.fullmatch(base) else base
+            short = base[:12] if DIGEST.fullmatch(base) else base
             raise StoreError(f"no adapters on base '{short}' in {self.root}; it has: {', '.join(known) or 'none'}")
         return hits
 
@@ -149,7 +149,7 @@ class Store:
         folder, beside = _adapter_and_run(Path(source))
         run = run or beside
         found = inspect_folder(folder)
-        fingerprint = _base_of(found)
+        fingerprint = _base_of(found, name, self.root)
         self._make()
         shelf = self.shelf(fingerprint)
         about = dict(event) if event is not None else describe(found, origin or source, note, parents)
@@ -160,13 +160,22 @@ class Store:
                 write_json(place / RUN, run)
             if inspect_folder(place).digest != found.digest:
                 raise StoreError(f"{folder} changed while it was read; publish it again once nobody writes it")
-            about["run"] = sha256(place / RUN) if run else None
             shelf.settle(place)
             return shelf.put(place, name, found.digest, about, number)
 
-    def alias(self, name: str, alias: str, number: int, base: str | None = None) -> tuple[int | None, int]:
-        """Point an alias at a version; returns where it pointed before, and where now. Raises StoreError."""
+    def alias(self, name: str, alias: str, number: int | None, base: str | None = None) -> tuple[int | None, int]:
+        """Point an alias at a version; returns where it pointed before, and where now.
+
+        Raises StoreError; where the number is left out, or stands with the name, it says what to write.
+        """
         check_name(alias, "alias")
+        if number is None or "@" in name:
+            version = self.find(name, base)
+            meant = version.number if number is None else number
+            raise StoreError(
+                f"an alias points at the number of a version, which stands behind it: "
+                f"{self._advised('alias', version.name, alias, meant, base=base)}"
+            )
         shelf, _ = self.name(name, base)
         with shelf.journal.writing() as writer:
             held = replay(writer.events)[name]
@@ -193,9 +202,15 @@ class Store:
             now = _number(held, Reference(name, alias=alias))
             before = held.before(alias)
             if before is None:
+                other = next((n for n in sorted(held.versions, reverse=True) if n != now), None)
+                way = (
+                    f"point it at another one: {self._advised('alias', name, alias, other, base=base)}"
+                    if other is not None
+                    else f"it is the only version; take the alias away with: "
+                    f"{self._advised('alias', name, alias, '--delete', base=base)}"
+                )
                 raise StoreError(
-                    f"{name}@{alias} points at version {now} and at none before it that is still there; "
-                    f"point it with: graft adapters alias {name} {alias} NUMBER"
+                    f"{name}@{alias} points at version {now} and at none before it that is still there; {way}"
                 )
             writer.append({"do": "rollback", "name": name, "alias": alias, "version": before, "from": now, **_signed()})
             return now, before
@@ -207,18 +222,18 @@ class Store:
         """
         reference = parse(text)
         if reference.number is None:
-            raise StoreError(f"'{text}' does not say which version; give its number, such as {reference.name}@1")
+            meant = self.find(text, base)
+            self._unpointed(meant.label, meant.name, meant.aliases, base)
+            raise StoreError(
+                f"'{text}' may mean another version tomorrow; give the number: "
+                f"{self._advised('remove', meant.label, base=base)}"
+            )
         shelf, _ = self.name(reference.name, base)
         with shelf.journal.writing() as writer:
             names = replay(writer.events)
             held = names[reference.name]
             number = _number(held, reference)
-            pointing = held.pointing_at(number)
-            if pointing:
-                raise StoreError(
-                    f"{reference} is what {', '.join(f'{reference.name}@{a}' for a in pointing)} points at; "
-                    "point the alias elsewhere, or roll it back, first"
-                )
+            self._unpointed(str(reference), held.name, held.pointing_at(number), base)
             version = shelf.version(held.versions[number])
             writer.append({"do": "remove", "name": held.name, "version": number, "digest": version.digest, **_signed()})
             del held.versions[number]
@@ -227,6 +242,17 @@ class Store:
                 return version, False
             shelf.drop(version.folder)
             return version, True
+
+    def _unpointed(self, label: str, name: str, aliases: Sequence[str], base: str | None) -> None:
+        """Raise StoreError where aliases point at a version that is to be removed."""
+        if aliases:
+            raise StoreError(
+                f"{label} is what {', '.join(f'{name}@{a}' for a in aliases)} points at; point the alias elsewhere first, "
+                f"roll it back, or take it away: {self._advised('alias', name, aliases[0], '--delete', base=base)}"
+            )
+
+    def _advised(self, *words: object, base: str | None = None) -> str:
+        return command(*words, *(["--base", base] if base else []), store=self.root)
 
     def verify(self, base: str | None = None) -> Check:
         """Read everything, and hold it against what was published."""
@@ -259,16 +285,22 @@ def resolve(text: str, store: Path = DEFAULT, base: str | None = None) -> Versio
     return Store(store).find(text, base)
 
 
-def locate(
+def open_adapter(
     adapter: Path | str, store: Path | None = None, base: str | None = None, *, model: str | None = None
-) -> Path:
-    """The folder of an adapter that a user names: a folder, or a version in a store. Raises StoreError, AdapterError.
+) -> AdapterFolder:
+    """The adapter that a user names, a folder or a version in a store, its files checked. Raises StoreError, AdapterError.
 
     Of a name that several bases have, that of `model` is meant, as `--model` names it, where `base` does not say which.
     """
+    from graftlm.adapters.format import inspect_folder
+
     text = str(adapter)
     if not looks_like_a_name(text):
-        return Path(adapter)
+        folder = Path(adapter)
+        base_of, kind = folder.parent.parent.name, folder.parent.name
+        if DIGEST.fullmatch(folder.name) and DIGEST.fullmatch(base_of) and kind == "versions":  # a version, by its path
+            return open_content(folder, folder.name, base_of, ANY_RUN)
+        return inspect_folder(folder)
     place = Store(store or DEFAULT)
     if store is None and not place.exists:
         raise AdapterError(
@@ -279,7 +311,7 @@ def locate(
         from graftlm.base.load import resolve as model_folder
 
         base = fingerprint(model_folder(model))
-    return place.find(text, base).folder
+    return place.find(text, base).opened()
 
 
 def describe(found: AdapterFolder, source: Path | str, note: str = "", parents: Sequence[str] = ()) -> dict[str, Any]:
@@ -312,15 +344,16 @@ def _signed() -> dict[str, str]:
     return {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": f"{who}@{socket.gethostname()}"}
 
 
-def _base_of(found: AdapterFolder) -> str:
+def _base_of(found: AdapterFolder, name: str, store: Path) -> str:
     """The fingerprint of the base that an adapter belongs to. Raises AdapterError for one that names none."""
     if found.manifest is None:
+        model = [] if found.config.get("base_model_name_or_path") else ["--model", "BASE"]
         raise AdapterError(
             f"{found.path} has no graft.json, so it does not say on which base it was trained; bring it in with: "
-            "graft adapters import"
+            f"{command('import', found.path, '--name', name, *model, store=store)}"
         )
     fingerprint = str(found.manifest["base"]["fingerprint"])
-    if not _FINGERPRINT.fullmatch(fingerprint):
+    if not DIGEST.fullmatch(fingerprint):
         raise AdapterError(
             f"{found.path} was trained on a base without a fingerprint ('{fingerprint[:20]}'), which nobody could load again"
         )

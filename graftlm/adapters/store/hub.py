@@ -12,10 +12,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from graftlm.adapters.store.advice import command
+from graftlm.adapters.store.content import RUN, run_of
 from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import check_name
 from graftlm.adapters.store.remote import Record, check_fetched, reason
-from graftlm.adapters.store.shelf import RUN, Version, run_of
+from graftlm.adapters.store.shelf import Version
 from graftlm.errors import AdapterError, GraftError, StoreError
 from graftlm.tensorfile import read_json
 
@@ -30,12 +32,9 @@ def push(version: Version, repository: str, private: bool) -> bool:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from graftlm.adapters.format import inspect_folder
     from graftlm.adapters.imported import WANTED
 
-    found = inspect_folder(version.folder)
-    if found.digest != version.digest:
-        raise StoreError(f"{version.label} is damaged here, so it is not pushed; see: graft adapters verify")
+    found = version.opened()
     names = [*found.files, *([RUN] if (version.folder / RUN).is_file() else [])]
     try:
         api = HfApi()
@@ -100,7 +99,8 @@ def pull(store: Store, repository: str, name: str | None, revision: str | None) 
     folder = fetch(repository, commit, beside=(RECORD, RUN))
     if not (folder / RECORD).is_file():
         raise StoreError(
-            f"{repository} has no {RECORD}, so it was not pushed by graft; bring it in with: graft adapters import"
+            f"{repository} has no {RECORD}, so it was not pushed by graft; bring it in with: "
+            f"{command('import', repository, '--name', name or repository.rpartition('/')[2], store=store.root)}"
         )
     try:
         manifest = read_manifest(folder)

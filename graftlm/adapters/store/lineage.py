@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftlm.adapters.store.content import run_of
 from graftlm.adapters.store.folder import Store
-from graftlm.adapters.store.shelf import Version, run_of
+from graftlm.adapters.store.shelf import Version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +29,8 @@ _PREFIX = "base_model.model."
 
 
 def lineage(store: Store, version: Version) -> dict[str, Any]:
-    """Everything that is known of a version: its base, data, config, metrics, parents and files. Raises AdapterError."""
-    from graftlm.adapters.format import inspect_folder
-
-    found = inspect_folder(version.folder)
+    """Everything that is known of a version: its base, data, config, metrics, parents and files. Raises StoreError."""
+    found = version.opened()
     manifest = found.manifest or {}
     event = version.event
     run = run_of(version.folder)
@@ -77,7 +76,7 @@ class LayerDistance:
 
 
 def differences(store: Store, first: Version, second: Version) -> dict[str, Any]:
-    """What differs between two versions: config, plan of tensors, metrics, and the weights. Raises AdapterError."""
+    """What differs between two versions: config, plan of tensors, metrics, and the weights. Raises StoreError."""
     a, b = lineage(store, first), lineage(store, second)
     plain = {side: _flat({k: v[k] for k in ("base", "config", "formula")}) for side, v in (("a", a), ("b", b))}
     data = {side: {"data.digest": v["data"]["digest"]} for side, v in (("a", a), ("b", b))}

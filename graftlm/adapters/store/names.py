@@ -1,7 +1,7 @@
 """What a version is called: `formal` (the newest), `formal@3`, `formal@prod` (an alias).
 
-Names are letters, digits, `.`, `_` and `-`, and begin with a letter or a digit, so that a name is never a path. An alias is
-not a number. An adapter is one of these or a folder; `looks_like_a_name` tells them apart.
+Names are ASCII letters and digits, `.`, `_` and `-`, and begin with a letter or a digit, so that a name is never a path. An
+alias is not a number. An adapter is one of these or a folder; `looks_like_a_name` tells them apart.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from graftlm.errors import StoreError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NUMBER = re.compile(r"[0-9]+")  # not `str.isdigit`, which takes the digits of every script
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ def check_name(text: str, what: str = "name") -> str:
     """Return a name or alias; raises StoreError for one that is not allowed, with the rule."""
     if not _NAME.fullmatch(text):
         raise StoreError(
-            f"{what} '{text}' is not allowed: at most 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
+            f"{what} '{text}' is not allowed: at most 64 of A to Z, a to z, 0 to 9, '.', '_' and '-', the first of them a "
+            "letter or a digit"
         )
-    if what == "alias" and text.isdigit():
+    if what == "alias" and _NUMBER.fullmatch(text):
         raise StoreError(f"alias '{text}' is a number, and numbers are versions; take a word, such as prod")
     return text
 
@@ -45,7 +47,7 @@ def parse(text: str) -> Reference:
     check_name(name)
     if not at:
         return Reference(name)
-    if which.isdigit():
+    if _NUMBER.fullmatch(which):
         if len(which) > 10 or not 0 < int(which) < 1 << 31:  # Python refuses to read thousands of digits
             raise StoreError(f"'{text}': versions are counted from 1")
         return Reference(name, number=int(which))

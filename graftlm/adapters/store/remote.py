@@ -18,14 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftlm.adapters.store.content import DIGEST, RUN, content_fault, run_of
 from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import Reference, check_name
-from graftlm.adapters.store.shelf import RUN, Event, Version, run_of
+from graftlm.adapters.store.shelf import Event, Version
 from graftlm.errors import AdapterError, GraftError, StoreError, nearest
+from graftlm.files import sha256
 
 _MOST_RECORD = 1 << 20
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_RECORD = re.compile(r"([1-9][0-9]{0,9})\.json")
 _MOST_FILES, _MOST_BYTES = 64, 1 << 40
 _LAST = "graft.json"
 
@@ -75,8 +77,9 @@ class Remote:
         found: list[Record] = []
         for path in paths:
             parts = path.removeprefix(self.root).strip("/").split("/")
-            if len(parts) == 4 and parts[1] == "names" and _FINGERPRINT.fullmatch(parts[0]) and parts[3][:-5].isdigit():
-                found.append(self._record(path, parts[0], parts[2], int(parts[3][:-5])))
+            number = _RECORD.fullmatch(parts[-1])
+            if len(parts) == 4 and parts[1] == "names" and DIGEST.fullmatch(parts[0]) and number is not None:
+                found.append(self._record(path, parts[0], parts[2], int(number[1])))
         return sorted(found, key=lambda r: (r.name, r.base, r.number))
 
     def _record(self, path: str, base: str, name: str, number: int) -> Record:
@@ -86,7 +89,7 @@ class Remote:
                 raise ValueError("it is too large")
             event = json.loads(self.fs.cat_file(path))
             same = (event["name"], event["version"]) == (name, number)
-            if not same or not _FINGERPRINT.fullmatch(event["digest"]):
+            if not same or not DIGEST.fullmatch(event["digest"]):
                 raise ValueError("it names another version")
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.place}: the record of {name}@{number} is damaged ({error})") from None
@@ -96,11 +99,7 @@ class Remote:
 
     def push(self, version: Version) -> bool:
         """Copy a version there; False where it is there already. Raises StoreError for another content under its number."""
-        from graftlm.adapters.format import inspect_folder
-
-        found = inspect_folder(version.folder)
-        if found.digest != version.digest:
-            raise StoreError(f"{version.label} is damaged here, so it is not pushed; see: graft adapters verify")
+        found = version.opened()
         path = f"{self.root}/{version.base}/names/{version.name}/{version.number}.json"
         place = f"{self.root}/{version.base}/versions/{version.digest}"
         try:
@@ -170,6 +169,9 @@ def check_fetched(folder: Path, record: Record, place: str, inspect: Any) -> Non
         found = inspect(folder)
     except AdapterError as error:
         raise StoreError(f"{record.label} from {place} is damaged and was not taken: {error}") from None
+    run = record.event.get("run")
+    if run is not None and (not (folder / RUN).is_file() or sha256(folder / RUN) != run):
+        raise StoreError(f"{record.label} from {place} is damaged and was not taken: its {RUN} has changed")
     base = ((found.manifest or {}).get("base") or {}).get("fingerprint")
     if found.digest != record.digest or base != record.base:
         raise StoreError(
@@ -217,9 +219,11 @@ def pull_records(
 
 
 def _known(store: Store, record: Record) -> Version | None:
-    """The version here that a record already is."""
+    """The version here that a record already is; none where its files are damaged, for then they are fetched again."""
     if not store.exists:
         return None
-    return next(
-        (v for v in store.versions() if (v.base, v.name, v.digest) == (record.base, record.name, record.digest)), None
-    )
+    wanted = (record.base, record.name, record.digest)
+    found = next((v for v in store.versions() if (v.base, v.name, v.digest) == wanted), None)
+    if found is None or content_fault(found.folder, found.digest, found.base, found.event.get("run")) is not None:
+        return None
+    return found

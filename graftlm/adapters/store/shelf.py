@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -13,14 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from graftlm.adapters.store.advice import command
+from graftlm.adapters.store.content import ANY_RUN, RUN, check_above, content_fault, open_content, open_manifest
 from graftlm.adapters.store.journal import Event, Journal, flush_folder
 from graftlm.adapters.store.state import Entry, Name, replay
 from graftlm.errors import AdapterError, StoreError
 from graftlm.files import sha256
 
-RUN = "run.json"
+if TYPE_CHECKING:
+    from graftlm.adapters.format import AdapterFolder
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,31 @@ class Version:
     @property
     def label(self) -> str:
         return f"{self.name}@{self.number}"
+
+    @property
+    def root(self) -> Path:
+        """The store that it is in."""
+        return self.folder.parents[3]
+
+    def opened(self) -> AdapterFolder:
+        """Its files, every byte found as it was published: what each command reads a version by. Raises StoreError."""
+        try:
+            return open_content(self.folder, self.digest, self.base, self.event.get("run"))
+        except (AdapterError, StoreError) as error:
+            raise self._damaged(error) from None
+
+    def manifest(self) -> dict[str, Any]:
+        """Its `graft.json`, as it was published; of its files the tensors are not read. Raises StoreError."""
+        try:
+            return open_manifest(self.folder, self.digest, self.base, self.event.get("run"))
+        except (AdapterError, StoreError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"{self.label} is not as it was published: {error}. Publish or pull the same adapter again, which puts its files "
+            f"back, or take another version. All that is damaged is listed by: {command('verify', store=self.root)}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` says of it."""
@@ -129,9 +156,11 @@ class Shelf:
     ) -> tuple[Version, bool]:
         """Move a written version into its place and record it; an equal one that is there is taken instead."""
         target = self.folder / "versions" / digest
-        sound = target.is_dir() and content_fault(target, digest) is None
+        check_above(target)
+        sound = content_fault(target, digest, self.fingerprint, ANY_RUN) is None
         with self.journal.writing() as writer:
             names = replay(writer.events)
+            runs = {e.event.get("run") for n in names.values() for e in n.versions.values() if e.digest == digest}
             held = names.get(name) or Name(name)
             same = next((e for e in held.versions.values() if e.digest == digest), None)
             if number is not None:
@@ -145,24 +174,47 @@ class Shelf:
                     removed = any(e["do"] == "remove" and e["version"] == number for e in held.history)
                     if removed:
                         raise StoreError(f"{name}@{number} was removed here, and a number is never given twice")
-            if not target.is_dir():
-                target.parent.mkdir(exist_ok=True)
-                place.rename(target)
-                flush_folder(target.parent)
-            elif not sound:  # the same content again heals a damaged copy
-                target.rename(place.with_suffix(".damaged"))
-                place.rename(target)
-                _remove(place.with_suffix(".damaged"))
+            self._place(place, target, sound, runs)
             if same is not None:
                 return self.version(same, held.pointing_at(same.number)), False
             given = number or held.highest + 1
-            event: Event = {**about, "do": "publish", "name": name, "version": given, "digest": digest}
+            recorded = {"do": "publish", "name": name, "version": given, "digest": digest, "run": _run_in(target)}
+            event: Event = {**about, **recorded}
             writer.append(event)
             return self.version(Entry(name, given, digest, event)), True
 
+    def _place(self, place: Path, target: Path, sound: bool, runs: set[str | None]) -> None:
+        """Have a written version in its place; the same content again heals a copy that is damaged, or a link.
+
+        One content has one run.json, that of its first publishing: `runs` are the checksums that the versions of it name.
+        """
+        if not os.path.lexists(target):
+            target.parent.mkdir(exist_ok=True)
+            place.rename(target)
+            flush_folder(target.parent)
+            return
+        kept = not runs or _run_in(target) in runs
+        if sound and kept:
+            return
+        if runs and _run_in(place) not in runs:
+            if not kept:
+                raise StoreError(
+                    f"{target} is damaged, and its {RUN} with it; publish the run that it was first published from, which "
+                    "puts both back, or remove its versions first"
+                )
+            (place / RUN).unlink(missing_ok=True)
+            if _run_in(target) is not None:
+                shutil.copyfile(target / RUN, place / RUN)
+                (place / RUN).chmod(0o444)
+        damaged = place.with_suffix(".damaged")
+        target.rename(damaged)
+        place.rename(target)
+        flush_folder(target.parent)
+        _remove(damaged)
+
     def drop(self, content: Path) -> None:
         """Remove a content that no version has any more; called with the journal held."""
-        if content.is_dir():
+        if os.path.lexists(content):
             gone = self.folder / "incoming" / f"{secrets.token_hex(6)}.gone"
             gone.parent.mkdir(exist_ok=True)
             content.rename(gone)  # from now on nobody finds it, however long the removal takes
@@ -187,7 +239,7 @@ class Shelf:
                     )
         for digest, entries in users.items():
             content = self.folder / "versions" / digest
-            fault = content_fault(content, digest, entries[0].event.get("run"))
+            fault = content_fault(content, digest, self.fingerprint, entries[0].event.get("run"))
             check.versions += len(entries)
             check.contents += 1
             if fault is not None:
@@ -229,30 +281,11 @@ class Shelf:
         return [str(p) for p in gone]
 
 
-def content_fault(folder: Path, digest: str, run: str | None = None) -> str | None:
-    """What is wrong with a version's files, or None when every byte is as it was published."""
-    from graftlm.adapters.format import inspect_folder
-
-    try:
-        found = inspect_folder(folder)
-        names = {p.name for p in folder.iterdir()}
-        if run is not None and (RUN not in names or sha256(folder / RUN) != run):
-            return f"{folder / RUN} has changed since it was published"
-    except (AdapterError, OSError) as error:
-        return str(error)
-    if found.digest != digest:
-        return f"{folder} holds another adapter, {found.digest[:12]}"
-    extra = sorted(names - set(found.files) - {RUN})
-    return f"{folder / extra[0]} was not published with it" if extra else None
-
-
-def run_of(folder: Path) -> dict[str, Any]:
-    """Config and environment of the run that made a version, where it came from one: plain facts, no part of its digest."""
-    try:
-        read = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
+def _run_in(folder: Path) -> str | None:
+    """The checksum of the run.json in a version's folder; None where there is none."""
+    if folder.is_symlink() or os.path.islink(folder / RUN) or not (folder / RUN).is_file():
+        return None
+    return sha256(folder / RUN)
 
 
 def _claimed(parent: Path) -> tuple[int, Path]:
@@ -267,5 +300,8 @@ def _claimed(parent: Path) -> tuple[int, Path]:
         os.close(descriptor)  # a cleaner took it between the two calls
 
 
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():  # somebody put it where a folder was
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.adapters.store import hub
+from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import parse
 from graftlm.adapters.store.remote import Remote, chosen, pull_records
@@ -18,7 +19,7 @@ from graftlm.adapters.store.shelf import Version
 from graftlm.config import PullConfig, PushConfig
 from graftlm.errors import ConfigError, StoreError
 
-_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def is_hub_id(place: str) -> bool:
@@ -33,7 +34,8 @@ def push(config: PushConfig) -> dict[str, Any]:
     if is_hub_id(config.place):
         if len(versions) != 1:
             raise ConfigError(
-                f"a repository of the hub holds one version, and {len(versions)} are meant; name one, such as formal@1"
+                f"a repository of the hub holds one version, and {len(versions)} are meant; name one: "
+                f"{command('push', config.place, versions[-1].label, store=config.store)}"
             )
         return _report(config.place, [(versions[0], hub.push(versions[0], config.place, config.private))])
     if config.private:
@@ -54,10 +56,11 @@ def pull(config: PullConfig) -> dict[str, Any]:
     remote = Remote(config.place)
     there = remote.records()
     if not there:
-        raise StoreError(f"{config.place} holds no versions; push some there first: graft adapters push {config.place}")
+        raise StoreError(f"{config.place} holds no versions; push some there first: {command('push', config.place)}")
     records = chosen(there, [parse(text) for text in config.versions], config.place)
     if config.name is not None and len(records) != 1:
-        raise ConfigError(f"--name is for one version, and {len(records)} are meant; name one, such as formal@1")
+        one = command("pull", config.place, records[-1].label, "--name", config.name, store=config.store)
+        raise ConfigError(f"--name is for one version, and {len(records)} are meant; name one: {one}")
     return _report(config.place, pull_records(store, remote, records, config.name))
 
 
@@ -65,7 +68,10 @@ def _wanted(store: Store, config: PushConfig) -> list[Version]:
     if not config.versions:
         found = store.versions(config.base)
         if not found:
-            raise StoreError(f"{store.root} holds no versions to push; publish one first: graft adapters publish")
+            raise StoreError(
+                f"{store.root} holds no versions to push; publish one first: "
+                f"{command('publish', 'RUN', '--name', 'NAME', store=store.root)}"
+            )
         return found
     return list({v.label: v for v in (store.find(text, config.base) for text in config.versions)}.values())
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path, PurePath
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Console
+from rich.text import Text
 
+from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.shelf import Check, Shelf, Version
 from graftlm.adapters.store.state import Name
+from graftlm.terminal import Column, facts, table
 
 _MANY = 500  # rows from which a table is printed as plain columns: rich lays out about 10,000 cells a second
 
@@ -46,33 +48,32 @@ def gain(event: dict[str, Any]) -> str:
     return "-" if before is None or after is None else f"{before:.4f} -> {after:.4f}"
 
 
-def plain_table(title: str, *columns: str) -> Table:
-    """A table in the house's form; a column whose head ends with `>` is set to the right."""
-    table = Table(
-        title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
-    )
-    for column in columns:
-        right = column.endswith(">")
-        table.add_column(column.rstrip(">"), justify="right" if right else "left", overflow="fold")
-    return table
-
-
-def print_names(console: Console, names: Sequence[tuple[Shelf, Name]]) -> None:
+def print_names(where: Console, names: Sequence[tuple[Shelf, Name]]) -> None:
     """One line for each name."""
-    table = plain_table(
-        "", "name", "versions>", "newest", "aliases", "base", "method", "rank>", "held-out loss", "published"
-    )
+    columns = [
+        Column("newest"), Column("versions", right=True, drop=4), Column("aliases", drop=1), Column("held-out loss", drop=3),
+        Column("base", drop=2), Column("method", drop=6), Column("rank", right=True, drop=7), Column("published", drop=5),
+    ]  # fmt: skip
+    rows: list[tuple[str, ...]] = []
     for shelf, name in names:
         newest = name.newest
         assert newest is not None
         event = newest.event
-        aliases = ", ".join(f"{alias} -> {at}" for alias, at in sorted(name.aliases.items()))
-        table.add_row(
-            escape(name.name), f"{len(name.versions):,}", f"{name.name}@{newest.number}", escape(aliases) or "-",
-            f"{escape(str(event.get('base')))} {shelf.fingerprint[:8]}", str(event.get("method") or "-"),
-            str(event.get("rank") or "-"), gain(event), moment(event.get("at")),
+        aliases = "\n".join(f"{alias} -> {at}" for alias, at in sorted(name.aliases.items()))
+        rows.append(
+            (
+                f"{name.name}@{newest.number}", f"{len(name.versions):,}", aliases or "-", gain(event),
+                f"{_base_label(event.get('base'))} {shelf.fingerprint[:8]}", str(event.get("method") or "-"),
+                str(event.get("rank") or "-"), moment(event.get("at")),
+            )
         )  # fmt: skip
-    console.print(table)
+    table(where, columns, rows)
+
+
+def _base_label(name: Any) -> str:
+    """What a base is called: a hub id as it is, of a folder its last name."""
+    text = str(name)
+    return PurePath(text).name if text.count("/") > 1 or text.startswith(("/", ".", "~")) else text
 
 
 def version_rows(versions: Sequence[Version]) -> list[tuple[str, ...]]:
@@ -86,25 +87,30 @@ def version_rows(versions: Sequence[Version]) -> list[tuple[str, ...]]:
     return rows
 
 
-def print_versions(console: Console, versions: Sequence[Version]) -> None:
+_VERSION_DROPS = {"held-out loss": 2, "size": 4, "published": 3, "aliases": 1}
+
+
+def print_versions(where: Console, versions: Sequence[Version]) -> None:
     """One line for each version."""
     head, *rows = version_rows(versions)
     if len(rows) > _MANY:
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (head, *rows))
-        console.file.write("\n".join(lines) + "\n")
+        where.file.write("\n".join(lines) + "\n")
         return
-    table = plain_table("", *head)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    noted = any(row[-1] for row in rows)
+    columns = [
+        Column(text, right=text == "size", drop=_VERSION_DROPS.get(text, 0), words=text in ("aliases", "note"))
+        for text in head if noted or text != "note"
+    ]  # fmt: skip
+    table(where, columns, rows)
 
 
-def print_name(console: Console, name: Name, versions: Sequence[Version]) -> None:
+def print_name(where: Console, name: Name, versions: Sequence[Version]) -> None:
     """A name with each of its versions, and how its aliases moved."""
-    print_versions(console, versions)
+    print_versions(where, versions)
     if name.history:
-        table = plain_table("\nhistory", "when", "what", "by")
+        rows: list[tuple[str, str, str]] = []
         for event in name.history[-20:]:
             at = event.get("version")
             what = {
@@ -113,18 +119,16 @@ def print_name(console: Console, name: Name, versions: Sequence[Version]) -> Non
                 "unalias": f"{event.get('alias')} taken away from {at}",
                 "remove": f"version {at} removed",
             }.get(event["do"], str(event["do"]))
-            table.add_row(moment(event.get("at")), escape(str(what)), escape(str(event.get("by") or "-")))
-        console.print(table)
+            rows.append((moment(event.get("at")), what, str(event.get("by") or "-")))
+        where.print()
+        table(where, [Column("when"), Column("what", words=True), Column("by", drop=1)], rows, title="history")
 
 
-def print_lineage(console: Console, found: dict[str, Any]) -> None:
+def print_lineage(where: Console, found: dict[str, Any]) -> None:
     """One version: where it comes from and what it can do."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     base, data, published = found["base"], found["data"], found["published"]
     train = data.get("train") or {}
-    aliases = f"  ({', '.join(found['aliases'])})" if found["aliases"] else ""
+    aliases = f" ({', '.join(found['aliases'])})" if found["aliases"] else ""
     rows: list[tuple[str, str]] = [
         ("version", f"{found['version']}{aliases}"),
         ("digest", found["digest"]),
@@ -147,9 +151,7 @@ def print_lineage(console: Console, found: dict[str, Any]) -> None:
         ("made with", ", ".join(f"{k} {v}" for k, v in list(found["made_with"].items())[:5]) or "-"),
         ("folder", found["folder"]),
     ]
-    for label, text in rows:
-        table.add_row(label, escape(text))
-    console.print(table)
+    facts(where, rows)
 
 
 def _data_line(train: dict[str, Any], data: dict[str, Any]) -> str:
@@ -173,34 +175,30 @@ def _config_line(config: dict[str, Any], formula: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def print_differences(console: Console, found: dict[str, Any]) -> None:
+def print_differences(where: Console, found: dict[str, Any]) -> None:
     """What differs between two versions; of the layers those that are farthest apart."""
     a, b = found["first"]["version"], found["second"]["version"]
     for title, key in (("config", "config"), ("metrics", "metrics"), ("plan", "plan")):
         rows = found[key]
         if not rows:
-            console.print(f"[bold]{title}[/bold]  the same", highlight=False)
+            where.print(Text.assemble((title, "bold"), "  the same"))
             continue
-        table = plain_table(f"{title}: {len(rows)} differ" if len(rows) > 1 else f"{title}: 1 differs", "", a, b)
-        for row in rows[:30]:
-            table.add_row(escape(row["key"]), escape(_short(row["first"])), escape(_short(row["second"])))
-        if len(rows) > 30:
-            table.add_row(f"and {len(rows) - 30} more", "", "")
-        console.print(table)
+        cells = [(row["key"], _short(row["first"]), _short(row["second"])) for row in rows[:30]]
+        differ = f"{title}: {len(rows)} differ" if len(rows) > 1 else f"{title}: 1 differs"
+        more = f"and {len(rows) - 30} more" if len(rows) > 30 else ""
+        table(where, [Column(), Column(a, words=True), Column(b, words=True)], cells, title=differ, note=more)
     layers = found["weights"]["layers"]
-    total = found["weights"]["distance"]
-    table = plain_table(
-        f"weights: relative distance {number(total)} over {len(layers)} layers", "layer", "distance>", "cosine>", f"|{a}|>",
-        f"|{b}|>",
-    )  # fmt: skip
     ordered = sorted(layers, key=lambda d: -1e9 if d["distance"] is None else -d["distance"])
-    for d in ordered[:20]:
-        table.add_row(
-            escape(d["layer"]), number(d["distance"]), number(d["cosine"]), number(d["first"]), number(d["second"])
-        )
-    if len(ordered) > 20:
-        table.add_row(f"and {len(ordered) - 20} nearer ones", "", "", "", "")
-    console.print(table)
+    columns = [
+        Column("layer"), Column("distance", right=True), Column("cosine", right=True), Column(f"|{a}|", right=True, drop=1),
+        Column(f"|{b}|", right=True, drop=1),
+    ]  # fmt: skip
+    table(
+        where, columns,
+        [(d["layer"], *(number(d[key]) for key in ("distance", "cosine", "first", "second"))) for d in ordered[:20]],
+        title=f"weights: relative distance {number(found['weights']['distance'])} over {len(layers)} layers",
+        note=f"and {len(ordered) - 20} nearer ones" if len(ordered) > 20 else "",
+    )  # fmt: skip
 
 
 def _short(value: Any) -> str:
@@ -208,43 +206,41 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_report(check: Check) -> RenderableType:
+def print_check(where: Console, check: Check, store: Path) -> None:
     """What `verify` found."""
     if not check.faults:
-        line = f"[green]whole[/green]: {check.versions:,} versions of {check.contents:,} contents, {size(check.bytes)} read"
+        whole = f": {check.versions:,} versions of {check.contents:,} contents, {size(check.bytes)} read"
+        where.print(Text.assemble(("whole", "green"), whole), soft_wrap=True)
     else:
         what = "1 is" if len(check.faults) == 1 else f"{len(check.faults):,} are"
-        line = f"[red]{what} not as published[/red], of {check.versions:,} versions"
-    table = plain_table("")
-    table.show_header = False
-    table.add_column()
-    table.add_row(line)
+        counted = f", of {check.versions:,} versions"
+        where.print(Text.assemble((f"{what} not as published", "red"), counted), soft_wrap=True)
     for fault in check.faults:
-        table.add_row(f"[bold]{escape(fault.where)}[/bold]: {escape(fault.what)}")
+        where.print(Text.assemble((fault.where, "bold"), f": {fault.what}"), soft_wrap=True)
     for left in check.leftovers:
-        table.add_row(f"left over, no name has it: {escape(left)} (graft adapters verify --clean removes it)")
-    return table
+        where.print(Text(f"left over, no name has it: {left}"), soft_wrap=True)
+    if check.leftovers:
+        advised = command("verify", "--clean", store=store)
+        where.print(Text(f"what is left over is removed by: {advised}"), soft_wrap=True)
 
 
-def print_drift(console: Console, found: dict[str, Any]) -> None:
+def print_drift(where: Console, found: dict[str, Any]) -> None:
     """How far each way of merging is from the live model."""
     live = found["live"]
     if live is None:
         return
-    table = plain_table(
-        f"{live['rows']} held-out rows, {live['tokens']:,} trained tokens", "merged onto", "loss>", "relative difference>",
-        "same likeliest token>",
-    )  # fmt: skip
-    table.add_row("the live model", f"{live['loss']:.4f}", "-", "-")
+    columns = [Column("merged onto")]
+    columns += [Column(head, right=True) for head in ("loss", "relative difference", "same likeliest token")]
+    rows = [("the live model", f"{live['loss']:.4f}", "-", "-")]
     for d in found["drift"]:
-        mark = " [bold](chosen)[/bold]" if d["onto"] == found["onto"] else ""
-        table.add_row(f"{d['onto']}{mark}", f"{d['loss']:.4f}", number(d["relative"]), f"{d['agreement']:.1%}")
-    console.print(table)
+        mark = " (chosen)" if d["onto"] == found["onto"] else ""
+        rows.append((f"{d['onto']}{mark}", f"{d['loss']:.4f}", number(d["relative"]), f"{d['agreement']:.1%}"))
+    table(where, columns, rows, title=f"{live['rows']} held-out rows, {live['tokens']:,} trained tokens")
 
 
-def print_merged(console: Console, done: dict[str, Any]) -> None:
+def print_merged(where: Console, done: dict[str, Any]) -> None:
     """What was measured and written."""
-    print_drift(console, done)
+    print_drift(where, done)
     rounding = done["rounding"]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in done["dtypes"].items())
     lines = [("written", f"{done['out']}: {size(done['bytes'])} in {len(done['shards'])} files, tensors: {kinds}")]
@@ -266,9 +262,4 @@ def print_merged(console: Console, done: dict[str, Any]) -> None:
             )
         )
     lines += [("note", note) for note in done["notes"]]
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in lines:
-        table.add_row(label, escape(text))
-    console.print(table)
+    facts(where, lines)

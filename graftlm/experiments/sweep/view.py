@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Value
 from graftlm.experiments.sweep.results import Found
 from graftlm.experiments.sweep.study import Claim
 from graftlm.planning.words import size
+from graftlm.terminal import Column, table
 from graftlm.training.loop import StepResult
 from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.view import View
@@ -102,16 +102,16 @@ def described(own: Mapping[str, Value]) -> str:
 def print_table(console: Console, found: Found, most: int) -> None:
     """Trials by loss, at most so many."""
     names = list(found.space)
-    table = Table(title=f"{found.name}: {found.counted()}", title_justify="left")
-    for column in ("trial", "state", *map(flag_name, names), "loss before", "loss", "steps", "seconds"):
-        table.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
+    heads = ("trial", "state", "loss", *map(flag_name, names), "loss before", "steps", "seconds")
+    drops = {"loss before": 3, "seconds": 2, "steps": 1}
+    columns = [Column(head, right=head != "state", drop=drops.get(head, 0)) for head in heads]
+    rows: list[tuple[str, ...]] = []
     for tried in found.ranked[:most]:
         own = (f"{v:.4g}" if isinstance(v := tried.own.get(n), float) else str("" if v is None else v) for n in names)
-        numbers = (f"{v:.4f}" if v is not None else "" for v in (tried.loss_before, tried.loss))
-        table.add_row(
-            str(tried.number), tried.state, *own, *numbers, "" if tried.steps is None else f"{tried.steps:,}",
-            "" if tried.seconds is None else f"{tried.seconds:,.0f}",
-        )  # fmt: skip
-    console.print(table)
+        before, loss = (f"{v:.4f}" if v is not None else "" for v in (tried.loss_before, tried.loss))
+        steps = "" if tried.steps is None else f"{tried.steps:,}"
+        seconds = "" if tried.seconds is None else f"{tried.seconds:,.0f}"
+        rows.append((str(tried.number), tried.state, loss, *own, before, steps, seconds))
+    table(console, columns, rows, title=f"{found.name}: {found.counted()}")
     if len(found.tried) > most:
         console.print(f"and {len(found.tried) - most} more: --json has all of them", highlight=False)
