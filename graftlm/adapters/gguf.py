@@ -29,6 +29,7 @@ from graftlm.base.chat import Encoder
 from graftlm.base.load import load_config, load_tokenizer
 from graftlm.base.source import Checkpoint
 from graftlm.errors import ModelError
+from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json
 
 Array = NDArray[Any]
 
@@ -262,7 +263,7 @@ def _vocabulary(folder: Path, size: int) -> Words:
     """The folder's tokenizer. Raises ModelError for one that llama.cpp would not split text with in the same way."""
     tokenizer: Any = load_tokenizer(folder)
     told = (
-        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        read_json(folder / "tokenizer.json", ModelError, most=MOST_TOKENIZER_BYTES)
         if (folder / "tokenizer.json").is_file()
         else {}
     )

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from graftlm.config import Compute, Precision
 from graftlm.errors import AdapterError
 from graftlm.files import sha256
-from graftlm.tensorfile import read_json
+from graftlm.jsonfile import read_json
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "graft.json"
 FORMAT = 2

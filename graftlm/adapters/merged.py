@@ -5,7 +5,6 @@ The shards keep the names and the order that they have in the base. The folder a
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from graftlm.base.shards import INDEX, Spec, total, write_index, write_tensors
 from graftlm.base.source import Checkpoint
 from graftlm.errors import AdapterError, ModelError
 from graftlm.files import whole_folder, write_json
+from graftlm.jsonfile import read_json
 from graftlm.kernels import Nf4
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
@@ -198,10 +198,7 @@ def tokenizer_folder(merger: Merger) -> Path | None:
 
 def _write_config(merger: Merger, folder: Path, plan: _Plan) -> None:
     """The base's `config.json` with what is another thing now: the type, the tie, the quantization."""
-    try:
-        config: dict[str, Any] = json.loads((merger.base.folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{merger.base.folder}/config.json is not JSON: {error}") from None
+    config = read_json(merger.base.folder / "config.json", ModelError)
     parts = [config, *(v for v in config.values() if isinstance(v, dict) and "model_type" in v)]
     for part in parts:
         if plan.save_dtype is not None:

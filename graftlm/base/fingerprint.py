@@ -15,7 +15,8 @@ from pathlib import Path
 
 from graftlm.errors import ModelError
 from graftlm.files import write_text
-from graftlm.tensorfile import read_header, read_json
+from graftlm.jsonfile import read_json
+from graftlm.tensorfile import read_header
 
 _CHUNK = 1 << 22
 

@@ -10,7 +10,6 @@ Weights are read from safetensors only. Nothing is unpickled, and no code of the
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,8 +29,13 @@ from graftlm.base.linear import Stored
 from graftlm.base.precision import DTYPES, default_compute, nbytes
 from graftlm.config import Compute, Precision
 from graftlm.errors import ModelError
+from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
 from graftlm.segments import Segments, running
 
+_READ_BY_TRANSFORMERS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "model.safetensors.index.json",
+)  # fmt: skip
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -126,6 +130,9 @@ def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True)
 def _checked(folder: Path, name: str, weights: bool) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name}: {folder} has no config.json, so it is not a Hugging Face model folder")
+    for file in _READ_BY_TRANSFORMERS:
+        if (folder / file).is_file():
+            read_json(folder / file, ModelError)  # transformers would end in a traceback for what is over our limits
     if weights and not weight_files(folder):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         if pickles:
@@ -144,9 +151,9 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's config; ModelError for one that transformers cannot read, or that is no causal language model's."""
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, ArithmeticError) as error:
+    except (ValueError, LookupError, OSError, ArithmeticError, TypeError, AttributeError, RuntimeError) as error:
         hint = "" if trust_remote_code else "; if you trust this model's own code, add --trust-remote-code"
-        raise ModelError(f"{folder}/config.json is not understood: {str(error).splitlines()[0]}{hint}") from None
+        raise ModelError(f"{folder}/config.json is not understood: {_first_line(error)}{hint}") from None
     if not hf.has_causal_model(config, trust_remote_code):
         raise ModelError(
             f"{folder}: transformers has no causal language model of type '{config.model_type}'; Graft trains models that "
@@ -157,10 +164,20 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer; ModelError when the folder has none."""
+    large = [folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()]
+    for file in large:
+        if file.stat().st_size > MOST_TOKENIZER_BYTES:
+            read_json_value(file, ModelError, most=MOST_TOKENIZER_BYTES)  # raises
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        for file in large:
+            read_json_value(file, ModelError, most=MOST_TOKENIZER_BYTES)  # says where, if the file is the reason
+        raise ModelError(f"{folder} has no tokenizer that can be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def default_device(asked: str | None) -> torch.device:
@@ -294,12 +311,14 @@ def _moved(model: Any, device: torch.device) -> Any:
 
 def _quantization_of(folder: Path) -> str | None:
     """The quantization method that a checkpoint's config names, or None."""
-    with contextlib.suppress(json.JSONDecodeError):
-        config = json.loads((folder / "config.json").read_text())
-        found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-        if found:
-            return str(found.get("quant_method") or "bitsandbytes")
-    return None
+    config = read_json(folder / "config.json", ModelError)
+    inner = config.get("text_config")
+    found = config.get("quantization_config") or (isinstance(inner, dict) and inner.get("quantization_config"))
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder}/config.json: quantization_config is {found!r}, expected an object")
+    return str(found.get("quant_method") or "bitsandbytes")
 
 
 @torch.no_grad()

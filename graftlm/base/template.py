@@ -30,6 +30,7 @@ import jinja2
 
 from graftlm.base.jinja import MARKS, OPEN, environment, unmark
 from graftlm.errors import DataError, ModelError
+from graftlm.jsonfile import parse_json
 
 Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -113,6 +114,8 @@ class Template:
                 f"the model's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
                 "Repair chat_template.jinja in the model's folder."
             ) from error
+        except RecursionError:
+            raise ModelError("the model's chat template is nested too deep; repair chat_template.jinja") from None
         known = sorted({s for s in specials if s.strip()}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, known)) or "(?!)")
         self._skeletons: OrderedDict[str, _Skeleton] = OrderedDict()
@@ -727,8 +730,8 @@ def _with_arguments(call: Message, as_text: bool) -> Message:
     arguments = function.get("arguments")
     if isinstance(arguments, str) and not as_text:
         try:
-            parsed = json.loads(arguments)
-        except json.JSONDecodeError:
+            parsed = parse_json(arguments)
+        except ValueError:
             return call
         function["arguments"] = parsed if isinstance(parsed, dict) else arguments
     elif as_text and arguments is not None and not isinstance(arguments, str):

@@ -6,7 +6,6 @@ told: so for an adapter of a 4- or 8-bit base each target is measured on held-ou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -30,6 +29,7 @@ from graftlm.config.merge import Onto
 from graftlm.data.documents import load, split
 from graftlm.data.sources import named_source, share, token_limit
 from graftlm.errors import AdapterError, ConfigError, DataError, RunError
+from graftlm.jsonfile import read_json
 
 Say = Callable[[str], None]
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -208,8 +208,8 @@ def _sources(config: MergeConfig, folder: Path) -> tuple[list[str], str] | None:
     run: dict[str, Any] = {}
     for place in (folder / "run.json", folder.parent / "config.json"):
         try:
-            read = json.loads(place.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            read = read_json(place, RunError)
+        except RunError:
             continue
         run = read.get("config", read)
         break

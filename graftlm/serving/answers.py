@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from graftlm.errors import GraftError, RequestError
+from graftlm.jsonfile import parse_json
 from graftlm.serving import protocol
 from graftlm.serving.access import ANSWERS, ERRORS, Here, Refused, State, Whose, version_headers, without_paths
 from graftlm.serving.catalogue import Answerer
@@ -255,7 +256,7 @@ async def _events(
         if with_usage:
             yield _event(writer.last(protocol.usage(ends)))
     except Refused as error:  # its status was sent long ago, so it is told as an event
-        yield _event(json.loads(bytes(error.response().body)))
+        yield _event(parse_json(bytes(error.response().body)))
     yield b"data: [DONE]\n\n"
 
 

@@ -22,6 +22,7 @@ from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import Reference, check_name
 from graftlm.adapters.store.shelf import RUN, Event, Version, run_of
 from graftlm.errors import AdapterError, GraftError, StoreError, nearest
+from graftlm.jsonfile import parse_json
 
 _MOST_RECORD = 1 << 20
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -84,7 +85,7 @@ class Remote:
         try:
             if self.fs.size(path) > _MOST_RECORD:
                 raise ValueError("it is too large")
-            event = json.loads(self.fs.cat_file(path))
+            event = parse_json(self.fs.cat_file(path))
             same = (event["name"], event["version"]) == (name, number)
             if not same or not _FINGERPRINT.fullmatch(event["digest"]):
                 raise ValueError("it names another version")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -19,6 +18,7 @@ from graftlm.adapters.store.journal import Event, Journal, flush_folder
 from graftlm.adapters.store.state import Entry, Name, replay
 from graftlm.errors import AdapterError, StoreError
 from graftlm.files import sha256
+from graftlm.jsonfile import read_json
 
 RUN = "run.json"
 
@@ -249,10 +249,9 @@ def content_fault(folder: Path, digest: str, run: str | None = None) -> str | No
 def run_of(folder: Path) -> dict[str, Any]:
     """Config and environment of the run that made a version, where it came from one: plain facts, no part of its digest."""
     try:
-        read = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / RUN, StoreError)
+    except StoreError:
         return {}
-    return read if isinstance(read, dict) else {}
 
 
 def _claimed(parent: Path) -> tuple[int, Path]:
