@@ -93,7 +93,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > MOST_DIGITS + 1:  # one for a sign
+    if len(digits.lstrip("-")) > MOST_DIGITS:
         raise OverflowError
     return int(digits)
 

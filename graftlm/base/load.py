@@ -132,7 +132,9 @@ def _checked(folder: Path, name: str, weights: bool) -> Path:
         raise ModelError(f"{name}: {folder} has no config.json, so it is not a Hugging Face model folder")
     for file in _READ_BY_TRANSFORMERS:
         if (folder / file).is_file():
-            read_json(folder / file, ModelError)  # transformers would end in a traceback for what is over our limits
+            values = read_json(folder / file, ModelError)
+            if file == "config.json":
+                _bounded(folder / file, values)
     if weights and not weight_files(folder):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         if pickles:
@@ -147,13 +149,30 @@ def _checked(folder: Path, name: str, weights: bool) -> Path:
     return folder
 
 
+def _bounded(file: Path, values: dict[str, Any]) -> None:
+    """Raise ModelError for a whole number that no tensor's size can be; transformers would end in a traceback."""
+    level: list[tuple[str, Any]] = list(values.items())
+    while level:
+        for name, value in level:
+            if isinstance(value, int) and abs(value) >= 1 << 63:
+                raise ModelError(f"{file}: {name} is {str(value)[:40]}, and no number is above 2^63; repair the file")
+        inner = [(name, value) for name, value in level if isinstance(value, dict | list)]
+        level = [
+            pair
+            for name, outer in inner
+            for pair in (outer.items() if isinstance(outer, dict) else ((name, value) for value in outer))
+        ]
+
+
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's config; ModelError for one that transformers cannot read, or that is no causal language model's."""
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, LookupError, OSError, ArithmeticError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever a value of another kind than expected leads to
         hint = "" if trust_remote_code else "; if you trust this model's own code, add --trust-remote-code"
-        raise ModelError(f"{folder}/config.json is not understood: {_first_line(error)}{hint}") from None
+        raise ModelError(f"{folder}/config.json is not understood: {_one_line(error)}{hint}") from None
+    if not hasattr(config.get_text_config(), "to_dict"):
+        raise ModelError(f"{folder}/config.json: text_config is {config.get_text_config()!r:.80}, expected an object")
     if not hf.has_causal_model(config, trust_remote_code):
         raise ModelError(
             f"{folder}: transformers has no causal language model of type '{config.model_type}'; Graft trains models that "
@@ -173,11 +192,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     except Exception as error:  # the tokenizers library raises bare Exceptions
         for file in large:
             read_json_value(file, ModelError, most=MOST_TOKENIZER_BYTES)  # says where, if the file is the reason
-        raise ModelError(f"{folder} has no tokenizer that can be read: {_first_line(error)}") from None
+        raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def default_device(asked: str | None) -> torch.device:

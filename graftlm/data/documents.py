@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.base.chat import Encoder, Marked
-from graftlm.data.rows import Chat, Completion, Example, Fault, Format, Kind, Raw, format_of, parse, refuse
+from graftlm.data.columns import Fault, Format, Raw, format_of, refuse
+from graftlm.data.rows import Chat, Completion, Example, Kind, parse
 from graftlm.data.sources import Source, read
+from graftlm.data.unused import Unused
 from graftlm.errors import ConfigError, DataError
 
 TooLong = Literal["error", "drop", "cut"]
@@ -65,6 +67,7 @@ class Dataset:
     kinds: Mapping[Kind, int]  # rows of each kind, as read
     dropped: int = 0  # rows left out because they were too long
     cut: int = 0  # rows shortened
+    notes: tuple[str, ...] = ()  # what of the rows is not used
 
     @property
     def documents(self) -> tuple[Document, ...]:
@@ -106,6 +109,8 @@ class Reading:
     parts: tuple[Part, ...]
     kinds: Mapping[Kind, int]
     faults: tuple[Fault, ...]
+    notes: tuple[str, ...] = ()
+    """What of the rows is not used."""
 
 
 def load(
@@ -142,7 +147,7 @@ def load(
         parts.append(replace(part, documents=tuple(kept)))
     if faults:
         raise refuse(faults)
-    dataset = Dataset(tuple(parts), reading.kinds, dropped, cut)
+    dataset = Dataset(tuple(parts), reading.kinds, dropped, cut, reading.notes)
     if dataset.rows == 0:
         raise DataError(
             f"no row is left: all {dropped} have more than {max_tokens} tokens (or no trained token within them). "
@@ -156,8 +161,9 @@ def read_all(sources: Sequence[Source], encoder: Encoder, *, progress: Progress 
     if not sources:
         raise DataError("no data was given. Give at least one file with --data")
     faults: list[Fault] = []
+    unused = Unused()
     kinds: Counter[Kind] = Counter()
-    examples = [list(_examples(source, faults)) for source in sources]
+    examples = [list(_examples(source, faults, unused)) for source in sources]
     total = sum(map(len, examples))
     done = 0
     parts: list[Part] = []
@@ -166,14 +172,14 @@ def read_all(sources: Sequence[Source], encoder: Encoder, *, progress: Progress 
         for begin in range(0, len(rows), _BATCH):
             batch = rows[begin : begin + _BATCH]
             kinds.update(example.kind for example in batch)
-            documents += _encode(batch, encoder, faults)
+            documents += _encode(batch, encoder, faults, unused)
             done += len(batch)
             if progress is not None:
                 progress(done, total)
         parts.append(Part(source.path, source.weight, tuple(documents)))
     order = {source.path: index for index, source in enumerate(sources)}
     faults.sort(key=lambda fault: _place(fault.row, order))
-    return Reading(tuple(parts), dict(kinds), tuple(faults))
+    return Reading(tuple(parts), dict(kinds), tuple(faults), unused.notes)
 
 
 def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
@@ -216,7 +222,7 @@ def make_document(row: str, ids: NDArray[np.int32], trained: NDArray[np.bool_]) 
     return Document(ids, trained, row, content.hexdigest())
 
 
-def _examples(source: Source, faults: list[Fault]) -> Iterator[Example]:
+def _examples(source: Source, faults: list[Fault], unused: Unused) -> Iterator[Example]:
     form: Format | None = None
     for raw in read(source):
         if isinstance(raw, Fault):
@@ -227,6 +233,7 @@ def _examples(source: Source, faults: list[Fault]) -> Iterator[Example]:
             faults.extend(found)
             continue
         form, example = found
+        unused.columns(source.path, raw, form)
         yield example
 
 
@@ -240,13 +247,15 @@ def _example(raw: Raw, form: Format | None) -> tuple[Format, Example] | list[Fau
     return example if isinstance(example, list) else (form, example)
 
 
-def _encode(batch: Sequence[Example], encoder: Encoder, faults: list[Fault]) -> list[Document]:
+def _encode(batch: Sequence[Example], encoder: Encoder, faults: list[Fault], unused: Unused) -> list[Document]:
     marked: list[Marked] = []
     rows: list[Example] = []
     for example in batch:
         try:
             marked.append(_mark(example, encoder))
             rows.append(example)
+            if isinstance(example, Chat):
+                unused.keys(example, encoder)
         except DataError as error:
             faults.append(Fault(example.row, "messages", str(error), "", ""))
     documents: list[Document] = []
@@ -262,7 +271,7 @@ def _encode(batch: Sequence[Example], encoder: Encoder, faults: list[Fault]) -> 
 def _mark(example: Example, encoder: Encoder) -> Marked:
     match example:
         case Chat():
-            return encoder.mark_chat(example.messages, example.tools, first=example.first)
+            return encoder.mark_chat(example.messages, example.tools, masked=example.masked)
         case Completion():
             return encoder.mark_completion(example.prompt, example.completion)
         case _:

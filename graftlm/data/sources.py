@@ -1,8 +1,8 @@
 """Where rows come from: files (JSONL, JSON, CSV, Parquet, gzipped or not), dataset folders and datasets of the hub.
 
 Every row carries where it stands, as `file:line`, so that whatever is wrong with it later can be found with an editor.
-That is why JSONL, JSON and CSV are read line by line (`lines.py`, `tables.py`); folders and the hub are read through `datasets`, whose rows
-are counted instead.
+That is why JSONL, JSON and CSV are read line by line (`lines.py`, `tables.py`); folders and the hub are read through
+`datasets`, whose rows are counted instead.
 
 A source is written `PATH[:weight]`; a hub dataset is `owner/name` or `owner/name@split`. The weight says how many times
 an epoch sees each of its rows.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm import demo
+from graftlm.data.columns import Fault, Raw
 from graftlm.data.lines import (
     MOST_ROW_BYTES,
     SIZE_EXPECTED,
@@ -29,7 +30,6 @@ from graftlm.data.lines import (
     not_utf8,
     size_found,
 )
-from graftlm.data.rows import Fault, Raw
 from graftlm.data.tables import read_csv
 from graftlm.errors import ConfigError, DataError, nearest
 from graftlm.jsonfile import RowParser, parse_json

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from graftlm.data.columns import Fault, Raw, format_of
 from graftlm.data.lines import MOST_ROW_BYTES, SIZE_EXPECTED, SIZE_MEND, Moved, TooLong, lines, not_utf8, size_found
-from graftlm.data.rows import Fault, Raw, format_of
 from graftlm.errors import DataError
 from graftlm.jsonfile import parse_json
 

@@ -301,7 +301,9 @@ def _read(model: Model, config: PlanConfig, notes: list[str]) -> Dataset:
             f"The tokenizer of {model.name} is not here: tokens are counted by the bundled one, whose 4,096 tokens make "
             "about a third more of them. A directory or a hub id with a tokenizer counts them right."
         )
-    return load([named_source(text, "train") for text in config.data], Encoder(tokenizer))
+    dataset = load([named_source(text, "train") for text in config.data], Encoder(tokenizer))
+    notes += dataset.notes
+    return dataset
 
 
 def _distance(

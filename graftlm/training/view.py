@@ -84,7 +84,7 @@ class View:
             f"{dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.trained_tokens:,} of them trained"
             f"{extra}{other}",
         )
-        for note in notes:
+        for note in dict.fromkeys((*notes, *dataset.notes, *(held_out.notes if held_out else ()))):
             self.fact("", note)
 
     def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter) -> None:
