@@ -30,6 +30,7 @@ from graftlm.base.precision import DTYPES, default_compute, nbytes
 from graftlm.config import Compute, Precision
 from graftlm.errors import ModelError
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
+from graftlm.progress import working
 from graftlm.segments import Segments, running
 
 _READ_BY_TRANSFORMERS = (
@@ -250,9 +251,9 @@ def load_base(
     """
     place = default_device(device)
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
-    config = load_config(folder, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    with _memory_explained(name, precision, place):
+    with working(f"loading {Path(name).name}"), _memory_explained(name, precision, place):
+        config = load_config(folder, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
         chosen = compute or default_compute(place, training=training)
         if chosen == "mixed" and not (place.type == "cpu" and kernels.narrows()):
             raise ModelError(
@@ -294,7 +295,7 @@ def random_base(
     """
     place = default_device(device)
     name = f"random {config.model_type}"
-    with _memory_explained(name, precision, place):
+    with working(f"making a {name}"), _memory_explained(name, precision, place):
         chosen = compute or default_compute(place, training=training)
         model, targets = hf.fresh_stored(config, precision, DTYPES[chosen], place, seed)
         return _understood(name, Path(), model, targets, tokenizer, precision, chosen, True, [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from graftlm.cli.app import app, options
+from graftlm.cli.app import app, options, starting
 from graftlm.config import ChatConfig
 
 
@@ -15,6 +15,7 @@ from graftlm.config import ChatConfig
 @options(ChatConfig)
 def chat(config: ChatConfig) -> None:
     """Talk to a base or an adapter in the terminal, or to two of them side by side."""
-    from graftlm.serving.chat import talk
+    with starting():
+        from graftlm.serving.chat import talk
 
     talk(config, Console())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import CheckConfig
 
 
@@ -12,7 +12,8 @@ from graftlm.config import CheckConfig
 @options(CheckConfig, positional="data")
 def check(config: CheckConfig, json: Json = False) -> None:
     """Read every row and show what would be trained on, before anything is."""
-    from graftlm.data.inspection import check_data
+    with starting():
+        from graftlm.data.inspection import check_data
 
     report = check_data(config)
     if json:

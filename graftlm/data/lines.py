@@ -1,7 +1,7 @@
 """A data file as lines of UTF-8: opened, gunzipped, recoded from UTF-16, and cut at line feeds, in bounded memory.
 
-Lines end with a line feed only, since JSON strings may hold the other line ends of Unicode. A line of more than 16 MB is
-passed over and named: as one document it would have about four million tokens, and tokenizing it would take minutes.
+Lines end with a line feed only, since JSON strings may hold the other line ends of Unicode. A line of more than 8 MB is
+passed over and named: as one document it would have about two million tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from graftlm.errors import DataError
 
-MOST_ROW_BYTES = 16 << 20
+MOST_ROW_BYTES = 8 << 20
 _STEP = 1 << 18  # bytes between two calls of `moved`
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",

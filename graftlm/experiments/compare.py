@@ -61,8 +61,7 @@ def compare(config: CompareConfig, view: CompareView) -> Comparison:
 
 
 def _compare(config: CompareConfig, view: CompareView) -> Comparison:
-    with view.reading() as progress:
-        material = gather(config, progress)
+    material = gather(config)
     view.material(config, material)
     done = Progress()
     _search(config, material, done, view)

@@ -24,7 +24,7 @@ from graftlm.base.chat import Encoder
 from graftlm.base.load import load_config, load_tokenizer, resolve
 from graftlm.config import CompareConfig
 from graftlm.data.columns import Fault, format_of
-from graftlm.data.documents import Dataset, Document, Progress, load, split
+from graftlm.data.documents import Dataset, Document, load, split
 from graftlm.data.order import make_order
 from graftlm.data.rows import Chat, Completion, Example, Text, parse
 from graftlm.data.sources import Source, named_source, read, share, token_limit
@@ -58,7 +58,7 @@ class Material:
     notes: tuple[str, ...]
 
 
-def gather(config: CompareConfig, progress: Progress | None = None) -> Material:
+def gather(config: CompareConfig) -> Material:
     """Read and check everything. Raises GraftError for what would make the comparison fail or mean nothing."""
     if config.metric is not None:
         check_metric(config.metric)
@@ -68,11 +68,11 @@ def gather(config: CompareConfig, progress: Progress | None = None) -> Material:
     encoder = Encoder(tokenizer, train_on=config.train_on, date=config.template_date)
     limit = token_limit(config.max_tokens_per_document, getattr(text_config, "max_position_embeddings", None))
     sources = tuple(named_source(text, "train") for text in config.data)
-    train = load(sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
+    train = load(sources, encoder, max_tokens=limit, too_long=config.too_long)
     fraction = share(config.eval_data)
     if fraction is None:
         eval_sources = (named_source(config.eval_data, "valid"),)
-        held_out = load(eval_sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
+        held_out = load(eval_sources, encoder, max_tokens=limit, too_long=config.too_long)
     else:
         eval_sources = sources
         train, held_out = split(train, fraction)

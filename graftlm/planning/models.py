@@ -28,6 +28,7 @@ from graftlm.errors import ModelError, nearest
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 from graftlm.planning.shape import Shape
+from graftlm.progress import working
 
 _HERE = Path(__file__).parent
 _FORMAT = 1  # of a kept shape; raised when Shape changes
@@ -140,7 +141,8 @@ def _shape(values: dict[str, Any], name: str, trust_remote_code: bool, folder: P
             return Shape.from_json(read_json(entry, ModelError))
         except (ModelError, ValueError, KeyError, TypeError):
             pass  # damaged: made anew below
-    shape = build(values, name, trust_remote_code, folder)
+    with working(f"reading the shape of {name}"):
+        shape = build(values, name, trust_remote_code, folder)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         write_json(entry, shape.to_json())

@@ -23,32 +23,32 @@ from graftlm.data.documents import Dataset, load, split
 from graftlm.data.order import Order, make_order
 from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
 from graftlm.errors import ConfigError, ModelError
+from graftlm.progress import working
 from graftlm.training.optimizer import AdamW, Schedule
 from graftlm.training.trial import Trial
-from graftlm.training.view import View
 
 
 def peek(sources: Sequence[Source]) -> None:
     """Raise DataError for a file that is missing or empty before the base is loaded, which may take minutes."""
     for source in sources:
         if share(source.path) is None and not is_hub_id(source.path):
-            next(read(source), None)
+            with working("looking at the data"):  # a .json file is read as a whole for its first row
+                next(read(source), None)
 
 
 def read_data(
-    config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base, view: View
+    config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base
 ) -> tuple[Dataset, Dataset | None]:
     """The training data, and the held-out data where there are any. Raises DataError."""
     limit = token_limit(config.max_tokens_per_document, base.anatomy.max_positions)
-    with view.reading() as progress:
-        dataset = load(sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
-        if config.eval_data is None:
-            return dataset, None
-        fraction = share(config.eval_data)
-        if fraction is not None:
-            return split(dataset, fraction)
-        apart = [named_source(config.eval_data, "valid")]
-        return dataset, load(apart, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
+    dataset = load(sources, encoder, max_tokens=limit, too_long=config.too_long)
+    if config.eval_data is None:
+        return dataset, None
+    fraction = share(config.eval_data)
+    if fraction is not None:
+        return split(dataset, fraction)
+    apart = [named_source(config.eval_data, "valid")]
+    return dataset, load(apart, encoder, max_tokens=limit, too_long=config.too_long)
 
 
 def stored_precision(config: TrainConfig) -> Precision:

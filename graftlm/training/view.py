@@ -6,12 +6,11 @@ tokens a second and the time left, and the end. `quiet=True` draws nothing (test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from graftlm.base.load import Base
 from graftlm.config.fields import PRODUCTS
 from graftlm.data.documents import Dataset
 from graftlm.planning.words import count, size
+from graftlm.progress import Task, working
 from graftlm.training.foresight import Foresight
 from graftlm.training.loop import StepResult
 from graftlm.training.trial import Evaluation, Trial
@@ -32,8 +32,7 @@ class View:
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or Console(stderr=True, quiet=quiet)
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._task: Task | None = None
         self._tokens, self._seconds = 0, 0.0
 
     def note(self, text: str) -> None:
@@ -47,20 +46,6 @@ class View:
         grid.add_column(overflow="fold")
         grid.add_row(Text(label), Text(text))
         self.console.print(grid)
-
-    @contextmanager
-    def working(self, what: str) -> Iterator[None]:
-        """A spinner while something of unknown length goes on."""
-        with self.console.status(what):
-            yield
-
-    @contextmanager
-    def reading(self) -> Iterator[Callable[[int, int], None]]:
-        """A bar over rows tokenized; yields what to call with (rows so far, rows in all)."""
-        columns = (SpinnerColumn(), TextColumn("reading data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def base(self, base: Base) -> None:
         """What was loaded and how it will run."""
@@ -113,25 +98,21 @@ class View:
     @contextmanager
     def training(self, trial: Trial) -> Iterator[None]:
         """The bar of the run."""
-        columns = (
-            TextColumn("training "), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-            TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        waiting = "held-out rows first" if trial.wants_evaluation and trial.first is None else ""
-        with Progress(*columns, console=self.console) as bar:
-            self._bar = bar
-            self._task = bar.add_task("", total=trial.order.steps, completed=trial.step, numbers=waiting)
+        with working("training", trial.order.steps, "steps") as self._task:
+            self._task.to(
+                trial.step, note="held-out rows first" if trial.wants_evaluation and trial.first is None else ""
+            )
             try:
                 yield
             finally:
-                self._bar = None
+                self._task = None
 
     def stepped(self, trial: Trial, result: StepResult) -> None:
         self._tokens += result.tokens
         self._seconds += result.seconds
-        if self._bar is not None:
+        if self._task is not None:
             rate = self._tokens / self._seconds if self._seconds else 0
-            self._bar.update(self._task, completed=trial.step, numbers=f"loss {result.loss:.3f}  {rate:,.0f} tokens/s")
+            self._task.to(trial.step, note=f"loss {result.loss:.3f}  {rate:,.0f} tokens/s")
 
     def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         base = trial.first.loss if trial.first is not None else evaluation.loss

@@ -142,7 +142,8 @@ def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
 def test_a_config_that_is_no_models_is_a_sentence(tmp_path: Path) -> None:
     """Values of other kinds than transformers expects."""
     for change in (
-        {"model_type": 5}, {"num_hidden_layers": "x"}, {"vocab_size": 10**30}, {"quantization_config": "nf4"}, {"text_config": 7},
+        {"model_type": 5}, {"num_hidden_layers": "x"}, {"vocab_size": 10**30}, {"text_config": 7},
+        {"quantization_config": "nf4"},
     ):  # fmt: skip
         place = tmp_path / "-".join(change)
         shutil.copytree(tiny_run.folder(), place)

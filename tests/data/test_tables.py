@@ -103,6 +103,14 @@ def test_bytes_that_are_no_utf_8_are_named_with_their_line_and_the_command_that_
     assert rows_of(mended) == rows
 
 
+def test_a_header_that_is_no_utf_8_or_too_long_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes("question;réponse\na;b\n".encode("latin-1"))
+    assert fault_of(file).startswith(f"{file}:1: line: byte 0xe9 at byte 11 of the line is no UTF-8")
+    file.write_bytes(b"x" * (lines.MOST_ROW_BYTES + 1))
+    assert fault_of(file).startswith(f"{file}:1: row: 8,388,609 bytes; expected at most 8,388,608 bytes a row")
+
+
 # ---- between columns ---------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +250,7 @@ def test_a_row_over_the_limit_is_named_and_the_others_are_read(form: str, narrow
     found = list(read(Source(path=str(file))))
     (fault,) = [row for row in found if isinstance(row, Fault)]
     assert re.search(
-        r"1,0\d\d bytes; expected at most 16,777,216 bytes a row. Split the text into several rows", str(fault)
+        r"1,0\d\d bytes; expected at most 8,388,608 bytes a row. Split the text into several rows", str(fault)
     )
     assert fault.row == f"{file}:{3 if form == 'csv' else 2}"
     good = [row.columns for row in found if isinstance(row, Raw)]
@@ -266,7 +274,7 @@ def test_a_line_of_100_mb_is_passed_over_in_pieces(tmp_path: Path) -> None:
         stream.write('"}\n{"text": "a"}\n')
     heard: list[int] = []
     fault, row = read(Source(path=str(file)), heard.append)
-    assert "100,000,013 bytes; expected at most 16,777,216 bytes a row" in str(fault)
+    assert "100,000,013 bytes; expected at most 8,388,608 bytes a row" in str(fault)
     assert isinstance(row, Raw)
     assert heard == sorted(heard)
     assert len(heard) > 100

@@ -275,3 +275,18 @@ def test_long_lists_of_unused_columns_are_shortened(tmp_path: Path) -> None:
 def test_a_report_of_notes_is_json(tmp_path: Path) -> None:
     report = check([write(tmp_path / "a.jsonl", [{"text": "a", "id": 1}])], encoder())
     assert json.loads(json.dumps(report.to_json()))["notes"] == list(report.notes)
+
+
+def test_the_page_about_data_names_every_column_role_and_limit() -> None:
+    from graftlm import jsonfile
+    from graftlm.data import columns, lines, rows, sources, tables
+
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for name in (*columns.KNOWN, *rows.ROLES, *rows._MESSAGE_KEYS, *rows._THINKING):
+        assert f"`{name}`" in page, name
+    for ending in sources.FORMATS:
+        assert ending[1:].upper() in page.upper().replace("ONE OBJECT A LINE", "NDJSON"), ending
+    for word in tables._DELIMITERS.values():
+        assert word in page
+    assert f"at most {lines.MOST_ROW_BYTES >> 20} MB" in page
+    assert f"at most {jsonfile.MOST_DEPTH} levels, {jsonfile.MOST_DIGITS} digits" in page
