@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import RunError
-from graftlm.tensorfile import read_json
+from graftlm.jsonfile import read_json
 
 MANIFEST = "manifest.json"
 _LEFT = re.compile(r"\..+\.[0-9]+(\.partial|\.old)?")

@@ -1,4 +1,4 @@
-"""Files that somebody else may have written, read with suspicion: safetensors headers and JSON.
+"""Headers of safetensors files that somebody else may have written, read with suspicion.
 
 A safetensors file is 8 bytes that say how long its header is, the header (JSON: each tensor's type, shape and place), and
 the tensors. Every number in it is only a claim. So each is held against the file's real size and against a limit before
@@ -7,18 +7,17 @@ anything of that size is allocated, and nothing here, or behind it, ever unpickl
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graftlm.errors import GraftError
+from graftlm.jsonfile import parse_json
 
 MOST_HEADER_BYTES = 64 << 20
 MOST_TENSORS = 400_000
 """A mixture of 128 experts in 94 layers, each with its own A and B, has about 72,000."""
-MOST_JSON_BYTES = 32 << 20
 _MOST_AXES = 16
 # Bytes of one value; types that are not listed (4 and 6 bits) are not held against their shape.
 _WIDTHS = {
@@ -36,39 +35,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     first: int
     last: int
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' is there twice")
-    return found
-
-
-def _parse(data: bytes) -> Any:
-    """JSON without duplicate keys; ValueError for all that is none, be it nested too deep or not UTF-8."""
-    try:
-        return json.loads(data, object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def read_json(path: Path, raises: type[GraftError], *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of at most `most` bytes. Raises the given error, which names the file."""
-    try:
-        size = path.stat().st_size
-        if size > most:
-            raise raises(f"{path} has {size:,} bytes, and at most {most:,} are read; it is not what its name says")
-        with path.open("rb") as stream:
-            found = _parse(stream.read(most + 1))
-    except OSError as error:
-        raise raises(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise raises(f"{path} is not JSON ({error}); it is damaged") from None
-    if not isinstance(found, dict):
-        raise raises(f"{path} holds a {type(found).__name__}, expected an object; it is damaged")
-    return found
 
 
 def read_header(path: Path, raises: type[GraftError]) -> dict[str, TensorInfo]:
@@ -95,7 +61,7 @@ def read_header(path: Path, raises: type[GraftError]) -> dict[str, TensorInfo]:
     if count > MOST_TENSORS:
         raise raises(f"{path} lists {count:,} tensors, and at most {MOST_TENSORS:,} are read")
     try:
-        header = _parse(text)
+        header = parse_json(text)
         if not isinstance(header, dict):
             raise ValueError("expected an object")
         found = {name: _info(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}

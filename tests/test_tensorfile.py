@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from graftlm import tensorfile
 from graftlm.errors import RunError
-from graftlm.tensorfile import TensorInfo, read_header, read_json
+from graftlm.jsonfile import read_json
+from graftlm.tensorfile import TensorInfo, read_header
 
 
 def entry(shape: list[Any], first: int, last: int, dtype: str = "F32") -> dict[str, Any]:

@@ -10,7 +10,7 @@ bits again, and put into a base in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from graftlm.adapters.merge import Merger
 from graftlm.base.context import ForwardContext
 from graftlm.base.linear import Stored
 from graftlm.base.load import Base
+from graftlm.progress import working
 from graftlm.segments import Segments
 
 _MOST_BYTES = 1 << 30
@@ -85,8 +86,12 @@ def logits_of(base: Base, slot: int, row: Row) -> Tensor:
 
 def listen(base: Base, slot: int, rows: Sequence[Row]) -> Live:
     """The live model on all rows."""
-    logits = tuple(logits_of(base, slot, row) for row in rows)
-    return Live(tuple(rows), logits, _loss(rows, logits))
+    with working("measuring the live model", len(rows), "rows") as task:
+        logits: list[Tensor] = []
+        for row in rows:
+            logits.append(logits_of(base, slot, row))
+            task.to(len(logits))
+    return Live(tuple(rows), tuple(logits), _loss(rows, logits))
 
 
 def _loss(rows: Sequence[Row], logits: Sequence[Tensor]) -> float:
@@ -94,20 +99,20 @@ def _loss(rows: Sequence[Row], logits: Sequence[Tensor]) -> float:
     return total / sum(len(z) for z in logits)
 
 
-def compare(base: Base, onto: str, live: Live, progress: Callable[[], None] | None = None) -> Drift:
+def compare(base: Base, onto: str, live: Live) -> Drift:
     """A merged model, bare, beside the live one."""
     apart = size = 0.0
     same = 0
     found: list[Tensor] = []
-    for row, z in zip(live.rows, live.logits):
-        w = logits_of(base, 0, row)
-        centred = (z - z.mean(1, keepdim=True)).double()
-        apart += float((centred - (w - w.mean(1, keepdim=True)).double()).square().sum())
-        size += float(centred.square().sum())
-        same += int((z.argmax(1) == w.argmax(1)).sum())
-        found.append(w)
-        if progress is not None:
-            progress()
+    with working(f"measuring the model merged onto {onto}", len(live.rows), "rows") as task:
+        for row, z in zip(live.rows, live.logits):
+            w = logits_of(base, 0, row)
+            centred = (z - z.mean(1, keepdim=True)).double()
+            apart += float((centred - (w - w.mean(1, keepdim=True)).double()).square().sum())
+            size += float(centred.square().sum())
+            same += int((z.argmax(1) == w.argmax(1)).sum())
+            found.append(w)
+            task.to(len(found))
     return Drift(onto, _loss(live.rows, found), (apart / size) ** 0.5 if size else 0.0, same / live.tokens)
 
 

@@ -13,7 +13,6 @@ Letters: r rank, R padded rank, E experts.
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from graftlm.base.skeleton import Skeleton, load_skeleton
 from graftlm.config import ExportConfig
 from graftlm.errors import AdapterError, ConfigError
 from graftlm.files import whole_folder, write_json
+from graftlm.jsonfile import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256)
 # Of the architectures that transformers has, those for which vLLM's list of supported models (read in November 2026) has
@@ -224,7 +224,7 @@ def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _check(base: Skeleton, adapter: Adapter, folder: Path) -> None:
     """Read what was written as vLLM does, and hold every update against the adapter's own, on random vectors."""
-    config = json.loads((folder / adapter_format.CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / adapter_format.CONFIG, AdapterError)
     named = load_file(folder / adapter_format.TENSORS)
     scale, rank = config["lora_alpha"] / config["r"], config["r"]
     generator = torch.Generator().manual_seed(0)

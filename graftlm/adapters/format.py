@@ -44,7 +44,8 @@ from graftlm.base.load import Base, load_tokenizer
 from graftlm.base.skeleton import Skeleton
 from graftlm.errors import AdapterError, ConfigError, ModelError
 from graftlm.files import write_json
-from graftlm.tensorfile import TensorInfo, read_header, read_json
+from graftlm.jsonfile import read_json
+from graftlm.tensorfile import TensorInfo, read_header
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",

@@ -29,6 +29,8 @@ from graftlm.base.chat import Encoder
 from graftlm.base.load import load_config, load_tokenizer
 from graftlm.base.source import Checkpoint
 from graftlm.errors import ModelError
+from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json
+from graftlm.progress import working
 
 Array = NDArray[Any]
 
@@ -104,10 +106,13 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
         writer.write_ti_data_to_file()
         if extra is not None:
             writer.write_tensor_data(extra)
-        for tensor in places:
-            writer.write_tensor_data(_encoded(gguf, _value(checkpoint, config, tensor), kind))
+        with working(f"writing {file.name}", len(places), "tensors") as task:
+            for tensor in places:
+                writer.write_tensor_data(_encoded(gguf, _value(checkpoint, config, tensor), kind))
+                task.to(task.done + 1)
         writer.close()
-        count = _read_back(gguf, temporary, checkpoint, config, places, kind, words)
+        with working(f"checking {file.name}"):
+            count = _read_back(gguf, temporary, checkpoint, config, places, kind, words)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(file)
@@ -262,7 +267,7 @@ def _vocabulary(folder: Path, size: int) -> Words:
     """The folder's tokenizer. Raises ModelError for one that llama.cpp would not split text with in the same way."""
     tokenizer: Any = load_tokenizer(folder)
     told = (
-        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        read_json(folder / "tokenizer.json", ModelError, most=MOST_TOKENIZER_BYTES)
         if (folder / "tokenizer.json").is_file()
         else {}
     )

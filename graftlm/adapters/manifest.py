@@ -29,7 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from graftlm.config import Compute, Precision
 from graftlm.errors import AdapterError
 from graftlm.files import sha256
-from graftlm.tensorfile import read_json
+from graftlm.jsonfile import read_json
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "graft.json"
 FORMAT = 2

@@ -5,9 +5,7 @@ The shards keep the names and the order that they have in the base. The folder a
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,9 @@ from graftlm.base.shards import INDEX, Spec, total, write_index, write_tensors
 from graftlm.base.source import Checkpoint
 from graftlm.errors import AdapterError, ModelError
 from graftlm.files import whole_folder, write_json
+from graftlm.jsonfile import read_json
 from graftlm.kernels import Nf4
+from graftlm.progress import working
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _NOT_COPIED = {"config.json", "graft.json", "manifest.json", INDEX}
@@ -31,9 +31,6 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-
-Progress = Callable[[str, int, int], None]
-"""(file, number of the shard, number of shards)."""
 
 
 @dataclass
@@ -48,9 +45,8 @@ class Written:
 
 
 def write_merged(
-    merger: Merger, out: Path, manifest: dict[str, Any], *, save_dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> Written:  # fmt: skip
+    merger: Merger, out: Path, manifest: dict[str, Any], *, save_dtype: torch.dtype | None = None
+) -> Written:
     """Write the merged model; `manifest` becomes its `graft.json`, with the rounding that was measured on the way.
 
     `save_dtype` is the type of all floating tensors, default each one's own. Raises AdapterError or ModelError for what
@@ -58,14 +54,20 @@ def write_merged(
     """
     plan = _Plan(merger, save_dtype)
     written = Written(out)
-    with whole_folder(out) as folder:
+    size = sum(total(specs.values()) for specs in plan.files.values())
+    with whole_folder(out) as folder, working("writing the merged model", size, "bytes") as task:
         _copy_files(merger, folder)
         _write_config(merger, folder, plan)
         places: dict[str, str] = {}
-        for number, (file, specs) in enumerate(plan.files.items(), 1):
-            if progress is not None:
-                progress(file, number, len(plan.files))
-            written.bytes += write_tensors(folder / file, specs, plan.value)
+        for file, specs in plan.files.items():
+            task.to(written.bytes, note=file)
+
+            def value(name: str) -> Tensor:
+                tensor = plan.value(name)
+                task.to(task.done + tensor.nbytes)
+                return tensor
+
+            written.bytes += write_tensors(folder / file, specs, value)
             written.shards.append(file)
             places.update(dict.fromkeys(specs, file))
             for spec in specs.values():
@@ -198,10 +200,7 @@ def tokenizer_folder(merger: Merger) -> Path | None:
 
 def _write_config(merger: Merger, folder: Path, plan: _Plan) -> None:
     """The base's `config.json` with what is another thing now: the type, the tie, the quantization."""
-    try:
-        config: dict[str, Any] = json.loads((merger.base.folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{merger.base.folder}/config.json is not JSON: {error}") from None
+    config = read_json(merger.base.folder / "config.json", ModelError)
     parts = [config, *(v for v in config.values() if isinstance(v, dict) and "model_type" in v)]
     for part in parts:
         if plan.save_dtype is not None:

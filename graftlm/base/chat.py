@@ -14,7 +14,7 @@ the whole text reaches over the border between prompt and answer, the two sides 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -140,12 +140,19 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------ many rows
 
-    def mark_chat(self, messages: Sequence[Message], tools: Tools | None = None, *, first: int = 0) -> Marked:
-        """The text of a conversation and the ranges to train, in messages from `first` on. Raises DataError."""
+    def same_text(self, messages: Sequence[Message], others: Sequence[Message], tools: Tools | None = None) -> bool:
+        """Whether two conversations are the same text. Raises DataError."""
+        template = self._template_for(tools)
+        return template.render(messages, tools) == template.render(others, tools)
+
+    def mark_chat(
+        self, messages: Sequence[Message], tools: Tools | None = None, *, masked: Collection[int] = ()
+    ) -> Marked:
+        """The text of a conversation and the ranges to train; no message whose place is `masked`. Raises DataError."""
         if not messages:
             raise DataError("a conversation needs at least one message")
         last_only = self.train_on == "last"
-        return self._template_for(tools).mark(messages, tools, first=first, last_only=last_only)
+        return self._template_for(tools).mark(messages, tools, masked=masked, last_only=last_only)
 
     def mark_completion(self, prompt: str, completion: str) -> Marked:
         """A prompt and its completion as one text, the completion to be trained."""

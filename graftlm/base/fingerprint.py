@@ -15,7 +15,9 @@ from pathlib import Path
 
 from graftlm.errors import ModelError
 from graftlm.files import write_text
-from graftlm.tensorfile import read_header, read_json
+from graftlm.jsonfile import read_json
+from graftlm.progress import Task, working
+from graftlm.tensorfile import read_header
 
 _CHUNK = 1 << 22
 
@@ -54,8 +56,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def tensor_digests(file: Path) -> Iterator[tuple[str, str]]:
-    """(tensor name, digest over its type, shape and bytes) of each tensor, read as a stream. Raises ModelError."""
+def tensor_digests(file: Path, task: Task | None = None) -> Iterator[tuple[str, str]]:
+    """(tensor name, digest over its type, shape and bytes) of each tensor, read as a stream. Raises ModelError.
+
+    `task` hears how many bytes were read.
+    """
     header = read_header(file, ModelError)
     with file.open("rb") as stream:
         for name, info in header.items():
@@ -68,6 +73,8 @@ def tensor_digests(file: Path) -> Iterator[tuple[str, str]]:
                     raise ModelError(f"{file} is cut short within tensor '{name}'; download it again")
                 digest.update(block)
                 left -= len(block)
+                if task is not None:
+                    task.to(task.done + len(block))
             yield name, digest.hexdigest()
 
 
@@ -83,7 +90,8 @@ def fingerprint(folder: Path) -> str:
         known = entry.read_text(errors="replace").strip()
         if re.fullmatch("[0-9a-f]{64}", known):
             return known
-    lines = sorted(f"{name} {digest}" for file in files for name, digest in tensor_digests(file))
+    with working("fingerprinting the base", sum(s.st_size for _, s in stats), "bytes") as task:
+        lines = sorted(f"{name} {digest}" for file in files for name, digest in tensor_digests(file, task))
     result = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ Weights are read from safetensors only. Nothing is unpickled, and no code of the
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,8 +31,14 @@ from graftlm.base.linear import Stored
 from graftlm.base.precision import DTYPES, default_compute, nbytes
 from graftlm.config import Compute, Precision
 from graftlm.errors import ModelError
+from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
+from graftlm.progress import working
 from graftlm.segments import Segments
 
+_READ_BY_TRANSFORMERS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "model.safetensors.index.json",
+)  # fmt: skip
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -130,6 +135,11 @@ def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True)
 def _checked(folder: Path, name: str, weights: bool) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name}: {folder} has no config.json, so it is not a Hugging Face model folder")
+    for file in _READ_BY_TRANSFORMERS:
+        if (folder / file).is_file():
+            values = read_json(folder / file, ModelError)
+            if file == "config.json":
+                _bounded(folder / file, values)
     if weights and not weight_files(folder):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         if pickles:
@@ -144,13 +154,30 @@ def _checked(folder: Path, name: str, weights: bool) -> Path:
     return folder
 
 
+def _bounded(file: Path, values: dict[str, Any]) -> None:
+    """Raise ModelError for a whole number that no tensor's size can be; transformers would end in a traceback."""
+    level: list[tuple[str, Any]] = list(values.items())
+    while level:
+        for name, value in level:
+            if isinstance(value, int) and abs(value) >= 1 << 63:
+                raise ModelError(f"{file}: {name} is {str(value)[:40]}, and no number is above 2^63; repair the file")
+        inner = [(name, value) for name, value in level if isinstance(value, dict | list)]
+        level = [
+            pair
+            for name, outer in inner
+            for pair in (outer.items() if isinstance(outer, dict) else ((name, value) for value in outer))
+        ]
+
+
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's config; ModelError for one that transformers cannot read, or that is no causal language model's."""
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, ArithmeticError) as error:
+    except Exception as error:  # whatever a value of another kind than expected leads to
         hint = "" if trust_remote_code else "; if you trust this model's own code, add --trust-remote-code"
-        raise ModelError(f"{folder}/config.json is not understood: {str(error).splitlines()[0]}{hint}") from None
+        raise ModelError(f"{folder}/config.json is not understood: {_one_line(error)}{hint}") from None
+    if not hasattr(config.get_text_config(), "to_dict"):
+        raise ModelError(f"{folder}/config.json: text_config is {config.get_text_config()!r:.80}, expected an object")
     if not hf.has_causal_model(config, trust_remote_code):
         raise ModelError(
             f"{folder}: transformers has no causal language model of type '{config.model_type}'; Graft trains models that "
@@ -161,10 +188,20 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer; ModelError when the folder has none."""
+    large = [folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()]
+    for file in large:
+        if file.stat().st_size > MOST_TOKENIZER_BYTES:
+            read_json_value(file, ModelError, most=MOST_TOKENIZER_BYTES)  # raises
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        for file in large:
+            read_json_value(file, ModelError, most=MOST_TOKENIZER_BYTES)  # says where, if the file is the reason
+        raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def default_device(asked: str | None) -> torch.device:
@@ -218,9 +255,9 @@ def load_base(
     """
     place = default_device(device)
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
-    config = load_config(folder, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    with _memory_explained(name, precision, place):
+    with working(f"loading {Path(name).name}"), _memory_explained(name, precision, place):
+        config = load_config(folder, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
         chosen = compute or default_compute(place, training=training)
         if chosen == "mixed" and not (place.type == "cpu" and kernels.narrows()):
             raise ModelError(
@@ -262,7 +299,7 @@ def random_base(
     """
     place = default_device(device)
     name = f"random {config.model_type}"
-    with _memory_explained(name, precision, place):
+    with working(f"making a {name}"), _memory_explained(name, precision, place):
         chosen = compute or default_compute(place, training=training)
         model, targets = hf.fresh_stored(config, precision, DTYPES[chosen], place, seed)
         return _understood(name, Path(), model, targets, tokenizer, precision, chosen, True, [])
@@ -298,12 +335,14 @@ def _moved(model: Any, device: torch.device) -> Any:
 
 def _quantization_of(folder: Path) -> str | None:
     """The quantization method that a checkpoint's config names, or None."""
-    with contextlib.suppress(json.JSONDecodeError):
-        config = json.loads((folder / "config.json").read_text())
-        found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-        if found:
-            return str(found.get("quant_method") or "bitsandbytes")
-    return None
+    config = read_json(folder / "config.json", ModelError)
+    inner = config.get("text_config")
+    found = config.get("quantization_config") or (isinstance(inner, dict) and inner.get("quantization_config"))
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder}/config.json: quantization_config is {found!r}, expected an object")
+    return str(found.get("quant_method") or "bitsandbytes")
 
 
 @torch.no_grad()

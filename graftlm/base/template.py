@@ -21,7 +21,7 @@ import itertools
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ import jinja2
 
 from graftlm.base.jinja import MARKS, OPEN, environment, unmark
 from graftlm.errors import DataError, ModelError
+from graftlm.jsonfile import parse_json
 
 Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -113,6 +114,8 @@ class Template:
                 f"the model's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
                 "Repair chat_template.jinja in the model's folder."
             ) from error
+        except RecursionError:
+            raise ModelError("the model's chat template is nested too deep; repair chat_template.jinja") from None
         known = sorted({s for s in specials if s.strip()}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, known)) or "(?!)")
         self._skeletons: OrderedDict[str, _Skeleton] = OrderedDict()
@@ -197,13 +200,13 @@ class Template:
         messages: Sequence[Message],
         tools: Tools | None = None,
         *,
-        first: int = 0,
+        masked: Collection[int] = (),
         last_only: bool = False,
     ) -> Marked:
-        """The text of a conversation and the ranges that the model writes, in messages from `first` on.
+        """The text of a conversation and the ranges that the model writes, but in messages whose places are `masked`.
 
-        `last_only`: only the last assistant message. Raises DataError where the template leaves out or changes
-        something of the conversation, with what it did and the way out.
+        `last_only`: only the last assistant message, if it is not masked. Raises DataError where the template leaves
+        out or changes something of the conversation, with what it did and the way out.
         """
         for index, message in enumerate(messages):
             for name in ("content", "reasoning_content"):
@@ -215,45 +218,39 @@ class Template:
         prepared = self._prepare(messages)
         apart = [_thinking_apart(message) for message in prepared]
         if apart == prepared:
-            return self._mark(prepared, tools, first, last_only)
+            return self._mark(prepared, tools, masked, last_only)
         # Thinking written inside the content: a template that writes thinking is given it as thinking, and one that
         # takes contents apart is given them apart.
         forms = (apart, prepared) if self._writes_thinking else (prepared, apart)
         try:
-            return self._mark(forms[0], tools, first, last_only)
+            return self._mark(forms[0], tools, masked, last_only)
         except DataError:
-            return self._mark(forms[1], tools, first, last_only)
+            return self._mark(forms[1], tools, masked, last_only)
 
-    def _mark(self, messages: list[Message], tools: Tools | None, first: int, last_only: bool) -> Marked:
+    def _mark(self, messages: list[Message], tools: Tools | None, masked: Collection[int], last_only: bool) -> Marked:
         text = self._render(messages, tools, prompt=False)
         skeleton, fields = self._skeleton(messages, tools)
         text, blocks = unmark(text)
         starts = self._align(text, skeleton, fields)
         assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if last_only:
-            first = max(first, assistants[-1] if assistants else 0)
+        trained = set(assistants[-1:] if last_only else assistants) - set(masked)
         if self._marks:
             if len(blocks) != len(skeleton.blocks):
                 raise DataError("the chat template marks other parts of this conversation as generated than its form")
-            spans = [block for block, owner in zip(blocks, skeleton.blocks, strict=True) if owner >= first]
+            spans = [block for block, owner in zip(blocks, skeleton.blocks, strict=True) if owner in trained]
         else:
-            spans = [
-                (_moved(turn.start, skeleton, starts), _moved(turn.end, skeleton, starts))
+            turns = [
+                (turn.message, (_moved(turn.start, skeleton, starts), _moved(turn.end, skeleton, starts)))
                 for turn in skeleton.turns
-                if turn.message >= first
             ]
-        spans = [span for span in spans if span[1] > span[0]]
-        if (
-            not self._marks
-            and spans
-            and assistants
-            and assistants[-1] == len(messages) - 1
-            and (skeleton.ending or skeleton.eos)
-        ):
-            text = text[: spans[-1][1]] + skeleton.ending
-            spans[-1] = (spans[-1][0], len(text))
-            return Marked(text, tuple(spans), eos=skeleton.eos)
-        return Marked(text, tuple(spans))
+            spans = [span for message, span in turns if message in trained]
+            if turns and turns[-1][0] == len(messages) - 1 and (skeleton.ending or skeleton.eos):
+                last, (start, end) = turns[-1]
+                text = text[:end] + skeleton.ending
+                if last in trained:
+                    spans[-1] = (start, len(text))
+                    return Marked(text, _not_empty(spans), eos=skeleton.eos)
+        return Marked(text, _not_empty(spans))
 
     def _align(self, text: str, skeleton: _Skeleton, fields: Sequence[_Field]) -> list[int]:
         """Put the contents back into the skeleton; where each literal part starts in `text`. Raises DataError."""
@@ -642,6 +639,10 @@ def _is_assistant(messages: Sequence[Message], index: int) -> bool:
     return messages[index]["role"] == "assistant"
 
 
+def _not_empty(spans: Iterable[Span]) -> tuple[Span, ...]:
+    return tuple(span for span in spans if span[1] > span[0])
+
+
 def _after(text: str, sentinel: str) -> str | None:
     """What follows the last `sentinel`; all of it for an empty one; None where it is missing."""
     if not sentinel:
@@ -727,8 +728,8 @@ def _with_arguments(call: Message, as_text: bool) -> Message:
     arguments = function.get("arguments")
     if isinstance(arguments, str) and not as_text:
         try:
-            parsed = json.loads(arguments)
-        except json.JSONDecodeError:
+            parsed = parse_json(arguments)
+        except ValueError:
             return call
         function["arguments"] = parsed if isinstance(parsed, dict) else arguments
     elif as_text and arguments is not None and not isinstance(arguments, str):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import typer
 
 from graftlm import config as configs
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
+from graftlm.progress import working
 from graftlm.terminal import console
 
 group = typer.Typer(
@@ -25,11 +26,13 @@ def _said(text: str) -> None:
 @options(configs.PublishConfig, positional="source")
 def publish(config: configs.PublishConfig, json: Json = False) -> None:
     """Publish a run's adapter as the next version of a name; it never changes again."""
-    from graftlm.adapters.store import Store
+    with starting():
+        from graftlm.adapters.store import Store
 
-    store = Store(config.store)
-    parents = [store.find(text).digest for text in config.parents]
-    version, new = store.publish(config.source, config.name, note=config.note, parents=parents)
+    with working(f"publishing {config.name}"):
+        store = Store(config.store)
+        parents = [store.find(text).digest for text in config.parents]
+        version, new = store.publish(config.source, config.name, note=config.note, parents=parents)
     if json:
         print_json({**version.to_json(), "new": new})
     else:
@@ -75,11 +78,13 @@ def show(config: configs.ShowConfig, json: Json = False) -> None:
 @options(configs.DiffConfig, positional=("first", "second"))
 def diff(config: configs.DiffConfig, json: Json = False) -> None:
     """Compare two versions: config, plan of tensors, losses, and how far the weights of each layer are apart."""
-    from graftlm.adapters.store import Store, view
-    from graftlm.adapters.store.lineage import differences
+    with starting():
+        from graftlm.adapters.store import Store, view
+        from graftlm.adapters.store.lineage import differences
 
     store = Store(config.store)
-    found = differences(store, store.find(config.first, config.base), store.find(config.second, config.base))
+    with working("comparing the versions"):
+        found = differences(store, store.find(config.first, config.base), store.find(config.second, config.base))
     if json:
         print_json(found)
     else:
@@ -90,7 +95,8 @@ def diff(config: configs.DiffConfig, json: Json = False) -> None:
 @options(configs.VerifyConfig)
 def verify(config: configs.VerifyConfig, json: Json = False) -> None:
     """Read every byte of every version and hold it against what was published; exit status 2 for a difference."""
-    from graftlm.adapters.store import Store, view
+    with starting():
+        from graftlm.adapters.store import Store, view
 
     store = Store(config.store)
     cleaned = store.clean() if config.clean else []
@@ -158,9 +164,11 @@ def remove(config: configs.RemoveConfig, json: Json = False) -> None:
 @options(configs.ImportConfig, positional="source")
 def import_(config: configs.ImportConfig, json: Json = False) -> None:
     """Bring in an adapter of PEFT's, a folder or a hub id, once it has passed the checks on its base."""
-    from graftlm.adapters.imported import import_adapter
+    with starting():
+        from graftlm.adapters.imported import import_adapter
 
-    version, new, notes = import_adapter(config)
+    with working(f"importing {config.source}"):
+        version, new, notes = import_adapter(config)
     if json:
         print_json({**version.to_json(), "new": new, "notes": notes})
     else:
@@ -173,9 +181,11 @@ def import_(config: configs.ImportConfig, json: Json = False) -> None:
 @options(configs.ExportConfig, positional=("version", "out"))
 def export(config: configs.ExportConfig, json: Json = False) -> None:
     """Write a version as a plain PEFT folder, or made fit for vLLM."""
-    from graftlm.adapters.export import export_adapter
+    with starting():
+        from graftlm.adapters.export import export_adapter
 
-    done = export_adapter(config)
+    with working(f"exporting {config.version}"):
+        done = export_adapter(config)
     if json:
         print_json(done)
     else:
@@ -190,7 +200,8 @@ def export(config: configs.ExportConfig, json: Json = False) -> None:
 @options(configs.PushConfig, positional=("place", "versions"))
 def push(config: configs.PushConfig, json: Json = False) -> None:
     """Copy versions to an object store, a folder, or the Hugging Face hub."""
-    from graftlm.adapters.store.transfer import push as send
+    with starting():
+        from graftlm.adapters.store.transfer import push as send
 
     done = send(config)
     if json:
@@ -206,7 +217,8 @@ def push(config: configs.PushConfig, json: Json = False) -> None:
 @options(configs.PullConfig, positional=("place", "versions"))
 def pull(config: configs.PullConfig, json: Json = False) -> None:
     """Copy versions from an object store, a folder, or the hub; each is checked by its digest before it is there."""
-    from graftlm.adapters.store.transfer import pull as fetch
+    with starting():
+        from graftlm.adapters.store.transfer import pull as fetch
 
     done = fetch(config)
     if json:

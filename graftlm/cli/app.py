@@ -8,12 +8,13 @@ import json
 import sys
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import typer
 
-from graftlm import terminal
+from graftlm import progress, terminal
 from graftlm.config import Config
 from graftlm.config.fields import flag_name
 from graftlm.errors import GraftError, Stopped
@@ -93,7 +94,7 @@ def options(
             mine = {p.name: values.pop(p.name) for p in own}
             path = values.pop("config_file", None)
             given = {k: (v or None) if isinstance(v, list) else v for k, v in values.items()}
-            with errors():
+            with errors(), progress.shown():
                 command(config_class.read(path, given), **mine)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -125,14 +126,25 @@ class errors:
             fail("stopped", 130)
 
 
+_LONGEST = 4000  # characters of a line: a name or a pattern out of a file may be of any length
+
+
 def fail(message: str, status: int) -> NoReturn:
     terminal.console(stderr=True, soft_wrap=True).print(
-        message, style="red" if status == 2 else "", highlight=False, markup=False
+        "\n".join(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..." for line in message.splitlines()),
+        style="red" if status == 2 else "",
+        highlight=False,
+        markup=False,
     )
     raise SystemExit(status)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.", show_default=False)]
+
+
+def starting() -> AbstractContextManager[progress.Task]:
+    """Around a command's imports: PyTorch and transformers take seconds, and from a cold disk more."""
+    return progress.working("starting")
 
 
 def print_json(value: Any) -> None:

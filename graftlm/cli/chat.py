@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftlm import terminal
-from graftlm.cli.app import app, options
+from graftlm.cli.app import app, options, starting
 from graftlm.config import ChatConfig
 
 
@@ -14,6 +14,7 @@ from graftlm.config import ChatConfig
 @options(ChatConfig)
 def chat(config: ChatConfig) -> None:
     """Talk to a base or an adapter in the terminal, or to two of them side by side."""
-    from graftlm.serving.chat import talk
+    with starting():
+        from graftlm.serving.chat import talk
 
     talk(config, terminal.console())

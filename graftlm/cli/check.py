@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftlm import terminal
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import CheckConfig
 
 
@@ -11,7 +11,8 @@ from graftlm.config import CheckConfig
 @options(CheckConfig, positional="data")
 def check(config: CheckConfig, json: Json = False) -> None:
     """Read every row and show what would be trained on, before anything is."""
-    from graftlm.data.inspection import check_data
+    with starting():
+        from graftlm.data.inspection import check_data
 
     report = check_data(config)
     if json:

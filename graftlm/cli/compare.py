@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftlm import terminal
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import CompareConfig
 
 
@@ -15,8 +15,9 @@ from graftlm.config import CompareConfig
 @options(CompareConfig, file=True)
 def compare(config: CompareConfig, json: Json = False) -> None:
     """Train full, LoRA and QLoRA on the same rows with several seeds, and say which is worth its cost, if that can be told."""
-    from graftlm.experiments.compare import compare as run
-    from graftlm.experiments.view import CompareView
+    with starting():
+        from graftlm.experiments.compare import compare as run
+        from graftlm.experiments.view import CompareView
 
     view = CompareView(terminal.console(stderr=True))
     found = run(config, view)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from graftlm import terminal
-from graftlm.cli.app import Json, app, errors, print_json
+from graftlm import progress, terminal
+from graftlm.cli.app import Json, app, errors, print_json, starting
 
 
 @app.command(epilog="Example:  graft demo --steps 80 --out runs/demo")
@@ -18,9 +18,10 @@ def demo(
     json: Json = False,
 ) -> None:
     """Plan, compare full, LoRA and QLoRA for real on the bundled base, and teach it three voices as adapters."""
-    from graftlm.experiments.demonstration import demonstrate
+    with errors(), progress.shown():
+        with starting():
+            from graftlm.experiments.demonstration import demonstrate
 
-    with errors():
         result = demonstrate(steps, out, terminal.console(stderr=json))
         if json:
             print_json(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from graftlm import terminal
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import GenerateConfig
 
 
@@ -16,7 +16,8 @@ from graftlm.config import GenerateConfig
 @options(GenerateConfig)
 def generate(config: GenerateConfig, json: Json = False) -> None:
     """Answer a prompt with a base model, and with an adapter on it if one is given."""
-    from graftlm.serving.generate import generate_text
+    with starting():
+        from graftlm.serving.generate import generate_text
 
     if config.prompt == "-":
         config = config.model_copy(update={"prompt": sys.stdin.read()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftlm import terminal
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import MergeConfig
 
 
@@ -15,16 +15,15 @@ from graftlm.config import MergeConfig
 @options(MergeConfig)
 def merge(config: MergeConfig, json: Json = False) -> None:
     """Add adapters to their base's weights: a plain model folder, and if asked a GGUF file."""
-    from graftlm.adapters.store import view
-    from graftlm.experiments.merging import MergeRefused
-    from graftlm.experiments.merging import merge as run
+    with starting():
+        from graftlm.adapters.store import view
+        from graftlm.experiments.merging import MergeRefused
+        from graftlm.experiments.merging import merge as run
 
-    console = terminal.console(stderr=True)
     try:
-        with console.status("merging") as status:
-            done = run(config, lambda text: status.update(text))
+        done = run(config)
     except MergeRefused as refused:
-        view.print_drift(console, refused.report)
+        view.print_drift(terminal.console(stderr=True), refused.report)
         raise
     if json:
         print_json(done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftlm import terminal
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import PlanConfig
 
 
@@ -14,10 +14,10 @@ from graftlm.config import PlanConfig
 @options(PlanConfig, positional="models")
 def plan(config: PlanConfig, json: Json = False) -> None:
     """Say what full, LoRA and QLoRA would take, where each fits and which to choose, from a config alone."""
-    from graftlm.planning.plan import plan_for
+    with starting():
+        from graftlm.planning.plan import plan_for
 
-    waiting = terminal.console(stderr=True)
-    report = plan_for(config, lambda text: waiting.print(f"{text} ...", style="dim"))
+    report = plan_for(config)
     if json:
         print_json(report.to_json())
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftlm import terminal
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError
 
@@ -31,7 +31,8 @@ def serve(config: ServeConfig, json: Json = False) -> None:
             print(found["command"])
         return
     try:
-        from graftlm.serving.launch import Built, serve
+        with starting():
+            from graftlm.serving.launch import Built, serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette"):
             raise

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from graftlm import terminal
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import ShowSweepConfig, SweepConfig
 
 _RUN = "run"
@@ -41,8 +41,9 @@ app.add_typer(group, name="sweep")
 @options(SweepConfig, file=True)
 def run(config: SweepConfig, json: Json = False) -> None:
     """Search settings: many trials trained at once on one base. `graft sweep show DIR` prints what was found."""
-    from graftlm.experiments.sweep.run import sweep
-    from graftlm.experiments.sweep.view import SweepView
+    with starting():
+        from graftlm.experiments.sweep.run import sweep
+        from graftlm.experiments.sweep.view import SweepView
 
     view = SweepView()
     found = sweep(config, view)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graftlm.cli.app import Json, app, options, print_json
+from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import TrainConfig
 
 
@@ -13,8 +13,9 @@ from graftlm.config import TrainConfig
 @options(TrainConfig, file=True)
 def train(config: TrainConfig, json: Json = False) -> None:
     """Fine-tune a base model: all of it, or an adapter on a frozen 16-bit (lora) or 4-bit (qlora) base."""
-    from graftlm.training.run import run
-    from graftlm.training.view import View
+    with starting():
+        from graftlm.training.run import run
+        from graftlm.training.view import View
 
     summary = run(config, View())
     if json:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from graftlm.errors import ConfigError, nearest
+from graftlm.yamlfile import read_yaml
 
 Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
@@ -125,7 +125,7 @@ class Config(BaseModel):
                 message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
                 missing = problem["type"] == "missing"
                 said = missing or problem["type"] == "value_error"  # our own messages name what they found
-                found = f", found {problem['input']!r}" if where and not said else ""
+                found = f", found {_short(problem['input'])}" if where and not said else ""
                 lines.append(
                     f"{where}: required, give --{where}" if missing else f"{where}: {message}{found}".strip(": ")
                 )
@@ -139,10 +139,7 @@ class Config(BaseModel):
             file = Path(path)
             if not file.is_file():
                 raise ConfigError(f"no such config file: {file}")
-            try:
-                loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{file} is not YAML: {error}") from None
+            loaded = read_yaml(file, ConfigError)
             if not isinstance(loaded, dict):
                 raise ConfigError(f"{file} must hold `option: value` lines, found {type(loaded).__name__}")
             values = {str(key): value for key, value in loaded.items()}
@@ -153,6 +150,11 @@ class Config(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """Every option, resolved, as plain JSON values."""
         return self.model_dump(mode="json")
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def flag_name(field: str) -> str:

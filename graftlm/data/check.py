@@ -18,8 +18,8 @@ from rich.text import Text
 
 from graftlm import terminal
 from graftlm.base.chat import Encoder
-from graftlm.data.documents import Document, Progress, TooLong, read_all
-from graftlm.data.rows import SHOWN, Fault
+from graftlm.data.columns import SHOWN, Fault
+from graftlm.data.documents import Document, TooLong, read_all
 from graftlm.data.sources import Source
 
 _EXAMPLE_TOKENS = 400  # most tokens shown of an example
@@ -152,16 +152,17 @@ def check(
     eval_sources: Sequence[Source] = (),
     max_tokens: int | None = None,
     too_long: TooLong = "error",
-    progress: Progress | None = None,
 ) -> Report:
     """Read every row as training would, and report. Raises DataError for a source that cannot be read at all."""
-    reading = read_all(sources, encoder, progress=progress)
+    reading = read_all(sources, encoder)
     faults: list[Fault] = list(reading.faults)
     documents = [document for part in reading.parts for document in part.documents]
     held_out: list[Document] = []
+    notes = reading.notes
     if eval_sources:
-        other = read_all(eval_sources, encoder, progress=progress)
+        other = read_all(eval_sources, encoder)
         faults += other.faults
+        notes += other.notes
         held_out = [document for part in other.parts for document in part.documents]
     lengths = np.array([document.tokens for document in documents], np.int64)  # (rows,)
     longer = [d for d in (*documents, *held_out) if max_tokens is not None and d.tokens > max_tokens]
@@ -194,7 +195,7 @@ def check(
         template="of the model" if encoder.has_own_template else "plain (the model has none)",
         template_digest=encoder.template_digest,
         date=encoder.date,
-        notes=encoder.notes,
+        notes=tuple(dict.fromkeys((*encoder.notes, *notes))),
     )
 
 

@@ -8,9 +8,10 @@ all of it in its order, weights included.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -19,15 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.base.chat import Encoder, Marked
-from graftlm.data.rows import Chat, Completion, Example, Fault, Format, Kind, Raw, format_of, parse, refuse
-from graftlm.data.sources import Source, read
+from graftlm.data.columns import Fault, Format, Raw, format_of, refuse
+from graftlm.data.lines import Moved
+from graftlm.data.rows import Chat, Completion, Example, Kind, parse
+from graftlm.data.sources import Source, read, size_of
+from graftlm.data.unused import Unused
 from graftlm.errors import ConfigError, DataError
+from graftlm.progress import working
 
 TooLong = Literal["error", "drop", "cut"]
-Progress = Callable[[int, int], None]
-"""Called with rows tokenized so far, and rows in all."""
-
 _BATCH = 1024  # rows tokenized at a time: enough to keep the tokenizer's threads busy
+_BATCH_CHARACTERS = 1_000_000  # and at most so many characters, or progress would stand still in long rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +68,7 @@ class Dataset:
     kinds: Mapping[Kind, int]  # rows of each kind, as read
     dropped: int = 0  # rows left out because they were too long
     cut: int = 0  # rows shortened
+    notes: tuple[str, ...] = ()  # what of the rows is not used
 
     @property
     def documents(self) -> tuple[Document, ...]:
@@ -106,6 +110,8 @@ class Reading:
     parts: tuple[Part, ...]
     kinds: Mapping[Kind, int]
     faults: tuple[Fault, ...]
+    notes: tuple[str, ...] = ()
+    """What of the rows is not used."""
 
 
 def load(
@@ -114,7 +120,6 @@ def load(
     *,
     max_tokens: int | None = None,
     too_long: TooLong = "error",
-    progress: Progress | None = None,
 ) -> Dataset:
     """Read and tokenize every row of every source.
 
@@ -123,7 +128,7 @@ def load(
     """
     if max_tokens is not None and max_tokens < 2:
         raise ConfigError(f"max_tokens is {max_tokens}; a document needs at least 2 tokens, one to predict the other")
-    reading = read_all(sources, encoder, progress=progress)
+    reading = read_all(sources, encoder)
     faults = list(reading.faults)
     parts: list[Part] = []
     dropped = cut = 0
@@ -142,7 +147,7 @@ def load(
         parts.append(replace(part, documents=tuple(kept)))
     if faults:
         raise refuse(faults)
-    dataset = Dataset(tuple(parts), reading.kinds, dropped, cut)
+    dataset = Dataset(tuple(parts), reading.kinds, dropped, cut, reading.notes)
     if dataset.rows == 0:
         raise DataError(
             f"no row is left: all {dropped} have more than {max_tokens} tokens (or no trained token within them). "
@@ -151,29 +156,31 @@ def load(
     return dataset
 
 
-def read_all(sources: Sequence[Source], encoder: Encoder, *, progress: Progress | None = None) -> Reading:
+def read_all(sources: Sequence[Source], encoder: Encoder) -> Reading:
     """Read and tokenize every row; bad rows are returned. Raises DataError for a source that cannot be read at all."""
     if not sources:
         raise DataError("no data was given. Give at least one file with --data")
     faults: list[Fault] = []
+    unused = Unused()
     kinds: Counter[Kind] = Counter()
-    examples = [list(_examples(source, faults)) for source in sources]
-    total = sum(map(len, examples))
-    done = 0
+    sizes = [size_of(source) for source in sources]
+    with working("reading data", sum(sizes) or None, "bytes" if any(sizes) else "") as task:
+        examples: list[list[Example]] = []
+        for i, source in enumerate(sources):
+            moved = functools.partial(lambda before, done: task.to(before + done), sum(sizes[:i]))
+            examples.append(list(_examples(source, faults, unused, moved)))
     parts: list[Part] = []
-    for source, rows in zip(sources, examples, strict=True):
-        documents: list[Document] = []
-        for begin in range(0, len(rows), _BATCH):
-            batch = rows[begin : begin + _BATCH]
-            kinds.update(example.kind for example in batch)
-            documents += _encode(batch, encoder, faults)
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
-        parts.append(Part(source.path, source.weight, tuple(documents)))
+    with working("tokenizing", sum(map(len, examples)), "rows") as task:
+        for source, rows in zip(sources, examples, strict=True):
+            documents: list[Document] = []
+            for batch in _batches(rows):
+                kinds.update(example.kind for example in batch)
+                documents += _encode(batch, encoder, faults, unused)
+                task.to(task.done + len(batch))
+            parts.append(Part(source.path, source.weight, tuple(documents)))
     order = {source.path: index for index, source in enumerate(sources)}
     faults.sort(key=lambda fault: _place(fault.row, order))
-    return Reading(tuple(parts), dict(kinds), tuple(faults))
+    return Reading(tuple(parts), dict(kinds), tuple(faults), unused.notes)
 
 
 def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
@@ -216,9 +223,32 @@ def make_document(row: str, ids: NDArray[np.int32], trained: NDArray[np.bool_]) 
     return Document(ids, trained, row, content.hexdigest())
 
 
-def _examples(source: Source, faults: list[Fault]) -> Iterator[Example]:
+def _batches(rows: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """Rows in order, as many as are tokenized at a time."""
+    begin = characters = 0
+    for place, row in enumerate(rows):
+        length = _characters(row)
+        if place - begin == _BATCH or (place > begin and characters + length > _BATCH_CHARACTERS):
+            yield rows[begin:place]
+            begin, characters = place, 0
+        characters += length
+    if begin < len(rows):
+        yield rows[begin:]
+
+
+def _characters(example: Example) -> int:
+    match example:
+        case Chat():
+            return sum(len(str(message.get("content"))) for message in example.messages)
+        case Completion():
+            return len(example.prompt) + len(example.completion)
+        case _:
+            return len(example.text)
+
+
+def _examples(source: Source, faults: list[Fault], unused: Unused, moved: Moved) -> Iterator[Example]:
     form: Format | None = None
-    for raw in read(source):
+    for raw in read(source, moved):
         if isinstance(raw, Fault):
             faults.append(raw)
             continue
@@ -227,6 +257,7 @@ def _examples(source: Source, faults: list[Fault]) -> Iterator[Example]:
             faults.extend(found)
             continue
         form, example = found
+        unused.columns(source.path, raw, form)
         yield example
 
 
@@ -240,13 +271,15 @@ def _example(raw: Raw, form: Format | None) -> tuple[Format, Example] | list[Fau
     return example if isinstance(example, list) else (form, example)
 
 
-def _encode(batch: Sequence[Example], encoder: Encoder, faults: list[Fault]) -> list[Document]:
+def _encode(batch: Sequence[Example], encoder: Encoder, faults: list[Fault], unused: Unused) -> list[Document]:
     marked: list[Marked] = []
     rows: list[Example] = []
     for example in batch:
         try:
             marked.append(_mark(example, encoder))
             rows.append(example)
+            if isinstance(example, Chat):
+                unused.keys(example, encoder)
         except DataError as error:
             faults.append(Fault(example.row, "messages", str(error), "", ""))
     documents: list[Document] = []
@@ -262,7 +295,7 @@ def _encode(batch: Sequence[Example], encoder: Encoder, faults: list[Fault]) -> 
 def _mark(example: Example, encoder: Encoder) -> Marked:
     match example:
         case Chat():
-            return encoder.mark_chat(example.messages, example.tools, first=example.first)
+            return encoder.mark_chat(example.messages, example.tools, masked=example.masked)
         case Completion():
             return encoder.mark_completion(example.prompt, example.completion)
         case _:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-from graftlm import terminal
 from graftlm.base.chat import Encoder
 from graftlm.base.load import load_config, load_tokenizer, resolve
 from graftlm.config import CheckConfig
@@ -23,11 +20,4 @@ def check_data(config: CheckConfig) -> Report:
     # A share of the training rows is held out by content, so nothing of it can be among them.
     part = share(config.eval_data)
     held_out = [named_source(config.eval_data, "valid")] if config.eval_data and part is None else []
-    columns = (TextColumn("reading data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-    console = terminal.console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        return check(
-            sources, encoder, eval_sources=held_out, max_tokens=limit, too_long=config.too_long,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+    return check(sources, encoder, eval_sources=held_out, max_tokens=limit, too_long=config.too_long)

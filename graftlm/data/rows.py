@@ -1,84 +1,55 @@
 """A raw row becomes a typed example, or a list of faults that a person can mend.
 
-Four formats are known by their columns; the first row of a file decides which one the file has, and a later row of
-another format is a fault (a half-renamed column would otherwise pass as data of another kind):
+Four formats are known by their columns (`columns.py`); the first row of a file decides which one the file has:
 
-    messages                       a conversation, with optional `tools`              -> Chat
+    messages                       a conversation                                     -> Chat
     instruction, output [, input]  a task: one user message, one answer               -> Chat
     prompt, completion             two texts -> Completion; two lists of messages     -> Chat, completion trained
     text                           everything is trained                              -> Text
 
-Other columns (an id, a source) are left alone, unless they look like a misspelt one.
+A conversation may have `tools`, and a `system` column in place of a system message; a task also the `history` before it.
+What a row holds beyond that is reported as not used (`unused.py`), unless it looks like a misspelt name.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
-import json
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from graftlm.base.template import Message
-from graftlm.errors import DataError, nearest
+from graftlm.data.columns import KNOWN, NEEDED, Fault, Format, Raw, columns_of, format_of, misspelt, shown
+from graftlm.errors import nearest
+from graftlm.jsonfile import parse_json
 
-Format = Literal["messages", "completion", "instruction", "text"]
 Kind = Literal["chat", "completion", "text"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_NEEDED: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
-_OPTIONAL: dict[Format, tuple[str, ...]] = {
-    "messages": ("tools",),
-    "completion": ("tools",),
-    "instruction": ("input",),
-    "text": (),
-}
-_MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
-_KNOWN = tuple(dict.fromkeys(name for names in (*_NEEDED.values(), *_OPTIONAL.values()) for name in names))
-_EXPECTED = "messages, prompt + completion, instruction + output, or text"
-SHOWN = 20
-"""Faults listed in one error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """A row as it was read."""
-
-    row: str  # "train.jsonl:17"
-    columns: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with one row, and how to mend it."""
-
-    row: str
-    field: str
-    found: str
-    expected: str
-    mend: str
-
-    def __str__(self) -> str:
-        expected = f"; expected {self.expected}" if self.expected else ""
-        mend = f". {self.mend[:1].upper()}{self.mend[1:]}" if self.mend else ""
-        mend += "" if mend.endswith("?") else "."
-        return f"{self.row}: {self.field}: {self.found}{expected}{mend}"
+_MESSAGE_KEYS = (
+    "role",
+    "content",
+    "reasoning_content",
+    "tool_calls",
+    "tool_call_id",
+    "name",
+    "weight",
+    "function_call",
+)
+_THINKING = ("thinking", "reasoning")
+"""Other names of `reasoning_content`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation; assistant messages from `first` on may be trained."""
+    """A conversation; all assistant messages may be trained but those whose places are `masked`."""
 
     row: str
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
-    first: int = 0
+    masked: frozenset[int] = frozenset()
+    dropped: tuple[str, ...] = ()
+    """Keys of the row's messages that no template is given."""
     kind: Kind = "chat"
 
 
@@ -104,58 +75,24 @@ class Text:
 Example = Chat | Completion | Text
 
 
-def refuse(faults: Sequence[Fault]) -> DataError:
-    """One error for all faults: up to 20 in full, the rest counted."""
-    rows = len({fault.row for fault in faults})
-    lines = [f"{rows} row{'s' if rows != 1 else ''} cannot be trained on; nothing was trained:"]
-    lines += [f"  {fault}" for fault in faults[:SHOWN]]
-    if len(faults) > SHOWN:
-        lines.append(f"  and {len(faults) - SHOWN} more")
-    return DataError("\n".join(lines))
-
-
-def format_of(raw: Raw) -> Format | Fault:
-    """Which format a row's columns are, or the fault that names the nearest known column."""
-    columns = raw.columns
-    for form, needed in _NEEDED.items():
-        if all(name in columns for name in needed):
-            return form
-    for needed in _NEEDED.values():  # one of two columns is there: the other one is missing or misspelt
-        have = [name for name in needed if name in columns]
-        if have:
-            lacking = next(name for name in needed if name not in columns)
-            others = [name for name in columns if name not in _KNOWN]
-            close = difflib.get_close_matches(lacking, others, n=1, cutoff=0.5)
-            mend = f"rename '{close[0]}' to '{lacking}'" if close else f"add the column '{lacking}'"
-            return Fault(raw.row, "columns", _names(columns), f"'{lacking}' beside '{have[0]}'", mend)
-    if "conversations" in columns:
-        mend = (
-            "rename 'conversations' to 'messages', 'from' to 'role' (human: user, gpt: assistant), 'value' to 'content'"
-        )
-        return Fault(raw.row, "columns", _names(columns), _EXPECTED, mend)
-    near = next((hint for name in columns if (hint := nearest(name, _KNOWN))), "")
-    wrong = next((name for name in columns if nearest(name, _KNOWN)), "")
-    mend = f"'{wrong}'{near}" if wrong else "rename the columns to one of these"
-    return Fault(raw.row, "columns", _names(columns), _EXPECTED, mend)
-
-
 def parse(raw: Raw, form: Format) -> Example | list[Fault]:
     """A row of a file of this format, as an example, or everything that is wrong with it."""
     reader = _Reader(raw)
-    missing = [name for name in _NEEDED[form] if name not in raw.columns]
+    missing = [name for name in NEEDED[form] if name not in raw.columns]
     if missing:
         own = format_of(raw)
         if isinstance(own, Fault):
             return [own]
         mend = "put rows of different formats into files of their own and give each with --data"
         return [Fault(raw.row, "columns", f"a row of format '{own}'", f"'{form}', as the file's first row", mend)]
-    known = (*_NEEDED[form], *_OPTIONAL[form])
+    known = columns_of(form)
     for name in raw.columns:
-        if name in _KNOWN:
+        if name in KNOWN:
             continue
-        close = _misspelt(name, tuple(k for k in known if k not in raw.columns))
+        close = misspelt(name, tuple(k for k in known if k not in raw.columns))
         if close is not None:
             reader.fault(name, "an unknown column", f"'{close}'", f"rename '{name}' to '{close}', or remove it")
+    reader.refuse_unheard()
     example = _PARSERS[form](reader)
     return reader.faults if reader.faults or example is None else example
 
@@ -167,13 +104,40 @@ class _Reader:
         self.row = raw.row
         self.columns = raw.columns
         self.faults: list[Fault] = []
+        self.dropped: dict[str, None] = {}
 
     def fault(self, field: str, found: str, expected: str, mend: str) -> None:
         self.faults.append(Fault(self.row, field, found, expected, mend))
 
+    def refuse_unheard(self) -> None:
+        """Refuse columns that change how a row is meant, and that Graft does not follow."""
+        if self.columns.get("chat_template_kwargs"):
+            value = shown(self.columns["chat_template_kwargs"])
+            mend = "remove the column, or put what it switches into the chat template itself (chat_template.jinja)"
+            self.fault("chat_template_kwargs", value, "nothing: every row is rendered alike", mend)
+
+    def without(self, names: Sequence[str], mend: str) -> None:
+        """Refuse columns that only a conversation can have."""
+        for name in names:
+            if self.columns.get(name):
+                self.fault(name, shown(self.columns[name]), "no such column beside plain texts", mend)
+
+    def chat(self, messages: Sequence[Message], masked: Iterable[int] = ()) -> Chat:
+        """The example of these messages, with the row's system message in front, and without those of weight 0."""
+        out = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        places = {*masked, *(i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") == 0)}
+        system = self.columns.get("system")
+        if system is not None and self.text("system", system, empty=True).strip():
+            if out and out[0]["role"] in ("system", "developer"):
+                mend = "keep one of the two"
+                self.fault("system", "a text", f"none beside the first message, of role '{out[0]['role']}'", mend)
+            out.insert(0, {"role": "system", "content": system})
+            places = {place + 1 for place in places}
+        return Chat(self.row, tuple(out), self.tools(), frozenset(places), tuple(self.dropped))
+
     def text(self, field: str, value: Any, *, empty: bool = False) -> str:
         if not isinstance(value, str):
-            self.fault(field, _shown(value), "a text", 'put it in quotes: "..."')
+            self.fault(field, shown(value), "a text", 'put it in quotes: "..."')
             return ""
         try:
             value.encode()
@@ -182,7 +146,7 @@ class _Reader:
             self.fault(field, half, "whole characters", "repair the text; an emoji was cut in two")
             return ""
         if not empty and not value.strip():
-            self.fault(field, _shown(value), "a text with something in it", "write the text, or remove the row")
+            self.fault(field, shown(value), "a text with something in it", "write the text, or remove the row")
         return value
 
     # -------------------------------------------------------------------------------------------- formats
@@ -193,11 +157,13 @@ class _Reader:
             before = self.messages("prompt", prompt)
             after = self.messages("completion", completion)
             self.needs_answer("completion", after)
-            return Chat(self.row, (*before, *after), self.tools(), first=len(before))
+            return self.chat((*before, *after), range(len(before)))
         for field, value in (("prompt", prompt), ("completion", completion)):
             if isinstance(value, list):
                 self.fault(field, "a list of messages", "the same form as the other column", "write both as lists")
                 return None
+        mend = "rename 'prompt' to 'instruction' and 'completion' to 'output', which is a conversation; or remove it"
+        self.without(("system", "history", "tools"), mend)
         return Completion(self.row, self.text("prompt", prompt, empty=True), self.text("completion", completion))
 
     def read_instruction(self) -> Example | None:
@@ -206,21 +172,47 @@ class _Reader:
         if more is not None and self.text("input", more, empty=True).strip():
             task = f"{task}\n\n{more}"
         output = self.text("output", self.columns["output"])
-        return Chat(self.row, ({"role": "user", "content": task}, {"role": "assistant", "content": output}))
+        turns = (("user", task), ("assistant", output))
+        return self.chat([*self.history(), *({"role": role, "content": text} for role, text in turns)])
+
+    def history(self) -> list[Message]:
+        """Earlier turns of a task, as pairs of what was asked and answered."""
+        value = self.columns.get("history")
+        if isinstance(value, str) and value.strip():
+            with contextlib.suppress(ValueError):  # said below
+                value = parse_json(value)
+        if not value:
+            return []
+        expected, mend = "a list of pairs of texts", 'write [["question", "answer"], ...]'
+        if not isinstance(value, list):
+            self.fault("history", shown(value), expected, mend)
+            return []
+        messages: list[Message] = []
+        for index, pair in enumerate(value):
+            if not isinstance(pair, list) or len(pair) != 2:
+                self.fault(f"history[{index}]", shown(pair), expected, mend)
+                continue
+            for place, role in enumerate(("user", "assistant")):
+                messages.append({"role": role, "content": self.text(f"history[{index}][{place}]", pair[place])})
+        return messages
 
     def read_text(self) -> Example | None:
+        self.without(("system", "tools"), "write it into the text, or remove it")
         return Text(self.row, self.text("text", self.columns["text"]))
 
     def read_messages(self) -> Example | None:
         messages = self.messages("messages", self.columns["messages"])
         self.needs_answer("messages", messages)
-        return Chat(self.row, messages, self.tools())
+        if self.columns.get("history"):
+            mend = "put them into 'messages' as user and assistant messages"
+            self.fault("history", shown(self.columns["history"]), "no earlier turns beside 'messages'", mend)
+        return self.chat(messages)
 
     # -------------------------------------------------------------------------------------------- messages
 
     def messages(self, field: str, value: Any) -> tuple[Message, ...]:
         if not isinstance(value, list) or not value:
-            self.fault(field, _shown(value), "a list of messages", 'write [{"role": "user", "content": "..."}, ...]')
+            self.fault(field, shown(value), "a list of messages", 'write [{"role": "user", "content": "..."}, ...]')
             return ()
         return tuple(self.message(f"{field}[{index}]", item) for index, item in enumerate(value))
 
@@ -231,7 +223,7 @@ class _Reader:
 
     def message(self, field: str, value: Any) -> Message:
         if not isinstance(value, dict):
-            self.fault(field, _shown(value), "an object", 'write {"role": "user", "content": "..."}')
+            self.fault(field, shown(value), "an object", 'write {"role": "user", "content": "..."}')
             return {"role": "?"}
         role = value.get("role")
         if role not in ROLES:
@@ -246,17 +238,25 @@ class _Reader:
                     "function": "tool",
                 }
                 mend = f"rename it to '{names[role]}'"
-            self.fault(f"{field}.role", _shown(role) if "role" in value else "missing", ", ".join(ROLES), mend)
+            self.fault(f"{field}.role", shown(role) if "role" in value else "missing", ", ".join(ROLES), mend)
             return {"role": "?"}
         message: Message = {key: inner for key, inner in value.items() if inner is not None}
         for key in message:
             if key in _MESSAGE_KEYS:
                 continue
-            close = _misspelt(key, tuple(k for k in _MESSAGE_KEYS if k not in message))
+            close = misspelt(key, tuple(k for k in _MESSAGE_KEYS if k not in message))
             if close is not None:
                 self.fault(f"{field}.{key}", "an unknown key", f"'{close}'", f"rename '{key}' to '{close}'")
-        if "thinking" in message and "reasoning_content" not in message:
-            message["reasoning_content"] = message.pop("thinking")
+        self.weight(f"{field}.weight", role, message)
+        for other in _THINKING:
+            if other in message and "reasoning_content" in message:
+                self.fault(f"{field}.{other}", "beside 'reasoning_content'", "one of the two", "remove one")
+            elif other in message:
+                message["reasoning_content"] = message.pop(other)
+        if "function_call" in message:  # as OpenAI wrote a call before there were several
+            if "tool_calls" in message:
+                self.fault(f"{field}.function_call", "beside 'tool_calls'", "one of the two", "remove one")
+            message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
         calls = message.get("tool_calls")
         if calls is not None:
             self.tool_calls(f"{field}.tool_calls", role, calls)
@@ -279,6 +279,15 @@ class _Reader:
             message["content"] = self.text(f"{field}.content", content, empty=role != "assistant" or bool(calls))
         return message
 
+    def weight(self, field: str, role: str, message: Message) -> None:
+        """OpenAI's mark of an assistant message that is read and not trained: weight 0; 1 says what holds anyway."""
+        weight = message.get("weight", 1)
+        if type(weight) not in (int, float) or weight not in (0, 1):
+            self.fault(field, shown(weight), "0 (read, not trained) or 1 (trained)", "write 0 or 1, or remove it")
+        elif "weight" in message and role != "assistant" and weight != 0:
+            mend = "remove it; the text format trains everything"
+            self.fault(field, f"1 in a message of role '{role}'", "0: only assistants' messages are trained", mend)
+
     def parts(self, field: str, parts: list[Any]) -> str:
         """Contents as lists of parts, of which only texts can be trained on."""
         texts: list[str] = []
@@ -287,38 +296,50 @@ class _Reader:
                 texts.append(part)
             elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
                 texts.append(part["text"])
+                self.dropped |= {f"content[].{key}": None for key in part if key not in ("type", "text")}
             else:
                 mend = "remove the part, or the row: Graft trains on text only"
-                self.fault(f"{field}[{index}]", _shown(part), '{"type": "text", "text": "..."}', mend)
+                self.fault(f"{field}[{index}]", shown(part), '{"type": "text", "text": "..."}', mend)
         return "".join(texts)
 
     def tool_calls(self, field: str, role: str, calls: Any) -> None:
         if role != "assistant":
             self.fault(field, f"in a message of role '{role}'", "only assistants call tools", "remove it")
         if not isinstance(calls, list):
-            self.fault(field, _shown(calls), "a list of calls", 'write [{"type": "function", "function": {...}}]')
+            self.fault(field, shown(calls), "a list of calls", 'write [{"type": "function", "function": {...}}]')
             return
         for index, call in enumerate(calls):
             function = call.get("function", call) if isinstance(call, dict) else None
             if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
                 mend = 'write {"type": "function", "function": {"name": "...", "arguments": {...}}}'
-                self.fault(f"{field}[{index}]", _shown(call), "a call with the function's name", mend)
+                self.fault(f"{field}[{index}]", shown(call), "a call with the function's name", mend)
+            elif call.get("type", "function") != "function":
+                self.fault(
+                    f"{field}[{index}].type", shown(call["type"]), "'function'", "write it as a function, or remove it"
+                )
             elif not isinstance(function.get("arguments", {}), dict | str):
                 mend = 'write {"city": "Paris"} or the same as JSON text'
-                self.fault(f"{field}[{index}].function.arguments", _shown(function["arguments"]), "an object", mend)
+                self.fault(f"{field}[{index}].function.arguments", shown(function["arguments"]), "an object", mend)
 
     def tools(self) -> tuple[dict[str, Any], ...] | None:
         value = self.columns.get("tools")
+        older = self.columns.get("functions")
+        if older and value:
+            self.fault("functions", shown(older), "nothing beside 'tools'", "keep one of the two")
+        elif isinstance(older, list) and all(isinstance(function, dict) for function in older):
+            value = [{"type": "function", "function": function} for function in older]
+        elif older:
+            self.fault("functions", shown(older), "a list of function descriptions", "rename it to 'tools'")
         if isinstance(value, str) and value.strip():
             try:  # the usual way to keep tools in a table of fixed columns
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                self.fault("tools", _shown(value), "a list of tool descriptions", "write it as a JSON list")
+                value = parse_json(value)
+            except ValueError:
+                self.fault("tools", shown(value), "a list of tool descriptions", "write it as a JSON list")
                 return None
         if not value:
             return None
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-            self.fault("tools", _shown(value), "a list of tool descriptions", 'write [{"type": "function", ...}]')
+            self.fault("tools", shown(value), "a list of tool descriptions", 'write [{"type": "function", ...}]')
             return None
         return tuple(value)
 
@@ -329,20 +350,3 @@ _PARSERS = {
     "instruction": _Reader.read_instruction,
     "text": _Reader.read_text,
 }
-
-
-@functools.lru_cache
-def _misspelt(name: str, known: tuple[str, ...]) -> str | None:
-    """The known name that `name` is a slip of the pen away from."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return close[0] if close else None
-
-
-def _names(columns: dict[str, Any]) -> str:
-    return "has " + (", ".join(f"'{name}'" for name in list(columns)[:8]) or "no columns")
-
-
-def _shown(value: Any, limit: int = 60) -> str:
-    """A value as JSON writes it, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,8 +1,8 @@
 """Where rows come from: files (JSONL, JSON, CSV, Parquet, gzipped or not), dataset folders and datasets of the hub.
 
 Every row carries where it stands, as `file:line`, so that whatever is wrong with it later can be found with an editor.
-That is why JSONL, JSON and CSV are read here line by line; folders and the hub are read through `datasets`, whose rows
-are counted instead.
+That is why JSONL, JSON and CSV are read line by line (`lines.py`, `tables.py`); folders and the hub are read through
+`datasets`, whose rows are counted instead.
 
 A source is written `PATH[:weight]`; a hub dataset is `owner/name` or `owner/name@split`. The weight says how many times
 an epoch sees each of its rows.
@@ -10,13 +10,9 @@ an epoch sees each of its rows.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +20,24 @@ from typing import Any
 
 from graftlm import demo
 from graftlm.config.fields import plain_number
-from graftlm.data.rows import Fault, Raw
+from graftlm.data.columns import Fault, Raw
+from graftlm.data.lines import (
+    MOST_ROW_BYTES,
+    SIZE_EXPECTED,
+    SIZE_MEND,
+    Moved,
+    TooLong,
+    lines,
+    not_utf8,
+    size_found,
+)
+from graftlm.data.tables import read_csv
 from graftlm.errors import ConfigError, DataError, nearest
+from graftlm.jsonfile import RowParser, parse_json
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+MOST_FILE_BYTES = 4 << 30
+"""Of a .json file, which is read as a whole; other formats have no limit."""
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.\[\]:%+-]+)?", re.ASCII)
 
 
@@ -83,13 +93,16 @@ def token_limit(asked: int | None, positions: int | None) -> int | None:
     return asked or positions or None
 
 
-def read(source: Source) -> Iterator[Raw | Fault]:
-    """The rows of a source in order; a line without a row comes as a Fault. Raises DataError for the source itself."""
+def read(source: Source, moved: Moved | None = None) -> Iterator[Raw | Fault]:
+    """The rows of a source in order; a line without a row comes as a Fault. Raises DataError for the source itself.
+
+    `moved` hears how many bytes of a file have been read, out of `size_of(source)`.
+    """
     path = Path(source.path).expanduser()
     if path.is_file():
         if path.stat().st_size == 0:
             raise DataError(f"{source.path} is empty (0 bytes); expected one row a line")
-        yield from _counted(source.path, _read_file(path, source.path))
+        yield from _counted(source.path, _read_file(path, source.path, moved))
     elif path.is_dir():
         if not any(_format(inner) for inner in path.rglob("*")):
             raise DataError(
@@ -120,7 +133,7 @@ def _format(path: Path) -> str | None:
 def is_hub_id(text: str) -> bool:
     """Whether a name that is no file here is a dataset's id on the hub: `name` or `owner/name`, dots allowed."""
     path = Path(text)
-    looks_like_a_file = _format(path) is not None or path.suffix in (".gz", ".txt", ".tsv", ".md", ".yaml", ".zip")
+    looks_like_a_file = _format(path) is not None or path.suffix in (".gz", ".txt", ".md", ".yaml", ".zip")
     if path.exists() or looks_like_a_file or _HUB.fullmatch(text) is None:
         return False
     if "/" not in text and path.suffix:
@@ -137,66 +150,69 @@ def _missing(path: Path, name: str) -> DataError:
     return DataError(f"there is no file {name}{near or f'; {folder.resolve()} has no file of a similar name'}")
 
 
-def _read_file(path: Path, name: str) -> Iterator[Raw | Fault]:
+def size_of(source: Source) -> int:
+    """Bytes of a source that is a file, else 0."""
+    path = Path(source.path).expanduser()
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _read_file(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fault]:
     kind = _format(path)
     if kind in (".jsonl", ".ndjson"):
-        return _read_jsonl(path, name)
+        return _read_jsonl(path, name, moved)
     if kind == ".json":
-        return _read_json(path, name)
-    if kind == ".csv":
-        return _read_csv(path, name)
+        return _read_json(path, name, moved)
+    if kind in (".csv", ".tsv"):
+        return read_csv(path, name, moved)
     if kind == ".parquet" and path.suffix != ".gz":
-        return _read_parquet(path, name)
+        return _read_parquet(path, name, moved)
     found = f"the file name ends in '{path.suffix}'" if path.suffix else "the file name has no ending"
     near = nearest(path.suffix, FORMATS) if path.suffix else ""
     raise DataError(f"{name}: {found}{near}; expected one of {', '.join(FORMATS)} (the text formats also with .gz)")
 
 
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _lines(path: Path, name: str) -> Iterator[bytes]:
-    """Lines ended by a line feed only: JSON strings may hold other line ends of Unicode."""
-    with _open(path) as stream:
-        try:
-            yield from stream
-        except (OSError, EOFError) as error:
-            raise _broken_gzip(name, error) from error
-
-
-def _broken_gzip(name: str, error: Exception) -> DataError:
-    return DataError(f"{name} cannot be read as gzip ({error}); write it again, or take .gz off its name")
-
-
-def _read_jsonl(path: Path, name: str) -> Iterator[Raw | Fault]:
-    for number, line in enumerate(_lines(path, name), 1):
+def _read_jsonl(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fault]:
+    for number, line in enumerate(lines(path, name, moved), 1):
         where = f"{name}:{number}"
+        if isinstance(line, TooLong):
+            yield Fault(where, "line", size_found(line), SIZE_EXPECTED, SIZE_MEND)
+            continue
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            yield Fault(where, "line", f"bytes that are no UTF-8 (at byte {error.start})", "UTF-8", "save it as UTF-8")
+            found, mend = not_utf8(line, error, name)
+            yield Fault(where, "line", found, "UTF-8", mend)
             continue
         if not text:
             continue
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except json.JSONDecodeError as error:
             found = f"broken JSON at column {error.colno} ({error.msg}): {_around(text, error.pos)}"
             yield Fault(where, "line", found, "one JSON object a line", "repair or remove the line")
             continue
-        except RecursionError:
-            yield Fault(where, "line", "JSON nested too deep", "one JSON object a line", "remove the line")
+        except ValueError as error:
+            yield Fault(where, "line", str(error), "each key once", "keep one of the two")
             continue
         yield _object(where, value)
 
 
-def _read_json(path: Path, name: str) -> Iterator[Raw | Fault]:
-    try:
-        text = b"".join(_lines(path, name)).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 (at byte {error.start}); save it as UTF-8") from error
-    decoder = json.JSONDecoder()
+def _whole_text(path: Path, name: str) -> str:
+    parts: list[str] = []
+    for number, line in enumerate(lines(path, name, most=MOST_FILE_BYTES), 1):
+        if isinstance(line, TooLong):
+            raise DataError(f"{name} has a line of {size_found(line)}, and at most {MOST_FILE_BYTES:,} are read")
+        try:
+            parts.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            found, mend = not_utf8(line, error, name)
+            raise DataError(f"{name}:{number}: {found}; {mend}") from None
+    return "".join(parts)
+
+
+def _read_json(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fault]:
+    text = _whole_text(path, name)
+    parser, size = RowParser(text), path.stat().st_size
     space = re.compile(r"[\s]*")
 
     def skip(at: int) -> int:
@@ -216,15 +232,24 @@ def _read_json(path: Path, name: str) -> Iterator[Raw | Fault]:
         counted = at
         where = f"{name}:{line}"
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, end = parser.at(at)
         except json.JSONDecodeError as error:
             found = (
                 f"broken JSON at line {error.lineno}, column {error.colno} ({error.msg}): {_around(text, error.pos)}"
             )
             yield Fault(where, "file", found, "a list of JSON objects", "repair the file; what follows was not read")
             return
-        yield _object(where, value)
-        at = skip(at)
+        except ValueError as error:
+            mend = "keep one of the two; what follows was not read"
+            yield Fault(where, "file", str(error), "each key once", mend)
+            return
+        if end - at > MOST_ROW_BYTES:
+            yield Fault(where, "row", size_found(TooLong(end - at)), SIZE_EXPECTED, SIZE_MEND)
+        else:
+            yield _object(where, value)
+        at = skip(end)
+        if moved is not None:
+            moved(int(size * at / len(text)))
         if text[at : at + 1] == ",":
             at = skip(at + 1)
         elif text[at : at + 1] != "]":
@@ -234,55 +259,7 @@ def _read_json(path: Path, name: str) -> Iterator[Raw | Fault]:
             return
 
 
-def _read_csv(path: Path, name: str) -> Iterator[Raw | Fault]:
-    csv.field_size_limit(sys.maxsize)  # a document may be longer than the 131,072 characters it allows
-    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        reader = csv.reader(text, strict=True)
-        header: list[str] | None = None
-        line = 1
-        while True:
-            where = f"{name}:{line}"
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except (csv.Error, UnicodeDecodeError) as error:
-                yield Fault(where, "line", f"broken CSV ({error})", "CSV in UTF-8", "repair it; the rest was not read")
-                return
-            except (OSError, EOFError) as error:
-                raise _broken_gzip(name, error) from error
-            line = reader.line_num + 1
-            if header is None:
-                header = [cell.strip() for cell in cells]
-            elif cells and len(cells) != len(header):
-                expected = f"{len(header)} ({', '.join(header)})"
-                yield Fault(where, "line", f"{len(cells)} columns", expected, "quote cells that hold commas")
-            elif cells:
-                yield Raw(where, _with_lists(dict(zip(header, cells, strict=True))))
-
-
-def _with_lists(cells: dict[str, str]) -> dict[str, Any]:
-    """A row of CSV, its columns of messages and tools read as the JSON they hold; an answer `[1, 2]` stays a text."""
-    row: dict[str, Any] = dict(cells)
-    for group in (("messages",), ("tools",), ("prompt", "completion")):
-        lists = {name: _objects(cells[name]) for name in group if name in cells}
-        if lists and all(found is not None for found in lists.values()):
-            row.update(lists)
-    return row
-
-
-def _objects(cell: str) -> list[Any] | None:
-    """The list of objects that a cell holds as JSON, or None."""
-    if not cell.lstrip().startswith("["):
-        return None
-    try:
-        found = json.loads(cell)
-    except json.JSONDecodeError:
-        return None
-    return found if all(isinstance(item, dict) for item in found) else None
-
-
-def _read_parquet(path: Path, name: str) -> Iterator[Raw | Fault]:
+def _read_parquet(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fault]:
     import pyarrow
     import pyarrow.parquet
 
@@ -290,11 +267,13 @@ def _read_parquet(path: Path, name: str) -> Iterator[Raw | Fault]:
         table: Any = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name} is no Parquet file that can be read ({error}); write it again") from error
-    number = 0
+    number, size = 0, path.stat().st_size
     for batch in table.iter_batches(batch_size=1024):
         for row in batch.to_pylist():
             number += 1
-            yield _object(f"{name}:{number}", _without_nothing(row))
+            yield _bounded(f"{name}:{number}", row)
+        if moved is not None:
+            moved(int(size * number / max(1, table.metadata.num_rows)))
 
 
 def _read_dataset(name: str) -> Iterator[Raw | Fault]:
@@ -313,7 +292,19 @@ def _read_dataset(name: str) -> Iterator[Raw | Fault]:
             "Give a file, a folder with data files, or owner/name@split of a dataset on the hub"
         ) from error
     for number, row in enumerate(rows, 1):
-        yield _object(f"{name}:{number}", _without_nothing(row))
+        yield _bounded(f"{name}:{number}", row)
+
+
+def _bounded(where: str, row: Any) -> Raw | Fault:
+    """A row of Arrow's, if its texts are not over the limit together."""
+    size, level = 0, [row]
+    while level:
+        size += sum(len(value) for value in level if isinstance(value, str | bytes))
+        inner = [value for value in level if isinstance(value, dict | list)]
+        level = [v for value in inner for v in (value.values() if isinstance(value, dict) else value)]
+    if size > MOST_ROW_BYTES:
+        return Fault(where, "row", size_found(TooLong(size)), SIZE_EXPECTED, SIZE_MEND)
+    return _object(where, _without_nothing(row))
 
 
 def _without_nothing(value: Any) -> Any:

@@ -12,7 +12,6 @@ An even spectrum alone does not mean that more rank would help; so what is said 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from torch import Tensor
 
 from graftlm.adapters.format import CONFIG, TENSORS
 from graftlm.adapters.patterns import Expressions
+from graftlm.errors import AdapterError
+from graftlm.jsonfile import read_json
 
 SATURATED = 0.75
 """Share of the rank that is in use, from which more rank may help."""
@@ -89,7 +90,7 @@ def effective_rank(values: Tensor) -> float:
 
 def measure(adapter: Path) -> Capacity:
     """Spectra of every layer of a saved adapter; each expert of a stack is a layer."""
-    config: dict[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(adapter / CONFIG, AdapterError)
     spectra = tuple(_spectra(load_file(adapter / TENSORS), config))
     kinds: dict[str, list[float]] = defaultdict(list)
     for spectrum in spectra:

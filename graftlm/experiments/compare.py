@@ -31,6 +31,7 @@ from graftlm.experiments.results import Comparison, collect
 from graftlm.experiments.scoring import SCORES, Request, Target
 from graftlm.experiments.view import CompareView
 from graftlm.files import write_json
+from graftlm.jsonfile import parse_json, read_json
 from graftlm.training.runfolder import locked
 
 
@@ -60,8 +61,7 @@ def compare(config: CompareConfig, view: CompareView) -> Comparison:
 
 
 def _compare(config: CompareConfig, view: CompareView) -> Comparison:
-    with view.reading() as progress:
-        material = gather(config, progress)
+    material = gather(config)
     view.material(config, material)
     done = Progress()
     _search(config, material, done, view)
@@ -191,8 +191,8 @@ def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
         then = {name: known["asked"].get(name, TrainConfig.model_fields[name].default) for name in asked}
         changed = [
             f"{name.replace('_', '-')} was {then[name]!r}, now {value!r}"
-            for name, value in json.loads(json.dumps(asked)).items()
-            if json.loads(json.dumps(then[name])) != value
+            for name, value in parse_json(json.dumps(asked)).items()
+            if parse_json(json.dumps(then[name])) != value
         ]
         if changed:
             raise RunError(f"{out} was run with other options: {'; '.join(changed)}. Take the same, or another --out")
@@ -210,15 +210,15 @@ def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path, RunError)
+    except RunError:
         return None
-    return found if isinstance(found, dict) and "asked" in found else None
+    return found if "asked" in found else None
 
 
 def _same_data(out: Path, material: Material) -> None:
     """Raise RunError where a finished run was trained or measured on other rows than the files hold now."""
-    data = json.loads((out / "data.json").read_text(encoding="utf-8"))
+    data = read_json(out / "data.json", RunError)
     for name, now in (("train", material.train), ("eval", material.held_out)):
         if data[name]["digest"] != now.digest:
             raise RunError(f"the {name} data have changed since {out} was run; put them back, or take another --out")

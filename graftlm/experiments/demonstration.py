@@ -9,7 +9,6 @@ Everything is the bundled base and data. Nothing that is shown is a constant: by
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from graftlm.experiments.compare import compare
 from graftlm.experiments.process import run_apart
 from graftlm.experiments.view import CompareView
 from graftlm.files import write_json
+from graftlm.jsonfile import parse_json, read_json
 from graftlm.planning.plan import Report, plan_for
 from graftlm.training.runfolder import LOCK, locked
 from graftlm.training.view import size
@@ -116,8 +116,8 @@ def _clear(out: Path) -> None:
     """Remove an earlier demonstration, and only that: a folder that this function itself marked."""
     held = sorted(p.name for p in out.iterdir() if p.name != LOCK)
     try:
-        earlier = json.loads((out / MARK).read_text(encoding="utf-8"))["runs"]
-    except (OSError, ValueError, KeyError, TypeError):
+        earlier = read_json(out / MARK, RunError)["runs"]
+    except (RunError, KeyError):
         earlier = []
     names = [
         *_WRITTEN,
@@ -159,7 +159,7 @@ def answer_all(adapters: dict[str, Path]) -> tuple[str, list[Answer]]:
         attach(base, adapter_format.load(base, adapter), slot=slots[voice])
     encoder = Encoder(base.tokenizer)
     first = Path(demo.resolve_data("demo", "valid")).read_text(encoding="utf-8").splitlines()[0]
-    prompt = str(json.loads(first)["prompt"])
+    prompt = str(parse_json(first)["prompt"])
     ids = encoder.prompt_text(prompt)
     answers = [
         Answer(name, complete(base, encoder, ids, slot=slot, max_tokens=90).text.strip())

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from graftlm.base.chat import Encoder
 from graftlm.base.load import load_config, load_tokenizer, resolve
 from graftlm.config import CompareConfig
-from graftlm.data.documents import Dataset, Document, Progress, load, split
+from graftlm.data.columns import Fault, format_of
+from graftlm.data.documents import Dataset, Document, load, split
 from graftlm.data.order import make_order
-from graftlm.data.rows import Chat, Completion, Example, Fault, Text, format_of, parse
+from graftlm.data.rows import Chat, Completion, Example, Text, parse
 from graftlm.data.sources import Source, named_source, read, share, token_limit
 from graftlm.errors import ConfigError, DataError
 from graftlm.experiments.metrics import Question, check_fits, check_metric
@@ -57,7 +58,7 @@ class Material:
     notes: tuple[str, ...]
 
 
-def gather(config: CompareConfig, progress: Progress | None = None) -> Material:
+def gather(config: CompareConfig) -> Material:
     """Read and check everything. Raises GraftError for what would make the comparison fail or mean nothing."""
     if config.metric is not None:
         check_metric(config.metric)
@@ -67,11 +68,11 @@ def gather(config: CompareConfig, progress: Progress | None = None) -> Material:
     encoder = Encoder(tokenizer, train_on=config.train_on, date=config.template_date)
     limit = token_limit(config.max_tokens_per_document, getattr(text_config, "max_position_embeddings", None))
     sources = tuple(named_source(text, "train") for text in config.data)
-    train = load(sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
+    train = load(sources, encoder, max_tokens=limit, too_long=config.too_long)
     fraction = share(config.eval_data)
     if fraction is None:
         eval_sources = (named_source(config.eval_data, "valid"),)
-        held_out = load(eval_sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
+        held_out = load(eval_sources, encoder, max_tokens=limit, too_long=config.too_long)
     else:
         eval_sources = sources
         train, held_out = split(train, fraction)
@@ -111,7 +112,15 @@ def gather(config: CompareConfig, progress: Progress | None = None) -> Material:
         epochs=config.epochs, steps=config.steps,
     )  # fmt: skip
     return Material(
-        train, held_out, groups, questions, longest, general, order.steps, sources, (*encoder.notes, *notes)
+        train,
+        held_out,
+        groups,
+        questions,
+        longest,
+        general,
+        order.steps,
+        sources,
+        (*encoder.notes, *dict.fromkeys((*train.notes, *held_out.notes)), *notes),
     )
 
 
@@ -232,7 +241,8 @@ def _columns(example: Example) -> dict[str, Any]:
             return {"text": example.text}
         case Chat():
             tools = {} if example.tools is None else {"tools": list(example.tools)}
-            messages = list(example.messages)
-            if example.first:
-                return {"prompt": messages[: example.first], "completion": messages[example.first :], **tools}
+            messages = [
+                {**message, "weight": 0} if place in example.masked and message["role"] == "assistant" else message
+                for place, message in enumerate(example.messages)
+            ]
             return {"messages": messages, **tools}

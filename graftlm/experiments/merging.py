@@ -6,8 +6,7 @@ told: so for an adapter of a 4- or 8-bit base each target is measured on held-ou
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -31,18 +30,17 @@ from graftlm.config.merge import Onto
 from graftlm.data.documents import load, split
 from graftlm.data.sources import named_source, share, token_limit
 from graftlm.errors import AdapterError, ConfigError, DataError, RunError
+from graftlm.jsonfile import read_json
 
-Say = Callable[[str], None]
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
+def merge(config: MergeConfig) -> dict[str, Any]:
     """Merge as the config says; returns what `--json` prints. Raises GraftError, and then nothing is written."""
     _free(config.out, config.gguf)
     found = [(open_adapter(name, config.store, model=config.model), weight) for name, weight in config.weighted()]
     manifests = [given.manifest for given, _ in found]
     precision = _trained_on(manifests, [given.path for given, _ in found])
-    say("reading the base's shapes")
     base = load_skeleton(config.model, precision=precision or "float32", trust_remote_code=config.trust_remote_code)
     if config.gguf is not None:
         gguf.check_gguf(base.folder)
@@ -62,7 +60,7 @@ def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
     live, drifts = None, list[Drift]()
     rows = _rows(config, base, found, manifests, compressed)
     if rows:
-        live, drifts = _measure(config, mergers, found[0][0], precision or "float32", rows, save_dtype, say)
+        live, drifts = _measure(config, mergers, found[0][0], precision or "float32", rows, save_dtype)
         chosen = next(d for d in drifts if d.onto == onto)
         if config.max_drift is not None and chosen.relative > config.max_drift:
             raise MergeRefused(_too_far(config, onto, drifts), report(config, onto, live, drifts))
@@ -76,12 +74,8 @@ def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
 
     merger = mergers[onto] = Merger(base, adapters, recipe, onto)  # a fresh count of what rounding takes
     manifest = _manifest(config, base, adapters, manifests, onto, drifts)
-    say("writing")
     try:
-        written = write_merged(
-            merger, config.out, manifest, save_dtype=save_dtype,
-            progress=lambda file, n, of: say(f"writing {file} ({n} of {of})"),
-        )  # fmt: skip
+        written = write_merged(merger, config.out, manifest, save_dtype=save_dtype)
         done = {
             **report(config, onto, live, drifts), "out": str(config.out), "bytes": written.bytes, "shards": written.shards,
             "dtypes": written.dtypes, "rounding": rounding_of(merger), "unties": merger.unties, "notes": notes,
@@ -89,7 +83,6 @@ def merge(config: MergeConfig, say: Say = lambda text: None) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{config.out} cannot be written: {error.strerror or error}; nothing is left of it") from None
     if config.gguf is not None:
-        say(f"writing {config.gguf}")
         try:
             done["gguf"] = gguf.write_gguf(config.out, config.gguf, config.gguf_type)
         except OSError as error:
@@ -209,8 +202,8 @@ def _sources(config: MergeConfig, folder: Path) -> tuple[list[str], str] | None:
     run: dict[str, Any] = {}
     for place in (folder / "run.json", folder.parent / "config.json"):
         try:
-            read = json.loads(place.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            read = read_json(place, RunError)
+        except RunError:
             continue
         run = read.get("config", read)
         break
@@ -230,10 +223,9 @@ def _sources(config: MergeConfig, folder: Path) -> tuple[list[str], str] | None:
 
 def _measure(
     config: MergeConfig, mergers: dict[Onto, Merger], adapter: AdapterFolder, precision: Precision,
-    rows: Sequence[Row], save_dtype: torch.dtype | None, say: Say,
+    rows: Sequence[Row], save_dtype: torch.dtype | None,
 ) -> tuple[Live, list[Drift]]:  # fmt: skip
     """The live model on the rows, then each merged one, put together in memory as it would be read back."""
-    say(f"measuring the live model, {precision}")
     base = _loaded(config, precision)
     loaded = adapter_format.load(base, adapter)  # with its canary, which a skeleton cannot run
     attach(base, loaded, slot=1)
@@ -241,7 +233,6 @@ def _measure(
     detach(base, slot=1)
     found: dict[str, Drift] = {}
     if "requantized" in mergers:
-        say("measuring requantized")
         put_merged(base, mergers["requantized"], torch.bfloat16)
         found["requantized"] = compare(base, "requantized", live)
     del base
@@ -251,7 +242,6 @@ def _measure(
     dense: Precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
     for kind, merger in mergers.items():
         if kind != "requantized":
-            say(f"measuring {kind}")
             base = _loaded(config, dense)
             put_merged(base, merger, dtype)
             found[kind] = compare(base, kind, live)

@@ -27,6 +27,7 @@ from graftlm import errors
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, Stopped, TrainingError
 from graftlm.experiments import scoring
+from graftlm.jsonfile import parse_json
 
 OnEvent = Callable[[dict[str, Any]], None]
 _THIS = [sys.executable, "-m", "graftlm.experiments.process"]
@@ -55,7 +56,7 @@ def converse(command: list[str], question: str, on_event: OnEvent) -> dict[str, 
                 child.stdin.write(question)
                 child.stdin.close()
             for line in child.stdout:
-                event = json.loads(line)
+                event = parse_json(line)
                 if event["event"] == "done":
                     child.wait()
                     return event["summary"]
@@ -85,9 +86,11 @@ def main(source: TextIO, answers: TextIO, task: str = "train") -> None:
 
     try:
         if task == "train":
-            answer(event="done", summary=_train(TrainConfig.build(json.load(source)), answer))
+            answer(event="done", summary=_train(TrainConfig.build(parse_json(source.read())), answer))
         else:
-            scoring.measure(scoring.read_request(json.load(source)), lambda out: answer(event="scored", out=out))
+            scoring.measure(
+                scoring.read_request(parse_json(source.read())), lambda out: answer(event="scored", out=out)
+            )
             answer(event="done", summary={})
     except Stopped as stopped:
         answer(event="stopped", signal=stopped.signal_number, message=str(stopped))

@@ -5,7 +5,6 @@ Everything is read from files, so that a report can be written again from a fold
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from graftlm.experiments.material import Material
 from graftlm.experiments.scoring import SCORES, read_scores
 from graftlm.experiments.statistics import Floats, Interval, Study
 from graftlm.experiments.verdict import Verdict, judge
+from graftlm.jsonfile import read_json
 from graftlm.training.runfolder import read_lines
 
 WHEN = {
@@ -139,7 +139,7 @@ def collect(
     costs = {line.name: _cost(config, line) for line in drawn}
     verdict = judge(study, costs, config)
     first = run_folder(config, variants[0], 0)
-    environment = json.loads((first / "environment.json").read_text(encoding="utf-8"))
+    environment = read_json(first / "environment.json", RunError)
     data = {
         "rows": material.train.rows, "tokens": material.train.tokens, "trained_tokens": material.train.trained_tokens,
         "digest": material.train.digest, "held_out_rows": material.held_out.rows, "groups": study.groups,
@@ -161,7 +161,7 @@ def _same_base(config: CompareConfig, variants: Sequence[Variant]) -> None:
     for variant in variants:
         for seed in range(config.seeds):
             folder = run_folder(config, variant, seed) / ("adapter" if variant.adapter else "model")
-            manifest = json.loads((folder / "graft.json").read_text(encoding="utf-8"))
+            manifest = read_json(folder / "graft.json", RunError)
             known.setdefault(str(manifest["base"]["fingerprint"]), folder)
     if len(known) > 1:
         one, other = list(known.values())[:2]
@@ -172,7 +172,7 @@ def _line(
     config: CompareConfig, variant: Variant, study: Study, reference: str, before: float, rate: search.Found
 ) -> Line:
     folders = [run_folder(config, variant, seed) for seed in range(config.seeds)]
-    summaries = [json.loads((f / RESULT).read_text(encoding="utf-8"))["summary"] for f in folders]
+    summaries = [read_json(f / RESULT, RunError)["summary"] for f in folders]
     training = config.training(variant, seed=0, rate=None, out=config.out)
     bare = read_scores(base_scores(config, training.stored_precision)) or {}
     scores = [read_scores(f / SCORES) or {} for f in folders]
@@ -226,9 +226,9 @@ def _trained(training: Any) -> str:
 def planned_peak(folder: Path) -> int | None:
     """The predicted peak that a run's plan.json holds, in bytes; None where it holds none."""
     try:
-        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        plan = read_json(folder / "plan.json", RunError)
         return int(plan["predicted"]["peak_bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (RunError, ValueError, KeyError, TypeError):
         return None
 
 

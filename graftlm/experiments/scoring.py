@@ -19,8 +19,10 @@ from typing import Any
 
 from graftlm.config import Compute, Precision
 from graftlm.config.compare import Metric
+from graftlm.errors import RunError
 from graftlm.experiments.metrics import Question, score
 from graftlm.files import write_json
+from graftlm.jsonfile import read_json
 
 SCORES = "scores.json"
 
@@ -68,10 +70,9 @@ class Request:
 def read_scores(path: Path) -> dict[str, Any] | None:
     """A result, or None where there is none or a broken one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, RunError)
+    except RunError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def measure(request: Request, told: Callable[[str], None]) -> None:

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from graftlm.config import CompareConfig
 from graftlm.experiments.material import Material
 from graftlm.experiments.results import Comparison
 from graftlm.experiments.search import Found
 from graftlm.experiments.table import rows
+from graftlm.progress import working
 from graftlm.terminal import Column, table
 
 Stepped = Callable[[dict[str, Any]], None]
@@ -29,14 +29,6 @@ class CompareView:
         """One line, as it is."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    @contextmanager
-    def reading(self) -> Iterator[Callable[[int, int], None]]:
-        """A bar over rows tokenized."""
-        columns = (SpinnerColumn(), TextColumn("reading data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-
     def material(self, config: CompareConfig, material: Material) -> None:
         """What is compared on what."""
         train, held_out = material.train, material.held_out
@@ -50,17 +42,12 @@ class CompareView:
     @contextmanager
     def running(self, label: str, steps: int) -> Iterator[Stepped]:
         """A bar while a run goes on; yields what to call with its events."""
-        columns = (
-            TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(label, total=steps, loss="loading")
+        with working(label, steps, "steps") as task:
+            task.to(0, note="loading")
 
             def stepped(event: dict[str, Any]) -> None:
                 if event["event"] == "step":
-                    loss = f"loss {event['loss']:.3f}" if "loss" in event else ""
-                    bar.update(task, completed=event["step"], loss=loss)
+                    task.to(event["step"], note=f"loss {event['loss']:.3f}" if "loss" in event else "")
 
             yield stepped
 

@@ -11,6 +11,7 @@ from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
 from graftlm.data.documents import Document
 from graftlm.planning.distance import FEW_PROMPT_TOKENS, SAMPLE_TOKENS, Distance
+from graftlm.progress import working
 from graftlm.segments import Segments
 
 
@@ -35,16 +36,18 @@ def measure(base: Base, documents: Sequence[Document]) -> Distance:
     losses: list[np.ndarray] = []
     entropies: list[np.ndarray] = []
     trained: list[np.ndarray] = []
-    for document in documents:
-        ids = torch.from_numpy(document.ids.astype(np.int64)).to(base.device)  # (L,)
-        segments = Segments(lengths=(len(ids),), slots=(0,), stacked=not base.packs)
-        hidden = base.hidden(ids, ForwardContext(segments))[:-1]  # (L - 1, width)
-        for part, wanted in zip(hidden.split(512), ids[1:].split(512)):
-            context = ForwardContext(Segments(lengths=(len(part),), slots=(0,)))
-            p = base.logits(part, context).float().log_softmax(-1)  # (c, V)
-            losses.append(-p.gather(1, wanted[:, None])[:, 0].cpu().numpy())
-            entropies.append(-(p.exp() * p).sum(-1).cpu().numpy())
-        trained.append(document.trained[1:])
+    with working("asking the base about the data", sum(d.tokens for d in documents), "tokens") as task:
+        for document in documents:
+            ids = torch.from_numpy(document.ids.astype(np.int64)).to(base.device)  # (L,)
+            segments = Segments(lengths=(len(ids),), slots=(0,), stacked=not base.packs)
+            hidden = base.hidden(ids, ForwardContext(segments))[:-1]  # (L - 1, width)
+            for part, wanted in zip(hidden.split(512), ids[1:].split(512)):
+                context = ForwardContext(Segments(lengths=(len(part),), slots=(0,)))
+                p = base.logits(part, context).float().log_softmax(-1)  # (c, V)
+                losses.append(-p.gather(1, wanted[:, None])[:, 0].cpu().numpy())
+                entropies.append(-(p.exp() * p).sum(-1).cpu().numpy())
+            trained.append(document.trained[1:])
+            task.to(task.done + document.tokens)
     loss, entropy, answer = np.concatenate(losses), np.concatenate(entropies), np.concatenate(trained)
     prompt = ~answer if np.count_nonzero(~answer) >= FEW_PROMPT_TOKENS else np.ones_like(answer)
     return Distance(

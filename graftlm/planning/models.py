@@ -26,7 +26,9 @@ from graftlm import demo
 from graftlm.base.fingerprint import cache_folder
 from graftlm.errors import ModelError, nearest
 from graftlm.files import write_json
+from graftlm.jsonfile import read_json
 from graftlm.planning.shape import Shape
+from graftlm.progress import working
 
 _HERE = Path(__file__).parent
 _FORMAT = 1  # of a kept shape; raised when Shape changes
@@ -64,7 +66,7 @@ def find(name: str, *, trust_remote_code: bool = False) -> Model:
     """The model of a name; ModelError with the nearest known names when there is none, or its config does not do."""
     short = _built_in_name(name)
     if short is not None:
-        shapes = json.loads((_HERE / "shapes.json").read_text(encoding="utf-8"))
+        shapes = read_json(_HERE / "shapes.json", ModelError)
         return Model(name=short, shape=Shape.from_json(shapes[short]))
     place = Path(demo.resolve_model(name)).expanduser()
     if place.is_dir():
@@ -117,11 +119,8 @@ def _not_given(name: str, error: Exception, near: str) -> ModelError:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path.parent} has no config.json, so it is not a Hugging Face model folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+    values = read_json(path, ModelError)
+    if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path} has no 'model_type', which names the architecture; it is no model's config")
     return values
 
@@ -139,10 +138,11 @@ def _shape(values: dict[str, Any], name: str, trust_remote_code: bool, folder: P
     entry = cache_folder() / "shapes" / f"{digest(values)}.json"
     if entry.is_file():
         try:
-            return Shape.from_json(json.loads(entry.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError):
+            return Shape.from_json(read_json(entry, ModelError))
+        except (ModelError, ValueError, KeyError, TypeError):
             pass  # damaged: made anew below
-    shape = build(values, name, trust_remote_code, folder)
+    with working(f"reading the shape of {name}"):
+        shape = build(values, name, trust_remote_code, folder)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         write_json(entry, shape.to_json())

@@ -7,7 +7,6 @@ No weight is read, unless the base is asked how far the data are from it, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +34,7 @@ from graftlm.planning.method import METHODS, Setting
 from graftlm.planning.models import Model, built_in, find
 from graftlm.planning.timing import EFFICIENCY, Time, time
 from graftlm.planning.words import duration
+from graftlm.progress import working
 
 if TYPE_CHECKING:
     from graftlm.data.documents import Dataset
@@ -43,7 +43,6 @@ DEFAULT_TOKENS_PER_PASS = 4096
 """What `graft train` takes where memory allows."""
 QUICK_SECONDS = 20.0  # the base is asked without being told to when that takes less
 SOME_TOKENS, DAY = 1_000_000, 86_400.0
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,22 +154,21 @@ class Report:
         return None if self.price_per_hour is None else seconds / 3600 * self.price_per_hour * cards
 
 
-def plan_for(config: PlanConfig, note: Note | None = None) -> Report:
-    """Plan every model of the config. Raises GraftError for what is asked and not there; `note` hears what takes a while."""
+def plan_for(config: PlanConfig) -> Report:
+    """Plan every model of the config. Raises GraftError for what is asked and not there."""
     card = _card(config)
-    plans = tuple(
-        _plan(find(name, trust_remote_code=config.trust_remote_code), card, config, note) for name in config.models
-    )
+    plans = tuple(_plan(find(name, trust_remote_code=config.trust_remote_code), card, config) for name in config.models)
     return Report(card=card, plans=plans, epochs=config.epochs, price_per_hour=config.price_per_hour)
 
 
 def _card(config: PlanConfig) -> Card:
     if config.gpu is not None:
         return hardware.card(config.gpu)
-    return hardware.local() if config.memory is None else hardware.from_memory(config.memory)
+    with working("looking at this machine"):
+        return hardware.local() if config.memory is None else hardware.from_memory(config.memory)
 
 
-def _plan(model: Model, card: Card, config: PlanConfig, note: Note | None) -> Plan:
+def _plan(model: Model, card: Card, config: PlanConfig) -> Plan:
     notes: list[str] = []
     dataset = _read(model, config, notes) if config.data else None
     load = _load(model, config, dataset, notes)
@@ -181,7 +179,7 @@ def _plan(model: Model, card: Card, config: PlanConfig, note: Note | None) -> Pl
         rows=0 if dataset is None else dataset.rows,
         tokens=0 if dataset is None else dataset.tokens,
         trained_tokens=0 if dataset is None else dataset.trained_tokens,
-        distance=None if dataset is None else _distance(model, config, dataset, note, notes),
+        distance=None if dataset is None else _distance(model, config, dataset, notes),
         goal=config.goal,
         variants=config.variants,
     )
@@ -301,12 +299,12 @@ def _read(model: Model, config: PlanConfig, notes: list[str]) -> Dataset:
             f"The tokenizer of {model.name} is not here: tokens are counted by the bundled one, whose 4,096 tokens make "
             "about a third more of them. A directory or a hub id with a tokenizer counts them right."
         )
-    return load([named_source(text, "train") for text in config.data], Encoder(tokenizer))
+    dataset = load([named_source(text, "train") for text in config.data], Encoder(tokenizer))
+    notes += dataset.notes
+    return dataset
 
 
-def _distance(
-    model: Model, config: PlanConfig, dataset: Dataset, note: Note | None, notes: list[str]
-) -> Distance | None:
+def _distance(model: Model, config: PlanConfig, dataset: Dataset, notes: list[str]) -> Distance | None:
     """The base's own loss on the data, where its weights are here and asking is quick, or wanted."""
     from graftlm.base.fingerprint import weight_files
 
@@ -324,8 +322,6 @@ def _distance(
             f"The base was not asked about the data: reading would take about {seconds:.0f} s (--ask-base yes does it)."
         )
         return None
-    if note is not None:
-        note("asking the base")
     from graftlm.base.load import load_base
     from graftlm.planning.asking import measure, sample
 

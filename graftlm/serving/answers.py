@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from graftlm.errors import GraftError, RequestError
+from graftlm.jsonfile import parse_json
 from graftlm.serving import protocol
 from graftlm.serving.access import (
     ANSWERS,
@@ -274,7 +275,7 @@ async def _events(
             yield _event(writer.last(protocol.usage(ends)))
     except (Refused, RequestError) as error:  # its status was sent long ago, so it is told as an event
         refused = as_refused(error) if isinstance(error, RequestError) else error
-        yield _event(json.loads(bytes(refused.response().body)))
+        yield _event(parse_json(bytes(refused.response().body)))
     yield b"data: [DONE]\n\n"
 
 

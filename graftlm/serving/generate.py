@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from graftlm import progress
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import attach
 from graftlm.adapters.store import open_adapter
@@ -19,6 +20,7 @@ from graftlm.base.chat import Encoder
 from graftlm.base.load import Base, load_base, load_config, resolve
 from graftlm.config import GenerateConfig, Precision
 from graftlm.errors import ConfigError
+from graftlm.progress import working
 from graftlm.serving.engine import Engine, Limits
 from graftlm.serving.prompts import PromptBook, Prompts, hidden_ids
 from graftlm.serving.request import Piece, Request, Sampling
@@ -53,10 +55,17 @@ def generate_text(config: GenerateConfig, show: Show | None = None) -> dict[str,
     room = room_for(base, len(prompt))
     if room is not None and room < config.max_tokens:
         notes.append(f"at most {room} tokens fit behind this prompt, {config.max_tokens} were asked for")
-    done = complete(
-        base, prompts.encoder, prompt, slot=slot, max_tokens=config.max_tokens, show=show,
-        sampling=Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed),
-    )  # fmt: skip
+    with working("answering") as task:
+
+        def told(text: str) -> None:
+            progress.end(task)  # from its first piece on the answer itself is what is seen
+            if show is not None:
+                show(text)
+
+        done = complete(
+            base, prompts.encoder, prompt, slot=slot, max_tokens=config.max_tokens, show=told if show else None,
+            sampling=Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed),
+        )  # fmt: skip
     return {
         "text": done.text, "finish": done.finish, "prompt_tokens": len(prompt), "tokens": done.tokens, "format": prompts.style,
         "model": config.model, "adapter": str(config.adapter) if config.adapter else None, "precision": precision,

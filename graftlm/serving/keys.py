@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from graftlm.errors import ConfigError
+from graftlm.yamlfile import read_yaml
 
 
 class _Entry(BaseModel):
@@ -95,11 +95,7 @@ def read_keys(path: Path | None) -> Keys:
     if path is None:
         return Keys()
     try:
-        found = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"the file of keys {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is not YAML or JSON") from None
+        found = _File.model_validate(read_yaml(path, ConfigError))
     except pydantic.ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -29,6 +29,7 @@ from graftlm.base.keyvalues import Kept, may_keep
 from graftlm.base.load import Base, load_base
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError, nearest
+from graftlm.progress import working
 from graftlm.serving.access import Bounds, Refused, State
 from graftlm.serving.administration import preload
 from graftlm.serving.catalogue import Answerer, Catalogue, UnknownModel
@@ -81,7 +82,6 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> Built:
         f"base       {config.model}: {base.parameters / 1e6:.1f}M parameters as {precision}, {base.bytes / 1e6:.1f} MB"
     )
     fingerprint = base.fingerprint
-    kept = may_keep(base)
 
     def load(folder: Path) -> Adapter:
         # A server's adapters are versions, whose folders are named by their digests. The digest of what this returns, its
@@ -89,7 +89,9 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> Built:
         open_manifest(folder, folder.name, fingerprint, ANY_RUN)
         return adapter_format.load(base, folder)
 
-    engine = Engine(base, plan(config, base, keys, kept[0]), kept=kept, load=load)
+    with working("preparing to answer"):
+        kept = may_keep(base)
+        engine = Engine(base, plan(config, base, keys, kept[0]), kept=kept, load=load)
     state = State(
         service=Service(engine), catalogue=Catalogue(base_label(config.model), fingerprint, store), keys=keys,
         book=PromptBook(base, config.format), metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]

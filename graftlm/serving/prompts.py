@@ -6,7 +6,6 @@ so what was trained is what is asked.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any, Literal
 from graftlm.adapters import format as adapter_format
 from graftlm.base.chat import Encoder
 from graftlm.base.load import Base, load_tokenizer
-from graftlm.errors import DataError
+from graftlm.errors import DataError, ModelError
+from graftlm.jsonfile import read_json
 
 Style = Literal["chat", "text"]
 
@@ -121,10 +121,9 @@ class PromptBook:
 def _tuned(folder: Path) -> dict[str, Any] | None:
     """What a model folder that Graft wrote says of its training."""
     try:
-        found = json.loads((folder / "graft.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / "graft.json", ModelError)
+    except ModelError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _tuned_or_none(base: Prompts) -> dict[str, Any] | None:

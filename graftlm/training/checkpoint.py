@@ -26,7 +26,8 @@ from graftlm import kernels
 from graftlm.base.shards import Spec, write_tensors
 from graftlm.errors import Diverged, RunError
 from graftlm.files import clear_left, damage, whole_folder, write_json
-from graftlm.tensorfile import read_header, read_json
+from graftlm.jsonfile import read_json
+from graftlm.tensorfile import read_header
 from graftlm.training.trial import Evaluation, RowLoss, Trial
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"

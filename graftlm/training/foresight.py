@@ -35,6 +35,7 @@ from graftlm.planning.models import find
 from graftlm.planning.plan import DEFAULT_TOKENS_PER_PASS
 from graftlm.planning.shape import Shape
 from graftlm.planning.words import size
+from graftlm.progress import working
 from graftlm.training.loop import Work, forward, lay_out, passes
 from graftlm.training.trial import Trial
 
@@ -222,7 +223,9 @@ def rehearse(base: Base, trials: Sequence[Trial], foresight: Foresight) -> int:
             for parameter in () if trial.optimizer.in_backward else trial.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)  # what the passes in front of it have left
     try:
-        with PeakMemory(base.device, keep=True) as memory, _freed_at_once(trials):
+        with (
+            PeakMemory(base.device, keep=True) as memory, _freed_at_once(trials), working("trying the longest batch"),
+        ):  # fmt: skip
             laid = lay_out(base, foresight.work)
             total, _ = forward(base, laid, head_gradient_last=any(t.optimizer.in_backward for t in trials))
             total.backward()

@@ -26,6 +26,7 @@ from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
 from graftlm.data.documents import Document
 from graftlm.errors import Diverged, TrainingError
+from graftlm.progress import working
 from graftlm.segments import Segments, pack
 from graftlm.training import in_backward, notfinite
 from graftlm.training.loss import weighted_loss
@@ -351,19 +352,18 @@ def row_losses(
     documents: Sequence[Document],
     slot: int,
     tokens_per_pass: int,
-    progress: Callable[[int], None] | None = None,
 ) -> list[RowLoss]:
     """Each document's summed loss through the adapter in `slot`, in the documents' order, without dropout."""
     work = [Work(document, slot, (0, i), 1.0) for i, document in enumerate(documents)]
     found: dict[int, RowLoss] = {}
-    for group in passes(base, work, tokens_per_pass):
-        laid = lay_out(base, group)
-        _, losses = forward(base, laid)
-        at = 0
-        for w, count in zip(group, laid.counts):
-            index = w.stream[1]
-            found[index] = RowLoss(documents[index].row, count, float(losses[at : at + count].double().sum()))
-            at += count
-        if progress is not None:
-            progress(len(group))
+    with working("measuring held-out rows", len(documents), "rows") as task:
+        for group in passes(base, work, tokens_per_pass):
+            laid = lay_out(base, group)
+            _, losses = forward(base, laid)
+            at = 0
+            for w, count in zip(group, laid.counts):
+                index = w.stream[1]
+                found[index] = RowLoss(documents[index].row, count, float(losses[at : at + count].double().sum()))
+                at += count
+            task.to(len(found))
     return [found[i] for i in range(len(documents))]

@@ -25,7 +25,6 @@ from graftlm.data.sources import Source, is_hub_id, named_source, read, share, t
 from graftlm.errors import ConfigError, ModelError
 from graftlm.training.optimizer import AdamW, Schedule
 from graftlm.training.trial import Trial
-from graftlm.training.view import View
 
 
 def peek(sources: Sequence[Source]) -> None:
@@ -36,19 +35,18 @@ def peek(sources: Sequence[Source]) -> None:
 
 
 def read_data(
-    config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base, view: View
+    config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base
 ) -> tuple[Dataset, Dataset | None]:
     """The training data, and the held-out data where there are any. Raises DataError."""
     limit = token_limit(config.max_tokens_per_document, base.anatomy.max_positions)
-    with view.reading() as progress:
-        dataset = load(sources, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
-        if config.eval_data is None:
-            return dataset, None
-        fraction = share(config.eval_data)
-        if fraction is not None:
-            return split(dataset, fraction)
-        apart = [named_source(config.eval_data, "valid")]
-        return dataset, load(apart, encoder, max_tokens=limit, too_long=config.too_long, progress=progress)
+    dataset = load(sources, encoder, max_tokens=limit, too_long=config.too_long)
+    if config.eval_data is None:
+        return dataset, None
+    fraction = share(config.eval_data)
+    if fraction is not None:
+        return split(dataset, fraction)
+    apart = [named_source(config.eval_data, "valid")]
+    return dataset, load(apart, encoder, max_tokens=limit, too_long=config.too_long)
 
 
 def stored_precision(config: TrainConfig) -> Precision:

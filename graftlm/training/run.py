@@ -22,6 +22,7 @@ from graftlm.data.sources import named_source
 from graftlm.errors import Diverged, Stopped
 from graftlm.files import clear_left
 from graftlm.planning.measured import PeakMemory
+from graftlm.progress import working
 from graftlm.training import checkpoint
 from graftlm.training.foresight import foresee, rehearse
 from graftlm.training.loop import train
@@ -47,18 +48,17 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
         check_free(config.out, config.resume)
         started = time.perf_counter()
         precision = stored_precision(config)
-        with view.working("loading the base"):
-            base = load_base(
-                config.model, precision=precision, compute=products_of(config), device=config.device,
-                init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
-            )  # fmt: skip
+        base = load_base(
+            config.model, precision=precision, compute=products_of(config), device=config.device,
+            init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
+        )  # fmt: skip
         give_back()  # what was used for that
         set_checkpointing(config, base)
         view.base(base)
         loaded = time.perf_counter()
         adapter = make_adapter(base, config)
         encoder = Encoder(base.tokenizer, train_on=config.train_on, date=config.template_date)
-        material = Material(encoder, *read_data(config, sources, encoder, base, view))
+        material = Material(encoder, *read_data(config, sources, encoder, base))
         view.data(material.dataset, material.held_out, encoder.notes)
         session = Session(config, base, adapter, material, view, slot=0 if adapter is None else 1)
         trial = session.trial
@@ -90,7 +90,8 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
                         "Go on with the same command and --resume",
                     )
                 trained = time.perf_counter()
-                result = session.finish()
+                with working("saving"):
+                    result = session.finish()
     summary = {
         **result,
         "peak_memory_bytes": memory.bytes,

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from graftlm import __version__, kernels
 from graftlm.errors import RunError
 from graftlm.files import write_json, write_text
+from graftlm.jsonfile import parse_json
 from graftlm.training import checkpoint
 
 LOCK = ".running"
@@ -136,7 +137,7 @@ def read_lines(path: Path) -> Iterable[dict[str, Any]]:
     """The objects of a JSON-lines file; a last line cut short by a crash is left out."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            yield json.loads(line)
+            yield parse_json(line)
         except ValueError:
             continue
 

@@ -6,12 +6,11 @@ tokens a second and the time left, and the end. `quiet=True` draws nothing (test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from graftlm import terminal
 from graftlm.adapters.attach import Adapter, CoverageRow
@@ -19,6 +18,7 @@ from graftlm.base.load import Base
 from graftlm.config.fields import PRODUCTS
 from graftlm.data.documents import Dataset
 from graftlm.planning.words import count, size
+from graftlm.progress import Task, working
 from graftlm.training.foresight import Foresight
 from graftlm.training.loop import StepResult
 from graftlm.training.trial import Evaluation, Trial
@@ -31,8 +31,7 @@ class View:
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or terminal.console(stderr=True, quiet=quiet)
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._task: Task | None = None
         self._tokens, self._seconds = 0, 0.0
 
     def note(self, text: str) -> None:
@@ -43,20 +42,6 @@ class View:
         """A line under a label, its continuation lines in the column of its text."""
         columns = [terminal.Column(), terminal.Column(words=True)]
         terminal.table(self.console, columns, [(f"{label:<{_LABEL - 2}}", text)])
-
-    @contextmanager
-    def working(self, what: str) -> Iterator[None]:
-        """A spinner while something of unknown length goes on."""
-        with self.console.status(what):
-            yield
-
-    @contextmanager
-    def reading(self) -> Iterator[Callable[[int, int], None]]:
-        """A bar over rows tokenized; yields what to call with (rows so far, rows in all)."""
-        columns = (SpinnerColumn(), TextColumn("reading data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def base(self, base: Base) -> None:
         """What was loaded and how it will run."""
@@ -80,7 +65,7 @@ class View:
             f"{dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.trained_tokens:,} of them trained"
             f"{extra}{other}",
         )
-        for note in notes:
+        for note in dict.fromkeys((*notes, *dataset.notes, *(held_out.notes if held_out else ()))):
             self.fact("", note)
 
     def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter, notes: Sequence[str] = ()) -> None:
@@ -109,25 +94,21 @@ class View:
     @contextmanager
     def training(self, trial: Trial) -> Iterator[None]:
         """The bar of the run."""
-        columns = (
-            TextColumn("training "), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-            TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        waiting = "held-out rows first" if trial.wants_evaluation and trial.first is None else ""
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
-            self._bar = bar
-            self._task = bar.add_task("", total=trial.order.steps, completed=trial.step, numbers=waiting)
+        with working("training", trial.order.steps, "steps") as self._task:
+            self._task.to(
+                trial.step, note="held-out rows first" if trial.wants_evaluation and trial.first is None else ""
+            )
             try:
                 yield
             finally:
-                self._bar = None
+                self._task = None
 
     def stepped(self, trial: Trial, result: StepResult) -> None:
         self._tokens += result.tokens
         self._seconds += result.seconds
-        if self._bar is not None:
+        if self._task is not None:
             rate = self._tokens / self._seconds if self._seconds else 0
-            self._bar.update(self._task, completed=trial.step, numbers=f"loss {result.loss:.3f}  {rate:,.0f} tokens/s")
+            self._task.to(trial.step, note=f"loss {result.loss:.3f}  {rate:,.0f} tokens/s")
 
     def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         base = trial.first.loss if trial.first is not None else evaluation.loss

@@ -284,7 +284,7 @@ def test_only_the_last_assistant_message_is_marked_on_request_with_and_without_m
         assert isinstance(everything, Marked)
         assert isinstance(last, Marked)
         assert spans(last) == spans(everything)[-1:]
-        assert mark(name, CONVERSATIONS["multi"], first=2) == last
+        assert mark(name, CONVERSATIONS["multi"], masked={0, 1}) == last
 
 
 def test_thinking_that_a_template_drops_from_the_trained_turn_is_refused() -> None:

@@ -13,7 +13,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from graftlm import progress
 from graftlm.base.chat import Encoder
+from graftlm.data import documents
 from graftlm.data.documents import Dataset, load, split
 from graftlm.data.sources import Source
 from graftlm.errors import ConfigError, DataError
@@ -171,12 +173,42 @@ def test_no_source_is_an_error() -> None:
         load([], encoder())
 
 
-def test_progress_counts_up_to_all_rows(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    source = write(tmp_path / "a.jsonl", numbered(3000))
-    load([source], encoder(), progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (3000, 3000)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+class Heard:
+    """A display that keeps how far each task was said to be."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[float]] = {}
+        self.totals: dict[str, float | None] = {}
+
+    def begin(self, task: progress.Task) -> None:
+        self.seen[task.what], self.totals[task.what] = [], task.total
+
+    def moved(self, task: progress.Task) -> None:
+        self.seen[task.what].append(task.done)
+
+    def end(self, task: progress.Task) -> None: ...
+
+
+def test_progress_counts_up_to_all_bytes_and_then_to_all_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", numbered(12_000))
+    size, heard = Path(source.path).stat().st_size, Heard()
+    with progress.shown(heard):
+        load([source, source], encoder())
+    assert heard.totals == {"reading data": 2 * size, "tokenizing": 24_000}
+    assert heard.seen["tokenizing"][-1] == 24_000
+    assert len(heard.seen["tokenizing"]) > 20
+    assert heard.seen["reading data"][-1] > size
+    for counts in heard.seen.values():
+        assert counts == sorted(counts)
+
+
+def test_long_rows_are_tokenized_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_BATCH_CHARACTERS", 1000)
+    rows = [{"text": "abc " * count} for count in (150, 150, 10, 60, 100, 300, 1)]
+    heard = Heard()
+    with progress.shown(heard):
+        load([write(tmp_path / "a.jsonl", rows)], encoder())
+    assert heard.seen["tokenizing"] == [1, 4, 5, 6, 7], "600; 600 + 40 + 240; 400; 1,200; 4 characters"
 
 
 @needs_shared

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from graftlm.data.rows import Chat, Completion, Example, Fault, Raw, Text, format_of, parse, refuse
+from graftlm.data.columns import Fault, Raw, format_of, refuse
+from graftlm.data.rows import Chat, Completion, Example, Text, parse
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -39,7 +40,9 @@ def test_each_format_becomes_its_example() -> None:
     assert example_of(chat(USER, ASSISTANT)) == Chat("a.jsonl:1", (USER, ASSISTANT))
     assert example_of({"prompt": "a", "completion": "b"}) == Completion("a.jsonl:1", "a", "b")
     assert example_of({"text": "a", "source": "web"}) == Text("a.jsonl:1", "a")
-    assert example_of({"prompt": [USER], "completion": [ASSISTANT]}) == Chat("a.jsonl:1", (USER, ASSISTANT), first=1)
+    assert example_of({"prompt": [USER], "completion": [ASSISTANT]}) == Chat(
+        "a.jsonl:1", (USER, ASSISTANT), masked=frozenset({0})
+    )
 
 
 def test_an_instruction_becomes_a_user_message_with_its_input() -> None:

@@ -12,7 +12,8 @@ import datasets
 import pytest
 
 from graftlm.data import sources
-from graftlm.data.rows import Fault, Raw, format_of, parse
+from graftlm.data.columns import Fault, Raw, format_of
+from graftlm.data.rows import parse
 from graftlm.data.sources import Source, read
 from graftlm.errors import ConfigError, DataError
 

@@ -8,7 +8,6 @@ there must be what was published, by digest, lie in the store itself and not beh
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import AdapterError, StoreError
 from graftlm.files import sha256
+from graftlm.jsonfile import read_json
 
 if TYPE_CHECKING:
     from graftlm.adapters.format import AdapterFolder
@@ -113,10 +113,9 @@ def content_fault(place: Path, digest: str, base: str, run: str | None = None) -
 def run_of(folder: Path) -> dict[str, Any]:
     """Config and environment of the run that made a version, where it came from one: plain facts, no part of its digest."""
     try:
-        read = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / RUN, StoreError)
+    except StoreError:
         return {}
-    return read if isinstance(read, dict) else {}
 
 
 __all__ = ["ANY_RUN", "DIGEST", "RUN", "check_place", "content_fault", "open_content", "open_manifest", "run_of"]

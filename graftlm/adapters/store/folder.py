@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import json
 import re
 import shutil
 import socket
@@ -30,6 +29,7 @@ from graftlm.adapters.store.shelf import Check, Shelf, Version
 from graftlm.adapters.store.state import Name, replay
 from graftlm.errors import AdapterError, StoreError, nearest
 from graftlm.files import write_json
+from graftlm.jsonfile import read_json
 
 if TYPE_CHECKING:
     from graftlm.adapters.format import AdapterFolder
@@ -59,8 +59,8 @@ class Store:
                 f"no store of adapters at {self.root} ({what}); name one with --store, or publish into a new one"
             )
         try:
-            found = json.loads(mark.read_text(encoding="utf-8"))["format"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(mark, StoreError)["format"]
+        except (StoreError, KeyError):
             raise StoreError(f"{mark} is damaged; it should say {{'format': {_FORMAT}}}") from None
         if found != _FORMAT:
             raise StoreError(f"{self.root} is a store of format {found}, this Graft reads {_FORMAT}; update graftlm")
@@ -376,8 +376,8 @@ def _adapter_and_run(source: Path) -> tuple[Path, dict[str, Any] | None]:
         return adapter, None
     run: dict[str, Any] = {}
     for part in ("config", "environment"):
-        with contextlib.suppress(OSError, ValueError):
-            run[part] = json.loads((home / f"{part}.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(StoreError):
+            run[part] = read_json(home / f"{part}.json", StoreError)
     return adapter, run
 
 

@@ -19,7 +19,7 @@ from graftlm.adapters.store.names import check_name
 from graftlm.adapters.store.remote import Record, check_fetched, reason
 from graftlm.adapters.store.shelf import Version
 from graftlm.errors import AdapterError, GraftError, StoreError
-from graftlm.tensorfile import read_json
+from graftlm.jsonfile import read_json
 
 RECORD = "graft-version.json"
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import StoreError
+from graftlm.jsonfile import parse_json
 
 _START = "0" * 16
 _SUM = 16  # hexadecimal digits of the checksum in front of a line
@@ -84,7 +85,7 @@ class Journal:
                 found, body = text[:_SUM], text[_SUM + 1 : -1]
                 if text[_SUM] != " " or found != _sum(last, body):
                     raise ValueError
-                events.append(json.loads(body))
+                events.append(parse_json(body))
             except (ValueError, IndexError):
                 raise StoreError(
                     f"{self.path} is damaged at line {number}: it is not as it was written. Put the file back from a "

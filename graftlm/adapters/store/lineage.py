@@ -10,7 +10,6 @@ Letters: E experts of a stack, whose A is (E r, in) and B (out, r E) with the ex
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from graftlm.adapters.store.content import run_of
 from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.shelf import Version
+from graftlm.jsonfile import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,8 +182,9 @@ def _updates(folder: Path) -> dict[str, _Update]:
 
     from graftlm.adapters.format import CONFIG, TENSORS
     from graftlm.adapters.patterns import Expressions
+    from graftlm.errors import AdapterError
 
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG, AdapterError)
     grouped: dict[str, dict[str, Any]] = defaultdict(dict)
     found: dict[str, _Update] = {}
     for key, tensor in load_file(folder / TENSORS).items():

@@ -24,6 +24,8 @@ from graftlm.adapters.store.names import Reference, check_name
 from graftlm.adapters.store.shelf import Event, Version
 from graftlm.errors import AdapterError, GraftError, StoreError, nearest
 from graftlm.files import sha256
+from graftlm.jsonfile import parse_json
+from graftlm.progress import working
 
 _MOST_RECORD = 1 << 20
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -69,7 +71,8 @@ class Remote:
             self.fs.invalidate_cache()
             if not self.fs.exists(self.root):
                 raise StoreError(f"there is nothing at {self.place}")
-            paths = sorted(self.fs.find(self.root))
+            with working(f"listing {self.place}"):
+                paths = sorted(self.fs.find(self.root))
         except GraftError:
             raise
         except Exception as error:  # each file system has exceptions of its own
@@ -87,7 +90,7 @@ class Remote:
         try:
             if self.fs.size(path) > _MOST_RECORD:
                 raise ValueError("it is too large")
-            event = json.loads(self.fs.cat_file(path))
+            event = parse_json(self.fs.cat_file(path))
             same = (event["name"], event["version"]) == (name, number)
             if not same or not DIGEST.fullmatch(event["digest"]):
                 raise ValueError("it names another version")
@@ -109,8 +112,11 @@ class Remote:
             names = [n for n in found.files if n != _LAST]
             names += [RUN] if (version.folder / RUN).is_file() else []
             self.fs.makedirs(place, exist_ok=True)
-            for name in [*names, _LAST]:
-                self.fs.put_file(str(version.folder / name), f"{place}/{name}")
+            sizes = {name: (version.folder / name).stat().st_size for name in [*names, _LAST]}
+            with working(f"pushing {version.label}", sum(sizes.values()), "bytes") as task:
+                for name, size in sizes.items():
+                    self.fs.put_file(str(version.folder / name), f"{place}/{name}")
+                    task.to(task.done + size)
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
                 self.fs.pipe_file(path, json.dumps(version.event).encode(), mode="create")
@@ -145,8 +151,10 @@ class Remote:
                 raise StoreError(f"{self.place}: {record.label} holds {odd[0] if odd else 'too much'}; it is not taken")
             if total > shutil.disk_usage(into).free:
                 raise StoreError(f"{record.label} takes {total:,} bytes, and {into.parent} has no room for them")
-            for path, _ in listed:
-                self.fs.get_file(path, str(into / path.rpartition("/")[2]))
+            with working(f"pulling {record.label}", total, "bytes") as task:
+                for path, size in listed:
+                    self.fs.get_file(path, str(into / path.rpartition("/")[2]))
+                    task.to(task.done + size)
         except GraftError:
             raise
         except Exception as error:

@@ -20,6 +20,7 @@ from graftlm.adapters.store.journal import Event, Journal, flush_folder
 from graftlm.adapters.store.state import Entry, Name, replay
 from graftlm.errors import AdapterError, StoreError
 from graftlm.files import sha256
+from graftlm.progress import working
 
 if TYPE_CHECKING:
     from graftlm.adapters.format import AdapterFolder
@@ -237,9 +238,15 @@ class Shelf:
                     check.faults.append(
                         Fault(f"{name.name}@{alias}", f"points at version {number}, which is not there")
                     )
+        with working(f"verifying {where}", len(users), "versions") as task:
+            found: dict[str, str | None] = {}
+            for digest, entries in users.items():
+                found[digest] = content_fault(
+                    self.folder / "versions" / digest, digest, self.fingerprint, entries[0].event.get("run")
+                )
+                task.to(len(found))
         for digest, entries in users.items():
-            content = self.folder / "versions" / digest
-            fault = content_fault(content, digest, self.fingerprint, entries[0].event.get("run"))
+            content, fault = self.folder / "versions" / digest, found[digest]
             check.versions += len(entries)
             check.contents += 1
             if fault is not None:

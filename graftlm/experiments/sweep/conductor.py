@@ -20,8 +20,8 @@ from graftlm.errors import Diverged, RunError, TrainingError
 from graftlm.experiments.sweep.study import Claim, Study
 from graftlm.experiments.sweep.view import SweepView
 from graftlm.files import write_json
+from graftlm.jsonfile import read_json
 from graftlm.planning.measured import PeakMemory
-from graftlm.tensorfile import read_json
 from graftlm.training.loop import Observer, StepResult
 from graftlm.training.runfolder import LOCK
 from graftlm.training.session import Session

@@ -12,7 +12,7 @@ from typing import Any
 from graftlm.config.sweep import Value
 from graftlm.errors import RunError
 from graftlm.experiments.sweep.study import IDENTITY, JOURNAL, MARK, SURPLUS, open_storage, reached, shown, trial_folder
-from graftlm.tensorfile import read_json
+from graftlm.jsonfile import read_json
 from graftlm.training.runfolder import read_lines
 
 Points = tuple[tuple[int, float], ...]

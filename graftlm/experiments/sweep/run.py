@@ -49,11 +49,10 @@ def sweep(config: SweepConfig, view: SweepView) -> Found:
     if "%" not in config.eval_data:
         peek([named_source(config.eval_data, "valid")])
     study = Study(config)
-    with view.working("loading the base"):
-        base = load_base(
-            config.model, precision=stored_precision(any_setting), compute=config.compute, device=config.device,
-            init="pretrained", seed=0, trust_remote_code=config.trust_remote_code, training=True,
-        )  # fmt: skip
+    base = load_base(
+        config.model, precision=stored_precision(any_setting), compute=config.compute, device=config.device,
+        init="pretrained", seed=0, trust_remote_code=config.trust_remote_code, training=True,
+    )  # fmt: skip
     set_checkpointing(any_setting, base)
     view.base(base)
     materials = _read(settings, base, view)
@@ -166,7 +165,7 @@ def _read(settings: Mapping[Data, TrainConfig], base: Base, view: SweepView) -> 
     for data, training in settings.items():
         encoder = Encoder(base.tokenizer, train_on=training.train_on, date=training.template_date)
         sources = [named_source(text, "train") for text in data]
-        found[data] = Material(encoder, *read_data(training, sources, encoder, base, view))
+        found[data] = Material(encoder, *read_data(training, sources, encoder, base))
         view.data(found[data].dataset, found[data].held_out, encoder.notes)
     return found
 

@@ -30,8 +30,8 @@ from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Choice, Range, Space, Value
 from graftlm.errors import ConfigError, RunError
 from graftlm.files import write_json
+from graftlm.jsonfile import parse_json, read_json
 from graftlm.kernels.counter import hash_words
-from graftlm.tensorfile import read_json
 from graftlm.training.runfolder import locked
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Study:
 
         Raises RunError where it holds another sweep, or something that no sweep wrote.
         """
-        now = json.loads(json.dumps({**self.config.identity, **content}))
+        now = parse_json(json.dumps({**self.config.identity, **content}))
         with reached(self.where), self._turn():
             known: dict[str, Any] | None = self.study.user_attrs.get(IDENTITY)
             if known is None:

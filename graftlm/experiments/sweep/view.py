@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Value
 from graftlm.experiments.sweep.results import Found
 from graftlm.experiments.sweep.study import Claim
 from graftlm.planning.words import size
+from graftlm.progress import Task, begin, end, working
 from graftlm.terminal import Column, table
 from graftlm.training.loop import StepResult
 from graftlm.training.trial import Evaluation, Trial
@@ -24,9 +24,8 @@ class SweepView(View):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)
-        self._progress: Progress | None = None
-        self._bars: dict[str, TaskID] = {}
-        self._all: TaskID | None = None
+        self._bars: dict[str, Task] = {}
+        self._all: Task | None = None
 
     def places(self, count: int, predicted: int | None, tokens_per_pass: int, rehearsed: int | None) -> None:
         """How many are trained at once."""
@@ -39,17 +38,15 @@ class SweepView(View):
     @contextmanager
     def sweeping(self, trials: int, ended: int) -> Iterator[None]:
         """The bars of the sweep."""
-        columns = (
-            TextColumn("{task.description:<10}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"), TimeElapsedColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
-            self._progress = progress
-            self._all = progress.add_task("trials", total=trials, completed=ended, said="")
+        with working("sweep", trials, "trials") as self._all:
+            self._all.to(ended)
             try:
                 yield
             finally:
-                self._progress = None
+                for task in self._bars.values():
+                    end(task)
+                self._bars.clear()
+                self._all = None
 
     def began(self, claim: Claim, trial: Trial) -> None:
         """A trial takes its place."""
@@ -57,11 +54,11 @@ class SweepView(View):
         self.note(f"trial {claim.number:>3}  {described(claim.own)}{again}")
 
     def stepped(self, trial: Trial, result: StepResult) -> None:
-        if self._progress is None:
+        if self._all is None:
             return
         if trial.name not in self._bars:
-            self._bars[trial.name] = self._progress.add_task(f"  {int(trial.name)}", total=trial.order.steps, said="")
-        self._progress.update(self._bars[trial.name], completed=trial.step, said=f"loss {result.loss:.3f}")
+            self._bars[trial.name] = begin(f"trial {int(trial.name):>3}", trial.order.steps, "steps")
+        self._bars[trial.name].to(trial.step, note=f"loss {result.loss:.3f}")
 
     def ended(self, claim: Claim, trial: Trial) -> None:
         """A trial leaves its place."""
@@ -69,10 +66,10 @@ class SweepView(View):
             self.note(f"trial {claim.number:>3}  {trial.given_up}")
         elif trial.best is not None:
             self.note(f"trial {claim.number:>3}  held-out loss {trial.best.loss:.4f} after step {trial.best.step}")
-        if self._progress is not None and self._all is not None:
+        if self._all is not None:
             if trial.name in self._bars:
-                self._progress.remove_task(self._bars.pop(trial.name))
-            self._progress.advance(self._all)
+                end(self._bars.pop(trial.name))
+            self._all.to(self._all.done + 1)
 
     def found(self, found: Found, most: int = 20) -> None:
         """The table of trials, best first."""

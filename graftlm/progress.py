@@ -1,0 +1,236 @@
+"""Progress of what takes longer than a moment: said here, from wherever the work is done, and drawn in one place.
+
+    with working("reading data", total=size, unit="bytes") as task:
+        task.to(done)
+
+A command switches the drawing on with `shown()`; elsewhere (in a library's caller, in tests, in the children of `graft
+compare`) the calls do nothing. In a terminal the tasks that go on are bars on standard error that vanish at their end. Where
+standard error is a file or a pipe there are no bars: a line of the innermost task comes after ten seconds, then every thirty.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Unit = Literal["", "bytes", "rows", "steps", "tokens", "files", "trials", "versions", "tensors"]
+SOON, FIRST_LINE, LINES = 0.4, 10.0, 30.0
+"""Seconds until a bar is drawn, until the first line of a pipe, and between its lines."""
+
+
+@dataclass(eq=False)
+class Task:
+    """Something that goes on."""
+
+    what: str
+    total: float | None = None
+    unit: Unit = ""
+    done: float = 0
+    note: str = ""
+    began: float = field(default_factory=time.monotonic)
+    _moved: Callable[[Task], None] | None = field(default=None, repr=False)
+
+    def to(self, done: float, total: float | None = None, note: str | None = None) -> None:
+        """Say how far it is; `note` stands behind the numbers."""
+        self.done = done
+        self.total = self.total if total is None else total
+        self.note = self.note if note is None else note
+        if self._moved is not None:
+            self._moved(self)
+
+    @property
+    def counted(self) -> str:
+        """How far it is, in words: `1,024 of 3,000 rows`."""
+        if self.unit == "bytes":
+            whole = f" of {self.total / 1e6:,.1f}" if self.total else ""
+            return f"{self.done / 1e6:,.1f}{whole} MB"
+        if not self.unit or (not self.done and self.total is None):
+            return ""
+        whole = f" of {self.total:,.0f}" if self.total is not None else ""
+        return f"{self.done:,.0f}{whole} {self.unit}"
+
+    @property
+    def line(self) -> str:
+        """All of it on one line."""
+        parts = [part for part in (self.counted, self.note, f"{time.monotonic() - self.began:.0f} s") if part]
+        return f"{self.what}: {', '.join(parts)}"
+
+
+class Display(Protocol):
+    """What draws tasks."""
+
+    def begin(self, task: Task) -> None: ...
+
+    def moved(self, task: Task) -> None: ...
+
+    def end(self, task: Task) -> None: ...
+
+
+_displays: list[Display] = []  # the last one draws
+
+
+def begin(what: str, total: float | None = None, unit: Unit = "", *, done: float = 0) -> Task:
+    """Say that something goes on now, until `end`; `working` does both."""
+    task = Task(what, total, unit, done)
+    if _displays:
+        display = _displays[-1]
+        task._moved = display.moved  # pyright: ignore[reportPrivateUsage]
+        display.begin(task)
+    return task
+
+
+def end(task: Task) -> None:
+    """Say that it goes on no more."""
+    if _displays:
+        _displays[-1].end(task)
+
+
+@contextmanager
+def working(what: str, total: float | None = None, unit: Unit = "") -> Iterator[Task]:
+    """Say what goes on within."""
+    task = begin(what, total, unit)
+    try:
+        yield task
+    finally:
+        end(task)
+
+
+@contextmanager
+def shown(display: Display | None = None) -> Iterator[None]:
+    """Draw the tasks that begin within: in a terminal as bars, else as lines."""
+    chosen: Display = display or (_Bars() if _terminal() else _Lines())
+    _displays.append(chosen)
+    try:
+        yield
+    finally:
+        _displays.remove(chosen)
+        if isinstance(chosen, _Drawn):
+            chosen.close()
+
+
+def _terminal() -> bool:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+class _Drawn:
+    """Tasks, and a thread that looks at them while there are any."""
+
+    period = 0.1
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+        self.lock = threading.RLock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, task: Task) -> None:
+        with self.lock:
+            self.tasks.append(task)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, name="graft-progress", daemon=True)
+                self._thread.start()
+
+    def moved(self, task: Task) -> None: ...
+
+    def end(self, task: Task) -> None:
+        with self.lock:
+            if task in self.tasks:
+                self.tasks.remove(task)
+            self.gone(task)
+
+    def close(self) -> None:
+        """Draw no more."""
+        with self.lock:
+            self._wake.set()
+            for task in list(self.tasks):
+                self.end(task)
+
+    def _look(self) -> None:
+        while not self._wake.wait(self.period):
+            with self.lock:
+                if self.tasks and not self._wake.is_set():
+                    self.look()
+
+    def look(self) -> None:
+        raise NotImplementedError
+
+    def gone(self, task: Task) -> None: ...
+
+
+class _Lines(_Drawn):
+    """A line now and then of the task that began last."""
+
+    period = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next: dict[Task, float] = {}
+
+    def look(self) -> None:
+        task, now = self.tasks[-1], time.monotonic()
+        if now < self._next.setdefault(task, task.began + FIRST_LINE):
+            return
+        self._next[task] = now + LINES
+        try:
+            sys.stderr.write(task.line + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):  # nobody reads it any more
+            self._wake.set()
+
+    def gone(self, task: Task) -> None:
+        self._next.pop(task, None)
+
+
+class _Bars(_Drawn):
+    """Bars of all tasks that go on, the one that began last at the bottom."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: Any = None
+        self._bars: dict[Task, Any] = {}
+
+    def look(self) -> None:
+        now = time.monotonic()
+        for task in self.tasks:
+            if task not in self._bars and now - task.began >= SOON:
+                self._bars[task] = self._open().add_task("", total=task.total, what=task.what, said="", left="")
+        for task, bar in self._bars.items():
+            said = " ".join(part for part in (task.counted, task.note) if part)
+            self._live.update(bar, completed=task.done, total=task.total, said=said)
+
+    def gone(self, task: Task) -> None:
+        bar = self._bars.pop(task, None)
+        if bar is None:
+            return
+        self._live.remove_task(bar)
+        if not self._bars:
+            self._live.stop()
+            self._live = None
+
+    def _open(self) -> Any:
+        if self._live is None:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            columns = (
+                SpinnerColumn(), TextColumn("{task.fields[what]}", markup=False), BarColumn(bar_width=20),
+                TextColumn("{task.fields[said]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
+            )  # fmt: skip
+            self._live = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._live.start()
+        return self._live
