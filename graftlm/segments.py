@@ -23,6 +23,7 @@ from typing import Protocol
 
 import torch
 
+from graftlm.errors import ModelError
 from graftlm.kernels.counter import hash_words
 
 
@@ -91,6 +92,27 @@ class Segments:
             else:
                 runs.append((start, 1, length))
         return tuple(runs)
+
+    def of_rows(self, rows: int) -> Segments:
+        """The same documents in a layer that gets `rows` rows for them: as many for each, one after another.
+
+        Most layers get one row a token, and this is it. On stacks a layer may get others: a pooled state a document, or
+        all of its past when it decodes. Raises ModelError where the rows cannot be shared out.
+        """
+        count = len(self.lengths)
+        if rows == self.tokens:
+            return self
+        if not self.stacked or not rows or rows % count:
+            raise ModelError(
+                f"a layer of this model gets {rows} rows in a pass of {self.tokens} tokens and {count} documents, so an "
+                "adapter on it cannot tell whose they are; leave it out with --targets, such as attention or mlp"
+            )
+        spread: dict[int, Segments] = self.__dict__.setdefault("_of_rows", {})
+        if rows not in spread:
+            spread[rows] = Segments(
+                lengths=(rows // count,) * count, slots=self.slots, streams=self.streams, stacked=True
+            )
+        return spread[rows]
 
     @cached_property
     def slot_ranges(self) -> tuple[tuple[int, int, int], ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graftlm.errors import ModelError
 from graftlm.segments import Segments, pack
 
 batches = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=30)
@@ -58,3 +60,15 @@ def test_a_tokens_key_depends_on_its_trial_draw_and_position_alone() -> None:
     cached = Segments(lengths=(2,), slots=(4,), cached=(4,), streams=((5, 3),))
     assert torch.equal(cached.token_keys, alone.token_keys[4:])
     assert cached.positions.tolist() == [4, 5]
+
+
+def test_a_layer_with_other_rows_than_tokens_shares_them_out_by_document() -> None:
+    stack = Segments(lengths=(3, 3, 3, 3), slots=(1, 1, 0, 2), streams=((5, 0), (5, 1), (5, 2), (5, 3)), stacked=True)
+    assert stack.of_rows(12) is stack
+    assert stack.of_rows(20).slot_ranges == ((1, 0, 10), (0, 10, 15), (2, 15, 20))
+    assert stack.of_rows(4).slot_ranges == ((1, 0, 2), (0, 2, 3), (2, 3, 4))
+    assert len(set(stack.of_rows(20).token_keys.tolist())) == 20
+    packed = Segments(lengths=(3, 5), slots=(1, 2))
+    for segments, rows in ((stack, 13), (stack, 0), (packed, 16)):
+        with pytest.raises(ModelError, match=rf"gets {rows} rows in a pass of {segments.tokens} tokens"):
+            segments.of_rows(rows)

@@ -186,9 +186,7 @@ def trial(
     weight_decay: float = 0.0,
 ) -> Trial:
     """One line of training on all of `rows` in every step, at a level learning rate."""
-    if adapter is None:
-        base.model.requires_grad_(True)
-    parameters = dict(base.model.named_parameters()) if adapter is None else adapter.parameters()
+    parameters = base.train_all() if adapter is None else adapter.parameters()
     return Trial(
         name="tiny", slot=0 if adapter is None else slot, seed=7, parameters=parameters,
         optimizer=AdamW(parameters, beta1=0.9, beta2=0.99, epsilon=1e-6, weight_decay=weight_decay),

@@ -305,7 +305,7 @@ class Bank:
         if all(isinstance(slot, LowRank) and slot.magnitude is None for slot, _, _ in used):
             y = self._low_rank(x, weight, used, expert, rows, module.narrow)
             return y if bias is None else y + bias.to(y.dtype)
-        parts = [self._one(x[first:last], weight, bias, self.slots.get(slot), first, last, rows, module.narrow)
+        parts = [self._one(x[first:last], weight, bias, self.slots.get(slot), first, last, rows, len(x), module.narrow)
                  for slot, first, last in ranges]  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -338,7 +338,7 @@ class Bank:
             if id(slot) not in index:
                 index[id(slot)] = len(index)
                 factors.extend(slot.factors(expert))
-            uses.append(_use(slot, first, last, index[id(slot)], rows))
+            uses.append(_use(slot, first, last, index[id(slot)], rows, len(x)))
         y = _Banked.apply(x, weight, narrow, uses, *factors)
         assert isinstance(y, Tensor)
         return y
@@ -352,9 +352,10 @@ class Bank:
         first: int,
         last: int,
         rows: Tensor | None,
+        total: int,
         narrow: bool,
     ) -> Tensor:
-        """One range of tokens through one slot of any kind, composed from differentiable parts; x (t, in) -> (t, out)."""
+        """One range of the layer's `total` rows through one slot of any kind; differentiable, x (t, in) -> (t, out)."""
         if isinstance(slot, Whole):
             return product(x, slot.weight.to(x.dtype), bias, narrow)
         y = product(x, weight, None, narrow)  # (t, out)
@@ -362,7 +363,7 @@ class Bank:
             own = product(x, slot.values.to(x.dtype), None, narrow)  # (t, rows)
             y = y.index_copy(1, torch.tensor(slot.tokens, device=y.device), own)
         elif isinstance(slot, LowRank):
-            use = _use(slot, first, last, 0, rows)
+            use = _use(slot, first, last, 0, rows, total)
             keep = use.keep(x)
             A, B = slot.factors(None)
             y = y + slot.scale * F.linear(F.linear(x if keep is None else x * keep, A.to(x.dtype)), B.to(x.dtype))
@@ -382,11 +383,13 @@ def combined_norm(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return square.clamp_min(0).sqrt()
 
 
-def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None) -> _Use:
+def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None, total: int) -> _Use:
+    """The part [first, last) of a layer's `total` rows that one slot gets."""
     keys = None
     segments = context.current().segments
     if slot.dropout and torch.is_grad_enabled() and segments.streams:
-        keys = segments.token_keys_on(slot.A.device)
+        laid = segments if rows is not None else segments.of_rows(total)
+        keys = laid.token_keys_on(slot.A.device)
         keys = keys[first:last] if rows is None else keys[rows[first:last]]
     return _Use(first, last, index, slot.scale, slot.dropout, slot.key, keys)
 
@@ -394,10 +397,9 @@ def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None) 
 def _ranges(tokens: int, rows: Tensor | None) -> Sequence[tuple[int, int, int]]:
     """(slot, first, last) over the rows of x: those of the pass's segments, or of an expert's share of them."""
     segments = context.current().segments
-    ranges = segments.slot_ranges
     if rows is None:
-        assert tokens == segments.tokens, f"{tokens} rows for {segments.tokens} tokens"
-        return ranges
+        return segments.of_rows(tokens).slot_ranges
+    ranges = segments.slot_ranges
     if len(ranges) == 1:
         return ((ranges[0][0], 0, tokens),)
     bounds = torch.tensor([stop for _, _, stop in ranges], device=rows.device)

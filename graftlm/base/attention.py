@@ -15,6 +15,7 @@ Letters: T tokens, n segments of a run, L their length, H heads, K key-value hea
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -178,7 +179,7 @@ def may_pack(
 
     `own(ids (1, L))` gives the untouched model's logits (L, vocabulary) for one document, `packed(ids (1, T), segments)`
     those with our attention, (T, vocabulary). Logits count as the same when their relative distance is below 1e-3 where
-    products are in float32 (`exact`), and below 0.15 in 16 bits.
+    matmuls are in float32 (`exact`), and below 0.15 in 16 bits.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, 24), generator=generator)
@@ -187,12 +188,9 @@ def may_pack(
     try:
         expected = torch.cat([own(first), own(second)])  # (24, vocabulary)
         found = packed(ids, two)
-        # Rounding adds up with depth (measured at 0.03 over 16 layers in bfloat16), a leak of random tokens is of order 1.
-        tolerance = 1e-3 if exact else 0.15
 
         def differ(a: Tensor, b: Tensor) -> bool:
-            error = (torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float())).item()
-            return not error < tolerance  # also true for NaN
+            return distance(a, b) >= tolerance(exact=exact)
 
         if found.shape != expected.shape or differ(found[:13], expected[:13]):
             return False, "its logits change under packed attention"
@@ -213,3 +211,44 @@ def may_pack(
     except (KeyError, TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
         return False, f"packed attention fails in it ({type(error).__name__}: {str(error)[:80]})"
     return True, ""
+
+
+def may_stack(own: Callable[[Tensor], Tensor], vocabulary: int, *, exact: bool = True) -> str:
+    """Whether a model runs on stacks of equally long documents with its own attention; returns why it may not, or nothing.
+
+    `own(ids (n, L))` gives logits (n, L, vocabulary). A document must get what it gets alone, and no token may see a later
+    one: a model that reads both ways (BERT without `is_decoder`) has no next-token loss, and nothing to decode.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (2, 13), generator=generator)
+    try:
+        expected = own(ids)  # (2, 13, vocabulary)
+        for i in range(2):
+            if distance(own(ids[i : i + 1])[0], expected[i]) >= tolerance(exact=exact):
+                return "a document changes with the others in its stack"
+        later = ids.clone()
+        later[:, 8:] = (later[:, 8:] + 7) % vocabulary
+        if distance(own(later)[:, :8], expected[:, :8]) >= tolerance(exact=exact):
+            return "a token sees later ones"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        return f"it fails on two documents of equal length ({type(error).__name__}: {str(error).strip()[:120]})"
+    return ""
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|; infinite where that is no number, or the shapes differ."""
+    if found.shape != expected.shape:
+        return math.inf
+    a, b = found.float(), expected.float()
+    relative = (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-30)).item()
+    return relative if relative == relative else math.inf
+
+
+def tolerance(*, exact: bool) -> float:
+    """The distance at which logits no longer count as the same, with matmuls in float32 (`exact`) or in 16 bits.
+
+    Rounding adds up with depth (measured at 0.03 over 16 layers in bfloat16), a leak of random tokens is of order 1.
+    """
+    return 1e-3 if exact else 0.15

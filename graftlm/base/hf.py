@@ -75,6 +75,8 @@ class Targets:
     routers: dict[str, StoredLinear] = field(default_factory=dict[str, StoredLinear])  # "….gate.weight"
     stacks: dict[str, StoredStack] = field(default_factory=dict[str, StoredStack])  # "….experts.gate_up_proj"
     kept: dict[str, str] = field(default_factory=dict[str, str])  # module name -> why it stays as it is
+    fixed: set[str] = field(default_factory=set[str])
+    """Parameters that the model's class itself never trains: biases that balance experts, tables of positions."""
 
     def all(self) -> dict[str, Stored]:
         return {**self.linears, **self.routers, **self.stacks}
@@ -93,7 +95,7 @@ def find_targets(model: PreTrainedModel, precision: Precision) -> Targets:
     """Decide which modules of `model` (on any device, meta included) are stored in `precision`."""
     head, embedding = _head_and_embedding(model)
     dense = precision in DTYPES
-    targets = Targets()
+    targets = Targets(fixed={name for name, p in model.named_parameters() if not p.requires_grad})
     tied = {id(embedding.weight)} if hasattr(embedding, "weight") else set[int]()
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -141,11 +143,12 @@ def _is_stacked(module: nn.Module) -> bool:
 def install(model: PreTrainedModel, targets: Targets, precision: Precision, compute: torch.dtype) -> None:
     """Put the stored modules in their places; those without a value yet take it from the module they replace."""
     for name, stored in targets.all().items():
-        if stored.weight is None and stored.compressed is None:
+        if stored.dense is None and stored.compressed is None:
             stored.put(model.get_parameter(name))
     for name, stored in targets.linears.items():
         path = name.removesuffix(".weight")
         stored.bias = model.get_submodule(path).bias  # loaded into the module that is replaced
+        stored.__dict__["weight"] = WeightHandle(stored, compute)
         _replace(model, path, stored)
     for name, stored in targets.stacks.items():
         path, _, attribute = name.rpartition(".")
@@ -153,17 +156,16 @@ def install(model: PreTrainedModel, targets: Targets, precision: Precision, comp
         del module._parameters[attribute]
         module.add_module(attribute, stored)
     for name, stored in list(targets.routers.items()):
-        router = model.get_submodule(name.removesuffix(".weight"))
+        path = name.removesuffix(".weight")
+        router = model.get_submodule(path)
         original = router._parameters.pop("weight")
         router.add_module("stored", stored)
-        router.__dict__["weight"] = WeightHandle(stored)
-        try:
-            with torch.no_grad():
-                router(torch.zeros(2, stored.in_features, dtype=compute, device=stored.value.device))
-        except (TypeError, AttributeError, RuntimeError) as error:
+        router.__dict__["weight"] = WeightHandle(stored, compute)
+        fault = _router_fault(router, stored, compute)
+        if fault is not None:
             del router.__dict__["weight"], router._modules["stored"]
-            router.register_parameter("weight", original if original is None or not original.is_meta else stored.weight)
-            targets.kept[name.removesuffix(".weight")] = f"its router does not multiply with F.linear ({error})"
+            router.register_parameter("weight", original if original is None or not original.is_meta else stored.dense)
+            targets.kept[path] = f"its router does not multiply with F.linear{fault}"
             del targets.routers[name]
     if targets.stacks:
         _set_experts(model)
@@ -196,6 +198,20 @@ def install(model: PreTrainedModel, targets: Targets, precision: Precision, comp
         embedding.tie(linear)
     if embedding.weight.dtype != keep and isinstance(embedding.weight, nn.Parameter) and not embedding.weight.is_meta:
         embedding.weight = nn.Parameter(embedding.weight.detach().to(keep), requires_grad=False)
+
+
+def _router_fault(router: nn.Module, stored: StoredLinear, compute: torch.dtype) -> str | None:
+    """None where a router's own forward sends its matmul through the stored layer; else what is known of why it does not."""
+    called: list[bool] = []
+    hook = stored.register_forward_hook(lambda *_: called.append(True))
+    try:
+        with torch.no_grad():
+            router(torch.zeros(2, stored.in_features, dtype=compute, device=stored.value.device))
+    except (TypeError, AttributeError, RuntimeError) as error:
+        return f" ({_first_line(error)})"
+    finally:
+        hook.remove()
+    return None if called else ""
 
 
 def _kept_by_class(model: PreTrainedModel, parameter: str) -> bool:
@@ -405,6 +421,7 @@ def stream(
     quantizer: StoredFormQuantizer = model.hf_quantizer
     targets = quantizer.targets
     info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.put.mismatched}
+    _share_tied(model, targets, info["missing_keys"])
     _check_loaded(info, targets, path)
     unused = sorted(info["unexpected_keys"])
     quantizer.remove_quantization_config(model)
@@ -415,13 +432,22 @@ def stream(
     return _ready(model), targets, unused
 
 
+def _share_tied(model: PreTrainedModel, targets: Targets, missing: set[str]) -> None:
+    """Give layers that share their weights by the class's own ties, as Zamba's blocks do, one stored form."""
+    stored = targets.all()
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in stored and source in stored and stored[name].dense is None and stored[name].compressed is None:
+            stored[name].tie(stored[source])
+            missing.discard(name)
+
+
 def _check_loaded(info: Any, targets: Targets, path: str) -> None:
     if info["mismatched_keys"]:
         name, found, wanted = sorted(info["mismatched_keys"])[0]
         raise ModelError(f"{path}: tensor '{name}' has shape {tuple(found)}, the config asks for {tuple(wanted)}")
     missing = sorted(info["missing_keys"])
     missing += sorted(
-        n for n, s in targets.all().items() if s.weight is None and s.compressed is None and n not in missing
+        n for n, s in targets.all().items() if s.dense is None and s.compressed is None and n not in missing
     )
     if missing:
         raise ModelError(
@@ -458,6 +484,17 @@ class _Report(logging.Handler):
         self._logger.removeHandler(self)
         level, self._logger.propagate = self._before
         self._logger.setLevel(level)
+
+
+def fails_in_the_model(error: BaseException) -> bool:
+    """Whether an error comes from a model's own code, transformers' or trusted remote code, and not from ours below it."""
+    inner = ""
+    trace = error.__traceback__
+    while trace is not None:
+        room = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        inner = room if room in ("graftlm", "transformers", "transformers_modules") else inner
+        trace = trace.tb_next
+    return inner in ("transformers", "transformers_modules")
 
 
 def _first_line(error: Any) -> str:
@@ -569,6 +606,9 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     config: Any = model.config
     config.use_cache = False
+    if getattr(config, "rescale_every", 0):
+        # RWKV would halve its weights in place for float16, and halve its states to match: the same logits.
+        model.__dict__["graft_rescale_every"], config.rescale_every = config.rescale_every, 0
     return model
 
 
@@ -612,6 +652,25 @@ class _Given(nn.Module):
             return getattr(object.__getattribute__(self, "_body"), name)
 
 
+class _ReadHead(nn.Module):
+    """A stored head as the model's own code sees it: Mamba casts its input to the type of the head's weight first.
+
+    Our own code needs the head's parameter itself, so unlike other stored layers it has no handle in that place.
+    """
+
+    def __init__(self, head: StoredLinear, compute: torch.dtype) -> None:
+        super().__init__()
+        object.__setattr__(self, "_head", head)
+        self.__dict__["weight"], self.bias = WeightHandle(head, compute), head.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._head(x)
+
+
+def _stored(model: nn.Module) -> list[Stored]:
+    return [module for module in model.modules() if isinstance(module, Stored)]
+
+
 def _with(module: nn.Module, path: Sequence[str], other: nn.Module) -> Any:
     """A module that shares everything with `module` but has `other` at `path`.
 
@@ -641,9 +700,12 @@ def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
 class Anatomy:
     """Where the parts of a causal language model are: body, head, embedding, layers."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Find the parts and prove that body and head together give the untouched logits; ModelError when not."""
-        self.model = model
+    def __init__(self, model: PreTrainedModel, compute: torch.dtype) -> None:
+        """Find the parts and prove that body and head together give the untouched logits; ModelError when not.
+
+        `compute` is the dtype of the hidden states.
+        """
+        self.model, self._compute = model, compute
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = _head_and_embedding(model)
         self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
@@ -661,6 +723,13 @@ class Anatomy:
     @property
     def head(self) -> nn.Module:
         return self.model.get_submodule(self.head_name)
+
+    def _readable(self) -> Any:
+        """The model with a head whose weight its own code may read."""
+        head = self.head
+        if not isinstance(head, StoredLinear):
+            return self.model
+        return _with(self.model, self.head_name.split("."), _ReadHead(head, self._compute))
 
     def tail_modules(self) -> list[nn.Module]:
         """Every module outside the body: what turns its hidden states into logits, the head among them."""
@@ -699,12 +768,17 @@ class Anatomy:
         hooks = [m.register_forward_hook(partial(keep, n)) for n, m in self.model.named_modules() if n]
         hooks.append(head.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
         try:
-            expected = self.model(input_ids=ids, use_cache=False).logits
-        except (TypeError, AttributeError, RuntimeError) as error:
-            compressed = any(isinstance(m, Stored) and m.compressed is not None for m in self.model.modules())
-            way_out = "take --precision float32 or bfloat16" if compressed else "please report this architecture"
+            expected = self._readable()(input_ids=ids, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever the model's own code raises: in float32 it has the weights that transformers gives it.
+            plain = all(s.dense is not None and s.dense.dtype == self._compute for s in _stored(self.model))
+            way_out = "please report this architecture"
             raise ModelError(
-                f"{type(self.model).__name__} does not run over stored weights ({_first_line(error)}); {way_out}"
+                f"{type(self.model).__name__} does not run over {'its' if plain else 'stored'} weights "
+                f"({type(error).__name__}: {_first_line(error)}); "
+                + (way_out if plain else f"--precision float32 --compute float32 changes no type of them; {way_out}")
             ) from None
         finally:
             for hook in hooks:
@@ -753,7 +827,7 @@ class Anatomy:
         """
         states = hidden if hidden.ndim == 3 else hidden[None]
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        stand_in = _with(self.model, self.body_name.split("."), _Given(self.body, states))
+        stand_in = _with(self._readable(), self.body_name.split("."), _Given(self.body, states))
         with nullcontext() if passing is None else passing:
             return stand_in(input_ids=ids, use_cache=False).logits[0]
 
@@ -817,11 +891,10 @@ def plain_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]
     stored = {name: module for name, module in model.named_modules() if isinstance(module, Stored)}
     seen: set[int] = set()
     for name, module in stored.items():
-        value = module.weight
-        if value is not None and id(value) in seen:
+        value = module.value
+        if id(value) in seen:
             continue
-        if value is not None:
-            seen.add(id(value))
+        seen.add(id(value))
         key = name if isinstance(module, StoredStack) else f"{name.removesuffix('.stored')}.weight"
         state[key] = module.original(dtype)
         bias = getattr(module, "bias", None)
@@ -833,7 +906,7 @@ def plain_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]
             continue
         if id(parameter) in seen:
             # The embedding of a tied head: the embedding's name is the one that is saved.
-            for key in [k for k, s in stored.items() if s.weight is parameter]:
+            for key in [k for k, s in stored.items() if s.dense is parameter]:
                 state.pop(f"{key}.weight", None)
         state[name] = parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()
         seen.add(id(parameter))
@@ -850,11 +923,16 @@ def save(model: PreTrainedModel, folder: str, dtype: torch.dtype) -> None:
     cache, implementation, kind = config.use_cache, config._attn_implementation, config.dtype
     experts = getattr(config, "_experts_implementation", None)
     config.use_cache, config.dtype = True, dtype
+    rescale = model.__dict__.get("graft_rescale_every")
+    if rescale is not None:
+        config.rescale_every = rescale
     try:
         with _quiet():
             model.save_pretrained(folder, state_dict=plain_state(model, dtype), max_shard_size="4GB")
     finally:
         config.use_cache, config.dtype = cache, kind
+        if rescale is not None:
+            config.rescale_every = 0
         config._attn_implementation = implementation
         if experts is not None:
             config._experts_implementation = experts

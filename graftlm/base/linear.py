@@ -102,6 +102,11 @@ class Stored(nn.Module):
         self.register_parameter("weight", None)
 
     @property
+    def dense(self) -> nn.Parameter | None:
+        """The weight as it is stored, where that is dense: `weight` may be the handle that the model's own code reads."""
+        return self._parameters["weight"]
+
+    @property
     def narrow(self) -> bool:
         """Whether products are taken in bfloat16, here and now."""
         if not self.rounds:
@@ -129,13 +134,18 @@ class Stored(nn.Module):
         else:
             dense = store(weight, self.precision)
             assert isinstance(dense, Tensor)
-            self.weight = nn.Parameter(dense.contiguous(), requires_grad=False)
+            self.register_parameter("weight", nn.Parameter(dense.contiguous(), requires_grad=False))
+
+    def tie(self, other: Stored) -> None:
+        """Take the weight of another module, which stays one: these layers are tied."""
+        self.compressed = other.compressed
+        self.register_parameter("weight", other.dense)
 
     @property
     def value(self) -> Weight:
         """The weight as it is stored."""
-        if self.weight is not None:
-            return self.weight
+        if self.dense is not None:
+            return self.dense
         assert self.compressed is not None, "this weight was never loaded"
         return self.compressed
 
@@ -172,11 +182,11 @@ class StoredLinear(Stored):
         self.out_features, self.in_features = shape
         self.register_parameter("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (T, in)
         bank = self.bank  # another thread may take it off meanwhile
-        value, bias = self.value, self.bias
-        y = product(rows, value, bias, self.narrow) if bank is None else bank(rows, self, value, bias)
+        value, added = self.value, self.bias if bias else None
+        y = product(rows, value, added, self.narrow) if bank is None else bank(rows, self, value, added)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -203,27 +213,34 @@ class StoredStack(Stored):
 
 
 class WeightHandle:
-    """Stands where a module's own code reads a weight, and turns `F.linear(x, weight)` into a call of a StoredLinear.
+    """Stands where a model's own code reads a stored weight, and looks like a dense weight in the compute dtype.
 
-    A router multiplies with `F.linear(x, self.weight)` inside its own forward; with this in place of the tensor, its
-    product goes through the stored weight and its bank, and the code around it stays the model's own.
+    `F.linear(x, weight)` and `weight @ x` become calls of the stored linear, so its stored form, its adapters and its
+    gradient come along: routers multiply like that inside their own forward, Mamba's mixers skip their `dt_proj`. Whatever
+    else is done with it gets the weight upcast, which no adapter changes. `dtype` is what the model's code may cast its
+    input to, so it is never that of the stored form.
     """
 
-    def __init__(self, linear: StoredLinear) -> None:
-        self.linear = linear
+    def __init__(self, linear: StoredLinear, dtype: torch.dtype) -> None:
+        self.linear, self.dtype = linear, dtype
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size(self.linear.shape)
+        return torch.Size(self.linear.original_shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        weight = self.linear.weight
-        assert weight is not None
-        return weight.dtype
+    def device(self) -> torch.device:
+        value = self.linear.value
+        return value.device if isinstance(value, Tensor) else next(iter(value.tensors().values())).device
+
+    @property
+    def tensor(self) -> Tensor:
+        """The weight itself, dense, in the original module's layout; a trained one gets its gradient through it."""
+        weight = restore(self.linear.value, self.dtype)
+        return weight.transpose(-1, -2) if self.linear.turned else weight
 
     def to(self, *args: Any, **kwargs: Any) -> WeightHandle:
-        """Type changes happen at the product; the handle stays."""
+        """Type changes happen at the matmul; the handle stays."""
         return self
 
     type = to
@@ -231,11 +248,33 @@ class WeightHandle:
     def float(self) -> WeightHandle:
         return self
 
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """W (out, in) with x (..., in, T) -> (..., out, T)."""
+        if self.linear.turned or x.ndim < 2:
+            return self.tensor @ x
+        return self.linear(x.transpose(-1, -2), bias=False).transpose(-1, -2)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensor[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "linear":
+            raise AttributeError(name)
+        return getattr(self.tensor, name)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and len(args) >= 2 and isinstance(args[1], WeightHandle):
-            y = args[1].linear(args[0])
+        x, first = (*args, None, None)[:2]
+        if func is F.linear and isinstance(first, WeightHandle) and not first.linear.turned:
+            y = first.linear(x, bias=False)
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return y if bias is None else y + bias
-        raise TypeError(f"a stored weight was used in {getattr(func, '__name__', func)}; only F.linear is supported")
+        return func(*(_as_tensor(a) for a in args), **{key: _as_tensor(value) for key, value in kwargs.items()})
+
+
+def _as_tensor(value: Any) -> Any:
+    return value.tensor if isinstance(value, WeightHandle) else value

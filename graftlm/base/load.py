@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from graftlm import demo, kernels
 from graftlm.base import hf
-from graftlm.base.attention import may_pack
+from graftlm.base.attention import may_pack, may_stack
 from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint, weight_files
 from graftlm.base.fused import Fused, fuse
@@ -56,6 +56,8 @@ class Base:
     anatomy: hf.Anatomy
     kept: dict[str, str]
     """Modules that are neither stored in `precision` nor adaptable, with the reason."""
+    fixed: frozenset[str] = frozenset()
+    """Parameters that the model's class itself never trains."""
     packs: bool = True
     """Whether it runs on packed segments; otherwise on stacks of equally long documents."""
     why_not: str = ""
@@ -90,20 +92,33 @@ class Base:
         """(n, width) laid out as the context's segments -> (n, vocabulary), with all that the class does after its layers."""
         return self.anatomy.logits(hidden, context)
 
+    def train_all(self) -> dict[str, nn.Parameter]:
+        """Let every parameter take a gradient, except those that the model's class never trains; returns them by name."""
+        found: dict[str, nn.Parameter] = {}
+        for name, parameter in self.model.named_parameters():
+            if name not in self.fixed:
+                found[name] = parameter.requires_grad_(True)
+        return found
+
     def stored(self) -> dict[str, Stored]:
         """The stored modules by name, the head included."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, Stored)}
 
+    def _compressed(self) -> list[Any]:
+        """The compressed weights, tied ones once."""
+        found = {id(m.compressed): m.compressed for m in self.stored().values() if m.compressed is not None}
+        return list(found.values())
+
     @property
     def bytes(self) -> int:
         """Bytes of all weights as they are stored, tied ones once."""
-        compressed = sum(nbytes(m.compressed) for m in self.stored().values() if m.compressed is not None)
+        compressed = sum(nbytes(value) for value in self._compressed())
         return compressed + sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
     def parameters(self) -> int:
         """How many values the base has, in whatever form they are stored."""
-        compressed = sum(m.compressed.numel for m in self.stored().values() if m.compressed is not None)
+        compressed = sum(value.numel for value in self._compressed())
         return compressed + sum(p.numel() for p in self.model.parameters())
 
 
@@ -317,8 +332,9 @@ def _understood(
         tokenizer=tokenizer,
         precision=precision,
         compute=compute,
-        anatomy=hf.Anatomy(model),
+        anatomy=hf.Anatomy(model, DTYPES[compute]),
         kept=targets.kept,
+        fixed=frozenset(targets.fixed),
         random=random,
         notes=notes,
     )
@@ -347,20 +363,27 @@ def _quantization_of(folder: Path) -> str | None:
 
 @torch.no_grad()
 def _choose_attention(base: Base) -> None:
-    """Switch to our attention if the three checks pass on these weights; else keep the model's own, and say why."""
+    """Switch to our attention if the three checks pass on these weights; else keep the model's own, and say why.
+
+    Raises ModelError for a model whose own attention does not do either.
+    """
     own = base.own_attention = base.model.config._attn_implementation
+    base.packs, base.why_not = _may_pack(base, own)
+    hf.switch(base.model, hf.ATTENTION if base.packs else own)
+    if not base.packs:
+        prove_stacks(base)
+
+
+def _may_pack(base: Base, own: str) -> tuple[bool, str]:
     rotary = hf.position_dependent_rotary(base.model.config)
     if rotary is not None:
-        base.packs, base.why_not = False, f"its rotary frequencies ({rotary}) depend on the longest position in a batch"
-        return
+        return False, f"its rotary frequencies ({rotary}) depend on the longest position in a batch"
     if not base.anatomy.takes_positions:
-        base.packs, base.why_not = False, "it takes no position ids"
-        return
+        return False, "it takes no position ids"
 
     def alone(ids: Tensor) -> Tensor:
-        context = ForwardContext(Segments(lengths=(ids.shape[1],), slots=(0,), stacked=True))
         hf.switch(base.model, own)
-        return base.logits(base.hidden(ids[0].to(base.device), context), context)
+        return _stack_logits(base, ids)[0]
 
     def packed(ids: Tensor, segments: Segments) -> Tensor:
         hf.switch(base.model, hf.ATTENTION)
@@ -368,5 +391,38 @@ def _choose_attention(base: Base) -> None:
         return base.logits(base.hidden(ids[0].to(base.device), context), context)
 
     with hf.short_windows(base.model, 5):
-        base.packs, base.why_not = may_pack(alone, packed, base.anatomy.vocabulary, exact=base.compute != "bfloat16")
-    hf.switch(base.model, hf.ATTENTION if base.packs else own)
+        return may_pack(alone, packed, base.anatomy.vocabulary, exact=base.compute != "bfloat16")
+
+
+@torch.no_grad()
+def prove_stacks(base: Base) -> None:
+    """Raise ModelError unless the base gives a document of a stack, with its own attention, what it gives it alone.
+
+    What holds here can be trained on, and decoded at worst by running the whole text for every token.
+    """
+    with own_attention(base):
+        why = may_stack(lambda ids: _stack_logits(base, ids), base.anatomy.vocabulary, exact=base.compute != "bfloat16")
+    if why:
+        reads = getattr(base.model.config, "is_decoder", None) is False
+        raise ModelError(
+            f"{type(base.model).__name__} can neither be trained nor generated with: {why}. "
+            + ("In its config.json is_decoder is false; a causal language model has true there. " if reads else "")
+            + "Graft takes models that predict each token from those before it"
+        )
+
+
+@contextlib.contextmanager
+def own_attention(base: Base) -> Iterator[None]:
+    """A base on the attention that it came with, for a while."""
+    before = base.model.config._attn_implementation
+    hf.switch(base.model, base.own_attention)
+    try:
+        yield
+    finally:
+        hf.switch(base.model, before)
+
+
+def _stack_logits(base: Base, ids: Tensor) -> Tensor:
+    """The logits (n, L, vocabulary) of documents (n, L), by the attention that is switched on."""
+    context = ForwardContext(Segments(lengths=(ids.shape[1],) * len(ids), slots=(0,) * len(ids), stacked=True))
+    return base.logits(base.hidden(ids.reshape(-1).to(base.device), context), context).view(*ids.shape, -1)

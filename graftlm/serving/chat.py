@@ -23,7 +23,7 @@ from rich.text import Text
 from graftlm import terminal
 from graftlm.adapters.format import AdapterFolder
 from graftlm.adapters.store import open_adapter
-from graftlm.base.keyvalues import may_keep
+from graftlm.base.caches import prove_decoding
 from graftlm.base.load import Base, load_base
 from graftlm.config import ChatConfig
 from graftlm.errors import ConfigError, GraftError
@@ -91,9 +91,9 @@ class Conversation:
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
         book = PromptBook(self.base, config.format)
-        kept = may_keep(self.base)
-        limits = Limits(running=2, cache_tokens=cache_tokens(self.base, kept[0], running=2), adapter_slots=2)
-        self.engine = Engine(self.base, limits, kept=kept)
+        decoding = prove_decoding(self.base)
+        limits = Limits(running=2, cache_tokens=cache_tokens(self.base, decoding.layers, running=2), adapter_slots=2)
+        self.engine = Engine(self.base, limits, decoding=decoding)
         system = [{"role": "system", "content": config.system}] if config.system else []
         self.sides = [_side(name, given, book, list(system)) for name, given in zip(names, found)]
         self._asked = 0

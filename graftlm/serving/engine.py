@@ -29,7 +29,8 @@ from torch import Tensor
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Adapter
-from graftlm.base.keyvalues import Kept, bytes_per_token, may_keep
+from graftlm.base.caches import Decoding, prove_decoding
+from graftlm.base.keyvalues import bytes_per_token
 from graftlm.base.load import Base
 from graftlm.errors import GraftError, RequestError
 from graftlm.serving import sampling
@@ -85,19 +86,23 @@ class Engine:
 
     def __init__(
         self, base: Base, limits: Limits, *, load: Callable[[Path], Adapter] | None = None,
-        kept: tuple[dict[int, Kept], str] | None = None, wake: Callable[[], None] = lambda: None,
+        decoding: Decoding | None = None, wake: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """`load` reads an adapter's folder; `kept` is what `may_keep` has said of this base, if it was asked already."""
+        """`load` reads an adapter's folder; `decoding` is what was proven of this base, if it was asked already.
+
+        Raises ModelError for a base that cannot decode.
+        """
         self.base, self.limits, self.wake = base, limits, wake
-        layers, self.why_grouped = kept or may_keep(base)
-        self.paged = not self.why_grouped
+        self.decoding = decoding or prove_decoding(base)
+        self.paged = self.decoding.paged
         self.runner: Paged | Grouped
         if self.paged:
             blocks = max(limits.cache_tokens // BLOCK, 2)
+            layers = self.decoding.layers
             self.runner = Paged(base, layers, blocks=blocks, block=BLOCK, seats=limits.running)
             self.bytes_per_token = bytes_per_token(layers, base.compute_dtype)
         else:
-            self.runner = Grouped(base, tokens=limits.cache_tokens, seats=limits.running)
+            self.runner = Grouped(base, cache=self.decoding.cache, tokens=limits.cache_tokens, seats=limits.running)
             self.bytes_per_token = 0
         self.residents = Residents(
             base, slots=limits.adapter_slots, bytes=limits.adapter_bytes,

@@ -1,21 +1,19 @@
 """Running models that cannot use our attention: sequences of equal length in lockstep, each group one stack.
 
-Such a model keeps its past in transformers' own cache, which has one length for all of its rows. So sequences that begin with
-equally many tokens form a group, read their prompts together and write together; one that ends leaves the stack. A model whose
-past is of no kind that we know gets the whole text again for every token.
+Such a model keeps its past in its class's own cache (`base/caches.py`), which has one length for all of its rows. So sequences
+that begin with equally many tokens form a group, prefill together and decode together; one that ends leaves the stack. A model
+whose cache was not proven to change nothing gets the whole text again for every token.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from graftlm.base import hf
+from graftlm.base.caches import Asking, Past
 from graftlm.base.context import ForwardContext
 from graftlm.base.load import Base
 from graftlm.segments import Segments
@@ -26,16 +24,15 @@ from graftlm.serving.sequence import Sequence
 class _Group:
     """Sequences of one length, and their past."""
 
-    def __init__(self, sequences: list[Sequence], cache: Any) -> None:
-        self.sequences, self.cache = sequences, cache
+    def __init__(self, sequences: list[Sequence], past: Past | None) -> None:
+        self.sequences, self.past = sequences, past
 
     def leave(self, sequence: Sequence) -> None:
         """Take one sequence's rows out of the stack."""
         at = self.sequences.index(sequence)
         del self.sequences[at]
-        if self.cache is not None and self.sequences:
-            kept = [i for i in range(len(self.sequences) + 1) if i != at]
-            self.cache.batch_select_indices(torch.tensor(kept))
+        if self.past is not None and self.sequences:
+            self.past.keep([i for i in range(len(self.sequences) + 1) if i != at])
 
 
 class Grouped:
@@ -43,15 +40,14 @@ class Grouped:
 
     splits_prompts = False
 
-    def __init__(self, base: Base, *, tokens: int, seats: int) -> None:
-        self.base, self.tokens, self.seats = base, tokens, seats
+    def __init__(self, base: Base, *, cache: Asking | None, tokens: int, seats: int) -> None:
+        """`cache` says how the class's own cache is used, None where it is not (`prove_decoding`)."""
+        self.base, self.cache, self.tokens, self.seats = base, cache, tokens, seats
         self.most_tokens = min(base.anatomy.max_positions or tokens, tokens)
         self.reused = 0
         self._held = 0
         self._running = 0
         self._group_of: dict[Sequence, _Group] = {}
-        # A model that keeps its past in another way gets the whole text again for every token.
-        self._caches = "past_key_values" in inspect.signature(base.anatomy.body.forward).parameters
         if base.packs:  # it packs, and a past in blocks changes what it says
             hf.switch(base.model, base.own_attention)
 
@@ -103,7 +99,7 @@ class Grouped:
                 fresh[len(sequence.tokens), sequence.request.embed].append(sequence)
         for members in fresh.values():
             members.sort(key=lambda s: s.slot)
-            group = _Group(members, DynamicCache(config=self.base.model.config) if self._caches else None)
+            group = _Group(members, Past(self.base, self.cache) if self.cache is not None else None)
             groups[id(group)] = group
             self._group_of.update((s, group) for s in members)
         done: list[tuple[Sequence, Tensor]] = []
@@ -114,16 +110,16 @@ class Grouped:
 
     def _step(self, group: _Group) -> Tensor:
         """One pass of a group; returns the states behind its sequences' last tokens (n, width)."""
-        past = group.sequences[0].computed if self._caches else 0
-        length = len(group.sequences[0].tokens) - past
-        ids = torch.tensor([s.tokens[past:] for s in group.sequences], device=self.base.device)  # (n, L)
+        done = group.sequences[0].computed if group.past is not None else 0
+        length = len(group.sequences[0].tokens) - done
+        ids = torch.tensor([s.tokens[done:] for s in group.sequences], device=self.base.device)  # (n, L)
         slots = tuple(s.slot for s in group.sequences)
-        given = {"past_key_values": group.cache} if self._caches else {}
-        with ForwardContext(Segments(lengths=(length,) * len(slots), slots=slots, stacked=True)):
-            output = self.base.anatomy.body(input_ids=ids, use_cache=self._caches, **given)
-        hidden: Tensor = (
-            output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        )  # (n, L, width)
+        context = ForwardContext(Segments(lengths=(length,) * len(slots), slots=slots, stacked=True))
+        if group.past is not None:
+            with context:
+                hidden = group.past.step(ids)  # (n, L, width)
+        else:
+            hidden = self.base.hidden(ids.reshape(-1), context).view(*ids.shape, -1)
         for sequence, states in zip(group.sequences, hidden):
             if sequence.request.embed:
                 sequence.states = states.sum(0, dtype=torch.float32)

@@ -25,7 +25,8 @@ from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import Adapter
 from graftlm.adapters.store import Store
 from graftlm.adapters.store.content import ANY_RUN, open_manifest
-from graftlm.base.keyvalues import Kept, may_keep
+from graftlm.base.caches import prove_decoding
+from graftlm.base.keyvalues import Kept
 from graftlm.base.load import Base, load_base
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError, nearest
@@ -90,8 +91,8 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> Built:
         return adapter_format.load(base, folder)
 
     with working("preparing to answer"):
-        kept = may_keep(base)
-        engine = Engine(base, plan(config, base, keys, kept[0]), kept=kept, load=load)
+        decoding = prove_decoding(base)
+        engine = Engine(base, plan(config, base, keys, decoding.layers), decoding=decoding, load=load)
     state = State(
         service=Service(engine), catalogue=Catalogue(base_label(config.model), fingerprint, store), keys=keys,
         book=PromptBook(base, config.format), metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]
@@ -107,7 +108,9 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> Built:
         memory = f"{say['cache_bytes'] / 1e6:.0f} MB of keys and values"
         note(f"answers    {say['running']} at once, {memory} for {say['cache_tokens']:,} tokens")
     else:
-        note(f"answers    {say['running']} at once, those of equal length together: {engine.why_grouped}")
+        note(f"answers    {say['running']} at once, those of equal length together: {decoding.why_not_blocks}")
+        if decoding.cache is None:
+            note(f"cache      none, each token costs a pass over the whole text: {decoding.why_not_cache}")
     slots = f"{say['adapter_slots']} at work at once, {say['adapter_bytes'] / 1e9:.1f} GB for all in memory"
     note(
         f"adapters   {say['adapters']} names in the store; {slots}"
@@ -127,7 +130,7 @@ def base_label(model: str) -> str:
 def plan(config: ServeConfig, base: Base, keys: Keys, kept: dict[int, Kept]) -> Limits:
     """Numbers for the engine from the options and the memory that is free now. Raises ConfigError for too little.
 
-    `kept` is what `may_keep` says of the base: empty where keys and values are the model's own business.
+    `kept` is what the layers of the base keep in blocks: empty where keys and values are the model's own business.
     """
     if config.cache_gb is not None and not kept:
         raise ConfigError(

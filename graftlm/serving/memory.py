@@ -18,8 +18,8 @@ _MOST_TOKENS = 1 << 20
 def cache_tokens(base: Base, kept: dict[int, Kept], running: int, gigabytes: float | None = None) -> int:
     """Tokens whose keys and values there is room for: `gigabytes` (10^9), or what `running` answers can need at their longest.
 
-    The latter takes at most a quarter of the memory that is free now. `kept` is what `may_keep` says of the base; where it is
-    empty, what a token takes is not known. Raises ConfigError for less than two blocks.
+    The latter takes at most a quarter of the memory that is free now. `kept` is what the layers of the base keep in blocks;
+    where it is empty, what a token takes is not known. Raises ConfigError for less than two blocks.
     """
     a_token = bytes_per_token(kept, base.compute_dtype) if kept else 0
     tokens = min(running * (base.anatomy.max_positions or 4096), _MOST_TOKENS)

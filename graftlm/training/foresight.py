@@ -20,10 +20,11 @@ import torch
 
 from graftlm.adapters.attach import Adapter
 from graftlm.adapters.bank import LowRank
+from graftlm.base import hf
 from graftlm.base.load import Base
 from graftlm.config import TrainConfig
 from graftlm.data.order import epoch_length
-from graftlm.errors import GraftError, TrainingError
+from graftlm.errors import GraftError, ModelError, TrainingError
 from graftlm.planning.activations import Load
 from graftlm.planning.fitting import Case, changes
 from graftlm.planning.hardware import Card, local
@@ -36,7 +37,7 @@ from graftlm.planning.plan import DEFAULT_TOKENS_PER_PASS
 from graftlm.planning.shape import Shape
 from graftlm.planning.words import size
 from graftlm.progress import working
-from graftlm.training.loop import Work, forward, lay_out, passes
+from graftlm.training.loop import Work, forward, go_back, lay_out, passes
 from graftlm.training.trial import Trial
 
 FEWEST_TOKENS_PER_PASS = 256
@@ -215,7 +216,8 @@ def _weight(group: Sequence[Work], packs: bool) -> tuple[int, int]:
 def rehearse(base: Base, trials: Sequence[Trial], foresight: Foresight) -> int:
     """Run the heaviest pass forward and back; returns the bytes in use at its peak, as `PeakMemory` counts them.
 
-    Raises TrainingError, with what to change, where the plan is far beyond the machine, or memory runs out.
+    Raises TrainingError, with what to change, where the plan is far beyond the machine, or memory runs out, and ModelError
+    where the model's own code fails: some run forward and refuse to go back.
     """
     refuse(foresight)
     if foresight.load.passes > 1:
@@ -228,10 +230,20 @@ def rehearse(base: Base, trials: Sequence[Trial], foresight: Foresight) -> int:
         ):  # fmt: skip
             laid = lay_out(base, foresight.work)
             total, _ = forward(base, laid, head_gradient_last=any(t.optimizer.in_backward for t in trials))
-            total.backward()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            go_back(total)
+    except GraftError:
+        raise
+    except Exception as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", said, re.IGNORECASE):
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+            isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", said, re.IGNORECASE)
+        )
+        if not full and hf.fails_in_the_model(error):
+            raise ModelError(
+                f"{type(base.model).__name__} cannot be trained as asked: its own code fails in a pass forward and back "
+                f"({type(error).__name__}: {said[:200]}); take another model, or report this architecture"
+            ) from error
+        if not full:
             raise
         raise TrainingError(
             f"memory runs out in a pass of {foresight.load.tokens:,} tokens, before the first step ({said[:160]})."

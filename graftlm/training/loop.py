@@ -243,7 +243,7 @@ def optimizer_step(
         laid = lay_out(base, group)
         total, losses = forward(base, laid, head_gradient_last=any(trial.optimizer.in_backward for trial in trials))
         with in_backward.stepping(trials, losses, watches or {}):
-            total.backward()
+            go_back(total)
         for slot, first, last in laid.slots:
             sums[slot] += float(losses[first:last].sum())
         if not torch.isfinite(losses).all():
@@ -313,6 +313,16 @@ def _blame(
 
     where, rows = notfinite.first(base.model, [d.row for _, _, d in documents], trial.parameters.items(), run)
     return (f"; first {where}" if where else ""), rows
+
+
+def go_back(total: Tensor) -> None:
+    """The backward pass of a loss; TrainingError where no trained tensor has a part in it."""
+    if not total.requires_grad:
+        raise TrainingError(
+            "no trained tensor has a part in the loss: the model's own code cuts its gradient off, as reversible layers do. "
+            "Nothing was changed; take another model, or report this architecture"
+        )
+    total.backward()
 
 
 def _refuse_untrained(trial: Trial) -> None:

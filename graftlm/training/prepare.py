@@ -124,12 +124,7 @@ def make_trial(
     base: Base, config: TrainConfig, adapter: Adapter | None, slot: int, dataset: Dataset, held_out: Dataset | None
 ) -> Trial:
     """What is trained in `slot` (0: the base itself), with its optimizer, schedule and order of documents."""
-    parameters: dict[str, nn.Parameter]
-    if adapter is None:
-        base.model.requires_grad_(True)
-        parameters = dict(base.model.named_parameters())
-    else:
-        parameters = adapter.parameters()
+    parameters: dict[str, nn.Parameter] = base.train_all() if adapter is None else adapter.parameters()
     if not parameters:
         raise ConfigError("nothing is trained; choose targets or modules")
     order = make_order(

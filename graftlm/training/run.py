@@ -68,6 +68,10 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
             view.coverage(coverage(base, adapter), adapter, notes_for_peft(base, adapter.slots))
         else:
             view.everything(sum(p.numel() for p in trial.parameters.values()))
+            if base.fixed:
+                view.note(
+                    f"its class never trains {len(base.fixed)} of its parameters: '{min(base.fixed)}' stays as it is"
+                )
 
         ahead = foresee(config, base, [trial], [] if adapter is None else [adapter])
         with own_pages(device.type == "cpu" and ahead.load.sparing), closing(session):

@@ -92,10 +92,10 @@ def test_a_precision_is_kept_by_every_stored_weight_and_16_bits_by_embedding_and
     for name, module in base.stored().items():
         router = name.endswith("gate.stored")
         if precision == "bfloat16" or module is head or router:
-            assert module.weight is not None, name
-            assert module.weight.dtype == torch.bfloat16, name
+            assert module.dense is not None, name
+            assert module.dense.dtype == torch.bfloat16, name
         else:
-            assert module.weight is None, name
+            assert module.dense is None, name
             assert type(module.compressed).__name__.lower() == precision, name
     others = {n: p for n, p in base.model.named_parameters() if ".weight" not in n or p.ndim == 1}
     assert {p.dtype for p in others.values()} <= {torch.float32}
@@ -150,7 +150,7 @@ def test_a_model_whose_tail_reads_more_than_the_hidden_states_is_refused() -> No
     torch.manual_seed(0)
     model = Tail(tiny.config("llama")).eval()
     with pytest.raises(ModelError, match="Tail: the part between its layers and its logits"):
-        hf.Anatomy(model)
+        hf.Anatomy(model, torch.float32)
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

@@ -36,7 +36,7 @@ def test_a_random_base_stores_what_its_precision_says_and_ties_what_the_config_t
     base = _made("qwen3", "nf4")
     stored = [m for m in base.stored().values() if m is not base.anatomy.head]
     assert stored
-    assert all(m.weight is None and nbytes(m.compressed) < m.compressed.numel for m in stored)
+    assert all(m.dense is None and nbytes(m.compressed) < m.compressed.numel for m in stored)
     assert base.anatomy.head.weight is base.anatomy.embedding.weight
     assert base.random
     assert base.fingerprint == "random"

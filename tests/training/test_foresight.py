@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import tiny
 import tiny_run
 import torch
+from transformers.models.llama import modeling_llama
 
 from graftlm.base.load import Base, load_base
 from graftlm.config import TrainConfig
-from graftlm.errors import TrainingError
+from graftlm.errors import ModelError, TrainingError
 from graftlm.planning.hardware import Card
 from graftlm.training import foresight
 from graftlm.training.foresight import Foresight, foresee, rehearse
@@ -107,4 +109,31 @@ def test_another_error_in_the_rehearsal_is_not_taken_for_a_lack_of_memory(
 
     monkeypatch.setattr(foresight, "forward", broken)
     with pytest.raises(RuntimeError, match="shapes do not go together"):
+        rehearse(base, [trial], found)
+
+
+def test_a_fault_of_the_models_own_code_is_said_with_its_class_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, base, trial, found = run(tmp_path)
+    own = modeling_llama.LlamaMLP.forward
+    code = "def forward(self, x):\n    assert self.training, 'train in training mode'\n    return own(self, x)"
+    scope = {"own": own, "__name__": modeling_llama.__name__}
+    exec(code, scope)  # as if it stood in the model's own file
+    for module in base.model.modules():
+        if isinstance(module, modeling_llama.LlamaMLP):
+            monkeypatch.setattr(module, "forward", MethodType(scope["forward"], module))  # pyright: ignore
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM cannot be trained .*AssertionError: train in training mode"
+    ):
+        rehearse(base, [trial], found)
+
+
+def test_a_loss_that_no_trained_tensor_has_a_part_in_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, base, trial, found = run(tmp_path)
+    own = foresight.forward
+    monkeypatch.setattr(foresight, "forward", lambda *given: (own(*given)[0].detach(), None))
+    with pytest.raises(TrainingError, match="no trained tensor has a part in the loss"):
         rehearse(base, [trial], found)

@@ -1,0 +1,210 @@
+"""How a base decodes: over KV caches in blocks, over its class's own cache, or over the whole text for every token.
+
+    way = prove_decoding(base)      the first of the three whose logits are those of the whole text, on the actual weights
+    past = Past(base, way.cache)    one group of sequences of equal length
+    hidden = past.step(ids)         (n, L) -> (n, L, width): the prompts first, then one token of each sequence
+    past.keep([0, 2])               the sequences that go on
+
+Recurrent and hybrid models keep states of convolutions and scans, some in a class of their own (MiniMax, DeepSeek V4, xLSTM).
+The model makes its cache itself when it is asked for one and given none, so it is of the class that it wants. Rows leave
+a cache by indexing every tensor in it that has a row for each sequence: transformers' own `batch_select_indices` is missing
+or forgets a part in several of these classes.
+
+Letters: n sequences, L new tokens of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from graftlm.base import hf
+from graftlm.base.attention import distance, tolerance
+from graftlm.base.context import ForwardContext
+from graftlm.base.keyvalues import Kept, may_keep
+from graftlm.base.load import Base, own_attention, prove_stacks
+from graftlm.segments import Segments
+
+ARGUMENTS = ("past_key_values", "cache_params", "state")
+"""What the bodies of transformers' models call their cache, given and returned; Mamba and xLSTM the second, RWKV the third."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a body is asked for its cache."""
+
+    argument: str
+    """The argument that takes the cache, and the field of the output that gives it back."""
+    positions: bool
+    """Whether it is told the positions of the new tokens; MiniMax counts them by its first layer, which may keep none."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The way a base was proven to decode, and why not a faster one."""
+
+    layers: dict[int, Kept]
+    """What each layer keeps of a token, where KV caches in blocks work; else empty."""
+    why_not_blocks: str = ""
+    cache: Asking | None = None
+    """How the class's own cache is used; None where it is not."""
+    why_not_cache: str = ""
+
+    @property
+    def paged(self) -> bool:
+        return bool(self.layers)
+
+
+class Past:
+    """The cache of one group of sequences of equal length, as the model's own class makes and fills it."""
+
+    def __init__(self, base: Base, asking: Asking) -> None:
+        self._body, self._asking = base.anatomy.body, asking
+        self._cache: Any = None
+        self._rows = self._done = 0
+
+    def step(self, ids: Tensor) -> Tensor:
+        """ids (n, L) behind what is cached -> hidden states (n, L, width). Raises TypeError where no cache comes back."""
+        argument = self._asking.argument
+        given: dict[str, Any] = {} if self._cache is None else {argument: self._cache}
+        rows, length = ids.shape
+        if self._asking.positions:
+            positions = torch.arange(self._done, self._done + length, device=ids.device)
+            given["position_ids"] = positions.expand(rows, length)
+        output = self._body(input_ids=ids, use_cache=True, **given)
+        self._cache = getattr(output, argument, None)
+        if self._cache is None:
+            raise TypeError(f"its body returns no '{argument}'")
+        self._rows, self._done = rows, self._done + length
+        return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        if self._cache is not None:
+            self._cache = _rows_of(self._cache, self._rows, list(rows), {})
+        self._rows = len(rows)
+
+
+def _rows_of(value: Any, count: int, rows: list[int], seen: dict[int, Any]) -> Any:
+    """`value` with the given rows of every tensor that has `count` of them; containers and cache objects are changed."""
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or len(value) != count:
+            return value
+        if id(value) not in seen:  # DeepSeek's keys are its values
+            seen[id(value)] = value, value[torch.tensor(rows, device=value.device)]
+        return seen[id(value)][1]
+    if isinstance(value, dict):
+        for key, part in value.items():
+            value[key] = _rows_of(part, count, rows, seen)
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_rows_of(part, count, rows, seen) for part in value)
+    if (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (type, nn.Module, PreTrainedConfig))
+        and id(value) not in seen
+    ):
+        seen[id(value)] = value, value
+        for name, part in list(vars(value).items()):
+            vars(value)[name] = _rows_of(part, count, rows, seen)
+    return value
+
+
+def prove_decoding(base: Base) -> Decoding:
+    """The fastest way in which a base decodes and gives the logits of the whole text without a cache.
+
+    Raises ModelError, with what failed, for a base that cannot decode at all.
+    """
+    layers, why_not_blocks = may_keep(base)
+    if layers:
+        return Decoding(layers)
+    cache, why_not_cache = may_cache(base)
+    if cache is None and base.packs:  # otherwise that was proven when it was loaded
+        prove_stacks(base)
+    return Decoding({}, why_not_blocks, cache, why_not_cache)
+
+
+@torch.no_grad()
+def may_cache(base: Base) -> tuple[Asking | None, str]:
+    """How the class's own cache is used, where decoding with it gives the logits of the whole text.
+
+    Otherwise None, and the reason. Three texts are decoded together, from prompts longer and shorter than any convolution
+    of a mixer; one of them ends early.
+    """
+    parameters = inspect.signature(base.anatomy.body.forward).parameters
+    argument = next((name for name in ARGUMENTS if name in parameters), None)
+    if argument is None or "use_cache" not in parameters:
+        return None, "its body takes no cache"
+    why = ""
+    for positions in (True, False) if base.anatomy.takes_positions else (False,):
+        asking = Asking(argument, positions)
+        with own_attention(base), hf.short_windows(base.model, 5):
+            found = _why_not(base, asking)
+        if not found:
+            return asking, ""
+        why = why or found
+    return None, why
+
+
+def _why_not(base: Base, asking: Asking) -> str:
+    try:
+        groups = [_Texts(base, asking, prompt) for prompt in (9, 2)]
+        # In turns: RecurrentGemma keeps states in its modules, where one group overwrites another's.
+        apart = max(group.step() for _ in range(_STEPS) for group in groups)
+        if apart >= tolerance(exact=base.compute == "float32"):
+            return f"its cache changes its logits (by {apart:.2g})"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model's own code raises only means that its cache does not work here
+        return f"its cache fails ({type(error).__name__}: {str(error).strip()[:120]})"
+    return ""
+
+
+_STEPS = 6
+
+
+class _Texts:
+    """Three texts that are decoded together: their prompts, two tokens, and three more after the second text has ended."""
+
+    def __init__(self, base: Base, asking: Asking, prompt: int) -> None:
+        generator = torch.Generator().manual_seed(prompt)
+        ids = torch.randint(base.anatomy.vocabulary, (3, prompt + _STEPS - 1), generator=generator)
+        self.base, self.prompt, self.ids = base, prompt, ids.to(base.device)
+        self.whole = [_whole(base, text) for text in self.ids]  # (tokens, V) each
+        self.past, self.going, self.done = Past(base, asking), [0, 1, 2], 0
+
+    def step(self) -> float:
+        """Decode one step; returns the largest relative distance of its logits from those of the whole texts."""
+        if self.done == self.prompt + 2:
+            self.going = [0, 2]
+            self.past.keep(self.going)
+        first, self.done = self.done, self.done + 1 if self.done else self.prompt
+        with _stack(len(self.going), self.done - first):
+            hidden = self.past.step(self.ids[self.going, first : self.done])  # (n, L, width)
+        return max(
+            distance(_logits(self.base, states), self.whole[at][first : self.done])
+            for at, states in zip(self.going, hidden)
+        )
+
+
+def _stack(count: int, length: int) -> ForwardContext:
+    return ForwardContext(Segments(lengths=(length,) * count, slots=(0,) * count, stacked=True))
+
+
+def _whole(base: Base, text: Tensor) -> Tensor:
+    """The logits of a text (tokens,) without a cache, (tokens, V)."""
+    context = _stack(1, len(text))
+    return base.logits(base.hidden(text, context), context)
+
+
+def _logits(base: Base, hidden: Tensor) -> Tensor:
+    return base.logits(hidden, _stack(1, len(hidden)))
+
+
+__all__ = ["Asking", "Decoding", "Past", "may_cache", "prove_decoding"]
