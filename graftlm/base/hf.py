@@ -885,6 +885,14 @@ def position_dependent_rotary(config: Any) -> str | None:
     return None
 
 
+def attributes(model: nn.Module) -> list[dict[str, int]]:
+    """Which object each attribute and buffer of each module is: two of these differ where something was written between."""
+    return [
+        {name: id(value) for name, value in (*vars(module).items(), *module._buffers.items())}
+        for module in model.modules()
+    ]
+
+
 def plain_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every weight under transformers' own name and in its layout, tied copies left out, as dense `dtype` tensors."""
     state: dict[str, Tensor] = {}

@@ -11,7 +11,9 @@ Weights are read from safetensors only. Nothing is unpickled, and no code of the
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +68,9 @@ class Base:
     random: bool = False
     """Whether its weights are fresh instead of the folder's."""
     notes: list[str] = field(default_factory=list[str])
+    keeps_state: bool = False
+    """Whether the model's own code writes to its modules in a pass (RecurrentGemma's states, frequencies of longrope)."""
+    one_pass: AbstractContextManager[object] = field(default_factory=threading.RLock)
     adapter_changes: int = 0
     """Counts attached and detached adapters: what was read of their slots holds until it is another number."""
     fused: Fused = field(default_factory=Fused)
@@ -86,7 +91,12 @@ class Base:
 
     def hidden(self, ids: Tensor, context: ForwardContext) -> Tensor:
         """ids (T,) laid out as the context's segments -> the states before the head (T, width)."""
-        return self.anatomy.hidden(ids, context)
+        with self.alone():
+            return self.anatomy.hidden(ids, context)
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Held while the body runs: one pass at a time, in a model whose own code keeps state of a pass in its modules."""
+        return self.one_pass if self.keeps_state else nullcontext()
 
     def logits(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """(n, width) laid out as the context's segments -> (n, vocabulary), with all that the class does after its layers."""
@@ -340,6 +350,7 @@ def _understood(
     )
     base.fused = fuse(model, DTYPES[compute])
     _choose_attention(base)
+    base.keeps_state = _keeps_state(base)
     for module in base.stored().values():
         module.rounds = compute == "mixed"
     return base
@@ -409,6 +420,19 @@ def prove_stacks(base: Base) -> None:
             + ("In its config.json is_decoder is false; a causal language model has true there. " if reads else "")
             + "Graft takes models that predict each token from those before it"
         )
+
+
+@torch.no_grad()
+def _keeps_state(base: Base) -> bool:
+    """Whether a pass leaves anything in the model's modules that was not there before, tried on two lengths."""
+    if hf.position_dependent_rotary(base.model.config) is not None:
+        return True  # only texts longer than the model was first trained on show it
+    before: list[list[dict[str, int]]] = []
+    for length in (3, 5):
+        before.append(hf.attributes(base.model))
+        ids = torch.arange(length, device=base.device) % base.anatomy.vocabulary
+        base.hidden(ids, ForwardContext(Segments(lengths=(length,), slots=(0,), stacked=not base.packs)))
+    return before[0] != before[1] or before[1] != hf.attributes(base.model)
 
 
 @contextlib.contextmanager

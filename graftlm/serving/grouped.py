@@ -116,7 +116,7 @@ class Grouped:
         slots = tuple(s.slot for s in group.sequences)
         context = ForwardContext(Segments(lengths=(length,) * len(slots), slots=slots, stacked=True))
         if group.past is not None:
-            with context:
+            with context, self.base.alone():
                 hidden = group.past.step(ids)  # (n, L, width)
         else:
             hidden = self.base.hidden(ids.reshape(-1), context).view(*ids.shape, -1)
