@@ -67,7 +67,6 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     from graftlm.training.loop import optimizer_step, row_losses
     from graftlm.training.pages import own_pages
     from graftlm.training.prepare import make_adapter, make_trial, read_data
-    from graftlm.training.view import View
 
     method = work["method"]
     with PeakMemory(torch.device("cpu")) as memory:
@@ -82,7 +81,7 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
             )  # fmt: skip
             if material is None:
                 encoder = Encoder(base.tokenizer)
-                material = read_data(config, [named_source(work["train"], "train")], encoder, base, View(quiet=True))
+                material = read_data(config, [named_source(work["train"], "train")], encoder, base)
             trials.append(make_trial(base, config, make_adapter(base, config, slot), slot, *material))
         width = WIDE if work["side"] != "narrow" else max(longest_batch(trial) for trial in trials)
         values = [sum(p.numel() for p in trial.parameters.values()) for trial in trials]

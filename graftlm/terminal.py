@@ -25,7 +25,7 @@ ENDLESS = 100_000
 """Columns of what is no terminal, unless $COLUMNS says how many."""
 _HELP = 120
 _GAP = 2
-_LEAST = 20
+_LEAST = 16
 """Columns that a column of words gets before another is left out for it."""
 
 

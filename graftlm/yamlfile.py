@@ -21,8 +21,11 @@ MOST_DEPTH = 50
 _DIGITS = 300
 
 
-def read_yaml(path: Path, raises: type[GraftError]) -> Any:
-    """The value in a YAML (or JSON) file of at most 1 MB. Raises the given error, which names the file and the place."""
+def read_yaml(path: Path, raises: type[GraftError], *, secret: bool = False) -> Any:
+    """The value in a YAML (or JSON) file of at most 1 MB. Raises the given error, which names the file and the place.
+
+    What is said of a `secret` file quotes nothing of it, where YAML's own messages show the line.
+    """
     try:
         size = path.stat().st_size
         if size > MOST_YAML_BYTES:
@@ -45,6 +48,10 @@ def read_yaml(path: Path, raises: type[GraftError]) -> Any:
     except RecursionError:
         raise raises(f"{path} is nested too deep, at most {MOST_DEPTH} levels are read") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date without such a day is a plain ValueError
+        if secret:
+            mark = getattr(error, "problem_mark", None)
+            where = f" (line {mark.line + 1})" if mark is not None else ""
+            raise raises(f"{path} is not YAML or JSON that can be read{where}") from None
         raise raises(f"{path} is not YAML: {str(error)[:500]}") from None
 
 

@@ -138,6 +138,25 @@ def test_aliases_and_merges_within_the_limits_mean_what_they_mean(tmp_path: Path
     assert read_yaml(file, ConfigError) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "keys: [{name: a, key: hunter2hunter2",
+        "hunter2: 1\nhunter2: 2",
+        "key: 'hunter2",
+        "key: !hunter2 x",
+        "key: *hunter2",
+    ],
+)
+def test_what_is_said_of_a_file_of_secrets_quotes_nothing_of_it(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(file, ConfigError, secret=True)
+    assert str(file) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_run_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yamlfile, "MOST_YAML_BYTES", 10)
     file = tmp_path / "run.yaml"

@@ -1,8 +1,8 @@
 """The command line: arguments -> config -> one call. No logic of its own.
 
 Options are made from the config classes, so a flag, a key of a YAML file and a line of the documentation are one
-thing. Results go to standard output, everything else to standard error; `--json` makes the result one JSON object. Exit
-status: 0 done, 2 something the user can mend, 128 + n stopped by signal n.
+thing. Results go to standard output, everything else to standard error; `--json` makes the result one JSON object, and into a
+pipe goes plain text (`terminal.py`). Exit status: 0 done, 2 something the user can mend, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -14,7 +15,8 @@ Goal = Literal["balanced", "quality", "cost", "inference"]
 class PlanConfig(Config):
     """Options of `graft plan`."""
 
-    models: Sources = option(..., "models: a directory, a hub id, `demo`, or a built-in shape such as llama-2-70b")
+    models: Sources = option((), "models: a directory, a hub id, `demo`, or a built-in shape such as llama-2-70b")
+    model: str | None = option(None, "one model, as the other commands name it; the same as without --model")
 
     # What it would run on
     gpu: str | None = option(
@@ -50,6 +52,21 @@ class PlanConfig(Config):
         group="advice",
     )
     trust_remote_code: bool = option(False, "run Python code that comes with the model", group="advice")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`--model M` means what `M` alone means; without either there is nothing to plan."""
+        model, models = values.get("model"), values.get("models")
+        named = (models,) if isinstance(models, (str, Path)) else tuple(models or ())
+        if not named and model is None:
+            raise ValueError("no model is named; give one or several, such as: graft plan llama-2-7b")
+        if named and model is not None and tuple(map(str, named)) != (str(model),):
+            raise ValueError(
+                f"the models are {', '.join(map(str, named))}, and --model is {model}; name them one way, several without "
+                "--model"
+            )
+        return {**values, "models": named or (model,)}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

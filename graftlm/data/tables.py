@@ -23,7 +23,11 @@ def read_csv(path: Path, name: str, moved: Moved | None = None) -> Iterator[Raw 
     """The rows of a table with a header. Raises DataError for a header that names a column twice."""
     csv.field_size_limit(sys.maxsize)  # rows are bounded by `lines`
     text = _Text(path, name, moved)
-    first = next(text, None)
+    try:
+        first = next(text, None)
+    except _Unreadable as error:
+        yield error.fault
+        return
     if first is None:
         return
     told = _EXCEL.fullmatch(first)

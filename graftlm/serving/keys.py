@@ -95,7 +95,7 @@ def read_keys(path: Path | None) -> Keys:
     if path is None:
         return Keys()
     try:
-        found = _File.model_validate(read_yaml(path, ConfigError))
+        found = _File.model_validate(read_yaml(path, ConfigError, secret=True))
     except pydantic.ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -23,6 +23,7 @@ from graftlm.data.documents import Dataset, load, split
 from graftlm.data.order import Order, make_order
 from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
 from graftlm.errors import ConfigError, ModelError
+from graftlm.progress import working
 from graftlm.training.optimizer import AdamW, Schedule
 from graftlm.training.trial import Trial
 
@@ -31,7 +32,8 @@ def peek(sources: Sequence[Source]) -> None:
     """Raise DataError for a file that is missing or empty before the base is loaded, which may take minutes."""
     for source in sources:
         if share(source.path) is None and not is_hub_id(source.path):
-            next(read(source), None)
+            with working("looking at the data"):  # a .json file is read as a whole for its first row
+                next(read(source), None)
 
 
 def read_data(

@@ -59,14 +59,21 @@ def check_free(out: Path, resume: bool) -> None:
     To be asked while the folder is `locked`, so that nobody else fills it meanwhile.
     """
     filled = out.is_dir() and any(entry.name != LOCK for entry in out.iterdir())
+    known_run = (out / "config.json").is_file()
+    ended = next((result for result in ("adapter", "model") if known_run and (out / result).exists()), None)
+    if filled and ended is not None:
+        more = "--from-adapter" if ended == "adapter" else "--model"
+        formula = ", and without what an adapter is made of, such as --rank" if ended == "adapter" else ""
+        began = f"--resume: the run in {out}" if resume else f"--out {out} already holds a run; it"
+        raise RunError(
+            f"{began} has ended, its result is {out / ended}. More steps are a new run that begins there: give "
+            f"{more} {out / ended} and another --out, without --resume{formula}"
+        )
     if filled and not resume:
-        known = "a run" if (out / "config.json").is_file() else "other files"
+        known = "a run" if known_run else "other files"
         raise RunError(f"--out {out} already holds {known}; take another folder, or --resume to go on with it")
-    if filled and resume and not (out / "config.json").is_file():
+    if filled and resume and not known_run:
         raise RunError(f"--resume: {out} holds files and no run (there is no config.json); take another folder")
-    for result in ("adapter", "model"):
-        if resume and (out / result).exists():
-            raise RunError(f"--resume: the run in {out} has ended, its result is {out / result}; take another --out")
 
 
 @contextmanager

@@ -135,10 +135,19 @@ def test_seventy_billion_parameters_are_planned_within_two_seconds() -> None:
         (("llama-2-7b", "--data", "demo", "--ask-base", "yes"), "the weights of llama-2-7b are not here"),
         (("llama-2-7b", "--data", "no-such-file.jsonl"), "no-such-file.jsonl"),
         (("llama-2-7b", "--rank", 0), "rank"),
+        ((), "no model is named; give one or several, such as: graft plan llama-2-7b"),
+        (("llama-2-7b", "--model", "demo"), "the models are llama-2-7b, and --model is demo; name them one way"),
+        (("llama-2-7b", "demo", "--model", "demo"), "the models are llama-2-7b, demo, and --model is demo"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_refused_with_a_way_out(arguments: tuple[object, ...], said: str) -> None:
     assert said in refused(*arguments)
+
+
+def test_a_model_may_be_named_as_the_other_commands_name_it() -> None:
+    alone = planned("llama-2-7b", "--gpu", "h100")
+    assert planned("--model", "llama-2-7b", "--gpu", "h100") == alone
+    assert planned("llama-2-7b", "--model", "llama-2-7b", "--gpu", "h100") == alone
 
 
 def test_data_that_fail_their_check_are_refused_with_the_row(tmp_path: Path) -> None:

@@ -103,6 +103,14 @@ def test_bytes_that_are_no_utf_8_are_named_with_their_line_and_the_command_that_
     assert rows_of(mended) == rows
 
 
+def test_a_header_that_is_no_utf_8_or_too_long_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes("question;réponse\na;b\n".encode("latin-1"))
+    assert fault_of(file).startswith(f"{file}:1: line: byte 0xe9 at byte 11 of the line is no UTF-8")
+    file.write_bytes(b"x" * (lines.MOST_ROW_BYTES + 1))
+    assert fault_of(file).startswith(f"{file}:1: row: 8,388,609 bytes; expected at most 8,388,608 bytes a row")
+
+
 # ---- between columns ---------------------------------------------------------------------------------------------------
 
 

@@ -149,7 +149,7 @@ def test_a_config_without_a_needed_field_is_refused_by_its_name(tmp_path: Path, 
     ("text", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "no 'model_type'"),
+        ("[]", "holds a list, expected an object"),
         ('{"hidden_size": 4}', "no 'model_type'"),
         (None, "has no config.json"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -298,6 +299,24 @@ def test_a_run_that_has_ended_does_not_go_on(tmp_path: Path) -> None:
     train(tmp_path, eval_data=None, steps=1)
     with pytest.raises(RunError, match=r"has ended, its result is .*adapter"):
         train(tmp_path, eval_data=None, steps=1, resume=True)
+
+
+@pytest.mark.parametrize(("method", "option"), [("lora", "from_adapter"), ("full", "model")])
+@pytest.mark.parametrize("resume", [True, False])
+def test_more_steps_on_a_run_that_has_ended_are_a_new_run_that_begins_where_the_refusal_says(
+    method: str, option: str, resume: bool, tmp_path: Path
+) -> None:
+    train(tmp_path, eval_data=None, steps=1, method=method)
+    with pytest.raises(RunError, match="More steps are a new run") as refused:
+        train(tmp_path, eval_data=None, steps=3, method=method, resume=resume)
+    way = re.search(r"give --([a-z-]+) (\S+) and another --out", str(refused.value))
+    assert way is not None
+    assert way[1].replace("-", "_") == option
+    own = {"rank": None, "alpha": None} if method == "lora" else {}
+    summary = train(
+        tmp_path, eval_data=None, steps=3, method=method, out=str(tmp_path / "more"), **own, **{option: way[2]}
+    )
+    assert summary["steps"] == 3
 
 
 # ---- --allow-change -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,9 @@ def test_several_sources_are_mixed_by_weight(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_run_in_it_is_refused(tmp_path: Path) -> None:
     train(tmp_path, eval_data=None, steps=1)
+    with pytest.raises(RunError, match="already holds a run; it has ended"):
+        train(tmp_path, eval_data=None, steps=1)
+    shutil.rmtree(tmp_path / "run" / "adapter")  # as if it had been stopped
     with pytest.raises(RunError, match="already holds a run; take another folder, or --resume"):
         train(tmp_path, eval_data=None, steps=1)
 

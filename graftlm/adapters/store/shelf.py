@@ -54,20 +54,21 @@ class Version:
         try:
             return open_content(self.folder, self.digest, self.base, self.event.get("run"))
         except (AdapterError, StoreError) as error:
-            raise self._damaged(error) from None
+            raise StoreError(
+                f"{self.label} is not as it was published: {error}. Publish or pull the same adapter again, which puts its "
+                "files back, or take another version. All that is damaged is listed by: "
+                f"{command('verify', store=self.root)}"
+            ) from None
 
     def manifest(self) -> dict[str, Any]:
-        """Its `graft.json`, as it was published; of its files the tensors are not read. Raises StoreError."""
+        """Its `graft.json`, as it was published; of its files the tensors are not read.
+
+        Raises StoreError, which a server's users read too: it names no folder but the version's.
+        """
         try:
             return open_manifest(self.folder, self.digest, self.base, self.event.get("run"))
         except (AdapterError, StoreError) as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> StoreError:
-        return StoreError(
-            f"{self.label} is not as it was published: {error}. Publish or pull the same adapter again, which puts its files "
-            f"back, or take another version. All that is damaged is listed by: {command('verify', store=self.root)}"
-        )
+            raise StoreError(f"{self.label} is not as it was published: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` says of it."""
