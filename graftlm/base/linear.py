@@ -263,6 +263,8 @@ class WeightHandle:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "linear":
             raise AttributeError(name)
+        if name.endswith("_") and self.tensor is not self.linear.dense:
+            raise TypeError(f"its code changes a stored weight in place ({name})")
         return getattr(self.tensor, name)
 
     @classmethod

@@ -15,6 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from graftlm.jsonfile import parse_json
+
 _EXPECTED = {
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
     "string_type": "text", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
@@ -80,7 +82,7 @@ def _said(kind: str, message: str, context: Mapping[str, Any], found: Any) -> tu
 def _way_out(kind: str, found: Any) -> str:
     if isinstance(found, str) and kind in ("int_type", "float_type", "bool_type"):
         try:
-            bare = json.loads(found[:_SHOWN])
+            bare = parse_json(found[:_SHOWN])
         except ValueError:
             return ""
         wanted = (bool,) if kind == "bool_type" else (int,) if kind == "int_type" else (int, float)

@@ -144,7 +144,8 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "parameters that are a word": ({"target_parameters": "q_proj.weight"}, "target_parameters is 'q_proj.weight'"),
     "a rank that is no whole number": ({"r": 3.5}, "r is 3.5"),
     "a rank by pattern that is no whole number": ({"rank_pattern": {"q_proj": 3.5}}, "r is 3.5"),
-    "an alpha beyond every number": ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+    "an alpha beyond every number": ({"lora_alpha": 10**299}, "lora_alpha is 1000"),
+    "an alpha that is no number to read": ({"lora_alpha": 10**400}, "a number of 401 digits"),
     "an alpha beyond sense": ({"alpha_pattern": {"q_proj": 1e30}}, "lora_alpha is 1e+30"),
     "a switch in words": ({"use_rslora": "no"}, "use_rslora is 'no'"),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graftlm.adapters import format as adapter_format
 from graftlm.adapters.attach import attach
+from graftlm.adapters.store import Store
 from graftlm.base import caches, hf
 from graftlm.base.caches import Asking, Past, may_cache, prove_decoding
 from graftlm.base.context import ForwardContext
@@ -161,6 +162,8 @@ def test_a_read_weight_multiplies_as_the_layer_does_with_its_adapter() -> None:
     assert found.shape == (1, layer.out_features, 5)
     tiny.close(found, expected.transpose(1, 2))
     assert layer.weight.dtype == torch.float32  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(TypeError, match="changes a stored weight in place"):
+        layer.weight.mul_(2)  # pyright: ignore[reportOptionalMemberAccess]
     assert (found - layer.original(torch.float32) @ x).abs().max() > 0.01, name
 
 
@@ -192,10 +195,9 @@ def test_a_server_answers_what_graft_train_trained_and_says_when_it_has_no_cache
     told: list[str] = []
     built = build(ServeConfig.build({"model": str(tmp_path / "base"), "precision": "bfloat16"}), told.append)
     engine = built.state.service.engine
-    folder = tmp_path / "run" / "adapter"
-    digest = adapter_format.inspect_folder(folder).digest
-    request = Request(id="a", prompt=(3, 4, 5), max_tokens=3, adapter=digest)
-    pieces = list(engine.run([(request, folder)]))
+    version, _ = Store(tmp_path / "store").publish(tmp_path / "run" / "adapter", "trained")
+    request = Request(id="a", prompt=(3, 4, 5), max_tokens=3, adapter=version.digest)
+    pieces = list(engine.run([(request, version.folder)]))
     assert sum(len(piece.tokens) for piece in pieces) == 3
     assert pieces[-1].finish == "length"
     assert any("each token costs a pass over the whole text: its cache" in line for line in told) == (family == "rwkv")
@@ -239,7 +241,7 @@ def test_a_cache_that_changes_a_logit_is_not_used(monkeypatch: pytest.MonkeyPatc
         return own(self, ids) * (1.01 if ids.shape[1] == 1 else 1)
 
     monkeypatch.setattr(Past, "step", step)
-    monkeypatch.setattr(base.anatomy, "logits", lambda hidden: hidden)
+    monkeypatch.setattr(base.anatomy, "logits", lambda hidden, context: hidden)
     found = prove_decoding(base)
     assert calls
     assert found.cache is None

@@ -134,6 +134,6 @@ def test_a_loss_that_no_trained_tensor_has_a_part_in_is_refused(
 ) -> None:
     _, base, trial, found = run(tmp_path)
     own = foresight.forward
-    monkeypatch.setattr(foresight, "forward", lambda *given: (own(*given)[0].detach(), None))
+    monkeypatch.setattr(foresight, "forward", lambda *given, **options: (own(*given, **options)[0].detach(), None))
     with pytest.raises(TrainingError, match="no trained tensor has a part in the loss"):
         rehearse(base, [trial], found)

@@ -28,6 +28,9 @@ MODERNBERT = transformers.ModernBertDecoderConfig(
     max_position_embeddings=64, cls_token_id=1, sep_token_id=2,
 )  # fmt: skip
 MAMBA = transformers.MambaConfig(**SPECIAL, hidden_size=28, state_size=6, num_hidden_layers=2, time_step_rank=5)
+BART = transformers.BartConfig(
+    **SPECIAL, d_model=28, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=44, max_position_embeddings=64
+)  # fmt: skip
 
 
 def loaded(config: Any, place: Path) -> Base:
@@ -75,18 +78,26 @@ def test_an_adapter_between_body_and_head_is_trained(tmp_path: Path) -> None:
         assert not torch.equal(parameter, before[name]), name
 
 
-def test_an_adapter_on_a_layer_that_the_model_reads_past_is_refused_by_name(tmp_path: Path) -> None:
-    base = loaded(MAMBA, tmp_path / "base")
+def test_an_adapter_on_a_layer_that_text_alone_does_not_reach_is_refused_by_name(tmp_path: Path) -> None:
+    base = loaded(BART, tmp_path / "base")
     adapter = tiny.adapted(base)
     before = {name: p.detach().clone() for name, p in adapter.parameters().items()}
-    with pytest.raises(TrainingError, match=r"layers\.0\.mixer\.dt_proj\.lora_A\.weight' and 3 more.*--targets"):
+    with pytest.raises(TrainingError, match=r"layers\.0\.encoder_attn\.k_proj\.lora_A\.weight' and 15 more.*--targets"):
         optimizer_step(base, [tiny.trial(base, adapter, ROWS)], 100)
     assert all(torch.equal(p, before[name]) for name, p in adapter.parameters().items())
 
 
-def test_the_layers_that_are_used_are_trained_without_the_others(tmp_path: Path) -> None:
+def test_an_adapter_on_a_layer_whose_weight_the_model_reads_past_it_is_trained(tmp_path: Path) -> None:
     base = loaded(MAMBA, tmp_path / "base")
-    adapter = tiny.adapted(base, targets=("in_proj", "x_proj", "out_proj"))
+    adapter = tiny.adapted(base)
+    before = {name: p.detach().clone() for name, p in adapter.parameters().items()}
+    assert optimizer_step(base, [tiny.trial(base, adapter, ROWS)], 100)[0].step == 1
+    assert not [name for name, p in adapter.parameters().items() if torch.equal(p, before[name])]
+
+
+def test_the_layers_that_are_used_are_trained_without_the_others(tmp_path: Path) -> None:
+    base = loaded(BART, tmp_path / "base")
+    adapter = tiny.adapted(base, targets=("mlp",))
     assert optimizer_step(base, [tiny.trial(base, adapter, ROWS)], 100)[0].step == 1
 
 

@@ -97,7 +97,7 @@ def test_a_frozen_tensor_that_changes_is_stopped_at_the_third_step() -> None:
             def stepped(self, trial: Any, result: Any, module: Any = module) -> None:
                 with torch.no_grad():
                     if module.compressed is None:
-                        module.weight[3, 4] += 1e-3
+                        module.dense[3, 4] += 1e-3
                     else:
                         module.compressed.absmax_scale[0] *= 1.01
 
