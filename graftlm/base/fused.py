@@ -133,10 +133,14 @@ class Rotary:
         self.some = some  # it also turns a part of each head, when the angles are fewer
         self.alike: bool | None = None  # on a GPU: whether both halves of the angles are the same
 
-    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """q (batch, H, T, D), k (batch, K, T, D), cos and sin (batch or 1, T, turned) -> both turned."""
-        if args or kwargs or not self.fits(q, k, cos, sin):
-            return self.own(q, k, cos, sin, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """q (batch, H, T, D), k (batch, K, T, D), cos and sin (batch or 1, T, turned) -> both turned.
+
+        Any other arguments are the model's own function's: Qwen4's indexer turns queries alone.
+        """
+        if kwargs or len(args) != 4 or not self.fits(*args):
+            return self.own(*args, **kwargs)
+        q, k, cos, sin = args
         batch, _, tokens, width = q.shape
         rows = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], width) for x in (q, k))
         turned: Any = _Rotary.apply(*rows, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))

@@ -270,9 +270,8 @@ class WeightHandle:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        x, first = (*args, None, None)[:2]
-        if func is F.linear and isinstance(first, WeightHandle) and not first.linear.turned:
-            y = first.linear(x, bias=False)
+        if func is F.linear and len(args) >= 2 and isinstance(args[1], WeightHandle) and not args[1].linear.turned:
+            y = args[1].linear(args[0], bias=False)
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return y if bias is None else y + bias
         return func(*(_as_tensor(a) for a in args), **{key: _as_tensor(value) for key, value in kwargs.items()})

@@ -109,7 +109,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "xlstm": {"num_heads": 2},
     "xmod": {**_DECODER, "languages": ["en_XX"], "default_language": "en_XX"},
-    "youtu": _LATENT,
+    "youtu": {**_LATENT, "pad_token_id": None},  # transformers zeroes the padding row of every Youtu that it loads
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
               "attention_hidden_size": 64, "attention_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
               "n_mamba_heads": 2},

@@ -1,7 +1,7 @@
 """Which families work, and how: a tiny random model of each, loaded, trained, saved, read back and decoded in every precision.
 
-    PYTHONPATH=tests python tests/architectures/survey.py                     # all, in 15 minutes: docs/models.md's table
-    PYTHONPATH=tests python tests/architectures/survey.py --only jamba mamba  # some, with what every check said
+    PYTHONPATH=tests python tests/architectures/survey.py                     # all: the table of docs/models.md
+    PYTHONPATH=tests python tests/architectures/survey.py --only jamba mamba  # their rows, and what each check said
 
 Each family runs in a process of its own. A check ends well, in a GraftError (refused), or in anything else, which is a fault.
 """
@@ -58,6 +58,8 @@ class Found:
     """Name -> empty where it is well, `refused: ...`, or `fault: ...`."""
     targets: str = "all-linear"
     """What LoRA was trained on."""
+    generate: str = ""
+    """What is to be said of transformers' own decoding with its cache."""
     aside: str = ""
     """A tensor of another linear layer, which gets no gradient."""
 
@@ -134,12 +136,13 @@ class Family:
         expected = [greedy(lambda ids: tiny.plain_logits(plain, ids), p, n) for p, n in zip(PROMPTS, LENGTHS)]
         assert found == expected, f"answers {found}, expected {expected}"
         if precision == "float32" and not same_as_generate(plain, expected):
-            self.found.decoding += "; transformers' `generate` differs from the whole text"
+            self.found.generate = "transformers' own `generate` writes something else"
 
     def asked(self, base: Base, *, adapter: bool) -> list[list[int]]:
         engine = Engine(base, Limits(running=4, cache_tokens=256, adapter_slots=1))
         way = engine.decoding
-        self.found.decoding = "blocks" if way.paged else "own cache" if way.cache else "whole text"
+        how = "blocks" if way.paged else "own cache" if way.cache else "whole text"
+        self.found.decoding = self.found.decoding or how  # of the float32 base, without an adapter
         if adapter:
             engine.residents.adopt("it", 1)
         for i, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS)):
@@ -167,9 +170,7 @@ class Family:
         again = self.base(precision)
         attach(again, adapter_format.load(again, folder), slot=1)
         tiny.close(tiny.base_logits(again, tiny.ids()), tiny.base_logits(base, tiny.ids()))
-        decoding = self.found.decoding
         found = self.asked(again, adapter=True)
-        self.found.decoding = decoding
         expected = [greedy(lambda ids: tiny.base_logits(base, ids), p, n) for p, n in zip(PROMPTS, LENGTHS)]
         assert found == expected, f"answers with the adapter {found}, expected {expected}"
 
@@ -275,28 +276,32 @@ def remark(found: Found) -> str:
 
 
 def row(found: Found) -> str:
-    decoding, _, odd = found.decoding.partition("; ")
     full = cell(found, "full", ("float32", "bfloat16"))
     lora, qlora = cell(found, "lora", ("float32", "bfloat16")), cell(found, "lora", ("int8", "nf4"))
-    said = "; ".join(part for part in (remark(found), odd) if part).replace("|", "/")
-    return f"| {found.family} | {full} | {lora} | {qlora} | {found.passes or '-'} | {decoding or '-'} | {said} |"
+    said = "; ".join(part for part in (remark(found), found.generate) if part).replace("|", "/")
+    return f"| {found.family} | {full} | {lora} | {qlora} | {found.passes or '-'} | {found.decoding or '-'} | {said} |"
 
 
-def table(all_found: Sequence[Found]) -> str:
+def written(page: str, all_found: Sequence[Found]) -> str:
+    """The page with new rows for these families; the others' stay."""
+    before, _, rest = page.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    rows = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
+    rows |= {found.family: row(found) for found in all_found}
     lines = [
-        f"transformers {transformers.__version__}, {len(all_found)} families.",
+        f"transformers {transformers.__version__}; {len(rows.keys() & set(families.FAMILIES))} families.",
         "",
         "| family | full | LoRA | QLoRA (int8, nf4) | training | decoding | remark |",
         "|---|---|---|---|---|---|---|",
-        *(row(found) for found in all_found),
+        *(rows[name] for name in families.FAMILIES if name in rows),
         "",
     ]
-    return "\n".join(lines)
+    return before + BEGIN + "\n".join(lines) + END + after
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="these families; nothing is written")
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="these families; the rows of others stay")
     only = parser.parse_args().only
     unknown = sorted(set(only or ()) - set(families.FAMILIES))
     if unknown:
@@ -313,9 +318,7 @@ def main() -> int:
         for check, said in found.checks.items():
             if only or said.startswith("fault"):
                 print(f"    {check}: {said or 'ok'}", file=sys.stderr, flush=True)
-    if only is None:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        write_text(PAGE, before + BEGIN + table(all_found) + END + rest.partition(END)[2])
+    write_text(PAGE, written(PAGE.read_text(encoding="utf-8"), all_found))
     return any(said.startswith("fault") for found in all_found for said in found.checks.values())
 
 

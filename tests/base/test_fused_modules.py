@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 from graftlm import kernels
 from graftlm.base import fused
 from graftlm.base.context import ForwardContext
-from graftlm.base.fused import Fused, fuse, unfuse
+from graftlm.base.fused import Fused, Rotary, fuse, unfuse
 from graftlm.base.load import Base, load_base
 from graftlm.training.loop import Work, forward, lay_out
 
@@ -347,3 +347,18 @@ def test_what_a_rotation_was_not_proven_for_goes_to_the_models_own() -> None:
 def test_without_anything_faster_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "fuses", lambda device, dtype: False)
     assert fuse(tiny.plain(tiny.folder("llama")), torch.float32) == Fused()
+
+
+def test_a_rotation_that_is_called_in_another_way_is_the_models_own() -> None:
+    asked: list[tuple[int, list[str]]] = []
+
+    def own(q: torch.Tensor, k: Any = None, cos: Any = None, sin: Any = None, unsqueeze_dim: int = 1) -> torch.Tensor:
+        asked.append((q.ndim, [name for name, given in (("k", k), ("cos", cos), ("sin", sin)) if given is not None]))
+        return q
+
+    rotary = Rotary(own, some=True)
+    q, angles = torch.randn(1, 2, 5, 6), torch.randn(1, 5, 6)
+    assert rotary(q, cos=angles, sin=angles, unsqueeze_dim=2) is q
+    assert asked == [(4, ["cos", "sin"])]
+    rotary(q, q, angles, angles)
+    assert len(asked) == 1
