@@ -47,7 +47,7 @@ bench: setup
 	$(BIN)/python bench/suite.py
 
 docs: setup
-	$(BIN)/python -m graftlm.options > docs/options.md
+	$(BIN)/python -m graftlm.config.options_page > docs/options.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -30,12 +30,12 @@ from machine import described, processor
 from point import Point, base_of, in_process, llama, train_steps
 
 from graftlm.adapters.attach import detach
-from graftlm.base.load import default_device
+from graftlm.base.loading import default_device
 from graftlm.errors import ModelError
 from graftlm.files import write_json
 from graftlm.planning.instantiate import instantiate
-from graftlm.planning.measured import PeakMemory
-from graftlm.planning.shape import Shape
+from graftlm.planning.peak_memory import PeakMemory
+from graftlm.planning.shapes import ModelShape
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GIB = 2**30
@@ -139,7 +139,7 @@ def measure_group(points: dict[str, Point], device: str, steps: int) -> Iterator
 def _ours(base: Any, point: Point, steps: int) -> dict[str, Any]:
     with PeakMemory(base.device) as memory:
         found = train_steps(base, point, steps)
-    return {**found, **_peaks(memory), "base_bytes": base.bytes, "packs": base.packs, "note": base.why_not}
+    return {**found, **_peaks(memory), "base_bytes": base.bytes, "packs": base.packs, "note": base.no_packing_reason}
 
 
 def _peer(point: Point, device: torch.device, steps: int) -> dict[str, Any]:
@@ -195,15 +195,15 @@ def describe_device(device: str) -> Iterator[dict[str, Any]]:
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def weight_bytes(shape: Shape, precision: str) -> float:
+def weight_bytes(shape: ModelShape, precision: str) -> float:
     """Bytes of a base: its linear layers in `precision`, embeddings, head and norms in 16 bits."""
     return shape.stored * BITS[precision] / 8 + 2 * (shape.parameters - shape.stored)
 
 
-def flops_per_token(shape: Shape, method: str, sequence: int, rank: int) -> float:
+def flops_per_token(shape: ModelShape, method: str, sequence: int, rank: int) -> float:
     """Operations of the matrix products that a token's training needs; what checkpointing runs again is not counted.
 
-    Forward 2 for each value of a weight, gradient to the input 2, to a trained weight 2. Causal attention of a document of
+    Forward 2 for each value of a weight, gradient to the input 2, to a trained weight 2. Causal attention of an example of
     L tokens: two products over L / 2 positions forward, four back.
     """
     full = method == "full"

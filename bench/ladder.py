@@ -7,10 +7,10 @@
 Every rung is a process of its own that calls what `graft train` calls, three times, after a tiny model has been trained once
 so that libraries and kernels are there already:
 
-    short, longer   steps of one document of about 30 and 90 tokens. The line through the two peaks, above the idle process,
+    short, longer   steps of one example of about 30 and 90 tokens. The line through the two peaks, above the idle process,
                     taken back to no tokens, is what does not grow with them: weights, gradients, states, and whatever
                     the allocator and the run hold beside them. These are the bytes a parameter.
-    e2e             batches of 16 from E2E: seconds a step, the whole peak, and the held-out loss after the same steps
+    e2e             batches of 16 from E2E: seconds a step, the whole peak, and the eval loss after the same steps
 
 No run clips its gradients, for steps inside the backward pass cannot. Optimizer states in the host's memory are the
 ladder's fourth rung and need a GPU: `bench/gpu.py` has them. Nothing else may run meanwhile.
@@ -35,7 +35,7 @@ from train import BATCH, RATES, make_data, make_model
 SECONDS = 120  # of one rung
 MUST = 4.5  # bytes a parameter of the fullest rung
 SHORT_STEPS = 4  # the loop watches its first three
-LENGTHS = {"short": 30, "longer": 90}  # words of a document
+LENGTHS = {"short": 30, "longer": 90}  # words of an example
 GPU_ONLY = "states in the host's memory (`--offload-optimizer`): GPU only, not measured here"
 
 
@@ -58,13 +58,13 @@ class Rung:
         2 or 4 for a weight, the same for its gradient, 2 x 4 for its states or 2 x (1 + 4 / 256) in 8 bits. With the step
         inside the backward pass only the largest tensor's gradient counts.
         """
-        weight = 2 if self.options.get("precision") == "bfloat16" else 4
+        weight = 2 if self.options.get("base_precision") == "bfloat16" else 4
         states = 2 * (1 + 4 / 256) if self.options.get("optimizer") == "adamw-8bit" else 8
         gradients = weight * (largest / parameters if self.options.get("optimizer_in_backward") else 1)
         return weight + gradients + states
 
 
-NARROW, EIGHT_BIT = {"precision": "bfloat16"}, {"optimizer": "adamw-8bit"}
+NARROW, EIGHT_BIT = {"base_precision": "bfloat16"}, {"optimizer": "adamw-8bit"}
 INSIDE = {"optimizer_in_backward": True}
 RUNGS = (
     Rung(name="none: float32", options={}),
@@ -106,19 +106,19 @@ def without_tokens(short: Mapping[str, Any], longer: Mapping[str, Any]) -> float
 def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[str, Any]:
     """One run as `graft train` makes it; its peak above what the process had before, and its steps after the watched ones."""
     from graftlm.config import TrainConfig
-    from graftlm.training.pages import give_back
+    from graftlm.training.pages import release_memory
     from graftlm.training.run import run
     from graftlm.training.view import View
 
     gc.collect()
-    give_back()  # what an earlier run has freed
+    release_memory()  # what an earlier run has freed
     held_out = {"eval_data": str(folder / "valid.jsonl"), "eval_every": steps} if data == "train" else {}
     with tempfile.TemporaryDirectory() as out:
         config = TrainConfig.build(
             {
                 "model": str(folder / model), "data": [str(folder / f"{data}.jsonl")], "method": "full", "steps": steps,
-                "batch_size": BATCH if data == "train" else 1, "learning_rate": RATES["full"], "schedule": "constant",
-                "warmup": 0.0, "max_grad_norm": 0.0, "out": str(Path(out) / "run"), **rung.options, **held_out,
+                "batch_size": BATCH if data == "train" else 1, "learning_rate": RATES["full"], "lr_scheduler": "constant",
+                "warmup_ratio": 0.0, "max_grad_norm": 0.0, "out": str(Path(out) / "run"), **rung.options, **held_out,
             }
         )  # fmt: skip
         summary = run(config, View(quiet=True))
@@ -126,7 +126,7 @@ def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[
     times = [line["seconds"] for line in lines if line["kind"] == "train"]
     return {
         "memory": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
-        "tokens": summary["tokens"] / steps,
+        "tokens": summary["num_tokens"] / steps,
         "seconds_per_step": statistics.median(times[3:] or times[-1:]),
         "loss": summary["eval_loss_after"],
         "loss_before": summary["eval_loss_before"],
@@ -136,7 +136,7 @@ def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The rungs as Markdown, the formula beside what was measured."""
     lines = [
-        "| rung | options | bytes a parameter, formula | measured | peak on E2E, MB | seconds a step | held-out loss |",
+        "| rung | options | bytes a parameter, formula | measured | peak on E2E, MB | seconds a step | eval loss |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for f in found:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from graftlm.training.runfolder import environment
+from graftlm.training.run_folder import environment
 
 PEERS = ("peft", "bitsandbytes", "trl", "triton")
 

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.config import TrainConfig
-from graftlm.experiments.process import run_apart
-from graftlm.planning.activations import Load
+from graftlm.experiments.subprocess_run import train_in_subprocess
+from graftlm.planning.activations import Workload
 from graftlm.planning.hardware import processor
-from graftlm.planning.memory import need
-from graftlm.planning.method import NOTHING, Setting, adapted
+from graftlm.planning.memory import requirement
+from graftlm.planning.method import NO_ADAPTER, TrainingSetting, adapter_shape
 from graftlm.planning.models import find
-from graftlm.planning.plan import DEFAULT_TOKENS_PER_PASS
+from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
 
 SHAPES: dict[str, dict[str, int]] = {
     "5m": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
@@ -48,31 +48,31 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 STEPS = 2  # the second has the optimizer's states from its beginning on
 AGAIN = {"activation_checkpointing": True}
-BF16, EIGHT = {"precision": "bfloat16"}, {"optimizer": "adamw-8bit"}
+BF16, EIGHT = {"base_precision": "bfloat16"}, {"optimizer": "adamw-8bit"}
 IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a shape, a method, documents of one length, and options of `graft train`."""
+    """One run: a shape, a method, examples of one length, and options of `graft train`."""
 
     shape: str
     method: Any
     length: int
     batch: int
-    tokens_per_pass: int
+    micro_batch_tokens: int
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def label(self) -> str:
-        said = ", ".join(str(v) if k in ("precision", "optimizer") else f"{k.replace('_', ' ')} {v}" if v is not True else
+        said = ", ".join(str(v) if k in ("base_precision", "optimizer") else f"{k.replace('_', ' ')} {v}" if v is not True else
                          k.replace("_", " ") for k, v in self.options.items() if k != "max_grad_norm")  # fmt: skip
         return f"{self.method}{', ' + said if said else ''}"
 
     @property
     def name(self) -> str:
         """What tells it from every other run."""
-        return f"{self.shape} {self.label}, {self.batch} x {self.length}, {self.tokens_per_pass} a pass"
+        return f"{self.shape} {self.label}, {self.batch} x {self.length}, {self.micro_batch_tokens} a pass"
 
 
 RUNS = (
@@ -89,7 +89,7 @@ RUNS = (
     Run("30m", "lora", 512, 4, 2048),
     Run("30m", "lora", 512, 8, 4096, {"rank": 64}),
     Run("30m", "lora", 512, 4, 2048, AGAIN),
-    Run("30m", "lora", 256, 8, 1024, {"precision": "int8"}),
+    Run("30m", "lora", 256, 8, 1024, {"base_precision": "int8"}),
     Run("30m", "qlora", 1024, 2, 2048, {"targets": ["attention"]}),
     Run("30m", "full", 512, 4, 2048),
     Run("30m", "full", 512, 8, 1024, AGAIN),
@@ -103,7 +103,7 @@ RUNS = (
     Run("60m", "full", 512, 2, 1024, {**EIGHT, **AGAIN}),
     Run("135m", "lora", 512, 2, 1024),
     Run("135m", "qlora", 256, 2, 512, {"rank": 8}),
-    Run("135m", "lora", 512, 4, 2048, {"precision": "int8", **AGAIN}),
+    Run("135m", "lora", 512, 4, 2048, {"base_precision": "int8", **AGAIN}),
     Run("135m", "full", 256, 2, 512),
     Run("135m", "full", 256, 4, 1024, {**BF16, **EIGHT, **IN_BACKWARD, **AGAIN}),
 )
@@ -144,21 +144,25 @@ def plan(run: Run, model: Path) -> dict[str, Any]:
     """What `graft plan` makes of a run: bytes at the peak, in parts."""
     shape = find(str(model)).shape
     default = {"full": "float32", "lora": "bfloat16", "qlora": "nf4"}[run.method]
-    setting = Setting(
-        key=run.method, label=run.method, method=run.method, precision=run.options.get("precision", default), compute="float32",
+    setting = TrainingSetting(
+        key=run.method,
+        label=run.method,
+        method=run.method,
+        precision=run.options.get("base_precision", default),
+        compute_dtype="float32",
         optimizer=run.options.get("optimizer", "adamw"),
         optimizer_in_backward=run.options.get("optimizer_in_backward", False),
         activation_checkpointing=run.options.get("activation_checkpointing", False),
+    )
+    together = min(run.batch, max(1, run.micro_batch_tokens // run.length))
+    load = Workload(
+        tokens=together * run.length, target_tokens=together * (run.length - 2), longest=run.length, examples=together,
+        micro_batches=-(-run.batch // together), small=run.micro_batch_tokens < DEFAULT_MICRO_BATCH_TOKENS,
     )  # fmt: skip
-    together = min(run.batch, max(1, run.tokens_per_pass // run.length))
-    load = Load(
-        tokens=together * run.length, trained=together * (run.length - 2), longest=run.length, documents=together,
-        passes=-(-run.batch // together), small=run.tokens_per_pass < DEFAULT_TOKENS_PER_PASS,
-    )  # fmt: skip
-    adapter = NOTHING
+    adapter = NO_ADAPTER
     if run.method != "full":
-        adapter = adapted(shape, run.options.get("targets", ["all-linear"]), run.options.get("rank", 16))
-    found = need(shape, setting, adapter, load, "cpu", fused=True, decodes=processor().decodes)
+        adapter = adapter_shape(shape, run.options.get("targets", ["all-linear"]), run.options.get("rank", 16))
+    found = requirement(shape, setting, adapter, load, "cpu", fused=True, fused_dequant=processor().fused_dequant)
     return {"bytes": found.training, "highest_at": found.moment, "parts": found.parts.to_json()}
 
 
@@ -168,14 +172,14 @@ def measure(run: Run, model: Path, folder: Path) -> dict[str, Any]:
     write_rows(rows, 2 * run.batch, run.length)
     config = TrainConfig.build({
         "model": str(model), "data": [str(rows)], "method": run.method, "batch_size": run.batch, "steps": STEPS,
-        "max_tokens_per_document": run.length, "too_long": "cut", "tokens_per_pass": run.tokens_per_pass, "device": "cpu",
-        "compute": "float32", "out": str(folder / "run"), **run.options,
+        "max_length": run.length, "overlong": "truncate", "micro_batch_tokens": run.micro_batch_tokens, "device": "cpu",
+        "compute_dtype": "float32", "out": str(folder / "run"), **run.options,
     })  # fmt: skip
-    summary = run_apart(config, lambda event: None)
+    summary = train_in_subprocess(config, lambda event: None)
     said = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))
     return {
         "bytes": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
-        "rehearsed_bytes": said["rehearsed_bytes"],
+        "dry_run_bytes": said["dry_run_bytes"],
     }
 
 
@@ -265,12 +269,12 @@ def figures_of(run: Run, place: Path, before: dict[str, Any] | None) -> dict[str
         folder.mkdir()
         found = measure(run, model, folder)
     else:
-        found = {"bytes": before["measured"], "rehearsed_bytes": before["rehearsed"]}
+        found = {"bytes": before["measured"], "dry_run_bytes": before["dry_run_bytes"]}
     return {
         "name": run.name, "shape": run.shape, "method": run.method, "what": run.label, "length": run.length,
-        "batch": run.batch, "tokens": min(run.tokens_per_pass, run.length * run.batch), "planned": planned["bytes"],
+        "batch": run.batch, "tokens": min(run.micro_batch_tokens, run.length * run.batch), "planned": planned["bytes"],
         "measured": found["bytes"], "error": planned["bytes"] / found["bytes"] - 1, "highest_at": planned["highest_at"],
-        "parts": planned["parts"], "rehearsed": found["rehearsed_bytes"],
+        "parts": planned["parts"], "dry_run_bytes": found["dry_run_bytes"],
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 As their documentation has it: a base in bfloat16, or in NF4 with double quantization and prepared by
 `prepare_model_for_kbit_training`; LoRA on all linear layers; autocast to bfloat16; AdamW; the gradient's norm clipped to 1;
 `gradient_checkpointing_enable` where it is asked for. Full training holds bfloat16 weights and takes bitsandbytes' 8-bit
-AdamW where it is there, else PyTorch's. Documents are of one length, so nothing is padded on either side.
+AdamW where it is there, else PyTorch's. Examples are of one length, so nothing is padded on either side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from point import Clock, Point, documents, llama, rates
+from point import Clock, Point, examples, llama, rates
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -100,7 +100,7 @@ def prepare(model: Any, point: Point) -> tuple[Any, torch.optim.Optimizer, str]:
 def peer_steps(model: Any, point: Point, device: torch.device, steps: int, warm_up: int = 2) -> dict[str, Any]:
     """Train as `point.train_steps` does, the peer's way; raises what PyTorch raises."""
     model, optimizer, name = prepare(model, point)
-    rows = documents(point.batch, point.sequence, model.config.vocab_size).documents
+    rows = examples(point.batch, point.sequence, model.config.vocab_size).examples
     ids = torch.stack([torch.from_numpy(row.ids.astype("int64")) for row in rows]).to(device)  # (batch, sequence)
     trained = [p for p in model.parameters() if p.requires_grad]
     clock = Clock(device, float("inf"))

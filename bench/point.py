@@ -1,10 +1,10 @@
-"""One measured point of training: random weights in a model's real shape, documents of one length, Graft's own loop.
+"""One measured point of training: random weights in a model's real shape, examples of one length, Graft's own loop.
 
     base = base_of(LLAMA["7b"], "nf4", device)
     with PeakMemory(base.device) as memory:
         found = train_steps(base, Point(model="7b", method="qlora", sequence=2048, batch=4))
 
-Every token but the first of a document is trained, so the head costs what it costs at most. A batch goes through the model
+Every token but the first of an example is trained, so the head costs what it costs at most. A batch goes through the model
 in one pass. `in_process` runs a function in a process of its own, with a limit on its time; `scaling.py` and `gpu.py` differ in
 which points they take and what they make of them.
 """
@@ -29,14 +29,14 @@ from train import SHAPES
 from transformers import LlamaConfig
 
 from graftlm import demo
-from graftlm.base.load import Base, load_tokenizer, random_base
+from graftlm.base.loading import Base, load_tokenizer, random_base
 from graftlm.config import Method, Precision, TrainConfig
-from graftlm.data.documents import Dataset, Document, Part, make_document
+from graftlm.data.dataset import Dataset, DatasetPart, Example, make_example
 from graftlm.planning.models import built_in
-from graftlm.training.loop import Observer, StepResult, train
 from graftlm.training.prepare import make_adapter, make_trial
+from graftlm.training.sanity_checks import STEPS as WATCHED
+from graftlm.training.trainer import StepResult, TrainerCallback, train
 from graftlm.training.trial import Evaluation, Trial
-from graftlm.training.watch import STEPS as WATCHED
 
 _HEAVY = ("graftlm.training.prepare", "graftlm.planning.models", "transformers.models.llama.modeling_llama")
 STORED: dict[Method, Precision] = {"full": "bfloat16", "lora": "bfloat16", "qlora": "nf4"}
@@ -49,9 +49,9 @@ class Point:
     model: str
     method: Method
     sequence: int
-    """Tokens of a document."""
+    """Tokens of an example."""
     batch: int
-    """Documents of an optimizer step."""
+    """Examples of an optimizer step."""
     precision: Precision | None = None
     """How the base is stored; the method's own when left out: nf4 for qlora, else bfloat16."""
     checkpointing: bool = False
@@ -89,17 +89,17 @@ def base_of(config: LlamaConfig, precision: Precision, device: str) -> Base:
     return random_base(config, tokenizer, precision=precision, device=device, training=True)
 
 
-def documents(count: int, length: int, vocabulary: int) -> Dataset:
-    """`count` different documents of `length` random tokens, all of them trained."""
+def examples(count: int, length: int, vocabulary: int) -> Dataset:
+    """`count` different examples of `length` random tokens, all of them trained."""
     generator = np.random.default_rng(0)
-    trained = np.ones(length, dtype=np.bool_)
-    rows: list[Document] = []
+    loss_mask = np.ones(length, dtype=np.bool_)
+    rows: list[Example] = []
     for i in range(count):
-        rows.append(make_document(f"random:{i}", generator.integers(3, vocabulary, length).astype(np.int32), trained))
-    return Dataset((Part("random", 1.0, tuple(rows)),), {})
+        rows.append(make_example(f"random:{i}", generator.integers(3, vocabulary, length).astype(np.int32), loss_mask))
+    return Dataset((DatasetPart("random", 1.0, tuple(rows)),), {})
 
 
-class Clock(Observer):
+class Clock(TrainerCallback):
     """Hears the loop: when each step ended, the device's work included, and when to stop."""
 
     def __init__(self, device: torch.device, deadline: float) -> None:
@@ -129,8 +129,8 @@ def train_steps(
     """
     config = TrainConfig.build(
         {
-            "model": point.model, "data": ["random"], "out": "random", "method": point.method, "precision": point.stored,
-            "steps": warm_up + steps, "batch_size": point.batch, "schedule": "constant", "warmup": 0.0,
+            "model": point.model, "data": ["random"], "out": "random", "method": point.method, "base_precision": point.stored,
+            "steps": warm_up + steps, "batch_size": point.batch, "lr_scheduler": "constant", "warmup_ratio": 0.0,
             "activation_checkpointing": point.checkpointing, **point.options,
             **({} if point.method == "full" else {"rank": point.rank}),
         }
@@ -141,10 +141,10 @@ def train_steps(
         config,
         adapter,
         0 if adapter is None else 1,
-        documents(point.batch, point.sequence, base.anatomy.vocabulary),
+        examples(point.batch, point.sequence, base.structure.vocabulary),
         None,
     )
-    base.anatomy.checkpoint_layers(config.activation_checkpointing)
+    base.structure.checkpoint_layers(config.activation_checkpointing)
     clock = Clock(base.device, time.perf_counter() + seconds)
     train(base, [trial], point.tokens, clock)
     return {**rates(clock.ends, warm_up, point.tokens), "losses": clock.losses}

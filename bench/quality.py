@@ -31,7 +31,7 @@ OPTIONS: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 KEPT = (
-    "name", "method", "trained", "trained_parameters", "base_precision", "learning_rate", "loss_before", "loss", "losses",
+    "name", "method", "trained", "trainable_parameters", "base_precision", "learning_rate", "loss_before", "loss", "losses",
     "spread", "share", "share_interval", "task_score_before", "task_score", "general_before", "general_after", "saved_bytes",
     "peak_measured", "idle",
 )  # fmt: skip
@@ -73,7 +73,7 @@ def table(regime: str, found: dict[str, Any]) -> str:
     if "missing" in found:
         return f"{regime}: {found['missing']}"
     rows = [
-        "| method | base | learning rate | held-out loss before | after, mean ± sd of seeds | share of full's gain (95 %) |",
+        "| method | base | learning rate | eval loss before | after, mean ± sd of seeds | share of full's gain (95 %) |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for line in found["lines"]:

@@ -162,7 +162,7 @@ def train_table(figures: Mapping[str, Any]) -> str:
     """The figures of both sides, losses among them."""
     lines = [
         f"**Training, {figures['shape'].upper()} Llama**", "",
-        "| method | side | examples/s | trained tokens/s | peak memory, MB | held-out loss |", "|---|---|---:|---:|---:|---:|",
+        "| method | side | examples/s | target tokens/s | peak memory, MB | eval loss |", "|---|---|---:|---:|---:|---:|",
     ]  # fmt: skip
     for method, sides in figures["results"].items():
         lines += [
@@ -302,7 +302,7 @@ def rungs(results: Results) -> str:
     part = max(found, key=lambda part: part["date"])
     figures = part["figures"]
     return (
-        f"`{part['command']}`: {figures['shape'].upper()} Llama, {figures['steps']} steps of {BATCH} documents, "
+        f"`{part['command']}`: {figures['shape'].upper()} Llama, {figures['steps']} steps of {BATCH} examples, "
         f"{machine(part['machine'])}, {part['date'][:10]}.\n\n{ladder.table(figures['rungs'])}"
     )
 

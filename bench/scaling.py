@@ -4,14 +4,14 @@
     python bench/scaling.py --series rank batch
     python bench/scaling.py --json bench/results/scaling.json --plot /tmp/scaling.png
 
-Each point is a process of its own with nothing else running: random weights, random documents of one length, every token
+Each point is a process of its own with nothing else running: random weights, random examples of one length, every token
 trained, a batch in one pass. Memory is what the peak lies above the same process before it had a model, so it holds the
 weights (float32), the adapter, its optimizer and the activations. One step warms up, one to
 four count.
 
-    sequence     128 to 4096 tokens a document; 4096 tokens a step, rank 16
-    rank         4 to 256; 8 documents of 256 tokens a step
-    batch        1 to 64 documents of 128 tokens, rank 16
+    sequence     128 to 4096 tokens an example; 4096 tokens a step, rank 16
+    rank         4 to 256; 8 examples of 256 tokens a step
+    batch        1 to 64 examples of 128 tokens, rank 16
     vocabulary   8192 and 131072 tokens; 256 to 2048 tokens a step: memory grows by the same amount per token
 """
 
@@ -28,8 +28,8 @@ import torch
 from machine import described
 from point import Point, base_of, in_process, llama, train_steps
 
-from graftlm.planning.measured import PeakMemory
-from graftlm.training.pages import own_pages
+from graftlm.planning.peak_memory import PeakMemory
+from graftlm.training.pages import mmap_allocations
 
 Line = dict[str, Any]
 SECONDS = 60  # of one point
@@ -62,12 +62,12 @@ def measured(line: Line) -> Iterator[Line]:
     changes = {} if line["vocabulary"] is None else {"vocab_size": line["vocabulary"]}
     config = llama(point.model, **changes)
     steps = max(1, min(4, TIMED_TOKENS // point.tokens))
-    with own_pages(point.checkpointing), PeakMemory(torch.device("cpu")) as memory:  # as `training.run` does
+    with mmap_allocations(point.checkpointing), PeakMemory(torch.device("cpu")) as memory:  # as `training.run` does
         base = base_of(config, point.stored, "cpu")
         found = train_steps(base, point, steps, warm_up=1)
     yield {
         "x": line["x"], "sequence": point.sequence, "batch": point.batch, "tokens_per_step": point.tokens,
-        "rank": point.rank, "checkpointing": point.checkpointing, "vocabulary": base.anatomy.vocabulary,
+        "rank": point.rank, "checkpointing": point.checkpointing, "vocabulary": base.structure.vocabulary,
         "tokens_per_second": found["tokens_per_second"], "peak_memory": memory.bytes - memory.start,
     }  # fmt: skip
 
@@ -103,15 +103,15 @@ def table(found: dict[str, list[Line]]) -> str:
     """All series as Markdown."""
     titles = {
         "sequence": "Sequence length (4096 tokens a step, rank 16)",
-        "rank": "Rank (8 documents of 256 tokens a step)",
-        "batch": "Batch (documents of 128 tokens, rank 16)",
-        "vocabulary": "Vocabulary (documents of 256 tokens, rank 16)",
+        "rank": "Rank (8 examples of 256 tokens a step)",
+        "batch": "Batch (examples of 128 tokens, rank 16)",
+        "vocabulary": "Vocabulary (examples of 256 tokens, rank 16)",
     }
     lines: list[str] = []
     for name, points in found.items():
         lines += [f"**{titles[name]}**", ""]
         if name in ("sequence", "batch"):
-            word = "tokens a document" if name == "sequence" else "documents"
+            word = "tokens an example" if name == "sequence" else "examples"
             lines += [
                 f"| {word} | tokens/s | peak MB | checkpointed: tokens/s | peak MB |",
                 "|---:|---:|---:|---:|---:|",
@@ -149,9 +149,9 @@ def plot(found: dict[str, list[Line]], place: Path, title: str) -> None:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     columns = [
-        ("sequence", "tokens a document\n(4096 tokens a step)"),
+        ("sequence", "tokens an example\n(4096 tokens a step)"),
         ("rank", "rank\n(2048 tokens a step)"),
-        ("batch", "documents of 128 tokens a step"),
+        ("batch", "examples of 128 tokens a step"),
         ("vocabulary", "tokens a step"),
     ]
     shown = [(name, label) for name, label in columns if name in found]

@@ -97,10 +97,10 @@ class Graft:
     """Our engine over one base."""
 
     def __init__(self, work: dict[str, Any]) -> None:
-        from graftlm.adapters import format as adapter_format
-        from graftlm.base.load import load_base
+        from graftlm.adapters import peft_format as adapter_format
+        from graftlm.base.loading import load_base
 
-        self.base = load_base(work["model"], precision=work["precision"], compute="float32", device="cpu")
+        self.base = load_base(work["model"], precision=work["precision"], compute_dtype="float32", device="cpu")
         self.folders = [Path(p) for p in work["adapters"]]
         self.digests: dict[int, str] = {}
         self.inspect = adapter_format.inspect_folder
@@ -109,10 +109,10 @@ class Graft:
         self.engine = self._engine(slots=SLOTS)
 
     def _engine(self, **limits: Any) -> Any:
-        from graftlm.serving.engine import Engine, Limits
+        from graftlm.serving.engine.engine import Engine, EngineLimits
 
-        given = {"adapter_slots": limits.pop("slots"), "adapter_bytes": 16 << 30, "running": SLOTS, **limits}
-        return Engine(self.base, Limits(**given))
+        given = {"max_loras": limits.pop("slots"), "adapter_bytes": 16 << 30, "max_num_seqs": SLOTS, **limits}
+        return Engine(self.base, EngineLimits(**given))
 
     def _digest(self, adapter: int) -> str:
         if adapter not in self.digests:
@@ -120,7 +120,7 @@ class Graft:
         return self.digests[adapter]
 
     def _request(self, prompt: Sequence[int], new: int, adapter: int | None) -> tuple[Any, Path | None]:
-        from graftlm.serving.request import Request
+        from graftlm.serving.engine.request import Request
 
         self.number += 1
         digest = "" if adapter is None else self._digest(adapter)
@@ -129,14 +129,14 @@ class Graft:
 
     def _answer(self, engine: Any, asked: list[tuple[Any, Path | None]]) -> list[list[int]]:
         found: dict[str, list[int]] = {one.id: [] for one, _ in asked}
-        for piece in engine.run(asked):
-            assert piece.finish in (None, "length"), piece
-            found[piece.id] += piece.tokens
+        for output in engine.run(asked):
+            assert output.finish_reason in (None, "length"), output
+            found[output.id] += output.tokens
         return list(found.values())
 
     def turn(self, seed: int, batch: int, new: int, adapters: list[int] | None) -> dict[str, Any]:
         """Seconds and tokens of `batch` answers, each with its own adapter or all of the bare base."""
-        asks = prompts(seed, batch, self.base.anatomy.vocabulary)
+        asks = prompts(seed, batch, self.base.structure.vocabulary)
         asked = [self._request(ask, new, adapters[i] if adapters else None) for i, ask in enumerate(asks)]
         counts = self.engine.counts
         began = time.perf_counter()
@@ -144,8 +144,8 @@ class Graft:
         first = next(news)
         steps, step_seconds = counts.steps, counts.step_seconds  # after the prompts
         found: dict[str, list[int]] = {one.id: [] for one, _ in asked}
-        for piece in (first, *news):
-            found[piece.id] += piece.tokens
+        for output in (first, *news):
+            found[output.id] += output.tokens
         seconds = time.perf_counter() - began
         step = (counts.step_seconds - step_seconds) / (counts.steps - steps)
         return {"seconds": seconds, "tokens": list(found.values()), "decoding_step_seconds": step}
@@ -169,7 +169,7 @@ class Graft:
         for time_ in range(-1, times):
             random = np.random.default_rng([seed, time_ + 1])
             chosen = random.choice(count_of_all, count, p=share)
-            asks = prompts(int(random.integers(1 << 30)), count, self.base.anatomy.vocabulary)
+            asks = prompts(int(random.integers(1 << 30)), count, self.base.structure.vocabulary)
             for name in ("all", "few") if time_ % 2 == 0 else ("few", "all"):
                 engine = engines[name]
                 asked = [self._request(ask, new, int(a)) for ask, a in zip(asks, chosen)]
@@ -178,9 +178,9 @@ class Graft:
                 if time_ >= 0:
                     found[name]["seconds"].append(time.perf_counter() - began)
                 else:
-                    before[name] = (engine.residents.counters.swaps, engine.residents.counters.loads)
+                    before[name] = (engine.adapter_cache.counters.swaps, engine.adapter_cache.counters.loads)
         for name, engine in engines.items():
-            counters, (swaps, loads) = engine.residents.counters, before[name]
+            counters, (swaps, loads) = engine.adapter_cache.counters, before[name]
             found[name] |= {"swaps": counters.swaps - swaps, "loads": counters.loads - loads}
             found[name]["tokens_per_second"] = count * new / statistics.median(found[name]["seconds"])
             engine.close()
@@ -188,43 +188,43 @@ class Graft:
 
     def choosing(self, resident: int, most: int, tries: int = 300) -> dict[str, Any]:
         """Seconds to choose one of many resident adapters for a request, and those that a step takes longer for a change."""
-        engine = self._engine(slots=resident, running=2)
+        engine = self._engine(slots=resident, max_num_seqs=2)
         self.small = self.small or _small_adapters(self.base, most)
         small = dict(list(self.small.items())[:resident])
-        engine.residents._load = lambda folder: small[folder.name]
+        engine.adapter_cache._load = lambda folder: small[folder.name]
         for name in small:
-            engine.residents.hold(name, Path(name))
-        while engine.residents.loading:
-            engine.residents.settle()
+            engine.adapter_cache.hold(name, Path(name))
+        while engine.adapter_cache.loading:
+            engine.adapter_cache.settle()
             time.sleep(0.001)
         names = list(small)
         for name in names:
-            engine.residents.run(name)
-            engine.residents.stop(name)
-            engine.residents.leave(name)
+            engine.adapter_cache.run(name)
+            engine.adapter_cache.stop(name)
+            engine.adapter_cache.leave(name)
         taken: list[float] = []
         for i in range(tries):
             name = names[i * 7 % len(names)]
             began = time.perf_counter()
-            engine.residents.hold(name, Path(name))
-            engine.residents.run(name)
+            engine.adapter_cache.hold(name, Path(name))
+            engine.adapter_cache.run(name)
             taken.append(time.perf_counter() - began)
-            engine.residents.stop(name)
-            engine.residents.leave(name)
+            engine.adapter_cache.stop(name)
+            engine.adapter_cache.leave(name)
         changing = self._changing(engine, names, 30)
         engine.close()
         return {"seconds": statistics.median(taken), "change_seconds": changing}
 
     def _changing(self, engine: Any, names: list[str], tries: int) -> float:
         """How much longer a step takes that runs under another adapter than the step before: medians, one token a step."""
-        from graftlm.serving.sequence import Sequence as Answer
+        from graftlm.serving.engine.sequence import Sequence as Answer
 
         made: list[Answer] = []
         for name in names[:: max(len(names) - 1, 1)][:2]:
             request, _ = self._request([1, 2, 3], 1000, None)
             one = Answer(request, 0, self.base.tokenizer, None)
-            engine.residents.hold(name, Path(name))
-            one.slot = engine.residents.run(name)
+            engine.adapter_cache.hold(name, Path(name))
+            one.slot = engine.adapter_cache.run(name)
             assert engine.runner.admit(one)
             assert engine.runner.reserve(one, 3 + 3 * tries)
             engine.runner.run([(one, 3)])
@@ -240,8 +240,8 @@ class Graft:
             last = one
         for one, name in zip(made, names[:: max(len(names) - 1, 1)][:2]):
             engine.runner.release(one)
-            engine.residents.stop(name)
-            engine.residents.leave(name)
+            engine.adapter_cache.stop(name)
+            engine.adapter_cache.leave(name)
         return statistics.median(seconds[True]) - statistics.median(seconds[False])
 
     def memory(self, count: int) -> dict[str, Any]:
@@ -305,12 +305,12 @@ def _small_adapters(base: Any, count: int) -> dict[str, Any]:
     """Adapters of rank 1 on every layer, made in memory, by name."""
     import torch
 
-    from graftlm.adapters.attach import Plan, choose, new_adapter
+    from graftlm.adapters.attach import AdapterPlan, new_adapter, select_layers
 
-    layers, found = choose(base, ("all-linear",)), dict[str, Any]()
+    layers, found = select_layers(base, ("all-linear",)), dict[str, Any]()
     with torch.inference_mode():
         for i in range(count):
-            found[f"small-{i}"] = new_adapter(base, layers, Plan(rank=1, alpha=2.0), seed=i)
+            found[f"small-{i}"] = new_adapter(base, layers, AdapterPlan(rank=1, alpha=2.0), seed=i)
     return found
 
 

@@ -44,16 +44,16 @@ from loopback import Answer, Connection
 from machine import described
 from train import make_model
 
-from graftlm.adapters import format as adapter_format
-from graftlm.adapters.attach import Plan, choose, new_adapter
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.adapters.attach import AdapterPlan, new_adapter, select_layers
 from graftlm.adapters.manifest import TENSORS
 from graftlm.adapters.store import Store
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.config import Precision
 from graftlm.errors import AdapterError, StoreError
-from graftlm.serving.engine import Engine, Limits
-from graftlm.serving.prompts import PromptBook
-from graftlm.serving.request import Request, Sampling
+from graftlm.serving.engine.engine import Engine, EngineLimits
+from graftlm.serving.engine.prompts import PromptEncoderCache
+from graftlm.serving.engine.request import Request, SamplingParams
 
 MODEL, ADMIN = "demo", "soak-admin-key"
 KEYS = ("soak-key-one", "soak-key-two", "soak-key-three")
@@ -105,7 +105,9 @@ def make_adapters(base: Base, folder: Path) -> dict[str, Path]:
     made: dict[str, Path] = {}
     for i, label in enumerate(labels):
         rank = RANKS[i % len(RANKS)]
-        adapter = new_adapter(base, choose(base, ("all-linear",)), Plan(rank=rank, alpha=rank * 1.5), seed=i)
+        adapter = new_adapter(
+            base, select_layers(base, ("all-linear",)), AdapterPlan(rank=rank, alpha=rank * 1.5), seed=i
+        )
         generator = torch.Generator().manual_seed(SEED + i)
         for name, parameter in adapter.parameters().items():
             if name.endswith("lora_B.weight"):
@@ -118,7 +120,7 @@ def make_adapters(base: Base, folder: Path) -> dict[str, Path]:
 
 
 def load(model: str = MODEL, precision: Precision = "float32") -> Base:
-    return load_base(model, precision=precision, compute="float32", device="cpu")
+    return load_base(model, precision=precision, compute_dtype="float32", device="cpu")
 
 
 def make_store(base: Base, place: Path) -> tuple[Store, dict[str, Path]]:
@@ -174,18 +176,18 @@ def questions(pick: random.Random, size: Size) -> list[Question]:
 
 def references(base: Base, folders: dict[str, Path], asked: Sequence[Question]) -> dict[tuple[str, int], str]:
     """By version and question: the text of the same request alone in an engine, without a server."""
-    book, found = PromptBook(base), {}
-    engine = Engine(base, Limits(running=1, cache_tokens=4096, adapter_slots=1))
+    book, found = PromptEncoderCache(base), {}
+    engine = Engine(base, EngineLimits(max_num_seqs=1, cache_tokens=4096, max_loras=1))
     for label, folder in [(MODEL, None), *folders.items()]:
         digest = "" if folder is None else adapter_format.inspect_folder(folder).digest
         prompts = book.of(digest, folder)
         for i, question in enumerate(asked):
-            sampling = Sampling(temperature=question.temperature, seed=question.seed)
+            sampling = SamplingParams(temperature=question.temperature, seed=question.seed)
             request = Request(
                 id=f"{label} {i}", prompt=tuple(prompts.text(question.prompt)), max_tokens=question.max_tokens, adapter=digest,
                 sampling=sampling, stop_ids=prompts.stop_ids, hidden_ids=prompts.hidden_ids, tokenizer=prompts.tokenizer,
             )  # fmt: skip
-            found[label, i] = "".join(piece.text for piece in engine.run([(request, folder)]))
+            found[label, i] = "".join(output.text for output in engine.run([(request, folder)]))
     engine.close()
     return found
 
@@ -463,10 +465,19 @@ def soak(size: Size, place: Path) -> dict[str, Any]:
         place, {"name": "admin", "key": ADMIN, "admin": True}, *({"name": key, "key": key} for key in KEYS)
     )
     options: dict[str, Any] = {
-        "precision": "float32", "compute": "float32", "device": "cpu", "store": store.root, "keys": keys, "format": "text",
-        "running": size.running, "max_queue": size.queue, "adapter_slots": size.slots, "adapter_gb": 0.02, "cache_gb": 0.05,
-        "max_seconds": 30,
-    }  # fmt: skip
+        "base_precision": "float32",
+        "compute_dtype": "float32",
+        "device": "cpu",
+        "store": store.root,
+        "api_keys": keys,
+        "format": "text",
+        "max_num_seqs": size.running,
+        "max_queue": size.queue,
+        "max_loras": size.slots,
+        "adapter_memory_gb": 0.02,
+        "kv_cache_gb": 0.05,
+        "request_timeout": 30,
+    }
     with serving(place, "soak", **options) as server:
         run = Soak(size, server, store, folders, place, asked, expected)
         asyncio.run(run.run())
@@ -576,10 +587,10 @@ def fairness(pair: Pair, place: Path) -> dict[str, Any]:
     keys = keys_file(place, *({"name": key, "key": key} for key in (QUIET, LOUD)))
     options: dict[str, Any] = {
         "store": store.root,
-        "keys": keys,
+        "api_keys": keys,
         "format": "text",
-        "precision": pair.precision,
-        "compute": "float32",
+        "base_precision": pair.precision,
+        "compute_dtype": "float32",
         "device": "cpu",
     }
     with serving(place, "fairness", model, **options) as server, refusing() as elsewhere:

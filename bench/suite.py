@@ -33,7 +33,7 @@ import report
 import torch
 from machine import described
 
-from graftlm.base.precision import default_compute
+from graftlm.base.precision import default_compute_dtype
 from graftlm.files import write_json, write_text
 
 BENCH = Path(__file__).resolve().parent
@@ -87,8 +87,8 @@ def parts_of(folder: Path) -> list[Part]:
 
 def instructions() -> str:
     """What products use here, PyTorch's and training's: figures of one are kept apart from those of another."""
-    own = default_compute(torch.device("cpu"), training=True)
-    return torch.backends.cpu.get_cpu_capability() + {"mixed": " BF16", "bfloat16": " AMX"}.get(own, "")
+    own = default_compute_dtype(torch.device("cpu"), training=True)
+    return torch.backends.cpu.get_cpu_capability() + {"bf16-mixed": " BF16", "bfloat16": " AMX"}.get(own, "")
 
 
 def run(part: Part, seconds: float) -> dict[str, Any]:

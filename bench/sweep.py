@@ -3,7 +3,7 @@
     python bench/sweep.py                          # 8 trials on the 30M Llama and E2E, LoRA; then 1 to 32 trials
     python bench/sweep.py --methods lora qlora --json bench/results/sweep.json
 
-Eight trials of ranks 4 to 32 with batches of 8 documents of their own. Sides take turns as in `train.py`; a turn is one
+Eight trials of ranks 4 to 32 with batches of 8 examples of their own. Sides take turns as in `train.py`; a turn is one
 optimizer step of all eight trials, whichever way it is made:
 
     together          the passes of all eight together, as `graft sweep` makes them
@@ -60,24 +60,24 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     import torch
 
     from graftlm.base.chat import Encoder
-    from graftlm.base.load import load_base
+    from graftlm.base.loading import load_base
     from graftlm.config import TrainConfig
     from graftlm.data.sources import named_source
-    from graftlm.planning.measured import PeakMemory
-    from graftlm.training.loop import optimizer_step, row_losses
-    from graftlm.training.pages import own_pages
+    from graftlm.planning.peak_memory import PeakMemory
+    from graftlm.training.pages import mmap_allocations
     from graftlm.training.prepare import make_adapter, make_trial, read_data
+    from graftlm.training.trainer import example_losses, optimizer_step
 
     method = work["method"]
     with PeakMemory(torch.device("cpu")) as memory:
-        base = load_base(work["model"], precision="nf4" if method == "qlora" else "float32", device="cpu")
+        base = load_base(work["model"], base_precision="nf4" if method == "qlora" else "float32", device="cpu")
         trials: list[Any] = []
         material: Any = None
         for slot, rank in enumerate(work["ranks"], 1):
             config = TrainConfig(
                 model=work["model"], data=(work["train"],), eval_data=work["valid"], method=method, rank=rank, seed=slot,
-                precision="nf4" if method == "qlora" else "float32", steps=work["steps"], batch_size=BATCH,
-                learning_rate=pairs.RATES[method], schedule="constant", warmup=0.0, out=Path("unused"),
+                base_precision="nf4" if method == "qlora" else "float32", steps=work["steps"], batch_size=BATCH,
+                learning_rate=pairs.RATES[method], lr_scheduler="constant", warmup_ratio=0.0, out=Path("unused"),
             )  # fmt: skip
             if material is None:
                 encoder = Encoder(base.tokenizer)
@@ -85,7 +85,9 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
             trials.append(make_trial(base, config, make_adapter(base, config, slot), slot, *material))
         width = WIDE if work["side"] != "narrow" else max(longest_batch(trial) for trial in trials)
         values = [sum(p.numel() for p in trial.parameters.values()) for trial in trials]
-        with own_pages(width < WIDE and len(trials) > 1):  # several small passes, as `graft train` and `graft sweep` do
+        with mmap_allocations(
+            width < WIDE and len(trials) > 1
+        ):  # several small passes, as `graft train` and `graft sweep` do
             turns.next()
             for step in range(work["steps"]):
                 if work["side"] == "apart":
@@ -94,19 +96,19 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
                 else:
                     optimizer_step(base, trials, width)
                 turns.end() if step + 1 == work["steps"] else turns.next()
-    losses = [sum(r.loss for r in rows) / sum(r.trained_tokens for r in rows)
-              for rows in (row_losses(base, t.held_out, t.slot, WIDE) for t in trials if work["judged"])]  # fmt: skip
+    losses = [sum(r.loss for r in rows) / sum(r.target_tokens for r in rows)
+              for rows in (example_losses(base, t.eval_examples, t.slot, WIDE) for t in trials if work["judged"])]  # fmt: skip
     return {
         "seconds": turns.counted, "steps": turns.seconds, "start": turns.start,
-        "peak_memory": memory.bytes - memory.start, "tokens_per_pass": width,
+        "peak_memory": memory.bytes - memory.start, "micro_batch_tokens": width,
         "trained": values, "losses": losses,
     }  # fmt: skip
 
 
 def longest_batch(trial: Any) -> int:
     """Tokens of a trial's longest batch."""
-    steps = (trial.order.step(step) for step in range(trial.order.steps))
-    return max(sum(trial.documents[i].tokens for _, i in step) for step in steps)
+    steps = (trial.sampler.step(step) for step in range(trial.sampler.steps))
+    return max(sum(trial.examples[i].tokens for _, i in step) for step in steps)
 
 
 def trl_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def table(results: dict[str, Any]) -> str:
     row("peak memory, passes of all eight together", "", "", lambda r: f"{r['together_memory'] / 1e6:.0f} MB")
     row("peak memory of one TRL run", "", "", lambda r: f"{r['sides']['trl']['peak_memory'] / 1e6:.0f} MB")
     row(
-        "mean held-out loss, together / apart / TRL", "", "",
+        "mean eval loss, together / apart / TRL", "", "",
         lambda r: " / ".join(f"{statistics.fmean(r['sides'][s]['losses']):.4f}" for s in ("together", "apart", "trl")),
     )  # fmt: skip
     for method, found in results.items():

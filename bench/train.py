@@ -12,7 +12,7 @@ With `--types` both also take part with the other one: Graft in float32 where th
 own bfloat16 (`bf16=True`).
 
 The peer is set up as its documentation says: SFTTrainer, PEFT on all linear layers, BitsAndBytesConfig nf4 with double
-quantization; padded as it defaults to, and where asked once more with its own packing, alone. Losses on held-out rows after
+quantization; padded as it defaults to, and where asked once more with its own packing, alone. Losses on eval rows after
 the same steps stand beside the speeds: speed that changes the training does not count.
 """
 
@@ -112,8 +112,8 @@ def make_data(folder: Path, steps: int, seed: int = 0) -> dict[str, str]:
 
 def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     from graftlm.config import TrainConfig
-    from graftlm.training.loop import StepResult
     from graftlm.training.run import run
+    from graftlm.training.trainer import StepResult
     from graftlm.training.trial import Trial
     from graftlm.training.view import View
 
@@ -133,8 +133,8 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
         summary = run(
             TrainConfig(
                 model=work["model"], data=(work["train"],), eval_data=work["valid"], method=method,
-                precision="float32" if method != "qlora" else "nf4", steps=work["steps"], batch_size=BATCH,
-                compute=work.get("compute"), learning_rate=RATES[method], schedule="constant", warmup=0.0,
+                base_precision="float32" if method != "qlora" else "nf4", steps=work["steps"], batch_size=BATCH,
+                compute_dtype=work.get("compute_dtype"), learning_rate=RATES[method], lr_scheduler="constant", warmup_ratio=0.0,
                 eval_every=work["steps"], out=Path(out) / "run", **own,
             ),
             InTurns(quiet=True),
@@ -159,7 +159,7 @@ def rates(turns: Turns, work: dict[str, Any]) -> dict[str, float]:
 def bare_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     """A step's matrix products alone in float32, by PyTorch: every linear layer and the head, forward and back.
 
-    Shapes are those of the mean step: all tokens through the layers, trained tokens through the head. LoRA adds its two narrow
+    Shapes are those of the mean step: all tokens through the layers, target tokens through the head. LoRA adds its two narrow
     products and their gradients, full training the gradient of every weight. The data type of the products is float32
     whatever the base is stored in.
     """
@@ -206,7 +206,7 @@ def peer_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from graftlm.planning.measured import PeakMemory
+    from graftlm.planning.peak_memory import PeakMemory
 
     method, bf16 = work["method"], work.get("bf16", False)
     data = load_dataset("json", data_files={"train": work["train"], "valid": work["valid"]})
@@ -261,22 +261,22 @@ def peer_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
 
 
 def held_out_loss(model: Any, work: dict[str, Any]) -> float:
-    """Mean loss of a trained token over the held-out rows, one document at a time through the peer's model."""
+    """Mean loss of a target token over the eval rows, one example at a time through the peer's model."""
     import torch
     from transformers import AutoTokenizer
 
     from graftlm.base.chat import Encoder
-    from graftlm.data.documents import load
+    from graftlm.data.dataset import load
     from graftlm.data.sources import Source
 
-    documents = load([Source.parse(work["valid"])], Encoder(AutoTokenizer.from_pretrained(work["model"]))).documents
+    examples = load([Source.parse(work["valid"])], Encoder(AutoTokenizer.from_pretrained(work["model"]))).examples
     total, count = 0.0, 0
     model.eval()
     with torch.no_grad():
-        for document in documents:
-            ids = torch.from_numpy(document.ids.astype("int64"))[None]
+        for example in examples:
+            ids = torch.from_numpy(example.ids.astype("int64"))[None]
             logits = model(input_ids=ids).logits[0, :-1].float()
-            wanted = torch.from_numpy(document.trained[1:])
+            wanted = torch.from_numpy(example.loss_mask[1:])
             total += float(torch.nn.functional.cross_entropy(logits[wanted], ids[0, 1:][wanted], reduction="sum"))
             count += int(wanted.sum())
     return total / count
@@ -400,9 +400,9 @@ def measure(
     """Each method with its figures by side, as soon as they are there."""
     import torch
 
-    from graftlm.base.precision import default_compute
+    from graftlm.base.precision import default_compute_dtype
 
-    own = default_compute(torch.device("cpu"), training=True)
+    own = default_compute_dtype(torch.device("cpu"), training=True)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / shape
         make_model(shape, model)
@@ -420,7 +420,7 @@ def measure(
             sides = dict.fromkeys(SIDES, work)
             if method in types:
                 if own != "float32":
-                    sides["graft float32"] = {**work, "compute": "float32"}
+                    sides["graft float32"] = {**work, "compute_dtype": "float32"}
                 sides["trl bf16"] = {**work, "bf16": True}
             found = in_turns(sides)
             bare = found.pop("bare")
@@ -431,17 +431,17 @@ def measure(
 
 
 def per_example(work: dict[str, Any]) -> dict[str, float]:
-    """Mean tokens and mean trained tokens of a row, the same on all sides."""
+    """Mean tokens and mean target tokens of a row, the same on all sides."""
     from transformers import AutoTokenizer
 
     from graftlm.base.chat import Encoder
-    from graftlm.data.documents import load
+    from graftlm.data.dataset import load
     from graftlm.data.sources import Source
 
     dataset = load([Source.parse(work["train"])], Encoder(AutoTokenizer.from_pretrained(work["model"])))
     return {
         "tokens_per_example": dataset.tokens / dataset.rows,
-        "trained_per_example": dataset.trained_tokens / dataset.rows,
+        "trained_per_example": dataset.target_tokens / dataset.rows,
     }
 
 

@@ -156,13 +156,13 @@ def prompt_ids(base: Path) -> Tensor:
 
 def by_graft(base: Path, adapter: Path, said: list[str]) -> Tensor:
     """Logits of a chat through the base and the adapter, as Graft loads them."""
-    from graftlm.adapters import format as adapter_format
+    from graftlm.adapters import peft_format as adapter_format
     from graftlm.adapters.attach import attach
     from graftlm.base.context import ForwardContext
-    from graftlm.base.load import load_base
+    from graftlm.base.loading import load_base
     from graftlm.segments import Segments
 
-    loaded = load_base(str(base), precision="float32", compute="float32", device="cpu")
+    loaded = load_base(str(base), precision="float32", compute_dtype="float32", device="cpu")
     found = adapter_format.load(loaded, adapter)
     assert found.origin is not None
     said += found.origin.notes
@@ -361,7 +361,7 @@ def train_graft(
     from rich.console import Console
 
     from graftlm.config import TrainConfig
-    from graftlm.training.recorder import Recorder
+    from graftlm.training.logging import Recorder
     from graftlm.training.run import run
     from graftlm.training.view import View
 
@@ -381,8 +381,8 @@ def train_graft(
 
     given: dict[str, Any] = {
         "model": str(base), "data": (str(data),), "out": out, "steps": STEPS, "batch_size": 4, "rank": RANK, "alpha": ALPHA,
-        "targets": TARGETS, "learning_rate": RATE, "warmup": 0.0, "schedule": "linear", "precision": "float32",
-        "compute": "float32", "device": "cpu", "save_every": SAVE, "keep_checkpoints": 3, **changes,
+        "targets": TARGETS, "learning_rate": RATE, "warmup_ratio": 0.0, "lr_scheduler": "linear", "base_precision": "float32",
+        "compute_dtype": "float32", "device": "cpu", "save_every": SAVE, "keep_checkpoints": 3, **changes,
     }  # fmt: skip
     Recorder.settled = crashing
     try:

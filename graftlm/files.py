@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def whole_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
+def atomic_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
     """Give a temporary folder to write into; on success it replaces `place`, else it is removed.
 
     Raises what the writing raised, OSError among it; `place` is then as it was before.
@@ -109,7 +109,7 @@ def _umask() -> int:
     return mask
 
 
-def clear_left(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what writers that were killed left half-written in a folder; nobody else may be writing there."""
     for left in folder.glob(".*"):
         if not _LEFT.fullmatch(left.name):
@@ -121,7 +121,7 @@ def clear_left(folder: Path) -> None:
                 left.unlink()
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a folder that has a manifest, or None when every file is as it was written."""
     try:
         entries = read_json(folder / MANIFEST, RunError)["files"]

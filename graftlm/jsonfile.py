@@ -14,7 +14,7 @@ from typing import Any
 
 from graftlm.errors import GraftError
 
-MOST_JSON_BYTES = 32 << 20
+MAX_JSON_BYTES = 32 << 20
 MOST_TOKENIZER_BYTES = 256 << 20
 """A tokenizer.json; that of Gemma 3, with 262,144 tokens, has 33 MB."""
 MOST_DEPTH = 100
@@ -36,7 +36,7 @@ def parse_json(data: bytes | str) -> Any:
     except RecursionError:
         raise _too_deep(text) from None
     except OverflowError:
-        raise _too_long(text) from None
+        raise _overlong(text) from None
     if text.count("[") + text.count("{") > MOST_DEPTH and not _shallow(value):
         raise _too_deep(text)
     return value
@@ -56,13 +56,13 @@ class RowParser:
         except RecursionError:
             raise _too_deep(self.text, start) from None
         except OverflowError:
-            raise _too_long(self.text, start) from None
+            raise _overlong(self.text, start) from None
         if not _shallow(value):
             raise _too_deep(self.text, start)
         return value, end
 
 
-def read_json(path: Path, raises: type[GraftError], *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file of at most `most` bytes. Raises the given error, which names the file."""
     found = read_json_value(path, raises, most=most)
     if not isinstance(found, dict):
@@ -70,7 +70,7 @@ def read_json(path: Path, raises: type[GraftError], *, most: int = MOST_JSON_BYT
     return found
 
 
-def read_json_value(path: Path, raises: type[GraftError], *, most: int = MOST_JSON_BYTES) -> Any:
+def read_json_value(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES) -> Any:
     """The value in a JSON file of at most `most` bytes. Raises the given error, which names the file and the place."""
     try:
         size = path.stat().st_size
@@ -124,7 +124,7 @@ def _too_deep(text: str, start: int = 0) -> json.JSONDecodeError:
     return json.JSONDecodeError(f"nested too deep, at most {MOST_DEPTH} levels are read", text, place)
 
 
-def _too_long(text: str, start: int = 0) -> json.JSONDecodeError:
+def _overlong(text: str, start: int = 0) -> json.JSONDecodeError:
     found = re.compile(rf"\d{{{MOST_DIGITS + 1},}}").search(text, start)
     place, digits = (found.start(), len(found[0])) if found else (start, MOST_DIGITS + 1)
     return json.JSONDecodeError(f"a number of {digits:,} digits, at most {MOST_DIGITS} are read", text, place)

@@ -1,13 +1,13 @@
 """Segments: the one description of a ragged batch.
 
-Documents of different lengths are laid end to end in one row of tokens, never padded:
+Examples of different lengths are laid end to end in one row of tokens, never padded:
 
     tokens    [ a a a a | b b b b | c c ]        T = 10 tokens, 3 segments
     starts      0         4         8
     lengths     4         4         2            attention sees one segment; positions restart in each
     slots       1         1         2            which adapter of the bank each segment uses (0: the bare base)
 
-Training packs documents into it, serving packs the prompts and the next tokens of many requests into it; attention and
+Training packs examples into it, serving packs the prompts and the next tokens of many requests into it; attention and
 the bank of adapters read it from the pass's context (`base/context.py`).
 
 Two orders make it cheap to read: segments of one slot stand together (one range of rows per adapter), and within a slot
@@ -24,10 +24,10 @@ from typing import Protocol
 import torch
 
 from graftlm.errors import ModelError
-from graftlm.kernels.counter import hash_words
+from graftlm.kernels.counter_rng import hash_words
 
 
-class Past(Protocol):
+class KVCache(Protocol):
     """Where the keys and values of the segments' pasts are kept (`base.keyvalues` implements it)."""
 
     def attend(
@@ -46,17 +46,17 @@ class Segments:
     """The adapter slot of each segment; 0 is the bare base."""
     cached: tuple[int, ...] = ()
     """Tokens of each segment's past that a key-value cache already holds; empty means none."""
-    past: Past | None = None
+    kv_cache: KVCache | None = None
     """That cache; None where every segment starts afresh."""
     streams: tuple[tuple[int, int], ...] = ()
     """(trial seed, draw) of each segment: the key of its random numbers; empty where nothing is random."""
     stacked: bool = False
-    """True when the model sees (documents, length) with its own attention instead of (1, tokens) with ours."""
+    """True when the model sees (examples, length) with its own attention instead of (1, tokens) with ours."""
 
     def __post_init__(self) -> None:
         assert len(self.lengths) == len(self.slots)
         assert all(length > 0 for length in self.lengths)
-        assert not self.stacked or len(set(self.lengths)) == 1, "a stack needs documents of equal length"
+        assert not self.stacked or len(set(self.lengths)) == 1, "a stack needs examples of equal length"
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -94,9 +94,9 @@ class Segments:
         return tuple(runs)
 
     def of_rows(self, rows: int) -> Segments:
-        """The same documents in a layer that gets `rows` rows for them: as many for each, one after another.
+        """The same examples in a layer that gets `rows` rows for them: as many for each, one after another.
 
-        Most layers get one row a token, and this is it. On stacks a layer may get others: a pooled state a document, or
+        Most layers get one row a token, and this is it. On stacks a layer may get others: a pooled state an example, or
         all of its past when it decodes. Raises ModelError where the rows cannot be shared out.
         """
         count = len(self.lengths)
@@ -104,7 +104,7 @@ class Segments:
             return self
         if not self.stacked or not rows or rows % count:
             raise ModelError(
-                f"a layer of this model gets {rows} rows in a pass of {self.tokens} tokens and {count} documents, so an "
+                f"a layer of this model gets {rows} rows in a pass of {self.tokens} tokens and {count} examples, so an "
                 "adapter on it cannot tell whose they are; leave it out with --targets, such as attention or mlp"
             )
         spread: dict[int, Segments] = self.__dict__.setdefault("_of_rows", {})
@@ -159,27 +159,29 @@ class Segments:
 
 
 def pack(
-    lengths: Sequence[int], slots: Sequence[int], tokens_per_pass: int, *, equal_lengths: bool = False
+    lengths: Sequence[int], slots: Sequence[int], micro_batch_tokens: int, *, equal_lengths: bool = False
 ) -> list[list[int]]:
-    """Split documents into passes of at most `tokens_per_pass` tokens; a longer document gets a pass of its own.
+    """Split examples into micro-batches of at most `micro_batch_tokens` tokens; a longer example gets a micro-batch of its own.
 
-    Returns the documents' indices for each pass, ordered by slot and then by length. With `equal_lengths` a pass holds
-    one length only, for models that run on stacks. First fit over documents from the longest to the shortest, so the
-    passes are few and even.
+    Returns the examples' indices for each micro-batch, ordered by slot and then by length. With `equal_lengths` a
+    micro-batch holds one length only, for models that run on stacks. First fit over examples from the longest to the
+    shortest, so the micro-batches are few and even.
     """
-    assert tokens_per_pass > 0
+    assert micro_batch_tokens > 0
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    passes: list[list[int]] = []
+    micro_batches: list[list[int]] = []
     used: list[int] = []
     for i in order:
         for p, tokens in enumerate(used):
-            if tokens + lengths[i] <= tokens_per_pass and (not equal_lengths or lengths[passes[p][0]] == lengths[i]):
-                passes[p].append(i)
+            if tokens + lengths[i] <= micro_batch_tokens and (
+                not equal_lengths or lengths[micro_batches[p][0]] == lengths[i]
+            ):
+                micro_batches[p].append(i)
                 used[p] += lengths[i]
                 break
         else:
-            passes.append([i])
+            micro_batches.append([i])
             used.append(lengths[i])
-    for group in passes:
+    for group in micro_batches:
         group.sort(key=lambda i: (slots[i], lengths[i], i))
-    return passes
+    return micro_batches

@@ -15,8 +15,8 @@ from typing import Any
 from graftlm.errors import GraftError
 from graftlm.jsonfile import parse_json
 
-MOST_HEADER_BYTES = 64 << 20
-MOST_TENSORS = 400_000
+MAX_HEADER_BYTES = 64 << 20
+MAX_TENSORS = 400_000
 """A mixture of 128 experts in 94 layers, each with its own A and B, has about 72,000."""
 _MOST_AXES = 16
 # Bytes of one value; types that are not listed (4 and 6 bits) are not held against their shape.
@@ -52,14 +52,14 @@ def read_header(path: Path, raises: type[GraftError]) -> dict[str, TensorInfo]:
                 raise raises(
                     f"{path} is cut short or no safetensors file: its header claims {length:,} bytes of {size:,}"
                 )
-            if length > MOST_HEADER_BYTES:
-                raise raises(f"{path} has a header of {length:,} bytes, and at most {MOST_HEADER_BYTES:,} are read")
+            if length > MAX_HEADER_BYTES:
+                raise raises(f"{path} has a header of {length:,} bytes, and at most {MAX_HEADER_BYTES:,} are read")
             text = stream.read(length)
     except OSError as error:
         raise raises(f"{path} cannot be read: {error.strerror}") from None
     count = text.count(b'"data_offsets"')
-    if count > MOST_TENSORS:
-        raise raises(f"{path} lists {count:,} tensors, and at most {MOST_TENSORS:,} are read")
+    if count > MAX_TENSORS:
+        raise raises(f"{path} lists {count:,} tensors, and at most {MAX_TENSORS:,} are read")
     try:
         header = parse_json(text)
         if not isinstance(header, dict):

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,8 @@ import torch
 os.environ.setdefault("GRAFT_CACHE", tempfile.mkdtemp(prefix="graft-test-cache-"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `tools`, which is not installed
 
 PROOFS = Path(__file__).parents[1] / "bench" / "results" / "proofs.json"
 

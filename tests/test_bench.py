@@ -259,7 +259,7 @@ def test_both_sides_train_a_tiny_model_to_the_same_loss() -> None:
 def test_the_formula_of_a_rung_is_bytes_of_weight_gradient_and_states() -> None:
     found = [rung.expected(1_000_000, 100_000) for rung in ladder.RUNGS]
     assert found == pytest.approx([16, 12, 10.03125, 12.4, 6.03125, 4.23125])
-    assert ladder.RUNGS[-1].flags == "--precision bfloat16 --optimizer adamw-8bit --optimizer-in-backward"
+    assert ladder.RUNGS[-1].flags == "--base-precision bfloat16 --optimizer adamw-8bit --optimizer-in-backward"
 
 
 def test_the_bytes_of_no_tokens_lie_on_the_line_through_two_peaks() -> None:

@@ -20,26 +20,28 @@ import tiny_run
 import torch
 
 from graftlm import files
-from graftlm.adapters import canary, fit, gguf, manifest, merge, merged
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import canary, gguf, manifest, merge
+from graftlm.adapters import merge_writer as merged
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.adapters import peft_tensors as fit
 from graftlm.adapters.attach import adaptable
-from graftlm.adapters.drift import Drift
-from graftlm.base.load import Base
+from graftlm.adapters.merge_drift import Drift
+from graftlm.base.loading import Base
+from graftlm.commands import merge as merging
 from graftlm.config import TrainConfig
-from graftlm.experiments import merging
 from graftlm.training import checkpoint, resume
 from graftlm.training import optimizer as optimizers
-from graftlm.training.recorder import Recorder
+from graftlm.training.logging import Recorder
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / room) for room in ("adapters", "experiments", "training")]
+sys.path[:0] = [str(HERE / room) for room in ("adapters", "commands", "training")]
 
 import test_combine  # noqa: E402
 import test_files  # noqa: E402
 import test_gguf  # noqa: E402
-import test_loader  # noqa: E402
 import test_merge  # noqa: E402
-import test_merging  # noqa: E402
+import test_merge_command  # noqa: E402
+import test_peft_loading  # noqa: E402
 import test_resume  # noqa: E402
 import test_targets  # noqa: E402
 
@@ -53,11 +55,11 @@ class Bench:
 
     @property
     def base(self) -> Base:
-        return test_loader.loaded(tiny_run.folder())
+        return test_peft_loading.loaded(tiny_run.folder())
 
     @property
     def saved(self) -> Path:
-        return test_loader.write(self.base, self.place / "adapter")
+        return test_peft_loading.write(self.base, self.place / "adapter")
 
     @property
     def three(self) -> list[Path]:
@@ -65,7 +67,7 @@ class Bench:
 
     @property
     def trained(self) -> Path:
-        return test_merging.run_on_four_bits(Path(tempfile.mkdtemp(dir=self.place.parent)))
+        return test_merge_command.run_on_four_bits(Path(tempfile.mkdtemp(dir=self.place.parent)))
 
     def stop_after(self, step: int) -> None:
         settled = getattr(Recorder.settled, "plain", Recorder.settled)
@@ -111,63 +113,102 @@ def loads_what_is_missing(patch: pytest.MonkeyPatch) -> None:
 
 LOADER = (
     Bug(
-        "loader", "the base's fingerprint is not compared", set_to(adapter_format, "_same_base", nothing),
-        lambda b: test_loader.test_another_base_of_the_same_shape_is_refused_with_both_fingerprints(b.base, b.saved, b.place),
+        "loader",
+        "the base's fingerprint is not compared",
+        set_to(adapter_format, "_same_base", nothing),
+        lambda b: test_peft_loading.test_another_base_of_the_same_shape_is_refused_with_both_fingerprints(
+            b.base, b.saved, b.place
+        ),
     ),
     Bug(
-        "loader", "missing tensors are passed over", loads_what_is_missing,
-        lambda b: test_loader.test_tensors_that_are_not_those_of_the_plan_are_refused_by_name(b.base, b.saved, "missing"),
+        "loader",
+        "missing tensors are passed over",
+        loads_what_is_missing,
+        lambda b: test_peft_loading.test_tensors_that_are_not_those_of_the_plan_are_refused_by_name(
+            b.base, b.saved, "missing"
+        ),
     ),
     Bug(
-        "loader", "checksums are not compared", set_to(adapter_format, "check_files", nothing),
-        lambda b: test_loader.test_one_flipped_byte_anywhere_is_found_and_the_file_is_named(
+        "loader",
+        "checksums are not compared",
+        set_to(adapter_format, "check_files", nothing),
+        lambda b: test_peft_loading.test_one_flipped_byte_anywhere_is_found_and_the_file_is_named(
             b.base, b.saved, "adapter_model.safetensors"
         ),
     ),
     Bug(
-        "loader", "the digest leaves the manifest out",
+        "loader",
+        "the digest leaves the manifest out",
         set_to(adapter_format, "digest_of", lambda content: manifest.digest_of({"files": content["files"]})),
-        lambda b: test_loader.test_a_manifest_that_is_damaged_is_refused_by_the_entry(b.base, b.saved, "changed by hand"),
-    ),
-    Bug(
-        "loader", "the digest depends on the folder's name",
-        around(adapter_format, "inspect_folder", lambda real: lambda path: _renamed(real(path))),
-        lambda b: test_loader.test_a_folder_is_named_by_its_content_alone(b.base, b.saved, b.place),
-    ),
-    Bug(
-        "loader", "the scale is r / alpha", set_to(fit, "scale_of", lambda alpha, rank, stabilized: rank / alpha),
-        lambda b: test_loader.test_loading_says_where_an_adapter_came_from_and_leaves_the_base_as_it_was(b.base, b.saved),
-    ),
-    Bug(
-        "loader", "alpha of PEFT's config is believed whatever was trained", set_to(adapter_format, "_FORMULA", ()),
-        lambda b: test_loader.test_a_config_that_means_another_mathematics_than_was_trained_is_refused_with_both_values(
-            b.base, b.saved, "alpha"
+        lambda b: test_peft_loading.test_a_manifest_that_is_damaged_is_refused_by_the_entry(
+            b.base, b.saved, "changed by hand"
         ),
     ),
     Bug(
-        "loader", "layers that the config leaves out are loaded",
+        "loader",
+        "the digest depends on the folder's name",
+        around(adapter_format, "inspect_folder", lambda real: lambda path: _renamed(real(path))),
+        lambda b: test_peft_loading.test_a_folder_is_named_by_its_content_alone(b.base, b.saved, b.place),
+    ),
+    Bug(
+        "loader",
+        "the scale is r / alpha",
+        set_to(fit, "scale_of", lambda alpha, rank, stabilized: rank / alpha),
+        lambda b: test_peft_loading.test_loading_says_where_an_adapter_came_from_and_leaves_the_base_as_it_was(
+            b.base, b.saved
+        ),
+    ),
+    Bug(
+        "loader",
+        "alpha of PEFT's config is believed whatever was trained",
+        set_to(adapter_format, "_FORMULA", ()),
+        lambda b: (
+            test_peft_loading.test_a_config_that_means_another_mathematics_than_was_trained_is_refused_with_both_values(
+                b.base, b.saved, "alpha"
+            )
+        ),
+    ),
+    Bug(
+        "loader",
+        "layers that the config leaves out are loaded",
         set_to(fit, "applied", lambda base, targets: (set(adaptable(base)), set(), str)),
         lambda b: test_targets.test_what_the_file_holds_and_its_config_leaves_out_is_refused_by_name(
             test_targets.loaded("llama"), b.place, "one of seven kinds"
         ),
     ),
     Bug(
-        "loader", "a manifest's tolerance is believed", set_to(canary, "check_kept", nothing),
-        lambda b: test_loader.test_a_canary_that_cannot_be_is_refused(b.base, b.saved, "a tolerance of everything"),
+        "loader",
+        "a manifest's tolerance is believed",
+        set_to(canary, "check_kept", nothing),
+        lambda b: test_peft_loading.test_a_canary_that_cannot_be_is_refused(
+            b.base, b.saved, "a tolerance of everything"
+        ),
     ),
     Bug(
-        "loader", "the template's rendering is not compared", set_to(canary, "check_golden", nothing),
-        lambda b: test_loader.test_another_template_is_refused_for_an_adapter_of_chats_and_not_for_one_of_texts(b.place),
+        "loader",
+        "the template's rendering is not compared",
+        set_to(canary, "check_golden", nothing),
+        lambda b: test_peft_loading.test_another_template_is_refused_for_an_adapter_of_chats_and_not_for_one_of_texts(
+            b.place
+        ),
     ),
     Bug(
-        "loader", "the canary always sings", set_to(canary, "distance", lambda found, expected: 0.0),
-        lambda b: test_loader.test_a_base_with_the_same_weights_and_another_config_is_found_by_the_canary(b.saved, b.place),
+        "loader",
+        "the canary always sings",
+        set_to(canary, "distance", lambda found, expected: 0.0),
+        lambda b: test_peft_loading.test_a_base_with_the_same_weights_and_another_config_is_found_by_the_canary(
+            b.saved, b.place
+        ),
     ),
     Bug(
-        "loader", "the canary stays in its slot", set_to(canary, "detach", nothing),
-        lambda b: test_loader.test_loading_says_where_an_adapter_came_from_and_leaves_the_base_as_it_was(b.base, b.saved),
+        "loader",
+        "the canary stays in its slot",
+        set_to(canary, "detach", nothing),
+        lambda b: test_peft_loading.test_loading_says_where_an_adapter_came_from_and_leaves_the_base_as_it_was(
+            b.base, b.saved
+        ),
     ),
-)  # fmt: skip
+)
 
 
 def _renamed(found: Any) -> Any:
@@ -210,7 +251,7 @@ CHECKPOINT = (
     Bug("checkpoint", "the position in the data is one step off", around(checkpoint, "load", one_step_late), goes_on_the_same),
     Bug("checkpoint", "the trained tensors are not put back", set_to(checkpoint, "load_parameters", nothing), goes_on_the_same),
     Bug(
-        "checkpoint", "a damaged checkpoint is taken", set_to(checkpoint, "damage", nothing),
+        "checkpoint", "a damaged checkpoint is taken", set_to(checkpoint, "find_damage", nothing),
         lambda b: test_resume.test_whatever_happened_to_whichever_file_the_checkpoint_before_is_used(b.place, b.stop_after),
     ),
     Bug(
@@ -311,13 +352,13 @@ MERGE = (
         lambda b: test_combine.test_dare_is_pefts_given_the_same_draws("dare-linear", 0.4, b.three, b.patch),
     ),
     Bug(
-        "merge", "a merge that fails leaves half of a model", set_to(merged, "whole_folder", in_place),
+        "merge", "a merge that fails leaves half of a model", set_to(merged, "atomic_folder", in_place),
         lambda b: test_merge.test_a_merge_that_fails_on_the_way_leaves_nothing(b.place, b.patch),
     ),
     Bug(
         "merge", "the drift is never above the limit",
         set_to(merging, "compare", lambda base, onto, live: Drift(onto, live.loss, 0.0, 1.0)),
-        lambda b: test_merging.test_above_max_drift_nothing_is_written_and_the_way_out_is_named(b.trained, b.place),
+        lambda b: test_merge_command.test_above_max_drift_nothing_is_written_and_the_way_out_is_named(b.trained, b.place),
     ),
     Bug(
         "merge", "GGUF has the rows of q and k in transformers' order", set_to(gguf, "interleaved", lambda rows, heads: rows),

@@ -14,7 +14,7 @@ import stores
 
 from graftlm.adapters.store import Store, parse
 from graftlm.adapters.store.remote import Remote
-from graftlm.adapters.store.transfer import is_hub_id
+from graftlm.commands.push_pull import is_hub_id
 from graftlm.config import CheckConfig, CompareConfig, MergeConfig, SweepConfig, TrainConfig
 from graftlm.data.sources import Source, share
 from graftlm.errors import ConfigError, GraftError, StoreError

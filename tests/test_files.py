@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from graftlm import files
-from graftlm.files import clear_left, damage, whole_folder, write_json
+from graftlm.files import atomic_folder, find_damage, remove_leftovers, write_json
 
 
 def fill(folder: Path, text: str) -> None:
@@ -21,10 +21,10 @@ def fill(folder: Path, text: str) -> None:
 
 def test_a_folder_is_there_with_a_manifest_that_fits(tmp_path: Path) -> None:
     place = tmp_path / "x" / "place"
-    with whole_folder(place, manifest=True) as folder:
+    with atomic_folder(place, manifest=True) as folder:
         fill(folder, "one")
         assert not place.exists()
-    assert damage(place) is None
+    assert find_damage(place) is None
     assert set(json.loads((place / "manifest.json").read_text())["files"]) == {"a.txt", "deep/b.txt"}
     assert [p.name for p in place.parent.iterdir()] == ["place"]
 
@@ -51,7 +51,7 @@ def test_what_was_there_stays_when_writing_fails(
     place = tmp_path / "place"
 
     def write(text: str) -> None:
-        with whole_folder(place, manifest=True) as folder:
+        with atomic_folder(place, manifest=True) as folder:
             fill(folder, text)
 
     write("old")
@@ -59,7 +59,7 @@ def test_what_was_there_stays_when_writing_fails(
     with pytest.raises(OSError, match="No space"):
         write("new")
     monkeypatch.undo()
-    assert damage(place) is None
+    assert find_damage(place) is None
     assert (place / "a.txt").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["place"]
 
@@ -80,7 +80,7 @@ def test_files_and_folders_are_flushed_before_the_folder_is_named(
 
     monkeypatch.setattr(os, "fsync", flushing)
     monkeypatch.setattr(Path, "rename", renaming)
-    with whole_folder(tmp_path / "place", manifest=True) as folder:
+    with atomic_folder(tmp_path / "place", manifest=True) as folder:
         fill(folder, "x")
         name = folder.name
     last = done.index("rename to place")
@@ -110,7 +110,7 @@ def test_only_what_a_writer_leaves_is_cleared_away(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / ".link.12.partial").symlink_to(elsewhere)
-    clear_left(tmp_path)
+    remove_leftovers(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         ".gitignore",
         ".running",
@@ -125,4 +125,4 @@ def test_only_what_a_writer_leaves_is_cleared_away(tmp_path: Path) -> None:
 )
 def test_a_manifest_that_says_nothing_is_damage(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    assert damage(tmp_path) == "its manifest is missing or unreadable"
+    assert find_damage(tmp_path) == "its manifest is missing or unreadable"

@@ -17,15 +17,16 @@ import tiny
 import tiny_run
 import torch
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import detach
 from graftlm.adapters.export import export_adapter
-from graftlm.adapters.imported import import_adapter
+from graftlm.adapters.fetching import import_adapter
 from graftlm.adapters.store import Store
 from graftlm.adapters.store.lineage import lineage
 from graftlm.adapters.store.remote import Remote
-from graftlm.adapters.store.transfer import pull, push
-from graftlm.base.load import load_base
+from graftlm.base.loading import load_base
+from graftlm.commands.merge import merge
+from graftlm.commands.push_pull import pull, push
 from graftlm.config import (
     ExportConfig,
     GenerateConfig,
@@ -36,10 +37,9 @@ from graftlm.config import (
     TrainConfig,
 )
 from graftlm.errors import AdapterError, DataError, GraftError, ModelError, RunError, Stopped
-from graftlm.experiments.merging import merge
 from graftlm.files import sha256
-from graftlm.serving.generate import generate_text
-from graftlm.training.recorder import Recorder
+from graftlm.serving.engine.generate import generate_text
+from graftlm.training.logging import Recorder
 from graftlm.training.run import run
 from graftlm.training.view import View
 

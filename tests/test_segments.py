@@ -1,4 +1,4 @@
-"""Packing documents, and reading a packed batch."""
+"""Packing examples, and reading a packed batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ batches = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=30
 @given(batches, st.integers(1, 90), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_every_document_is_packed_once_within_the_budget(
-    documents: list[tuple[int, int]], budget: int, equal: bool
+    examples: list[tuple[int, int]], budget: int, equal: bool
 ) -> None:
-    lengths, slots = [n for n, _ in documents], [s for _, s in documents]
-    passes = pack(lengths, slots, budget, equal_lengths=equal)
-    assert sorted(i for group in passes for i in group) == list(range(len(documents)))
-    for group in passes:
+    lengths, slots = [n for n, _ in examples], [s for _, s in examples]
+    micro_batches = pack(lengths, slots, budget, equal_lengths=equal)
+    assert sorted(i for group in micro_batches for i in group) == list(range(len(examples)))
+    for group in micro_batches:
         assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
         assert [(slots[i], lengths[i]) for i in group] == sorted((slots[i], lengths[i]) for i in group)
         assert not equal or len({lengths[i] for i in group}) == 1
@@ -29,17 +29,17 @@ def test_every_document_is_packed_once_within_the_budget(
 
 @given(batches, st.integers(40, 90))
 @settings(max_examples=100, deadline=None)
-def test_first_fit_leaves_no_two_passes_that_one_could_hold(documents: list[tuple[int, int]], budget: int) -> None:
-    lengths = [n for n, _ in documents]
-    passes = pack(lengths, [s for _, s in documents], budget)
-    sums = sorted(sum(lengths[i] for i in group) for group in passes)
+def test_first_fit_leaves_no_two_passes_that_one_could_hold(examples: list[tuple[int, int]], budget: int) -> None:
+    lengths = [n for n, _ in examples]
+    micro_batches = pack(lengths, [s for _, s in examples], budget)
+    sums = sorted(sum(lengths[i] for i in group) for group in micro_batches)
     assert len(sums) < 2 or sums[0] + sums[1] > budget
 
 
 @given(batches.filter(bool))
 @settings(max_examples=100, deadline=None)
-def test_a_layout_covers_every_token_once(documents: list[tuple[int, int]]) -> None:
-    lengths, slots = tuple(n for n, _ in documents), tuple(s for _, s in documents)
+def test_a_layout_covers_every_token_once(examples: list[tuple[int, int]]) -> None:
+    lengths, slots = tuple(n for n, _ in examples), tuple(s for _, s in examples)
     segments = Segments(lengths=lengths, slots=slots, streams=tuple((7, i) for i in range(len(lengths))))
     assert segments.tokens == sum(lengths)
     assert segments.positions.tolist() == [p for n in lengths for p in range(n)]

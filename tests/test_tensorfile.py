@@ -89,7 +89,7 @@ def test_a_header_that_cannot_be_true_is_refused_by_the_files_name(tmp_path: Pat
 
 def test_millions_of_tensors_are_refused_before_they_are_parsed(tmp_path: Path) -> None:
     one = json.dumps(entry([0], 0, 0), separators=(",", ":")).encode()
-    text = b"{" + b",".join(b'"%d":%b' % (i, one) for i in range(tensorfile.MOST_TENSORS + 1)) + b"}"
+    text = b"{" + b",".join(b'"%d":%b' % (i, one) for i in range(tensorfile.MAX_TENSORS + 1)) + b"}"
     file = write(tmp_path / "x.safetensors", text)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(RunError, match="lists 400,001 tensors, and at most 400,000 are read"):
@@ -101,8 +101,8 @@ def test_millions_of_tensors_are_refused_before_they_are_parsed(tmp_path: Path) 
 def test_a_header_longer_than_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     with file.open("wb") as stream:  # with a hole, so that nothing of that size is written either
-        stream.write(struct.pack("<Q", tensorfile.MOST_HEADER_BYTES + 1))
-        stream.truncate(tensorfile.MOST_HEADER_BYTES + 100)
+        stream.write(struct.pack("<Q", tensorfile.MAX_HEADER_BYTES + 1))
+        stream.truncate(tensorfile.MAX_HEADER_BYTES + 100)
     with pytest.raises(RunError, match="has a header of 67,108,865 bytes, and at most 67,108,864 are read"):
         read_header(file, RunError)
 

@@ -18,7 +18,7 @@ NAMES = ("good@1", "a-name-of-thirty-two-characters@7")
 DIGESTS = ("81a44a83db08", "066d5e68dab4")
 NOTE = "trained again with the rows that were missing before"
 COLUMNS = [
-    Column("version"), Column("digest"), Column("held-out loss", drop=2), Column("size", right=True, drop=3),
+    Column("version"), Column("digest"), Column("eval loss", drop=2), Column("size", right=True, drop=3),
     Column("aliases", drop=1), Column("note", words=True),
 ]  # fmt: skip
 ROWS = [
@@ -53,7 +53,7 @@ def test_columns_that_matter_least_are_left_out_first_and_named() -> None:
         next((line.partition("columns: ")[2] for line in printed(width, COLUMNS, ROWS) if "left out" in line), "")
         for width in (200, 100, 86, 71)
     ]
-    assert left == ["", "size", "held-out loss, size", "held-out loss, size, aliases"]
+    assert left == ["", "size", "eval loss, size", "eval loss, size, aliases"]
 
 
 def test_what_may_not_be_left_out_stands_in_a_second_block_behind_the_first_column() -> None:

@@ -21,16 +21,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from graftlm.adapters.attach import Adapter, Plan, attach, choose, new_adapter
+from graftlm.adapters.attach import Adapter, AdapterPlan, attach, new_adapter, select_layers
 from graftlm.base import hf
 from graftlm.base.context import ForwardContext
-from graftlm.base.load import Base
-from graftlm.data.documents import Document
-from graftlm.data.order import make_order
-from graftlm.kernels.counter import uniform
+from graftlm.base.loading import Base
+from graftlm.data.dataset import Example
+from graftlm.data.sampler import make_sampler
+from graftlm.kernels.counter_rng import uniform
 from graftlm.segments import Segments
-from graftlm.training.loop import Observer
-from graftlm.training.optimizer import AdamW, Schedule
+from graftlm.training.optimizer import AdamW, LRSchedule
+from graftlm.training.trainer import TrainerCallback
 from graftlm.training.trial import Trial
 
 VOCABULARY = 83
@@ -125,33 +125,33 @@ def plain(place: Path | str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
 
 
-def documents(lengths: Sequence[int] = (9, 4, 12, 9, 7), seed: int = 0) -> tuple[Document, ...]:
-    """Random documents; about two thirds of their tokens are trained."""
+def examples(lengths: Sequence[int] = (9, 4, 12, 9, 7), seed: int = 0) -> tuple[Example, ...]:
+    """Random examples; about two thirds of their tokens are trained."""
     generator = np.random.default_rng(seed)
-    found: list[Document] = []
+    found: list[Example] = []
     for i, length in enumerate(lengths):
-        trained = generator.random(length) < 0.67
-        trained[-1] = True
+        loss_mask = generator.random(length) < 0.67
+        loss_mask[-1] = True
         ids = generator.integers(3, VOCABULARY, length).astype(np.int32)
-        found.append(Document(ids=ids, trained=trained, row=f"tiny:{i + 1}", digest=f"{seed}-{i}"))
+        found.append(Example(ids=ids, loss_mask=loss_mask, row=f"tiny:{i + 1}", digest=f"{seed}-{i}"))
     return tuple(found)
 
 
 def layout(lengths: Sequence[int], slots: Sequence[int] | None = None) -> Segments:
-    """Documents laid end to end."""
+    """Examples laid end to end."""
     return Segments(lengths=tuple(lengths), slots=tuple(slots or [1] * len(lengths)))
 
 
 @torch.no_grad()
 def base_logits(base: Base, ids: Tensor, slot: int = 1) -> Tensor:
-    """One document's ids (L,) through our base and the adapter in `slot`: logits (L, vocabulary)."""
+    """One example's ids (L,) through our base and the adapter in `slot`: logits (L, vocabulary)."""
     context = ForwardContext(Segments(lengths=(len(ids),), slots=(slot,), stacked=not base.packs))
     return base.logits(base.hidden(ids, context), context)
 
 
 @torch.no_grad()
 def plain_logits(model: Any, ids: Tensor) -> Tensor:
-    """One document's ids (L,) through a plain or a PEFT model: logits (L, vocabulary)."""
+    """One example's ids (L,) through a plain or a PEFT model: logits (L, vocabulary)."""
     return model(input_ids=ids[None], use_cache=False).logits[0]
 
 
@@ -165,7 +165,7 @@ def adapted(
 ) -> Adapter:
     """An adapter with random B (so that it changes something), attached in `slot`."""
     values = {"rank": 3, "alpha": 5.0, **plan}
-    adapter = new_adapter(base, choose(base, targets), Plan(**values), seed)
+    adapter = new_adapter(base, select_layers(base, targets), AdapterPlan(**values), seed)
     for name, parameter in adapter.parameters().items():
         if name.endswith("lora_B.weight"):
             with torch.no_grad():
@@ -177,7 +177,7 @@ def adapted(
 def trial(
     base: Base,
     adapter: Adapter | None,
-    rows: Sequence[Document],
+    rows: Sequence[Example],
     *,
     steps: int = 3,
     rate: float = 5e-3,
@@ -190,14 +190,14 @@ def trial(
     return Trial(
         name="tiny", slot=0 if adapter is None else slot, seed=7, parameters=parameters,
         optimizer=AdamW(parameters, beta1=0.9, beta2=0.99, epsilon=1e-6, weight_decay=weight_decay),
-        schedule=Schedule(peak=rate, kind="constant", warmup_steps=0, steps=steps), documents=rows,
-        order=make_order([len(rows)], [1.0], seed=7, batch_size=len(rows), epochs=None, steps=steps),
+        schedule=LRSchedule(peak=rate, kind="constant", warmup_steps=0, steps=steps), examples=rows,
+        sampler=make_sampler([len(rows)], [1.0], seed=7, batch_size=len(rows), epochs=None, steps=steps),
         max_grad_norm=clip,
     )  # fmt: skip
 
 
-class Heard(Observer):
-    """An observer that remembers the losses."""
+class Heard(TrainerCallback):
+    """A callback that remembers the losses."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -211,14 +211,14 @@ class Heard(Observer):
         return True
 
 
-def mean_loss(model: Any, rows: Sequence[Document]) -> Tensor:
-    """What the loop should compute, the plain way: each document alone through a plain or PEFT model."""
+def mean_loss(model: Any, rows: Sequence[Example]) -> Tensor:
+    """What the loop should compute, the plain way: each example alone through a plain or PEFT model."""
     total = torch.zeros(())
     count = 0
     for row in rows:
         one = torch.from_numpy(row.ids.astype(np.int64))
         logits = model(input_ids=one[None], use_cache=False).logits[0].float()  # (L, vocabulary)
-        wanted = torch.from_numpy(row.trained[1:])
+        wanted = torch.from_numpy(row.loss_mask[1:])
         total = total + F.cross_entropy(logits[:-1][wanted], one[1:][wanted], reduction="sum")
         count += int(wanted.sum())
     return total / count
@@ -251,16 +251,16 @@ def read_peft(model: Any, place: Path) -> Any:
 
 
 @contextmanager
-def own_attention(base: Base) -> Iterator[None]:
+def original_attention(base: Base) -> Iterator[None]:
     """A base that packs, made to run on stacks for a while."""
     packs = base.packs
     base.packs = False
-    hf.switch(base.model, base.own_attention)
+    hf.set_attention(base.model, base.original_attention)
     try:
         yield
     finally:
         base.packs = packs
-        hf.switch(base.model, hf.ATTENTION if packs else base.own_attention)
+        hf.set_attention(base.model, hf.ATTENTION if packs else base.original_attention)
 
 
 def close(found: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:

@@ -79,16 +79,16 @@ def write_rows(path: Path, values: Iterable[Any]) -> Path:
 
 
 def options(place: Path, **changes: Any) -> dict[str, Any]:
-    """Options of a run of 6 steps in `place`/run, on 12 rows and 5 held-out ones."""
+    """Options of a run of 6 steps in `place`/run, on 12 rows and 5 eval ones."""
     data = place / "train.jsonl"
-    held_out = place / "valid.jsonl"
+    eval_rows_file = place / "valid.jsonl"
     if not data.exists():
         write_rows(data, rows(12))
-        write_rows(held_out, rows(5, seed=1))
+        write_rows(eval_rows_file, rows(5, seed=1))
     given = {
-        "model": str(folder()), "data": [str(data)], "eval_data": str(held_out), "out": str(place / "run"),
-        "steps": 6, "batch_size": 5, "rank": 3, "alpha": 7, "learning_rate": 0.01, "precision": "float32",
-        "compute": "float32", "device": "cpu", "eval_every": 2, "seed": 11, **changes,
+        "model": str(folder()), "data": [str(data)], "eval_data": str(eval_rows_file), "out": str(place / "run"),
+        "steps": 6, "batch_size": 5, "rank": 3, "alpha": 7, "learning_rate": 0.01, "base_precision": "float32",
+        "compute_dtype": "float32", "device": "cpu", "eval_every": 2, "seed": 11, **changes,
     }  # fmt: skip
     idle = {"rank", "alpha"} if given.get("method") == "full" else set[str]()  # options that this run has no use for
     idle |= {"eval_every"} if given["eval_data"] is None else set()
@@ -96,10 +96,10 @@ def options(place: Path, **changes: Any) -> dict[str, Any]:
 
 
 def contrary(place: Path) -> dict[str, Any]:
-    """Options under which the held-out loss soon rises: what is learnt in training is wrong there."""
+    """Options under which the eval loss soon rises: what is learnt in training is wrong there."""
     write_rows(place / "train.jsonl", [{"prompt": f"{i}: ", "completion": "a" * (3 + i)} for i in range(12)])
     write_rows(place / "valid.jsonl", [{"prompt": f"{i}: ", "completion": "the old mill"} for i in range(5)])
-    return {"learning_rate": 0.1, "schedule": "constant", "eval_every": 1}
+    return {"learning_rate": 0.1, "lr_scheduler": "constant", "eval_every": 1}
 
 
 def train(place: Path, **changes: Any) -> dict[str, Any]:

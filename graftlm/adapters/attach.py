@@ -21,19 +21,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from graftlm.adapters.bank import Bank, EmbeddingBank, LowRank, Rows, Slot, Whole, new_low_rank
+from graftlm.adapters.bank import Bank, EmbeddingBank, LowRank, ModulesToSave, Slot, TrainableTokens, new_low_rank
 from graftlm.adapters.patterns import matches, refused_by_peft
 from graftlm.base.embedding import StoredEmbedding
-from graftlm.base.linear import Stored, StoredLinear, StoredStack
-from graftlm.base.load import Base
-from graftlm.base.precision import restore
+from graftlm.base.loading import Base
+from graftlm.base.modules import Stored, StoredLinear, StoredStack
+from graftlm.base.precision import dequantize
 from graftlm.errors import ConfigError, nearest
 
 _EXPERTS_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class AdapterPlan:
     """What an adapter is made of, apart from where it sits; the fields are PEFT's under plainer names."""
 
     rank: int
@@ -43,8 +43,8 @@ class Plan:
     dora: bool = False
     ranks: dict[str, int] = field(default_factory=dict[str, int])  # pattern -> rank
     alphas: dict[str, float] = field(default_factory=dict[str, float])
-    whole: tuple[str, ...] = ()  # modules trained whole
-    tokens: tuple[int, ...] = ()  # ids whose embedding rows are trained
+    modules_to_save: tuple[str, ...] = ()  # modules trained whole
+    trainable_tokens: tuple[int, ...] = ()  # ids whose embedding rows are trained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +66,7 @@ class Origin:
 class Adapter:
     """One adapter's tensors, by the name of the layer each slot sits on, and the plan they were made from."""
 
-    plan: Plan
+    plan: AdapterPlan
     slots: dict[str, Slot]
     origin: Origin | None = None
     """Where it was loaded from; None for a new one."""
@@ -92,7 +92,7 @@ class Adapter:
 
 def adaptable(base: Base) -> dict[str, Stored]:
     """The layers that a low-rank adapter can sit on, by the name PEFT knows them by; the head is not among them."""
-    head = base.anatomy.head
+    head = base.structure.head
     found: dict[str, Stored] = {}
     for name, module in base.stored().items():
         if module is not head:
@@ -100,7 +100,7 @@ def adaptable(base: Base) -> dict[str, Stored]:
     return found
 
 
-def kept_as_parameters(base: Base, names: Sequence[str]) -> list[str]:
+def as_target_parameters(base: Base, names: Sequence[str]) -> list[str]:
     """Those of the adapted layers that PEFT's format names as parameters, which take neither dropout nor DoRA.
 
     A stack and a router's weight are parameters to PEFT. And in a mixture it takes some module names for the experts of
@@ -132,7 +132,7 @@ def notes_for_peft(base: Base, layers: Collection[str]) -> list[str]:
     return []
 
 
-def choose(base: Base, targets: Sequence[str]) -> list[str]:
+def select_layers(base: Base, targets: Sequence[str]) -> list[str]:
     """Layer names for `all-linear`, `attention`, `mlp` or patterns; ConfigError for a pattern that matches nothing.
 
     The three words leave out what PEFT refuses to adapt; a pattern that names it takes it.
@@ -150,12 +150,12 @@ def choose(base: Base, targets: Sequence[str]) -> list[str]:
             hit = [name for name in layers if matches(name, target)]
         if not hit:
             ends = {name.rpartition(".")[2] for name in layers} | {"all-linear", "attention", "mlp"}
-            head = base.anatomy.head_name
+            head = base.structure.head_name
             if matches(head, target):
                 raise ConfigError(f"target '{target}' is the output head; train it whole with --modules-to-save head")
-            kept = [f"{name} ({why})" for name, why in base.kept.items() if matches(name, target)]
-            if kept:
-                raise ConfigError(f"target '{target}' cannot be adapted: {kept[0]}")
+            not_converted = [f"{name} ({why})" for name, why in base.not_converted.items() if matches(name, target)]
+            if not_converted:
+                raise ConfigError(f"target '{target}' cannot be adapted: {not_converted[0]}")
             raise ConfigError(
                 f"target '{target}' matches no layer of this model{nearest(target, ends)} known: {', '.join(sorted(ends))}"
             )
@@ -173,12 +173,12 @@ def in_attention(model: nn.Module, name: str) -> bool:
     return False
 
 
-def whole_modules(base: Base, names: Sequence[str]) -> list[str]:
+def resolve_modules_to_save(base: Base, names: Sequence[str]) -> list[str]:
     """Full names of modules to train whole: `embeddings`, `head`, or patterns over these two."""
-    anatomy = base.anatomy
+    structure = base.structure
     found: list[str] = []
     for name in names:
-        known = {"embeddings": anatomy.embedding_name, "head": anatomy.head_name}
+        known = {"embeddings": structure.embedding_name, "head": structure.head_name}
         hits = [full for short, full in known.items() if name == short or matches(full, name)]
         if not hits:
             options = [*known, *known.values()]
@@ -186,16 +186,16 @@ def whole_modules(base: Base, names: Sequence[str]) -> list[str]:
                 f"modules-to-save '{name}' is neither the embeddings nor the head{nearest(name, options)} "
                 f"known: {', '.join(options)}"
             )
-        if anatomy.head_name in hits and not isinstance(anatomy.head, Stored):
+        if structure.head_name in hits and not isinstance(structure.head, Stored):
             raise ConfigError(
-                f"modules-to-save '{name}': the head of this model is a {type(anatomy.head).__name__}, which computes more "
+                f"modules-to-save '{name}': the head of this model is a {type(structure.head).__name__}, which computes more "
                 "than a linear layer, so an adapter cannot hold its own; leave it out, or take --method full"
             )
         found.extend(h for h in hits if h not in found)
     return found
 
 
-def new_adapter(base: Base, layers: Sequence[str], plan: Plan, seed: int) -> Adapter:
+def new_adapter(base: Base, layers: Sequence[str], plan: AdapterPlan, seed: int) -> Adapter:
     """An untrained adapter that leaves the base's output as it is.
 
     Raises ConfigError for a rank or alpha pattern that matches none of the layers, and for dropout or DoRA on what
@@ -207,7 +207,7 @@ def new_adapter(base: Base, layers: Sequence[str], plan: Plan, seed: int) -> Ada
             if not any(matches(name, pattern) for name in layers):
                 ends = {name.rpartition(".")[2] for name in layers}
                 raise ConfigError(f"{what} '{pattern}' matches no adapted layer{nearest(pattern, ends)}")
-    odd = kept_as_parameters(base, layers)
+    odd = as_target_parameters(base, layers)
     if odd and (plan.dropout or plan.dora):
         what = "dropout" if plan.dropout else "dora"
         raise ConfigError(
@@ -222,18 +222,18 @@ def new_adapter(base: Base, layers: Sequence[str], plan: Plan, seed: int) -> Ada
             stored[name], name, rank=rank, alpha=alpha, rank_stabilized=plan.rank_stabilized,
             dropout=plan.dropout, dora=plan.dora, seed=seed,
         )  # fmt: skip
-    for name in whole_modules(base, plan.whole):
+    for name in resolve_modules_to_save(base, plan.modules_to_save):
         weight: Tensor = base.model.get_submodule(name).weight
-        slots[name] = Whole(nn.Parameter(weight.detach().to(torch.float32, copy=True)))
-    if plan.tokens:
-        name = base.anatomy.embedding_name
+        slots[name] = ModulesToSave(nn.Parameter(weight.detach().to(torch.float32, copy=True)))
+    if plan.trainable_tokens:
+        name = base.structure.embedding_name
         if name in slots:
             raise ConfigError(
-                "train-tokens and modules-to-save embeddings exclude each other; the latter trains every row"
+                "trainable-tokens and modules-to-save embeddings exclude each other; the latter trains every row"
             )
-        weight = restore(base.anatomy.embedding.weight.detach(), torch.float32)  # pyright: ignore
-        values = weight[list(plan.tokens)].clone()
-        slots[name] = Rows(plan.tokens, nn.Parameter(values), vocabulary=len(weight))
+        weight = dequantize(base.structure.embedding.weight.detach(), torch.float32)  # pyright: ignore
+        values = weight[list(plan.trainable_tokens)].clone()
+        slots[name] = TrainableTokens(plan.trainable_tokens, nn.Parameter(values), vocabulary=len(weight))
     return Adapter(plan, slots)
 
 
@@ -255,15 +255,15 @@ _changing = threading.Lock()
 
 
 def _attach(base: Base, adapter: Adapter, slot: int) -> None:
-    stored = {**adaptable(base), base.anatomy.head_name: base.anatomy.head}
+    stored = {**adaptable(base), base.structure.head_name: base.structure.head}
     for name, part in adapter.slots.items():
-        if name == base.anatomy.embedding_name:
-            _embedding_bank(base.anatomy.embedding).slots[slot] = part
-            head = base.anatomy.head
+        if name == base.structure.embedding_name:
+            _embedding_bank(base.structure.embedding).slots[slot] = part
+            head = base.structure.head
             if (
-                isinstance(part, Rows)
+                isinstance(part, TrainableTokens)
                 and isinstance(head, StoredLinear)
-                and head.weight is base.anatomy.embedding.weight
+                and head.weight is base.structure.embedding.weight
             ):
                 _bank(head).slots[slot] = part
             continue
@@ -281,7 +281,7 @@ def detach(base: Base, slot: int = 1) -> None:
                 bank.slots.pop(slot, None)
                 if not bank.slots:
                     module.bank = None
-        embedding = base.anatomy.embedding
+        embedding = base.structure.embedding
         if isinstance(embedding.bank, EmbeddingBank):
             embedding.bank.slots.pop(slot, None)
             if not embedding.bank.slots:
@@ -320,14 +320,14 @@ def coverage(base: Base, adapter: Adapter) -> list[CoverageRow]:
     rows: dict[str, list[tuple[str, Slot]]] = {kind: [] for kind in totals}
     for name, slot in adapter.slots.items():
         rows.setdefault(name.rpartition(".")[2], []).append((name, slot))
-    for name in (base.anatomy.embedding_name, base.anatomy.head_name):
+    for name in (base.structure.embedding_name, base.structure.head_name):
         totals.setdefault(name.rpartition(".")[2], 1)
     table: list[CoverageRow] = []
     for kind, slots in rows.items():
         ranks = sorted({slot.rank for _, slot in slots if isinstance(slot, LowRank)})
         trained = sum(p.numel() for _, slot in slots for p in slot.named().values())
         label = ", ".join(map(str, ranks)) if ranks else ("whole" if slots else "")
-        if any(isinstance(slot, Rows) for _, slot in slots):
+        if any(isinstance(slot, TrainableTokens) for _, slot in slots):
             label = "rows"
         table.append(CoverageRow(kind, len(slots), totals[kind], trained, label))
     return table

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from graftlm import kernels
 from graftlm.base import context
 from graftlm.base.embedding import StoredEmbedding
-from graftlm.base.linear import Stored, StoredStack, product
-from graftlm.base.precision import Weight, restore
-from graftlm.kernels.counter import hash_words, keep_mask, uniform
+from graftlm.base.modules import Stored, StoredStack, product
+from graftlm.base.precision import Weight, dequantize
+from graftlm.kernels.counter_rng import hash_words, keep_mask, uniform
 
 
 def scale_of(alpha: float, rank: int, rank_stabilized: bool) -> float:
@@ -61,24 +61,24 @@ class LowRank:
         return A, B
 
     def for_decoding(self) -> LowRank:
-        """The same numbers as decoding reads them fastest: B turned in memory, and in 16 bits where that loses nothing."""
+        """The same numbers as decoding reads them fastest: B transposed in memory, and in 16 bits where that loses nothing."""
 
-        def narrow(tensor: Tensor) -> Tensor:
+        def in_bfloat16(tensor: Tensor) -> Tensor:
             half = tensor.to(torch.bfloat16)
             return half if torch.equal(half.float(), tensor) else tensor
 
         if self.experts:
             return self
-        A, B = narrow(self.A.detach()).contiguous(), narrow(self.B.detach()).T.contiguous().T
+        A, B = in_bfloat16(self.A.detach()).contiguous(), in_bfloat16(self.B.detach()).T.contiguous().T
         return replace(self, A=nn.Parameter(A, requires_grad=False), B=nn.Parameter(B, requires_grad=False))
 
     @property
-    def decodes(self) -> bool:
+    def decode_ready(self) -> bool:
         """Whether decoding's kernels take these factors as they lie (see `for_decoding`)."""
-        return not (self.experts or self.A.requires_grad) and self.described.ready
+        return not (self.experts or self.A.requires_grad) and self.decode_factors.ready
 
     @cached_property
-    def described(self) -> kernels.Factors:
+    def decode_factors(self) -> kernels.Factors:
         """A, B and the scale as decoding's kernels take them."""
         return kernels.Factors(self.A.detach(), self.B.detach(), self.scale)
 
@@ -98,7 +98,7 @@ class LowRank:
 
 
 @dataclass(eq=False)
-class Whole:
+class ModulesToSave:
     """A module trained whole for one adapter (PEFT's `modules_to_save`): its own copy of the weight, in float32."""
 
     weight: nn.Parameter  # (out, in)
@@ -108,7 +108,7 @@ class Whole:
 
 
 @dataclass(eq=False)
-class Rows:
+class TrainableTokens:
     """Some rows of an embedding (and of a head tied to it) trained for one adapter (PEFT's `trainable_token_indices`)."""
 
     tokens: tuple[int, ...]
@@ -126,7 +126,7 @@ class Rows:
         return {"token_adapter.trainable_tokens_delta": self.values}
 
 
-Slot = LowRank | Whole | Rows
+Slot = LowRank | ModulesToSave | TrainableTokens
 
 
 def new_low_rank(
@@ -153,7 +153,7 @@ def new_low_rank(
     B = torch.zeros(out_features, rows)
     magnitude = None
     if dora:
-        magnitude = nn.Parameter(torch.linalg.vector_norm(restore(module.value, torch.float32), dim=1))
+        magnitude = nn.Parameter(torch.linalg.vector_norm(dequantize(module.value, torch.float32), dim=1))
     return LowRank(
         A=nn.Parameter(A.to(device)),
         B=nn.Parameter(B.to(device)),
@@ -168,7 +168,7 @@ def new_low_rank(
 
 
 @dataclass(frozen=True)
-class _Use:
+class _SlotUse:
     """One slot's share of a product: rows first..last of x use factor pair `index`, with these random numbers."""
 
     first: int
@@ -196,7 +196,7 @@ class _Use:
         return mask.to(x.dtype) * (1.0 / (1.0 - self.dropout))
 
 
-def _routing(uses: Sequence[_Use], factors: Sequence[Tensor]) -> kernels.Routing:
+def _routing(uses: Sequence[_SlotUse], factors: Sequence[Tensor]) -> kernels.Routing:
     """Uses as the routed kernels take them, a slot for each pair of factors."""
     scale = [0.0] * (len(factors) // 2)
     for use in uses:
@@ -208,10 +208,12 @@ class _Banked(torch.autograd.Function):
     """x (T, in) -> x W^T + sum over uses of s (drop(x) A^T) B^T, (T, out); gradients to x, every A and every B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, narrow: bool, uses: Sequence[_Use], *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, bf16_matmul: bool, uses: Sequence[_SlotUse], *factors: Tensor
+    ) -> Tensor:
         hidden: list[Tensor | None]  # each (t, r)
         if any(u.drops for u in uses):
-            y = kernels.matmul(x, weight, narrow)
+            y = kernels.matmul(x, weight, bf16_matmul)
             hidden = [
                 kernels.low_rank(
                     y[u.first : u.last], u.dropped(x), factors[2 * u.index], factors[2 * u.index + 1], u.scale
@@ -219,9 +221,9 @@ class _Banked(torch.autograd.Function):
                 for u in uses
             ]
         else:
-            y, hidden = kernels.adapted(x, weight, _routing(uses, factors), narrow)
+            y, hidden = kernels.lora_linear(x, weight, _routing(uses, factors), bf16_matmul)
         ctx.save_for_backward(x, *factors, *hidden)
-        ctx.weight, ctx.narrow, ctx.uses, ctx.count = weight, narrow, uses, len(factors)
+        ctx.weight, ctx.bf16_matmul, ctx.uses, ctx.count = weight, bf16_matmul, uses, len(factors)
         return y
 
     @staticmethod
@@ -233,11 +235,11 @@ class _Banked(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * ctx.count
         if not any(u.drops for u in ctx.uses):
             routing = _routing(ctx.uses, factors)
-            dx, totals[0::2], totals[1::2] = kernels.adapted_backward(
-                dy, x, weight, hidden, routing, wanted, ctx.narrow
+            dx, totals[0::2], totals[1::2] = kernels.lora_linear_backward(
+                dy, x, weight, hidden, routing, wanted, ctx.bf16_matmul
             )
             return (dx, None, None, None, *totals)
-        dx = kernels.matmul_t(dy, weight, ctx.narrow) if wanted else None
+        dx = kernels.matmul_t(dy, weight, ctx.bf16_matmul) if wanted else None
         for use, h in zip(ctx.uses, hidden):
             rows = slice(use.first, use.last)
             keep = use.keep(x)  # (t, in), or None where this use drops nothing
@@ -257,12 +259,12 @@ class _Banked(torch.autograd.Function):
 class _Decoding:
     """The low-rank products of a pass that records no gradients, and what DoRA scales each range with."""
 
-    routes: kernels.Routes
+    routes: kernels.DecodeRouting
     ratios: Sequence[tuple[int, int, Tensor]]  # (first, last, (out,))
 
-    def product(self, x: Tensor, weight: Weight, bias: Tensor | None, narrow: bool) -> Tensor:
+    def product(self, x: Tensor, weight: Weight, bias: Tensor | None, bf16_matmul: bool) -> Tensor:
         """x (T, in) -> (T, out)."""
-        y = product(x, weight, None, narrow)
+        y = product(x, weight, None, bf16_matmul)
         if self.routes.ranges:
             kernels.add_routed(y, x, self.routes)
         for first, last, ratio in self.ratios:
@@ -300,12 +302,12 @@ class Bank:
         if expert is None and not torch.is_grad_enabled():
             routes = self._routes_of(ranges, weight)
             if routes is not None:
-                return routes.product(x, weight, bias, module.narrow)
+                return routes.product(x, weight, bias, module.bf16_matmul)
         used = [(self.slots[slot], first, last) for slot, first, last in ranges if slot in self.slots]
         if all(isinstance(slot, LowRank) and slot.magnitude is None for slot, _, _ in used):
-            y = self._low_rank(x, weight, used, expert, rows, module.narrow)
+            y = self._low_rank(x, weight, used, expert, rows, module.bf16_matmul)
             return y if bias is None else y + bias.to(y.dtype)
-        parts = [self._one(x[first:last], weight, bias, self.slots.get(slot), first, last, rows, len(x), module.narrow)
+        parts = [self._one(x[first:last], weight, bias, self.slots.get(slot), first, last, rows, len(x), module.bf16_matmul)
                  for slot, first, last in ranges]  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -317,21 +319,21 @@ class Bank:
         if kept is not None and kept[1] == changes and kept[0] == ranges:
             return kept[2]
         used = [(slots[slot], first, last) for slot, first, last in ranges if slot in slots]
-        low = [(slot, first, last) for slot, first, last in used if isinstance(slot, LowRank) and slot.decodes]
+        low = [(slot, first, last) for slot, first, last in used if isinstance(slot, LowRank) and slot.decode_ready]
         found = None
         if len(low) == len(used):
-            routes = kernels.Routes([(a, b) for _, a, b in low], [slot.described for slot, _, _ in low])
+            routes = kernels.DecodeRouting([(a, b) for _, a, b in low], [slot.decode_factors for slot, _, _ in low])
             found = _Decoding(routes, [(a, b, slot.ratio(weight)) for slot, a, b in low if slot.magnitude is not None])
         self._routes = (ranges, changes, found)
         return found
 
     def _low_rank(
         self, x: Tensor, weight: Weight, used: Sequence[tuple[Any, int, int]], expert: int | None, rows: Tensor | None,
-        narrow: bool,
+        bf16_matmul: bool,
     ) -> Tensor:  # fmt: skip
         if not used:
-            return product(x, weight, None, narrow)
-        uses: list[_Use] = []
+            return product(x, weight, None, bf16_matmul)
+        uses: list[_SlotUse] = []
         factors: list[Tensor] = []
         index: dict[int, int] = {}
         for slot, first, last in used:
@@ -339,7 +341,7 @@ class Bank:
                 index[id(slot)] = len(index)
                 factors.extend(slot.factors(expert))
             uses.append(_use(slot, first, last, index[id(slot)], rows, len(x)))
-        y = _Banked.apply(x, weight, narrow, uses, *factors)
+        y = _Banked.apply(x, weight, bf16_matmul, uses, *factors)
         assert isinstance(y, Tensor)
         return y
 
@@ -353,14 +355,14 @@ class Bank:
         last: int,
         rows: Tensor | None,
         total: int,
-        narrow: bool,
+        bf16_matmul: bool,
     ) -> Tensor:
         """One range of the layer's `total` rows through one slot of any kind; differentiable, x (t, in) -> (t, out)."""
-        if isinstance(slot, Whole):
-            return product(x, slot.weight.to(x.dtype), bias, narrow)
-        y = product(x, weight, None, narrow)  # (t, out)
-        if isinstance(slot, Rows):  # a head that shares the embedding's rows
-            own = product(x, slot.values.to(x.dtype), None, narrow)  # (t, rows)
+        if isinstance(slot, ModulesToSave):
+            return product(x, slot.weight.to(x.dtype), bias, bf16_matmul)
+        y = product(x, weight, None, bf16_matmul)  # (t, out)
+        if isinstance(slot, TrainableTokens):  # a head that shares the embedding's rows
+            own = product(x, slot.values.to(x.dtype), None, bf16_matmul)  # (t, rows)
             y = y.index_copy(1, torch.tensor(slot.tokens, device=y.device), own)
         elif isinstance(slot, LowRank):
             use = _use(slot, first, last, 0, rows, total)
@@ -378,12 +380,12 @@ def combined_norm(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
     |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b for each row w of W and b of B: no (out, in) sum is made.
     """
-    W = restore(weight, torch.float32)  # (out, in)
+    W = dequantize(weight, torch.float32)  # (out, in)
     square = W.square().sum(1) + 2 * scale * ((W @ A.T) * B).sum(1) + scale**2 * ((B @ (A @ A.T)) * B).sum(1)
     return square.clamp_min(0).sqrt()
 
 
-def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None, total: int) -> _Use:
+def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None, total: int) -> _SlotUse:
     """The part [first, last) of a layer's `total` rows that one slot gets."""
     keys = None
     segments = context.current().segments
@@ -391,7 +393,7 @@ def _use(slot: LowRank, first: int, last: int, index: int, rows: Tensor | None, 
         laid = segments if rows is not None else segments.of_rows(total)
         keys = laid.token_keys_on(slot.A.device)
         keys = keys[first:last] if rows is None else keys[rows[first:last]]
-    return _Use(first, last, index, slot.scale, slot.dropout, slot.key, keys)
+    return _SlotUse(first, last, index, slot.scale, slot.dropout, slot.key, keys)
 
 
 def _ranges(tokens: int, rows: Tensor | None) -> Sequence[tuple[int, int, int]]:
@@ -423,11 +425,11 @@ class EmbeddingBank:
         parts: list[Tensor] = []
         for number, first, last in context.current().segments.slot_ranges:
             slot, part = self.slots.get(number), ids[first:last]
-            if isinstance(slot, Whole):
-                parts.append(embedding.scaled(slot.weight, part).to(embedding.compute))
-            elif isinstance(slot, Rows):
+            if isinstance(slot, ModulesToSave):
+                parts.append(embedding.scaled(slot.weight, part).to(embedding.activation_dtype))
+            elif isinstance(slot, TrainableTokens):
                 place = slot.lookup[part]  # (t,)
-                own = embedding.scaled(slot.values, place.clamp_min(0)).to(embedding.compute)
+                own = embedding.scaled(slot.values, place.clamp_min(0)).to(embedding.activation_dtype)
                 parts.append(torch.where((place >= 0)[:, None], own, flat[first:last]))
             else:
                 parts.append(flat[first:last])
@@ -435,5 +437,13 @@ class EmbeddingBank:
 
 
 __all__ = [
-    "Bank", "EmbeddingBank", "LowRank", "Rows", "Slot", "Whole", "combined_norm", "new_low_rank", "scale_of",
+    "Bank",
+    "EmbeddingBank",
+    "LowRank",
+    "ModulesToSave",
+    "Slot",
+    "TrainableTokens",
+    "combined_norm",
+    "new_low_rank",
+    "scale_of",
 ]  # fmt: skip

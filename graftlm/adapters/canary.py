@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from graftlm.adapters.attach import Adapter, attach, detach
+from graftlm.adapters.manifest import trained_compute_dtype
 from graftlm.base.chat import Encoder, Message
 from graftlm.base.context import ForwardContext
-from graftlm.base.load import Base
-from graftlm.config import Compute, Precision
+from graftlm.base.loading import Base
+from graftlm.config import ComputeDtype, Precision
 from graftlm.errors import AdapterError, DataError
-from graftlm.kernels.counter import uniform_words
+from graftlm.kernels.counter_rng import uniform_words
 from graftlm.segments import Segments
 
 PROMPTS, LENGTH, KEPT = 4, 12, 16
@@ -55,9 +56,9 @@ _TOLERANCE = {
     frozenset({"float32", "bfloat16"}): 0.1, frozenset({"float32", "int8"}): 0.15, frozenset({"bfloat16", "int8"}): 0.15,
 }  # fmt: skip
 _FOUR_BITS = 0.6
-_PRODUCTS = {"float32": 3e-4, "bfloat16": 0.1, "mixed": 0.1}
-"""How far apart the same precision may lie through the order of sums alone, f below, by the type of the products. A base
-of `mixed` takes its canary in float32."""
+_PRODUCTS = {"float32": 3e-4, "bfloat16": 0.1, "bf16-mixed": 0.1}
+"""How far apart the same precision may lie through the order of sums alone, f below, by the compute dtype. A base
+of `bf16-mixed` takes its canary in float32."""
 
 
 # ------------------------------------------------------------------------------------------------------- golden ids
@@ -102,9 +103,9 @@ def _difference(expected: Sequence[int] | None, found: Sequence[int] | None) -> 
 
 def prompts(base: Base, text: Sequence[int]) -> list[list[int]]:
     """N prompts of L ids: the fixed text's own, then ids drawn by a hash from all that the base has."""
-    limit = base.anatomy.max_positions
+    limit = base.structure.max_positions
     length = min(LENGTH, limit) if limit else LENGTH
-    vocabulary = base.anatomy.vocabulary
+    vocabulary = base.structure.vocabulary
     drawn = [(uniform_words(length, "canary", i) & 0x7FFFFFFF) % vocabulary for i in range(PROMPTS)]
     first = [i for i in text if i < vocabulary][:length]
     rows = [d.tolist() for d in drawn]
@@ -115,7 +116,7 @@ def prompts(base: Base, text: Sequence[int]) -> list[list[int]]:
 def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> tuple[list[float], list[float]]:
     """What is kept of the logits behind N prompts of one length: of the bare base, and of the adapter; N K numbers each.
 
-    One forward pass of 2 N L tokens, the adapter in a slot of its own for so long; products in `base.compute_dtype`.
+    One forward pass of 2 N L tokens, the adapter in a slot of its own for so long; products in `base.activation_dtype`.
     """
     lengths = tuple(len(ids) for ids in given)
     attach(base, adapter, slot=SCRATCH)
@@ -191,19 +192,19 @@ def check_kept(name: str, kept: Mapping[str, Any], trained: Precision) -> None:
             )
 
 
-def _products(base: Base) -> Compute:
+def _products(base: Base) -> ComputeDtype:
     """The type in which a base's canary is taken."""
-    return "float32" if base.compute == "mixed" else base.compute
+    return "float32" if base.compute_dtype == "bf16-mixed" else base.compute_dtype
 
 
 def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> float:
     """Take the canary again and hold it against what the manifest kept; returns d of the adapter's logits.
 
     With y the logits, D the adapter's part of them (y minus the bare base's), t the tolerance of this precision and f the
-    one of the products' type: the bare base's must lie within (t + f) |y|, D within t |D| + f |y|. Raises AdapterError.
+    one of the compute dtype: the bare base's must lie within (t + f) |y|, D within t |D| + f |y|. Raises AdapterError.
     """
     given: list[list[int]] = kept["prompts"]
-    limit = base.anatomy.max_positions or LENGTH
+    limit = base.structure.max_positions or LENGTH
     length = min(LENGTH, limit)
     if len({len(ids) for ids in given}) > 1 or len(given[0]) > limit:
         raise AdapterError(f"{name}: the canary's prompts are not of one length of at most {limit}; it is damaged")
@@ -212,8 +213,8 @@ def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trai
             f"{name}: the canary has {len({tuple(ids) for ids in given})} different prompts of {len(given[0])} tokens, "
             f"expected {PROMPTS} of {length}; it is damaged"
         )
-    if max(map(max, given)) >= base.anatomy.vocabulary:
-        last = base.anatomy.vocabulary - 1
+    if max(map(max, given)) >= base.structure.vocabulary:
+        last = base.structure.vocabulary - 1
         raise AdapterError(f"{name}: the canary asks for token {max(map(max, given))}, this base's last one is {last}")
     bare, on = summaries(base, adapter, given)
     if not len(kept["base"]) == len(kept["adapter"]) == len(on):
@@ -221,7 +222,7 @@ def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trai
             f"{name}: the canary keeps {len(kept['adapter'])} numbers, expected {len(on)}; it is damaged"
         )
     t = kept["tolerance"].get(base.precision, _tolerance(trained["precision"], base.precision))
-    f = max(_PRODUCTS[_products(base)], _PRODUCTS[kept.get("products") or trained["compute"]])
+    f = max(_PRODUCTS[_products(base)], _PRODUCTS[kept.get("products") or trained_compute_dtype(trained)])
     off = distance(bare, kept["base"])
     if not off <= t + f:
         raise AdapterError(

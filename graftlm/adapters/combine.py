@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from graftlm.config.merge import Combine
-from graftlm.kernels.counter import hash_words, keep_mask
+from graftlm.kernels.counter_rng import hash_words, keep_mask
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeRecipe:
     """How updates are added."""
 
     kind: Combine = "linear"

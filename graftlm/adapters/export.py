@@ -23,17 +23,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter
 from graftlm.adapters.bank import LowRank
-from graftlm.adapters.fit import PREFIX, places_of
 from graftlm.adapters.patterns import refused_by_peft
+from graftlm.adapters.peft_tensors import PREFIX, tensor_prefixes
 from graftlm.adapters.store import open_adapter
-from graftlm.base.linear import StoredStack
-from graftlm.base.skeleton import Skeleton, load_skeleton
+from graftlm.base.meta_base import MetaBase, load_meta_base
+from graftlm.base.modules import StoredStack
 from graftlm.config import ExportConfig
 from graftlm.errors import AdapterError, ConfigError
-from graftlm.files import whole_folder, write_json
+from graftlm.files import atomic_folder, write_json
 from graftlm.jsonfile import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256)
@@ -60,7 +60,7 @@ def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | 
     said = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
     if config.for_ == "peft":
         _readable(found)
-        with whole_folder(out) as place:
+        with atomic_folder(out) as place:
             for name in found.files:
                 shutil.copyfile(folder / name, place / name)
         rank, alpha = found.config["r"], float(found.config["lora_alpha"])
@@ -72,10 +72,10 @@ def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | 
     )
     if not name:
         raise ConfigError(f"{folder} does not say on which base it was trained; name it with --model")
-    base = load_skeleton(name, trust_remote_code=config.trust_remote_code)
+    base = load_meta_base(name, trust_remote_code=config.trust_remote_code)
     adapter = adapter_format.load(base, found)
     made = for_vllm(base, adapter)
-    with whole_folder(out) as place:
+    with atomic_folder(out) as place:
         save_file(made.tensors, place / adapter_format.TENSORS, metadata={"format": "pt"})
         write_json(place / adapter_format.CONFIG, made.config)
         for file in found.files:
@@ -101,7 +101,7 @@ def _readable(found: adapter_format.AdapterFolder) -> None:
 
 
 @dataclass(frozen=True)
-class Made:
+class VllmAdapter:
     """An adapter in vLLM's form."""
 
     config: dict[str, Any]
@@ -109,7 +109,7 @@ class Made:
     notes: list[str]
 
 
-def for_vllm(base: Skeleton, adapter: Adapter) -> Made:
+def for_vllm(base: MetaBase, adapter: Adapter) -> VllmAdapter:
     """An adapter as vLLM serves it: one rank, one scale, the checkpoint's names. Raises AdapterError with the reason."""
     slots = _servable(base, adapter)
     most = max(slot.rank for slot in slots.values())
@@ -139,10 +139,10 @@ def for_vllm(base: Skeleton, adapter: Adapter) -> Made:
     notes = [f"serve it with: vllm serve {base.name} --enable-lora --max-lora-rank {rank}"]
     if any(n.endswith((".gate", ".router")) for n in names):
         notes.append("it adapts a mixture's router, which takes a vLLM whose router layer has LoRA")
-    return Made(config, tensors, notes)
+    return VllmAdapter(config, tensors, notes)
 
 
-def _servable(base: Skeleton, adapter: Adapter) -> dict[str, LowRank]:
+def _servable(base: MetaBase, adapter: Adapter) -> dict[str, LowRank]:
     """The adapter's layers, all of them low-rank. Raises AdapterError for what vLLM does not compute."""
     kind = type(base.plain).__name__
     if kind in _WITHOUT_LORA:
@@ -154,9 +154,9 @@ def _servable(base: Skeleton, adapter: Adapter) -> dict[str, LowRank]:
             why = f"'{layer}' is trained whole or by rows, and vLLM serves low-rank updates only"
         elif slot.magnitude is not None:
             why = "it is a DoRA, whose magnitude is no low-rank update"
-        elif base.forms[base.parameter_of(layer)].turned and not isinstance(base.stored().get(layer), StoredStack):
+        elif base.forms[base.parameter_of(layer)].transposed and not isinstance(base.stored().get(layer), StoredStack):
             why = f"'{layer}' is a transposed layer (Conv1D), which vLLM does not adapt"
-        elif layer == base.anatomy.head_name and base.tied:
+        elif layer == base.structure.head_name and base.tied:
             why = "it adapts a head that shares its matrix with the embedding, which vLLM keeps as one"
         if why is not None:
             raise AdapterError(
@@ -167,13 +167,13 @@ def _servable(base: Skeleton, adapter: Adapter) -> dict[str, LowRank]:
     return found
 
 
-def _merge(base: Skeleton, adapter: Adapter) -> str:
+def _merge(base: MetaBase, adapter: Adapter) -> str:
     """The command that merges it instead."""
     folder = adapter.origin.folder if adapter.origin is not None else "ADAPTER"
     return shlex.join(["graft", "merge", "--model", base.name, "--adapter", str(folder), "--out", "merged"])
 
 
-def _named(base: Skeleton, layer: str, slot: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+def _named(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:
     """(module's name in the checkpoint, A (R, in), B (out, R)) of a layer; of a stack one for each of its tensors."""
     parameter = base.parameter_of(layer)
     spans = base.spans()[parameter]
@@ -199,7 +199,7 @@ def _named(base: Skeleton, layer: str, slot: LowRank, rank: int, layers: list[st
     return [(name, narrow[name], torch.cat(pieces)) for name, pieces in parts.items()]
 
 
-def _nested(base: Skeleton, layer: str, slot: LowRank, rank: int, layers: list[str]) -> tuple[str, Tensor, Tensor]:
+def _nested(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[str]) -> tuple[str, Tensor, Tensor]:
     """A stack that the checkpoint holds as one, in PEFT's nested form, padded expert by expert."""
     module = layer.rpartition(".")[0]
     both = [n for n in base.stored() if n.rpartition(".")[0] == module and isinstance(base.stored()[n], StoredStack)]
@@ -211,7 +211,7 @@ def _nested(base: Skeleton, layer: str, slot: LowRank, rank: int, layers: list[s
     pairs = [_padded(*slot.factors(e), rank) for e in range(slot.experts)]
     A = torch.cat([a for a, _ in pairs])  # (E R, in)
     B = torch.stack([b for _, b in pairs], dim=2).flatten(1)  # (out, R E), the expert running fastest
-    return places_of(base, layers)[layer], A, B
+    return tensor_prefixes(base, layers)[layer], A, B
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _check(base: Skeleton, adapter: Adapter, folder: Path) -> None:
+def _check(base: MetaBase, adapter: Adapter, folder: Path) -> None:
     """Read what was written as vLLM does, and hold every update against the adapter's own, on random vectors."""
     config = read_json(folder / adapter_format.CONFIG, AdapterError)
     named = load_file(folder / adapter_format.TENSORS)
@@ -236,7 +236,7 @@ def _check(base: Skeleton, adapter: Adapter, folder: Path) -> None:
         nested = len(form.shape) == 3 and len(base.checkpoint.tensors[base.spans()[parameter][0].tensor].shape) == 3
         for span in base.spans()[parameter]:
             expert, first = divmod(span.row, form.out) if len(form.shape) == 3 else (None, span.row)
-            name = places_of(base, list(adapter.slots))[layer] if nested else span.tensor.removesuffix(".weight")
+            name = tensor_prefixes(base, list(adapter.slots))[layer] if nested else span.tensor.removesuffix(".weight")
             factors = named[f"{PREFIX}{name}.lora_A.weight"], named[f"{PREFIX}{name}.lora_B.weight"]
             begin = span.first
             if nested:

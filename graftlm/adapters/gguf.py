@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftlm.base.chat import Encoder
-from graftlm.base.load import load_config, load_tokenizer
-from graftlm.base.source import Checkpoint
+from graftlm.base.checkpoint_layout import Checkpoint
+from graftlm.base.loading import load_config, load_tokenizer
 from graftlm.errors import ModelError
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json
 from graftlm.progress import working
@@ -58,7 +58,7 @@ def check_gguf(folder: Path) -> None:
     config = load_config(folder, False)
     _architecture(config)
     _check_numbers(config)
-    _vocabulary(folder, int(config.vocab_size))
+    _read_vocab(folder, int(config.vocab_size))
 
 
 def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
     config = load_config(folder, False)
     architecture = _architecture(config)
     _check_numbers(config)
-    words = _vocabulary(folder, int(config.vocab_size))
+    vocab = _read_vocab(folder, int(config.vocab_size))
     checkpoint = Checkpoint(folder)
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), int(config.num_hidden_layers))
     name = gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, architecture)]
@@ -88,7 +88,7 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
     try:
         writer = gguf.GGUFWriter(str(temporary), name)
         _describe(writer, gguf, config, folder.name, kind)
-        _write_words(writer, words)
+        _write_vocab(writer, vocab)
         extra = _rope_factors(config)
         if extra is not None:
             writer.add_tensor_info("rope_freqs.weight", extra.shape, extra.dtype, extra.nbytes)
@@ -112,18 +112,18 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
                 task.to(task.done + 1)
         writer.close()
         with working(f"checking {file.name}"):
-            count = _read_back(gguf, temporary, checkpoint, config, places, kind, words)
+            count = _read_back(gguf, temporary, checkpoint, config, places, kind, vocab)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
     modelfile = file.with_suffix(".Modelfile")
-    stops = "".join(f"PARAMETER stop {json.dumps(words.tokens[i])}\n" for i in words.stop)
+    stops = "".join(f"PARAMETER stop {json.dumps(vocab.tokens[i])}\n" for i in vocab.stop)
     modelfile.write_text(f"FROM ./{file.name}\n{stops}", encoding="utf-8")
     return {
         "file": str(file), "modelfile": str(modelfile), "bytes": file.stat().st_size, "architecture": name, "type": kind,
-        "tensors": count, "vocabulary": len(words.tokens), "pre_tokenizer": words.pre,
+        "tensors": count, "vocabulary": len(vocab.tokens), "pre_tokenizer": vocab.pre,
     }  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def _rope_factors(config: Any) -> Array | None:
 
 
 @dataclass(frozen=True)
-class Words:
+class GgufTokenizer:
     """A byte-level BPE tokenizer in GGUF's terms."""
 
     pre: str
@@ -263,7 +263,7 @@ class Words:
     template: str | None
 
 
-def _vocabulary(folder: Path, size: int) -> Words:
+def _read_vocab(folder: Path, size: int) -> GgufTokenizer:
     """The folder's tokenizer. Raises ModelError for one that llama.cpp would not split text with in the same way."""
     tokenizer: Any = load_tokenizer(folder)
     told = (
@@ -295,7 +295,7 @@ def _vocabulary(folder: Path, size: int) -> Words:
         if (i := getattr(tokenizer, f"{name}_token_id")) is not None
     }  # fmt: skip
     first = tokenizer("a")["input_ids"][:1]
-    return Words(
+    return GgufTokenizer(
         pre=pre, tokens=tokens, types=types, merges=merges, special=special, stop=sorted(encoder.stop_ids),
         adds_bos=bool(first and first[0] == special.get("bos")), template=_template(tokenizer),
     )  # fmt: skip
@@ -344,20 +344,20 @@ def _pre_tokenizer(told: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     return name
 
 
-def _write_words(writer: Any, words: Words) -> None:
+def _write_vocab(writer: Any, vocab: GgufTokenizer) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    writer.add_token_merges(words.merges)
-    for name, token in words.special.items():
+    writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types(vocab.types)
+    writer.add_token_merges(vocab.merges)
+    for name, token in vocab.special.items():
         getattr(writer, f"add_{name}_token_id")(token)
-    turn = [i for i in words.stop if i != words.special.get("eos")]
+    turn = [i for i in vocab.stop if i != vocab.special.get("eos")]
     if turn:  # an answer ends with another token than a text
         writer.add_eot_token_id(turn[0])
-    writer.add_add_bos_token(words.adds_bos)
-    if words.template is not None:
-        writer.add_chat_template(words.template)
+    writer.add_add_bos_token(vocab.adds_bos)
+    if vocab.template is not None:
+        writer.add_chat_template(vocab.template)
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -395,7 +395,13 @@ def _encoded(gguf: Any, values: Array, kind: str) -> Array:
 
 
 def _read_back(
-    gguf: Any, file: Path, checkpoint: Checkpoint, config: Any, places: Mapping[str, str], kind: str, words: Words
+    gguf: Any,
+    file: Path,
+    checkpoint: Checkpoint,
+    config: Any,
+    places: Mapping[str, str],
+    kind: str,
+    vocab: GgufTokenizer,
 ) -> int:
     """Read the file with the package's reader and hold every tensor and the tokenizer against what was meant."""
     reader = gguf.GGUFReader(str(file))
@@ -410,7 +416,7 @@ def _read_back(
         bytes(reader.fields["tokenizer.ggml.tokens"].parts[i]).decode()
         for i in reader.fields["tokenizer.ggml.tokens"].data
     ]
-    if tokens != words.tokens:
+    if tokens != vocab.tokens:
         raise ModelError(f"the tokens are not in {file.name} as they were written; the file was removed")
     return len(found)
 

@@ -24,9 +24,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
-from graftlm.config import Compute, Precision
+from graftlm.config import ComputeDtype, Precision
+from graftlm.config.aliases import former_value
 from graftlm.errors import AdapterError
 from graftlm.files import sha256
 from graftlm.jsonfile import read_json
@@ -44,28 +54,32 @@ def _day(text: str) -> str:
     return text
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _Base(_Part):
+class _Base(_Section):
     name: str
     fingerprint: str
     precision: Precision
-    compute: Compute
+    compute_dtype: Annotated[
+        ComputeDtype,
+        BeforeValidator(lambda value: former_value("compute_dtype", value)),
+        Field(validation_alias=AliasChoices("compute_dtype", "compute")),  # as it was called before
+    ]
 
 
-class _Tensor(_Part):
+class _Tensor(_Section):
     shape: list[Annotated[int, Field(ge=0)]]
     dtype: str
 
 
-class _File(_Part):
+class _FileEntry(_Section):
     bytes: Annotated[int, Field(ge=0)]
     sha256: Digest
 
 
-class _Golden(_Part):
+class _Golden(_Section):
     chat: _Ids | None
     text: _Ids
     stop: _Ids
@@ -75,44 +89,44 @@ _Logits = list[Annotated[float, Field(ge=-3.5e38, le=3.5e38, allow_inf_nan=False
 """What float32 can hold, so that no sum over them overflows."""
 
 
-class _Canary(_Part):
+class _Canary(_Section):
     prompts: Annotated[list[Annotated[_Ids, Field(min_length=1, max_length=64)]], Field(min_length=1, max_length=64)]
     base: _Logits
     adapter: _Logits
     tolerance: dict[Precision, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
-    products: Compute | None = None
+    products: ComputeDtype | None = None
     """In which type they were taken; None, of manifests before this entry: in that of training."""
 
 
-class _Trained(_Part):
+class _Trained(_Section):
     digest: str | None = None
     formats: dict[str, int] | None = None
 
 
-class _Data(_Part):
+class _Data(_Section):
     train: _Trained | None = None
     train_on: str | None = None
 
 
-class _Template(_Part):
+class _Template(_Section):
     date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$"), AfterValidator(_day)] | None = None
 
 
-class _Evaluation(_Part):
+class _Evaluation(_Section):
     before: float | None = None
     after: float | None = None
 
 
-class _Lineage(_Part):
+class _Lineage(_Section):
     parents: list[Digest] = []
 
 
-class _Manifest(_Part):
+class _Manifest(_Section):
     """The entries that Graft itself relies on; the others are for people."""
 
     format: Annotated[int, Field(ge=1)]
     digest: Digest
-    files: dict[str, _File]
+    files: dict[str, _FileEntry]
     base: _Base
     formula: dict[str, Any]
     tensors: dict[str, _Tensor]
@@ -122,6 +136,11 @@ class _Manifest(_Part):
     data: _Data | None = None
     template: _Template | None = None
     evaluation: _Evaluation | None = None
+
+
+def trained_compute_dtype(base: Mapping[str, Any]) -> ComputeDtype:
+    """In which type the matmuls of training ran; `base` is that entry of a manifest."""
+    return former_value("compute_dtype", base.get("compute_dtype", base.get("compute")))
 
 
 def digest_of(content: Mapping[str, Any]) -> str:

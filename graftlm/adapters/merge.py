@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from graftlm.adapters.attach import Adapter
-from graftlm.adapters.bank import LowRank, Rows, Slot, Whole
-from graftlm.adapters.combine import Recipe, combine, dropped, threshold
-from graftlm.base.linear import StoredLinear
-from graftlm.base.precision import DTYPES, kept_precision, restore, store
-from graftlm.base.shards import dtype_of
-from graftlm.base.skeleton import Skeleton
-from graftlm.base.source import Span, names_of
+from graftlm.adapters.bank import LowRank, ModulesToSave, Slot, TrainableTokens
+from graftlm.adapters.combine import MergeRecipe, combine, dropped, threshold
+from graftlm.base.checkpoint_layout import RowSpan, names_of
+from graftlm.base.meta_base import MetaBase
+from graftlm.base.modules import StoredLinear
+from graftlm.base.precision import DTYPES, dequantize, embedding_precision, quantize
+from graftlm.base.safetensors_writer import dtype_of
 from graftlm.config import Precision
 from graftlm.config.merge import Onto
 from graftlm.errors import AdapterError, ModelError
@@ -65,7 +65,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedAdapter:
     """An adapter and the weight it is added with."""
 
     adapter: Adapter
@@ -76,9 +76,9 @@ class Weighted:
 class Merger:
     """What a base's tensors become with adapters added to them."""
 
-    base: Skeleton
-    adapters: Sequence[Weighted]
-    recipe: Recipe = field(default_factory=Recipe)
+    base: MetaBase
+    adapters: Sequence[WeightedAdapter]
+    recipe: MergeRecipe = field(default_factory=MergeRecipe)
     onto: Onto = "original"
     rounding: Rounding = field(default_factory=Rounding)
 
@@ -86,7 +86,7 @@ class Merger:
         """Sort the adapters' parts by weight. Raises AdapterError for a part that no weight can hold."""
         base = self.base
         self.parts: dict[str, list[tuple[int, Slot]]] = {}
-        embedding, head = (f"{n}.weight" for n in (base.anatomy.embedding_name, base.anatomy.head_name))
+        embedding, head = (f"{n}.weight" for n in (base.structure.embedding_name, base.structure.head_name))
         for index, given in enumerate(self.adapters):
             for layer, slot in given.adapter.slots.items():
                 parameter = base.parameter_of(layer)
@@ -96,8 +96,10 @@ class Merger:
                     )
                 self.parts.setdefault(parameter, []).append((index, slot))
                 # As `attach` has it: rows of a tied embedding are the head's too, a whole embedding is not.
-                shared = base.tied and isinstance(slot, Rows) and isinstance(base.anatomy.head, StoredLinear)
-                if shared and parameter == embedding and base.anatomy.head_name not in given.adapter.slots:
+                shared = (
+                    base.tied and isinstance(slot, TrainableTokens) and isinstance(base.structure.head, StoredLinear)
+                )
+                if shared and parameter == embedding and base.structure.head_name not in given.adapter.slots:
                     self.parts.setdefault(head, []).append((index, slot))
         same = [(i, id(s)) for i, s in self.parts.get(embedding, [])] == [
             (i, id(s)) for i, s in self.parts.get(head, [])
@@ -110,13 +112,13 @@ class Merger:
         self._stored: dict[str, Weight] = {}
         self._cuts: dict[tuple[str, int, int], float] = {}
         self._precisions: dict[str, Precision] = {n: p for n, (_, p) in base.stored_forms().items()}
-        kept = kept_precision(base.precision)
+        kept = embedding_precision(base.precision)
         self._precisions.update({embedding: kept, head: kept})
         self.spans = base.spans()
         heads = [n for n, (p, _) in names_of(base.plain, base.checkpoint.tensors).items() if p == head]
         self.head_copies = heads if base.tied else []
         """Tensors of the checkpoint that repeat a tied embedding as the head."""
-        self._by_tensor: dict[str, list[Span]] = {}
+        self._by_tensor: dict[str, list[RowSpan]] = {}
         for weight, spans in self.spans.items():
             if self.touches(weight):
                 for span in spans:
@@ -140,7 +142,7 @@ class Merger:
         for span in spans:
             for row, rows in self._blocks(span.weight, span):
                 first = span.first + row - span.row
-                if not span.across:
+                if not span.by_column:
                     new.view(-1, new.shape[-1])[first : first + len(rows)] = self._rounded(
                         span.weight, row, rows, dtype
                     )
@@ -155,7 +157,9 @@ class Merger:
         """A weight as it becomes, (out, in) or (E, out, in), whatever tensors of the checkpoint it lies in."""
         form = self.base.forms[parameter]
         if self.base.tied and parameter == self.head:
-            spans = [Span(parameter, s.row, s.tensor, s.first, s.count, s.across) for s in self.spans[self.embedding]]
+            spans = [
+                RowSpan(parameter, s.row, s.tensor, s.first, s.count, s.by_column) for s in self.spans[self.embedding]
+            ]
         else:
             spans = self.spans[parameter]
         new = torch.empty(form.rows, form.shape[-1], dtype=dtype)
@@ -177,7 +181,7 @@ class Merger:
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
-    def _blocks(self, weight: str, span: Span) -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self, weight: str, span: RowSpan) -> Iterator[tuple[int, Tensor]]:
         """The base's rows of a span in float32, a block at a time: (number of the first row, (n, in))."""
         compressed = self._compressed(weight)
         step = max(1, _BLOCK // self.base.forms[weight].shape[-1])
@@ -187,7 +191,7 @@ class Merger:
             if compressed is not None:
                 yield row, _rows_of(compressed, self.base.forms[weight].out, row, count)
                 continue
-            piece = Span(weight, row, span.tensor, span.first + start, count, span.across)
+            piece = RowSpan(weight, row, span.tensor, span.first + start, count, span.by_column)
             rows = self.base.checkpoint.rows(piece)
             if self.onto != "original":
                 rows = rows.to(DTYPES[self._precisions[weight]])
@@ -202,11 +206,13 @@ class Merger:
             form = self.base.forms[weight]
             spans = self.spans[weight]
             dense = self.base.checkpoint.read(spans[0].tensor)
-            if spans[0].across or tuple(dense.shape) != form.shape:  # turned, or put together from several tensors
+            if (
+                spans[0].by_column or tuple(dense.shape) != form.shape
+            ):  # transposed, or put together from several tensors
                 dense = torch.empty(form.rows, form.shape[-1], dtype=dense.dtype)
                 for span in spans:
                     dense[span.row : span.row + span.count] = self.base.checkpoint.rows(span)
-            self._stored[weight] = store(dense.reshape(form.shape), precision)
+            self._stored[weight] = quantize(dense.reshape(form.shape), precision)
         found = self._stored[weight]
         assert not isinstance(found, Tensor)
         return found
@@ -266,9 +272,9 @@ class Merger:
 def applied(slot: Slot, rows: Tensor, expert: int | None, first: int) -> Tensor:
     """Rows `first ..` of W (n, in) in float32 as they are with one adapter's part on them."""
     last = first + len(rows)
-    if isinstance(slot, Whole):
+    if isinstance(slot, ModulesToSave):
         return slot.weight[first:last].float()
-    if isinstance(slot, Rows):
+    if isinstance(slot, TrainableTokens):
         new = rows.clone()
         for place, token in enumerate(slot.tokens):
             if first <= token < last:
@@ -299,4 +305,4 @@ def _rows_of(stored: Nf4 | Int8, out: int, row: int, count: int) -> Tensor:
     if len(stored.shape) == 3:
         expert, row = divmod(row, out)
         stored = stored[expert]
-    return restore(stored.narrow(row, count), torch.float32)
+    return dequantize(stored.narrow(row, count), torch.float32)

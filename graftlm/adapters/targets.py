@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from graftlm.adapters.attach import adaptable
 from graftlm.adapters.patterns import Expressions, named_by
 from graftlm.base import hf
-from graftlm.base.linear import Stored, StoredLinear, StoredStack
-from graftlm.base.load import Base
+from graftlm.base.loading import Base
+from graftlm.base.modules import Stored, StoredLinear, StoredStack
 from graftlm.errors import AdapterError, nearest
 
 # Modules of transformers 4's mixtures, and the parameters that hold them since 5: PEFT's `_MOE_TARGET_MODULE_MAPPING`.
@@ -38,8 +38,8 @@ _FUSED = "gate_up_proj"
 
 def layers(base: Base) -> dict[str, Stored]:
     """Every layer whose tensors a file may hold: the adaptable ones, and the head, which PEFT adapts when it is named."""
-    head = base.anatomy.head
-    return {**adaptable(base), **({base.anatomy.head_name: head} if isinstance(head, Stored) else {})}
+    head = base.structure.head
+    return {**adaptable(base), **({base.structure.head_name: head} if isinstance(head, Stored) else {})}
 
 
 def key_of(name: str, layer: Stored, parameter: bool) -> str:
@@ -124,7 +124,7 @@ def applied(base: Base, targets: Targets) -> tuple[set[str], set[str], Callable[
     """
     modules, parameters = _renamed(base, targets)
     known = layers(base)
-    head = base.anatomy.head_name
+    head = base.structure.head_name
     as_modules: set[str] = set()
     reasons: dict[str, str] = {}
     for name, module in _modules(base):
@@ -137,7 +137,7 @@ def applied(base: Base, targets: Targets) -> tuple[set[str], set[str], Callable[
         else:
             raise AdapterError(
                 f"{targets.where}: target_modules {_short(targets.modules)} names '{name}' too, and Graft puts no adapter on "
-                f"it: {base.kept.get(name) or f'it is a {type(module).__name__}'}"
+                f"it: {base.not_converted.get(name) or f'it is a {type(module).__name__}'}"
             )
     wanted = Expressions(targets.where).ends("target_parameters", parameters)
     as_parameters = {
@@ -200,7 +200,7 @@ def _renamed(base: Base, targets: Targets) -> tuple[Targets, list[str]]:
         fitting = {
             name.rpartition(".")[2]
             for name, linear in [
-                *((n, isinstance(m, (StoredLinear, nn.Linear)) and n != base.anatomy.head_name) for n, m in _modules(base)),
+                *((n, isinstance(m, (StoredLinear, nn.Linear)) and n != base.structure.head_name) for n, m in _modules(base)),
                 *((n, False) for n in _parameters(base)),
             ]
             if targets.left_out(name, linear) is None

@@ -2,12 +2,12 @@
 
 Queries, keys and values of a whole pass come as one row of tokens. On a CPU each run of equally long segments is one call
 of PyTorch's fused attention, on a GPU all segments are one call of its variable-length kernel. No token sees another
-document and nothing is padded. transformers hands us (1, heads, T, head width) and wants (1, T, heads, head width) back.
+example and nothing is padded. transformers hands us (1, heads, T, head width) and wants (1, T, heads, head width) back.
 
 A model is switched to it only after three checks on its actual weights (`may_pack`): the same logits as its own attention
-alone, no token sees a later one, no document sees another. Some models ignore a registered attention, some mix tokens
+alone, no token sees a later one, no example sees another. Some models ignore a registered attention, some mix tokens
 elsewhere (convolutions, state spaces), some turn positions into a bias of their own; they fail a check and keep their own
-attention on stacks of equally long documents, which needs no padding either.
+attention on stacks of equally long examples, which needs no padding either.
 
 Letters: T tokens, n segments of a run, L their length, H heads, K key-value heads, D head width.
 """
@@ -70,16 +70,18 @@ def segment_attention(
     groups = query.shape[1] // key.shape[1]
     # The batch is one row; an index would fill zeros around its gradient.
     q, k, v = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))  # (T, H or K, D)
-    if pass_segments.past is not None:
+    if pass_segments.kv_cache is not None:
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise UnsupportedAttention("a number for each layer (layer_idx)")
-        return pass_segments.past.attend(layer, q, k, v, scaling, sliding_window, softcap).unsqueeze(0), None
+        return pass_segments.kv_cache.attend(layer, q, k, v, scaling, sliding_window, softcap).unsqueeze(0), None
     if softcap is None and _has_varlen(q):
         return _varlen(q, k, v, pass_segments, groups, scaling, sliding_window).unsqueeze(0), None
-    if softcap is None and kernels.attends(q):
+    if softcap is None and kernels.has_segment_attention(q):
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _Attention.apply(q, k, v, (*pass_segments.starts, pass_segments.tokens), scale, sliding_window or 0)
+        out = _SegmentAttention.apply(
+            q, k, v, (*pass_segments.starts, pass_segments.tokens), scale, sliding_window or 0
+        )
         assert isinstance(out, Tensor)
         return out.unsqueeze(0), None
     runs = pass_segments.equal_runs
@@ -94,7 +96,7 @@ def segment_attention(
     return joined.unsqueeze(0), None  # (1, T, H, D)
 
 
-class _Attention(torch.autograd.Function):
+class _SegmentAttention(torch.autograd.Function):
     """All segments in one call of our own kernel: q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
 
     @staticmethod
@@ -177,7 +179,7 @@ def may_pack(
 ) -> tuple[bool, str]:
     """Run the three checks; returns whether the model may use our attention, and the reason when it may not.
 
-    `own(ids (1, L))` gives the untouched model's logits (L, vocabulary) for one document, `packed(ids (1, T), segments)`
+    `own(ids (1, L))` gives the untouched model's logits (L, vocabulary) for one example, `packed(ids (1, T), segments)`
     those with our attention, (T, vocabulary). Logits count as the same when their relative distance is below 1e-3 where
     matmuls are in float32 (`exact`), and below 0.15 in 16 bits.
     """
@@ -195,7 +197,7 @@ def may_pack(
         if found.shape != expected.shape or differ(found[:13], expected[:13]):
             return False, "its logits change under packed attention"
         if differ(found[13:], expected[13:]):
-            return False, "a packed document sees its neighbour"
+            return False, "a packed example sees its neighbour"
         later = ids.clone()
         later[0, 12] = (later[0, 12] + 1) % vocabulary
         if differ(packed(later, two)[:12], expected[:12]):
@@ -203,7 +205,7 @@ def may_pack(
         other = ids.clone()
         other[0, :13] = (other[0, :13] + 7) % vocabulary
         if differ(packed(other, two)[13:], expected[13:]):
-            return False, "a packed document sees its neighbour"
+            return False, "a packed example sees its neighbour"
     except torch.OutOfMemoryError:
         raise
     except UnsupportedAttention as error:
@@ -214,9 +216,9 @@ def may_pack(
 
 
 def may_stack(own: Callable[[Tensor], Tensor], vocabulary: int, *, exact: bool = True) -> str:
-    """Whether a model runs on stacks of equally long documents with its own attention; returns why it may not, or nothing.
+    """Whether a model runs on stacks of equally long examples with its own attention; returns why it may not, or nothing.
 
-    `own(ids (n, L))` gives logits (n, L, vocabulary). A document must get what it gets alone, and no token may see a later
+    `own(ids (n, L))` gives logits (n, L, vocabulary). An example must get what it gets alone, and no token may see a later
     one: a model that reads both ways (BERT without `is_decoder`) has no next-token loss, and nothing to decode.
     """
     generator = torch.Generator().manual_seed(0)
@@ -225,7 +227,7 @@ def may_stack(own: Callable[[Tensor], Tensor], vocabulary: int, *, exact: bool =
         expected = own(ids)  # (2, 13, vocabulary)
         for i in range(2):
             if distance(own(ids[i : i + 1])[0], expected[i]) >= tolerance(exact=exact):
-                return "a document changes with the others in its stack"
+                return "a example changes with the others in its stack"
         later = ids.clone()
         later[:, 8:] = (later[:, 8:] + 7) % vocabulary
         if distance(own(later)[:, :8], expected[:, :8]) >= tolerance(exact=exact):
@@ -233,7 +235,7 @@ def may_stack(own: Callable[[Tensor], Tensor], vocabulary: int, *, exact: bool =
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model's own code raises
-        return f"it fails on two documents of equal length ({type(error).__name__}: {str(error).strip()[:120]})"
+        return f"it fails on two examples of equal length ({type(error).__name__}: {str(error).strip()[:120]})"
     return ""
 
 

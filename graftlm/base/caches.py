@@ -27,8 +27,8 @@ from transformers import PreTrainedConfig
 from graftlm.base import hf
 from graftlm.base.attention import distance, tolerance
 from graftlm.base.context import ForwardContext
-from graftlm.base.keyvalues import Kept, may_keep
-from graftlm.base.load import Base, own_attention, prove_stacks
+from graftlm.base.kv_cache import LayerKVSpec, check_kv_cache
+from graftlm.base.loading import Base, original_attention, prove_stacks
 from graftlm.segments import Segments
 
 ARGUMENTS = ("past_key_values", "cache_params", "state")
@@ -49,7 +49,7 @@ class Asking:
 class Decoding:
     """The way a base was proven to decode, and why not a faster one."""
 
-    layers: dict[int, Kept]
+    layers: dict[int, LayerKVSpec]
     """What each layer keeps of a token, where KV caches in blocks work; else empty."""
     why_not_blocks: str = ""
     cache: Asking | None = None
@@ -65,7 +65,7 @@ class Past:
     """The cache of one group of sequences of equal length, as the model's own class makes and fills it."""
 
     def __init__(self, base: Base, asking: Asking) -> None:
-        self._body, self._asking = base.anatomy.body, asking
+        self._body, self._asking = base.structure.body, asking
         self._cache: Any = None
         self._rows = self._done = 0
 
@@ -121,7 +121,7 @@ def prove_decoding(base: Base) -> Decoding:
 
     Raises ModelError, with what failed, for a base that cannot decode at all.
     """
-    layers, why_not_blocks = may_keep(base)
+    layers, why_not_blocks = check_kv_cache(base)
     if layers:
         return Decoding(layers)
     cache, why_not_cache = may_cache(base)
@@ -137,14 +137,14 @@ def may_cache(base: Base) -> tuple[Asking | None, str]:
     Otherwise None, and the reason. Three texts are decoded together, from prompts longer and shorter than any convolution
     of a mixer; one of them ends early.
     """
-    parameters = inspect.signature(base.anatomy.body.forward).parameters
+    parameters = inspect.signature(base.structure.body.forward).parameters
     argument = next((name for name in ARGUMENTS if name in parameters), None)
     if argument is None or "use_cache" not in parameters:
         return None, "its body takes no cache"
     why = ""
-    for positions in (True, False) if base.anatomy.takes_positions else (False,):
+    for positions in (True, False) if base.structure.takes_positions else (False,):
         asking = Asking(argument, positions)
-        with own_attention(base), hf.short_windows(base.model, 5):
+        with original_attention(base), hf.short_windows(base.model, 5):
             found = _why_not(base, asking)
         if not found:
             return asking, ""
@@ -157,7 +157,7 @@ def _why_not(base: Base, asking: Asking) -> str:
         groups = [_Texts(base, asking, prompt) for prompt in (9, 2)]
         # In turns: RecurrentGemma keeps states in its modules, where one group overwrites another's.
         apart = max(group.step() for _ in range(_STEPS) for group in groups)
-        if apart >= tolerance(exact=base.compute == "float32"):
+        if apart >= tolerance(exact=base.compute_dtype == "float32"):
             return f"its cache changes its logits (by {apart:.2g})"
     except torch.OutOfMemoryError:
         raise
@@ -174,19 +174,19 @@ class _Texts:
 
     def __init__(self, base: Base, asking: Asking, prompt: int) -> None:
         generator = torch.Generator().manual_seed(prompt)
-        ids = torch.randint(base.anatomy.vocabulary, (3, prompt + _STEPS - 1), generator=generator)
+        ids = torch.randint(base.structure.vocabulary, (3, prompt + _STEPS - 1), generator=generator)
         self.base, self.prompt, self.ids = base, prompt, ids.to(base.device)
         self.whole = [_whole(base, text) for text in self.ids]  # (tokens, V) each
-        self.past, self.going, self.done = Past(base, asking), [0, 1, 2], 0
+        self.kv_cache, self.going, self.done = Past(base, asking), [0, 1, 2], 0
 
     def step(self) -> float:
         """Decode one step; returns the largest relative distance of its logits from those of the whole texts."""
         if self.done == self.prompt + 2:
             self.going = [0, 2]
-            self.past.keep(self.going)
+            self.kv_cache.keep(self.going)
         first, self.done = self.done, self.done + 1 if self.done else self.prompt
         with _stack(len(self.going), self.done - first):
-            hidden = self.past.step(self.ids[self.going, first : self.done])  # (n, L, width)
+            hidden = self.kv_cache.step(self.ids[self.going, first : self.done])  # (n, L, width)
         return max(
             distance(_logits(self.base, states), self.whole[at][first : self.done])
             for at, states in zip(self.going, hidden)

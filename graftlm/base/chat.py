@@ -33,15 +33,15 @@ __all__ = ["DATE", "PLAIN_TEMPLATE", "Encoded", "Encoder", "Marked", "Message", 
 DATE = "2026-01-01"
 """The date that chat templates print, unless told otherwise."""
 
-TrainOn = Literal["all", "last"]
+TrainOn = Literal["all-assistant", "last-assistant"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """One document as the model reads it."""
+    """One example as the model reads it."""
 
     ids: NDArray[np.int32]  # (tokens,)
-    trained: NDArray[np.bool_]  # (tokens,)
+    loss_mask: NDArray[np.bool_]  # (tokens,)
 
 
 class Encoder:
@@ -52,7 +52,7 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, train_on: TrainOn = "all", date: str | None = None
+        self, tokenizer: PreTrainedTokenizerBase, *, train_on: TrainOn = "all-assistant", date: str | None = None
     ) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
@@ -60,8 +60,8 @@ class Encoder:
                 "tokens belong to an answer is not known. Use a model with a tokenizer.json, or convert it: "
                 "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
-        if train_on not in ("all", "last"):
-            raise ConfigError(f"train_on is '{train_on}'; expected 'all' (every assistant turn) or 'last'")
+        if train_on not in ("all-assistant", "last-assistant"):
+            raise ConfigError(f"train_on is '{train_on}'; expected 'all-assistant' or 'last-assistant'")
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer names no end token (eos_token), so a model could not learn to stop. "
@@ -151,7 +151,7 @@ class Encoder:
         """The text of a conversation and the ranges to train; no message whose place is `masked`. Raises DataError."""
         if not messages:
             raise DataError("a conversation needs at least one message")
-        last_only = self.train_on == "last"
+        last_only = self.train_on == "last-assistant"
         return self._template_for(tools).mark(messages, tools, masked=masked, last_only=last_only)
 
     def mark_completion(self, prompt: str, completion: str) -> Marked:
@@ -174,18 +174,18 @@ class Encoder:
         pieces = [whole] if not borders else self._apart(row.text, borders)
         offsets = [0, *borders]  # where each piece begins in the text
         ids: list[int] = [token for piece in pieces for token in piece.ids]
-        trained = np.zeros(len(ids), np.bool_)  # (tokens,)
+        loss_mask = np.zeros(len(ids), np.bool_)  # (tokens,)
         for start, end in row.spans:
-            trained[_token_at(pieces, offsets, start) : _token_after(pieces, offsets, end)] = True
+            loss_mask[_token_at(pieces, offsets, start) : _token_after(pieces, offsets, end)] = True
         if row.eos and (not ids or ids[-1] != self._eos_id):
             ids.append(self._eos_id)
-            trained = np.append(trained, True)
+            loss_mask = np.append(loss_mask, True)
         lead = self._missing_lead(ids) if row.bos else []
         if lead:
             ids = [*lead, *ids]
-            trained = np.concatenate((np.zeros(len(lead), np.bool_), trained))
-        trained[:1] = False
-        return Encoded(np.array(ids, np.int32), trained)
+            loss_mask = np.concatenate((np.zeros(len(lead), np.bool_), loss_mask))
+        loss_mask[:1] = False
+        return Encoded(np.array(ids, np.int32), loss_mask)
 
     def _apart(self, text: str, borders: Sequence[int]) -> list[Encoding]:
         cuts = [0, *borders, len(text)]

@@ -37,18 +37,18 @@ class RowBank(Protocol):
 
 
 class StoredEmbedding(nn.Module):
-    """The model's own embedding, whose rows leave in `compute`; `bank` puts adapters' rows in."""
+    """The model's own embedding, whose rows leave in `activation_dtype`; `bank` puts adapters' rows in."""
 
     weight: nn.Parameter
 
-    def __init__(self, original: nn.Module, compute: torch.dtype) -> None:
+    def __init__(self, original: nn.Module, activation_dtype: torch.dtype) -> None:
         super().__init__()
         # One set of tensors: moving or replacing a tensor here does it there too.
         self._parameters, self._buffers = original._parameters, original._buffers
         self._non_persistent_buffers_set = original._non_persistent_buffers_set
         self.__dict__["original"] = original  # no child: its tensors would be named twice
         self.__dict__["head"] = None
-        self.compute = compute
+        self.activation_dtype = activation_dtype
         self.bank: RowBank | None = None
 
     def tie(self, head: nn.Module | None) -> None:
@@ -60,18 +60,18 @@ class StoredEmbedding(nn.Module):
         return rows if bank is None else bank(ids, rows, self)
 
     def _own_rows(self, ids: Tensor) -> Tensor:
-        """The rows are widened before the class scales them: Gemma rounds its scale to the type of the weight."""
+        """The rows are upcast before the class scales them: Gemma rounds its scale to the type of the weight."""
         weight: Tensor = self.weight
         original: Any = self.__dict__["original"]
-        if weight.dtype == self.compute:
+        if weight.dtype == self.activation_dtype:
             return original.forward(ids)
         padding = getattr(original, "padding_idx", None)
         if self._shares_gradient(weight):
             passing = context.current()
             passing.tied = TiedGradient()
-            rows = look_up(weight, ids.reshape(-1), padding, self.compute, passing.tied)  # (T, w)
+            rows = look_up(weight, ids.reshape(-1), padding, self.activation_dtype, passing.tied)  # (T, w)
         else:
-            rows = F.embedding(ids.reshape(-1), weight, padding).to(self.compute)
+            rows = F.embedding(ids.reshape(-1), weight, padding).to(self.activation_dtype)
         return self.scaled(rows, torch.arange(len(rows), device=ids.device).view(ids.shape))
 
     def _shares_gradient(self, weight: Tensor) -> bool:

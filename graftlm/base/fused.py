@@ -92,7 +92,7 @@ class _GatedHalves(torch.autograd.Function):
 
 
 class _Rotary(torch.autograd.Function):
-    """Queries and keys (tokens, heads, D), turned by cos and sin (period, turned)."""
+    """Queries and keys (tokens, heads, D), rotated by cos and sin (period, rotary_dim)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
@@ -134,7 +134,7 @@ class Rotary:
         self.alike: bool | None = None  # on a GPU: whether both halves of the angles are the same
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """q (batch, H, T, D), k (batch, K, T, D), cos and sin (batch or 1, T, turned) -> both turned.
+        """q (batch, H, T, D), k (batch, K, T, D), cos and sin (batch or 1, T, rotary_dim) -> both rotated.
 
         Any other arguments are the model's own function's: Qwen4's indexer turns queries alone.
         """
@@ -143,18 +143,18 @@ class Rotary:
         q, k, cos, sin = args
         batch, _, tokens, width = q.shape
         rows = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], width) for x in (q, k))
-        turned: Any = _Rotary.apply(*rows, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))
-        return tuple(x.view(batch, tokens, x.shape[1], width).transpose(1, 2) for x in turned)
+        rotated: Any = _Rotary.apply(*rows, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))
+        return tuple(x.view(batch, tokens, x.shape[1], width).transpose(1, 2) for x in rotated)
 
     def fits(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
         if q.ndim != 4 or k.ndim != 4 or cos.ndim != 3 or cos.shape != sin.shape or cos.requires_grad:
             return False
         batch, _, tokens, width = q.shape
-        turned = cos.shape[-1]
+        rotary_dim = cos.shape[-1]
         good = (
             (k.shape[0], k.shape[2], k.shape[3]) == (batch, tokens, width)
-            and (turned == width or (self.some and turned < width))
-            and turned % 2 == 0
+            and (rotary_dim == width or (self.some and rotary_dim < width))
+            and rotary_dim % 2 == 0
             and cos.shape[0] in (1, batch)
             and cos.shape[1] == tokens
             and q.dtype == k.dtype == cos.dtype == sin.dtype
@@ -172,7 +172,7 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedCounts:
     """How many modules of each kind run fused."""
 
     norms: int = 0
@@ -180,8 +180,8 @@ class Fused:
     rotary: int = 0
 
 
-def fuse(model: nn.Module, compute: torch.dtype) -> Fused:
-    """Let every module that passes its proof compute fused; `compute` is the type of the residual stream.
+def fuse(model: nn.Module, activation_dtype: torch.dtype) -> FusedCounts:
+    """Let every module that passes its proof compute fused; `activation_dtype` is the type of the residual stream.
 
     Only where that is faster than what PyTorch composes; elsewhere nothing is changed.
     """
@@ -190,13 +190,13 @@ def fuse(model: nn.Module, compute: torch.dtype) -> Fused:
     for module in model.modules():
         parameter = next(module.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        if "graft_fused" in module.__dict__ or not kernels.fuses(device, compute):
+        if "graft_fused" in module.__dict__ or not kernels.has_fused_ops(device, activation_dtype):
             continue
-        with _random(device, compute) as sample:
+        with _random(device, activation_dtype) as sample:
             norms += _fuse_norm(module, sample)
             gates += _fuse_mlp(module, sample) or _fuse_experts(module, sample)
             rotary += _fuse_attention(module, sample, rotations)
-    return Fused(norms, gates, rotary)
+    return FusedCounts(norms, gates, rotary)
 
 
 def norm_of(module: nn.Module) -> tuple[float, float] | None:
@@ -411,10 +411,10 @@ def _with_rotary(function: FunctionType, sample: _Sample) -> FunctionType | None
     """The same code with our rotation under the name of its own, or None where the two differ."""
     own: Any = function.__globals__[ROTARY]
 
-    def turns_like_ours(rotary: Rotary, turned: int, angles: int) -> bool:
+    def turns_like_ours(rotary: Rotary, rotary_dim: int, angles: int) -> bool:
         # As attention has them: heads beside each other in memory, (batch, tokens, heads, D) seen as (batch, heads, tokens, D).
         q, k = (sample(2, 5, heads, 12) for heads in (3, 2))
-        c, s = (sample(angles, 5, turned // 2, gradient=False).repeat(1, 1, 2) for _ in range(2))
+        c, s = (sample(angles, 5, rotary_dim // 2, gradient=False).repeat(1, 1, 2) for _ in range(2))
         views = [x.transpose(1, 2) for x in (q, k)]
         assert rotary.fits(views[0], views[1], c, s)
         return _agree(partial(own, *views, c, s), partial(rotary, *views, c, s), (q, k))

@@ -4,11 +4,11 @@ What Graft needs from a `AutoModelForCausalLM` that its public interface does no
 
     stream(...)      load tensor by tensor, each brought into its stored form at once, through transformers' own extension
                      point for quantizers, so that the renaming and stacking it does for each architecture comes along
-    install(...)     replace linear layers, routers and stacked experts by stored ones (`linear.py`)
-    Anatomy          where the body ends and the head begins, the repeated layers, what could not be stored and why
+    install(...)     replace linear layers, routers and stacked experts by stored ones (`modules.py`)
+    ModelStructure          where the body ends and the head begins, the repeated layers, what could not be stored and why
     hidden / logits  the body alone over segments; then the model's own code from there on, for a few tokens at a time
     switch           use our attention (`attention.py`) or the model's own
-    plain_state      the weights under the names and in the layout that transformers saves
+    dense_state_dict      the weights under the names and in the layout that transformers saves
 
 The contract tests in `tests/base/test_hf.py` fail first when transformers changes.
 """
@@ -53,8 +53,8 @@ from graftlm.base import context
 from graftlm.base.attention import segment_attention
 from graftlm.base.context import ForwardContext
 from graftlm.base.embedding import StoredEmbedding
-from graftlm.base.linear import Stored, StoredLinear, StoredStack, WeightHandle
-from graftlm.base.precision import DTYPES, kept_precision
+from graftlm.base.modules import Stored, StoredLinear, StoredStack, WeightHandle
+from graftlm.base.precision import DTYPES, embedding_precision
 from graftlm.config import Precision
 from graftlm.errors import ModelError
 
@@ -68,13 +68,13 @@ _LINEAR_CLASSES = {"Linear", "Conv1D", "FalconLinear"}  # y = x W + b and nothin
 
 
 @dataclass
-class Targets:
+class Replacements:
     """The stored modules that will replace parts of a model, by the name of the parameter each one takes."""
 
     linears: dict[str, StoredLinear] = field(default_factory=dict[str, StoredLinear])  # "….q_proj.weight"
     routers: dict[str, StoredLinear] = field(default_factory=dict[str, StoredLinear])  # "….gate.weight"
     stacks: dict[str, StoredStack] = field(default_factory=dict[str, StoredStack])  # "….experts.gate_up_proj"
-    kept: dict[str, str] = field(default_factory=dict[str, str])  # module name -> why it stays as it is
+    not_converted: dict[str, str] = field(default_factory=dict[str, str])  # module name -> why it stays as it is
     fixed: set[str] = field(default_factory=set[str])
     """Parameters that the model's class itself never trains: biases that balance experts, tables of positions."""
 
@@ -91,11 +91,11 @@ def _head_and_embedding(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return head, embedding
 
 
-def find_targets(model: PreTrainedModel, precision: Precision) -> Targets:
+def find_replacements(model: PreTrainedModel, precision: Precision) -> Replacements:
     """Decide which modules of `model` (on any device, meta included) are stored in `precision`."""
     head, embedding = _head_and_embedding(model)
     dense = precision in DTYPES
-    targets = Targets(fixed={name for name, p in model.named_parameters() if not p.requires_grad})
+    replacements = Replacements(fixed={name for name, p in model.named_parameters() if not p.requires_grad})
     tied = {id(embedding.weight)} if hasattr(embedding, "weight") else set[int]()
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -104,20 +104,20 @@ def find_targets(model: PreTrainedModel, precision: Precision) -> Targets:
         if isinstance(module, (nn.Linear, Conv1D)):
             weight = module.weight
             if kind not in _LINEAR_CLASSES:
-                targets.kept[name] = f"{kind} computes more than a linear layer"
+                replacements.not_converted[name] = f"{kind} computes more than a linear layer"
             elif id(weight) in tied:
-                targets.kept[name] = "its weight is tied to the embedding"
+                replacements.not_converted[name] = "its weight is tied to the embedding"
             else:
-                turned = isinstance(module, Conv1D)
-                shape = (weight.shape[1], weight.shape[0]) if turned else (weight.shape[0], weight.shape[1])
-                targets.linears[f"{name}.weight"] = StoredLinear(shape, precision, turned=turned)
+                transposed = isinstance(module, Conv1D)
+                shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+                replacements.linears[f"{name}.weight"] = StoredLinear(shape, precision, transposed=transposed)
         elif _is_stacked(module):
-            turned = bool(getattr(module, "is_transposed", False))
+            transposed = bool(getattr(module, "is_transposed", False))
             for stack_name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.ndim == 3:
                     e, a, b = parameter.shape
-                    shape3 = (e, b, a) if turned else (e, a, b)
-                    targets.stacks[f"{name}.{stack_name}"] = StoredStack(shape3, precision, turned=turned)
+                    shape3 = (e, b, a) if transposed else (e, a, b)
+                    replacements.stacks[f"{name}.{stack_name}"] = StoredStack(shape3, precision, transposed=transposed)
             parent = model.get_submodule(name.rpartition(".")[0])
             for child_name, child in parent.named_children():
                 weight = child._parameters.get("weight")
@@ -126,13 +126,15 @@ def find_targets(model: PreTrainedModel, precision: Precision) -> Targets:
                 path = f"{name.rpartition('.')[0]}.{child_name}"
                 if weight.shape[0] == getattr(module, "num_experts", None):
                     # A router is a thousandth of the model and decides who computes: it keeps 16 or 32 bits.
-                    stored: Precision = precision if dense else kept_precision(precision)
-                    targets.routers[f"{path}.weight"] = StoredLinear((weight.shape[0], weight.shape[1]), stored)
+                    stored: Precision = precision if dense else embedding_precision(precision)
+                    replacements.routers[f"{path}.weight"] = StoredLinear((weight.shape[0], weight.shape[1]), stored)
         elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
-            targets.kept[name] = f"{kind} holds stacked weights outside of transformers' experts interface"
-    if not targets.linears and not targets.stacks:
+            replacements.not_converted[name] = (
+                f"{kind} holds stacked weights outside of transformers' experts interface"
+            )
+    if not replacements.linears and not replacements.stacks:
         raise ModelError(f"{type(model).__name__} has no linear layer that Graft can store or adapt")
-    return targets
+    return replacements
 
 
 def _is_stacked(module: nn.Module) -> bool:
@@ -140,52 +142,54 @@ def _is_stacked(module: nn.Module) -> bool:
     return hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
 
 
-def install(model: PreTrainedModel, targets: Targets, precision: Precision, compute: torch.dtype) -> None:
+def replace_modules(
+    model: PreTrainedModel, replacements: Replacements, precision: Precision, activation_dtype: torch.dtype
+) -> None:
     """Put the stored modules in their places; those without a value yet take it from the module they replace."""
-    for name, stored in targets.all().items():
+    for name, stored in replacements.all().items():
         if stored.dense is None and stored.compressed is None:
-            stored.put(model.get_parameter(name))
-    for name, stored in targets.linears.items():
+            stored.set_weight(model.get_parameter(name))
+    for name, stored in replacements.linears.items():
         path = name.removesuffix(".weight")
         stored.bias = model.get_submodule(path).bias  # loaded into the module that is replaced
-        stored.__dict__["weight"] = WeightHandle(stored, compute)
+        stored.__dict__["weight"] = WeightHandle(stored, activation_dtype)
         _replace(model, path, stored)
-    for name, stored in targets.stacks.items():
+    for name, stored in replacements.stacks.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         del module._parameters[attribute]
         module.add_module(attribute, stored)
-    for name, stored in list(targets.routers.items()):
+    for name, stored in list(replacements.routers.items()):
         path = name.removesuffix(".weight")
         router = model.get_submodule(path)
         original = router._parameters.pop("weight")
         router.add_module("stored", stored)
-        router.__dict__["weight"] = WeightHandle(stored, compute)
-        fault = _router_fault(router, stored, compute)
+        router.__dict__["weight"] = WeightHandle(stored, activation_dtype)
+        fault = _router_fault(router, stored, activation_dtype)
         if fault is not None:
             del router.__dict__["weight"], router._modules["stored"]
             router.register_parameter("weight", original if original is None or not original.is_meta else stored.dense)
-            targets.kept[path] = f"its router does not multiply with F.linear{fault}"
-            del targets.routers[name]
-    if targets.stacks:
+            replacements.not_converted[path] = f"its router does not multiply with F.linear{fault}"
+            del replacements.routers[name]
+    if replacements.stacks:
         _set_experts(model)
 
     head, original = _head_and_embedding(model)
-    keep = DTYPES[kept_precision(precision)]
-    embedding = _replace_embedding(model, original, compute)
+    keep = DTYPES[embedding_precision(precision)]
+    embedding = _replace_embedding(model, original, activation_dtype)
     for name, module in model.named_modules():
         if module is embedding or module is head or isinstance(module, Stored):
             continue
-        wanted = _small_type(model, name, module, precision, compute)
+        wanted = _small_type(model, name, module, precision, activation_dtype)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and not parameter.is_meta:
                 if parameter.dtype != wanted:
                     setattr(module, key, nn.Parameter(parameter.detach().to(wanted), requires_grad=False))
-                if wanted != compute and not _kept_by_class(model, f"{name}.{key}"):
-                    _work_in(module, wanted, compute)
+                if wanted != activation_dtype and not _kept_by_class(model, f"{name}.{key}"):
+                    _work_in(module, wanted, activation_dtype)
     if type(head) is nn.Linear:
         head_name = next(name for name, module in model.named_modules() if module is head)
-        linear = StoredLinear((head.weight.shape[0], head.weight.shape[1]), kept_precision(precision), head.bias)
+        linear = StoredLinear((head.weight.shape[0], head.weight.shape[1]), embedding_precision(precision), head.bias)
         if head.weight.dtype != keep and not head.weight.is_meta:
             shared = embedding.weight is head.weight
             narrowed = nn.Parameter(head.weight.detach().to(keep), requires_grad=False)
@@ -200,13 +204,13 @@ def install(model: PreTrainedModel, targets: Targets, precision: Precision, comp
         embedding.weight = nn.Parameter(embedding.weight.detach().to(keep), requires_grad=False)
 
 
-def _router_fault(router: nn.Module, stored: StoredLinear, compute: torch.dtype) -> str | None:
+def _router_fault(router: nn.Module, stored: StoredLinear, activation_dtype: torch.dtype) -> str | None:
     """None where a router's own forward sends its matmul through the stored layer; else what is known of why it does not."""
     called: list[bool] = []
     hook = stored.register_forward_hook(lambda *_: called.append(True))
     try:
         with torch.no_grad():
-            router(torch.zeros(2, stored.in_features, dtype=compute, device=stored.value.device))
+            router(torch.zeros(2, stored.in_features, dtype=activation_dtype, device=stored.value.device))
     except (TypeError, AttributeError, RuntimeError) as error:
         return f" ({_first_line(error)})"
     finally:
@@ -221,9 +225,9 @@ def _kept_by_class(model: PreTrainedModel, parameter: str) -> bool:
 
 
 def _small_type(
-    model: PreTrainedModel, name: str, module: nn.Module, precision: Precision, compute: torch.dtype
+    model: PreTrainedModel, name: str, module: nn.Module, precision: Precision, activation_dtype: torch.dtype
 ) -> torch.dtype:
-    """The type of norms, biases and position tables, thousandths of the model: that of the products.
+    """The type of norms, biases and position tables, thousandths of the model: that of the compute dtype.
 
     A base stored in float32 keeps them in float32 whatever products run in, since full training would lose every small
     update of a norm's weight near 1; only where a module holds other modules too, its code may mix types, and they follow.
@@ -231,23 +235,23 @@ def _small_type(
     if any(_kept_by_class(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)):
         return torch.float32
     leaf = next(module.children(), None) is None
-    return torch.float32 if precision == "float32" and leaf else compute
+    return torch.float32 if precision == "float32" and leaf else activation_dtype
 
 
 def _work_in(module: nn.Module, inner: torch.dtype, outer: torch.dtype) -> None:
-    """Let a small module compute in its own type: what comes in is widened, what goes out narrowed again."""
+    """Let a small module compute in its own type: what comes in is upcast, what goes out narrowed again."""
     if "graft_types" in module.__dict__:  # it holds two such parameters
         return
     module.__dict__["graft_types"] = (inner, outer)
 
-    def widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def upcast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(a.to(inner) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
-    def narrow(module: nn.Module, args: Any, output: Any) -> Any:
+    def downcast(module: nn.Module, args: Any, output: Any) -> Any:
         return output.to(outer) if isinstance(output, Tensor) and output.is_floating_point() else output
 
-    module.register_forward_pre_hook(widen)
-    module.register_forward_hook(narrow)
+    module.register_forward_pre_hook(upcast)
+    module.register_forward_hook(downcast)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -255,9 +259,9 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     model.get_submodule(parent).add_module(attribute, module)
 
 
-def _replace_embedding(model: PreTrainedModel, embedding: nn.Module, compute: torch.dtype) -> StoredEmbedding:
-    """Embeddings leave in the type of the products, so that the residual stream has it too; wherever the model holds one."""
-    stored = StoredEmbedding(embedding, compute)
+def _replace_embedding(model: PreTrainedModel, embedding: nn.Module, activation_dtype: torch.dtype) -> StoredEmbedding:
+    """Embeddings leave in the compute dtype, so that the residual stream has it too; wherever the model holds one."""
+    stored = StoredEmbedding(embedding, activation_dtype)
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is embedding:
@@ -310,32 +314,32 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
 class StoredFormConfig(QuantizationConfigMixin):
     """Tells transformers' loader that our quantizer takes the weights; never written to a file."""
 
-    def __init__(self, precision: Precision = "float32", compute: torch.dtype = torch.float32) -> None:
+    def __init__(self, precision: Precision = "float32", activation_dtype: torch.dtype = torch.float32) -> None:
         self.quant_method = "graft"  # pyright: ignore[reportIncompatibleVariableOverride]
         self.precision: Precision = precision
-        self.compute = compute
+        self.activation_dtype = activation_dtype
 
 
-class _Put(ConversionOps):
+class _StoreOp(ConversionOps):
     """Takes one finished tensor (renamed, split or stacked as the architecture wants) into its stored module."""
 
-    def __init__(self, targets: dict[str, Stored]) -> None:
-        self.targets = targets
+    def __init__(self, replacements: dict[str, Stored]) -> None:
+        self.replacements = replacements
         self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (name, found, asked for)
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Tensor]:
         for name, value in input_dict.items():
-            stored, found = self.targets[name], value[0] if isinstance(value, list) else value
+            stored, found = self.replacements[name], value[0] if isinstance(value, list) else value
             if tuple(found.shape) == stored.original_shape:
-                stored.put(found)
+                stored.set_weight(found)
             else:
                 self.mismatched.append((name, tuple(found.shape), stored.original_shape))
             if context.get("missing_keys") is not None:
                 context["missing_keys"].discard(name)
         return {}
 
-    def __deepcopy__(self, memo: Any) -> _Put:
+    def __deepcopy__(self, memo: Any) -> _StoreOp:
         return self
 
 
@@ -345,20 +349,20 @@ class StoredFormQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: StoredFormConfig
-    targets: Targets
-    put: _Put
+    replacements: Replacements
+    store_op: _StoreOp
 
     @property
     def quantized_element_size(self) -> float | None:
         return {"nf4": 0.52, "int8": 1.0}.get(self.quantization_config.precision)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        precision, compute = self.quantization_config.precision, self.quantization_config.compute
-        self.targets = find_targets(model, precision)
-        self.put = _Put(self.targets.all())
-        keep = DTYPES[kept_precision(precision)]
+        precision, activation_dtype = self.quantization_config.precision, self.quantization_config.activation_dtype
+        self.replacements = find_replacements(model, precision)
+        self.store_op = _StoreOp(self.replacements.all())
+        keep = DTYPES[embedding_precision(precision)]
         head, embedding = _head_and_embedding(model)
-        taken = set(self.put.targets)
+        taken = set(self.store_op.replacements)
         for name, parameter in list(model.named_parameters()):
             if name in taken or not parameter.is_floating_point():
                 continue
@@ -366,16 +370,16 @@ class StoredFormQuantizer(HfQuantizer):
             if owner is head or owner is embedding:
                 wanted = keep
             else:
-                wanted = _small_type(model, name.rpartition(".")[0], owner, precision, compute)
+                wanted = _small_type(model, name.rpartition(".")[0], owner, precision, activation_dtype)
             if parameter.dtype != wanted:  # the loader casts a tensor to the type that waits for it
                 parameter.data = parameter.data.to(wanted)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.put.targets
+        return param_name in self.store_op.replacements
 
     def get_quantize_ops(self) -> ConversionOps:
-        return self.put
+        return self.store_op
 
     def is_serializable(self) -> bool:
         return False
@@ -385,9 +389,9 @@ class StoredFormQuantizer(HfQuantizer):
         return True
 
 
-def stream(
-    path: str, precision: Precision, compute: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Targets, list[str]]:
+def stream_checkpoint(
+    path: str, precision: Precision, activation_dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Replacements, list[str]]:
     """Load a model folder tensor by tensor into its stored form; also returns the tensors that the architecture has no use for.
 
     Memory at the peak: the final form, plus the largest tensor in the checkpoint's type and once more while converted.
@@ -398,8 +402,8 @@ def stream(
         with _quiet(), report:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
-                quantization_config=StoredFormConfig(precision, compute),
-                dtype=compute,
+                quantization_config=StoredFormConfig(precision, activation_dtype),
+                dtype=activation_dtype,
                 device_map={"": device} if device.type != "cpu" else None,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
@@ -419,35 +423,35 @@ def stream(
         ) from None
     model, info = loaded
     quantizer: StoredFormQuantizer = model.hf_quantizer
-    targets = quantizer.targets
-    info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.put.mismatched}
-    _share_tied(model, targets, info["missing_keys"])
-    _check_loaded(info, targets, path)
+    replacements = quantizer.replacements
+    info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.store_op.mismatched}
+    _share_tied(model, replacements, info["missing_keys"])
+    _check_loaded(info, replacements, path)
     unused = sorted(info["unexpected_keys"])
     quantizer.remove_quantization_config(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
             del module.config._is_quantized
-    install(model, targets, precision, compute)
-    return _ready(model), targets, unused
+    replace_modules(model, replacements, precision, activation_dtype)
+    return _ready(model), replacements, unused
 
 
-def _share_tied(model: PreTrainedModel, targets: Targets, missing: set[str]) -> None:
+def _share_tied(model: PreTrainedModel, replacements: Replacements, missing: set[str]) -> None:
     """Give layers that share their weights by the class's own ties, as Zamba's blocks do, one stored form."""
-    stored = targets.all()
+    stored = replacements.all()
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in stored and source in stored and stored[name].dense is None and stored[name].compressed is None:
             stored[name].tie(stored[source])
             missing.discard(name)
 
 
-def _check_loaded(info: Any, targets: Targets, path: str) -> None:
+def _check_loaded(info: Any, replacements: Replacements, path: str) -> None:
     if info["mismatched_keys"]:
         name, found, wanted = sorted(info["mismatched_keys"])[0]
         raise ModelError(f"{path}: tensor '{name}' has shape {tuple(found)}, the config asks for {tuple(wanted)}")
     missing = sorted(info["missing_keys"])
     missing += sorted(
-        n for n, s in targets.all().items() if s.dense is None and s.compressed is None and n not in missing
+        n for n, s in replacements.all().items() if s.dense is None and s.compressed is None and n not in missing
     )
     if missing:
         raise ModelError(
@@ -501,25 +505,27 @@ def _first_line(error: Any) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def adopt(model: PreTrainedModel, precision: Precision, compute: torch.dtype) -> tuple[PreTrainedModel, Targets]:
+def convert_model(
+    model: PreTrainedModel, precision: Precision, activation_dtype: torch.dtype
+) -> tuple[PreTrainedModel, Replacements]:
     """Bring a model that is already in memory (fresh, or dequantized) into stored form, module by module."""
-    targets = find_targets(model, precision)
-    install(model, targets, precision, compute)
-    return _ready(model), targets
+    replacements = find_replacements(model, precision)
+    replace_modules(model, replacements, precision, activation_dtype)
+    return _ready(model), replacements
 
 
-def fresh_stored(
-    config: Any, precision: Precision, compute: torch.dtype, device: torch.device, seed: int
-) -> tuple[PreTrainedModel, Targets]:
+def random_stored_model(
+    config: Any, precision: Precision, activation_dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[PreTrainedModel, Replacements]:
     """A model of `config` with random weights that are made on `device`, each brought into its stored form at once.
 
     It is built without storage first; then one module after another gets weights from its class's own initialization. So
     of a model of any size one weight at a time is there in full (float32).
     """
     with torch.device("meta"):
-        model: Any = fresh(config, seed, trust_remote_code=False)
-    targets = find_targets(model, precision)
-    waiting = targets.all()
+        model: Any = random_model(config, seed, trust_remote_code=False)
+    replacements = find_replacements(model, precision)
+    waiting = replacements.all()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for path, module in list(model.named_modules()):
@@ -531,11 +537,11 @@ def fresh_stored(
             for name in names:
                 stored = waiting.get(f"{path}.{name}")
                 if stored is not None:
-                    stored.put(module.get_parameter(name))
+                    stored.set_weight(module.get_parameter(name))
                     setattr(module, name, nn.Parameter(torch.empty(stored.original_shape, device="meta"), False))
     model.tie_weights()
-    install(model, targets, precision, compute)
-    return _ready(model), targets
+    replace_modules(model, replacements, precision, activation_dtype)
+    return _ready(model), replacements
 
 
 def has_causal_model(config: Any, trust_remote_code: bool) -> bool:
@@ -544,7 +550,7 @@ def has_causal_model(config: Any, trust_remote_code: bool) -> bool:
     return type(config) in AutoModelForCausalLM._model_mapping or (trust_remote_code and "AutoModelForCausalLM" in own)
 
 
-def fresh(config: Any, seed: int, trust_remote_code: bool) -> PreTrainedModel:
+def random_model(config: Any, seed: int, trust_remote_code: bool) -> PreTrainedModel:
     """A model of `config` with random weights, the same for the same seed."""
     with _quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -658,10 +664,10 @@ class _ReadHead(nn.Module):
     Our own code needs the head's parameter itself, so unlike other stored layers it has no handle in that place.
     """
 
-    def __init__(self, head: StoredLinear, compute: torch.dtype) -> None:
+    def __init__(self, head: StoredLinear, activation_dtype: torch.dtype) -> None:
         super().__init__()
         object.__setattr__(self, "_head", head)
-        self.__dict__["weight"], self.bias = WeightHandle(head, compute), head.bias
+        self.__dict__["weight"], self.bias = WeightHandle(head, activation_dtype), head.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self._head(x)
@@ -697,15 +703,15 @@ def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-class Anatomy:
+class ModelStructure:
     """Where the parts of a causal language model are: body, head, embedding, layers."""
 
-    def __init__(self, model: PreTrainedModel, compute: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, activation_dtype: torch.dtype) -> None:
         """Find the parts and prove that body and head together give the untouched logits; ModelError when not.
 
-        `compute` is the dtype of the hidden states.
+        `activation_dtype` is the dtype of the hidden states.
         """
-        self.model, self._compute = model, compute
+        self.model, self._compute = model, activation_dtype
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = _head_and_embedding(model)
         self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
@@ -778,7 +784,11 @@ class Anatomy:
             raise ModelError(
                 f"{type(self.model).__name__} does not run over {'its' if plain else 'stored'} weights "
                 f"({type(error).__name__}: {_first_line(error)}); "
-                + (way_out if plain else f"--precision float32 --compute float32 changes no type of them; {way_out}")
+                + (
+                    way_out
+                    if plain
+                    else f"--base-precision float32 --compute-dtype float32 changes no type of them; {way_out}"
+                )
             ) from None
         finally:
             for hook in hooks:
@@ -841,7 +851,7 @@ class Anatomy:
         return len(self.layers)
 
 
-def switch(model: PreTrainedModel, implementation: str) -> None:
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
     """Set the attention of a model and of every part of it."""
     with _quiet():
         model.set_attn_implementation(implementation)
@@ -853,7 +863,7 @@ def switch(model: PreTrainedModel, implementation: str) -> None:
 
 @contextmanager
 def short_windows(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Cut every attention window and chunk down to `length` tokens for a while, so that short documents are longer than it.
+    """Cut every attention window and chunk down to `length` tokens for a while, so that short examples are longer than it.
 
     A model that applies its window only through the mask, which our attention does not read, shows itself then.
     """
@@ -893,7 +903,7 @@ def attributes(model: nn.Module) -> list[dict[str, int]]:
     ]
 
 
-def plain_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+def dense_state_dict(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every weight under transformers' own name and in its layout, tied copies left out, as dense `dtype` tensors."""
     state: dict[str, Tensor] = {}
     stored = {name: module for name, module in model.named_modules() if isinstance(module, Stored)}
@@ -925,7 +935,7 @@ def plain_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]
     return state
 
 
-def save(model: PreTrainedModel, folder: str, dtype: torch.dtype) -> None:
+def save_model(model: PreTrainedModel, folder: str, dtype: torch.dtype) -> None:
     """Write a plain Hugging Face model folder: sharded safetensors and config.json."""
     config: Any = model.config
     cache, implementation, kind = config.use_cache, config._attn_implementation, config.dtype
@@ -936,7 +946,7 @@ def save(model: PreTrainedModel, folder: str, dtype: torch.dtype) -> None:
         config.rescale_every = rescale
     try:
         with _quiet():
-            model.save_pretrained(folder, state_dict=plain_state(model, dtype), max_shard_size="4GB")
+            model.save_pretrained(folder, state_dict=dense_state_dict(model, dtype), max_shard_size="4GB")
     finally:
         config.use_cache, config.dtype = cache, kind
         if rescale is not None:

@@ -5,9 +5,9 @@
     int8        8 bits and one float32 scale a row (absmax)
     nf4         4.127 bits: 16 quantiles, blocks of 64, each block's absmax in 8 bits (Dettmers et al. 2023)
 
-Storage is the user's choice, the type of the products is the hardware's: a CPU without bfloat16 instructions multiplies
+Storage is the user's choice, the compute dtype is the hardware's: a CPU without bfloat16 instructions multiplies
 bfloat16 about seven times slower than float32, PyTorch on one with AVX-512's about twice slower. So there 16-bit and
-4-bit weights are widened to float32 for each product. Our own products do use AVX-512's: `mixed` rounds both sides of a
+4-bit weights are upcast to float32 for each product. Our own products do use AVX-512's: `bf16-mixed` rounds both sides of a
 product to bfloat16 and sums in float32, 1.4 to 1.6 times as fast for a step of training, which is where it is the default.
 Serving keeps float32: its products of few rows wait for the weights to be read, whatever they are multiplied in.
 """
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.config import Compute, Precision
+from graftlm.config import ComputeDtype, Precision
 from graftlm.kernels import Weight
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16-mixed": torch.float32}
 
 
-def store(weight: Tensor, precision: Precision) -> Weight:
+def quantize(weight: Tensor, precision: Precision) -> Weight:
     """Bring a float tensor, (out, in) or stacked (experts, out, in), into its stored form."""
     if precision == "nf4":
         return kernels.nf4_quantize(weight)
@@ -37,7 +37,7 @@ def store(weight: Tensor, precision: Precision) -> Weight:
     return weight.to(DTYPES[precision])
 
 
-def restore(weight: Weight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The stored weight as a dense tensor of `dtype`."""
     return weight.to(dtype) if isinstance(weight, Tensor) else kernels.dequantize(weight, dtype)
 
@@ -47,7 +47,7 @@ def nbytes(weight: Weight) -> int:
     return weight.numel() * weight.element_size() if isinstance(weight, Tensor) else weight.nbytes
 
 
-def kept_precision(precision: Precision) -> Precision:
+def embedding_precision(precision: Precision) -> Precision:
     """How embeddings and the output head are stored when the linear layers are stored in `precision`: never below 16 bits."""
     return "float32" if precision == "float32" else "bfloat16"
 
@@ -64,7 +64,7 @@ def _cpu_multiplies_bfloat16_faster() -> bool:
     return "amx_bf16" in flags
 
 
-def default_compute(device: torch.device, *, training: bool = False) -> Compute:
+def default_compute_dtype(device: torch.device, *, training: bool = False) -> ComputeDtype:
     """The type in which `device` multiplies fastest without losing what is needed, in training or elsewhere."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
@@ -72,4 +72,4 @@ def default_compute(device: torch.device, *, training: bool = False) -> Compute:
         return "float32"
     if _cpu_multiplies_bfloat16_faster():
         return "bfloat16"
-    return "mixed" if training and kernels.narrows() else "float32"
+    return "bf16-mixed" if training and kernels.has_bf16_matmul() else "float32"

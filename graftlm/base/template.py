@@ -47,7 +47,7 @@ class Marked:
     """A text and the character ranges of it that the model writes.
 
     `bos`: put the tokenizer's own first tokens before it (a chat template writes them itself). `eos`: the end token
-    follows the last range, as a trained token, unless the text ends with it already.
+    follows the last range, as a target token, unless the text ends with it already.
     """
 
     text: str

@@ -17,7 +17,7 @@ from graftlm import __version__
 from graftlm.cli.app import app
 
 # Each module joins its commands to the application as it is imported; help lists them in this order.
-from graftlm.cli import train, generate, serve, chat, check, plan, compare, sweep, adapters, merge, demo  # isort: skip
+from graftlm.cli import train, generate, serve, chat, check, plan, compare, sweep, adapters, merge, demo as demo  # isort: skip
 
 __all__ = ["COMMANDS", "app", "main"]
 

@@ -43,12 +43,13 @@ def publish(config: configs.PublishConfig, json: Json = False) -> None:
 @options(configs.ListConfig, positional="name")
 def list_(config: configs.ListConfig, json: Json = False) -> None:
     """List the names of a store, or the versions of one name."""
-    from graftlm.adapters.store import Store, view
+    from graftlm.adapters.store import Store
+    from graftlm.adapters.store import tables as view
 
     store = Store(config.store)
     if config.name is not None:
-        shelf, name = store.name(config.name, config.base)
-        versions = [shelf.version(e, name.pointing_at(n)) for n, e in sorted(name.versions.items())]
+        base_versions, name = store.name(config.name, config.base)
+        versions = [base_versions.version(e, name.pointing_at(n)) for n, e in sorted(name.versions.items())]
         if json:
             print_json({"versions": [v.to_json() for v in versions], "history": name.history})
         else:
@@ -63,7 +64,8 @@ def list_(config: configs.ListConfig, json: Json = False) -> None:
 @options(configs.ShowConfig, positional="version")
 def show(config: configs.ShowConfig, json: Json = False) -> None:
     """Show where a version comes from: base, data, config, losses before and after, parents."""
-    from graftlm.adapters.store import Store, view
+    from graftlm.adapters.store import Store
+    from graftlm.adapters.store import tables as view
     from graftlm.adapters.store.lineage import lineage
 
     store = Store(config.store)
@@ -79,7 +81,8 @@ def show(config: configs.ShowConfig, json: Json = False) -> None:
 def diff(config: configs.DiffConfig, json: Json = False) -> None:
     """Compare two versions: config, plan of tensors, losses, and how far the weights of each layer are apart."""
     with starting():
-        from graftlm.adapters.store import Store, view
+        from graftlm.adapters.store import Store
+        from graftlm.adapters.store import tables as view
         from graftlm.adapters.store.lineage import differences
 
     store = Store(config.store)
@@ -96,7 +99,8 @@ def diff(config: configs.DiffConfig, json: Json = False) -> None:
 def verify(config: configs.VerifyConfig, json: Json = False) -> None:
     """Read every byte of every version and hold it against what was published; exit status 2 for a difference."""
     with starting():
-        from graftlm.adapters.store import Store, view
+        from graftlm.adapters.store import Store
+        from graftlm.adapters.store import tables as view
 
     store = Store(config.store)
     cleaned = store.clean() if config.clean else []
@@ -165,7 +169,7 @@ def remove(config: configs.RemoveConfig, json: Json = False) -> None:
 def import_(config: configs.ImportConfig, json: Json = False) -> None:
     """Bring in an adapter of PEFT's, a folder or a hub id, once it has passed the checks on its base."""
     with starting():
-        from graftlm.adapters.imported import import_adapter
+        from graftlm.adapters.fetching import import_adapter
 
     with working(f"importing {config.source}"):
         version, new, notes = import_adapter(config)
@@ -201,7 +205,7 @@ def export(config: configs.ExportConfig, json: Json = False) -> None:
 def push(config: configs.PushConfig, json: Json = False) -> None:
     """Copy versions to an object store, a folder, or the Hugging Face hub."""
     with starting():
-        from graftlm.adapters.store.transfer import push as send
+        from graftlm.commands.push_pull import push as send
 
     done = send(config)
     if json:
@@ -218,7 +222,7 @@ def push(config: configs.PushConfig, json: Json = False) -> None:
 def pull(config: configs.PullConfig, json: Json = False) -> None:
     """Copy versions from an object store, a folder, or the hub; each is checked by its digest before it is there."""
     with starting():
-        from graftlm.adapters.store.transfer import pull as fetch
+        from graftlm.commands.push_pull import pull as fetch
 
     done = fetch(config)
     if json:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
 
 from graftlm import progress, terminal
 from graftlm.config import Config
+from graftlm.config.answers import ANSWERS
 from graftlm.config.fields import flag_name
+from graftlm.config.translate import foreign_names
 from graftlm.errors import GraftError, Stopped
 
 # Help and the errors of the command line itself are typer's, which frames them; into a pipe they go plain, as all else.
@@ -25,13 +28,34 @@ with contextlib.suppress(ImportError):
 
     rich_utils.Console = terminal.help_console  # pyright: ignore
 
+
+class _Root(TyperGroup):
+    """An option of another program is answered with what to write here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            name = str(getattr(error, "option_name", ""))
+            answer = ANSWERS.get(name.lstrip("-").replace("-", "_"))
+            if answer is None:
+                raise
+            fail(f"ConfigError: option '{name}' is not Graft's: {answer.text}", 2)
+
+
+def _hyphens(flag: str) -> str:
+    """`--batch_size` is `--batch-size`; the dashes in front are not passed."""
+    return flag.replace("_", "-")
+
+
 app = typer.Typer(
+    cls=_Root,
     help="Fine-tune language models in full, with LoRA or with QLoRA.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _hyphens},
 )
 
 
@@ -87,13 +111,18 @@ def options(
             needed = name in places and spec.is_required()
             wanted, default = (kind, inspect.Parameter.empty) if needed and not repeated else (wanted, None)
             parameters.append(inspect.Parameter(name, keyword, annotation=Annotated[wanted, info], default=default))
+        parameters += _foreign(config_class)
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
         own = [p.replace(kind=keyword) for p in own]
 
         def run(**values: Any) -> None:
             mine = {p.name: values.pop(p.name) for p in own}
             path = values.pop("config_file", None)
-            given = {k: (v or None) if isinstance(v, list) else v for k, v in values.items()}
+            given: dict[str, Any] = {k: (v or None) if isinstance(v, list) else v for k, v in values.items()}
+            for name in foreign_names(config_class.model_fields, config_class.command()):
+                value = given.get(name)
+                if isinstance(value, list) and len(value) == 1:
+                    given[name] = value[0]
             with errors(), progress.shown():
                 command(config_class.read(path, given), **mine)
 
@@ -103,6 +132,19 @@ def options(
         return run
 
     return decorate
+
+
+def _foreign(config_class: type[Config]) -> list[inspect.Parameter]:
+    """Hidden flags for the names that options have elsewhere, and had before; `Config.read` knows what they mean."""
+    found: list[inspect.Parameter] = []
+    for name, switch in foreign_names(config_class.model_fields, config_class.command()).items():
+        flag = f"--{flag_name(name)}"
+        kind: Any = bool | None if switch else list[str] | None
+        info = typer.Option(f"{flag}/--no-{flag_name(name)}" if switch else flag, hidden=True)
+        found.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=None)
+        )
+    return found
 
 
 def _plain(annotation: Any) -> Any:

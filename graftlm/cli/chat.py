@@ -15,6 +15,6 @@ from graftlm.config import ChatConfig
 def chat(config: ChatConfig) -> None:
     """Talk to a base or an adapter in the terminal, or to two of them side by side."""
     with starting():
-        from graftlm.serving.chat import talk
+        from graftlm.commands.chat import chat
 
-    talk(config, terminal.console())
+    chat(config, terminal.console())

@@ -12,7 +12,7 @@ from graftlm.config import CheckConfig
 def check(config: CheckConfig, json: Json = False) -> None:
     """Read every row and show what would be trained on, before anything is."""
     with starting():
-        from graftlm.data.inspection import check_data
+        from graftlm.commands.check import check_data
 
     report = check_data(config)
     if json:

@@ -16,8 +16,8 @@ from graftlm.config import CompareConfig
 def compare(config: CompareConfig, json: Json = False) -> None:
     """Train full, LoRA and QLoRA on the same rows with several seeds, and say which is worth its cost, if that can be told."""
     with starting():
-        from graftlm.experiments.compare import compare as run
-        from graftlm.experiments.view import CompareView
+        from graftlm.experiments.compare.run import compare as run
+        from graftlm.experiments.compare.view import CompareView
 
     view = CompareView(terminal.console(stderr=True))
     found = run(config, view)

@@ -20,7 +20,7 @@ def demo(
     """Plan, compare full, LoRA and QLoRA for real on the bundled base, and teach it three voices as adapters."""
     with errors(), progress.shown():
         with starting():
-            from graftlm.experiments.demonstration import demonstrate
+            from graftlm.commands.demo import demonstrate
 
         result = demonstrate(steps, out, terminal.console(stderr=json))
         if json:

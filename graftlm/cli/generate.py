@@ -17,7 +17,7 @@ from graftlm.config import GenerateConfig
 def generate(config: GenerateConfig, json: Json = False) -> None:
     """Answer a prompt with a base model, and with an adapter on it if one is given."""
     with starting():
-        from graftlm.serving.generate import generate_text
+        from graftlm.serving.engine.generate import generate_text
 
     if config.prompt == "-":
         config = config.model_copy(update={"prompt": sys.stdin.read()})

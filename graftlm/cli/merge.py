@@ -16,9 +16,9 @@ from graftlm.config import MergeConfig
 def merge(config: MergeConfig, json: Json = False) -> None:
     """Add adapters to their base's weights: a plain model folder, and if asked a GGUF file."""
     with starting():
-        from graftlm.adapters.store import view
-        from graftlm.experiments.merging import MergeRefused
-        from graftlm.experiments.merging import merge as run
+        from graftlm.adapters.store import tables as view
+        from graftlm.commands.merge import MergeRefused
+        from graftlm.commands.merge import merge as run
 
     try:
         done = run(config)

@@ -9,7 +9,7 @@ from graftlm.config import PlanConfig
 
 @app.command(
     epilog="Examples:\n\ngraft plan llama-2-7b llama-2-13b llama-2-70b\n\ngraft plan Qwen/Qwen3-8B --gpu rtx-4090\n\n"
-    "graft plan demo --data train.jsonl --max-tokens-per-document 0 --batch-size 16"
+    "graft plan demo --data train.jsonl --max-length 0 --batch-size 16"
 )
 @options(PlanConfig, positional="models")
 def plan(config: PlanConfig, json: Json = False) -> None:
@@ -21,6 +21,6 @@ def plan(config: PlanConfig, json: Json = False) -> None:
     if json:
         print_json(report.to_json())
         return
-    from graftlm.planning.view import render
+    from graftlm.planning.report import render
 
     render(report, terminal.console())

@@ -10,7 +10,7 @@ from graftlm.errors import ConfigError
 
 @app.command(
     epilog="Examples:\n\ngraft serve --model demo --store ./adapters --port 8000\n\n"
-    "graft serve --model Qwen/Qwen3-0.6B --precision nf4 --store ./adapters --adapter formal@prod --keys keys.yaml\n\n"
+    "graft serve --model Qwen/Qwen3-0.6B --base-precision nf4 --store ./adapters --adapter formal@prod --api-keys keys.yaml\n\n"
     "graft serve --model Qwen/Qwen3-0.6B --store ./adapters --engine vllm --out ./exported"
 )
 @options(ServeConfig, file=True)
@@ -32,13 +32,13 @@ def serve(config: ServeConfig, json: Json = False) -> None:
         return
     try:
         with starting():
-            from graftlm.serving.launch import Built, serve
+            from graftlm.serving.http.server import BuiltServer, serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette"):
             raise
         raise ConfigError(f"graft serve needs {error.name}; install it with: pip install 'graftlm[serve]'") from None
 
-    def ready(url: str, built: Built) -> None:
+    def ready(url: str, built: BuiltServer) -> None:
         if json:
             print_json({"event": "ready", "url": url, **built.summary})
             return

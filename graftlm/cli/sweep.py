@@ -57,7 +57,7 @@ def run(config: SweepConfig, json: Json = False) -> None:
 @options(ShowSweepConfig, positional="folder")
 def show(config: ShowSweepConfig, json: Json = False) -> None:
     """Show the trials of a sweep, best first, and write its report again."""
-    from graftlm.experiments.sweep.report import write_reports
+    from graftlm.experiments.reports.sweep import write_reports
     from graftlm.experiments.sweep.results import read
     from graftlm.experiments.sweep.view import print_table
 

@@ -32,7 +32,7 @@ from graftlm.config.adapters import (
 from graftlm.config.chat import ChatConfig
 from graftlm.config.check import CheckConfig
 from graftlm.config.compare import CompareConfig
-from graftlm.config.fields import Compute, Config, Method, Precision
+from graftlm.config.fields import ComputeDtype, Config, Method, Precision
 from graftlm.config.generate import GenerateConfig
 from graftlm.config.merge import MergeConfig
 from graftlm.config.plan import PlanConfig
@@ -41,7 +41,7 @@ from graftlm.config.sweep import ShowSweepConfig, SweepConfig
 from graftlm.config.train import TrainConfig
 
 __all__ = [
-    "AliasConfig", "ChatConfig", "CheckConfig", "CompareConfig", "Compute", "Config", "DiffConfig", "ExportConfig",
+    "AliasConfig", "ChatConfig", "CheckConfig", "CompareConfig", "ComputeDtype", "Config", "DiffConfig", "ExportConfig",
     "GenerateConfig", "ImportConfig", "ListConfig", "MergeConfig", "Method", "PlanConfig", "Precision", "PublishConfig",
     "PullConfig", "PushConfig", "RemoveConfig", "RollbackConfig", "ServeConfig", "ShowConfig", "ShowSweepConfig",
     "SweepConfig", "TrainConfig", "VerifyConfig",

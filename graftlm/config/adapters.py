@@ -90,7 +90,7 @@ class ImportConfig(_InStore):
     source: str = option(..., "adapter of PEFT's: a folder, or a hub id")
     name: str = option(..., "name to publish under")
     model: str | None = option(None, "base it was trained on; default the one that its adapter_config.json names")
-    precision: Precision | None = option(
+    base_precision: Precision | None = option(
         None, "how the base was stored in training, such as nf4 for QLoRA; default the checkpoint's own type"
     )
     note: str = option("", "a line about this version")

@@ -7,7 +7,14 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Compute, Config, Precision, no_idle_sampling, option, temperature_option
+from graftlm.config.fields import (
+    ComputeDtype,
+    Config,
+    Precision,
+    option,
+    refuse_unused_sampling_options,
+    temperature_option,
+)
 
 
 class ChatConfig(Config):
@@ -25,10 +32,10 @@ class ChatConfig(Config):
     temperature: float = temperature_option()
     top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
     seed: int = option(0, "seed of sampling", ge=0)
-    precision: Precision | None = option(
+    base_precision: Precision | None = option(
         None, "how the base is stored; default what the adapter was trained on, else the checkpoint's own type"
     )
-    compute: Compute | None = option(None, "type in which products run; default by hardware")
+    compute_dtype: ComputeDtype | None = option(None, "matmul dtype; default by hardware")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     device: str | None = option(None, "cpu, cuda, ...; default the first GPU, else the CPU")
 
@@ -36,5 +43,5 @@ class ChatConfig(Config):
     def _consistent(self) -> Self:
         if self.beside is not None and self.beside == (self.adapter or "base"):
             raise ValueError(f"beside: '{self.beside}' is what answers already; name another one")
-        no_idle_sampling(self.temperature, self.model_fields_set)
+        refuse_unused_sampling_options(self.temperature, self.model_fields_set)
         return self

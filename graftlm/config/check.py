@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import ISO_DATE, Config, Sources, no_weight, option
+from graftlm.config.fields import ISO_DATE, Config, Sources, option, refuse_eval_weight
 
 
 class CheckConfig(Config):
@@ -14,16 +14,18 @@ class CheckConfig(Config):
 
     data: Sources = option(..., "data to check: FILE[:weight], a hub id, or `demo`")
     model: str = option(..., "base model whose tokenizer and template are used")
-    eval_data: str | None = option(None, "held-out data, checked for overlap with the training data")
-    train_on: Literal["all", "last"] = option("all", "which assistant turns of a chat are trained")
-    max_tokens_per_document: int | None = option(
-        None, "length limit in tokens; default the model's longest position", ge=2
+    eval_data: str | None = option(None, "eval data, checked for overlap with the training data")
+    train_on: Literal["all-assistant", "last-assistant"] = option(
+        "all-assistant", "which assistant turns of a chat are trained"
     )
-    too_long: Literal["error", "drop", "cut"] = option("error", "what training will do with a document over the limit")
+    max_length: int | None = option(None, "length limit in tokens; default the model's longest position", ge=2)
+    overlong: Literal["error", "drop", "truncate"] = option(
+        "error", "what training will do with an example over the limit"
+    )
     template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=ISO_DATE)
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        no_weight(self.eval_data)
+        refuse_eval_weight(self.eval_data)
         return self

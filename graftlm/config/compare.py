@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, model_validator
 
-from graftlm.config.fields import Compute, Config, Method, Names, Sources, no_weight, option, plain_number
+from graftlm.config.aliases import FORMER
+from graftlm.config.fields import ComputeDtype, Config, Method, Names, Sources, option, plain_number, refuse_eval_weight
 from graftlm.config.train import TrainConfig
 from graftlm.errors import ConfigError, nearest
 
@@ -77,11 +78,11 @@ class Variant:
 
 # A variant's own options: what is trained and how, never on what or for how long.
 _OWN_GROUPS = ("adapter", "optimization", "memory and speed")
-_NEVER_OWN = {"train_tokens", "epochs", "steps", "batch_size", "seed"}
+_NEVER_OWN = {"trainable_tokens", "epochs", "steps", "batch_size", "seed"}
 
 
 def _ownable() -> tuple[str, ...]:
-    found = ["precision", "save_precision"]
+    found = ["base_precision", "save_precision"]
     for name, field in TrainConfig.model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("group") in _OWN_GROUPS and name not in _NEVER_OWN:
@@ -99,7 +100,8 @@ def parse_variant(text: str) -> Variant:
     known = _ownable()
     for setting in settings:
         name, equals, value = setting.partition("=")
-        name = name.strip().replace("_", "-")
+        name = name.strip().replace("-", "_")
+        name = FORMER.get(name, name).replace("_", "-")
         if not equals or not value:
             raise ConfigError(f"methods '{text}': expected OPTION=VALUE after the colon, found '{setting}'")
         if name not in known:
@@ -121,7 +123,7 @@ class CompareConfig(Config):
 
     # The base, and what is compared on it
     model: str = shared("model")
-    compute: Compute | None = shared("compute")
+    compute_dtype: ComputeDtype | None = shared("compute_dtype")
     trust_remote_code: bool = shared("trust_remote_code")
     device: str | None = shared("device")
     methods: Names = option(
@@ -143,10 +145,10 @@ class CompareConfig(Config):
         "memory", "what makes a method cheap: peak memory, saved size, or training time", group="comparison"
     )
     metric: Annotated[Metric, _known("metric", get_args(Metric))] | None = option(
-        None, "task score on held-out prompts: exact-match, bleu or rouge-l; the last two need the extra `compare`",
+        None, "task score on eval prompts: exact-match, bleu or rouge-l; the last two need the extra `compare`",
         group="comparison",
     )  # fmt: skip
-    metric_prompts: int = option(50, "most held-out prompts answered for the metric", group="comparison", ge=1)
+    metric_prompts: int = option(50, "most eval prompts answered for the metric", group="comparison", ge=1)
     general_data: str = option(
         "general", "text on which forgetting is measured: a file, `general` for the bundled one, or `none`",
         group="comparison",
@@ -155,26 +157,26 @@ class CompareConfig(Config):
     # Data
     data: Sources = shared("data")
     eval_data: str = option(
-        "10%", "held-out data: a file, `demo`, or a share of the training rows such as 5%", group="data"
+        "10%", "eval data: a file, `demo`, or a share of the training rows such as 5%", group="data"
     )
-    train_on: Literal["all", "last"] = shared("train_on")
-    max_tokens_per_document: int | None = shared("max_tokens_per_document")
-    too_long: Literal["error", "drop", "cut"] = shared("too_long")
+    train_on: Literal["all-assistant", "last-assistant"] = shared("train_on")
+    max_length: int | None = shared("max_length")
+    overlong: Literal["error", "drop", "truncate"] = shared("overlong")
     template_date: str = shared("template_date")
 
     # What the methods share
     rank: int = shared("rank")
     alpha: float | None = shared("alpha")
-    dropout: float = shared("dropout")
+    lora_dropout: float = shared("lora_dropout")
     targets: Names = shared("targets")
-    schedule: Literal["cosine", "linear", "constant"] = shared("schedule")
-    warmup: float = shared("warmup")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = shared("lr_scheduler")
+    warmup_ratio: float = shared("warmup_ratio")
     epochs: float | None = shared("epochs")
     steps: int | None = shared("steps")
     batch_size: int = shared("batch_size")
     weight_decay: float = shared("weight_decay")
     max_grad_norm: float = shared("max_grad_norm")
-    tokens_per_pass: int | None = shared("tokens_per_pass")
+    micro_batch_tokens: int | None = shared("micro_batch_tokens")
     activation_checkpointing: bool = shared("activation_checkpointing")
 
     # The comparison's own folder
@@ -184,7 +186,7 @@ class CompareConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        no_weight(self.eval_data)
+        refuse_eval_weight(self.eval_data)
         if not self.methods:
             raise ValueError("methods is empty; name at least one of full, lora, qlora")
         twice = [name for name in self.methods if self.methods.count(name) > 1]
@@ -232,8 +234,26 @@ class CompareConfig(Config):
 
 
 _PASSED = (
-    "model", "data", "eval_data", "train_on", "max_tokens_per_document", "too_long", "template_date", "schedule", "warmup",
-    "epochs", "steps", "batch_size", "weight_decay", "max_grad_norm", "compute", "tokens_per_pass", "activation_checkpointing",
-    "trust_remote_code", "device", "eval_every", "save_every",
-)  # fmt: skip
-_ADAPTER = ("rank", "alpha", "dropout", "targets")
+    "model",
+    "data",
+    "eval_data",
+    "train_on",
+    "max_length",
+    "overlong",
+    "template_date",
+    "lr_scheduler",
+    "warmup_ratio",
+    "epochs",
+    "steps",
+    "batch_size",
+    "weight_decay",
+    "max_grad_norm",
+    "compute_dtype",
+    "micro_batch_tokens",
+    "activation_checkpointing",
+    "trust_remote_code",
+    "device",
+    "eval_every",
+    "save_every",
+)
+_ADAPTER = ("rank", "alpha", "lora_dropout", "targets")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from graftlm.config.translate import translated
 from graftlm.errors import ConfigError, nearest
 from graftlm.yamlfile import read_yaml
 
 Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
-Compute = Literal["float32", "bfloat16", "mixed"]
-PRODUCTS: dict[Compute, str] = {
-    "float32": "float32", "bfloat16": "bfloat16", "mixed": "bfloat16 summed in float32",
+ComputeDtype = Literal["float32", "bfloat16", "bf16-mixed"]
+COMPUTE_DTYPE_NAMES: dict[ComputeDtype, str] = {
+    "float32": "float32", "bfloat16": "bfloat16", "bf16-mixed": "bfloat16 summed in float32",
 }  # fmt: skip
 """How a message names the type of products."""
 
@@ -65,19 +67,19 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, (str, Path)) else value
 
 
-def no_weight(eval_data: str | None) -> None:
-    """Held-out rows are each read once, so a weight as training data have it (`FILE:2`) would do nothing."""
+def refuse_eval_weight(eval_data: str | None) -> None:
+    """Eval rows are each read once, so a weight as training data have it (`FILE:2`) would do nothing."""
     path, colon, weight = (eval_data or "").rpartition(":")
     number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", weight, re.IGNORECASE)
     if colon and number and not Path(eval_data or "").exists():
-        raise ValueError(f"eval-data '{eval_data}' has a weight, and every held-out row counts once; give '{path}'")
+        raise ValueError(f"eval-data '{eval_data}' has a weight, and every eval row counts once; give '{path}'")
 
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 100.0
 """Below the first the likeliest token is taken, as at 0 (vLLM's bound); above the second nothing is left to choose by."""
 
 
-def no_idle_sampling(temperature: float, given: set[str]) -> None:
+def refuse_unused_sampling_options(temperature: float, given: set[str]) -> None:
     """At temperature 0 nothing is drawn, so an option of drawing (`given` are the fields that were) would do nothing."""
     for name in ("top_p", "seed"):
         if temperature < LEAST_TEMPERATURE and name in given:
@@ -95,7 +97,7 @@ Alphas = Annotated[dict[str, float], BeforeValidator(_mapping)]
 
 
 class Config(BaseModel):
-    """What all configs share: frozen, no unknown keys, hyphens and underscores both read."""
+    """What all configs share: frozen, no unknown keys, hyphens and underscores both read, and aliases."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -105,17 +107,11 @@ class Config(BaseModel):
 
         Raises ConfigError that names each wrong option, the value found and what was expected.
         """
-        cleaned: dict[str, Any] = {}
-        for key, value in values.items():
-            name = str(key).replace("-", "_")
-            name = f"{name}_" if f"{name}_" in cls.model_fields else name  # a keyword of Python's, such as `for`
-            if name not in cls.model_fields:
+        cleaned = cls.named(values)
+        for key in cleaned:
+            if key not in cls.model_fields:
                 known = [flag_name(field) for field in cls.model_fields]
                 raise ConfigError(f"unknown option '{key}'{nearest(str(key).replace('_', '-'), known)}")
-            if name in cleaned:
-                raise ConfigError(f"option '{key}' is given twice; keep one of '{name}' and '{name.replace('_', '-')}'")
-            if value is not None:
-                cleaned[name] = value
         try:
             return cls(**cleaned)
         except pydantic.ValidationError as error:
@@ -143,9 +139,20 @@ class Config(BaseModel):
             if not isinstance(loaded, dict):
                 raise ConfigError(f"{file} must hold `option: value` lines, found {type(loaded).__name__}")
             values = {str(key): value for key, value in loaded.items()}
-        given = {key.replace("-", "_"): value for key, value in overrides.items() if value is not None}
-        kept = {key: value for key, value in values.items() if key.replace("-", "_") not in given}
+        own = {key: value for key, value in overrides.items() if key in cls.model_fields and value is not None}
+        kept = cls.named({k: v for k, v in values.items() if k.replace("-", "_") not in own}, beside=own)
+        given = cls.named(overrides, beside=kept)
         return cls.build({**kept, **given})
+
+    @classmethod
+    def named(cls, values: Mapping[str, Any], *, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Options by field, from any name that is taken (`translate.py`); None is left out. Raises ConfigError."""
+        return translated(values, cls.model_fields, cls.command(), beside or {})
+
+    @classmethod
+    def command(cls) -> str:
+        """What the command is called: `train` of TrainConfig."""
+        return cls.__name__.removesuffix("Config").lower()
 
     def to_json(self) -> dict[str, Any]:
         """Every option, resolved, as plain JSON values."""

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Compute, Config, Names, no_weight, option, plain_number
+from graftlm.config.fields import ComputeDtype, Config, Names, option, plain_number, refuse_eval_weight
 
 Onto = Literal["original", "dequantized", "requantized"]
 Combine = Literal["linear", "ties", "dare-linear", "dare-ties"]
@@ -49,7 +49,7 @@ class MergeConfig(Config):
 
     eval_data: str | None = option(
         None,
-        "held-out rows to measure the drift on: a file, a hub id, or `demo`; default those of the run that trained it",
+        "eval rows to measure the drift on: a file, a hub id, or `demo`; default those of the run that trained it",
         group="drift",
     )
     eval_rows: int = option(32, "most rows that are measured", group="drift", ge=1)
@@ -58,7 +58,9 @@ class MergeConfig(Config):
     )
     unmeasured: bool = option(False, "write without measuring", group="drift")
 
-    compute: Compute | None = option(None, "type in which the measured models run; default by hardware", group="drift")
+    compute_dtype: ComputeDtype | None = option(
+        None, "type in which the measured models run; default by hardware", group="drift"
+    )
     device: str | None = option(
         None, "cpu, cuda, ... for measuring; default the first GPU, else the CPU", group="drift"
     )
@@ -92,7 +94,7 @@ class MergeConfig(Config):
             raise ValueError(
                 "--onto requantized writes NF4 for bitsandbytes, which GGUF does not hold; take dequantized"
             )
-        no_weight(self.eval_data)
+        refuse_eval_weight(self.eval_data)
         return self
 
     def weighted(self) -> tuple[tuple[str, float], ...]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Config, Names, Sources, no_weight, option
+from graftlm.config.fields import Config, Names, Sources, option, refuse_eval_weight
 
 Goal = Literal["balanced", "quality", "cost", "inference"]
 
@@ -31,12 +31,10 @@ class PlanConfig(Config):
     data: Sources = option(
         (), "training data: rows and tokens are counted, and the base is asked how far they are", group="run"
     )
-    max_tokens_per_document: int = option(
-        2048, "tokens of the longest document; 0 takes the data's own", group="run", ge=0
-    )
-    batch_size: int = option(1, "documents in one optimizer step", group="run", ge=1)
-    tokens_per_pass: int | None = option(None, "most tokens in one forward pass; default 4096", group="run", ge=1)
-    activation_checkpointing: bool = option(False, "plan with layers run again in the backward pass", group="run")
+    max_length: int = option(2048, "tokens of the longest example; 0 takes the data's own", group="run", ge=0)
+    batch_size: int = option(1, "examples in one optimizer step", group="run", ge=1)
+    micro_batch_tokens: int | None = option(None, "most tokens in one forward pass; default 4096", group="run", ge=1)
+    activation_checkpointing: bool = option(False, "plan with activation checkpointing", group="run")
     rank: int = option(16, "rank of the adapters", group="run", ge=1)
     targets: Names = option(("all-linear",), "all-linear, attention, mlp, or layers' names", group="run")
     epochs: float = option(1.0, "passes over the data", group="run", gt=0)
@@ -72,16 +70,14 @@ class PlanConfig(Config):
     def _consistent(self) -> Self:
         if self.gpu is not None and self.memory is not None:
             raise ValueError(f"give --gpu or --memory, not both; found {self.gpu} and {self.memory}")
-        if self.max_tokens_per_document == 0 and not self.data:
-            raise ValueError("max-tokens-per-document 0 takes the data's own longest document; give --data")
-        if self.max_tokens_per_document == 1:
-            raise ValueError(
-                "max-tokens-per-document is 1; a document needs at least 2 tokens, one to predict the other"
-            )
+        if self.max_length == 0 and not self.data:
+            raise ValueError("max-length 0 takes the data's own longest example; give --data")
+        if self.max_length == 1:
+            raise ValueError("max-length is 1; an example needs at least 2 tokens, one to predict the other")
         if self.ask_base == "yes" and not self.data:
             raise ValueError("ask-base measures the base's loss on data; give --data")
         if not self.targets:
             raise ValueError("targets is empty; take all-linear, attention, mlp, or names")
         for source in self.data:
-            no_weight(source)
+            refuse_eval_weight(source)
         return self

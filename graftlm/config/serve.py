@@ -7,22 +7,34 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Compute, Config, Names, Precision, flag_name, option
+from graftlm.config.fields import ComputeDtype, Config, Names, Precision, flag_name, option
 
 # What the printed command can say to vLLM, or is ours in making it.
-_FOR_VLLM = frozenset({
-    "model", "precision", "trust_remote_code", "store", "adapter", "adapter_slots", "host", "port", "running", "engine", "out",
-})  # fmt: skip
+_FOR_VLLM = frozenset(
+    {
+        "model",
+        "base_precision",
+        "trust_remote_code",
+        "store",
+        "adapter",
+        "max_loras",
+        "host",
+        "port",
+        "max_num_seqs",
+        "engine",
+        "out",
+    }
+)
 
 
 class ServeConfig(Config):
     """Options of `graft serve`."""
 
     model: str = option(..., "base model: a directory, a hub id, or `demo`", group="base")
-    precision: Precision | None = option(
+    base_precision: Precision | None = option(
         None, "how the base is stored; default the checkpoint's own type", group="base"
     )
-    compute: Compute | None = option(None, "type in which products run; default by hardware", group="base")
+    compute_dtype: ComputeDtype | None = option(None, "matmul dtype; default by hardware", group="base")
     device: str | None = option(None, "cpu, cuda, ...; default the first GPU, else the CPU", group="base")
     trust_remote_code: bool = option(False, "run Python code that comes with the model", group="base")
 
@@ -32,15 +44,15 @@ class ServeConfig(Config):
     adapter: Names = option(
         (), "versions to have in memory before requests are taken, such as formal@prod", group="adapters"
     )
-    adapter_slots: int = option(16, "adapters that can be at work at once", group="adapters", ge=1, le=4096)
-    adapter_gb: float | None = option(
+    max_loras: int = option(16, "adapters that can be at work at once", group="adapters", ge=1, le=4096)
+    adapter_memory_gb: float | None = option(
         None, "memory for adapters in use and copies of others, in GB (10^9 bytes); default a quarter of what is free",
         group="adapters", gt=0, allow_inf_nan=False,
     )  # fmt: skip
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all", group="server")
     port: int = option(8000, "port to listen on; 0 for any free one", group="server", ge=0, le=65535)
-    keys: Path | None = option(
+    api_keys: Path | None = option(
         None, "file of API keys and what each may use; without one the server is open", group="server"
     )
     format: Literal["auto", "chat", "text"] = option(
@@ -57,16 +69,16 @@ class ServeConfig(Config):
         None, "longest answer; default what fits behind its prompt", group="bounds", ge=1
     )
     max_body_mb: float = option(4.0, "largest body of a request, in MB", group="bounds", gt=0, allow_inf_nan=False)
-    max_seconds: float = option(
+    request_timeout: float = option(
         300.0, "longest time of a request, waiting included", group="bounds", gt=0, allow_inf_nan=False
     )
     max_queue: int = option(256, "most answers that wait; beyond it is 429", group="bounds", ge=1)
 
-    running: int = option(16, "most answers in a batch", group="memory and speed", ge=1, le=4096)
-    step_tokens: int = option(
+    max_num_seqs: int = option(16, "most answers in a batch", group="memory and speed", ge=1, le=4096)
+    max_num_batched_tokens: int = option(
         256, "most tokens in one step of the engine, prompts and answers together", group="memory and speed", ge=1
     )
-    cache_gb: float | None = option(
+    kv_cache_gb: float | None = option(
         None, "memory for keys and values, in GB; default what all running answers can need, at most a quarter of what is free",
         group="memory and speed", gt=0, allow_inf_nan=False,
     )  # fmt: skip
@@ -88,21 +100,22 @@ class ServeConfig(Config):
             self._fits_vllm()
         if self.engine == "embedded" and "out" in self.model_fields_set:
             raise ValueError("out: it is for --engine vllm only; leave it out")
-        if self.step_tokens < self.running:
+        if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"step-tokens: {self.step_tokens} are too few for a batch of {self.running}, each of which writes one a step"
+                f"max-num-batched-tokens: {self.max_num_batched_tokens} are too few for a batch of "
+                f"{self.max_num_seqs}, each of which writes one a step"
             )
         return self
 
     def _fits_vllm(self) -> None:
         """Raise ValueError for what the command for vLLM could not carry."""
-        if self.keys is not None:
+        if self.api_keys is not None:
             raise ValueError(
-                "keys: vLLM has one --api-key for everything, so it cannot keep to who may use which adapter; "
+                "api-keys: vLLM has one --api-key for everything, so it cannot keep to who may use which adapter; "
                 "leave it out, and put a gateway in front that checks keys"
             )
-        if self.precision == "int8":
-            raise ValueError("precision: vLLM does not store a base as int8; take bfloat16, float32 or nf4")
+        if self.base_precision == "int8":
+            raise ValueError("base-precision: vLLM does not store a base as int8; take bfloat16, float32 or nf4")
         for name in sorted(self.model_fields_set - _FOR_VLLM):
             raise ValueError(
                 f"{flag_name(name)}: it is an option of the embedded engine, and the command for vLLM has no place for it; "

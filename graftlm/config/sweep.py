@@ -1,7 +1,7 @@
 """Options of `graft sweep`, and the search space that `--search` describes.
 
     rank=4..64                 a whole number within a range        learning-rate=1e-5..1e-2      a number
-    dropout=0..0.2:0.05        in steps of 0.05                     targets=attention|all-linear  one of these
+    lora-dropout=0..0.2:0.05        in steps of 0.05                     targets=attention|all-linear  one of these
     data=a.jsonl|a.jsonl+b.jsonl:0.5                                `+` joins what belongs to one choice
 
 Trials that are trained together share one base, one way of reading data and one way of running passes; everything else may be
@@ -17,15 +17,43 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError, model_validator
 
+from graftlm.config.aliases import FORMER
 from graftlm.config.compare import shared
-from graftlm.config.fields import Compute, Config, Method, Names, Precision, Sources, flag_name, no_weight, option
+from graftlm.config.fields import (
+    ComputeDtype,
+    Config,
+    Method,
+    Names,
+    Precision,
+    Sources,
+    flag_name,
+    option,
+    refuse_eval_weight,
+)
 from graftlm.config.train import TrainConfig
 from graftlm.errors import ConfigError, nearest
 
 SEARCHED = (
-    "rank", "alpha", "rank_stabilized", "dropout", "targets", "learning_rate", "b_learning_rate_ratio", "schedule", "warmup",
-    "epochs", "steps", "batch_size", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm", "seed", "data",
-)  # fmt: skip
+    "rank",
+    "alpha",
+    "rank_stabilized",
+    "lora_dropout",
+    "targets",
+    "learning_rate",
+    "loraplus_lr_ratio",
+    "lr_scheduler",
+    "warmup_ratio",
+    "epochs",
+    "steps",
+    "batch_size",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "epsilon",
+    "max_grad_norm",
+    "seed",
+    "data",
+)
 """What each trial may have of its own."""
 _LISTS = ("targets", "data")
 _BY_RATIO = 4.0
@@ -88,6 +116,7 @@ def read_space(pairs: dict[str, str]) -> Space:
 
 def _entry(text: str, spec: str) -> tuple[str, Range | Choice]:
     name = text.strip().replace("-", "_")
+    name = FORMER.get(name, name)
     flag = flag_name(name)
     known = [flag_name(field) for field in SEARCHED]
     if name not in TrainConfig.model_fields:
@@ -197,32 +226,32 @@ class SweepConfig(Config):
     # The base and the method
     model: str = shared("model")
     method: Method = shared("method")
-    precision: Precision | None = shared("precision")
-    compute: Compute | None = shared("compute")
+    base_precision: Precision | None = shared("base_precision")
+    compute_dtype: ComputeDtype | None = shared("compute_dtype")
     trust_remote_code: bool = shared("trust_remote_code")
     device: str | None = shared("device")
 
     # Data
     data: Sources = option((), "training data, as `graft train` takes it; may be searched", group="data")
     eval_data: str = option(
-        "10%", "held-out data by which trials are judged: a file, `demo`, or a share of the training rows", group="data"
+        "10%", "eval data by which trials are judged: a file, `demo`, or a share of the training rows", group="data"
     )
-    train_on: Literal["all", "last"] = shared("train_on")
-    max_tokens_per_document: int | None = shared("max_tokens_per_document")
-    too_long: Literal["error", "drop", "cut"] = shared("too_long")
+    train_on: Literal["all-assistant", "last-assistant"] = shared("train_on")
+    max_length: int | None = shared("max_length")
+    overlong: Literal["error", "drop", "truncate"] = shared("overlong")
     template_date: str = shared("template_date")
 
     # What is not searched
     rank: int = shared("rank")
     alpha: float | None = shared("alpha")
     rank_stabilized: bool = shared("rank_stabilized")
-    dropout: float = shared("dropout")
+    lora_dropout: float = shared("lora_dropout")
     dora: bool = shared("dora")
     targets: Names = shared("targets")
     learning_rate: float | None = shared("learning_rate")
-    b_learning_rate_ratio: float = shared("b_learning_rate_ratio")
-    schedule: Literal["cosine", "linear", "constant"] = shared("schedule")
-    warmup: float = shared("warmup")
+    loraplus_lr_ratio: float = shared("loraplus_lr_ratio")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = shared("lr_scheduler")
+    warmup_ratio: float = shared("warmup_ratio")
     epochs: float | None = shared("epochs")
     steps: int | None = shared("steps")
     batch_size: int = shared("batch_size")
@@ -235,7 +264,7 @@ class SweepConfig(Config):
     seed: int = shared("seed")
 
     # Memory and speed
-    tokens_per_pass: int | None = shared("tokens_per_pass")
+    micro_batch_tokens: int | None = shared("micro_batch_tokens")
     activation_checkpointing: bool = shared("activation_checkpointing")
 
     # The sweep's own folder
@@ -251,7 +280,7 @@ class SweepConfig(Config):
                 "method full trains the base itself, and trials that share a base cannot; take lora or qlora, or compare full "
                 "runs with graft compare"
             )
-        no_weight(self.eval_data)
+        refuse_eval_weight(self.eval_data)
         if not self.search:
             raise ValueError("search is empty; name at least one option, such as --search learning-rate=1e-5..1e-2")
         space = self.space
@@ -309,7 +338,7 @@ class SweepConfig(Config):
 _PASSED = set(SweepConfig.model_fields) & set(TrainConfig.model_fields) - {"out", "store"}  # both a sweep's own
 _FREE = {
     "at_once", "device", "keep_checkpoints", "name", "out", "publish", "save_every", "search_seed", "storage", "store",
-    "tokens_per_pass", "activation_checkpointing", "trials", "trust_remote_code",
+    "micro_batch_tokens", "activation_checkpointing", "trials", "trust_remote_code",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from graftlm.config.fields import (
     ISO_DATE,
     Alphas,
-    Compute,
+    ComputeDtype,
     Config,
     Method,
     Names,
@@ -18,8 +18,8 @@ from graftlm.config.fields import (
     Ranks,
     Sources,
     Tokens,
-    no_weight,
     option,
+    refuse_eval_weight,
 )
 from graftlm.errors import nearest
 
@@ -30,13 +30,13 @@ class TrainConfig(Config):
     # The base and the method
     model: str = option(..., "base model: a directory, a hub id, or `demo` for the bundled one", group="base")
     method: Method = option("lora", "what is trained: full, lora, or qlora (lora on an nf4 base)", group="base")
-    precision: Precision | None = option(
+    base_precision: Precision | None = option(
         None, "how the base is stored; default float32 for full, bfloat16 for lora, nf4 for qlora", group="base"
     )
-    compute: Compute | None = option(
+    compute_dtype: ComputeDtype | None = option(
         None,
-        "type in which products run; mixed: rounded to bfloat16 and summed in float32 between float32 states, on CPUs with "
-        "AVX-512 BF16 and the default there; elsewhere bfloat16 where it is fastest, else float32",
+        "matmul dtype; bf16-mixed: bfloat16 inputs, float32 accumulation and activations, on CPUs with AVX-512 BF16 and the "
+        "default there; elsewhere bfloat16 where it is fastest, else float32",
         group="base",
     )
     init: Literal["pretrained", "random"] = option(
@@ -55,14 +55,16 @@ class TrainConfig(Config):
         group="data",
     )
     eval_data: str | None = option(
-        None, "held-out data: a file, `demo`, or a share of the training rows such as 5%", group="data"
+        None, "eval data: a file, `demo`, or a share of the training rows such as 5%", group="data"
     )
-    train_on: Literal["all", "last"] = option("all", "which assistant turns of a chat are trained", group="data")
-    max_tokens_per_document: int | None = option(
+    train_on: Literal["all-assistant", "last-assistant"] = option(
+        "all-assistant", "which assistant turns of a chat are trained", group="data"
+    )
+    max_length: int | None = option(
         None, "length limit in tokens; default the model's longest position", group="data", ge=2
     )
-    too_long: Literal["error", "drop", "cut"] = option(
-        "error", "what happens to a document over the limit", group="data"
+    overlong: Literal["error", "drop", "truncate"] = option(
+        "error", "what happens to an example over the limit", group="data"
     )
     template_date: str = option(
         "2026-01-01", "the date that a chat template is told, YYYY-MM-DD", group="data", pattern=ISO_DATE
@@ -80,7 +82,7 @@ class TrainConfig(Config):
     rank: int = option(16, "rank r of A (r, in) and B (out, r)", group="adapter", ge=1)
     alpha: float | None = option(None, "scale numerator: s = alpha / r; default 2 x rank", group="adapter", gt=0)
     rank_stabilized: bool = option(False, "scale s = alpha / sqrt(r) (rsLoRA)", group="adapter")
-    dropout: float = option(
+    lora_dropout: float = option(
         0.0, "share of an adapter's input features dropped in training", group="adapter", ge=0, lt=1
     )
     dora: bool = option(False, "train each output's magnitude beside the direction (DoRA)", group="adapter")
@@ -92,7 +94,7 @@ class TrainConfig(Config):
     modules_to_save: Names = option(
         (), "modules trained whole beside the adapter: `embeddings`, `head`, or their names", group="adapter"
     )
-    train_tokens: Tokens = option(
+    trainable_tokens: Tokens = option(
         (),
         "a token whose embedding row is trained, taken as it is, commas and spaces too; repeat for several; "
         "new ones are added where the matrix has room",
@@ -103,16 +105,16 @@ class TrainConfig(Config):
     learning_rate: float | None = option(
         None, "peak learning rate; default 2e-4 for lora and qlora, 2e-5 for full", group="optimization", gt=0
     )
-    b_learning_rate_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+)", group="optimization", gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "after the warm-up", group="optimization")
-    warmup: float = option(
+    loraplus_lr_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+)", group="optimization", gt=0)
+    lr_scheduler: Literal["cosine", "linear", "constant"] = option("cosine", "after the warm-up", group="optimization")
+    warmup_ratio: float = option(
         0.03, "share of the steps over which the learning rate rises", group="optimization", ge=0, lt=1
     )
     epochs: float | None = option(
         None, "passes over the data; default 1 when steps is not given", group="optimization", gt=0
     )
     steps: int | None = option(None, "optimizer steps, instead of epochs", group="optimization", ge=1)
-    batch_size: int = option(16, "documents in one optimizer step; this decides the result", group="optimization", ge=1)
+    batch_size: int = option(16, "examples in one optimizer step; this decides the result", group="optimization", ge=1)
     weight_decay: float = option(0.0, "decoupled weight decay, on matrices only", group="optimization", ge=0)
     beta1: float = option(0.9, "AdamW's decay of the mean", group="optimization", ge=0, lt=1)
     beta2: float = option(0.999, "AdamW's decay of the mean square", group="optimization", ge=0, lt=1)
@@ -126,7 +128,7 @@ class TrainConfig(Config):
     seed: int = option(0, "the one seed of order, initial A and dropout", group="optimization", ge=0, lt=1 << 31)
 
     # Memory and speed: no effect on the result
-    tokens_per_pass: int | None = option(
+    micro_batch_tokens: int | None = option(
         None, "most tokens in one forward pass; memory and speed only; default 4096, or less where this machine's memory "
         "asks for it", group="memory and speed", ge=1,
     )  # fmt: skip
@@ -160,26 +162,26 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.method == "qlora" and self.precision not in (None, "nf4"):
+        if self.method == "qlora" and self.base_precision not in (None, "nf4"):
             raise ValueError(
-                f"method qlora is lora on an nf4 base, found precision {self.precision}; "
-                f"take --method lora --precision {self.precision}, or leave --precision out"
+                f"method qlora is lora on an nf4 base, found base-precision {self.base_precision}; "
+                f"take --method lora --base-precision {self.base_precision}, or leave --base-precision out"
             )
-        if self.method == "full" and self.precision in ("int8", "nf4"):
+        if self.method == "full" and self.base_precision in ("int8", "nf4"):
             raise ValueError(
-                f"method full trains every weight and needs 16 or 32 bits, found precision {self.precision}; "
+                f"method full trains every weight and needs 16 or 32 bits, found base-precision {self.base_precision}; "
                 "take float32 or bfloat16, or --method qlora"
             )
         if self.method == "full" and self.modules_to_save:
             raise ValueError("method full trains every module already; leave --modules-to-save out")
-        if self.method == "full" and self.train_tokens:
-            raise ValueError("method full trains every token's row already; leave --train-tokens out")
+        if self.method == "full" and self.trainable_tokens:
+            raise ValueError("method full trains every token's row already; leave --trainable-tokens out")
         if self.method == "full":
             adapter_only = {
                 **{name: name in self.model_fields_set for name in ("rank", "alpha", "targets")},
-                "dropout": self.dropout, "dora": self.dora, "rank-stabilized": self.rank_stabilized,
+                "lora-dropout": self.lora_dropout, "dora": self.dora, "rank-stabilized": self.rank_stabilized,
                 "rank-pattern": self.rank_pattern, "alpha-pattern": self.alpha_pattern,
-                "b-learning-rate-ratio": self.b_learning_rate_ratio != 1,
+                "loraplus-lr-ratio": self.loraplus_lr_ratio != 1,
             }  # fmt: skip
             for name, given in adapter_only.items():
                 if given:
@@ -207,10 +209,10 @@ class TrainConfig(Config):
         if self.method != "full" and self.save_precision is not None:
             raise ValueError("--save-precision is for --method full; an adapter is saved in float32")
         if self.eval_every is not None and self.eval_data is None:
-            raise ValueError("--eval-every needs held-out rows; give --eval-data, such as 5%, or leave it out")
-        no_weight(self.eval_data)
-        if "" in self.train_tokens:
-            raise ValueError("train-tokens holds an empty token; leave it out")
+            raise ValueError("--eval-every needs eval rows; give --eval-data, such as 5%, or leave it out")
+        refuse_eval_weight(self.eval_data)
+        if "" in self.trainable_tokens:
+            raise ValueError("trainable-tokens holds an empty token; leave it out")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give --steps or --epochs, not both; found steps {self.steps} and epochs {self.epochs}")
         for name, rank in self.rank_pattern.items():
@@ -241,8 +243,8 @@ class TrainConfig(Config):
     @property
     def stored_precision(self) -> Precision:
         """How the base is stored, with the method's default filled in."""
-        if self.precision is not None:
-            return self.precision
+        if self.base_precision is not None:
+            return self.base_precision
         defaults: dict[Method, Precision] = {"full": "float32", "lora": "bfloat16", "qlora": "nf4"}
         return defaults[self.method]
 
@@ -264,8 +266,8 @@ OFFLOAD_ON_CPU = (
     "are there; leave it out"
 )
 _FORMULA = (
-    "rank", "alpha", "rank_stabilized", "dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "train_tokens",
+    "rank", "alpha", "rank_stabilized", "lora_dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "trainable_tokens",
 )  # fmt: skip
 """What an adapter is made of."""
-_ADAPTER_ONLY = (*_FORMULA, "b_learning_rate_ratio", "from_adapter", "store")
+_ADAPTER_ONLY = (*_FORMULA, "loraplus_lr_ratio", "from_adapter", "store")

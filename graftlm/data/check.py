@@ -1,8 +1,8 @@
 """`graft check`: what would be trained on, before anything is.
 
 Every row is read and tokenized as training would, and the findings are one value, a Report: how many rows, tokens and
-trained tokens, how long the documents are, which rows are bad or too long, which occur twice or in both training and
-validation data, and two rows with the trained tokens in colour. The report writes itself as JSON or to a terminal.
+target tokens, how long the examples are, which rows are bad or too long, which occur twice or in both training and
+validation data, and two rows with the target tokens in colour. The report writes itself as JSON or to a terminal.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rich.text import Text
 from graftlm import terminal
 from graftlm.base.chat import Encoder
 from graftlm.data.columns import SHOWN, Fault
-from graftlm.data.documents import Document, TooLong, read_all
+from graftlm.data.dataset import Example, Overlong, read_examples
 from graftlm.data.sources import Source
 
-_EXAMPLE_TOKENS = 400  # most tokens shown of an example
+_PREVIEW_TOKENS = 400  # most tokens shown of an example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bin:
-    """Documents of `low` up to `high` tokens, both included."""
+class LengthBin:
+    """Examples of `low` up to `high` tokens, both included."""
 
     low: int
     high: int
@@ -35,39 +35,39 @@ class Bin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class TextPiece:
     """A stretch of an example's text, trained or not."""
 
     text: str
-    trained: bool
+    in_loss: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class ExamplePreview:
     """An example row as pieces of text; `tokens` may be more than what is shown."""
 
     row: str
     tokens: int
-    trained_tokens: int
-    pieces: tuple[Piece, ...]
+    target_tokens: int
+    pieces: tuple[TextPiece, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class DataReport:
     """What `graft check` found."""
 
     rows: int
     tokens: int
-    trained_tokens: int
+    target_tokens: int
     kinds: dict[str, int]
     shortest: int
     median: int
     longest: int
-    histogram: tuple[Bin, ...]
+    histogram: tuple[LengthBin, ...]
     max_tokens: int | None
-    too_long: int
-    when_too_long: TooLong
-    too_long_rows: tuple[str, ...]  # the first 20
+    overlong: int
+    when_overlong: Overlong
+    overlong_rows: tuple[str, ...]  # the first 20
     duplicates: int  # rows beyond the first of their kind
     duplicate_rows: tuple[tuple[str, ...], ...]  # the first 20 groups, at most 4 rows of each
     eval_rows: int
@@ -75,7 +75,7 @@ class Report:
     overlap_rows: tuple[tuple[str, str], ...]  # (validation row, training row), the first 20
     faults: int
     fault_rows: tuple[str, ...]  # the first 20
-    examples: tuple[Shown, ...]
+    previews: tuple[ExamplePreview, ...]
     template: str  # "of the model" or "plain"
     template_digest: str
     date: str
@@ -84,7 +84,7 @@ class Report:
     @property
     def good(self) -> bool:
         """Whether training would start: no bad row, and no row too long unless such rows are dropped or cut."""
-        return self.faults == 0 and (self.too_long == 0 or self.when_too_long != "error")
+        return self.faults == 0 and (self.overlong == 0 or self.when_overlong != "error")
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -94,14 +94,14 @@ class Report:
         """Write the report to a terminal."""
         facts: list[tuple[str, str]] = []
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())
-        share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
+        share = f" ({self.target_tokens / self.tokens:.0%})" if self.tokens else ""
         facts.append(("rows", f"{self.rows:,} ({kinds})" if kinds else f"{self.rows:,}"))
         facts.append(("tokens", f"{self.tokens:,}"))
-        facts.append(("trained tokens", f"{self.trained_tokens:,}{share}"))
+        facts.append(("target tokens", f"{self.target_tokens:,}{share}"))
         facts.append(("length", f"{self.shortest:,} to {self.longest:,} tokens, median {self.median:,}"))
         facts.append(("template", f"{self.template}, date {self.date}" if "chat" in self.kinds else "not used"))
         if self.max_tokens is not None:
-            facts.append(("too long", f"{self.too_long:,} of more than {self.max_tokens:,} tokens"))
+            facts.append(("too long", f"{self.overlong:,} of more than {self.max_tokens:,} tokens"))
         facts.append(("duplicates", f"{self.duplicates:,}"))
         if self.eval_rows:
             facts.append(("validation", f"{self.eval_rows:,} rows, {self.overlap:,} of them also in the training data"))
@@ -110,18 +110,18 @@ class Report:
         self._render_histogram(console)
         for note in self.notes:
             console.print(f"note: {note}", style="yellow", markup=False)
-        self._render_list(console, "too long", self.too_long, self.too_long_rows)
+        self._render_list(console, "too long", self.overlong, self.overlong_rows)
         self._render_list(console, "duplicates", len(self.duplicate_rows), [" = ".join(g) for g in self.duplicate_rows])
         self._render_list(console, "overlap", self.overlap, [" = ".join(pair) for pair in self.overlap_rows])
         self._render_list(console, "bad rows", self.faults, self.fault_rows)
-        for shown in self.examples:
+        for shown in self.previews:
             how, before, after = ("in green", "", "") if console.color_system else ("between {+ and +}", "{+", "+}")
-            title = f"{shown.row}: {shown.tokens:,} tokens, {shown.trained_tokens:,} trained ({how})"
+            title = f"{shown.row}: {shown.tokens:,} tokens, {shown.target_tokens:,} trained ({how})"
             console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
             text = Text()
             for piece in shown.pieces:
-                marked = f"{before}{piece.text}{after}" if piece.trained else piece.text
-                text.append(marked, style="green" if piece.trained else "dim")
+                marked = f"{before}{piece.text}{after}" if piece.in_loss else piece.text
+                text.append(marked, style="green" if piece.in_loss else "dim")
             console.print(text)
 
     def _render_histogram(self, console: Console) -> None:
@@ -151,47 +151,47 @@ def check(
     *,
     eval_sources: Sequence[Source] = (),
     max_tokens: int | None = None,
-    too_long: TooLong = "error",
-) -> Report:
+    overlong: Overlong = "error",
+) -> DataReport:
     """Read every row as training would, and report. Raises DataError for a source that cannot be read at all."""
-    reading = read_all(sources, encoder)
+    reading = read_examples(sources, encoder)
     faults: list[Fault] = list(reading.faults)
-    documents = [document for part in reading.parts for document in part.documents]
-    held_out: list[Document] = []
+    examples = [example for part in reading.parts for example in part.examples]
+    eval_examples: list[Example] = []
     notes = reading.notes
     if eval_sources:
-        other = read_all(eval_sources, encoder)
+        other = read_examples(eval_sources, encoder)
         faults += other.faults
         notes += other.notes
-        held_out = [document for part in other.parts for document in part.documents]
-    lengths = np.array([document.tokens for document in documents], np.int64)  # (rows,)
-    longer = [d for d in (*documents, *held_out) if max_tokens is not None and d.tokens > max_tokens]
+        eval_examples = [example for part in other.parts for example in part.examples]
+    lengths = np.array([example.tokens for example in examples], np.int64)  # (rows,)
+    longer = [d for d in (*examples, *eval_examples) if max_tokens is not None and d.tokens > max_tokens]
     groups: dict[str, list[str]] = {}
-    for document in documents:
-        groups.setdefault(document.digest, []).append(document.row)
+    for example in examples:
+        groups.setdefault(example.digest, []).append(example.row)
     repeated = [rows for rows in groups.values() if len(rows) > 1]
-    overlap = [(d.row, groups[d.digest][0]) for d in held_out if d.digest in groups]
-    return Report(
-        rows=len(documents),
+    overlap = [(d.row, groups[d.digest][0]) for d in eval_examples if d.digest in groups]
+    return DataReport(
+        rows=len(examples),
         tokens=int(lengths.sum()),
-        trained_tokens=sum(document.trained_tokens for document in documents),
+        target_tokens=sum(example.target_tokens for example in examples),
         kinds={str(kind): count for kind, count in reading.kinds.items()},
         shortest=int(lengths.min()) if len(lengths) else 0,
         median=int(np.median(lengths)) if len(lengths) else 0,
         longest=int(lengths.max()) if len(lengths) else 0,
         histogram=histogram(lengths),
         max_tokens=max_tokens,
-        too_long=len(longer),
-        when_too_long=too_long,
-        too_long_rows=tuple(f"{d.row} ({d.tokens:,} tokens)" for d in longer[:SHOWN]),
+        overlong=len(longer),
+        when_overlong=overlong,
+        overlong_rows=tuple(f"{d.row} ({d.tokens:,} tokens)" for d in longer[:SHOWN]),
         duplicates=sum(len(rows) - 1 for rows in repeated),
         duplicate_rows=tuple(tuple(rows[:4]) for rows in repeated[:SHOWN]),
-        eval_rows=len(held_out),
+        eval_rows=len(eval_examples),
         overlap=len(overlap),
         overlap_rows=tuple(overlap[:SHOWN]),
         faults=len(faults),
         fault_rows=tuple(str(fault) for fault in faults[:SHOWN]),
-        examples=tuple(_shown(document, encoder) for document in _two(documents)),
+        previews=tuple(_shown(example, encoder) for example in _two(examples)),
         template="of the model" if encoder.has_own_template else "plain (the model has none)",
         template_digest=encoder.template_digest,
         date=encoder.date,
@@ -199,43 +199,43 @@ def check(
     )
 
 
-def histogram(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Bin, ...]:
-    """Documents by length, in steps that double (1-16, 17-32, 33-64, ...), from the shortest to the longest."""
+def histogram(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[LengthBin, ...]:
+    """Examples by length, in steps that double (1-16, 17-32, 33-64, ...), from the shortest to the longest."""
     if not len(lengths):
         return ()
-    bins: list[Bin] = []
+    bins: list[LengthBin] = []
     low, high = 1, 16
     while low <= lengths.max():
         rows = int(np.count_nonzero((lengths >= low) & (lengths <= high)))
         if rows or bins:
-            bins.append(Bin(low=low, high=high, rows=rows))
+            bins.append(LengthBin(low=low, high=high, rows=rows))
         low, high = high + 1, high * 2
     return tuple(bins)
 
 
-def _two(documents: Sequence[Document]) -> Sequence[Document]:
+def _two(examples: Sequence[Example]) -> Sequence[Example]:
     """The first row, and the one of middle length."""
-    if len(documents) < 2:
-        return documents
-    middle = sorted(documents[1:], key=lambda document: document.tokens)[(len(documents) - 1) // 2]
-    return (documents[0], middle)
+    if len(examples) < 2:
+        return examples
+    middle = sorted(examples[1:], key=lambda example: example.tokens)[(len(examples) - 1) // 2]
+    return (examples[0], middle)
 
 
-def _shown(document: Document, encoder: Encoder) -> Shown:
-    """Stretches of trained and untrained tokens, each decoded as a whole so that multi-token characters stay whole."""
-    trained = document.trained[:_EXAMPLE_TOKENS]  # (shown,)
-    borders = [0, *(int(at) + 1 for at in np.flatnonzero(trained[1:] != trained[:-1])), len(trained)]
-    pieces: list[Piece] = []
+def _shown(example: Example, encoder: Encoder) -> ExamplePreview:
+    """Stretches of trained and other tokens, each decoded as a whole so that multi-token characters stay whole."""
+    loss_mask = example.loss_mask[:_PREVIEW_TOKENS]  # (shown,)
+    borders = [0, *(int(at) + 1 for at in np.flatnonzero(loss_mask[1:] != loss_mask[:-1])), len(loss_mask)]
+    pieces: list[TextPiece] = []
     for start, end in pairwise(borders):
-        ids: list[int] = document.ids[start:end].tolist()
+        ids: list[int] = example.ids[start:end].tolist()
         text = str(encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        pieces.append(Piece(text=text, trained=bool(trained[start])))
-    if document.tokens > _EXAMPLE_TOKENS:
-        pieces.append(Piece(text=f" ... ({document.tokens - _EXAMPLE_TOKENS:,} more tokens)", trained=False))
-    return Shown(
-        row=document.row,
-        tokens=document.tokens,
-        trained_tokens=document.trained_tokens,
+        pieces.append(TextPiece(text=text, in_loss=bool(loss_mask[start])))
+    if example.tokens > _PREVIEW_TOKENS:
+        pieces.append(TextPiece(text=f" ... ({example.tokens - _PREVIEW_TOKENS:,} more tokens)", in_loss=False))
+    return ExamplePreview(
+        row=example.row,
+        tokens=example.tokens,
+        target_tokens=example.target_tokens,
         pieces=tuple(pieces),
     )
 

@@ -36,7 +36,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Raw:
+class RawRow:
     """A row as it was read."""
 
     row: str  # "train.jsonl:17"
@@ -63,13 +63,13 @@ class Fault:
 # What other programs and data sets call the columns of a question and its answer, likeliest first.
 _QUESTIONS = (
     "question", "query", "instruction", "prompt", "input", "user", "human", "problem", "source", "context", "article",
-    "document", "dialogue",
+    "example", "dialogue",
 )  # fmt: skip
 _ANSWERS = (
     "answer", "response", "output", "completion", "assistant", "reply", "target", "chosen", "solution", "summary",
     "highlights", "gpt", "bot", "label",
 )  # fmt: skip
-_TEXTS = ("content", "body", "document", "article", "passage", "story", "code", "review")
+_TEXTS = ("content", "body", "example", "article", "passage", "story", "code", "review")
 _CONVERSATIONS = ("conversations", "conversation", "dialog", "dialogue", "chat", "turns", "chosen")
 
 
@@ -121,7 +121,7 @@ def columns_of(form: Format) -> tuple[str, ...]:
     return (*NEEDED[form], *OPTIONAL[form])
 
 
-def format_of(raw: Raw) -> Format | Fault:
+def format_of(raw: RawRow) -> Format | Fault:
     """Which format a row's columns are, or the fault that says which column to rename to what."""
     columns = raw.columns
     for form, needed in NEEDED.items():

@@ -1,7 +1,7 @@
 """A data file as lines of UTF-8: opened, gunzipped, recoded from UTF-16, and cut at line feeds, in bounded memory.
 
 Lines end with a line feed only, since JSON strings may hold the other line ends of Unicode. A line of more than 8 MB is
-passed over and named: as one document it would have about two million tokens.
+passed over and named: as one example it would have about two million tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Moved = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class TooLong:
+class Overlong:
     """A line that was passed over."""
 
     bytes: int
@@ -36,7 +36,7 @@ class TooLong:
 
 def lines(
     path: Path, name: str, moved: Moved | None = None, *, most: int = MOST_ROW_BYTES
-) -> Iterator[bytes | TooLong]:
+) -> Iterator[bytes | Overlong]:
     """The lines of a file in UTF-8, with their line feeds. Raises DataError for broken gzip or UTF-16."""
     with path.open("rb") as disk:
         stream = _stream(disk, path, name)
@@ -52,7 +52,7 @@ def lines(
                         size += len(line)
                         if moved is not None:
                             moved(disk.tell())
-                    yield TooLong(size)
+                    yield Overlong(size)
                 else:
                     yield line
             except UnicodeDecodeError as error:
@@ -69,7 +69,7 @@ def lines(
                 moved(disk.tell())
 
 
-def size_found(line: TooLong) -> str:
+def size_found(line: Overlong) -> str:
     return f"{line.bytes:,} bytes"
 
 

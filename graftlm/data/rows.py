@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graftlm.base.template import Message
-from graftlm.data.columns import KNOWN, NEEDED, Fault, Format, Raw, columns_of, format_of, misspelt, shown
+from graftlm.data.columns import KNOWN, NEEDED, Fault, Format, RawRow, columns_of, format_of, misspelt, shown
 from graftlm.errors import nearest
 from graftlm.jsonfile import parse_json
 
@@ -41,7 +41,7 @@ _THINKING = ("thinking", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class ChatRow:
     """A conversation; all assistant messages may be trained but those whose places are `masked`."""
 
     row: str
@@ -54,7 +54,7 @@ class Chat:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class CompletionRow:
     """A prompt, and the text to be trained."""
 
     row: str
@@ -64,7 +64,7 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TextRow:
     """A text to be trained as a whole."""
 
     row: str
@@ -72,10 +72,10 @@ class Text:
     kind: Kind = "text"
 
 
-Example = Chat | Completion | Text
+ParsedRow = ChatRow | CompletionRow | TextRow
 
 
-def parse(raw: Raw, form: Format) -> Example | list[Fault]:
+def parse(raw: RawRow, form: Format) -> ParsedRow | list[Fault]:
     """A row of a file of this format, as an example, or everything that is wrong with it."""
     reader = _Reader(raw)
     missing = [name for name in NEEDED[form] if name not in raw.columns]
@@ -93,14 +93,14 @@ def parse(raw: Raw, form: Format) -> Example | list[Fault]:
         if close is not None:
             reader.fault(name, "an unknown column", f"'{close}'", f"rename '{name}' to '{close}', or remove it")
     reader.refuse_unheard()
-    example = _PARSERS[form](reader)
-    return reader.faults if reader.faults or example is None else example
+    parsed = _PARSERS[form](reader)
+    return reader.faults if reader.faults or parsed is None else parsed
 
 
 class _Reader:
     """One row being read, and its faults so far."""
 
-    def __init__(self, raw: Raw) -> None:
+    def __init__(self, raw: RawRow) -> None:
         self.row = raw.row
         self.columns = raw.columns
         self.faults: list[Fault] = []
@@ -122,7 +122,7 @@ class _Reader:
             if self.columns.get(name):
                 self.fault(name, shown(self.columns[name]), "no such column beside plain texts", mend)
 
-    def chat(self, messages: Sequence[Message], masked: Iterable[int] = ()) -> Chat:
+    def chat(self, messages: Sequence[Message], masked: Iterable[int] = ()) -> ChatRow:
         """The example of these messages, with the row's system message in front, and without those of weight 0."""
         out = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         places = {*masked, *(i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") == 0)}
@@ -133,7 +133,7 @@ class _Reader:
                 self.fault("system", "a text", f"none beside the first message, of role '{out[0]['role']}'", mend)
             out.insert(0, {"role": "system", "content": system})
             places = {place + 1 for place in places}
-        return Chat(self.row, tuple(out), self.tools(), frozenset(places), tuple(self.dropped))
+        return ChatRow(self.row, tuple(out), self.tools(), frozenset(places), tuple(self.dropped))
 
     def text(self, field: str, value: Any, *, empty: bool = False) -> str:
         if not isinstance(value, str):
@@ -151,7 +151,7 @@ class _Reader:
 
     # -------------------------------------------------------------------------------------------- formats
 
-    def read_completion(self) -> Example | None:
+    def read_completion(self) -> ParsedRow | None:
         prompt, completion = self.columns["prompt"], self.columns["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
             before = self.messages("prompt", prompt)
@@ -164,9 +164,9 @@ class _Reader:
                 return None
         mend = "rename 'prompt' to 'instruction' and 'completion' to 'output', which is a conversation; or remove it"
         self.without(("system", "history", "tools"), mend)
-        return Completion(self.row, self.text("prompt", prompt, empty=True), self.text("completion", completion))
+        return CompletionRow(self.row, self.text("prompt", prompt, empty=True), self.text("completion", completion))
 
-    def read_instruction(self) -> Example | None:
+    def read_instruction(self) -> ParsedRow | None:
         task = self.text("instruction", self.columns["instruction"])
         more = self.columns.get("input")
         if more is not None and self.text("input", more, empty=True).strip():
@@ -196,11 +196,11 @@ class _Reader:
                 messages.append({"role": role, "content": self.text(f"history[{index}][{place}]", pair[place])})
         return messages
 
-    def read_text(self) -> Example | None:
+    def read_text(self) -> ParsedRow | None:
         self.without(("system", "tools"), "write it into the text, or remove it")
-        return Text(self.row, self.text("text", self.columns["text"]))
+        return TextRow(self.row, self.text("text", self.columns["text"]))
 
-    def read_messages(self) -> Example | None:
+    def read_messages(self) -> ParsedRow | None:
         messages = self.messages("messages", self.columns["messages"])
         self.needs_answer("messages", messages)
         if self.columns.get("history"):

@@ -20,13 +20,13 @@ from typing import Any
 
 from graftlm import demo
 from graftlm.config.fields import plain_number
-from graftlm.data.columns import Fault, Raw
+from graftlm.data.columns import Fault, RawRow
 from graftlm.data.lines import (
     MOST_ROW_BYTES,
     SIZE_EXPECTED,
     SIZE_MEND,
     Moved,
-    TooLong,
+    Overlong,
     lines,
     not_utf8,
     size_found,
@@ -85,15 +85,13 @@ def share(text: str | None) -> float | None:
 
 
 def token_limit(asked: int | None, positions: int | None) -> int | None:
-    """Most tokens of a document: what is asked, else the model's longest position. Raises ConfigError when it cannot be."""
+    """Most tokens of an example: what is asked, else the model's longest position. Raises ConfigError when it cannot be."""
     if asked and positions and asked > positions:
-        raise ConfigError(
-            f"max-tokens-per-document is {asked}, and this model's longest position is {positions}; take at most that"
-        )
+        raise ConfigError(f"max-length is {asked}, and this model's longest position is {positions}; take at most that")
     return asked or positions or None
 
 
-def read(source: Source, moved: Moved | None = None) -> Iterator[Raw | Fault]:
+def read(source: Source, moved: Moved | None = None) -> Iterator[RawRow | Fault]:
     """The rows of a source in order; a line without a row comes as a Fault. Raises DataError for the source itself.
 
     `moved` hears how many bytes of a file have been read, out of `size_of(source)`.
@@ -116,7 +114,7 @@ def read(source: Source, moved: Moved | None = None) -> Iterator[Raw | Fault]:
         raise _missing(path, source.path)
 
 
-def _counted(name: str, rows: Iterator[Raw | Fault]) -> Iterator[Raw | Fault]:
+def _counted(name: str, rows: Iterator[RawRow | Fault]) -> Iterator[RawRow | Fault]:
     empty = True
     for row in rows:
         empty = False
@@ -156,7 +154,7 @@ def size_of(source: Source) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _read_file(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fault]:
+def _read_file(path: Path, name: str, moved: Moved | None) -> Iterator[RawRow | Fault]:
     kind = _format(path)
     if kind in (".jsonl", ".ndjson"):
         return _read_jsonl(path, name, moved)
@@ -171,10 +169,10 @@ def _read_file(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fau
     raise DataError(f"{name}: {found}{near}; expected one of {', '.join(FORMATS)} (the text formats also with .gz)")
 
 
-def _read_jsonl(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fault]:
+def _read_jsonl(path: Path, name: str, moved: Moved | None) -> Iterator[RawRow | Fault]:
     for number, line in enumerate(lines(path, name, moved), 1):
         where = f"{name}:{number}"
-        if isinstance(line, TooLong):
+        if isinstance(line, Overlong):
             yield Fault(where, "line", size_found(line), SIZE_EXPECTED, SIZE_MEND)
             continue
         try:
@@ -200,7 +198,7 @@ def _read_jsonl(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fa
 def _whole_text(path: Path, name: str) -> str:
     parts: list[str] = []
     for number, line in enumerate(lines(path, name, most=MOST_FILE_BYTES), 1):
-        if isinstance(line, TooLong):
+        if isinstance(line, Overlong):
             raise DataError(f"{name} has a line of {size_found(line)}, and at most {MOST_FILE_BYTES:,} are read")
         try:
             parts.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -210,7 +208,7 @@ def _whole_text(path: Path, name: str) -> str:
     return "".join(parts)
 
 
-def _read_json(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fault]:
+def _read_json(path: Path, name: str, moved: Moved | None) -> Iterator[RawRow | Fault]:
     text = _whole_text(path, name)
     parser, size = RowParser(text), path.stat().st_size
     space = re.compile(r"[\s]*")
@@ -244,7 +242,7 @@ def _read_json(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fau
             yield Fault(where, "file", str(error), "each key once", mend)
             return
         if end - at > MOST_ROW_BYTES:
-            yield Fault(where, "row", size_found(TooLong(end - at)), SIZE_EXPECTED, SIZE_MEND)
+            yield Fault(where, "row", size_found(Overlong(end - at)), SIZE_EXPECTED, SIZE_MEND)
         else:
             yield _object(where, value)
         at = skip(end)
@@ -259,7 +257,7 @@ def _read_json(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fau
             return
 
 
-def _read_parquet(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | Fault]:
+def _read_parquet(path: Path, name: str, moved: Moved | None) -> Iterator[RawRow | Fault]:
     import pyarrow
     import pyarrow.parquet
 
@@ -276,7 +274,7 @@ def _read_parquet(path: Path, name: str, moved: Moved | None) -> Iterator[Raw | 
             moved(int(size * number / max(1, table.metadata.num_rows)))
 
 
-def _read_dataset(name: str) -> Iterator[Raw | Fault]:
+def _read_dataset(name: str) -> Iterator[RawRow | Fault]:
     """Rows of a dataset folder, or of a dataset of the hub, through `datasets`."""
     import datasets
 
@@ -295,7 +293,7 @@ def _read_dataset(name: str) -> Iterator[Raw | Fault]:
         yield _bounded(f"{name}:{number}", row)
 
 
-def _bounded(where: str, row: Any) -> Raw | Fault:
+def _bounded(where: str, row: Any) -> RawRow | Fault:
     """A row of Arrow's, if its texts are not over the limit together."""
     size, level = 0, [row]
     while level:
@@ -303,7 +301,7 @@ def _bounded(where: str, row: Any) -> Raw | Fault:
         inner = [value for value in level if isinstance(value, dict | list)]
         level = [v for value in inner for v in (value.values() if isinstance(value, dict) else value)]
     if size > MOST_ROW_BYTES:
-        return Fault(where, "row", size_found(TooLong(size)), SIZE_EXPECTED, SIZE_MEND)
+        return Fault(where, "row", size_found(Overlong(size)), SIZE_EXPECTED, SIZE_MEND)
     return _object(where, _without_nothing(row))
 
 
@@ -316,9 +314,9 @@ def _without_nothing(value: Any) -> Any:
     return value
 
 
-def _object(where: str, value: Any) -> Raw | Fault:
+def _object(where: str, value: Any) -> RawRow | Fault:
     if isinstance(value, dict):
-        return Raw(where, {str(key): inner for key, inner in value.items()})
+        return RawRow(where, {str(key): inner for key, inner in value.items()})
     mend = 'write {"prompt": ..., "completion": ...}'
     return Fault(where, "line", f"{type(value).__name__} {_around(json.dumps(value), 0)}", "a JSON object", mend)
 

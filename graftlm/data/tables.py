@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graftlm.data.columns import Fault, Raw, format_of
-from graftlm.data.lines import MOST_ROW_BYTES, SIZE_EXPECTED, SIZE_MEND, Moved, TooLong, lines, not_utf8, size_found
+from graftlm.data.columns import Fault, RawRow, format_of
+from graftlm.data.lines import MOST_ROW_BYTES, SIZE_EXPECTED, SIZE_MEND, Moved, Overlong, lines, not_utf8, size_found
 from graftlm.errors import DataError
 from graftlm.jsonfile import parse_json
 
@@ -19,7 +19,7 @@ _EXCEL = re.compile(r"sep=(.)\s*")
 """A first line by which Excel is told what stands between columns."""
 
 
-def read_csv(path: Path, name: str, moved: Moved | None = None) -> Iterator[Raw | Fault]:
+def read_csv(path: Path, name: str, moved: Moved | None = None) -> Iterator[RawRow | Fault]:
     """The rows of a table with a header. Raises DataError for a header that names a column twice."""
     csv.field_size_limit(sys.maxsize)  # rows are bounded by `lines`
     text = _Text(path, name, moved)
@@ -59,7 +59,7 @@ def read_csv(path: Path, name: str, moved: Moved | None = None) -> Iterator[Raw 
             mend = f"quote cells that hold {_DELIMITERS.get(delimiter, repr(delimiter))}"
             yield Fault(where, "line", f"{len(cells)} columns", expected, mend)
         elif cells:
-            yield Raw(where, _with_lists(dict(zip(header, cells, strict=True))))
+            yield RawRow(where, _with_lists(dict(zip(header, cells, strict=True))))
 
 
 def delimiter_of(header: str) -> str:
@@ -67,7 +67,7 @@ def delimiter_of(header: str) -> str:
     found = {mark: next(csv.reader([header], delimiter=mark), []) for mark in _DELIMITERS}
     for mark, cells in found.items():
         columns = {cell.strip(): "" for cell in cells}
-        if len(cells) > 1 and not isinstance(format_of(Raw("", columns)), Fault):
+        if len(cells) > 1 and not isinstance(format_of(RawRow("", columns)), Fault):
             return mark
     return max(found, key=lambda mark: len(found[mark]))  # the first of equals: a comma
 
@@ -103,11 +103,11 @@ class _Text:
         line = next(self._lines)
         self.number += 1
         where = f"{self.name}:{self.number}"
-        self.row_bytes += line.bytes if isinstance(line, TooLong) else len(line)
-        if isinstance(line, TooLong) or self.row_bytes > MOST_ROW_BYTES:
+        self.row_bytes += line.bytes if isinstance(line, Overlong) else len(line)
+        if isinstance(line, Overlong) or self.row_bytes > MOST_ROW_BYTES:
             raise _Unreadable(
                 Fault(
-                    where, "row", size_found(TooLong(self.row_bytes)), SIZE_EXPECTED,
+                    where, "row", size_found(Overlong(self.row_bytes)), SIZE_EXPECTED,
                     f"{SIZE_MEND}, or close the quote that was left open; the rest was not read",
                 )
             )  # fmt: skip

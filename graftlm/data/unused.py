@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from graftlm.base.chat import Encoder
 from graftlm.base.template import Message
-from graftlm.data.columns import Format, Raw, columns_of
-from graftlm.data.rows import Chat
+from graftlm.data.columns import Format, RawRow, columns_of
+from graftlm.data.rows import ChatRow
 from graftlm.errors import DataError
 
 _TRIES = 16
@@ -32,22 +32,22 @@ class Unused:
         self._without_effect: Counter[str] = Counter()
         self._written: set[str] = set()
 
-    def columns(self, source: str, raw: Raw, form: Format) -> None:
+    def columns(self, source: str, raw: RawRow, form: Format) -> None:
         """Take note of a row's columns that its format does not have."""
         used = columns_of(form)
         for name, value in raw.columns.items():
             if name not in used and value not in (None, "", [], {}):
                 self._columns.setdefault(source, {})[name] = None
 
-    def keys(self, example: Chat, encoder: Encoder) -> None:
+    def keys(self, parsed: ChatRow, encoder: Encoder) -> None:
         """Take note of the keys of a conversation's messages that its template does not write."""
-        self._dropped |= dict.fromkeys(example.dropped)
-        for key in dict.fromkeys(key for message in example.messages for key in _keys(message)):
+        self._dropped |= dict.fromkeys(parsed.dropped)
+        for key in dict.fromkeys(key for message in parsed.messages for key in _keys(message)):
             if key in self._written or self._without_effect[key] >= _TRIES:
                 continue
-            without = [_without(message, key) for message in example.messages]
+            without = [_without(message, key) for message in parsed.messages]
             try:
-                same = encoder.same_text(example.messages, without, example.tools)
+                same = encoder.same_text(parsed.messages, without, parsed.tools)
             except DataError:  # the template cannot do without it
                 same = False
             if same:

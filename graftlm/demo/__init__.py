@@ -42,7 +42,7 @@ def resolve_model(name: str) -> str:
     if not (BASE / "config.json").is_file() or not any(BASE.glob("*.safetensors")):
         raise ModelError(
             f"the bundled base is missing: '{BASE}' holds no config.json with safetensors weights. Reinstall graftlm, "
-            "make it with `python -m graftlm.demo.recipe`, or give --model a folder or a hub id."
+            "make it with `python -m tools.demo.recipe`, or give --model a folder or a hub id."
         )
     return str(BASE)
 

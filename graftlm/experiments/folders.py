@@ -15,7 +15,7 @@ from graftlm.config import CompareConfig
 from graftlm.config.compare import Variant
 from graftlm.errors import RunError
 from graftlm.files import write_json
-from graftlm.training.runfolder import LOCK
+from graftlm.training.run_folder import LOCK
 
 MARK = "compare.json"
 RESULT = "result.json"

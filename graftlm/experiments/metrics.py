@@ -5,7 +5,7 @@
     rouge-l       mean over answers of the F measure of the longest common subsequence, `rouge-score` with stemming (Lin
                   2004), the best of several references
 
-Every prompt is answered once and scored against all the references that the held-out rows have for it. A metric that says
+Every prompt is answered once and scored against all the references that the eval rows have for it. A metric that says
 nothing about such answers is refused before anything is trained: BLEU counts runs of four words, exact match of a long
 text is always nought.
 """
@@ -28,7 +28,7 @@ _PACKAGES = {"bleu": "sacrebleu", "rouge-l": "rouge_score"}
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out prompt as the model reads it, and every answer that the data have for it."""
+    """A eval prompt as the model reads it, and every answer that the data have for it."""
 
     row: str
     prompt: tuple[int, ...]
@@ -43,26 +43,26 @@ def check_metric(metric: Metric) -> None:
 
 
 def check_fits(metric: Metric, questions: Sequence[Question], rows: int) -> None:
-    """Raise ConfigError where `metric` says nothing about answers like these; `rows` are the held-out rows in all."""
+    """Raise ConfigError where `metric` says nothing about answers like these; `rows` are the eval rows in all."""
     if not questions:
         raise ConfigError(
-            f"--metric {metric} compares answers to prompts, and none of the {rows} held-out rows has a prompt (they are "
+            f"--metric {metric} compares answers to prompts, and none of the {rows} eval rows has a prompt (they are "
             "plain texts); leave --metric out, or give rows of prompt and completion, or messages"
         )
     if len(questions) < FEWEST_PROMPTS:
         raise ConfigError(
-            f"--metric {metric} needs at least {FEWEST_PROMPTS} different held-out prompts, found {len(questions)}; "
+            f"--metric {metric} needs at least {FEWEST_PROMPTS} different eval prompts, found {len(questions)}; "
             "give more rows with --eval-data, or leave --metric out"
         )
     words = statistics.median(len(r.split()) for q in questions for r in q.references)
     if metric == "bleu" and words < _SHORT:
         raise ConfigError(
-            f"--metric bleu counts runs of {_SHORT} words, and half of the held-out answers have at most {words:g}; take "
+            f"--metric bleu counts runs of {_SHORT} words, and half of the eval answers have at most {words:g}; take "
             "--metric exact-match"
         )
     if metric == "exact-match" and words > _LONG:
         raise ConfigError(
-            f"--metric exact-match is for short answers, and half of the held-out ones have at least {words:g}; take "
+            f"--metric exact-match is for short answers, and half of the eval ones have at least {words:g}; take "
             "--metric rouge-l or bleu"
         )
 

@@ -6,7 +6,7 @@
     matmul        matmul_t        weight_gradient               products with a weight, dense or stored
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
     low_rank_routed  low_rank_routed_backward                   each range of tokens its adapter
-    adapted       adapted_backward                              both at once: x W^T and the adapters' products
+    lora_linear   lora_linear_backward                              both at once: x W^T and the adapters' products
     few           add_routed      attend_rows                   what decoding runs on, one by one
     stacks        Stack                                         all layers of a model in one call: `native/layers.py`
     rms_norm      gated           rotary                        elementwise operations and their backwards: `fused.py`
@@ -28,36 +28,84 @@ from torch import Tensor
 from graftlm.kernels import native, reference, reference_adamw, triton
 from graftlm.kernels.fused import (
     cross_entropy_in_place,
-    fuses,
     gated,
     gated_backward,
+    has_fused_ops,
     rms_norm,
     rms_norm_backward,
     rotary,
     rotary_backward,
 )  # fmt: skip
-from graftlm.kernels.moments import Moments, no_moments
-from graftlm.kernels.native.layers import MOST_RANK, Layer, Stack, table_of
-from graftlm.kernels.native.rows import Attention, Factors, Routes
+from graftlm.kernels.moments import Moments, zero_moments
+from graftlm.kernels.native.layers import MOST_RANK, DecoderLayer, DecoderStack, adapter_table
+from graftlm.kernels.native.rows import DecodeAttention, DecodeRouting, Factors
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
 from graftlm.kernels.routing import Range, Routing
-from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
+from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Quantized, Weight
 
 __all__ = [
-    "BLOCK", "GROUP", "MOST_RANK", "Attention", "Factors", "Int8", "Layer", "Moments", "Nf4", "Range", "Routes", "Routing",
-    "Stack", "Stored", "Update", "Weight", "adamw_step", "adapted", "adapted_backward", "add_routed", "attend_rows", "attends",
-    "attention", "attention_backward", "backend", "cross_entropy_in_place", "dequantize", "few", "fuses", "gated",
-    "gated_backward", "int8_dequantize", "int8_quantize", "low_rank", "low_rank_backward", "low_rank_routed",
-    "low_rank_routed_backward", "matmul", "matmul_t", "moments_in", "multiplies", "narrows", "nf4_dequantize",
-    "nf4_quantize", "no_moments", "rms_norm", "rms_norm_backward", "rotary", "rotary_backward", "stacks",
-    "stochastic_round", "sum_of_squares", "table_of", "update_of", "weight_gradient",
+    "BLOCK",
+    "GROUP",
+    "MOST_RANK",
+    "DecodeAttention",
+    "DecodeRouting",
+    "DecoderLayer",
+    "DecoderStack",
+    "Factors",
+    "Int8",
+    "Moments",
+    "Nf4",
+    "Quantized",
+    "Range",
+    "Routing",
+    "Update",
+    "Weight",
+    "adamw_step",
+    "adapter_table",
+    "add_routed",
+    "attend_rows",
+    "attention",
+    "attention_backward",
+    "backend",
+    "cross_entropy_in_place",
+    "dequantize",
+    "gated",
+    "gated_backward",
+    "has_bf16_matmul",
+    "has_decoder_stack",
+    "has_fast_matmul",
+    "has_fused_ops",
+    "has_segment_attention",
+    "int8_dequantize",
+    "int8_quantize",
+    "is_few_rows",
+    "lora_linear",
+    "lora_linear_backward",
+    "low_rank",
+    "low_rank_backward",
+    "low_rank_routed",
+    "low_rank_routed_backward",
+    "matmul",
+    "matmul_t",
+    "moments_in",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotary",
+    "rotary_backward",
+    "stochastic_round",
+    "sum_of_squares",
+    "update_of",
+    "weight_gradient",
+    "zero_moments",
 ]  # fmt: skip
 
 
 FLOATS = tuple(native.TYPES)  # what the faster backends know
 
 _PANEL_BYTES, _PANEL_ROWS = 1 << 18, 64
-"""How much of a weight's gradient is made at once in the products' type where another is wanted; and its fewest rows."""
+"""How much of a weight's gradient is made at once in the compute dtype where another is wanted; and its fewest rows."""
 
 
 def backend(device: torch.device | str = "cpu") -> str:
@@ -106,58 +154,58 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tenso
     return dense if out is None else out.copy_(dense)
 
 
-def dequantize(weight: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """Either stored form as a dense tensor of `dtype`."""
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
 
 
-def multiplies(x: Tensor, narrow: bool = False) -> bool:
-    """Whether we have a (`narrow`) matrix product of our own for x (rows, in), faster than PyTorch's on this processor."""
-    return native.multiplies(x, narrow)
+def has_fast_matmul(x: Tensor, bf16_matmul: bool = False) -> bool:
+    """Whether we have a (`bf16_matmul`) matrix product of our own for x (rows, in), faster than PyTorch's on this processor."""
+    return native.has_fast_matmul(x, bf16_matmul)
 
 
-def narrows() -> bool:
-    """Whether this CPU's products of float32 tensors can be `narrow`: both sides rounded to bfloat16, sums in float32."""
-    return native.narrows()
+def has_bf16_matmul() -> bool:
+    """Whether this CPU's products of float32 tensors can be `bf16_matmul`: both sides rounded to bfloat16, sums in float32."""
+    return native.has_bf16_matmul()
 
 
-def matmul(x: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
+def matmul(x: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
     """x (..., in) with W (out, in) dense or stored -> x @ W.T (..., out), in x's type.
 
-    `narrow`, here and below: see `narrows`. Where it is false, products are those of x's type.
+    `bf16_matmul`, here and below: see `has_bf16_matmul`. Where it is false, products are those of x's type.
     """
     for fast in (native,) if isinstance(weight, Tensor) else (native, triton):
         if fast.usable("matmul", x):
-            return native.matmul(x, weight, narrow) if fast is native else fast.matmul(x, weight)
+            return native.matmul(x, weight, bf16_matmul) if fast is native else fast.matmul(x, weight)
     return reference.matmul(x, weight)
 
 
-def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
+def matmul_t(dy: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
     """dy (..., out) with W (out, in) dense or stored -> dy @ W (..., in), in dy's type: the gradient of `matmul` to x."""
     for fast in (native,) if isinstance(weight, Tensor) else (native, triton):
         if fast.usable("matmul_t", dy):
-            return native.matmul_t(dy, weight, narrow) if fast is native else fast.matmul_t(dy, weight)
+            return native.matmul_t(dy, weight, bf16_matmul) if fast is native else fast.matmul_t(dy, weight)
     return reference.matmul_t(dy, weight)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, narrow: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, bf16_matmul: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """dy (rows, out), x (rows, in) -> dy^T x (out, in): the gradient of `matmul` to a dense W.
 
     In `dtype`, the type of dy where that is left out; where it is another one, no more than a panel exists in the wider one.
     """
     if dtype in (None, dy.dtype):
-        own = native.multiplies(dy, narrow)
-        return native.weight_gradient(dy, x, narrow) if own else reference.weight_gradient(dy, x)
+        own = native.has_fast_matmul(dy, bf16_matmul)
+        return native.weight_gradient(dy, x, bf16_matmul) if own else reference.weight_gradient(dy, x)
     result = torch.empty(dy.shape[1], x.shape[1], dtype=dtype, device=dy.device)
     step = max(_PANEL_ROWS, _PANEL_BYTES // (x.shape[1] * dy.element_size() or 1))
     for first in range(0, len(result), step):
-        result[first : first + step] = weight_gradient(dy[:, first : first + step], x, narrow)
+        result[first : first + step] = weight_gradient(dy[:, first : first + step], x, bf16_matmul)
     return result
 
 
-def attends(q: Tensor) -> bool:
+def has_segment_attention(q: Tensor) -> bool:
     """Whether we have attention over segments of our own for these heads, q (T, H, D), faster than PyTorch's."""
-    return native.attends(q)
+    return native.has_segment_attention(q)
 
 
 def attention(
@@ -167,7 +215,7 @@ def attention(
 
     `ends` (n + 1) are the segments' first tokens and T; `window` is how many keys a query sees, 0 all before it.
     """
-    return (native if attends(q) else reference).attention(q, k, v, ends, scale, window)
+    return (native if has_segment_attention(q) else reference).attention(q, k, v, ends, scale, window)
 
 
 def attention_backward(
@@ -175,7 +223,9 @@ def attention_backward(
     window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `attention` to q (T, H, D), k and v (T, K, D)."""
-    return (native if attends(q) else reference).attention_backward(dout, q, k, v, out, sums, ends, scale, window)
+    return (native if has_segment_attention(q) else reference).attention_backward(
+        dout, q, k, v, out, sums, ends, scale, window
+    )
 
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -190,35 +240,38 @@ def low_rank_backward(
     return (native if native.takes(x) else reference).low_rank_backward(dy, x, h, A, B, scale, dx)
 
 
-def adapted(x: Tensor, weight: Weight, routing: Routing, narrow: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+def lora_linear(
+    x: Tensor, weight: Weight, routing: Routing, bf16_matmul: bool = False
+) -> tuple[Tensor, list[Tensor | None]]:
     """x (tokens, in) -> x W^T and, on each range of tokens, its slot's low-rank product (tokens, out); h of each range."""
     one = routing.only(len(x))
-    if one is not None and native.multiplies(x, narrow):
-        y, h = native.adapted(x, weight, *one, narrow)
+    if one is not None and native.has_fast_matmul(x, bf16_matmul):
+        y, h = native.lora_linear(x, weight, *one, bf16_matmul)
         return y, [h]
-    y = matmul(x, weight, narrow)
+    y = matmul(x, weight, bf16_matmul)
     return y, low_rank_routed(y, x, routing)
 
 
-def adapted_backward(
+def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
     weight: Weight,
     hidden: Sequence[Tensor | None],
     routing: Routing,
     wants_dx: bool,
-    narrow: bool = False,
+    bf16_matmul: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """The gradients of `adapted`: to x (tokens, in) where wanted, and to each slot's A and B as `low_rank_routed_backward`."""
+    """The gradients of `lora_linear`: to x (tokens, in) where wanted, and to each slot's A and B as
+    `low_rank_routed_backward`."""
     one = routing.only(len(x))
-    if one is not None and native.multiplies(x, narrow):
+    if one is not None and native.has_fast_matmul(x, bf16_matmul):
         h, slot = hidden[0], routing.ranges[0][2]
         assert h is not None
         dA: list[Tensor | None] = [None] * len(routing.A)
         dB: list[Tensor | None] = [None] * len(routing.B)
-        dx, dA[slot], dB[slot] = native.adapted_backward(dy, x, weight, h, *one, wants_dx, narrow)
+        dx, dA[slot], dB[slot] = native.lora_linear_backward(dy, x, weight, h, *one, wants_dx, bf16_matmul)
         return dx, dA, dB
-    dx = matmul_t(dy, weight, narrow) if wants_dx else None
+    dx = matmul_t(dy, weight, bf16_matmul) if wants_dx else None
     return dx, *low_rank_routed_backward(dy, x, hidden, routing, dx)
 
 
@@ -260,17 +313,17 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     return reference_adamw.sum_of_squares(tensor)
 
 
-def few(x: Tensor) -> bool:
+def is_few_rows(x: Tensor) -> bool:
     """Whether `matmul` with a dense weight is faster for x (rows, in) than PyTorch's own: a few rows, as in decoding."""
-    return native.few(x)
+    return native.is_few_rows(x)
 
 
-def stacks(device: torch.device) -> bool:
-    """Whether a `Stack`, all layers of a model in one call, can run on this device."""
+def has_decoder_stack(device: torch.device) -> bool:
+    """Whether a `DecoderStack`, all layers of a model in one call, can run on this device."""
     return device.type == "cpu" and native.usable("rows", torch.empty(0)) and native.usable("fused", torch.empty(0))
 
 
-def add_routed(y: Tensor, x: Tensor, routes: Routes) -> None:
+def add_routed(y: Tensor, x: Tensor, routes: DecodeRouting) -> None:
     """y (tokens, out) += s (x A^T) B^T in place, each range of tokens its own; `routes` is made once for many passes.
 
     Nothing is recorded or returned for a backward pass: this is `low_rank_routed` for decoding.
@@ -284,7 +337,7 @@ def attend_rows(
     keys: Tensor,
     values: Tensor,
     out: Tensor,
-    of: Attention,
+    of: DecodeAttention,
     *,
     scale: float,
     window: int = 0,

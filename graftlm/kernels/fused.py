@@ -23,7 +23,7 @@ from graftlm.kernels.native.library import TWO_TYPES
 from graftlm.kernels.reference_fused import Gate
 
 
-def fuses(device: torch.device, dtype: torch.dtype) -> bool:
+def has_fused_ops(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these operations are faster here than composed from PyTorch's."""
     if device.type == "cuda":
         return liger.usable(device)
@@ -73,9 +73,9 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate = "silu") ->
 
 
 def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
-    """Each of `parts` (tokens, heads, D), queries and keys, turned by its token's angles: cos and sin (period, turned).
+    """Each of `parts` (tokens, heads, D), queries and keys, rotated by its token's angles: cos and sin (period, rotary_dim).
 
-    Token t uses row t % period; heads are turned in halves, and values beyond `turned` stay.
+    Token t uses row t % period; heads are rotated in halves, and values beyond `rotary_dim` stay.
     """
     if _in_c(parts[0]):
         return compiled.rotary(parts, cos, sin, back=False)

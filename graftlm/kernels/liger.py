@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graftlm.kernels import reference_fused as reference
 from graftlm.kernels.reference_fused import Gate
-from graftlm.kernels.trust import Trust, close, sample
+from graftlm.kernels.self_check import SelfCheck, close, sample
 
 WIDEST_NORM = 65536  # values of a row that one of its programs holds
 _CASTING = {0.0: "llama", 1.0: "gemma"}  # how it rounds: w times the rounded x r, or all in float32
@@ -27,7 +27,7 @@ _CASTING = {0.0: "llama", 1.0: "gemma"}  # how it rounds: w times the rounded x 
 
 def usable(device: torch.device) -> bool:
     """Whether liger-kernel is installed and has once given the reference's answers on this kind of device."""
-    return device.type == "cuda" and _installed() and trust.allows("fused", device)
+    return device.type == "cuda" and _installed() and self_check.allows("fused", device)
 
 
 @functools.cache
@@ -141,4 +141,4 @@ def _check(device: torch.device) -> bool:
     return all(a is not None and b is not None and close(a, b, 1e-4) for a, b in zip(found, wanted))
 
 
-trust = Trust("GPU kernels of liger-kernel", lambda: "", {"fused": _check})
+self_check = SelfCheck("GPU kernels of liger-kernel", lambda: "", {"fused": _check})

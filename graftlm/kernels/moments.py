@@ -63,7 +63,7 @@ class Moments:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
-def no_moments(count: int, *, eight_bit: bool, device: torch.device, pinned: bool = False) -> Moments:
+def zero_moments(count: int, *, eight_bit: bool, device: torch.device, pinned: bool = False) -> Moments:
     """Moments of a parameter of `count` values that has not had a step yet; `pinned` memory a GPU can reach by itself."""
 
     def made(size: int, dtype: torch.dtype) -> Tensor:

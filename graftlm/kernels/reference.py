@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels.routing import Routing
-from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored, Weight
+from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Quantized, Weight
 
 SLAB = 1 << 20  # values worked on at once: bounds temporaries to a few times 4 MiB whatever the weight's size
 
@@ -190,7 +190,7 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
 # ---- products with a weight --------------------------------------------------------------------------------
 
 
-def dequantize(weight: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """Either stored form as a dense tensor of `dtype`."""
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
 

@@ -12,7 +12,7 @@ Everything is float32, and every operation above rounds by itself, so that each 
 **A bfloat16 parameter** is rounded to one of its two neighbours at random, in proportion to how near each is (stochastic
 rounding): rounding to the nearest would lose every update smaller than 1/512 of the weight.
 
-**Moments in 8 bits** are widened, used and rounded back, again at random. To the nearest code, as they were published,
+**Moments in 8 bits** are upcast, used and rounded back, again at random. To the nearest code, as they were published,
 v would change by 0.1 % a step and the gap between two codes is 0.7 % to 140 %: it would stand still while gradients grow,
 and a mean whose gradient has ended would never decay. What is above zero in v never becomes zero, for that would make
 the next update m / epsilon. The random bits come from a counter: nothing has to be saved.
@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftlm.kernels.counter import mix, uniform_words
-from graftlm.kernels.moments import MOMENT_BLOCK, ZERO_MEAN_CODE, Moments, no_moments
+from graftlm.kernels.counter_rng import mix, uniform_words
+from graftlm.kernels.moments import MOMENT_BLOCK, ZERO_MEAN_CODE, Moments, zero_moments
 from graftlm.kernels.reference import DYNAMIC_CODE, dynamic_code
-from graftlm.kernels.trust import sample
+from graftlm.kernels.self_check import sample
 
 SLAB = 1 << 22  # values worked on at once, whole blocks: bounds the temporaries whatever the parameter's size
 DECADES = 7
@@ -138,7 +138,7 @@ def stochastic_round(value: Tensor, words: Tensor) -> Tensor:
     return raised.view(torch.float32).to(torch.bfloat16)
 
 
-def widen(codes: Tensor, scale: Tensor, code: Code) -> Tensor:
+def dequantized(codes: Tensor, scale: Tensor, code: Code) -> Tensor:
     """codes (n,) uint8 and scale (b,) -> (n,) float32."""
     return code.values.to(codes.device)[codes.int()] * scale.repeat_interleave(MOMENT_BLOCK)[: len(codes)]
 
@@ -179,7 +179,9 @@ def moments_in(moments: Moments, eight_bit: bool, key: tuple[int | str, ...]) ->
         return Moments(mean, square, mean_scale, square_scale)
     assert moments.mean_scale is not None
     assert moments.square_scale is not None
-    return Moments(widen(moments.mean, moments.mean_scale, MEAN), widen(moments.square, moments.square_scale, SQUARE))
+    return Moments(
+        dequantized(moments.mean, moments.mean_scale, MEAN), dequantized(moments.square, moments.square_scale, SQUARE)
+    )
 
 
 @torch.no_grad()
@@ -219,8 +221,8 @@ def _slab(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update,
     fetched = {name: _fetch(tensor, device) for name, tensor in moments.tensors().items()}
     m, v = fetched["mean"], fetched["square"]  # (n,)
     if moments.eight_bit:
-        m = widen(m, fetched["mean_scale"], MEAN)
-        v = widen(v, fetched["square_scale"], SQUARE)
+        m = dequantized(m, fetched["mean_scale"], MEAN)
+        v = dequantized(v, fetched["square_scale"], SQUARE)
     g = gradient.float() * update.factor
     m = m * update.beta1 + g * (1 - update.beta1)
     v = v * update.beta2 + g.square() * (1 - update.beta2)
@@ -269,7 +271,7 @@ def agrees(step: Callable[[Tensor, Tensor, Moments, Update], None], device: torc
     for dtype in (torch.float32, torch.bfloat16):
         for eight_bit in (False, True):
             ours, truth = wave.to(dtype, copy=True), wave.to(dtype, copy=True)
-            mine, theirs = (no_moments(1001, eight_bit=eight_bit, device=device) for _ in range(2))
+            mine, theirs = (zero_moments(1001, eight_bit=eight_bit, device=device) for _ in range(2))
             for number in (1, 2, 3):
                 gradient = (wave.roll(number) * 10.0 ** (wave * 4)).to(dtype)
                 update = update_of(

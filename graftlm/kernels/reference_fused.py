@@ -55,25 +55,25 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate = "silu") ->
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first values of every head by its token's angles (Su et al. 2021): (a, b) -> (a c - b s, b c + a s).
 
-    x (tokens, heads, D); cos and sin (period, turned) with turned <= D, token t using row t % period; a and b are the halves
-    of the turned values, the rest stays.
+    x (tokens, heads, D); cos and sin (period, rotary_dim) with rotary_dim <= D, token t using row t % period; a and b
+    are the halves of the rotated values, the rest stays.
     """
-    turned, times = cos.shape[-1], len(x) // max(len(cos), 1)
+    rotary_dim, times = cos.shape[-1], len(x) // max(len(cos), 1)
     c, s = (t.float().repeat(times, 1)[:, None] for t in (cos, sin))  # (tokens, 1, turned)
-    front = x[..., :turned].float()
+    front = x[..., :rotary_dim].float()
     a, b = front.chunk(2, dim=-1)
     front = front * c + torch.cat((-b, a), dim=-1) * s
-    return torch.cat((front.to(x.dtype), x[..., turned:]), dim=-1)
+    return torch.cat((front.to(x.dtype), x[..., rotary_dim:]), dim=-1)
 
 
 def rotary_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of `rotary` to x: (da, db) = (dy_a c_a + dy_b s_b, dy_b c_b - dy_a s_a), turned back."""
-    turned, times = cos.shape[-1], len(dy) // max(len(cos), 1)
+    rotary_dim, times = cos.shape[-1], len(dy) // max(len(cos), 1)
     c, s = (t.float().repeat(times, 1)[:, None] for t in (cos, sin))
-    front = dy[..., :turned].float()
+    front = dy[..., :rotary_dim].float()
     a, b = (front * s).chunk(2, dim=-1)
     front = front * c + torch.cat((b, -a), dim=-1)
-    return torch.cat((front.to(dy.dtype), dy[..., turned:]), dim=-1)
+    return torch.cat((front.to(dy.dtype), dy[..., rotary_dim:]), dim=-1)
 
 
 def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:

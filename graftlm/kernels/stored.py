@@ -118,6 +118,6 @@ class Int8:
         return Int8(self.values[index], self.scale[index])
 
 
-Stored = Nf4 | Int8
+Quantized = Nf4 | Int8
 Weight = Tensor | Int8 | Nf4
 """Any weight: dense, or in a stored form."""

@@ -1,11 +1,11 @@
 """What a forward pass leaves for the backward pass: the tensors that each module saves, as a table.
 
 Every entry is one line: which module, how many values per token. The table says what this implementation keeps
-(`base/linear.py`, `adapters/bank.py`, `base/fused.py`, `base/attention.py`), not what a model needs in theory; a test runs
+(`base/modules.py`, `adapters/bank.py`, `base/fused.py`, `base/attention.py`), not what a model needs in theory; a test runs
 every architecture and compares with what autograd really saved.
 
 Letters: w width of the residual stream, a heads times their width, f inner width of the feed-forward part, H heads,
-L length of a document, r rank.
+L length of an example, r rank.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graftlm.planning.method import Adapted, Setting
-from graftlm.planning.shape import Norms, Shape, Weights
+from graftlm.planning.method import AdapterShape, TrainingSetting
+from graftlm.planning.shapes import ModelShape, Norms, Weights
 
 FLOAT32 = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
-    """The heaviest pass of a run: documents laid end to end, and how a step is made of passes."""
+class Workload:
+    """The heaviest micro-batch of a run: examples laid end to end, and how a step is made of micro-batches."""
 
     tokens: int
-    trained: int
-    """Trained tokens among them: those that get logits."""
+    target_tokens: int
+    """Target tokens among them: those that get logits."""
     longest: int
-    """Tokens of its longest document."""
-    documents: int = 1
-    passes: int = 1
+    """Tokens of its longest example."""
+    examples: int = 1
+    micro_batches: int = 1
     """Passes of one optimizer step."""
     small: bool = False
-    """Whether its passes are of fewer tokens than the default, as asked or because the machine has no more memory."""
+    """Whether its micro-batches are of fewer tokens than the default, as asked or because the machine has no more memory."""
 
     @property
-    def sparing(self) -> bool:
-        """Whether large tensors of a step get pages of their own on a processor (`training/pages.py`): a third more time."""
-        return self.small and self.passes > 1
+    def mmap_allocations(self) -> bool:
+        """Whether large tensors of a step are mmap-backed on a processor (`training/pages.py`): a third more time."""
+        return self.small and self.micro_batches > 1
 
     @property
     def squares(self) -> int:
@@ -46,7 +46,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class SavedActivations:
     """Bytes that autograd keeps of a pass."""
 
     layer: int
@@ -61,32 +61,40 @@ class Kept:
     """Of what stands behind them alone: it is gone when their backward pass begins."""
 
 
-def kept(
-    shape: Shape, setting: Setting, adapted: Adapted, load: Load, *, fused: bool, shares_keys: bool = False
-) -> Kept:
+def saved_activations(
+    shape: ModelShape,
+    setting: TrainingSetting,
+    adapter_shape: AdapterShape,
+    load: Workload,
+    *,
+    fused: bool,
+    shares_keys: bool = False,
+) -> SavedActivations:
     """What autograd keeps of a pass, layer by layer.
 
     `fused`: norms and gated products run as one operation each. `shares_keys`: attention reads keys and values as they are,
     where several heads of queries share one of theirs (`kernels/native/attention.c`); elsewhere they are repeated for each.
     """
-    c = 2 if setting.compute == "bfloat16" else 4  # bytes of a value in the residual stream
+    c = 2 if setting.compute_dtype == "bfloat16" else 4  # bytes of a value in the residual stream
     per_token = sum(_norm(n, setting.full, c, fused) * n.count for n in shape.norms if n.inside)
-    per_token += _inputs(shape, setting, adapted) * c
-    per_token += sum(adapted.ranks.get(w.key, 0) * _tokens_share(shape, w) for w in shape.weights) * c  # h = x A^T
+    per_token += _inputs(shape, setting, adapter_shape) * c
+    per_token += (
+        sum(adapter_shape.ranks.get(w.key, 0) * _tokens_share(shape, w) for w in shape.weights) * c
+    )  # h = x A^T
     attentions = _attentions(shape)
     per_token += attentions * _attention(shape, c, shares_keys)
     per_token += _feed_forward(shape, c, fused)
     layers = int(per_token * load.tokens)
     layers += attentions * _written_out(shape, load, c)
     count = max(1, shape.layers)
-    unsaved = 0 if setting.full else int(_in_front(shape, adapted, c, fused, shares_keys) * load.tokens)
+    unsaved = 0 if setting.full else int(_in_front(shape, adapter_shape, c, fused, shares_keys) * load.tokens)
     behind = sum(_norm(n, setting.full, c, fused) * n.count for n in shape.norms if not n.inside) * load.tokens
     front = (8 + 2 * shape.rotary * c) * load.tokens  # the token ids; cosines and sines of the positions
     if not setting.full:  # in front of the first adapter nothing asks for a gradient
         front -= (
             sum(_norm(n, False, c, fused) for n in shape.norms if n.inside and n.width == shape.width) * load.tokens
         )
-    return Kept(
+    return SavedActivations(
         layer=layers // count,
         layers=layers - unsaved,
         inputs=count * shape.width * c * load.tokens,
@@ -100,7 +108,7 @@ def kept(
 
 def _norm(norm: Norms, trained: bool, c: int, fused: bool) -> int:
     """LayerNorm: its input, mean and deviation. RMSNorm fused: its input and one number; composed of PyTorch's operations
-    it works in float32 and keeps its widened input, and what the weight is multiplied with when that is trained."""
+    it works in float32 and keeps its upcast input, and what the weight is multiplied with when that is trained."""
     if norm.kind == "layer":
         return norm.width * c + 2 * FLOAT32
     if fused:
@@ -108,14 +116,14 @@ def _norm(norm: Norms, trained: bool, c: int, fused: bool) -> int:
     return norm.width * FLOAT32 + FLOAT32 + (norm.width * c if trained else 0)
 
 
-def _inputs(shape: Shape, setting: Setting, adapted: Adapted) -> float:
+def _inputs(shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShape) -> float:
     """Inputs of linear layers, values per token over all layers: saved for the gradient of W, or of A.
 
     Layers that read the same input share it: q, k and v; gate and up. What attention gives on is counted there.
     """
     total = 0.0
     for part in ("attention", "mlp", "router", "other"):
-        taken = [w for w in shape.weights if w.part == part and (setting.full or adapted.layers.get(w.key))]
+        taken = [w for w in shape.weights if w.part == part and (setting.full or adapter_shape.layers.get(w.key))]
         outputs = {w.key for w in _outputs(shape, part)}
         readers = [w for w in taken if w.key not in outputs]
         layers = {(_layer(w), w.inner): w.count for w in readers}
@@ -126,17 +134,17 @@ def _inputs(shape: Shape, setting: Setting, adapted: Adapted) -> float:
     return total
 
 
-def _parallel(shape: Shape) -> bool:
+def _parallel(shape: ModelShape) -> bool:
     """Whether one norm feeds attention and the feed-forward part beside it."""
     return sum(n.count for n in shape.norms if n.inside and n.width == shape.width) == shape.layers
 
 
-def _in_front(shape: Shape, adapted: Adapted, c: int, fused: bool, shares_keys: bool) -> float:
+def _in_front(shape: ModelShape, adapter_shape: AdapterShape, c: int, fused: bool, shares_keys: bool) -> float:
     """Of the first layer, what stands behind its first norm and in front of its first adapter: nothing there asks for a
     gradient, so nothing of it is saved. Most with `--targets mlp`: all of that layer's attention."""
 
     def carry(weights: Sequence[Weights]) -> bool:
-        return any(adapted.layers.get(w.key) for w in weights)
+        return any(adapter_shape.layers.get(w.key) for w in weights)
 
     attention, outputs = [w for w in shape.weights if w.part == "attention"], _outputs(shape, "attention")
     feed_forward, last = [w for w in shape.weights if w.part in ("mlp", "experts", "router")], _outputs(shape, "mlp")
@@ -159,31 +167,31 @@ def _layer(weights: Weights) -> str:
     return weights.name.rpartition(".")[0]
 
 
-def _outputs(shape: Shape, part: str) -> list[Weights]:
+def _outputs(shape: ModelShape, part: str) -> list[Weights]:
     """The matrices of a part that give the residual stream: o_proj, down_proj."""
     found = [w for w in shape.weights if w.part == part and w.out == shape.width]
     last: dict[str, Weights] = {_layer(w): w for w in found}  # q_proj may have the same size and stands in front
     return list(last.values())
 
 
-def _attentions(shape: Shape) -> int:
+def _attentions(shape: ModelShape) -> int:
     """Attention modules of the model."""
     return sum(w.count for w in _outputs(shape, "attention"))
 
 
-def _attention(shape: Shape, c: int, shares_keys: bool) -> int:
+def _attention(shape: ModelShape, c: int, shares_keys: bool) -> int:
     """Queries and the result, 2 a; keys and values, 2 a where they are repeated to all heads; a sum a head in float32."""
     keys = shape.key_value_width if shares_keys else shape.attention_width
     return 2 * (shape.attention_width + keys) * c + shape.heads * FLOAT32
 
 
-def _written_out(shape: Shape, load: Load, c: int) -> int:
-    """Scores of whole documents where no fused kernel computes them: H L^2, and as many again under a soft cap."""
+def _written_out(shape: ModelShape, load: Workload, c: int) -> int:
+    """Scores of whole examples where no fused kernel computes them: H L^2, and as many again under a soft cap."""
     times = 2 if shape.softcapped else 0 if shape.packs else 1
     return times * shape.heads * load.squares * c - bool(times) * shape.heads * FLOAT32 * load.tokens
 
 
-def _feed_forward(shape: Shape, c: int, fused: bool) -> float:
+def _feed_forward(shape: ModelShape, c: int, fused: bool) -> float:
     """What stands between the matrices of the feed-forward part.
 
     gated, fused        gate and up, 2 f
@@ -206,6 +214,6 @@ def _feed_forward(shape: Shape, c: int, fused: bool) -> float:
     return total
 
 
-def _tokens_share(shape: Shape, weights: Weights) -> int:
+def _tokens_share(shape: ModelShape, weights: Weights) -> int:
     """How often a token passes a matrix: once, or through as many experts as it is sent to."""
     return shape.experts_per_token if weights.part == "experts" else 1

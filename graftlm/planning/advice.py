@@ -6,7 +6,7 @@ Rules, and where they are from:
                   model is served. QLoRA where 16-bit weights do not fit, or cost decides (Dettmers et al. 2023).
     targets       all linear layers: attention alone learns less at the same size (Schulman et al. 2025; Dettmers et al. 2023)
     rank          enough values for the data: an adapter holds about 2 bits a value (Allen-Zhu and Li 2024), and what training
-                  can add is at most the base's loss on the trained tokens
+                  can add is at most the base's loss on the target tokens
     learning rate an adapter's is about ten times full training's (Schulman et al. 2025), less for wider models
     batch         small: adapters lose more by large batches than full training does (Schulman et al. 2025)
 """
@@ -17,11 +17,11 @@ import math
 from dataclasses import dataclass, replace
 
 from graftlm.config.plan import Goal
-from graftlm.planning.distance import Distance
-from graftlm.planning.fitting import Case, cards_needed, changes, fits
-from graftlm.planning.memory import Need
-from graftlm.planning.method import METHODS, Setting, adapted
-from graftlm.planning.words import count, size
+from graftlm.formatting import count, size
+from graftlm.planning.fitting import PlanCase, cards_needed, changes, fits
+from graftlm.planning.memory import MemoryRequirement
+from graftlm.planning.method import METHODS, TrainingSetting, adapter_shape
+from graftlm.planning.perplexity import DomainShift
 
 MANY_ROWS = 100_000
 BITS_PER_VALUE = 2.0
@@ -33,11 +33,11 @@ _RATE, _RATE_WIDTH = 2e-4, 4096  # of an adapter on a model of that width
 class Facts:
     """What advice is given from."""
 
-    case: Case
+    case: PlanCase
     rows: int = 0
     tokens: int = 0
-    trained_tokens: int = 0
-    distance: Distance | None = None
+    target_tokens: int = 0
+    domain_shift: DomainShift | None = None
     goal: Goal = "balanced"
     variants: int = 1
 
@@ -46,7 +46,7 @@ class Facts:
 class Advice:
     """What to take, why, and what would change it."""
 
-    setting: Setting | None
+    setting: TrainingSetting | None
     """None where nothing fits."""
     rank: int | None
     learning_rate: float
@@ -108,12 +108,12 @@ def advise(facts: Facts) -> Advice:
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 
-def _by_key(key: str) -> Setting:
+def _by_key(key: str) -> TrainingSetting:
     return next(m for m in METHODS if m.key == key)
 
 
-def _first_that_fits(facts: Facts, keys: tuple[str, ...]) -> tuple[Setting, Need] | None:
-    """The first of the methods that fits the card, each first as it is and then with layers run again."""
+def _first_that_fits(facts: Facts, keys: tuple[str, ...]) -> tuple[TrainingSetting, MemoryRequirement] | None:
+    """The first of the methods that fits the card, each first as it is and then with activation checkpointing."""
     for key in keys:
         for setting in (_by_key(key), _by_key(key).checkpointed()):
             found = facts.case.of(setting)
@@ -125,7 +125,7 @@ def _first_that_fits(facts: Facts, keys: tuple[str, ...]) -> tuple[Setting, Need
 _FULL = ("full", "full-bfloat16", "full-8bit", "full-in-backward")
 
 
-def _method(facts: Facts, reasons: list[str]) -> tuple[Setting | None, int]:
+def _method(facts: Facts, reasons: list[str]) -> tuple[TrainingSetting | None, int]:
     card = facts.case.card
     wanted = _reason_for_full(facts)
     keys = _FULL + (("full-offload",) if card.kind == "cuda" else ())
@@ -153,7 +153,8 @@ def _method(facts: Facts, reasons: list[str]) -> tuple[Setting | None, int]:
     if found is None:
         least = facts.case.of(METHODS[-1].checkpointed())
         reasons.append(
-            f"Nothing fits {card.name}: QLoRA with layers run again still takes {size(least.peak)} of {size(card.usable)}."
+            f"Nothing fits {card.name}: QLoRA with activation checkpointing still takes {size(least.peak)} of "
+            f"{size(card.usable)}."
         )
         return None, 1
     setting = found[0]
@@ -178,16 +179,17 @@ def _reason_for_full(facts: Facts) -> str:
         return ""
     if facts.rows >= MANY_ROWS:
         return f"{facts.rows:,} rows are more than an adapter should hold ({MANY_ROWS:,} and more)."
-    if facts.distance is not None and facts.distance.kind == "far":
+    if facts.domain_shift is not None and facts.domain_shift.kind == "far":
         return (
-            f"The data are far from this base: {facts.distance.surprise:.2f} nats a token of surprise on their prompts "
-            f"(loss {facts.distance.prompt_loss:.2f}, it expects {facts.distance.prompt_entropy:.2f})."
+            f"The data are far from this base: {facts.domain_shift.excess_loss:.2f} nats a token of excess loss on "
+            "their prompts "
+            f"(loss {facts.domain_shift.prompt_loss:.2f}, it expects {facts.domain_shift.prompt_entropy:.2f})."
         )
     return "The last point of quality counts." if facts.goal == "quality" else ""
 
 
-def _fit(found: tuple[Setting, Need], facts: Facts) -> str:
-    again = ", with layers run again in the backward pass" if found[0].activation_checkpointing else ""
+def _fit(found: tuple[TrainingSetting, MemoryRequirement], facts: Facts) -> str:
+    again = ", with activation checkpointing" if found[0].activation_checkpointing else ""
     return f"{size(found[1].peak)} of {size(facts.case.card.usable)}{again}"
 
 
@@ -195,27 +197,28 @@ def _fit(found: tuple[Setting, Need], facts: Facts) -> str:
 
 
 def bits_to_learn(facts: Facts) -> float:
-    """The most that training can add: the base's loss on every trained token, in bits; 2 nats a token where it is unknown."""
-    loss = facts.distance.answer_loss if facts.distance is not None else 2.0
-    return facts.trained_tokens * loss / math.log(2)
+    """The most that training can add: the base's loss on every target token, in bits; 2 nats a token where it is unknown."""
+    loss = facts.domain_shift.answer_loss if facts.domain_shift is not None else 2.0
+    return facts.target_tokens * loss / math.log(2)
 
 
 def _rank(facts: Facts, reasons: list[str]) -> int:
     """The least usual rank that holds the data, 16 at least; 64 for data that are far."""
     shape, targets = facts.case.shape, facts.case.targets
     wanted = bits_to_learn(facts)
-    far = facts.distance is not None and facts.distance.kind == "far"
+    far = facts.domain_shift is not None and facts.domain_shift.kind == "far"
     least = 64 if far else facts.case.rank
     rank = next(
-        (r for r in _RANKS if r >= least and adapted(shape, targets, r).values(shape) * BITS_PER_VALUE >= wanted), 256
+        (r for r in _RANKS if r >= least and adapter_shape(shape, targets, r).values(shape) * BITS_PER_VALUE >= wanted),
+        256,
     )
     rank = max(rank, facts.case.rank)
-    values = adapted(shape, targets, rank).values(shape)
+    values = adapter_shape(shape, targets, rank).values(shape)
     where = "all linear layers" if targets == ("all-linear",) else ", ".join(targets)
     text = f"Rank {rank} on {where}: {count(values)} values hold about {size(values * BITS_PER_VALUE / 8)}"
-    if facts.trained_tokens:
-        text += f", and {facts.trained_tokens:,} trained tokens can teach at most {size(wanted / 8)}"
-    if far and facts.distance is not None:
+    if facts.target_tokens:
+        text += f", and {facts.target_tokens:,} target tokens can teach at most {size(wanted / 8)}"
+    if far and facts.domain_shift is not None:
         text += "; far data want more than the usual 16"
     reasons.append(text + ".")
     return rank
@@ -243,17 +246,18 @@ def _batch(facts: Facts) -> tuple[int, int]:
 # ---- what would change it --------------------------------------------------------------------------------------------
 
 
-def _would_change(facts: Facts, setting: Setting | None) -> list[str]:
+def _would_change(facts: Facts, setting: TrainingSetting | None) -> list[str]:
     said: list[str] = []
     card = facts.case.card
-    if facts.distance is None and facts.rows:
+    if facts.domain_shift is None and facts.rows:
         said.append(
             "How far the data are from the base was not measured (its weights are not here, or reading would take long; "
-            "--ask-base yes measures it): surprise of more than 1 nat on the prompts would speak for full training."
+            "--ask-base yes measures it): excess loss of more than 1 nat on the prompts would speak for full training."
         )
-    elif facts.distance is not None and facts.distance.kind != "far":
+    elif facts.domain_shift is not None and facts.domain_shift.kind != "far":
         said.append(
-            f"The base is at home in these prompts (surprise {facts.distance.surprise:.2f} nats a token, far begins at 1); "
+            f"The base is at home in these prompts (excess loss {facts.domain_shift.excess_loss:.2f} nats a token, "
+            "far begins at 1); "
             "data of another kind would speak for full training."
         )
     if setting is not None and not setting.full:
@@ -285,12 +289,12 @@ def _would_change(facts: Facts, setting: Setting | None) -> list[str]:
         half = replace(
             facts.case.load,
             tokens=facts.case.load.tokens // 2,
-            trained=max(1, facts.case.load.trained // 2),
+            target_tokens=max(1, facts.case.load.target_tokens // 2),
             longest=shorter,
         )
         plain = replace(facts.case, load=half).of(replace(setting, activation_checkpointing=False))
         if fits(plain, card):
             said.append(
-                f"Documents of at most {shorter:,} tokens would fit without running layers again, a quarter faster."
+                f"Examples of at most {shorter:,} tokens would fit without activation checkpointing, a quarter faster."
             )
     return said

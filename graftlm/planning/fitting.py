@@ -10,51 +10,51 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from graftlm.planning.activations import Load
+from graftlm.planning.activations import Workload
 from graftlm.planning.hardware import Card, cards
-from graftlm.planning.memory import Need, Parts, need
-from graftlm.planning.method import Adapted, Setting, adapted
-from graftlm.planning.shape import Shape
+from graftlm.planning.memory import MemoryParts, MemoryRequirement, requirement
+from graftlm.planning.method import AdapterShape, TrainingSetting, adapter_shape
+from graftlm.planning.shapes import ModelShape
 
 MOST_CARDS = 16
 _LONGEST = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class PlanCase:
     """Everything that a need is computed from, but the method."""
 
-    shape: Shape
+    shape: ModelShape
     targets: tuple[str, ...]
     rank: int
-    load: Load
+    load: Workload
     card: Card
     fused: bool
 
-    def of(self, setting: Setting) -> Need:
+    def of(self, setting: TrainingSetting) -> MemoryRequirement:
         """What a method takes here."""
-        setting = replace(setting, compute=self.card.compute)
-        return need(
-            self.shape, setting, self.adapted(setting), self.load, self.card.kind, fused=self.fused,
-            decodes=self.card.decodes,
+        setting = replace(setting, compute_dtype=self.card.compute_dtype)
+        return requirement(
+            self.shape, setting, self.adapter_shape(setting), self.load, self.card.kind, fused=self.fused,
+            fused_dequant=self.card.fused_dequant,
         )  # fmt: skip
 
-    def adapted(self, setting: Setting) -> Adapted:
+    def adapter_shape(self, setting: TrainingSetting) -> AdapterShape:
         """The adapter of a method; none for full training."""
-        return Adapted() if setting.full else adapted(self.shape, self.targets, self.rank)
+        return AdapterShape() if setting.full else adapter_shape(self.shape, self.targets, self.rank)
 
 
-def fits(found: Need, card: Card) -> bool:
+def fits(found: MemoryRequirement, card: Card) -> bool:
     """Whether a training finds room on one card."""
     return found.peak <= card.usable
 
 
-def split_bytes(found: Need, shape: Shape, count: int) -> int:
+def split_bytes(found: MemoryRequirement, shape: ModelShape, count: int) -> int:
     """Bytes on each of `count` cards: the split parts, one layer gathered, and what stays whole, at the highest moment."""
     if count == 1:
         return found.peak
 
-    def at(parts: Parts) -> int:
+    def at(parts: MemoryParts) -> int:
         split = parts.weights + parts.gradients + parts.optimizer + parts.adapters
         gathered = parts.weights // max(1, shape.layers)
         return math.ceil(split / count) + (parts.total - split) + gathered
@@ -62,7 +62,7 @@ def split_bytes(found: Need, shape: Shape, count: int) -> int:
     return max(at(parts) for parts in found.moments.values())
 
 
-def cards_needed(found: Need, shape: Shape, card: Card, most: int = MOST_CARDS) -> int | None:
+def cards_needed(found: MemoryRequirement, shape: ModelShape, card: Card, most: int = MOST_CARDS) -> int | None:
     """How many of a card a training needs, in powers of two up to `most`; None where these are too few."""
     count = 1
     while count <= most:
@@ -72,34 +72,34 @@ def cards_needed(found: Need, shape: Shape, card: Card, most: int = MOST_CARDS) 
     return None
 
 
-def smallest_card(found: Need) -> Card | None:
+def smallest_card(found: MemoryRequirement) -> Card | None:
     """The known card with the least memory on which a training fits alone."""
     return next((c for c in cards().values() if c.kind == "cuda" and fits(found, c)), None)
 
 
-def largest_batch(case: Case, setting: Setting) -> int:
-    """Most documents of the asked length that one pass can hold; 0 where not one fits."""
+def largest_batch(case: PlanCase, setting: TrainingSetting) -> int:
+    """Most examples of the asked length that one micro-batch can hold; 0 where not one fits."""
     load = case.load
 
     def at(count: int) -> bool:
-        share = load.trained / load.tokens
+        share = load.target_tokens / load.tokens
         tokens = count * load.longest
-        grown = replace(load, tokens=tokens, trained=max(1, round(tokens * share)), documents=count)
+        grown = replace(load, tokens=tokens, target_tokens=max(1, round(tokens * share)), examples=count)
         return fits(replace(case, load=grown).of(setting), case.card)
 
     return _most(at, 1 << 14)
 
 
-def longest_document(case: Case, setting: Setting) -> int:
-    """Most tokens of a single document that fits; 0 where the weights alone do not."""
-    share = case.load.trained / case.load.tokens
+def longest_example(case: PlanCase, setting: TrainingSetting) -> int:
+    """Most tokens of a single example that fits; 0 where the weights alone do not."""
+    share = case.load.target_tokens / case.load.tokens
 
     def at(length: int) -> bool:
-        one = Load(
+        one = Workload(
             tokens=length,
-            trained=max(1, round(length * share)),
+            target_tokens=max(1, round(length * share)),
             longest=length,
-            passes=case.load.passes,
+            micro_batches=case.load.micro_batches,
             small=case.load.small,
         )
         return fits(replace(case, load=one).of(setting), case.card)
@@ -129,7 +129,7 @@ class Change:
     """Bytes with it."""
 
 
-def changes(case: Case, setting: Setting) -> list[Change]:
+def changes(case: PlanCase, setting: TrainingSetting) -> list[Change]:
     """What makes a training fit that does not, cheapest first: each alone if one is enough, else one on top of the other.
 
     The order is by what a change costs: nothing but a little speed, then a third more time, then precision, then length,
@@ -138,7 +138,7 @@ def changes(case: Case, setting: Setting) -> list[Change]:
     done: list[Change] = []
     now, how = case, setting
 
-    def add(text: str, then: Case, by: Setting) -> bool:
+    def add(text: str, then: PlanCase, by: TrainingSetting) -> bool:
         nonlocal now, how
         peak = then.of(by).peak
         if peak >= 0.99 * now.of(how).peak:  # no help worth a word
@@ -148,26 +148,26 @@ def changes(case: Case, setting: Setting) -> list[Change]:
         return peak <= case.card.usable
 
     load = case.load
-    if load.documents > 1:
-        share = load.trained / load.tokens
+    if load.examples > 1:
+        share = load.target_tokens / load.tokens
         one = replace(
-            load, tokens=load.longest, trained=max(1, round(load.longest * share)), documents=1,
-            passes=load.passes * load.documents, small=True,
+            load, tokens=load.longest, target_tokens=max(1, round(load.longest * share)), examples=1,
+            micro_batches=load.micro_batches * load.examples, small=True,
         )  # fmt: skip
         if add(
-            f"--tokens-per-pass {load.longest}: one document at a time, the same result", replace(now, load=one), how
+            f"--micro-batch-tokens {load.longest}: one example at a time, the same result", replace(now, load=one), how
         ):
             return done
     if not how.activation_checkpointing and case.shape.layers:
-        text = "--activation-checkpointing: layers run again in the backward pass, about a third more time"
+        text = "--activation-checkpointing: activations are recomputed in the backward pass, about a third more time"
         if add(text, now, how.checkpointed()):
             return done
     for text, by in _lower(how):
         if add(text, now, by):
             return done
-    shorter = longest_document(now, how)
+    shorter = longest_example(now, how)
     if shorter >= 64:
-        text = f"--max-tokens-per-document {shorter} --too-long cut: longer documents lose their ends"
+        text = f"--max-length {shorter} --overlong truncate: longer examples lose their ends"
         add(text, *_cut(now, how, shorter))
         return done
     count = cards_needed(now.of(how), case.shape, case.card)
@@ -181,33 +181,33 @@ def changes(case: Case, setting: Setting) -> list[Change]:
     return done
 
 
-def _lower(how: Setting) -> list[tuple[str, Setting]]:
+def _lower(how: TrainingSetting) -> list[tuple[str, TrainingSetting]]:
     """The rungs below a method, in their order."""
     if not how.full:
         steps = [
-            ("--precision int8: the base in 8 bits", replace(how, precision="int8")),
+            ("--base-precision int8: the base in 8 bits", replace(how, precision="int8")),
             ("--method qlora: the base in 4 bits", replace(how, method="qlora", precision="nf4")),
         ]
         narrower = {"int8": ("nf4",), "nf4": ()}.get(how.precision, ("int8", "nf4"))
         return [(text, by) for text, by in steps if by.precision in narrower]
-    found: list[tuple[str, Setting]] = []
+    found: list[tuple[str, TrainingSetting]] = []
     if how.precision == "float32":
         how = replace(how, precision="bfloat16")
-        found.append(("--precision bfloat16: weights and gradients in 16 bits, rounded at random", how))
+        found.append(("--base-precision bfloat16: weights and gradients in 16 bits, rounded at random", how))
     if how.optimizer == "adamw":
         how = replace(how, optimizer="adamw-8bit")
         found.append(("--optimizer adamw-8bit: its two moments in 8 bits each", how))
     if not how.optimizer_in_backward:
         how = replace(how, optimizer_in_backward=True)
-        found.append(("--optimizer-in-backward: no gradient stays; one pass a step", how))
+        found.append(("--optimizer-in-backward: no gradient stays; one micro-batch a step", how))
     again = how.activation_checkpointing
-    lora = Setting(key="lora", label="", method="lora", precision="bfloat16", activation_checkpointing=again)
+    lora = TrainingSetting(key="lora", label="", method="lora", precision="bfloat16", activation_checkpointing=again)
     found.append(("--method lora: a small adapter is trained, the base stays", lora))
     found.append(("--method qlora: and the base is stored in 4 bits", replace(lora, method="qlora", precision="nf4")))
     return found
 
 
-def _cut(case: Case, setting: Setting, length: int) -> tuple[Case, Setting]:
-    share = case.load.trained / case.load.tokens
-    load = replace(case.load, tokens=length, longest=length, trained=max(1, round(length * share)), documents=1)
+def _cut(case: PlanCase, setting: TrainingSetting, length: int) -> tuple[PlanCase, TrainingSetting]:
+    share = case.load.target_tokens / case.load.tokens
+    load = replace(case.load, tokens=length, longest=length, target_tokens=max(1, round(length * share)), examples=1)
     return replace(case, load=load), setting

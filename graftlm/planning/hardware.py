@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from graftlm.config.fields import PRODUCTS
+from graftlm.config.fields import COMPUTE_DTYPE_NAMES
 from graftlm.errors import ConfigError, nearest
 
 GiB = 1 << 30
@@ -61,12 +61,12 @@ class Card:
     """FLOP a second of matrix products; 0 where unknown."""
     bfloat16: float = 0.0
     """The same in bfloat16; 0 where it has none."""
-    mixed: float = 0.0
+    bf16_mixed: float = 0.0
     """The same with both sides rounded to bfloat16 and sums in float32, as training takes them on some processors; else 0."""
     here: bool = False
     """Whether it is this machine's."""
-    decodes: bool = False
-    """Whether its products read weights as they are stored, so that no widened copy is made (`kernels/native/gemm.c`)."""
+    fused_dequant: bool = False
+    """Whether its products read weights as they are stored, so that no upcast copy is made (`kernels/native/gemm.c`)."""
 
     @property
     def usable(self) -> int:
@@ -78,19 +78,19 @@ class Card:
         return self.memory - SYSTEM_BYTES - INTERPRETER_BYTES
 
     @property
-    def compute(self) -> Literal["float32", "bfloat16"]:
+    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
         """The type of the residual stream on it."""
         return "bfloat16" if self.bfloat16 > self.float32 or (self.kind == "cuda" and not self.float32) else "float32"
 
     @property
     def rate(self) -> float:
         """FLOP a second of training's products; 0 where unknown."""
-        return self.mixed or (self.bfloat16 if self.compute == "bfloat16" else self.float32)
+        return self.bf16_mixed or (self.bfloat16 if self.compute_dtype == "bfloat16" else self.float32)
 
     @property
-    def products(self) -> str:
-        """The type of training's products, as a message names it."""
-        return PRODUCTS["mixed" if self.mixed else self.compute]
+    def matmul_dtype(self) -> str:
+        """The matmul dtype of training, as a message names it."""
+        return COMPUTE_DTYPE_NAMES["bf16-mixed" if self.bf16_mixed else self.compute_dtype]
 
 
 @cache
@@ -195,20 +195,20 @@ def processor() -> Card:
         memory=machine_memory(),
         bandwidth=min(cores * _CORE_BANDWIDTH, _MOST_BANDWIDTH),
         float32=float32,
-        mixed=2 * float32 if _rounds() else 0.0,
+        bf16_mixed=2 * float32 if _bf16_mixed_is_default() else 0.0,
         here=True,
-        decodes=_instructions() != "other" and "GenuineIntel" not in _cpuinfo(),  # as gemm.c decides
+        fused_dequant=_instructions() != "other" and "GenuineIntel" not in _cpuinfo(),  # as gemm.c decides
     )
 
 
-def _rounds() -> bool:
-    """Whether training rounds to bfloat16 and sums in float32 here by default (`base.precision.default_compute`)."""
+def _bf16_mixed_is_default() -> bool:
+    """Whether training rounds to bfloat16 and sums in float32 here by default (`base.precision.default_compute_dtype`)."""
     flags = _cpuinfo()
     if "avx512_bf16" not in flags or "amx_bf16" in flags:
         return False
-    from graftlm import kernels  # PyTorch is asked only where the answer depends on it
+    from graftlm import kernels as kernels  # PyTorch is asked only where the answer depends on it
 
-    return kernels.narrows()
+    return kernels.has_bf16_matmul()
 
 
 def _instructions() -> str:

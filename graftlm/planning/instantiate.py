@@ -1,7 +1,7 @@
 """From a config to a shape: the model is built by transformers without storage, and its parts are counted.
 
 Nothing here knows an architecture. Modules live on PyTorch's meta device, where a tensor has a shape and no bytes, so a
-model of 70 billion values takes 40 ms; which of them are stored and adapted is decided by the same `find_targets` that
+model of 70 billion values takes 40 ms; which of them are stored and adapted is decided by the same `find_replacements` that
 training uses.
 """
 
@@ -19,17 +19,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from graftlm.adapters.attach import in_attention
 from graftlm.base import hf
 from graftlm.errors import ModelError
-from graftlm.planning.shape import Norms, Part, Shape, Weights
+from graftlm.planning.shapes import ModelShape, Norms, Part, Weights
 
 # What some models do to their logits, by the names of their configs.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-def instantiate(config: Any, trust_remote_code: bool = False) -> Shape:
+def instantiate(config: Any, trust_remote_code: bool = False) -> ModelShape:
     """The shape of the model that a config describes; ModelError for one that cannot be built or has nothing to store."""
     try:
         with torch.device("meta"):
-            model = hf.fresh(config, 0, trust_remote_code)
+            model = hf.random_model(config, 0, trust_remote_code)
     except (
         TypeError,
         ValueError,
@@ -44,23 +44,23 @@ def instantiate(config: Any, trust_remote_code: bool = False) -> Shape:
     return shape_of(model)
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: Any) -> ModelShape:
     """Count a model that transformers built, on any device, before its modules are replaced by stored ones."""
-    targets = hf.find_targets(model, "bfloat16")
+    replacements = hf.find_replacements(model, "bfloat16")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config = model.config.get_text_config()
     heads = int(getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or 1)
     layers = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
-    stored = {*targets.all()}
+    stored = {*replacements.all()}
     tied = head.weight is embedding.weight
     own = {id(embedding.weight), id(head.weight)}
     rest = {n: p for n, p in model.named_parameters() if n not in stored and id(p) not in own}
-    linears = [model.get_submodule(name.removesuffix(".weight")) for name in targets.linears]
+    linears = [model.get_submodule(name.removesuffix(".weight")) for name in replacements.linears]
     biases = sum(m.bias.numel() for m in linears if getattr(m, "bias", None) is not None)
-    weights = _weights(model, targets, layers)
+    weights = _weights(model, replacements, layers)
     wide = [n for n in rest if any(part in _float32_parts(model) for part in n.split("."))]
     stacks = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_concatenated")]
-    return Shape(
+    return ModelShape(
         architecture=type(model).__name__,
         layers=len(layers),
         width=int(embedding.weight.shape[1]),
@@ -95,17 +95,17 @@ def common_name(name: str) -> str:
     return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", name)
 
 
-def _weights(model: Any, targets: hf.Targets, layers: list[str]) -> tuple[Weights, ...]:
+def _weights(model: Any, replacements: hf.Replacements, layers: list[str]) -> tuple[Weights, ...]:
     """Matrices of the same name, part and size, counted, in the model's order."""
     found: Counter[tuple[str, Part, int, int, int]] = Counter()
-    for name, module in targets.all().items():
+    for name, module in replacements.all().items():
         path = name.removesuffix(".weight")
         *_, out, inner = module.shape
         experts = module.shape[0] if len(module.shape) == 3 else 0
         part: Part
-        if name in targets.stacks:
+        if name in replacements.stacks:
             part = "experts"
-        elif name in targets.routers:
+        elif name in replacements.routers:
             part = "router"
         elif in_attention(model, path):
             part = "attention"

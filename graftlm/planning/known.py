@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from graftlm.planning.activations import Load
-from graftlm.planning.fitting import Case
-from graftlm.planning.memory import need, saved_bytes
-from graftlm.planning.method import METHODS, Setting, adapted
-from graftlm.planning.shape import Shape
+from graftlm.planning.activations import Workload
+from graftlm.planning.fitting import PlanCase
+from graftlm.planning.memory import requirement, saved_bytes
+from graftlm.planning.method import METHODS, TrainingSetting, adapter_shape
+from graftlm.planning.shapes import ModelShape
 
 GB = 1e9
 _BY_KEY = {m.key: m for m in METHODS}
@@ -24,8 +24,8 @@ class Claim:
     what: str
     low: float
     high: float
-    setting: Setting
-    load: Load
+    setting: TrainingSetting
+    load: Workload
     under: str
     """The settings of ours that are held against it."""
 
@@ -53,8 +53,8 @@ class Answer:
         }  # fmt: skip
 
 
-def _one(tokens: int) -> Load:
-    return Load(tokens=tokens, trained=tokens, longest=tokens)
+def _one(tokens: int) -> Workload:
+    return Workload(tokens=tokens, target_tokens=tokens, longest=tokens)
 
 
 def _claims(model: str) -> list[Claim]:
@@ -62,10 +62,17 @@ def _claims(model: str) -> list[Claim]:
     eight = _BY_KEY["full-8bit"]
 
     def claim(
-        what: str, low: float, high: float, setting: Setting, tokens: int, how: str, *, checkpointed: bool = True
+        what: str,
+        low: float,
+        high: float,
+        setting: TrainingSetting,
+        tokens: int,
+        how: str,
+        *,
+        checkpointed: bool = True,
     ) -> Claim:
         setting = setting.checkpointed() if checkpointed else setting
-        run = f"{how}, one document of {tokens:,} tokens" + (", layers run again" if checkpointed else "")
+        run = f"{how}, one example of {tokens:,} tokens" + (", activation checkpointing" if checkpointed else "")
         return Claim(what=what, low=low, high=high, setting=setting, load=_one(tokens), under=run)
 
     states = "bfloat16 weights and gradients, float32 AdamW states"
@@ -96,18 +103,18 @@ def _claims(model: str) -> list[Claim]:
     return []
 
 
-def answers(name: str, case: Case) -> list[Answer]:
+def answers(name: str, case: PlanCase) -> list[Answer]:
     """The quoted ranges of a model, each beside ours on a GPU with the extra `gpu`; empty for a model that nobody quotes."""
     found: list[Answer] = []
     for claim in _claims(name):
-        how = replace(claim.setting, compute="bfloat16")
-        adapter = replace(case, rank=16, targets=("all-linear",)).adapted(how)
-        took = need(case.shape, how, adapter, claim.load, "cuda", fused=True).training
+        how = replace(claim.setting, compute_dtype="bfloat16")
+        adapter = replace(case, rank=16, targets=("all-linear",)).adapter_shape(how)
+        took = requirement(case.shape, how, adapter, claim.load, "cuda", fused=True).training
         found.append(Answer(claim=claim, ours=took / GB))
     return [*found, *_adapter_sizes(name, case.shape)]
 
 
-def _adapter_sizes(name: str, shape: Shape) -> list[Answer]:
+def _adapter_sizes(name: str, shape: ModelShape) -> list[Answer]:
     """Adapters of 10 to 50 MB at 7B and of 50 to 200 MB at 70B, at ranks 8 to 16."""
     ranges = {
         "llama-2-7b": ("7B adapter, 10 to 50 MB", 0.010, 0.050),
@@ -124,7 +131,7 @@ def _adapter_sizes(name: str, shape: Shape) -> list[Answer]:
         (16, ("attention",), "rank 16 on attention"),
         (16, ("all-linear",), "rank 16 on all linear layers"),
     ):
-        size = saved_bytes(shape, lora, adapted(shape, targets, rank)) / GB
+        size = saved_bytes(shape, lora, adapter_shape(shape, targets, rank)) / GB
         under = f"{words}, in float32 as Graft saves it ({size * 500:,.0f} MB in 16 bits)"
         found.append(Answer(
             claim=Claim(what=what, low=low, high=high, setting=lora, load=_one(1), under=under), ours=size,

@@ -23,31 +23,33 @@ from functools import partial
 from typing import Literal
 
 from graftlm.config import Precision
-from graftlm.planning.activations import FLOAT32, Load, kept
-from graftlm.planning.method import Adapted, Setting
-from graftlm.planning.shape import Shape, Weights
+from graftlm.planning.activations import FLOAT32, Workload, saved_activations
+from graftlm.planning.method import AdapterShape, TrainingSetting
+from graftlm.planning.shapes import ModelShape, Weights
 
 CHUNK_LOGITS = 1 << 23  # values of logits at once: `training/loss.py` has it under the same name
 MOMENT_BLOCK, SMALL = 256, 4096  # of 8-bit moments: `kernels/moments.py`
 NF4_BLOCK, NF4_GROUP = 64, 256  # `kernels/stored.py`
-PANEL = 16 << 20  # bytes of a widened weight at once on a processor: `kernels/native`
+PANEL = 16 << 20  # bytes of an upcast weight at once on a processor: `kernels/native`
 SLAB = 1 << 22  # values that the optimizer works on at once on a GPU: `kernels/reference_adamw.py`
 UPDATE_BYTES = 40  # of temporaries for each of them
 
-# What a processor's run takes beyond its tensors: what libraries make once they are used. Where large tensors have pages of
-# their own, tensors and this are all there is (bench/memory.py: 30M, layers run again, 212 MB measured, 202 MB of tensors).
+# What a processor's run takes beyond its tensors: what libraries make once they are used. Where large tensors are mmap-
+# backed, tensors and this are all there is (bench/memory.py: 30M, activation checkpointing, 212 MB measured, 202 MB of
+# tensors).
 RUNTIME_BYTES = 10_000_000
-# glibc gives tensors of 32 MB and more pages of their own; smaller ones share a heap, in which gaps stay between tensors that
-# live long. Measured over runs of bench/memory.py as a share of what a pass keeps there: 0.28 to 0.43. A product of gate and up
-# that nobody saves leaves one of its own size in each layer besides: it is freed between tensors that stay, and does not fit
-# in there again. There are none where every large tensor has pages of its own (`training/pages.py`).
+# glibc gives tensors of 32 MB and more mmap-backed allocations; smaller ones share a heap, in which gaps stay between
+# tensors that live long. Measured over runs of bench/memory.py as a share of what a pass keeps there: 0.28 to 0.43. A
+# product of gate and up that nobody saves leaves one of its own size in each layer besides: it is freed between tensors
+# that stay, and does not fit in there again. There are none where every large tensor is mmap-backed
+# (`training/pages.py`).
 HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.30
 
 Device = Literal["cuda", "cpu", "mps"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class MemoryParts:
     """Bytes of each part at one moment."""
 
     weights: int = 0
@@ -70,17 +72,17 @@ class Parts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
+class MemoryRequirement:
     """What one way of training takes."""
 
-    setting: Setting
+    setting: TrainingSetting
     trained: int
     """Trained values."""
-    parts: Parts
+    parts: MemoryParts
     """At the moment of training at which they are most."""
     moment: str
     """Which moment that is."""
-    moments: Mapping[str, Parts]
+    moments: Mapping[str, MemoryParts]
     """The parts at every moment of a step."""
     loading: int
     """Bytes at the peak while the base is loaded."""
@@ -123,96 +125,103 @@ def stored_bytes(weights: Weights, precision: Precision) -> int:
     return one * weights.count
 
 
-def weight_bytes(shape: Shape, setting: Setting) -> int:
-    """Bytes of the whole base: its matrices as stored, embedding and head in 16 or 32 bits, the rest in the products' type."""
+def weight_bytes(shape: ModelShape, setting: TrainingSetting) -> int:
+    """Bytes of the whole base: its matrices as stored, embedding and head in 16 or 32 bits, the rest in the compute dtype."""
     wide = 4 if setting.precision == "float32" else 2
-    small = 4 if setting.precision == "float32" or setting.compute == "float32" else 2
+    small = 4 if setting.precision == "float32" or setting.compute_dtype == "float32" else 2
     matrices = sum(stored_bytes(w, setting.precision) for w in shape.weights)
     rest = shape.small_float32 * 4 + (shape.small - shape.small_float32) * small
     return matrices + (shape.embedding + shape.head) * wide + rest
 
 
-def bytes_per_value(shape: Shape, setting: Setting) -> int:
+def bytes_per_value(shape: ModelShape, setting: TrainingSetting) -> int:
     """Bytes of a trained value and of its gradient: those of the stored weight in full training, 4 in an adapter."""
     return 2 if setting.full and setting.precision == "bfloat16" else FLOAT32
 
 
-def optimizer_bytes(trained: int, setting: Setting) -> int:
+def optimizer_bytes(trained: int, setting: TrainingSetting) -> int:
     """AdamW's mean and mean square: 4 bytes each, or one each and a float32 scale for 256 (Dettmers et al. 2022)."""
     per_value = 1 + 4 / MOMENT_BLOCK if setting.optimizer == "adamw-8bit" else FLOAT32
     return int(2 * per_value * trained)
 
 
-def chunk_rows(shape: Shape, load: Load) -> int:
+def chunk_rows(shape: ModelShape, load: Workload) -> int:
     """Tokens whose logits exist at once: the trained ones in pieces of one size."""
-    pieces = math.ceil(load.trained / max(16, CHUNK_LOGITS // shape.vocabulary))
-    return math.ceil(load.trained / max(1, pieces))
+    pieces = math.ceil(load.target_tokens / max(16, CHUNK_LOGITS // shape.vocabulary))
+    return math.ceil(load.target_tokens / max(1, pieces))
 
 
 def logit_bytes(
-    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, decodes: bool = False,
+    shape: ModelShape,
+    setting: TrainingSetting,
+    adapter_shape: AdapterShape,
+    load: Workload,
+    device: Device,
+    *,
+    fused_dequant: bool = False,
     late: bool = False,
-) -> int:  # fmt: skip
-    """A chunk of logits; the body's states, those of the trained tokens, and their gradients; what the head's products take.
+) -> int:
+    """A chunk of logits; the body's states, those of the target tokens, and their gradients; what the head's products take.
 
     Logits of a plain head become their own gradient in place (`training/loss.py`); through a soft cap or a scale autograd
-    keeps them, their widened copy and probabilities, and makes their gradient: four times. The head is widened for its
+    keeps them, their upcast copy and probabilities, and makes their gradient: four times. The head is upcast for its
     products where it is stored in another type than they run in. Where it is trained its gradient is made a chunk at a
     time: of several the sum so far is there too. `late`: it is made at another moment.
     """
-    c = 2 if setting.compute == "bfloat16" else 4
+    c = 2 if setting.compute_dtype == "bfloat16" else 4
     rows = chunk_rows(shape, load)
     chunk = rows * shape.vocabulary * (c if shape.plain_head else c + 3 * FLOAT32)
-    states = (load.tokens + 2 * load.trained) * shape.width * c
+    states = (load.tokens + 2 * load.target_tokens) * shape.width * c
     head = shape.vocabulary * shape.width
     stored = 4 if setting.precision == "float32" else 2
-    wide = head * c if stored != c and not (device == "cpu" and decodes) else 0
-    if late or (not setting.full and adapted.whole < head):
+    wide = head * c if stored != c and not (device == "cpu" and fused_dequant) else 0
+    if late or (not setting.full and adapter_shape.whole < head):
         return chunk + states + wide
-    if load.trained > rows:
+    if load.target_tokens > rows:
         return chunk + states + head * FLOAT32 + max(wide, head * FLOAT32)
     return chunk + states + max(wide, head * bytes_per_value(shape, setting))
 
 
-def backward_bytes(shape: Shape, setting: Setting, adapted: Adapted, load: Load) -> int:
+def backward_bytes(shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShape, load: Workload) -> int:
     """What a layer's backward pass has beyond what was saved, at its highest: the gradients of gate and up while that of their
     product is still there, and the gradient that travels past the layer. The product itself is gone by then, if it was saved,
     which it is for the gradient of the matrix behind it."""
-    c = 2 if setting.compute == "bfloat16" else 4
-    gates = (2 if shape.gated else 1) + (0 if _saves_product(shape, setting, adapted) else 1)
+    c = 2 if setting.compute_dtype == "bfloat16" else 4
+    gates = (2 if shape.gated else 1) + (0 if _saves_product(shape, setting, adapter_shape) else 1)
     return (gates * _inner(shape) + shape.width) * c * load.tokens
 
 
-def _inner(shape: Shape) -> int:
+def _inner(shape: ModelShape) -> int:
     """Values of a token inside a feed-forward part."""
     return shape.inner_width * (shape.experts_per_token if shape.mixture else 1)
 
 
-def _saves_product(shape: Shape, setting: Setting, adapted: Adapted) -> bool:
+def _saves_product(shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShape) -> bool:
     """Whether the product of gate and up is saved: for the gradient of the matrix behind it, or of its adapter."""
     last = [w for w in shape.weights if w.part in ("mlp", "experts") and w.out == shape.width]
-    return setting.full or any(adapted.layers.get(w.key) for w in last)
+    return setting.full or any(adapter_shape.layers.get(w.key) for w in last)
 
 
-def widened_bytes(shape: Shape, setting: Setting, device: Device, *, decodes: bool = False) -> int:
-    """One weight widened to the products' type: whole on a GPU (`kernels/triton`) and where it is stored in 16 bits, a panel of
-    a compressed one on a processor, and none where products read weights as they are stored (`decodes`: `native/gemm.c`)."""
-    if setting.precision == setting.compute or (device == "cpu" and decodes):
+def upcast_bytes(shape: ModelShape, setting: TrainingSetting, device: Device, *, fused_dequant: bool = False) -> int:
+    """One weight upcast to the compute dtype: whole on a GPU (`kernels/triton`) and where it is stored in 16 bits, a panel of
+    a compressed one on a processor, and none where products read weights as they are stored (`fused_dequant`:
+    `native/gemm.c`)."""
+    if setting.precision == setting.compute_dtype or (device == "cpu" and fused_dequant):
         return 0
-    c = 2 if setting.compute == "bfloat16" else 4
+    c = 2 if setting.compute_dtype == "bfloat16" else 4
     largest = max((w.out * w.inner for w in shape.weights), default=0) * c
     compressed = setting.precision in ("int8", "nf4")
     return min(largest, PANEL) if device == "cpu" and compressed else largest
 
 
-def saved_bytes(shape: Shape, setting: Setting, adapted: Adapted) -> int:
+def saved_bytes(shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShape) -> int:
     """Bytes on disk: an adapter in float32 (PEFT's layout), a model in the type that it was trained in."""
     if setting.full:
         return shape.parameters * bytes_per_value(shape, setting)
-    return adapted.values(shape) * FLOAT32
+    return adapter_shape.values(shape) * FLOAT32
 
 
-def loading_bytes(shape: Shape, setting: Setting, device: Device, *, checkpoint_bytes: int = 2) -> int:
+def loading_bytes(shape: ModelShape, setting: TrainingSetting, device: Device, *, checkpoint_bytes: int = 2) -> int:
     """The final form and the largest tensor once as it was read and once as it is stored: the checkpoint is read tensor by
     tensor (`base/hf.py`); `checkpoint_bytes` are those of one of its values."""
     runtime = RUNTIME_BYTES if device == "cpu" else 0
@@ -223,20 +232,27 @@ def loading_bytes(shape: Shape, setting: Setting, device: Device, *, checkpoint_
 # ---- all of them together --------------------------------------------------------------------------------------------
 
 
-def need(
-    shape: Shape, setting: Setting, adapted: Adapted, load: Load, device: Device, *, fused: bool, decodes: bool = False,
+def requirement(
+    shape: ModelShape,
+    setting: TrainingSetting,
+    adapter_shape: AdapterShape,
+    load: Workload,
+    device: Device,
+    *,
+    fused: bool,
+    fused_dequant: bool = False,
     beside: int = 0,
-) -> Need:  # fmt: skip
-    """What training takes at its peak, in parts, and while loading. `fused`: see `activations.kept`; `decodes`: see
-    `widened_bytes`.
+) -> MemoryRequirement:
+    """What training takes at its peak, in parts, and while loading. `fused`: see `activations.saved_activations`;
+    `fused_dequant`: see `upcast_bytes`.
 
     `beside` are the values of other adapters that are trained on the same base, each token passing one of them all.
     """
-    trained = (shape.parameters if setting.full else adapted.values(shape)) + beside
-    moments = _moments(shape, setting, adapted, load, device, trained, fused, decodes)
+    trained = (shape.parameters if setting.full else adapter_shape.values(shape)) + beside
+    moments = _moments(shape, setting, adapter_shape, load, device, trained, fused, fused_dequant)
     at, parts = max(moments.items(), key=lambda m: m[1].total)
     states = optimizer_bytes(trained, setting)
-    return Need(
+    return MemoryRequirement(
         setting=setting,
         trained=trained,
         parts=parts,
@@ -244,44 +260,44 @@ def need(
         moments=moments,
         loading=loading_bytes(shape, setting, device),
         host=states if setting.offload_optimizer else 0,
-        saved=saved_bytes(shape, setting, adapted),
+        saved=saved_bytes(shape, setting, adapter_shape),
     )
 
 
 def _moments(
-    shape: Shape,
-    setting: Setting,
-    adapted: Adapted,
-    load: Load,
+    shape: ModelShape,
+    setting: TrainingSetting,
+    adapter_shape: AdapterShape,
+    load: Workload,
     device: Device,
     trained: int,
     fused: bool,
-    decodes: bool,
-) -> dict[str, Parts]:
+    fused_dequant: bool,
+) -> dict[str, MemoryParts]:
     """The parts at each moment of a step."""
     value = bytes_per_value(shape, setting)
     gradients = trained * value
     largest = shape.largest * value if setting.full else 0
     shares_keys = device == "cpu" and _own_attention(shape, setting)
-    saved = kept(shape, setting, adapted, load, fused=fused, shares_keys=shares_keys)
+    saved = saved_activations(shape, setting, adapter_shape, load, fused=fused, shares_keys=shares_keys)
     held = saved.outside + (saved.inputs if setting.activation_checkpointing else saved.layers)
     again = saved.layer if setting.activation_checkpointing else 0
-    beside = backward_bytes(shape, setting, adapted, load)
-    wide = widened_bytes(shape, setting, device, decodes=decodes)
-    logits = partial(logit_bytes, shape, setting, adapted, load, device, decodes=decodes)
-    # Made once more where it is tied, or looked up; but one tensor with the head's where rows are widened (`embedding.py`).
-    shared = device == "cpu" and not shape.head and setting.precision != setting.compute
+    beside = backward_bytes(shape, setting, adapter_shape, load)
+    wide = upcast_bytes(shape, setting, device, fused_dequant=fused_dequant)
+    logits = partial(logit_bytes, shape, setting, adapter_shape, load, device, fused_dequant=fused_dequant)
+    # Made once more where it is tied, or looked up; but one tensor with the head's where rows are upcast (`embedding.py`).
+    shared = device == "cpu" and not shape.head and setting.precision != setting.compute_dtype
     embedding = shape.embedding * value if setting.full and not shared else 0
     late = shared and setting.full and setting.optimizer_in_backward  # made when the layers have run back
     update = SLAB * UPDATE_BYTES if device == "cuda" else 0
-    present = Parts(
+    present = MemoryParts(
         weights=weight_bytes(shape, setting),
         adapters=0 if setting.full else trained * FLOAT32,
         optimizer=0 if setting.offload_optimizer else optimizer_bytes(trained, setting),
         runtime=RUNTIME_BYTES if device == "cpu" else 0,
     )
-    # Earlier passes of the step have left their gradients; the optimizer inside the backward pass leaves none.
-    before = gradients if load.passes > 1 and not setting.optimizer_in_backward else 0
+    # Earlier micro-batches of the step have left their gradients; the optimizer inside the backward pass leaves none.
+    before = gradients if load.micro_batches > 1 and not setting.optimizer_in_backward else 0
     after = largest if setting.optimizer_in_backward else gradients
     found = {
         "loss": replace(present, gradients=before, activations=held, logits=logits(late=late)),
@@ -300,45 +316,46 @@ def _moments(
         ),
         "update": replace(present, gradients=after, workspace=min(update, trained * UPDATE_BYTES)),
     }
-    if device == "cpu" and not _own_pages(setting, load):
+    if device == "cpu" and not _mmap_allocations(setting, load):
         head = shape.vocabulary * shape.width * value if setting.full else 0
         left = 0 if before or setting.optimizer_in_backward else gradients - (head if head >= HEAP_LIMIT else 0)
         found = {
-            name: _with_holes(shape, setting, adapted, load, parts, left if name in ("loss", "backward") else 0)
+            name: _with_holes(shape, setting, adapter_shape, load, parts, left if name in ("loss", "backward") else 0)
             for name, parts in found.items()
         }
     return found
 
 
-def _held_back(shape: Shape, setting: Setting, value: int, *, more: bool) -> int:
+def _held_back(shape: ModelShape, setting: TrainingSetting, value: int, *, more: bool) -> int:
     """Bytes of the head's own gradient while the layers run back. A tied one waits for the embedding's; another is used up
-    where the optimizer is inside the backward pass, and where there are `more` passes: added to what earlier ones left."""
+    where the optimizer is inside the backward pass, and where there are `more` micro-batches: added to what earlier
+    ones left."""
     if not setting.full or (shape.head and (setting.optimizer_in_backward or more)):
         return 0
     return shape.vocabulary * shape.width * value
 
 
-def _own_attention(shape: Shape, setting: Setting) -> bool:
+def _own_attention(shape: ModelShape, setting: TrainingSetting) -> bool:
     """Whether attention runs in C on a processor (`kernels/native/attention.py`): float32, heads of whole registers."""
     width = shape.attention_width // shape.heads
-    return setting.compute != "bfloat16" and shape.packs and not shape.softcapped and width % 16 == 0
+    return setting.compute_dtype != "bfloat16" and shape.packs and not shape.softcapped and width % 16 == 0
 
 
-def _own_pages(setting: Setting, load: Load) -> bool:
-    """Whether large tensors get pages of their own on a processor: as `training/run.py` decides."""
-    return setting.activation_checkpointing or setting.optimizer_in_backward or load.sparing
+def _mmap_allocations(setting: TrainingSetting, load: Workload) -> bool:
+    """Whether large tensors are mmap-backed on a processor: as `training/run.py` decides."""
+    return setting.activation_checkpointing or setting.optimizer_in_backward or load.mmap_allocations
 
 
 def _with_holes(
-    shape: Shape, setting: Setting, adapted: Adapted, load: Load, parts: Parts, gradients: int
-) -> Parts:  # fmt: skip
+    shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShape, load: Workload, parts: MemoryParts, gradients: int
+) -> MemoryParts:  # fmt: skip
     """With what glibc's heap holds between the tensors of a pass, as long as these are small enough to live there: `gradients`
     are those of the step before, whose places between the optimizer's states the pass has to fit into."""
-    c = 2 if setting.compute == "bfloat16" else 4
+    c = 2 if setting.compute_dtype == "bfloat16" else 4
     widths = (shape.width, shape.attention_width, shape.inner_width)
     small = sum(w for w in widths if w * c * load.tokens < HEAP_LIMIT) / sum(widths)
     holes = int(HEAP_HOLES * (small * (parts.activations + parts.workspace) + gradients))
     product = _inner(shape) * c * load.tokens
-    if parts.activations and product < HEAP_LIMIT and not _saves_product(shape, setting, adapted):
+    if parts.activations and product < HEAP_LIMIT and not _saves_product(shape, setting, adapter_shape):
         holes += shape.layers * product
     return replace(parts, workspace=parts.workspace + holes)

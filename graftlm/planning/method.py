@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from graftlm.adapters.patterns import matches, refused_by_peft
-from graftlm.config import Compute, Method, Precision
+from graftlm.config import ComputeDtype, Method, Precision
 from graftlm.errors import ConfigError, nearest
-from graftlm.planning.shape import Shape, Weights
+from graftlm.planning.shapes import ModelShape, Weights
 
 Optimizer = Literal["adamw", "adamw-8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class TrainingSetting:
     """One way to train."""
 
     key: str
@@ -30,7 +30,7 @@ class Setting:
     label: str
     method: Method
     precision: Precision
-    compute: Compute = "bfloat16"
+    compute_dtype: ComputeDtype = "bfloat16"
     optimizer: Optimizer = "adamw"
     optimizer_in_backward: bool = False
     offload_optimizer: bool = False
@@ -46,20 +46,20 @@ class Setting:
         """The options of `graft train` that ask for it."""
         default = {"full": "float32", "lora": "bfloat16", "qlora": "nf4"}[self.method]
         parts = [f"--method {self.method}"]
-        parts += [f"--precision {self.precision}"] if self.precision != default else []
+        parts += [f"--base-precision {self.precision}"] if self.precision != default else []
         parts += [f"--optimizer {self.optimizer}"] if self.optimizer != "adamw" else []
         parts += ["--optimizer-in-backward"] if self.optimizer_in_backward else []
         parts += ["--offload-optimizer"] if self.offload_optimizer else []
         parts += ["--activation-checkpointing"] if self.activation_checkpointing else []
         return " ".join(parts)
 
-    def checkpointed(self) -> Setting:
-        """The same with layers run again in the backward pass."""
+    def checkpointed(self) -> TrainingSetting:
+        """The same with activation checkpointing."""
         return replace(self, activation_checkpointing=True)
 
 
-_FULL = Setting(key="full", label="full", method="full", precision="float32")
-METHODS: tuple[Setting, ...] = (
+_FULL = TrainingSetting(key="full", label="full", method="full", precision="float32")
+METHODS: tuple[TrainingSetting, ...] = (
     _FULL,
     replace(_FULL, key="full-bfloat16", label="full, bfloat16 weights", precision="bfloat16"),
     replace(_FULL, key="full-8bit", label="  + 8-bit AdamW", precision="bfloat16", optimizer="adamw-8bit"),
@@ -80,14 +80,14 @@ METHODS: tuple[Setting, ...] = (
         optimizer_in_backward=True,
         offload_optimizer=True,
     ),
-    Setting(key="lora", label="LoRA on bfloat16", method="lora", precision="bfloat16"),
-    Setting(key="lora-int8", label="LoRA on int8", method="lora", precision="int8"),
-    Setting(key="qlora", label="QLoRA (on nf4)", method="qlora", precision="nf4"),
+    TrainingSetting(key="lora", label="LoRA on bfloat16", method="lora", precision="bfloat16"),
+    TrainingSetting(key="lora-int8", label="LoRA on int8", method="lora", precision="int8"),
+    TrainingSetting(key="qlora", label="QLoRA (on nf4)", method="qlora", precision="nf4"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapted:
+class AdapterShape:
     """What an adapter puts beside a model's matrices, by the keys of `Weights`."""
 
     layers: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -97,17 +97,17 @@ class Adapted:
     whole: int = 0
     """Values of modules that are trained whole, in float32, and of trained embedding rows."""
 
-    def values(self, shape: Shape) -> int:
+    def values(self, shape: ModelShape) -> int:
         """Trained values: r (in + out) for each matrix (Hu et al. 2021, section 4.2), times the experts of a stack."""
         pairs = sum(self.ranks.get(w.key, 0) * max(1, w.experts) * (w.inner + w.out) for w in shape.weights)
         return pairs + self.whole
 
 
-NOTHING = Adapted()
+NO_ADAPTER = AdapterShape()
 """Full training has no adapter."""
 
 
-def adapted(shape: Shape, targets: Sequence[str], rank: int) -> Adapted:
+def adapter_shape(shape: ModelShape, targets: Sequence[str], rank: int) -> AdapterShape:
     """The adapter that `--targets` and `--rank` ask for; ConfigError for a target that matches nothing.
 
     Targets as `graft train` has them: `all-linear`, `attention`, `mlp`, a layer's last name, or a glob over whole names.
@@ -121,7 +121,7 @@ def adapted(shape: Shape, targets: Sequence[str], rank: int) -> Adapted:
                 f"target '{target}' matches no layer of {shape.architecture}{nearest(target, known)} known: {', '.join(known)}"
             )
         chosen += [w for w in hit if w not in chosen]
-    return Adapted(
+    return AdapterShape(
         layers={w.key: w.count for w in chosen},
         ranks={w.key: rank * w.count for w in chosen},
     )

@@ -27,7 +27,7 @@ from graftlm.base.fingerprint import cache_folder
 from graftlm.errors import ModelError, nearest
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
-from graftlm.planning.shape import Shape
+from graftlm.planning.shapes import ModelShape
 from graftlm.progress import working
 
 _HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ class Model:
 
     name: str
     """What the user called it."""
-    shape: Shape
+    shape: ModelShape
     folder: Path | None = None
     """Where its files are, if they are here."""
 
@@ -67,7 +67,7 @@ def find(name: str, *, trust_remote_code: bool = False) -> Model:
     short = _built_in_name(name)
     if short is not None:
         shapes = read_json(_HERE / "shapes.json", ModelError)
-        return Model(name=short, shape=Shape.from_json(shapes[short]))
+        return Model(name=short, shape=ModelShape.from_json(shapes[short]))
     place = Path(demo.resolve_model(name)).expanduser()
     if place.is_dir():
         values = _read(place / "config.json")
@@ -132,13 +132,13 @@ def digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _shape(values: dict[str, Any], name: str, trust_remote_code: bool, folder: Path | None = None) -> Shape:
+def _shape(values: dict[str, Any], name: str, trust_remote_code: bool, folder: Path | None = None) -> ModelShape:
     """The shape of a config, kept in the user's cache folder."""
     _refuse_incomplete(values, name)
     entry = cache_folder() / "shapes" / f"{digest(values)}.json"
     if entry.is_file():
         try:
-            return Shape.from_json(read_json(entry, ModelError))
+            return ModelShape.from_json(read_json(entry, ModelError))
         except (ModelError, ValueError, KeyError, TypeError):
             pass  # damaged: made anew below
     with working(f"reading the shape of {name}"):
@@ -169,12 +169,12 @@ def _refuse_incomplete(values: dict[str, Any], name: str) -> None:
             )
 
 
-def build(values: dict[str, Any], name: str, trust_remote_code: bool = False, folder: Path | None = None) -> Shape:
+def build(values: dict[str, Any], name: str, trust_remote_code: bool = False, folder: Path | None = None) -> ModelShape:
     """Have transformers build the model of a config without storage. Raises ModelError.
 
     `folder` is where the config stands among the model's own files, whose code may be wanted.
     """
-    from graftlm.base.load import load_config
+    from graftlm.base.loading import load_config
     from graftlm.planning.instantiate import instantiate
 
     if folder is not None:

@@ -14,67 +14,67 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.config import PlanConfig
 from graftlm.errors import ConfigError, ModelError
+from graftlm.formatting import duration
 from graftlm.planning import hardware, known
-from graftlm.planning.activations import Load
+from graftlm.planning.activations import Workload
 from graftlm.planning.advice import Advice, Facts, advise
-from graftlm.planning.distance import SAMPLE_TOKENS, Distance
 from graftlm.planning.fitting import (
-    Case,
     Change,
+    PlanCase,
     cards_needed,
     changes,
     fits,
     largest_batch,
-    longest_document,
+    longest_example,
     smallest_card,
 )
 from graftlm.planning.hardware import Card
-from graftlm.planning.memory import Need
-from graftlm.planning.method import METHODS, Setting
+from graftlm.planning.memory import MemoryRequirement
+from graftlm.planning.method import METHODS, TrainingSetting
 from graftlm.planning.models import Model, built_in, find
-from graftlm.planning.timing import EFFICIENCY, Time, time
-from graftlm.planning.words import duration
+from graftlm.planning.perplexity import SAMPLE_TOKENS, DomainShift
+from graftlm.planning.timing import EFFICIENCY, StepTime, step_time
 from graftlm.progress import working
 
 if TYPE_CHECKING:
-    from graftlm.data.documents import Dataset
+    from graftlm.data.dataset import Dataset
 
-DEFAULT_TOKENS_PER_PASS = 4096
+DEFAULT_MICRO_BATCH_TOKENS = 4096
 """What `graft train` takes where memory allows."""
 QUICK_SECONDS = 20.0  # the base is asked without being told to when that takes less
 SOME_TOKENS, DAY = 1_000_000, 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class MethodPlan:
     """One method on one model."""
 
-    need: Need
+    requirement: MemoryRequirement
     checkpointed: int
-    """Bytes at the peak with layers run again in the backward pass."""
+    """Bytes at the peak with activation checkpointing."""
     fits: bool
     cards: int | None
     """How many of the card it takes, split over them; None for more than 16."""
     smallest: Card | None
     """The smallest known card that it fits."""
     batch: int
-    """Most documents of the asked length in one pass."""
+    """Most examples of the asked length in one micro-batch."""
     length: int
-    """Most tokens of one document."""
-    time: Time | None
+    """Most tokens of one example."""
+    time: StepTime | None
     changes: tuple[Change, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, in bytes and seconds."""
-        found, how = self.need, self.need.setting
+        found, how = self.requirement, self.requirement.setting
         return {
             "method": how.key, "label": how.label.strip(), "options": how.flags, "precision": how.precision,
-            "compute": how.compute, "trained_parameters": found.trained, "parts": found.parts.to_json(),
+            "compute_dtype": how.compute_dtype, "trainable_parameters": found.trained, "parts": found.parts.to_json(),
             "highest_at": found.moment, "peak_bytes": found.peak, "training_bytes": found.training,
             "loading_bytes": found.loading, "host_bytes": found.host, "saved_bytes": found.saved,
             "checkpointed_bytes": self.checkpointed, "fits": self.fits, "cards": self.cards,
             "smallest_card": None if self.smallest is None else self.smallest.key,
-            "largest_batch": self.batch, "longest_document": self.length,
+            "largest_batch": self.batch, "longest_example": self.length,
             "seconds_per_step": None if self.time is None else self.time.step,
             "tokens_per_second": None if self.time is None else self.time.tokens_per_second,
             "bound": None if self.time is None else self.time.bound,
@@ -83,12 +83,12 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ModelPlan:
     """Everything about one model."""
 
     model: Model
-    case: Case
-    rows: tuple[Row, ...]
+    case: PlanCase
+    rows: tuple[MethodPlan, ...]
     advice: Advice
     facts: Facts
     known: tuple[known.Answer, ...]
@@ -99,26 +99,37 @@ class Plan:
         shape, load = self.case.shape, self.case.load
         data = None
         if self.facts.rows:
-            data = {"rows": self.facts.rows, "tokens": self.facts.tokens, "trained_tokens": self.facts.trained_tokens}
+            data = {"rows": self.facts.rows, "tokens": self.facts.tokens, "target_tokens": self.facts.target_tokens}
         return {
-            "model": self.model.name, "architecture": shape.architecture, "parameters": shape.parameters,
-            "layers": shape.layers, "width": shape.width, "vocabulary": shape.vocabulary, "packs": shape.packs,
+            "model": self.model.name,
+            "architecture": shape.architecture,
+            "parameters": shape.parameters,
+            "layers": shape.layers,
+            "width": shape.width,
+            "vocabulary": shape.vocabulary,
+            "packs": shape.packs,
             "load": {
-                "tokens_per_pass": load.tokens, "trained_tokens_per_pass": load.trained, "documents_per_pass": load.documents,
-                "tokens_per_document": load.longest, "passes_per_step": load.passes,
+                "micro_batch_tokens": load.tokens,
+                "target_tokens_per_micro_batch": load.target_tokens,
+                "examples_per_micro_batch": load.examples,
+                "tokens_per_example": load.longest,
+                "micro_batches_per_step": load.micro_batches,
             },
-            "data": data, "distance": None if self.facts.distance is None else self.facts.distance.to_json(),
-            "methods": [row.to_json() for row in self.rows], "advice": self.advice.to_json(),
-            "known": [answer.to_json() for answer in self.known], "notes": list(self.notes),
-        }  # fmt: skip
+            "data": data,
+            "domain_shift": None if self.facts.domain_shift is None else self.facts.domain_shift.to_json(),
+            "methods": [row.to_json() for row in self.rows],
+            "advice": self.advice.to_json(),
+            "known": [answer.to_json() for answer in self.known],
+            "notes": list(self.notes),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class PlanReport:
     """What `graft plan` found."""
 
     card: Card
-    plans: tuple[Plan, ...]
+    plans: tuple[ModelPlan, ...]
     epochs: float
     price_per_hour: float | None
 
@@ -126,13 +137,13 @@ class Report:
         """One JSON object: the card, and a plan for each model."""
         card = {
             "key": self.card.key, "name": self.card.name, "kind": self.card.kind, "memory_bytes": self.card.memory,
-            "usable_bytes": self.card.usable, "compute": self.card.compute, "here": self.card.here,
+            "usable_bytes": self.card.usable, "compute_dtype": self.card.compute_dtype, "here": self.card.here,
             "efficiency": EFFICIENCY[self.card.kind],
         }  # fmt: skip
         plans = [{**plan.to_json(), "epoch": self._epochs(plan)} for plan in self.plans]
         return {"card": card, "plans": plans}
 
-    def _epochs(self, plan: Plan) -> dict[str, Any] | None:
+    def _epochs(self, plan: ModelPlan) -> dict[str, Any] | None:
         """Seconds, and cost, of the asked epochs with each method."""
         if not plan.facts.rows:
             return None
@@ -140,10 +151,10 @@ class Report:
         for row in plan.rows:
             seconds = self.seconds(plan, row)
             if seconds is not None:
-                found[row.need.setting.key] = {"seconds": seconds, "cost": self.cost(seconds, row.cards or 1)}
+                found[row.requirement.setting.key] = {"seconds": seconds, "cost": self.cost(seconds, row.cards or 1)}
         return found
 
-    def seconds(self, plan: Plan, row: Row) -> float | None:
+    def seconds(self, plan: ModelPlan, row: MethodPlan) -> float | None:
         """How long the asked epochs take."""
         if row.time is None or not plan.facts.tokens:
             return None
@@ -154,11 +165,11 @@ class Report:
         return None if self.price_per_hour is None else seconds / 3600 * self.price_per_hour * cards
 
 
-def plan_for(config: PlanConfig) -> Report:
+def plan_for(config: PlanConfig) -> PlanReport:
     """Plan every model of the config. Raises GraftError for what is asked and not there."""
     card = _card(config)
     plans = tuple(_plan(find(name, trust_remote_code=config.trust_remote_code), card, config) for name in config.models)
-    return Report(card=card, plans=plans, epochs=config.epochs, price_per_hour=config.price_per_hour)
+    return PlanReport(card=card, plans=plans, epochs=config.epochs, price_per_hour=config.price_per_hour)
 
 
 def _card(config: PlanConfig) -> Card:
@@ -168,25 +179,25 @@ def _card(config: PlanConfig) -> Card:
         return hardware.local() if config.memory is None else hardware.from_memory(config.memory)
 
 
-def _plan(model: Model, card: Card, config: PlanConfig) -> Plan:
+def _plan(model: Model, card: Card, config: PlanConfig) -> ModelPlan:
     notes: list[str] = []
     dataset = _read(model, config, notes) if config.data else None
     load = _load(model, config, dataset, notes)
     fused = card.kind == "cpu" or find_spec("liger_kernel") is not None
-    case = Case(shape=model.shape, targets=config.targets, rank=config.rank, load=load, card=card, fused=fused)
+    case = PlanCase(shape=model.shape, targets=config.targets, rank=config.rank, load=load, card=card, fused=fused)
     facts = Facts(
         case=case,
         rows=0 if dataset is None else dataset.rows,
         tokens=0 if dataset is None else dataset.tokens,
-        trained_tokens=0 if dataset is None else dataset.trained_tokens,
-        distance=None if dataset is None else _distance(model, config, dataset, notes),
+        target_tokens=0 if dataset is None else dataset.target_tokens,
+        domain_shift=None if dataset is None else _measure_domain_shift(model, config, dataset, notes),
         goal=config.goal,
         variants=config.variants,
     )
     if not model.shape.packs:
         notes.append(
-            f"{model.shape.architecture} runs on stacks of equally long documents with its own attention, whose scores take "
-            "memory with the square of a document's length."
+            f"{model.shape.architecture} runs on stacks of equally long examples with its own attention, whose scores take "
+            "memory with the square of an example's length."
         )
     if not fused:
         notes.append(
@@ -195,15 +206,15 @@ def _plan(model: Model, card: Card, config: PlanConfig) -> Plan:
         )
     rows = tuple(_row(case, s, config) for s in METHODS if not (s.offload_optimizer and card.kind != "cuda"))
     notes += _slow(rows, card)
-    return Plan(
+    return ModelPlan(
         model=model, case=case, rows=rows, advice=advise(facts), facts=facts,
         known=tuple(known.answers(model.name, case)), notes=tuple(notes),
     )  # fmt: skip
 
 
-def _slow(rows: tuple[Row, ...], card: Card) -> list[str]:
+def _slow(rows: tuple[MethodPlan, ...], card: Card) -> list[str]:
     """A word where a machine would take days for what is little data."""
-    lora = next(row for row in rows if row.need.setting.key == "lora")
+    lora = next(row for row in rows if row.requirement.setting.key == "lora")
     seconds = 0.0 if lora.time is None else SOME_TOKENS / lora.time.tokens_per_second
     if seconds < DAY:
         return []
@@ -213,24 +224,24 @@ def _slow(rows: tuple[Row, ...], card: Card) -> list[str]:
     ]
 
 
-def _row(case: Case, setting: Setting, config: PlanConfig) -> Row:
+def _row(case: PlanCase, setting: TrainingSetting, config: PlanConfig) -> MethodPlan:
     setting = setting.checkpointed() if config.activation_checkpointing else setting
-    setting = replace(setting, compute=case.card.compute)
+    setting = replace(setting, compute_dtype=case.card.compute_dtype)
     found = case.of(setting)
     good = fits(found, case.card)
     count = cards_needed(found, case.shape, case.card) if case.card.kind == "cuda" else (1 if good else None)
-    return Row(
-        need=found,
+    return MethodPlan(
+        requirement=found,
         checkpointed=case.of(setting.checkpointed()).peak,
         fits=good,
         cards=count,
         smallest=smallest_card(found) if case.card.kind == "cuda" else None,
         batch=largest_batch(case, setting),
-        length=longest_document(case, setting),
-        time=time(
+        length=longest_example(case, setting),
+        time=step_time(
             case.shape,
             setting,
-            case.adapted(setting),
+            case.adapter_shape(setting),
             case.load,
             case.card,
             found.trained,
@@ -244,28 +255,27 @@ def _row(case: Case, setting: Setting, config: PlanConfig) -> Row:
 # ---- the data --------------------------------------------------------------------------------------------------------
 
 
-def _load(model: Model, config: PlanConfig, dataset: Dataset | None, notes: list[str]) -> Load:
-    """The heaviest pass: as many of the longest documents as a pass holds."""
-    length = config.max_tokens_per_document or (dataset.longest if dataset is not None else 0)
+def _load(model: Model, config: PlanConfig, dataset: Dataset | None, notes: list[str]) -> Workload:
+    """The heaviest micro-batch: as many of the longest examples as a micro-batch holds."""
+    length = config.max_length or (dataset.longest if dataset is not None else 0)
     if dataset is not None:
         length = min(length, dataset.longest)
     most = model.shape.max_positions
     if most and length > most:
-        if "max_tokens_per_document" in config.model_fields_set and config.max_tokens_per_document > most:
+        if "max_length" in config.model_fields_set and config.max_length > most:
             raise ConfigError(
-                f"max-tokens-per-document is {length:,}, and the longest position of {model.name} is {most:,}; take at "
-                "most that"
+                f"max-length is {length:,}, and the longest position of {model.name} is {most:,}; take at most that"
             )
         length = most
-    share = dataset.trained_tokens / dataset.tokens if dataset is not None else 1.0
-    most_tokens = config.tokens_per_pass or DEFAULT_TOKENS_PER_PASS
+    share = dataset.target_tokens / dataset.tokens if dataset is not None else 1.0
+    most_tokens = config.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
     together = max(1, min(config.batch_size, most_tokens // length))
     tokens = together * length
     if dataset is not None and dataset.longest > length:
-        notes.append(f"The longest document has {dataset.longest:,} tokens; planned with {length:,}.")
-    return Load(
-        tokens=tokens, trained=max(1, round(share * (tokens - together))), longest=length, documents=together,
-        passes=-(-config.batch_size // together), small=most_tokens < DEFAULT_TOKENS_PER_PASS,
+        notes.append(f"The longest example has {dataset.longest:,} tokens; planned with {length:,}.")
+    return Workload(
+        tokens=tokens, target_tokens=max(1, round(share * (tokens - together))), longest=length, examples=together,
+        micro_batches=-(-config.batch_size // together), small=most_tokens < DEFAULT_MICRO_BATCH_TOKENS,
     )  # fmt: skip
 
 
@@ -284,8 +294,8 @@ def _read(model: Model, config: PlanConfig, notes: list[str]) -> Dataset:
     """The data through the model's own tokenizer; through the bundled one where that is not here, which makes more tokens."""
     from graftlm import demo
     from graftlm.base.chat import Encoder
-    from graftlm.base.load import load_tokenizer
-    from graftlm.data.documents import load
+    from graftlm.base.loading import load_tokenizer
+    from graftlm.data.dataset import load
     from graftlm.data.sources import named_source
 
     folder = _folder(model)
@@ -304,7 +314,7 @@ def _read(model: Model, config: PlanConfig, notes: list[str]) -> Dataset:
     return dataset
 
 
-def _distance(model: Model, config: PlanConfig, dataset: Dataset, notes: list[str]) -> Distance | None:
+def _measure_domain_shift(model: Model, config: PlanConfig, dataset: Dataset, notes: list[str]) -> DomainShift | None:
     """The base's own loss on the data, where its weights are here and asking is quick, or wanted."""
     from graftlm.base.fingerprint import weight_files
 
@@ -322,10 +332,10 @@ def _distance(model: Model, config: PlanConfig, dataset: Dataset, notes: list[st
             f"The base was not asked about the data: reading would take about {seconds:.0f} s (--ask-base yes does it)."
         )
         return None
-    from graftlm.base.load import load_base
-    from graftlm.planning.asking import measure, sample
+    from graftlm.base.loading import load_base
+    from graftlm.planning.asking import measure_domain_shift, sample_examples
 
     base = load_base(str(folder), precision="bfloat16", trust_remote_code=config.trust_remote_code)
-    limit = base.anatomy.max_positions or dataset.longest
-    documents = [d for d in dataset.documents if d.tokens <= limit]
-    return measure(base, sample(documents)) if documents else None
+    limit = base.structure.max_positions or dataset.longest
+    examples = [d for d in dataset.examples if d.tokens <= limit]
+    return measure_domain_shift(base, sample_examples(examples)) if examples else None

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from graftlm.serving.protocol import error
+from graftlm.serving.http.protocol import error
 
 DISCARDED = 64 << 20
 """Most bytes of a refused body that are read and thrown away."""
@@ -132,7 +132,7 @@ class _JsonRequest(Request):
     async def json(self) -> Any:
         packed = self.headers.get("content-encoding", "identity").lower()
         if packed != "identity":
-            raise json.JSONDecodeError(f"the body is packed (Content-Encoding: {packed[:40]}); send it as it is", "", 0)
+            raise json.JSONDecodeError(f"the body is packed (Content-Encoding: {packed[:40]}); send it is", "", 0)
         return read_json(await self.body())
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from graftlm.base import hf
 from graftlm.base.caches import Asking, Past
 from graftlm.base.context import ForwardContext
-from graftlm.base.load import Base
+from graftlm.base.loading import Base
 from graftlm.segments import Segments
-from graftlm.serving.paged import Work
-from graftlm.serving.sequence import Sequence
+from graftlm.serving.engine.runner import Work
+from graftlm.serving.engine.sequence import Sequence
 
 
 class _Group:
@@ -35,21 +35,21 @@ class _Group:
             self.past.keep([i for i in range(len(self.sequences) + 1) if i != at])
 
 
-class Grouped:
+class StackedRunner:
     """The passes of a model that runs on stacks of equally long sequences."""
 
-    splits_prompts = False
+    chunked_prefill = False
 
-    def __init__(self, base: Base, *, cache: Asking | None, tokens: int, seats: int) -> None:
+    def __init__(self, base: Base, *, cache: Asking | None, tokens: int, batch_slots: int) -> None:
         """`cache` says how the class's own cache is used, None where it is not (`prove_decoding`)."""
-        self.base, self.cache, self.tokens, self.seats = base, cache, tokens, seats
-        self.most_tokens = min(base.anatomy.max_positions or tokens, tokens)
+        self.base, self.cache, self.tokens, self.batch_slots = base, cache, tokens, batch_slots
+        self.most_tokens = min(base.structure.max_positions or tokens, tokens)
         self.reused = 0
         self._held = 0
         self._running = 0
         self._group_of: dict[Sequence, _Group] = {}
         if base.packs:  # it packs, and a past in blocks changes what it says
-            hf.switch(base.model, base.own_attention)
+            hf.set_attention(base.model, base.original_attention)
 
     @property
     def bytes(self) -> int:
@@ -62,11 +62,11 @@ class Grouped:
 
     def admit(self, sequence: Sequence) -> bool:
         """Count a sequence in, at its longest, if it still fits."""
-        if self._running >= self.seats or self._held + sequence.most_tokens > self.tokens:
+        if self._running >= self.batch_slots or self._held + sequence.most_tokens > self.tokens:
             return False
         self._held += sequence.most_tokens
         self._running += 1
-        sequence.seat = 0
+        sequence.batch_slot = 0
         return True
 
     def reserve(self, sequence: Sequence, new: int) -> bool:
@@ -79,10 +79,10 @@ class Grouped:
             group.leave(sequence)
         sequence.computed = 0
         sequence.states = None
-        if sequence.seat >= 0:
+        if sequence.batch_slot >= 0:
             self._held -= sequence.most_tokens
             self._running -= 1
-            sequence.seat = -1
+            sequence.batch_slot = -1
 
     def forget(self) -> None:
         """Nothing is kept beyond a sequence's life."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from graftlm.serving.sequence import Sequence
+from graftlm.serving.engine.sequence import Sequence
 
 SHARE = 0.25
 """Seconds that others may add for each second of the smallest tenant's own steps."""
@@ -26,7 +26,7 @@ _ENOUGH = 20  # steps before the estimates are used
 _ANY = 1 << 30
 
 
-class Pace:
+class StepCostModel:
     """Estimates a and b from the steps so far, and keeps what the others have saved up.
 
     Steps of about as many tokens are averaged first and the averages fitted, with equal relative errors: while one tenant is

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from graftlm import demo
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.export import export_adapter
 from graftlm.adapters.store import Store, Version
 from graftlm.base.chat import Encoder
 from graftlm.base.fingerprint import fingerprint
-from graftlm.base.load import load_tokenizer, resolve
+from graftlm.base.loading import load_tokenizer, resolve
 from graftlm.config import ExportConfig, ServeConfig
 from graftlm.errors import AdapterError, StoreError
 
@@ -72,13 +72,13 @@ def _exported(config: ServeConfig, name: str, version: Version, place: Path, not
 def _command(config: ServeConfig, rank: int, adapters: int, modules: dict[str, Path]) -> list[str]:
     """What serves these folders; precisions that vLLM has under another name are called by it."""
     command = ["vllm", "serve", demo.resolve_model(config.model), "--host", config.host, "--port", str(config.port)]
-    if config.precision == "nf4":
+    if config.base_precision == "nf4":
         command += ["--quantization", "bitsandbytes"]
-    elif config.precision is not None:
-        command += ["--dtype", config.precision]
-    slots = min(config.adapter_slots, adapters)
+    elif config.base_precision is not None:
+        command += ["--dtype", config.base_precision]
+    slots = min(config.max_loras, adapters)
     command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
-    command += ["--max-cpu-loras", str(adapters), "--max-num-seqs", str(config.running)]
+    command += ["--max-cpu-loras", str(adapters), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--trust-remote-code"] if config.trust_remote_code else []
     return [*command, "--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())]
 
@@ -87,7 +87,7 @@ def _wanted(store: Store, base: str, asked: tuple[str, ...]) -> dict[str, Versio
     """Names with their versions: those asked for, else every name's newest and every alias."""
     if asked:
         return {name: store.find(name, base) for name in asked}
-    if base not in {shelf.fingerprint for shelf in store.bases()}:
+    if base not in {base_versions.fingerprint for base_versions in store.bases()}:
         return {}
     found: dict[str, Version] = {}
     for _, name in store.names(base):

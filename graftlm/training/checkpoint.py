@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
     checkpoints/000040/  trainable.safetensors  optimizer.safetensors  state.json  manifest.json
-    best.json            which step had the lowest held-out loss
+    best.json            which step had the lowest eval loss
 
 There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is whole or not there
 (see `files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete: what stays
@@ -23,15 +23,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.base.shards import Spec, write_tensors
+from graftlm.base.safetensors_writer import TensorSpec, write_tensors
 from graftlm.errors import Diverged, RunError
-from graftlm.files import clear_left, damage, whole_folder, write_json
+from graftlm.files import atomic_folder, find_damage, remove_leftovers, write_json
 from graftlm.jsonfile import read_json
 from graftlm.tensorfile import read_header
-from graftlm.training.trial import Evaluation, RowLoss, Trial
+from graftlm.training.trial import Evaluation, ExampleLoss, Trial
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
-_MOST_STATE_BYTES = 1 << 30  # it holds three numbers for each held-out row
+_MOST_STATE_BYTES = 1 << 30  # it holds three numbers for each eval row
 
 
 def finite(tensor: Tensor) -> bool:
@@ -55,15 +55,15 @@ def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
         "step": trial.step,
         "optimizer_steps": trial.optimizer.steps,
         "tokens": trial.tokens,
-        "trained_tokens": trial.trained_tokens,
+        "target_tokens": trial.target_tokens,
         "evaluations": trial.evaluations,
         "first": _to_json(trial.first),
         "last": _to_json(trial.last),
         "best": _to_json(trial.best),
         **said,
     }
-    clear_left(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
-    with whole_folder(place, manifest=True) as folder:
+    remove_leftovers(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
+    with atomic_folder(place, manifest=True) as folder:
         _write(folder / TRAINABLE, tensors)
         _write(folder / OPTIMIZER, states)
         write_json(folder / STATE, state)
@@ -78,7 +78,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     The library's own function makes all of the file in memory before it writes: once more what a run holds already.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
     write_tensors(path, specs, ordered.__getitem__)
 
 
@@ -108,7 +108,7 @@ def remove(run: Path, step: int) -> None:
 def name_best(run: Path, trial: Trial) -> None:
     """Write best.json. Raises OSError."""
     if trial.best is not None:
-        write_json(run / "best.json", {"step": trial.best.step, "loss": trial.best.loss})
+        write_json(run / "best.json", {"step": trial.best.step, "eval_loss": trial.best.loss})
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
@@ -118,7 +118,7 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     """
     problems: list[str] = []
     for folder in reversed(_folders(run)):
-        problem = damage(folder)
+        problem = find_damage(folder)
         if problem is None:
             return folder, problems
         problems.append(f"{folder.name}: {problem}")
@@ -138,7 +138,10 @@ def whereabouts(run: Path) -> str:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's numbers and what was said beside them. Raises RunError."""
-    return read_json(folder / STATE, RunError, most=_MOST_STATE_BYTES)
+    state = read_json(folder / STATE, RunError, most=_MOST_STATE_BYTES)
+    if "trained_tokens" in state:  # as it was called before
+        state["target_tokens"] = state.pop("trained_tokens")
+    return state
 
 
 def load(folder: Path, trial: Trial) -> None:
@@ -147,7 +150,7 @@ def load(folder: Path, trial: Trial) -> None:
     load_parameters(folder, trial)
     try:
         trial.optimizer.load(_read_tensors(folder / OPTIMIZER), int(state["optimizer_steps"]))
-        trial.step, trial.tokens, trial.trained_tokens = (int(state[k]) for k in ("step", "tokens", "trained_tokens"))
+        trial.step, trial.tokens, trial.target_tokens = (int(state[k]) for k in ("step", "tokens", "target_tokens"))
         trial.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
         trial.first, trial.last, trial.best = (_from_json(state[key]) for key in ("first", "last", "best"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -190,7 +193,7 @@ def take_best(run: Path, trial: Trial) -> str | None:
     if trial.best is None or trial.best.step == trial.step:
         return None
     folder = run / "checkpoints" / f"{trial.best.step:06d}"
-    problem = damage(folder)
+    problem = find_damage(folder)
     if problem is None:
         load_parameters(folder, trial)
     else:
@@ -209,12 +212,12 @@ def _folders(run: Path) -> list[Path]:
 def _to_json(evaluation: Evaluation | None) -> Any:
     if evaluation is None:
         return None
-    return {"step": evaluation.step, "rows": [[r.row, r.trained_tokens, r.loss] for r in evaluation.rows]}
+    return {"step": evaluation.step, "rows": [[r.row, r.target_tokens, r.loss] for r in evaluation.rows]}
 
 
 def _from_json(value: Any) -> Evaluation | None:
     if value is None:
         return None
     return Evaluation(
-        value["step"], tuple(RowLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"])
+        value["step"], tuple(ExampleLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"])
     )

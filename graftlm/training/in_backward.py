@@ -17,15 +17,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graftlm.base.load import Base
+from graftlm.base.loading import Base
 from graftlm.errors import ConfigError, Diverged
 from graftlm.segments import pack
+from graftlm.training.sanity_checks import STEPS, UpdateCheck
 from graftlm.training.trial import Trial
-from graftlm.training.watch import STEPS, Watch
 
 
 @contextmanager
-def stepping(trials: Sequence[Trial], losses: Tensor, watches: Mapping[int, Watch]) -> Iterator[None]:
+def stepping(trials: Sequence[Trial], losses: Tensor, update_checks: Mapping[int, UpdateCheck]) -> Iterator[None]:
     """Around the backward pass that makes a step of `trials`: those that want it take theirs in it.
 
     `losses` are the pass's; where one is not finite no step is taken. Raises Diverged for a gradient that is not finite.
@@ -34,7 +34,7 @@ def stepping(trials: Sequence[Trial], losses: Tensor, watches: Mapping[int, Watc
     with ExitStack() as open_ones:
         if own and bool(torch.isfinite(losses).all()):
             for trial in own:
-                watch = watches.get(trial.slot)
+                watch = update_checks.get(trial.slot)
                 heard = watch.gradient if watch is not None and watch.steps < STEPS else None
                 open_ones.enter_context(
                     trial.optimizer.stepping(trial.schedule(trial.step), partial(_refusal, trial), heard)
@@ -43,7 +43,7 @@ def stepping(trials: Sequence[Trial], losses: Tensor, watches: Mapping[int, Watc
 
 
 def _refusal(trial: Trial, name: str) -> Diverged:
-    rows = [trial.documents[i].row for _, i in trial.order.step(trial.step)]
+    rows = [trial.examples[i].row for _, i in trial.sampler.step(trial.step)]
     shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
     return Diverged(
         f"{trial.name}: the gradient of '{name}' is not finite at step {trial.step + 1} on rows {shown}. "
@@ -52,29 +52,29 @@ def _refusal(trial: Trial, name: str) -> Diverged:
     )
 
 
-def refuse_more_passes(base: Base, trials: Sequence[Trial], tokens_per_pass: int) -> None:
+def refuse_more_passes(base: Base, trials: Sequence[Trial], micro_batch_tokens: int) -> None:
     """Raise ConfigError if some step of `trials`, which share their passes, needs more than one and a trial steps in it."""
     if not any(trial.optimizer.in_backward for trial in trials):
         return
     most, worst = 0, ""
-    for step in range(min(t.step for t in trials), max(t.order.steps for t in trials)):
-        active = [t for t in trials if t.step <= step < t.order.steps]
-        lengths = [len(t.documents[i].ids) for t in active for _, i in t.order.step(step)]
+    for step in range(min(t.step for t in trials), max(t.sampler.steps for t in trials)):
+        active = [t for t in trials if t.step <= step < t.sampler.steps]
+        lengths = [len(t.examples[i].ids) for t in active for _, i in t.sampler.step(step)]
         if sum(lengths) <= most or len(lengths) == 1:
             continue
-        groups = pack(lengths, [0] * len(lengths), tokens_per_pass, equal_lengths=not base.packs)
+        groups = pack(lengths, [0] * len(lengths), micro_batch_tokens, equal_lengths=not base.packs)
         if len(groups) > 1:
             most = sum(lengths)
-            worst = f"step {step + 1} needs {len(groups)}: its {len(lengths)} documents hold {most:,} tokens"
+            worst = f"step {step + 1} needs {len(groups)}: its {len(lengths)} examples hold {most:,} tokens"
     if not worst:
         return
-    batch = " + ".join(str(t.order.batch_size) for t in trials)
+    batch = " + ".join(str(t.sampler.batch_size) for t in trials)
     way_out = (
-        f"--tokens-per-pass {most}, which is enough for every step, a smaller --batch-size"
+        f"--micro-batch-tokens {most}, which is enough for every step, a smaller --batch-size"
         if base.packs
-        else "--batch-size 1, for this model runs on documents of one length"
+        else "--batch-size 1, for this model runs on examples of one length"
     )
     raise ConfigError(
         f"--optimizer-in-backward updates the weights in a step's only pass, and {worst}, with --batch-size {batch} and "
-        f"--tokens-per-pass {tokens_per_pass}. Give {way_out}, or leave --optimizer-in-backward out"
+        f"--micro-batch-tokens {micro_batch_tokens}. Give {way_out}, or leave --optimizer-in-backward out"
     )

@@ -1,15 +1,15 @@
-"""The loss from hidden states: logits exist only for trained tokens, a chunk at a time.
+"""The loss from hidden states: logits exist only for target tokens, a chunk at a time.
 
-    L = sum over trained tokens t of weight[t] * -log softmax(head(hidden[t - 1]))[id[t]]
+    L = sum over target tokens t of weight[t] * -log softmax(head(hidden[t - 1]))[id[t]]
 
-With weight = 1 / (trained tokens of the whole optimizer step) the gradient does not depend on how the step's documents
+With weight = 1 / (target tokens of the whole optimizer step) the gradient does not depend on how the step's examples
 were split into passes. Each chunk's gradient is taken at once, in the forward pass, and its logits freed, so memory is
 linear in tokens and not in tokens times vocabulary (the idea of Liger-Kernel's fused linear cross entropy).
 
 Where the logits are the head's product and nothing else, and the head carries no adapter, the logits of a chunk become
 their own gradient in place. Elsewhere autograd runs through the model's own code, whatever that does to its logits.
 
-Letters: n trained tokens, w width, V vocabulary.
+Letters: n target tokens, w width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from graftlm import kernels
 from graftlm.adapters.bank import Bank
 from graftlm.base.context import ForwardContext
-from graftlm.base.linear import Stored, StoredLinear
-from graftlm.base.load import Base
+from graftlm.base.loading import Base
+from graftlm.base.modules import Stored, StoredLinear
 from graftlm.segments import Segments
 
 CHUNK_LOGITS = 1 << 23  # values of logits that exist at once: 32 MB in float32
@@ -66,7 +66,7 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (n, w)
         totals: list[Tensor | None] = [None] * len(trained)  # None: no token's loss depends on it
-        for slot, first, last in _chunks(slots, base.anatomy.vocabulary):
+        for slot, first, last in _chunks(slots, base.structure.vocabulary):
             with torch.enable_grad():
                 part = hidden[first:last].detach().requires_grad_(gradient is not None)
                 loss = _piece(base, part, labels[first:last], slot, context)
@@ -124,7 +124,7 @@ class _PlainHeadLoss(torch.autograd.Function):
             asked = weights[first:last] if wants_hidden or wants_head else None
             logits, losses[first:last] = _own_gradient(hidden[first:last], head, labels[first:last], asked)
             if dh is not None:
-                dh[first:last] = kernels.matmul_t(logits, W, head.narrow)
+                dh[first:last] = kernels.matmul_t(logits, W, head.bf16_matmul)
             if wants_head and not late:
                 dW = _added(dW, logits, hidden, first, head)
             del logits  # before the next chunk's are made: else there would be two at once
@@ -159,8 +159,8 @@ def _added(dW: Tensor | None, dlogits: Tensor, hidden: Tensor, first: int, head:
     assert head.weight is not None
     part = hidden[first : first + len(dlogits)]
     if len(part) == len(hidden):
-        return kernels.weight_gradient(dlogits, part, head.narrow, head.weight.dtype)
-    own = kernels.weight_gradient(dlogits, part, head.narrow)
+        return kernels.weight_gradient(dlogits, part, head.bf16_matmul, head.weight.dtype)
+    own = kernels.weight_gradient(dlogits, part, head.bf16_matmul)
     return own.float() if dW is None else dW.add_(own)
 
 
@@ -181,9 +181,9 @@ def _head_gradient(
 
 def _plain_head(base: Base, trained: Sequence[nn.Parameter]) -> StoredLinear | None:
     """The head, where it alone stands between hidden states and logits, without an adapter and with nothing else trained."""
-    head = base.anatomy.head
+    head = base.structure.head
     if (
-        not base.anatomy.plain_head
+        not base.structure.plain_head
         or not isinstance(head, StoredLinear)
         or head.weight is None
         or head.bank is not None
@@ -195,7 +195,7 @@ def _plain_head(base: Base, trained: Sequence[nn.Parameter]) -> StoredLinear | N
 def tail_parameters(base: Base) -> list[nn.Parameter]:
     """The trained tensors between the hidden states and the logits: the modules' own, and those of adapters on them."""
     found: dict[int, nn.Parameter] = {}
-    for module in base.anatomy.tail_modules():
+    for module in base.structure.tail_modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, Stored) and isinstance(module.bank, Bank):
             own += [p for slot in module.bank.slots.values() for p in slot.named().values()]
@@ -213,7 +213,7 @@ def weighted_loss(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of token losses, with gradients, and each token's loss without; `context` is the pass's own.
 
-    hidden (n, w) are the states in front of each trained token, labels (n,) the tokens, weights (n,) float32;
+    hidden (n, w) are the states in front of each target token, labels (n,) the tokens, weights (n,) float32;
     `slots` gives (slot, first, last) over the n rows.
     """
     trained = tail_parameters(base) if torch.is_grad_enabled() else []
@@ -225,7 +225,7 @@ def weighted_loss(
     if torch.is_grad_enabled():
         total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, context, *trained)  # pyright: ignore
         return total, losses
-    chunks = _chunks(slots, base.anatomy.vocabulary)
+    chunks = _chunks(slots, base.structure.vocabulary)
     parts = [_piece(base, hidden[a:b], labels[a:b], slot, context) for slot, a, b in chunks]
     losses = torch.cat(parts) if parts else hidden.new_zeros(0)
     return (losses * weights).sum(), losses

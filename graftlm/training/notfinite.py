@@ -1,6 +1,6 @@
 """Where a number first stopped being finite: which module, and on which rows.
 
-A loss that is NaN says nothing of its cause, and by the time it is seen the pass is over. So the documents of the step are run
+A loss that is NaN says nothing of its cause, and by the time it is seen the pass is over. So the examples of the step are run
 once more, each alone, with a hook on every module: the first one whose output, or whose output's gradient on the way back,
 is not finite is the one to look at. All random numbers come from counters, so the second run does what the first did.
 """
@@ -61,9 +61,9 @@ def watching(model: nn.Module) -> Iterator[list[str]]:
 def first(
     model: nn.Module, rows: Sequence[str], parameters: Iterable[tuple[str, nn.Parameter]], run: Callable[[int], None]
 ) -> tuple[str | None, list[str]]:
-    """Run each of the documents alone; returns what first was not finite, and the rows that were not.
+    """Run each of the examples alone; returns what first was not finite, and the rows that were not.
 
-    `run(i)` runs document i forward, and backward where that is wanted. Where no document is to blame alone, None and [].
+    `run(i)` runs example i forward, and backward where that is wanted. Where no example is to blame alone, None and [].
     """
     named = list(parameters)
     where: str | None = None

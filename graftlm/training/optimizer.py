@@ -25,7 +25,7 @@ from graftlm import kernels
 from graftlm.kernels import Moments
 from graftlm.kernels.moments import SMALL
 
-Heard = Callable[[str, Tensor, float], None]
+GradientHook = Callable[[str, Tensor, float], None]
 """Told of a parameter's name, its gradient and its learning rate, before its update."""
 
 
@@ -87,7 +87,7 @@ class AdamW:
     def _update(self, name: str, gradient: Tensor, learning_rate: float, factor: float) -> None:
         parameter = self.parameters[name]
         if name not in self.moments:
-            self.moments[name] = kernels.no_moments(parameter.numel(), **self._kept(name))
+            self.moments[name] = kernels.zero_moments(parameter.numel(), **self._kept(name))
         update = kernels.update_of(
             self.steps, self.rate_of(name, learning_rate), beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon,
             weight_decay=self.weight_decay if parameter.ndim >= 2 else 0.0, factor=factor,
@@ -117,7 +117,7 @@ class AdamW:
 
     @contextmanager
     def stepping(
-        self, learning_rate: float, refusal: Callable[[str], Exception], heard: Heard | None = None
+        self, learning_rate: float, refusal: Callable[[str], Exception], heard: GradientHook | None = None
     ) -> Iterator[None]:
         """While open, a backward pass updates each parameter as soon as its gradient is complete, and frees it.
 
@@ -178,7 +178,7 @@ class AdamW:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"the states of '{name}', which has {count} values, are of no use: {error}") from None
             kept = self._kept(name)
-            moments[name] = kernels.no_moments(count, **kept)
+            moments[name] = kernels.zero_moments(count, **kept)
             converted = kernels.moments_in(found, kept["eight_bit"], key=(self.seed, name, "loaded"))
             for kind, tensor in moments[name].tensors().items():
                 tensor.copy_(converted.tensors()[kind])
@@ -197,7 +197,7 @@ def clip_factor(norm: float, limit: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class LRSchedule:
     """The learning rate of each step: up in a line over the warm-up, then down to zero or level."""
 
     peak: float

@@ -7,7 +7,7 @@ times what lives in it (measured: 577 MB where 231 MB lived). It also keeps up t
 one by one as the optimizer steps inside the backward pass leave the same gaps. Tensors with pages of their own give them back
 at once; the system fills each new page with zeros for that, which costs time (a third more for a step of a 30M model), so it is
 done where memory was asked for: with `--activation-checkpointing`, `--optimizer-in-backward`, and where a step's passes are
-made small (`planning.activations.Load.sparing`).
+made small (`planning.activations.Load.mmap_allocations`).
 
 LARGE_BYTES is small because weights of half a megabyte are not: with a limit of 1 MB the heap grew by 26 MB over four steps of
 a 30M model that steps inside its backward pass, with 128 kB by 9 MB, with 64 or 32 kB not at all, at the same speed.
@@ -36,7 +36,7 @@ def glibc(name: str) -> Callable[..., int] | None:
         return None
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Give what nobody uses any more back to the system: objects that refer to each other alone, and what the heap holds
     free, the gaps between living tensors too."""
     gc.collect()
@@ -46,7 +46,7 @@ def give_back() -> None:
 
 
 @contextmanager
-def own_pages(wanted: bool) -> Iterator[bool]:
+def mmap_allocations(wanted: bool) -> Iterator[bool]:
     """While open and `wanted`, blocks of LARGE_BYTES and more get pages of their own; yields whether they do."""
     set_option = glibc("mallopt") if wanted else None
     if set_option is None or not set_option(_MMAP_THRESHOLD, LARGE_BYTES):

@@ -11,20 +11,20 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 
-from graftlm.adapters import format as adapter_format
-from graftlm.adapters.attach import Adapter, Plan, attach, choose, new_adapter
-from graftlm.adapters.format import AdapterFolder
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.adapters.attach import Adapter, AdapterPlan, attach, new_adapter, select_layers
+from graftlm.adapters.peft_format import AdapterFolder
 from graftlm.adapters.store import open_adapter
 from graftlm.base.chat import Encoder
-from graftlm.base.load import Base
+from graftlm.base.loading import Base
 from graftlm.config import Precision, TrainConfig
 from graftlm.config.train import OFFLOAD_ON_CPU
-from graftlm.data.documents import Dataset, load, split
-from graftlm.data.order import Order, make_order
+from graftlm.data.dataset import Dataset, load, split
+from graftlm.data.sampler import Sampler, make_sampler
 from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
 from graftlm.errors import ConfigError, ModelError
 from graftlm.progress import working
-from graftlm.training.optimizer import AdamW, Schedule
+from graftlm.training.optimizer import AdamW, LRSchedule
 from graftlm.training.trial import Trial
 
 
@@ -39,21 +39,21 @@ def peek(sources: Sequence[Source]) -> None:
 def read_data(
     config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base
 ) -> tuple[Dataset, Dataset | None]:
-    """The training data, and the held-out data where there are any. Raises DataError."""
-    limit = token_limit(config.max_tokens_per_document, base.anatomy.max_positions)
-    dataset = load(sources, encoder, max_tokens=limit, too_long=config.too_long)
+    """The training data, and the eval data where there are any. Raises DataError."""
+    limit = token_limit(config.max_length, base.structure.max_positions)
+    dataset = load(sources, encoder, max_tokens=limit, overlong=config.overlong)
     if config.eval_data is None:
         return dataset, None
     fraction = share(config.eval_data)
     if fraction is not None:
         return split(dataset, fraction)
     apart = [named_source(config.eval_data, "valid")]
-    return dataset, load(apart, encoder, max_tokens=limit, too_long=config.too_long)
+    return dataset, load(apart, encoder, max_tokens=limit, overlong=config.overlong)
 
 
 def stored_precision(config: TrainConfig) -> Precision:
     """How the base is stored: as asked, else as the adapter that training starts from had it, else the method's default."""
-    if config.from_adapter is not None and config.precision is None and config.method == "lora":
+    if config.from_adapter is not None and config.base_precision is None and config.method == "lora":
         manifest = _parent(config, config.from_adapter).manifest
         if manifest is not None:
             return manifest["base"]["precision"]
@@ -61,11 +61,11 @@ def stored_precision(config: TrainConfig) -> Precision:
 
 
 def set_checkpointing(config: TrainConfig, base: Base) -> None:
-    """Let layers run again in the backward pass where the config asks for it; ModelError where none can."""
-    if config.activation_checkpointing and base.anatomy.checkpoint_layers(True) == 0:
+    """Let activation checkpointing where the config asks for it; ModelError where none can."""
+    if config.activation_checkpointing and base.structure.checkpoint_layers(True) == 0:
         raise ModelError(
             f"{type(base.model).__name__} has no layers that Graft could run again, so --activation-checkpointing would "
-            "do nothing; leave it out, and use a smaller --tokens-per-pass"
+            "do nothing; leave it out, and use a smaller --micro-batch-tokens"
         )
 
 
@@ -94,18 +94,18 @@ def _parent(config: TrainConfig, name: Path) -> AdapterFolder:
 
 def untrained(base: Base, config: TrainConfig) -> Adapter:
     """The new adapter that the config describes, attached to nothing; new tokens are added to the base's tokenizer."""
-    plan = Plan(
-        rank=config.rank, alpha=config.scale_numerator, rank_stabilized=config.rank_stabilized, dropout=config.dropout,
-        dora=config.dora, ranks=config.rank_pattern, alphas=config.alpha_pattern, whole=config.modules_to_save,
-        tokens=_train_tokens(base, config.train_tokens),
+    plan = AdapterPlan(
+        rank=config.rank, alpha=config.scale_numerator, rank_stabilized=config.rank_stabilized, dropout=config.lora_dropout,
+        dora=config.dora, ranks=config.rank_pattern, alphas=config.alpha_pattern, modules_to_save=config.modules_to_save,
+        trainable_tokens=_trainable_token_ids(base, config.trainable_tokens),
     )  # fmt: skip
-    return new_adapter(base, choose(base, config.targets), plan, config.seed)
+    return new_adapter(base, select_layers(base, config.targets), plan, config.seed)
 
 
-def _train_tokens(base: Base, names: Sequence[str]) -> tuple[int, ...]:
+def _trainable_token_ids(base: Base, names: Sequence[str]) -> tuple[int, ...]:
     """Ids of the tokens whose rows are trained; unknown ones are added where the embedding matrix has spare rows."""
     tokenizer: Any = base.tokenizer
-    rows = base.anatomy.vocabulary
+    rows = base.structure.vocabulary
     known = tokenizer.get_vocab()
     ids: list[int] = []
     for name in names:
@@ -123,17 +123,17 @@ def _train_tokens(base: Base, names: Sequence[str]) -> tuple[int, ...]:
 
 
 def make_trial(
-    base: Base, config: TrainConfig, adapter: Adapter | None, slot: int, dataset: Dataset, held_out: Dataset | None
+    base: Base, config: TrainConfig, adapter: Adapter | None, slot: int, dataset: Dataset, eval_dataset: Dataset | None
 ) -> Trial:
-    """What is trained in `slot` (0: the base itself), with its optimizer, schedule and order of documents."""
+    """What is trained in `slot` (0: the base itself), with its optimizer, schedule and order of examples."""
     parameters: dict[str, nn.Parameter] = base.train_all() if adapter is None else adapter.parameters()
     if not parameters:
         raise ConfigError("nothing is trained; choose targets or modules")
-    order = make_order(
-        [len(part.documents) for part in dataset.parts], [part.weight for part in dataset.parts],
+    sampler = make_sampler(
+        [len(part.examples) for part in dataset.parts], [part.weight for part in dataset.parts],
         seed=config.seed, batch_size=config.batch_size, epochs=config.epochs, steps=config.steps,
     )  # fmt: skip
-    ratio = config.b_learning_rate_ratio
+    ratio = config.loraplus_lr_ratio
     if config.offload_optimizer and base.device.type == "cpu":
         raise ConfigError(OFFLOAD_ON_CPU)
     optimizer = AdamW(
@@ -142,25 +142,25 @@ def make_trial(
         eight_bit=config.optimizer == "adamw-8bit", in_backward=config.optimizer_in_backward,
         state_device=torch.device("cpu") if config.offload_optimizer else None,
     )  # fmt: skip
-    schedule = Schedule(
-        peak=config.peak_learning_rate, kind=config.schedule, warmup_steps=round(config.warmup * order.steps),
-        steps=order.steps,
+    schedule = LRSchedule(
+        peak=config.peak_learning_rate, kind=config.lr_scheduler, warmup_steps=round(config.warmup_ratio * sampler.steps),
+        steps=sampler.steps,
     )  # fmt: skip
     return Trial(
         name=config.out.name, slot=slot, seed=config.seed, parameters=parameters,
-        optimizer=optimizer, schedule=schedule, documents=dataset.documents, order=order,
-        held_out=() if held_out is None else held_out.documents, max_grad_norm=config.max_grad_norm,
-        eval_every=config.eval_every or default_eval_every(dataset, held_out, order),
+        optimizer=optimizer, schedule=schedule, examples=dataset.examples, sampler=sampler,
+        eval_examples=() if eval_dataset is None else eval_dataset.examples, max_grad_norm=config.max_grad_norm,
+        eval_every=config.eval_every or default_eval_every(dataset, eval_dataset, sampler),
     )  # fmt: skip
 
 
-def default_eval_every(dataset: Dataset, held_out: Dataset | None, order: Order) -> int:
+def default_eval_every(dataset: Dataset, eval_dataset: Dataset | None, sampler: Sampler) -> int:
     """Steps between evaluations: at most ten in a run, and no more than cost about a quarter of the training.
 
     A pass forward costs a third of one forward and back.
     """
-    if held_out is None:
-        return order.steps
-    training = 3.0 * order.draws * dataset.tokens / dataset.rows
-    affordable = int(0.25 * training / held_out.tokens)
-    return math.ceil(order.steps / min(10, max(1, affordable)))
+    if eval_dataset is None:
+        return sampler.steps
+    training = 3.0 * sampler.draws * dataset.tokens / dataset.rows
+    affordable = int(0.25 * training / eval_dataset.tokens)
+    return math.ceil(sampler.steps / min(10, max(1, affordable)))

@@ -7,39 +7,39 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter
 from graftlm.base import hf
 from graftlm.base.chat import Encoder
-from graftlm.base.load import Base
+from graftlm.base.loading import Base
 from graftlm.base.precision import DTYPES
 from graftlm.config import TrainConfig
-from graftlm.data.documents import Dataset
-from graftlm.files import whole_folder, write_json
+from graftlm.data.dataset import Dataset
+from graftlm.files import atomic_folder, write_json
 from graftlm.training import checkpoint
-from graftlm.training.pages import give_back
-from graftlm.training.resume import Identity
-from graftlm.training.runfolder import environment, write_lines
+from graftlm.training.pages import release_memory
+from graftlm.training.resume import RunIdentity
+from graftlm.training.run_folder import environment, write_lines
 from graftlm.training.trial import Trial
 from graftlm.training.view import View
 
 
 def about(
-    config: TrainConfig, base: Base, encoder: Encoder, dataset: Dataset, held_out: Dataset | None
+    config: TrainConfig, base: Base, encoder: Encoder, dataset: Dataset, eval_dataset: Dataset | None
 ) -> dict[str, Any]:
     """What the run folder and the adapter's manifest say about data and base."""
 
     def counted(data: Dataset) -> dict[str, Any]:
         return {
-            "sources": [{"name": p.name, "weight": p.weight, "rows": len(p.documents)} for p in data.parts],
-            "rows": data.rows, "tokens": data.tokens, "trained_tokens": data.trained_tokens, "longest": data.longest,
-            "dropped": data.dropped, "cut": data.cut, "formats": dict(data.kinds), "digest": data.digest,
+            "sources": [{"name": p.name, "weight": p.weight, "rows": len(p.examples)} for p in data.parts],
+            "rows": data.rows, "tokens": data.tokens, "target_tokens": data.target_tokens, "longest": data.longest,
+            "dropped": data.dropped, "truncated": data.truncated, "formats": dict(data.kinds), "digest": data.digest,
         }  # fmt: skip
 
     return {
         "data": {
             "train": counted(dataset),
-            "eval": None if held_out is None else counted(held_out),
+            "eval": None if eval_dataset is None else counted(eval_dataset),
             "template_date": config.template_date,
             "template_digest": encoder.template_digest,
             "train_on": config.train_on,
@@ -48,7 +48,7 @@ def about(
             "name": config.model,
             "fingerprint": base.fingerprint,
             "precision": base.precision,
-            "compute": base.compute,
+            "compute_dtype": base.compute_dtype,
             "architecture": type(base.model).__name__,
             "parameters": base.parameters,
         },
@@ -57,7 +57,7 @@ def about(
 
 def finish(
     config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial, encoder: Encoder, facts: dict[str, Any],
-    identity: Identity, view: View,
+    identity: RunIdentity, view: View,
 ) -> dict[str, Any]:  # fmt: skip
     """Put the best step back, write its result, and take away the checkpoint that stood for it; returns what was saved.
 
@@ -69,14 +69,14 @@ def finish(
     except (OSError, SafetensorError) as error:  # the result is smaller and may still find room
         view.note(f"no checkpoint could be written at the end ({error}); saving the result")
     trial.optimizer.forget()  # writing the result takes memory of its own
-    give_back()
+    release_memory()
     trouble = checkpoint.take_best(config.out, trial)
     if trouble is not None:
         view.note(trouble)
     step = trial.best.step if trial.best is not None else trial.step
     checkpoint.name_best(config.out, trial)
     saved = save_result(config, base, adapter, trial, encoder, {**facts, "steps": step, "changes": identity.changes})
-    checkpoint.remove(config.out, trial.order.steps)
+    checkpoint.remove(config.out, trial.sampler.steps)
     return {**saved, "saved_step": step}
 
 
@@ -87,7 +87,7 @@ def save_result(
     if trial.first is not None and trial.best is not None:
         after = {r.row: r for r in trial.best.rows}
         lines = (
-            {"row": r.row, "trained_tokens": r.trained_tokens, "loss_before": r.loss, "loss_after": after[r.row].loss}
+            {"row": r.row, "target_tokens": r.target_tokens, "loss_before": r.loss, "loss_after": after[r.row].loss}
             for r in trial.first.rows
         )
         write_lines(config.out / "evaluation.jsonl", lines)
@@ -104,7 +104,7 @@ def save_result(
     }
     if adapter is not None:
         place = config.out / "adapter"
-        with whole_folder(place) as folder:
+        with atomic_folder(place) as folder:
             adapter_format.save(base, adapter, folder, manifest)
         return {
             "adapter_folder": str(place),
@@ -112,8 +112,8 @@ def save_result(
             "saved_bytes": (place / adapter_format.TENSORS).stat().st_size,
         }
     place = config.out / "model"
-    with whole_folder(place) as folder:
-        hf.save(base.model, str(folder), DTYPES[config.save_precision or base.precision])
+    with atomic_folder(place) as folder:
+        hf.save_model(base.model, str(folder), DTYPES[config.save_precision or base.precision])
         base.tokenizer.save_pretrained(str(folder))
         write_json(folder / "graft.json", {"format": 1, **manifest, "tokenizer_digest": encoder.tokenizer_digest})
     return {"model_folder": str(place), "saved_bytes": _bytes(place)}

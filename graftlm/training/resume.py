@@ -13,9 +13,10 @@ from typing import Any
 
 from graftlm import kernels
 from graftlm.adapters.attach import Adapter
-from graftlm.base.load import Base
-from graftlm.config import Compute, TrainConfig
-from graftlm.data.documents import Dataset
+from graftlm.base.loading import Base
+from graftlm.config import ComputeDtype, TrainConfig
+from graftlm.config.aliases import FORMER, renamed
+from graftlm.data.dataset import Dataset
 from graftlm.errors import ConfigError, RunError, nearest
 from graftlm.training import checkpoint
 from graftlm.training.trial import Trial
@@ -24,12 +25,12 @@ from graftlm.training.view import View
 # Options that change neither what is trained nor the numbers, so a run may go on with others.
 _FREE = {
     "activation_checkpointing", "allow_change", "device", "keep_checkpoints", "offload_optimizer", "optimizer_in_backward",
-    "out", "resume", "save_every", "save_precision", "tokens_per_pass", "track", "trust_remote_code",
+    "out", "resume", "save_every", "save_precision", "micro_batch_tokens", "track", "trust_remote_code",
 }  # fmt: skip
 
 
 @dataclass
-class Identity:
+class RunIdentity:
     """What a run is, and how it became that."""
 
     values: dict[str, Any]
@@ -43,32 +44,33 @@ class Identity:
 
 
 def identify(
-    resolved: dict[str, Any], base: Base, adapter: Adapter | None, dataset: Dataset, held_out: Dataset | None
-) -> Identity:
+    resolved: dict[str, Any], base: Base, adapter: Adapter | None, dataset: Dataset, eval_dataset: Dataset | None
+) -> RunIdentity:
     """The identity of a run, from its resolved options and what they led to."""
     origin = adapter.origin if adapter is not None else None
     by_content = {
         "model": base.fingerprint,
         "data": dataset.digest,
-        "eval_data": held_out.digest if held_out else None,
+        "eval_data": eval_dataset.digest if eval_dataset else None,
         "from_adapter": origin.digest if origin else None,
     }
-    return Identity({**{name: value for name, value in resolved.items() if name not in _FREE}, **by_content})
+    return RunIdentity({**{name: value for name, value in resolved.items() if name not in _FREE}, **by_content})
 
 
-def products_of(config: TrainConfig) -> Compute | None:
+def compute_dtype_of(config: TrainConfig) -> ComputeDtype | None:
     """The type of products that a run takes: the one asked for, else, where it goes on, the one it began with.
 
-    None leaves it to the processor; so does a type that this one does not have, and `go_on` then says what is different.
+    None leaves it to the processor; so does a type that this one does not have, and `resume_from_checkpoint` then says
+    what is different.
     """
-    if config.compute is not None or not config.resume:
-        return config.compute
+    if config.compute_dtype is not None or not config.resume:
+        return config.compute_dtype
     found, _ = checkpoint.newest(config.out)
-    began = None if found is None else (checkpoint.read_state(found).get("identity") or {}).get("compute")
-    return None if began == "mixed" and not kernels.narrows() else began
+    began = None if found is None else renamed(checkpoint.read_state(found).get("identity") or {}).get("compute_dtype")
+    return None if began == "bf16-mixed" and not kernels.has_bf16_matmul() else began
 
 
-def go_on(config: TrainConfig, trial: Trial, identity: Identity, view: View) -> bool:
+def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdentity, view: View) -> bool:
     """Put the newest whole checkpoint into `trial`; False where none was ever written.
 
     Raises RunError when there are some and none is whole, and for options, data or a base that are not the same any more;
@@ -82,7 +84,7 @@ def go_on(config: TrainConfig, trial: Trial, identity: Identity, view: View) -> 
         view.note("no checkpoint was written yet; starting from the beginning")
         return False
     state = checkpoint.read_state(found)
-    before: dict[str, Any] = state.get("identity") or {}
+    before = renamed(state.get("identity") or {})
     changed = [key for key, value in identity.values.items() if before.get(key) != value]
     refused = [key for key in changed if key not in allowed]
     if refused:
@@ -108,12 +110,17 @@ def _flag(key: str) -> str:
     return key.replace("_", "-")
 
 
-def _allowed(names: Sequence[str], identity: Identity) -> set[str]:
+def _field(name: str) -> str:
+    field = name.replace("-", "_")
+    return FORMER.get(field, field)
+
+
+def _allowed(names: Sequence[str], identity: RunIdentity) -> set[str]:
     known = [_flag(key) for key in identity.values]
     for name in names:
-        if _flag(name) not in known:
+        if _flag(_field(name)) not in known:
             raise ConfigError(
                 f"--allow-change {name}: a run is not told apart by that{nearest(_flag(name), known)} "
                 f"known: {', '.join(sorted(known))}"
             )
-    return {name.replace("-", "_") for name in names}
+    return {_field(name) for name in names}

@@ -3,7 +3,7 @@
     load the base -> make what is trained -> read the data -> [evaluate, step, log, save] ... -> adapter/ or model/
 
 This is the one place where the parts meet; each part is a call. `prepare.py` reads the data, `session.py` is what is trained
-with its folder, `foresight.py` says what it will take, `loop.py` trains. What a person sees comes from `view.py`.
+with its folder, `memory.py` says what it will take, `trainer.py` trains. What a person sees comes from `view.py`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import torch
 
 from graftlm.adapters.attach import coverage, notes_for_peft
 from graftlm.base.chat import Encoder
-from graftlm.base.load import load_base
+from graftlm.base.loading import load_base
 from graftlm.config import TrainConfig
 from graftlm.data.sources import named_source
 from graftlm.errors import Diverged, Stopped
-from graftlm.files import clear_left
-from graftlm.planning.measured import PeakMemory
+from graftlm.files import remove_leftovers
+from graftlm.planning.peak_memory import PeakMemory
 from graftlm.progress import working
 from graftlm.training import checkpoint
-from graftlm.training.foresight import foresee, rehearse
-from graftlm.training.loop import train
-from graftlm.training.pages import give_back, own_pages
+from graftlm.training.logging import signals
+from graftlm.training.memory import dry_run, estimate
+from graftlm.training.pages import mmap_allocations, release_memory
 from graftlm.training.prepare import make_adapter, peek, read_data, set_checkpointing, stored_precision
-from graftlm.training.recorder import signals
-from graftlm.training.resume import products_of
-from graftlm.training.runfolder import check_free, locked
-from graftlm.training.session import Material, Session
+from graftlm.training.resume import compute_dtype_of
+from graftlm.training.run_folder import check_free, locked
+from graftlm.training.session import Session, TrainingData
 from graftlm.training.trackers import check_trackers
+from graftlm.training.trainer import train
 from graftlm.training.view import View
 
 
@@ -42,25 +42,25 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
     sources = [named_source(text, "train") for text in config.data]
     peek([*sources, *([named_source(config.eval_data, "valid")] if config.eval_data else [])])
     device = _probe_device(config)
-    apart = own_pages(device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward))
+    apart = mmap_allocations(device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward))
     with locked(config.out), apart, PeakMemory(device) as memory:
-        clear_left(config.out)
+        remove_leftovers(config.out)
         check_free(config.out, config.resume)
         started = time.perf_counter()
         precision = stored_precision(config)
         base = load_base(
-            config.model, precision=precision, compute=products_of(config), device=config.device,
+            config.model, precision=precision, compute_dtype=compute_dtype_of(config), device=config.device,
             init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
         )  # fmt: skip
-        give_back()  # what was used for that
+        release_memory()  # what was used for that
         set_checkpointing(config, base)
         view.base(base)
         loaded = time.perf_counter()
         adapter = make_adapter(base, config)
         encoder = Encoder(base.tokenizer, train_on=config.train_on, date=config.template_date)
-        material = Material(encoder, *read_data(config, sources, encoder, base))
-        view.data(material.dataset, material.held_out, encoder.notes)
-        session = Session(config, base, adapter, material, view, slot=0 if adapter is None else 1)
+        training_data = TrainingData(encoder, *read_data(config, sources, encoder, base))
+        view.data(training_data.dataset, training_data.eval_dataset, encoder.notes)
+        session = Session(config, base, adapter, training_data, view, slot=0 if adapter is None else 1)
         trial = session.trial
         if adapter is not None:
             for note in adapter.origin.notes if adapter.origin is not None else ():
@@ -73,24 +73,24 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
                     f"its class never trains {len(base.fixed)} of its parameters: '{min(base.fixed)}' stays as it is"
                 )
 
-        ahead = foresee(config, base, [trial], [] if adapter is None else [adapter])
-        with own_pages(device.type == "cpu" and ahead.load.sparing), closing(session):
-            session.go_on(ahead.tokens_per_pass)
-            rehearsed = None if trial.done else rehearse(base, [trial], ahead) - memory.start
-            view.ahead(ahead, rehearsed)
-            session.begin({**ahead.to_json(), "rehearsed_bytes": rehearsed})
+        ahead = estimate(config, base, [trial], [] if adapter is None else [adapter])
+        with mmap_allocations(device.type == "cpu" and ahead.load.mmap_allocations), closing(session):
+            session.resume_from_checkpoint(ahead.micro_batch_tokens)
+            dry_run_bytes = None if trial.done else dry_run(base, [trial], ahead) - memory.start
+            view.ahead(ahead, dry_run_bytes)
+            session.begin({**ahead.to_json(), "dry_run_bytes": dry_run_bytes})
             recorder = session.recorder
             with signals(recorder, view.note):
                 try:
                     with view.training(trial):
-                        train(base, [trial], ahead.tokens_per_pass, recorder)
+                        train(base, [trial], ahead.micro_batch_tokens, recorder)
                 except Diverged as error:
                     raise Diverged(f"{error}; {checkpoint.whereabouts(config.out)}") from None
                 if recorder.stopped is not None and not trial.done:
                     recorder.save()
                     raise Stopped(
                         recorder.stopped,
-                        f"stopped after step {trial.step} of {trial.order.steps}; {checkpoint.whereabouts(config.out)}. "
+                        f"stopped after step {trial.step} of {trial.sampler.steps}; {checkpoint.whereabouts(config.out)}. "
                         "Go on with the same command and --resume",
                     )
                 trained = time.perf_counter()

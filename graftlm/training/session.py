@@ -1,7 +1,7 @@
 """A session: one trial with its run folder, from what is trained to what is saved.
 
-    Session(...)        the trial over its documents, with the adapter that is in its slot, or the base's own weights
-    session.go_on(...)  its identity; the newest checkpoint, where the config asks for it
+    Session(...)        the trial over its examples, with the adapter that is in its slot, or the base's own weights
+    session.resume_from_checkpoint(...)  its identity; the newest checkpoint, where the config asks for it
     session.begin(...)  write what the run is, open its metrics
     session.finish()    put the best step back and save it
     session.close()     end the metrics; the adapter leaves its slot
@@ -17,65 +17,76 @@ from typing import Any
 
 from graftlm.adapters.attach import Adapter, detach
 from graftlm.base.chat import Encoder
-from graftlm.base.load import Base
+from graftlm.base.loading import Base
 from graftlm.config import TrainConfig
-from graftlm.data.documents import Dataset
+from graftlm.data.dataset import Dataset
 from graftlm.files import write_json
+from graftlm.training.logging import Recorder
 from graftlm.training.prepare import make_trial
-from graftlm.training.recorder import Recorder
 from graftlm.training.result import about, finish
-from graftlm.training.resume import Identity, go_on, identify
-from graftlm.training.runfolder import Metrics, environment, writing
+from graftlm.training.resume import RunIdentity, identify, resume_from_checkpoint
+from graftlm.training.run_folder import MetricsFile, environment, writing
 from graftlm.training.trackers import open_trackers
 from graftlm.training.trial import Trial
 from graftlm.training.view import View
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class TrainingData:
     """What is trained on and measured by."""
 
     encoder: Encoder
     dataset: Dataset
-    held_out: Dataset | None
+    eval_dataset: Dataset | None
 
 
 class Session:
     """One trial and its run folder."""
 
-    identity: Identity
+    identity: RunIdentity
     recorder: Recorder
 
     def __init__(
-        self, config: TrainConfig, base: Base, adapter: Adapter | None, material: Material, view: View, *, slot: int
+        self,
+        config: TrainConfig,
+        base: Base,
+        adapter: Adapter | None,
+        training_data: TrainingData,
+        view: View,
+        *,
+        slot: int,
     ) -> None:
         """`adapter` is attached in `slot`; None for full training, in slot 0. Raises ConfigError."""
         assert (adapter is None) == (slot == 0)
-        self.config, self.base, self.adapter, self.material, self.view = config, base, adapter, material, view
-        self.trial: Trial = make_trial(base, config, adapter, slot, material.dataset, material.held_out)
+        self.config, self.base, self.adapter, self.training_data, self.view = config, base, adapter, training_data, view
+        self.trial: Trial = make_trial(base, config, adapter, slot, training_data.dataset, training_data.eval_dataset)
         self._open = True
 
-    def go_on(self, tokens_per_pass: int) -> None:
+    def resume_from_checkpoint(self, micro_batch_tokens: int) -> None:
         """Say what this run is by content, and where the config says so go on from its newest checkpoint.
 
         Raises RunError for a checkpoint of another run, or where there are some and none is whole.
         """
-        self.resolved = resolve(self.config, self.base, self.trial, tokens_per_pass)
-        material = self.material
-        self.identity = identify(self.resolved, self.base, self.adapter, material.dataset, material.held_out)
-        self.resumed = self.config.resume and go_on(self.config, self.trial, self.identity, self.view)
+        self.resolved = resolve(self.config, self.base, self.trial, micro_batch_tokens)
+        training_data = self.training_data
+        self.identity = identify(
+            self.resolved, self.base, self.adapter, training_data.dataset, training_data.eval_dataset
+        )
+        self.resumed = self.config.resume and resume_from_checkpoint(self.config, self.trial, self.identity, self.view)
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Write what this run is, `plan` with it, and open its metrics. Raises RunError."""
         config, out, step = self.config, self.config.out, self.trial.step
         self.plan = dict(plan)
-        self.facts = about(config, self.base, self.material.encoder, self.material.dataset, self.material.held_out)
+        self.facts = about(
+            config, self.base, self.training_data.encoder, self.training_data.dataset, self.training_data.eval_dataset
+        )
         with writing(out):
             write_json(out / "config.json", self.resolved)
             write_json(out / "environment.json", environment())
             write_json(out / "data.json", self.facts["data"])
             write_json(out / "plan.json", self.plan)
-            metrics = Metrics(out / "metrics.jsonl", step if self.resumed else None)
+            metrics = MetricsFile(out / "metrics.jsonl", step if self.resumed else None)
             for change in self.identity.changes if self.resumed else ():
                 if change["step"] == step:
                     metrics.write({"step": step, "kind": "event", "event": "changed", **change})
@@ -87,22 +98,22 @@ class Session:
         config, base, trial, recorder = self.config, self.base, self.trial, self.recorder
         with writing(config.out):
             saved = finish(
-                config, base, self.adapter, trial, self.material.encoder, self.facts, self.identity, self.view
+                config, base, self.adapter, trial, self.training_data.encoder, self.facts, self.identity, self.view
             )
         return {
             "out": str(config.out),
             **saved,
             "method": config.method,
             "model": config.model,
-            "trained_parameters": sum(p.numel() for p in trial.parameters.values()),
+            "trainable_parameters": sum(p.numel() for p in trial.parameters.values()),
             "base_parameters": base.parameters,
             "base_precision": base.precision,
             "base_bytes": base.bytes,
-            "compute": base.compute,
+            "compute_dtype": base.compute_dtype,
             "packed": base.packs,
             "steps": trial.step,
-            "tokens": trial.tokens,
-            "trained_tokens": trial.trained_tokens,
+            "num_tokens": trial.tokens,
+            "target_tokens": trial.target_tokens,
             "tokens_per_second": recorder.tokens / recorder.seconds if recorder.seconds else None,
             "train_loss": recorder.loss,
             "eval_loss_before": trial.first.loss if trial.first else None,
@@ -126,21 +137,21 @@ class Session:
             detach(self.base, self.trial.slot)
 
 
-def resolve(config: TrainConfig, base: Base, trial: Trial, tokens_per_pass: int) -> dict[str, Any]:
+def resolve(config: TrainConfig, base: Base, trial: Trial, micro_batch_tokens: int) -> dict[str, Any]:
     """Every option with what its default came to; a file of these is the same run again."""
     full = config.method == "full"
     return {
         **config.to_json(),
-        "precision": base.precision,
-        "compute": base.compute,
+        "base_precision": base.precision,
+        "compute_dtype": base.compute_dtype,
         "device": str(base.device),
         "save_precision": (config.save_precision or base.precision) if full else None,
-        "max_tokens_per_document": config.max_tokens_per_document or base.anatomy.max_positions or None,
+        "max_length": config.max_length or base.structure.max_positions or None,
         "alpha": None if full or config.from_adapter is not None else config.scale_numerator,
         "learning_rate": config.peak_learning_rate,
         "epochs": None if config.steps is not None else config.epochs or 1.0,
-        "tokens_per_pass": tokens_per_pass,
-        "eval_every": trial.eval_every if trial.held_out else None,
+        "micro_batch_tokens": micro_batch_tokens,
+        "eval_every": trial.eval_every if trial.eval_examples else None,
         "resume": False,
         "allow_change": [],
     }

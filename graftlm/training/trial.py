@@ -1,7 +1,7 @@
 """A trial: the parameters of one adapter, or of the whole model, and everything that moves them.
 
 `graft train` runs one; a sweep runs many beside each other on one base. A trial owns its optimizer, learning rate,
-order of documents, clipping and stop, and no generator state: all its randomness follows from (seed, draw, position,
+order of examples, clipping and stop, and no generator state: all its randomness follows from (seed, draw, position,
 layer).
 """
 
@@ -13,32 +13,32 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from graftlm.data.documents import Document
-from graftlm.data.order import Order
-from graftlm.training.optimizer import AdamW, Schedule
+from graftlm.data.dataset import Example
+from graftlm.data.sampler import Sampler
+from graftlm.training.optimizer import AdamW, LRSchedule
 
 
 @dataclass(frozen=True)
-class RowLoss:
+class ExampleLoss:
     """What the model makes of one evaluation row."""
 
     row: str
-    trained_tokens: int
+    target_tokens: int
     loss: float
-    """Summed over the row's trained tokens."""
+    """Summed over the row's target tokens."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses on the held-out rows at one step."""
+    """Losses on the eval rows at one step."""
 
     step: int
-    rows: tuple[RowLoss, ...]
+    rows: tuple[ExampleLoss, ...]
 
     @property
     def loss(self) -> float:
-        """Mean loss of a trained token, in nats."""
-        return math.fsum(r.loss for r in self.rows) / sum(r.trained_tokens for r in self.rows)
+        """Mean loss of a target token, in nats."""
+        return math.fsum(r.loss for r in self.rows) / sum(r.target_tokens for r in self.rows)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,16 +51,16 @@ class Trial:
     seed: int
     parameters: dict[str, nn.Parameter]
     optimizer: AdamW
-    schedule: Schedule
-    documents: Sequence[Document]
-    order: Order
-    held_out: Sequence[Document] = ()
+    schedule: LRSchedule
+    examples: Sequence[Example]
+    sampler: Sampler
+    eval_examples: Sequence[Example] = ()
     max_grad_norm: float = 1.0
     eval_every: int = 0
     step: int = 0
     """Optimizer steps taken."""
     tokens: int = 0
-    trained_tokens: int = 0
+    target_tokens: int = 0
     first: Evaluation | None = None
     last: Evaluation | None = None
     best: Evaluation | None = None
@@ -68,23 +68,23 @@ class Trial:
     evaluations: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     notes: list[str] = field(default_factory=list[str])
     """What the loop found that a user should know."""
-    given_up: str | None = None
+    stop_reason: str | None = None
     """Why it ends before its last step; None while it does not."""
 
     @property
     def complete(self) -> bool:
         """Whether it has taken its last step."""
-        return self.step >= self.order.steps
+        return self.step >= self.sampler.steps
 
     @property
     def done(self) -> bool:
         """Whether it takes no further step."""
-        return self.complete or self.given_up is not None
+        return self.complete or self.stop_reason is not None
 
     @property
     def wants_evaluation(self) -> bool:
         """Before the first step, every `eval_every` steps, and at the end."""
-        if not self.held_out or self.given_up is not None:
+        if not self.eval_examples or self.stop_reason is not None:
             return False
         return self.step == 0 or self.done or (self.eval_every > 0 and self.step % self.eval_every == 0)
 

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from graftlm import terminal
 from graftlm.adapters.attach import Adapter, CoverageRow
-from graftlm.base.load import Base
-from graftlm.config.fields import PRODUCTS
-from graftlm.data.documents import Dataset
-from graftlm.planning.words import count, size
+from graftlm.base.loading import Base
+from graftlm.config.fields import COMPUTE_DTYPE_NAMES
+from graftlm.data.dataset import Dataset
+from graftlm.formatting import count, size
 from graftlm.progress import Task, working
-from graftlm.training.foresight import Foresight
-from graftlm.training.loop import StepResult
+from graftlm.training.memory import MemoryEstimate
+from graftlm.training.trainer import StepResult
 from graftlm.training.trial import Evaluation, Trial
 
 _LABEL = 11  # width of the labels in front of facts
@@ -46,26 +46,28 @@ class View:
     def base(self, base: Base) -> None:
         """What was loaded and how it will run."""
         self.fact("base", f"{base.name}: {count(base.parameters)} parameters as {base.precision}, {size(base.bytes)}")
-        how = "documents packed end to end" if base.packs else f"stacks of equally long documents: {base.why_not}"
-        self.fact("", f"products in {PRODUCTS[base.compute]} on {base.device.type}; {how}")
-        for name, why in list(base.kept.items())[:5]:
+        how = (
+            "examples packed end to end" if base.packs else f"stacks of equally long examples: {base.no_packing_reason}"
+        )
+        self.fact("", f"products in {COMPUTE_DTYPE_NAMES[base.compute_dtype]} on {base.device.type}; {how}")
+        for name, why in list(base.not_converted.items())[:5]:
             self.fact("", f"kept as it is: {name}, {why}")
-        if len(base.kept) > 5:
-            self.fact("", f"and {len(base.kept) - 5} more of these")
+        if len(base.not_converted) > 5:
+            self.fact("", f"and {len(base.not_converted) - 5} more of these")
         for note in base.notes:
             self.fact("", note)
 
-    def data(self, dataset: Dataset, held_out: Dataset | None, notes: Sequence[str] = ()) -> None:
+    def data(self, dataset: Dataset, eval_dataset: Dataset | None, notes: Sequence[str] = ()) -> None:
         """What is trained on."""
         extra = f"; {dataset.dropped:,} too long and dropped" if dataset.dropped else ""
-        extra += f"; {dataset.cut:,} cut" if dataset.cut else ""
-        other = f"; {held_out.rows:,} rows held out" if held_out else "; no held-out rows"
+        extra += f"; {dataset.truncated:,} cut" if dataset.truncated else ""
+        other = f"; {eval_dataset.rows:,} eval rows" if eval_dataset else "; no eval rows"
         self.fact(
             "data",
-            f"{dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.trained_tokens:,} of them trained"
+            f"{dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.target_tokens:,} of them trained"
             f"{extra}{other}",
         )
-        for note in dict.fromkeys((*notes, *dataset.notes, *(held_out.notes if held_out else ()))):
+        for note in dict.fromkeys((*notes, *dataset.notes, *(eval_dataset.notes if eval_dataset else ()))):
             self.fact("", note)
 
     def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter, notes: Sequence[str] = ()) -> None:
@@ -84,20 +86,20 @@ class View:
         """That no layer is left out."""
         self.fact("trained", f"every weight, {parameters:,} values")
 
-    def ahead(self, ahead: Foresight, rehearsed: int | None) -> None:
+    def ahead(self, ahead: MemoryEstimate, dry_run_bytes: int | None) -> None:
         """What the run is expected to take, and what a pass over its longest batch took."""
-        if ahead.need is None:
+        if ahead.requirement is None:
             return
-        took = "" if rehearsed is None else f"; one pass over the longest batch took {size(rehearsed)}"
-        self.fact("memory", f"{size(ahead.need.training)} expected{took}; {ahead.tokens_per_pass:,} tokens a pass")
+        took = "" if dry_run_bytes is None else f"; one pass over the longest batch took {size(dry_run_bytes)}"
+        self.fact(
+            "memory", f"{size(ahead.requirement.training)} expected{took}; {ahead.micro_batch_tokens:,} tokens a pass"
+        )
 
     @contextmanager
     def training(self, trial: Trial) -> Iterator[None]:
         """The bar of the run."""
-        with working("training", trial.order.steps, "steps") as self._task:
-            self._task.to(
-                trial.step, note="held-out rows first" if trial.wants_evaluation and trial.first is None else ""
-            )
+        with working("training", trial.sampler.steps, "steps") as self._task:
+            self._task.to(trial.step, note="eval rows first" if trial.wants_evaluation and trial.first is None else "")
             try:
                 yield
             finally:
@@ -113,7 +115,7 @@ class View:
     def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         base = trial.first.loss if trial.first is not None else evaluation.loss
         mark = "  above the base's" if evaluation.loss > base else "  best so far" if best else ""
-        self.note(f"step {evaluation.step:>5}  held-out loss {evaluation.loss:.4f}{mark}")
+        self.note(f"step {evaluation.step:>5}  eval loss {evaluation.loss:.4f}{mark}")
 
     def done(self, summary: dict[str, Any]) -> None:
         """What came out, where it is and what it cost."""
@@ -121,9 +123,7 @@ class View:
         if before is not None and after is not None:
             self.fact("held out", f"loss {before:.4f} before, {after:.4f} after step {summary['saved_step']}")
             if after > before:
-                self.fact(
-                    "", "worse than the base: lower --learning-rate, or train on data more like the held-out rows"
-                )
+                self.fact("", "worse than the base: lower --learning-rate, or train on data more like the eval rows")
         place = summary.get("adapter_folder") or summary.get("model_folder")
         rate = summary["tokens_per_second"]
         speed = f", {rate:,.0f} tokens/s" if rate else ""

@@ -9,13 +9,13 @@ from typing import Any
 import tiny
 import torch
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import detach
-from graftlm.adapters.combine import Recipe
-from graftlm.adapters.merge import Merger, Weighted
-from graftlm.adapters.merged import write_merged
-from graftlm.base.load import Base
-from graftlm.base.skeleton import load_skeleton
+from graftlm.adapters.combine import MergeRecipe
+from graftlm.adapters.merge import Merger, WeightedAdapter
+from graftlm.adapters.merge_writer import write_merged_model
+from graftlm.base.loading import Base
+from graftlm.base.meta_base import load_meta_base
 
 
 def saved(base: Base, place: Path, seed: int = 3, **plan: Any) -> Path:
@@ -34,15 +34,17 @@ def saved(base: Base, place: Path, seed: int = 3, **plan: Any) -> Path:
 
 def merger(
     model: Path, adapters: Sequence[Path | tuple[Path, float]], onto: Any = "original", precision: Any = "float32",
-    recipe: Recipe | None = None,
+    recipe: MergeRecipe | None = None,
 ) -> Merger:  # fmt: skip
     """Adapters' folders, each with its weight, on a base's shapes."""
-    base = load_skeleton(str(model), precision=precision)
+    base = load_meta_base(str(model), precision=precision)
     pairs = [(a, 1.0) if isinstance(a, Path) else a for a in adapters]
-    return Merger(base, [Weighted(adapter_format.load(base, f), w) for f, w in pairs], recipe or Recipe(), onto)
+    return Merger(
+        base, [WeightedAdapter(adapter_format.load(base, f), w) for f, w in pairs], recipe or MergeRecipe(), onto
+    )
 
 
 def written(out: Path, found: Merger, save_dtype: torch.dtype | None = None) -> Path:
     """The merged folder."""
-    write_merged(found, out, {"method": "merge"}, save_dtype=save_dtype)
+    write_merged_model(found, out, {"method": "merge"}, save_dtype=save_dtype)
     return out

@@ -50,7 +50,7 @@ def written(
             "name": "tiny",
             "fingerprint": base,
             "precision": "nf4",
-            "compute": "float32",
+            "compute_dtype": "float32",
             "architecture": "LlamaForCausalLM",
         },
         "formula": formula,
@@ -59,7 +59,7 @@ def written(
         "canary": {"prompts": [[1, 2]], "base": [0.5], "adapter": [0.25], "tolerance": {"nf4": 0.001}},
         "method": "qlora",
         "steps": 7,
-        "data": {"train": {"digest": "d" * 32, "rows": 12, "tokens": 99, "trained_tokens": 50, "sources": []}},
+        "data": {"train": {"digest": "d" * 32, "rows": 12, "tokens": 99, "target_tokens": 50, "sources": []}},
         "evaluation": {"before": 3.0, "after": 2.0},
         **about,
     }

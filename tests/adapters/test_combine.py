@@ -13,9 +13,9 @@ from peft import PeftModel
 from peft.utils import merge_utils
 
 from graftlm.adapters import combine as ours
-from graftlm.adapters.combine import Recipe
+from graftlm.adapters.combine import MergeRecipe
 from graftlm.adapters.merge import Merger
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 
 WEIGHTS = (1.0, 0.3, -0.4)
 FULL = 64  # at least the smaller side of every layer: nothing is cut off by the rank
@@ -23,7 +23,7 @@ FULL = 64  # at least the smaller side of every layer: nothing is cut off by the
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return load_base(str(tiny.folder("llama")), device="cpu", compute="float32")
+    return load_base(str(tiny.folder("llama")), device="cpu", compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ class _nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
-def combined(folders: list[Path], recipe: Recipe) -> Merger:
+def combined(folders: list[Path], recipe: MergeRecipe) -> Merger:
     return merger(tiny.folder("llama"), list(zip(folders, WEIGHTS)), recipe=recipe)
 
 
@@ -70,13 +70,13 @@ def assert_equal(found: Merger, expected: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_linear_is_pefts_exact_sum(kind: str, folders: list[Path]) -> None:
     options = {"svd_rank": FULL, "svd_full_matrices": False} if kind == "svd" else {}
-    assert_equal(combined(folders, Recipe("linear")), pefts(folders, kind, **options))
+    assert_equal(combined(folders, MergeRecipe("linear")), pefts(folders, kind, **options))
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 def test_ties_is_pefts_on_whole_updates(density: float, folders: list[Path]) -> None:
     expected = pefts(folders, "ties_svd", svd_rank=FULL, svd_full_matrices=False, density=density)
-    assert_equal(combined(folders, Recipe("ties", density)), expected)
+    assert_equal(combined(folders, MergeRecipe("ties", density)), expected)
 
 
 @pytest.mark.parametrize("kind", ["dare-linear", "dare-ties"])
@@ -84,7 +84,7 @@ def test_ties_is_pefts_on_whole_updates(density: float, folders: list[Path]) -> 
 def test_dare_is_pefts_given_the_same_draws(
     kind: Any, density: float, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = combined(folders, Recipe(kind, density, seed=5))
+    found = combined(folders, MergeRecipe(kind, density, seed=5))
     draws: list[torch.Tensor] = []
     for name in [n for n in found.parts if n in dict(_modules())]:
         form = found.base.forms[name]
@@ -126,7 +126,7 @@ def test_dare_keeps_the_share_it_is_told_and_the_sum_on_average() -> None:
 
 
 def test_what_dare_drops_is_the_same_for_the_same_seed(folders: list[Path]) -> None:
-    first, second, third = (combined(folders[:2], Recipe("dare-linear", 0.5, seed)) for seed in (1, 1, 2))
+    first, second, third = (combined(folders[:2], MergeRecipe("dare-linear", 0.5, seed)) for seed in (1, 1, 2))
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(first.weight(name, torch.float32), second.weight(name, torch.float32))
     assert not torch.equal(first.weight(name, torch.float32), third.weight(name, torch.float32))
@@ -134,7 +134,7 @@ def test_what_dare_drops_is_the_same_for_the_same_seed(folders: list[Path]) -> N
 
 @pytest.mark.parametrize("kind", ["linear", "ties", "dare-linear", "dare-ties"])
 def test_no_block_size_changes_a_number(kind: Any, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(kind, 0.5 if kind != "linear" else 1.0, 3)
+    recipe = MergeRecipe(kind, 0.5 if kind != "linear" else 1.0, 3)
     names = ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight")
     whole = [combined(folders, recipe).weight(n, torch.float32) for n in names]
     monkeypatch.setattr("graftlm.adapters.merge._BLOCK", 100)
@@ -143,15 +143,15 @@ def test_no_block_size_changes_a_number(kind: Any, folders: list[Path], monkeypa
 
 
 def test_stacked_experts_embeddings_heads_and_dora_are_added_by_weight(tmp_path: Path) -> None:
-    base = load_base(str(tiny.folder("mixtral")), device="cpu", compute="float32")
-    one, two = saved(base, tmp_path / "1", seed=1), saved(base, tmp_path / "2", seed=2, whole=("head",))
+    base = load_base(str(tiny.folder("mixtral")), device="cpu", compute_dtype="float32")
+    one, two = saved(base, tmp_path / "1", seed=1), saved(base, tmp_path / "2", seed=2, modules_to_save=("head",))
     both = merger(base.folder, [(one, 0.5), (two, 0.7)])
     alone = [merger(base.folder, [folder]) for folder in (one, two)]
     for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.gate.weight", "lm_head.weight"):
         bare = merger(base.folder, []).weight(name, torch.float32)
         updates = [m.weight(name, torch.float32) - bare for m in alone]
         tiny.close(both.weight(name, torch.float32), bare + 0.5 * updates[0] + 0.7 * updates[1], rtol=1e-5)
-    llama = load_base(str(tiny.folder("llama")), device="cpu", compute="float32")
+    llama = load_base(str(tiny.folder("llama")), device="cpu", compute_dtype="float32")
     dora = saved(llama, tmp_path / "3", seed=3, dora=True)
     half = merger(llama.folder, [(dora, 0.5)])
     name = "model.layers.0.self_attn.k_proj.weight"
@@ -160,10 +160,12 @@ def test_stacked_experts_embeddings_heads_and_dora_are_added_by_weight(tmp_path:
 
 
 def test_ties_trims_each_expert_by_itself(tmp_path: Path) -> None:
-    base = load_base(str(tiny.folder("mixtral")), device="cpu", compute="float32")
+    base = load_base(str(tiny.folder("mixtral")), device="cpu", compute_dtype="float32")
     folders = [saved(base, tmp_path / str(i), seed=i, targets=("down_proj",)) for i in (1, 2)]
     name = "model.layers.0.mlp.experts.down_proj"
-    found = merger(base.folder, list(zip(folders, WEIGHTS)), recipe=Recipe("ties", 0.3)).weight(name, torch.float32)
+    found = merger(base.folder, list(zip(folders, WEIGHTS)), recipe=MergeRecipe("ties", 0.3)).weight(
+        name, torch.float32
+    )
     bare = merger(base.folder, []).weight(name, torch.float32)
     alone = [merger(base.folder, [f]).weight(name, torch.float32) - bare for f in folders]
     for expert in range(3):

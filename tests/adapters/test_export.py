@@ -15,11 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach, detach
 from graftlm.adapters.export import RANKS, export_adapter
 from graftlm.adapters.store import Store
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.config import ExportConfig
 from graftlm.errors import AdapterError, ConfigError, StoreError
 
@@ -28,7 +28,7 @@ PREFIX = "base_model.model."
 
 
 def loaded(architecture: str) -> Base:
-    return load_base(str(tiny.folder(architecture)), precision="float32", compute="float32", device="cpu")
+    return load_base(str(tiny.folder(architecture)), precision="float32", compute_dtype="float32", device="cpu")
 
 
 def exported(version: Path | str, out: Path, reader: str = "vllm", **options: Any) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def test_the_rank_is_padded_to_the_next_that_vllm_serves(rank: int, padded: int,
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a rank above 256": ("llama", {"rank": 257}, "rank is 257, and vLLM serves at most 256"),
     "DoRA": ("llama", {"dora": True}, "it is a DoRA, whose magnitude is no low-rank update; merge it into a model"),
-    "a whole head": ("llama", {"whole": ("head",)}, "'lm_head' is trained whole or by rows"),
-    "token rows": ("llama", {"tokens": (5, 11)}, "'model.embed_tokens' is trained whole or by rows"),
+    "a whole head": ("llama", {"modules_to_save": ("head",)}, "'lm_head' is trained whole or by rows"),
+    "token rows": ("llama", {"trainable_tokens": (5, 11)}, "'model.embed_tokens' is trained whole or by rows"),
     "an architecture without LoRA": ("gpt2", {"targets": ("c_attn",)}, "vLLM has no LoRA for GPT2LMHeadModel"),
 }
 
@@ -132,7 +132,7 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason_and_not_written(which
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 
-@pytest.mark.parametrize("plan", [{}, {"dora": True}, {"rank_stabilized": True}, {"whole": ("head",)}])
+@pytest.mark.parametrize("plan", [{}, {"dora": True}, {"rank_stabilized": True}, {"modules_to_save": ("head",)}])
 def test_for_peft_the_files_are_the_same_and_peft_reads_the_same_logits(plan: dict[str, Any], tmp_path: Path) -> None:
     base = loaded("llama")
     folder = saved(base, tmp_path / "a", targets=("q_proj", "down_proj"), **plan)

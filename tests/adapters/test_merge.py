@@ -13,17 +13,17 @@ import torch
 from merging import merger, saved, written
 from safetensors.torch import load_file, save_file
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach, detach
 from graftlm.base import hf
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.errors import AdapterError
 
 IDS = tiny.ids(30)
 
 
 def loaded(place: Path, precision: Any = "float32") -> Base:
-    return load_base(str(place), precision=precision, compute="float32", device="cpu")
+    return load_base(str(place), precision=precision, compute_dtype="float32", device="cpu")
 
 
 def live_logits(base: Base, folder: Path) -> torch.Tensor:
@@ -44,9 +44,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "rank-stabilized": {"rank_stabilized": True},
     "patterns": {"ranks": {"q_proj": 5}, "alphas": {"v_proj": 11.0}, "targets": ("q_proj", "v_proj", "down_proj")},
     "dora": {"dora": True},
-    "whole embeddings": {"targets": ("o_proj",), "whole": ("embeddings",)},
-    "whole head": {"targets": ("o_proj",), "whole": ("head",)},
-    "token rows": {"targets": ("o_proj",), "tokens": (5, 11, 3, 40)},
+    "whole embeddings": {"targets": ("o_proj",), "modules_to_save": ("embeddings",)},
+    "whole head": {"targets": ("o_proj",), "modules_to_save": ("head",)},
+    "token rows": {"targets": ("o_proj",), "trainable_tokens": (5, 11, 3, 40)},
 }
 
 
@@ -121,7 +121,7 @@ def test_merged_onto_a_requantized_base_it_loads_with_bitsandbytes_bit_by_bit(tm
     for name, (_, precision) in found.base.stored_forms().items():
         assert precision == "nf4"
         layer = again.stored()[name.removesuffix(".weight")].value
-        wanted = hf.plain_state(base.model, torch.float32)  # its own dequantization, of another weight
+        wanted = hf.dense_state_dict(base.model, torch.float32)  # its own dequantization, of another weight
         from graftlm import kernels
 
         expected = kernels.dequantize(kernels.nf4_quantize(dense.weight(name, torch.float32)), torch.float32)
@@ -254,7 +254,9 @@ def test_the_base_is_the_same_after_a_thousand_times_on_and_off(tmp_path: Path, 
     base = loaded(tiny.folder("llama"), "nf4")
     adapters = [
         adapter_format.load(base, saved(base, tmp_path / str(i), seed=i, **plan))
-        for i, plan in enumerate(({}, {"dora": True}, {"targets": ("o_proj",), "whole": ("head",), "tokens": (4, 9)}))
+        for i, plan in enumerate(
+            ({}, {"dora": True}, {"targets": ("o_proj",), "modules_to_save": ("head",), "trainable_tokens": (4, 9)})
+        )
     ]
     before, expected = digest(base), tiny.base_logits(base, IDS, slot=0)
     for i in range(1000):
@@ -282,12 +284,15 @@ def digest(base: Base) -> str:
 
 def test_an_adapters_own_tokenizer_comes_along_and_two_of_them_are_refused(tmp_path: Path) -> None:
     base = loaded(tiny.folder("llama"))
-    plain, own = saved(base, tmp_path / "a"), saved(base, tmp_path / "b", seed=4, tokens=(7,), targets=("q_proj",))
+    plain, own = (
+        saved(base, tmp_path / "a"),
+        saved(base, tmp_path / "b", seed=4, trainable_tokens=(7,), targets=("q_proj",)),
+    )
     assert (own / "tokenizer.json").is_file()
     changed = json.loads((own / "tokenizer.json").read_text())
     out = written(tmp_path / "out", merger(base.folder, [plain, own]))
     assert json.loads((out / "tokenizer.json").read_text()) == changed
-    other = saved(base, tmp_path / "c", seed=5, tokens=(8,), targets=("q_proj",))
+    other = saved(base, tmp_path / "c", seed=5, trainable_tokens=(8,), targets=("q_proj",))
     tokenizer = (other / "tokenizer.json").read_text().replace('"truncation": null', '"truncation":   null')
     (other / "tokenizer.json").write_text(tokenizer)
     (other / "graft.json").unlink()

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from graftlm.adapters import format as adapter_format
-from graftlm.adapters.attach import Plan, choose, new_adapter
-from graftlm.base.skeleton import load_skeleton
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.adapters.attach import AdapterPlan, new_adapter, select_layers
+from graftlm.base.meta_base import load_meta_base
 
 MB = 1_000_000
 
@@ -32,10 +32,10 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from graftlm.adapters import format as adapter_format
-from graftlm.adapters.merge import Merger, Weighted
-from graftlm.adapters.merged import write_merged
-from graftlm.base.skeleton import load_skeleton
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.adapters.merge import Merger, WeightedAdapter
+from graftlm.adapters.merge_writer import write_merged_model
+from graftlm.base.meta_base import load_meta_base
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -43,8 +43,9 @@ def anonymous():
             return int(line.split()[1]) * 1024
 
 def merge(place, adapter, out, onto, precision):
-    base = load_skeleton(place, precision=precision)
-    return write_merged(Merger(base, [Weighted(adapter_format.load(base, Path(adapter)))], onto=onto), Path(out), {})
+    base = load_meta_base(place, precision=precision)
+    return write_merged_model(Merger(base, [WeightedAdapter(adapter_format.load(base, Path(adapter)))], onto=onto),
+    Path(out), {})
 
 small, small_adapter, place, adapter, out, onto, precision = sys.argv[1:]
 merge(small, small_adapter, out + "-small", onto, precision)  # every library that merging needs is there
@@ -67,8 +68,8 @@ print(json.dumps({"before": before, "peak": peak[0], "bytes": written.bytes}))
 
 def plain_adapter(model: Path, place: Path) -> Path:
     """A PEFT folder of an adapter of rank 8 on every linear layer, made without the model's weights."""
-    base = load_skeleton(str(model))
-    adapter = new_adapter(base, choose(base, ("all-linear",)), Plan(rank=8, alpha=12.0), 0)
+    base = load_meta_base(str(model))
+    adapter = new_adapter(base, select_layers(base, ("all-linear",)), AdapterPlan(rank=8, alpha=12.0), 0)
     named = {
         f"base_model.model.{layer}.{name}": torch.full(tensor.shape, 0.01)
         for layer, slot in adapter.slots.items()

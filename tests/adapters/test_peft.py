@@ -10,13 +10,13 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter, attach, detach
-from graftlm.adapters.bank import LowRank, Rows, Whole
-from graftlm.base.load import Base, load_base
-from graftlm.training.loop import Work, forward, lay_out, train
+from graftlm.adapters.bank import LowRank, ModulesToSave, TrainableTokens
+from graftlm.base.loading import Base, load_base
+from graftlm.training.trainer import BatchItem, collate, forward, train
 
-ROWS = tiny.documents((9, 4, 12, 9, 7), seed=2)
+ROWS = tiny.examples((9, 4, 12, 9, 7), seed=2)
 
 # Switches of PEFT's LoraConfig, and the same as a plan of ours.
 FORMULAS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ BASES = {"untied": "llama", "tied": "qwen3"}
 
 
 def loaded(place: Path | str, precision: Any = "float32") -> Base:
-    return load_base(str(place), precision=precision, compute="float32", device="cpu")
+    return load_base(str(place), precision=precision, compute_dtype="float32", device="cpu")
 
 
 def ours(base: Base, adapter: Adapter) -> tuple[float, dict[str, torch.Tensor]]:
@@ -52,9 +52,9 @@ def ours(base: Base, adapter: Adapter) -> tuple[float, dict[str, torch.Tensor]]:
     parameters = adapter.parameters()
     for parameter in parameters.values():
         parameter.grad = None
-    count = sum(int(row.trained[1:].sum()) for row in ROWS)
-    laid = lay_out(base, [Work(row, 1, (0, i), 1.0 / count) for i, row in enumerate(ROWS)])
-    total, _ = forward(base, laid)
+    count = sum(int(row.loss_mask[1:].sum()) for row in ROWS)
+    micro_batch = collate(base, [BatchItem(row, 1, (0, i), 1.0 / count) for i, row in enumerate(ROWS)])
+    total, _ = forward(base, micro_batch)
     total.backward()
     return total.item(), {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
@@ -115,9 +115,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "rank-stabilized": {"rank_stabilized": True},
     "dora": {"dora": True},
     "patterns": {"ranks": {"q_proj": 5, "layers.1.mlp.down_proj": 2}, "alphas": {"v_proj": 11.0, "*.0.*.q_proj": 1.5}},
-    "embeddings": {"targets": ("o_proj",), "whole": ("embeddings",)},
-    "head": {"targets": ("o_proj",), "whole": ("head",)},
-    "tokens": {"targets": ("o_proj",), "tokens": (5, 11, 3, 40)},
+    "embeddings": {"targets": ("o_proj",), "modules_to_save": ("embeddings",)},
+    "head": {"targets": ("o_proj",), "modules_to_save": ("head",)},
+    "tokens": {"targets": ("o_proj",), "trainable_tokens": (5, 11, 3, 40)},
 }
 
 
@@ -160,9 +160,9 @@ def test_an_untrained_adapter_of_every_kind_leaves_the_base_as_it_is() -> None:
         for precision in ("float32", "nf4"):
             base = loaded(tiny.folder(architecture), precision)
             expected = tiny.base_logits(base, tiny.ids(), slot=0)
-            for plan in ({}, {"dora": True}, {"whole": ("embeddings", "head")}, {"tokens": (4, 9)}):
+            for plan in ({}, {"dora": True}, {"modules_to_save": ("embeddings", "head")}, {"trainable_tokens": (4, 9)}):
                 adapter = tiny.new_adapter(
-                    base, tiny.choose(base, ("all-linear",)), tiny.Plan(rank=3, alpha=5.0, **plan), 0
+                    base, tiny.select_layers(base, ("all-linear",)), tiny.AdapterPlan(rank=3, alpha=5.0, **plan), 0
                 )
                 attach(base, adapter, slot=2)
                 tiny.close(tiny.base_logits(base, tiny.ids(), slot=2), expected, rtol=1e-5)
@@ -174,7 +174,7 @@ def test_dora_on_an_nf4_base_has_pefts_gradients_on_the_dequantized_weights(tmp_
     adapter = tiny.adapted(base, dora=True, rank_stabilized=True)
     adapter_format.save(base, adapter, tmp_path, {})
     plain = tiny.plain(base.folder)
-    plain.load_state_dict(tiny.hf.plain_state(base.model, torch.float32))
+    plain.load_state_dict(tiny.hf.dense_state_dict(base.model, torch.float32))
     assert_same_gradients(base, adapter, tiny.read_peft(plain, tmp_path))
 
 
@@ -193,14 +193,14 @@ def test_qlora_is_pefts_on_a_bitsandbytes_base(architecture: str, tmp_path: Path
             module.weight.copy_(module.weight.to(torch.bfloat16).float())
     place = tiny.write(tmp_path / "base", model)
     base = loaded(place, "nf4")
-    four_bits = BitsAndBytesConfig(
+    bnb_nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
     bitsandbytes = AutoModelForCausalLM.from_pretrained(
-        place, quantization_config=four_bits, dtype=torch.float32, device_map="cpu"
+        place, quantization_config=bnb_nf4, dtype=torch.float32, device_map="cpu"
     ).train()  # in evaluation mode bitsandbytes multiplies in bfloat16 on some CPUs
     tiny.close(tiny.base_logits(base, tiny.ids(), slot=0), tiny.plain_logits(bitsandbytes, tiny.ids()))
 
@@ -223,8 +223,8 @@ def test_qlora_is_pefts_on_a_bitsandbytes_base(architecture: str, tmp_path: Path
 
 def test_the_kinds_of_slots_are_those_of_the_files() -> None:
     base = loaded(tiny.folder("llama"))
-    adapter = tiny.adapted(base, targets=("o_proj",), whole=("head",), tokens=(4, 9))
+    adapter = tiny.adapted(base, targets=("o_proj",), modules_to_save=("head",), trainable_tokens=(4, 9))
     kinds = {name: type(slot) for name, slot in adapter.slots.items()}
-    assert kinds["lm_head"] is Whole
-    assert kinds["model.embed_tokens"] is Rows
+    assert kinds["lm_head"] is ModulesToSave
+    assert kinds["model.embed_tokens"] is TrainableTokens
     assert {kind for name, kind in kinds.items() if name.endswith("o_proj")} == {LowRank}

@@ -17,8 +17,8 @@ import pytest
 import stores
 from stores import BASE, OTHER
 
-from graftlm.adapters.store import Name, Store, carried_on, looks_like_a_name, open_adapter, parse, resolve
-from graftlm.adapters.store import shelf as shelves
+from graftlm.adapters.store import NamedAdapter, Store, apply_events, looks_like_a_name, open_adapter, parse, resolve
+from graftlm.adapters.store import base_versions as shelves
 from graftlm.adapters.store.journal import Event, Journal
 from graftlm.errors import AdapterError, GraftError, StoreError
 
@@ -211,7 +211,7 @@ sys.path.insert(0, sys.argv[2])
 import torch
 torch.set_num_threads(1)
 import stores
-from graftlm.adapters import format
+from graftlm.adapters import peft_format as format
 from graftlm.adapters.store import Store
 root = Path(sys.argv[1])
 
@@ -269,9 +269,9 @@ def test_a_publish_that_is_killed_leaves_no_version_and_what_is_left_is_cleaned(
     code = f"""
 import os, sys
 from pathlib import Path
-from graftlm.adapters.store import Store, shelf, journal
+from graftlm.adapters.store import Store, base_versions, journal
 def die(*args, **kwargs): os._exit(9)
-{"shelf.Shelf.settle = die" if moment == "copying" else "journal.Writer.append = die"}
+{"base_versions.BaseVersions.settle = die" if moment == "copying" else "journal.JournalWriter.append = die"}
 Store(Path(sys.argv[1])).publish(Path(sys.argv[2]), "formal")
 """
     folder = stores.adapter(tmp_path / "new", 9)
@@ -287,8 +287,8 @@ Store(Path(sys.argv[1])).publish(Path(sys.argv[2]), "formal")
 
 
 def test_cleaning_leaves_what_a_living_process_writes(store: Store) -> None:
-    shelf = store.shelf(BASE)
-    with shelf.incoming() as place:
+    base_versions = store.base_versions(BASE)
+    with base_versions.incoming() as place:
         (place / "half").write_text("x")
         assert store.clean() == []
         assert (place / "half").is_file()
@@ -328,12 +328,12 @@ def test_a_tail_that_is_no_beginning_of_a_line_is_damage(tail: bytes, store: Sto
 
 def test_a_journal_that_is_read_on_says_what_one_read_from_its_beginning_says(store: Store, tmp_path: Path) -> None:
     journal = store.bases()[0].journal
-    follower, names = journal.follow(), dict[str, Name]()
+    follower, names = journal.follow(), dict[str, NamedAdapter]()
 
     def follow() -> list[Event]:
         nonlocal names
         anew, events = follower.news()
-        names = carried_on({} if anew else names, events)
+        names = apply_events({} if anew else names, events)
         return events
 
     def as_read() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hubs import Hub, talking_to
 
 from graftlm.adapters.store import Store
 from graftlm.adapters.store.hub import RECORD
-from graftlm.adapters.store.transfer import pull, push
+from graftlm.commands.push_pull import pull, push
 from graftlm.config import PullConfig, PushConfig
 from graftlm.errors import AdapterError, ConfigError, StoreError
 

@@ -14,7 +14,7 @@ from stores import BASE
 
 from graftlm.adapters.store import Store
 from graftlm.adapters.store.remote import Remote
-from graftlm.adapters.store.transfer import is_hub_id, pull, push
+from graftlm.commands.push_pull import is_hub_id, pull, push
 from graftlm.config import PullConfig, PushConfig
 from graftlm.errors import ConfigError, StoreError
 

@@ -18,13 +18,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from graftlm.adapters import format as adapter_format
 from graftlm.adapters import patterns
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters import targets as reading
 from graftlm.adapters.attach import attach, detach
 from graftlm.adapters.patterns import Expressions
 from graftlm.adapters.targets import Targets
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.errors import AdapterError
 
 Options = dict[str, Any]
@@ -32,7 +32,7 @@ ENDLESS = "(.*)*(.*)*(.*)*x"
 
 
 def loaded(architecture: str) -> Base:
-    return load_base(str(tiny.folder(architecture)), precision="float32", compute="float32", device="cpu")
+    return load_base(str(tiny.folder(architecture)), precision="float32", compute_dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

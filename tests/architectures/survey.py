@@ -27,16 +27,16 @@ import tiny
 import torch
 import transformers
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
 from graftlm.base import hf
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.config import Precision
 from graftlm.errors import GraftError, ModelError, TrainingError
 from graftlm.files import write_text
-from graftlm.serving.engine import Engine, Limits
-from graftlm.serving.request import Request
-from graftlm.training.loop import train
+from graftlm.serving.engine.engine import Engine, EngineLimits
+from graftlm.serving.engine.request import Request
+from graftlm.training.trainer import train
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- families -->\n", "<!-- /families -->"
@@ -109,7 +109,7 @@ class Family:
         tiny.write(self.place / "base", model)
 
     def base(self, precision: Precision) -> Base:
-        return load_base(str(self.place / "base"), precision=precision, compute="float32", device="cpu")
+        return load_base(str(self.place / "base"), precision=precision, compute_dtype="float32", device="cpu")
 
     def load(self, precision: Precision) -> None:
         base = self.base(precision)
@@ -118,7 +118,7 @@ class Family:
     def reference(self, base: Base) -> Any:
         """Plain transformers with the very weights that the base holds."""
         model = tiny.plain(self.place / "base")
-        state = {name: value.clone() for name, value in hf.plain_state(base.model, torch.float32).items()}
+        state = {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
         _, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected, f"unexpected {unexpected[0]}"
         model.tie_weights()
@@ -139,12 +139,12 @@ class Family:
             self.found.generate = "transformers' own `generate` writes something else"
 
     def asked(self, base: Base, *, adapter: bool) -> list[list[int]]:
-        engine = Engine(base, Limits(running=4, cache_tokens=256, adapter_slots=1))
+        engine = Engine(base, EngineLimits(running=4, cache_tokens=256, max_loras=1))
         way = engine.decoding
         how = "blocks" if way.paged else "own cache" if way.cache else "whole text"
         self.found.decoding = self.found.decoding or how  # of the float32 base, without an adapter
         if adapter:
-            engine.residents.adopt("it", 1)
+            engine.adapter_cache.adopt("it", 1)
         for i, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS)):
             ids = tuple(prompt.tolist())
             engine.submit(Request(id=str(i), prompt=ids, max_tokens=length, adapter="it" if adapter else ""))
@@ -179,7 +179,7 @@ class Family:
         base = self.base(precision)
         adapter = tiny.adapted(base, targets=(self.found.targets,))
         before = {name: p.detach().clone() for name, p in adapter.parameters().items()}
-        train(base, [tiny.trial(base, adapter, tiny.documents(), steps=2)], 23, tiny.Heard())
+        train(base, [tiny.trial(base, adapter, tiny.examples(), steps=2)], 23, tiny.Heard())
         same = [name for name, p in adapter.parameters().items() if torch.equal(p, before[name])]
         assert not same, f"{len(same)} tensors are as they were: {same[0]}"
         folder = self.place / f"adapter-{precision}"
@@ -192,12 +192,12 @@ class Family:
         base = self.base(precision)
         before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
         heard = tiny.Heard()
-        train(base, [tiny.trial(base, None, tiny.documents(), steps=2)], 23, heard)
+        train(base, [tiny.trial(base, None, tiny.examples(), steps=2)], 23, heard)
         same = {name for name, p in base.model.named_parameters() if torch.equal(p, before[name])} - base.fixed
         assert len(same) < len(before) / 2, f"{len(same)} weights are as they were: {min(same)}"
         assert heard.losses[1] < heard.losses[0]
         folder = self.place / f"full-{precision}"
-        hf.save(base.model, str(folder), torch.float32)
+        hf.save_model(base.model, str(folder), torch.float32)
         found = tiny.plain_logits(tiny.plain(folder), tiny.ids())
         tiny.close(found, tiny.base_logits(base, tiny.ids(), slot=0), rtol=1e-3)
 

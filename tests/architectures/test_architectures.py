@@ -1,6 +1,6 @@
 """Every architecture, tiny and random, with all three methods; its adapter and its model as others read them.
 
-What is trained is compared with plain transformers, PEFT and torch's AdamW, document by document, without packing.
+What is trained is compared with plain transformers, PEFT and torch's AdamW, example by example, without packing.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.base import hf
-from graftlm.base.linear import StoredLinear, StoredStack
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
+from graftlm.base.modules import StoredLinear, StoredStack
 from graftlm.config import Precision
-from graftlm.training.loop import train
+from graftlm.training.trainer import train
 
 every = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-ROWS = tiny.documents()
+ROWS = tiny.examples()
 
 
 def loaded(architecture: str, precision: Precision) -> Base:
-    return load_base(str(tiny.folder(architecture)), precision=precision, compute="float32", device="cpu")
+    return load_base(str(tiny.folder(architecture)), precision=precision, compute_dtype="float32", device="cpu")
 
 
 def reference(base: Base) -> Any:
     """Plain transformers with the very weights that our base holds, dequantized."""
     model = tiny.plain(base.folder)
-    state = {name: value.clone() for name, value in hf.plain_state(base.model, torch.float32).items()}
+    state = {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     model.tie_weights()
-    assert set(missing) <= {base.anatomy.head_name + ".weight"}
+    assert set(missing) <= {base.structure.head_name + ".weight"}
     return model
 
 
 def state_of(base: Base) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in hf.plain_state(base.model, torch.float32).items()}
+    return {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
 
 
 def trained_plainly(model: Any, steps: int = 3, rate: float = 5e-3) -> list[float]:
-    """The same training in plain PyTorch: every document alone, torch's AdamW."""
+    """The same training in plain PyTorch: every example alone, torch's AdamW."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
     losses: list[float] = []
@@ -59,9 +59,9 @@ def trained_plainly(model: Any, steps: int = 3, rate: float = 5e-3) -> list[floa
     return losses
 
 
-def trained_by_us(base: Base, adapter: Any, steps: int = 3, tokens_per_pass: int = 23) -> list[float]:
+def trained_by_us(base: Base, adapter: Any, steps: int = 3, micro_batch_tokens: int = 23) -> list[float]:
     heard = tiny.Heard()
-    train(base, [tiny.trial(base, adapter, ROWS, steps=steps)], tokens_per_pass, heard)
+    train(base, [tiny.trial(base, adapter, ROWS, steps=steps)], micro_batch_tokens, heard)
     return heard.losses
 
 
@@ -78,7 +78,7 @@ def test_full_training_equals_plain_pytorch_and_the_saved_folder_loads_in_transf
     unchanged = [name for name, value in state_of(base).items() if torch.equal(value, before[name])]
     assert not [name for name in unchanged if "inv_freq" not in name]
 
-    hf.save(base.model, str(tmp_path), torch.float32)
+    hf.save_model(base.model, str(tmp_path), torch.float32)
     again = tiny.plain(tmp_path)
     for length in (11, 3):
         found = tiny.plain_logits(again, tiny.ids(length))
@@ -147,7 +147,7 @@ def test_an_adapter_of_pefts_gives_pefts_logits(architecture: str, tmp_path: Pat
 def test_the_nf4_base_holds_what_bitsandbytes_stores(architecture: str) -> None:
     base = loaded(architecture, "nf4")
     source = dict(tiny.plain(base.folder).state_dict())
-    found = hf.plain_state(base.model, torch.float32)
+    found = hf.dense_state_dict(base.model, torch.float32)
     modules = dict(tiny.plain(base.folder).named_modules())
     quantized = 0
     for name, module in base.stored().items():
@@ -155,14 +155,14 @@ def test_the_nf4_base_holds_what_bitsandbytes_stores(architecture: str) -> None:
             continue
         quantized += 1
         key = name if isinstance(module, StoredStack) else f"{name}.weight"
-        turned = isinstance(module, StoredLinear) and isinstance(modules[name], Conv1D)
-        weight = source[key].T.contiguous() if turned else source[key]
+        transposed = isinstance(module, StoredLinear) and isinstance(modules[name], Conv1D)
+        weight = source[key].T.contiguous() if transposed else source[key]
         # Flat: on CPUs bitsandbytes 0.50 mixes up the scales of rows longer than 64 that are no multiple of 64.
         codes, state = bnb.quantize_4bit(weight.reshape(-1), blocksize=64, compress_statistics=True, quant_type="nf4")
         expected = bnb.dequantize_4bit(codes, state).reshape(weight.shape)
-        assert torch.equal(found[key], expected.T if turned else expected), key
-    linears = [m for n, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) and n != base.anatomy.head_name]
+        assert torch.equal(found[key], expected.T if transposed else expected), key
+    linears = [m for n, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) and n != base.structure.head_name]
     assert quantized >= len(linears)
-    head = base.anatomy.head.weight
+    head = base.structure.head.weight
     assert isinstance(head, nn.Parameter)
     assert head.dtype == torch.bfloat16

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from graftlm.base.context import ForwardContext
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.segments import Segments
 
 
 def loaded(place: Any) -> Base:
-    return load_base(str(place), compute="float32", device="cpu")
+    return load_base(str(place), compute_dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "bloom", "mixtral"])

@@ -15,21 +15,21 @@ import tiny_run
 import torch
 from torch import Tensor
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
 from graftlm.adapters.store import Store
 from graftlm.base import caches, hf
 from graftlm.base.caches import Asking, Past, may_cache, prove_decoding
 from graftlm.base.context import ForwardContext
-from graftlm.base.linear import StoredLinear
-from graftlm.base.load import Base, load_base, prove_stacks
+from graftlm.base.loading import Base, load_base, prove_stacks
+from graftlm.base.modules import StoredLinear
 from graftlm.config import Precision, ServeConfig
 from graftlm.errors import ModelError
 from graftlm.segments import Segments
-from graftlm.serving.engine import Engine, Limits
-from graftlm.serving.launch import build
-from graftlm.serving.request import Request
-from graftlm.training.loop import train
+from graftlm.serving.engine.engine import Engine, EngineLimits
+from graftlm.serving.engine.request import Request
+from graftlm.serving.http.server import build
+from graftlm.training.trainer import train
 
 CACHED = (
     "bamba", "deepseek_v4", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "mamba", "mamba2", "minimax",
@@ -47,13 +47,13 @@ def folder(family: str) -> Path:
 
 
 def loaded(family: str, precision: Precision = "float32") -> Base:
-    return load_base(str(folder(family)), precision=precision, compute="float32", device="cpu")
+    return load_base(str(folder(family)), precision=precision, compute_dtype="float32", device="cpu")
 
 
 def reference(base: Base) -> Any:
     """Plain transformers with the very weights that the base holds."""
     model = tiny.plain(base.folder)
-    state = {name: value.clone() for name, value in hf.plain_state(base.model, torch.float32).items()}
+    state = {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
     _, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     model.tie_weights()
@@ -71,16 +71,16 @@ LENGTHS = (5, 2, 6, 4)
 
 def answers(base: Base, adapter: bool = False) -> tuple[list[list[int]], Engine]:
     """What the engine writes behind four prompts; of those that run together, one ends early."""
-    engine = Engine(base, Limits(running=4, cache_tokens=256, adapter_slots=1))
+    engine = Engine(base, EngineLimits(running=4, cache_tokens=256, max_loras=1))
     if adapter:
-        engine.residents.adopt("it", 1)
+        engine.adapter_cache.adopt("it", 1)
     for i, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS)):
         engine.submit(Request(id=str(i), prompt=tuple(prompt), max_tokens=length, adapter="it" if adapter else ""))
     found: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
     while engine.busy:
-        for piece in engine.step():
-            assert not piece.error
-            found[piece.id] += piece.tokens
+        for output in engine.step():
+            assert not output.error
+            found[output.id] += output.tokens
     engine.close()
     return list(found.values()), engine
 
@@ -126,7 +126,7 @@ def test_lora_trains_every_layer_and_is_read_back(family: str, precision: Precis
     adapter = tiny.adapted(base)
     before = {name: p.detach().clone() for name, p in adapter.parameters().items()}
     heard = tiny.Heard()
-    train(base, [tiny.trial(base, adapter, tiny.documents(), steps=2)], 23, heard)
+    train(base, [tiny.trial(base, adapter, tiny.examples(), steps=2)], 23, heard)
     assert heard.losses[1] < heard.losses[0]
     assert not [name for name, p in adapter.parameters().items() if torch.equal(p, before[name])]
     adapter_format.save(base, adapter, tmp_path, {})
@@ -142,11 +142,11 @@ def test_full_training_changes_all_but_what_the_class_never_trains_and_is_saved(
 ) -> None:
     base = loaded(family, precision)
     before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
-    train(base, [tiny.trial(base, None, tiny.documents(), steps=2)], 23, tiny.Heard())
+    train(base, [tiny.trial(base, None, tiny.examples(), steps=2)], 23, tiny.Heard())
     same = {name for name, p in base.model.named_parameters() if torch.equal(p, before[name])}
     assert same == set(base.fixed)
     assert bool(same) == (family == "afmoe")  # the bias that balances its experts
-    hf.save(base.model, str(tmp_path), torch.float32)
+    hf.save_model(base.model, str(tmp_path), torch.float32)
     tiny.close(tiny.plain_logits(tiny.plain(tmp_path), tiny.ids()), tiny.base_logits(base, tiny.ids(), slot=0))
 
 
@@ -179,9 +179,9 @@ def test_layers_that_a_class_ties_share_one_stored_form_and_have_adapters_of_the
 
 def test_rwkv_keeps_its_weights_as_they_are_while_it_runs_and_its_config_when_it_is_saved(tmp_path: Path) -> None:
     base = loaded("rwkv")
-    before = hf.plain_state(base.model, torch.float32)["rwkv.blocks.1.attention.output.weight"].clone()
+    before = hf.dense_state_dict(base.model, torch.float32)["rwkv.blocks.1.attention.output.weight"].clone()
     tiny.base_logits(base, tiny.ids(), slot=0)
-    hf.save(base.model, str(tmp_path), torch.float32)
+    hf.save_model(base.model, str(tmp_path), torch.float32)
     assert torch.equal(tiny.plain(tmp_path).state_dict()["rwkv.blocks.1.attention.output.weight"], before)
     assert tiny.plain(tmp_path).config.rescale_every == 1
 
@@ -194,12 +194,12 @@ def test_a_server_answers_what_graft_train_trained_and_says_when_it_has_no_cache
     tiny_run.train(tmp_path, model=str(tmp_path / "base"), steps=2, precision="bfloat16")
     told: list[str] = []
     built = build(ServeConfig.build({"model": str(tmp_path / "base"), "precision": "bfloat16"}), told.append)
-    engine = built.state.service.engine
+    engine = built.state.async_engine.engine
     version, _ = Store(tmp_path / "store").publish(tmp_path / "run" / "adapter", "trained")
     request = Request(id="a", prompt=(3, 4, 5), max_tokens=3, adapter=version.digest)
-    pieces = list(engine.run([(request, version.folder)]))
-    assert sum(len(piece.tokens) for piece in pieces) == 3
-    assert pieces[-1].finish == "length"
+    outputs = list(engine.run([(request, version.folder)]))
+    assert sum(len(output.tokens) for output in outputs) == 3
+    assert outputs[-1].finish_reason == "length"
     assert any("each token costs a pass over the whole text: its cache" in line for line in told) == (family == "rwkv")
     engine.close()
 
@@ -214,20 +214,20 @@ def test_a_model_that_reads_both_ways_is_refused_when_it_is_loaded(family: str, 
 
 def test_a_base_that_cannot_decode_is_refused_with_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     base = loaded("minimax")
-    own = base.anatomy.body.forward
+    own = base.structure.body.forward
 
     def forward(**kwargs: Any) -> Any:
         if len(kwargs["input_ids"]) > 1:
             raise ValueError("one text at a time")
         return own(**kwargs)
 
-    monkeypatch.setattr(base.anatomy.body, "forward", forward)
-    with pytest.raises(ModelError, match=r"MiniMaxForCausalLM .* two documents of equal length \(ValueError: one text"):
+    monkeypatch.setattr(base.structure.body, "forward", forward)
+    with pytest.raises(ModelError, match=r"MiniMaxForCausalLM .* two examples of equal length \(ValueError: one text"):
         prove_stacks(base)
-    monkeypatch.setattr(caches, "may_keep", lambda base: ({}, "no blocks"))
+    monkeypatch.setattr(caches, "check_kv_cache", lambda base: ({}, "no blocks"))
     base.packs = True
     with pytest.raises(ModelError, match="one text at a time"):
-        Engine(base, Limits(running=2, cache_tokens=64))
+        Engine(base, EngineLimits(running=2, cache_tokens=64))
 
 
 def test_a_cache_that_changes_a_logit_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_a_cache_that_changes_a_logit_is_not_used(monkeypatch: pytest.MonkeyPatc
         return own(self, ids) * (1.01 if ids.shape[1] == 1 else 1)
 
     monkeypatch.setattr(Past, "step", step)
-    monkeypatch.setattr(base.anatomy, "logits", lambda hidden, context: hidden)
+    monkeypatch.setattr(base.structure, "logits", lambda hidden, context: hidden)
     found = prove_decoding(base)
     assert calls
     assert found.cache is None

@@ -1,4 +1,4 @@
-"""Documents laid end to end: which models may, why others may not, and that it changes nothing but the speed."""
+"""Examples laid end to end: which models may, why others may not, and that it changes nothing but the speed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from transformers.models.mistral import modeling_mistral
 
 from graftlm.base import hf
 from graftlm.base.context import ForwardContext
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.segments import Segments
-from graftlm.training.loop import Work, passes, row_losses, train
+from graftlm.training.trainer import BatchItem, example_losses, micro_batches, train
 
 PACK = tuple(a for a in tiny.ARCHITECTURES if a not in ("falcon", "bloom"))
 
 
 def loaded(place: Path) -> Base:
-    return load_base(str(place), precision="float32", compute="float32", device="cpu")
+    return load_base(str(place), precision="float32", compute_dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_model_packs_unless_its_attention_cannot_be_replaced(architecture: str) -> None:
     base = loaded(tiny.folder(architecture))
     assert base.packs == (architecture in PACK)
-    assert bool(base.why_not) == (not base.packs)
+    assert bool(base.no_packing_reason) == (not base.packs)
 
 
 @pytest.mark.parametrize("architecture", PACK)
@@ -46,14 +46,14 @@ def test_a_token_sees_its_own_document_up_to_itself_and_nothing_else(architectur
 
 @pytest.mark.parametrize("architecture", PACK)
 def test_training_on_stacks_gives_the_numbers_of_training_packed(architecture: str) -> None:
-    rows = tiny.documents((9, 4, 9, 9, 4, 6))
+    rows = tiny.examples((9, 4, 9, 9, 4, 6))
     found: list[tuple[list[float], list[torch.Tensor]]] = []
     for stacked in (False, True):
         base = loaded(tiny.folder(architecture))
         adapter = tiny.adapted(base)
         heard = tiny.Heard()
         if stacked:
-            with tiny.own_attention(base):
+            with tiny.original_attention(base):
                 train(base, [tiny.trial(base, adapter, rows, steps=2)], 20, heard)
         else:
             train(base, [tiny.trial(base, adapter, rows, steps=2)], 20, heard)
@@ -66,9 +66,9 @@ def test_training_on_stacks_gives_the_numbers_of_training_packed(architecture: s
 
 def test_a_model_that_does_not_pack_gets_stacks_of_one_length() -> None:
     base = loaded(tiny.folder("bloom"))
-    rows = tiny.documents((9, 4, 9, 9, 4, 6))
-    groups = passes(base, [Work(row, 1, (0, i), 1.0) for i, row in enumerate(rows)], 20)
-    assert sorted(sorted(len(w.document.ids) for w in group) for group in groups) == [[4, 4], [6], [9], [9, 9]]
+    rows = tiny.examples((9, 4, 9, 9, 4, 6))
+    groups = micro_batches(base, [BatchItem(row, 1, (0, i), 1.0) for i, row in enumerate(rows)], 20)
+    assert sorted(sorted(len(w.example.ids) for w in group) for group in groups) == [[4, 4], [6], [9], [9, 9]]
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3"])
@@ -128,11 +128,11 @@ def test_frequencies_that_depend_on_the_longest_document_run_on_stacks(kind: str
     architecture, changes = ROPE[kind]
     base = loaded(tiny.write(tmp_path, tiny.random_model(architecture, **changes)))
     assert not base.packs
-    assert kind in base.why_not
-    rows = tiny.documents((9, 16, 4, 16))
-    losses = row_losses(base, rows, 0, 64)
+    assert kind in base.no_packing_reason
+    rows = tiny.examples((9, 16, 4, 16))
+    losses = example_losses(base, rows, 0, 64)
     for row, found in zip(rows, losses, strict=True):
-        expected = tiny.mean_loss(tiny.plain(tmp_path), [row]) * found.trained_tokens
+        expected = tiny.mean_loss(tiny.plain(tmp_path), [row]) * found.target_tokens
         assert found.loss == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -155,7 +155,7 @@ def test_switching_attention_reaches_every_part_and_back() -> None:
     base = loaded(tiny.folder("gemma3"))
     ids = tiny.ids(9)
     expected = tiny.base_logits(base, ids, slot=0)
-    with tiny.own_attention(base):
+    with tiny.original_attention(base):
         tiny.close(tiny.base_logits(base, ids, slot=0), expected)
-        assert base.model.config._attn_implementation == base.own_attention
+        assert base.model.config._attn_implementation == base.original_attention
     assert base.model.config._attn_implementation == hf.ATTENTION

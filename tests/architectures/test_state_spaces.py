@@ -15,15 +15,15 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from graftlm.adapters import format as adapter_format
-from graftlm.adapters.attach import choose, coverage, notes_for_peft
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.adapters.attach import coverage, notes_for_peft, select_layers
 from graftlm.adapters.export import export_adapter
 from graftlm.adapters.patterns import refused_by_peft
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.config import ExportConfig
 from graftlm.errors import AdapterError
 from graftlm.planning.instantiate import instantiate
-from graftlm.planning.method import adapted
+from graftlm.planning.method import adapter_shape
 from graftlm.training.view import View
 
 _ATTENTION: dict[str, Any] = {
@@ -46,7 +46,7 @@ def loaded(kind: str, place: Path) -> Base:
     )  # fmt: skip
     torch.manual_seed(0)
     tiny.write(place, AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
-    return load_base(str(place), precision="float32", compute="float32", device="cpu")
+    return load_base(str(place), precision="float32", compute_dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,9 +64,9 @@ def test_the_usual_adapter_is_one_that_peft_reads(kind: str, tmp_path: Path) -> 
     view = View(Console(file=io.StringIO(), width=200))
     view.coverage(coverage(base, adapter), adapter, [note])
     assert "left out: " in view.console.file.getvalue()  # type: ignore[attr-defined]
-    planned = adapted(instantiate(base.model.config), ("all-linear",), 3)
+    planned = adapter_shape(instantiate(base.model.config), ("all-linear",), 3)
     assert sum(planned.layers.values()) == len(adapter.slots)
-    assert not [name for name in choose(base, ("mlp",)) if name.endswith("out_proj")]
+    assert not [name for name in select_layers(base, ("mlp",)) if name.endswith("out_proj")]
 
 
 def test_who_names_such_a_layer_is_told_that_peft_will_not_read_it(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from graftlm.adapters import format as adapter_format
+from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
-from graftlm.base.load import load_base
+from graftlm.base.loading import load_base
 from graftlm.config import TrainConfig
 from graftlm.training.run import run
 from graftlm.training.view import View
@@ -40,21 +40,21 @@ def test_a_run_learns_and_its_result_is_read_by_others(
     adapter: dict[str, Any] = {} if method == "full" else {"rank": 5, "alpha": 7.0}
     config = TrainConfig(
         model=str(tiny.folder(architecture)), data=(str(data),), eval_data="25%", method=method, out=tmp_path / "run",
-        compute="float32", device="cpu", steps=6, batch_size=7, learning_rate=1e-2, **adapter,
-        schedule="constant", warmup=0.0, tokens_per_pass=41, eval_every=3, activation_checkpointing=True,
+        compute_dtype="float32", device="cpu", steps=6, batch_size=7, learning_rate=1e-2, **adapter,
+        lr_scheduler="constant", warmup_ratio=0.0, micro_batch_tokens=41, eval_every=3, activation_checkpointing=True,
     )  # fmt: skip
     summary = run(config, View(quiet=True))
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert summary["packed"] == (architecture != "bloom")
     if method == "full":
         model = tiny.plain(tmp_path / "run" / "model")
-        ours = load_base(str(tmp_path / "run" / "model"), compute="float32", device="cpu")
+        ours = load_base(str(tmp_path / "run" / "model"), compute_dtype="float32", device="cpu")
         tiny.close(tiny.base_logits(ours, tiny.ids(), slot=0), tiny.plain_logits(model, tiny.ids()))
         return
-    base = load_base(config.model, precision=config.stored_precision, compute="float32", device="cpu")
+    base = load_base(config.model, precision=config.stored_precision, compute_dtype="float32", device="cpu")
     attach(base, adapter_format.load(base, tmp_path / "run" / "adapter"))
     plain = tiny.plain(config.model)
-    plain.load_state_dict(tiny.hf.plain_state(base.model, tiny.torch.float32), strict=False)
+    plain.load_state_dict(tiny.hf.dense_state_dict(base.model, tiny.torch.float32), strict=False)
     plain.tie_weights()
     peft = tiny.read_peft(plain, tmp_path / "run" / "adapter")
     tiny.close(tiny.plain_logits(peft, tiny.ids()), tiny.base_logits(base, tiny.ids()))

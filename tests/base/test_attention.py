@@ -1,4 +1,4 @@
-"""Attention over segments against the formula, written out for each document."""
+"""Attention over segments against the formula, written out for each example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ H, K, D = 6, 2, 5  # heads, key-value heads, head width
 
 
 def by_the_formula(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-    """q (H, L, D), k and v (K, L, D) of one document -> (L, H, D), token by token."""
+    """q (H, L, D), k and v (K, L, D) of one example -> (L, H, D), token by token."""
     out = torch.zeros(q.shape[1], H, D, dtype=q.dtype)
     for head in range(H):
         for t in range(q.shape[1]):
@@ -73,7 +73,7 @@ def test_no_gradient_crosses_from_one_document_into_another_or_into_the_past() -
 
 
 def model(leak: str = "") -> tuple[object, object]:
-    """A one-layer stand-in: a running mean of embeddings over each document, with one fault of choice."""
+    """A one-layer stand-in: a running mean of embeddings over each example, with one fault of choice."""
     table = torch.randn(19, 7, generator=torch.Generator().manual_seed(3))
 
     def mean(ids: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 
 def trained_text(encoder: Encoder, encoded: Encoded) -> str:
-    return str(encoder.tokenizer.decode(encoded.ids[encoded.trained].tolist()))
+    return str(encoder.tokenizer.decode(encoded.ids[encoded.loss_mask].tolist()))
 
 
 def text_of(encoder: Encoder, encoded: Encoded) -> str:
@@ -68,7 +68,7 @@ def test_a_completion_is_trained_with_its_end_token_and_the_prompt_is_not() -> N
     encoder = Encoder(bytelevel())
     encoded = encoder.completion("question: why?", " blue dog")
     assert encoded.ids.dtype == np.int32
-    assert encoded.trained.dtype == np.bool_
+    assert encoded.loss_mask.dtype == np.bool_
     assert text_of(encoder, encoded) == "question: why? blue dog</s>"
     assert trained_text(encoder, encoded) == " blue dog</s>"
 
@@ -86,21 +86,21 @@ def test_an_end_token_that_is_there_already_is_not_doubled() -> None:
     encoder = Encoder(bytelevel())
     once, written = encoder.completion("why?", " blue"), encoder.completion("why?", " blue</s>")
     np.testing.assert_array_equal(once.ids, written.ids)
-    np.testing.assert_array_equal(once.trained, written.trained)
+    np.testing.assert_array_equal(once.loss_mask, written.loss_mask)
 
 
 def test_a_text_is_trained_but_for_its_first_token() -> None:
     for tokenizer in (bytelevel(), bytelevel(bos=True)):
         encoded = Encoder(tokenizer).text("the quick brown fox")
-        assert not encoded.trained[0]
-        assert encoded.trained[1:].all()
+        assert not encoded.loss_mask[0]
+        assert encoded.loss_mask[1:].all()
         assert encoded.ids[-1] == tokenizer.eos_token_id
 
 
 def test_the_first_token_is_never_trained_even_with_an_empty_prompt() -> None:
     encoded = Encoder(bytelevel()).completion("", "blue")
-    assert not encoded.trained[0]
-    assert encoded.trained[1:].all()
+    assert not encoded.loss_mask[0]
+    assert encoded.loss_mask[1:].all()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_training_sees_the_prompt_as_generation_gives_it(make: Any, prompt: str,
     asked = encoder.prompt_text(prompt)
     assert encoded.ids[: len(asked)].tolist() == asked
     expected = np.arange(len(encoded.ids)) >= max(len(asked), 1)
-    np.testing.assert_array_equal(encoded.trained, expected)
+    np.testing.assert_array_equal(encoded.loss_mask, expected)
     assert encoded.ids[-1] == encoder.tokenizer.eos_token_id
 
 
@@ -138,7 +138,7 @@ def test_the_tokenizers_own_first_token_is_added_once() -> None:
     for encoded in (encoder.completion("why?", "blue"), encoder.text("blue"), encoder.text("<s>blue")):
         assert (encoded.ids == encoder.tokenizer.bos_token_id).sum() == 1
         assert encoded.ids[0] == encoder.tokenizer.bos_token_id
-        assert not encoded.trained[0]
+        assert not encoded.loss_mask[0]
     assert encoder.prompt_text("why?")[0] == encoder.tokenizer.bos_token_id
 
 
@@ -157,7 +157,7 @@ def test_the_prompt_of_a_chat_is_how_its_training_row_begins() -> None:
         encoded = encoder.chat(messages)
         asked = encoder.prompt(messages[:1])
         assert encoded.ids[: len(asked)].tolist() == asked
-        assert encoded.trained.argmax() == len(asked)
+        assert encoded.loss_mask.argmax() == len(asked)
 
 
 def test_all_turns_are_trained_or_the_last_one() -> None:
@@ -167,7 +167,7 @@ def test_all_turns_are_trained_or_the_last_one() -> None:
     tokenizer = bytelevel(template=CHATML)
     encoder = Encoder(tokenizer)
     assert trained_text(encoder, encoder.chat(messages)) == "blue<|im_end|>red<|im_end|>"
-    encoder = Encoder(tokenizer, train_on="last")
+    encoder = Encoder(tokenizer, train_on="last-assistant")
     assert trained_text(encoder, encoder.chat(messages)) == "red<|im_end|>"
 
 
@@ -177,7 +177,7 @@ def test_many_rows_at_once_are_encoded_as_one_by_one() -> None:
     rows = encoder.encode([encoder.mark_completion(*pair) for pair in pairs])
     for row, pair in zip(rows, pairs, strict=True):
         np.testing.assert_array_equal(row.ids, encoder.completion(*pair).ids)
-        np.testing.assert_array_equal(row.trained, encoder.completion(*pair).trained)
+        np.testing.assert_array_equal(row.loss_mask, encoder.completion(*pair).loss_mask)
 
 
 def test_a_tokenizer_that_truncates_and_pads_does_neither_here() -> None:
@@ -220,7 +220,7 @@ def test_trained_spans_of_real_tokens_join_to_the_spans_of_text() -> None:
     for answer in answers:
         messages += [{"role": "user", "content": "why?\n"}, {"role": "assistant", "content": answer}]
     encoded = encoder.chat(messages)
-    changes = np.flatnonzero(np.diff(np.concatenate(([0], encoded.trained.astype(int), [0]))))
+    changes = np.flatnonzero(np.diff(np.concatenate(([0], encoded.loss_mask.astype(int), [0]))))
     runs = [encoded.ids[a:b].tolist() for a, b in list(pairwise(changes))[::2]]
     assert [encoder.tokenizer.decode(run) for run in runs] == [f"{answer}<|im_end|>" for answer in answers]
 
@@ -241,7 +241,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 
 
 def test_options_that_are_none_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'all'"):
+    with pytest.raises(ConfigError, match="'all-assistant'"):
         Encoder(bytelevel(), train_on="first")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="yesterday"):
         Encoder(bytelevel(), date="yesterday")

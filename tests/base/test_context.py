@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from graftlm.base.context import ForwardContext, active, current
-from graftlm.base.load import load_base
+from graftlm.base.loading import load_base
 from graftlm.segments import Segments
 
 FIRST, SECOND = (ForwardContext(Segments(lengths=(n,), slots=(0,))) for n in (3, 2))
@@ -51,20 +51,20 @@ def test_the_innermost_context_is_the_current_one_and_leaves_with_an_error_too()
 
 
 def test_a_layer_with_an_adapter_says_that_it_needs_a_context() -> None:
-    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
     tiny.adapted(base)
     with pytest.raises(RuntimeError, match="no ForwardContext is active"):
         base.stored()["model.layers.0.mlp.up_proj"](torch.zeros(2, 28))
 
 
 def test_a_checkpointed_layer_runs_again_under_its_own_context_in_whatever_thread_goes_back() -> None:
-    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
     adapter = tiny.adapted(base, dropout=0.3)
     context = ForwardContext(Segments(lengths=(9,), slots=(1,), streams=((5, 2),)))
     wanted = list(adapter.parameters().values())
 
     def gradients(checkpointing: bool, elsewhere: bool) -> list[torch.Tensor]:
-        base.anatomy.checkpoint_layers(checkpointing)
+        base.structure.checkpoint_layers(checkpointing)
         total = base.hidden(tiny.ids(9), context).square().sum()
         found: list[torch.Tensor] = []
         thread = threading.Thread(target=lambda: found.extend(torch.autograd.grad(total, wanted)))

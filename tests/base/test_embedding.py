@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from graftlm.base.context import ForwardContext, TiedGradient
 from graftlm.base.embedding import StoredEmbedding, look_up
-from graftlm.base.load import load_base
+from graftlm.base.loading import load_base
 from graftlm.segments import Segments
 from graftlm.training.loss import weighted_loss
 
@@ -42,13 +42,13 @@ def test_a_tied_head_and_its_lookup_give_one_gradient_in_the_heads_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tiny.write(tmp_path, tiny.random_model("llama", tie_word_embeddings=True))
-    base = load_base(str(place), precision="bfloat16", compute="float32", device="cpu")
+    base = load_base(str(place), precision="bfloat16", compute_dtype="float32", device="cpu")
     base.model.requires_grad_(True)
     ids, labels = torch.tensor([5, 9, 5, 2]), torch.tensor([9, 5, 2])
     left: list[TiedGradient | None] = []
 
     def gradient(*, last: bool = False) -> torch.Tensor:
-        weight = base.anatomy.embedding.weight
+        weight = base.structure.embedding.weight
         weight.grad = None
         context = ForwardContext(Segments(lengths=(4,), slots=(0,)), head_gradient_last=last)
         hidden = base.hidden(ids, context)
@@ -74,8 +74,8 @@ def test_an_embedding_gives_what_transformers_gives_whatever_type_it_is_stored_i
     plain = tiny.plain(tiny.folder(architecture)).get_input_embeddings()
     ids = torch.tensor([[5, 0, 9], [1, 2, 5]])
     for precision in ("float32", "bfloat16"):
-        base = load_base(str(tiny.folder(architecture)), precision=precision, compute="float32", device="cpu")
-        embedding = base.anatomy.embedding
+        base = load_base(str(tiny.folder(architecture)), precision=precision, compute_dtype="float32", device="cpu")
+        embedding = base.structure.embedding
         assert isinstance(embedding, StoredEmbedding)
         assert embedding is base.model.get_input_embeddings()
         rows = embedding(ids)
@@ -90,9 +90,9 @@ def test_a_pass_inside_another_threads_lookup_gets_its_own_rows_and_leaves_the_o
     held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interleaving is forced: one thread stays inside the class's own code while another makes a whole pass."""
-    base = load_base(str(tiny.folder("gemma3")), precision="bfloat16", compute="float32", device="cpu")
-    tiny.adapted(base, tokens=(4, 9, 11))
-    embedding = base.anatomy.embedding
+    base = load_base(str(tiny.folder("gemma3")), precision="bfloat16", compute_dtype="float32", device="cpu")
+    tiny.adapted(base, trainable_tokens=(4, 9, 11))
+    embedding = base.structure.embedding
     prompts = [(tiny.ids(7, seed=1), 0), (torch.tensor([4, 11, 9]), 1)]
 
     def rows(i: int) -> torch.Tensor:

@@ -18,37 +18,48 @@ from transformers.models.llama import modeling_llama
 from graftlm import kernels
 from graftlm.base import fused
 from graftlm.base.context import ForwardContext
-from graftlm.base.fused import Fused, Rotary, fuse, unfuse
-from graftlm.base.load import Base, load_base
-from graftlm.training.loop import Work, forward, lay_out
+from graftlm.base.fused import FusedCounts, Rotary, fuse, unfuse
+from graftlm.base.loading import Base, load_base
+from graftlm.training.trainer import BatchItem, collate, forward
 
 pytestmark = pytest.mark.skipif(
-    not kernels.fuses(torch.device("cpu"), torch.float32), reason="the C kernels are not compiled"
+    not kernels.has_fused_ops(torch.device("cpu"), torch.float32), reason="the C kernels are not compiled"
 )
 
-ROWS = tiny.documents((9, 4, 12, 9))
+ROWS = tiny.examples((9, 4, 12, 9))
 # Norms, gated products and rotations of each tiny model; two layers each.
 COUNTS = {
-    "llama": Fused(5, 2, 2), "mistral": Fused(5, 2, 2), "qwen2": Fused(5, 2, 2), "qwen3": Fused(9, 2, 2),
-    "gemma2": Fused(9, 2, 2), "gemma3": Fused(13, 2, 2), "phi3": Fused(5, 2, 2), "gpt2": Fused(), "opt": Fused(),
-    "falcon": Fused(0, 0, 2), "bloom": Fused(), "olmo2": Fused(9, 2, 2), "starcoder2": Fused(0, 0, 2),
-    "mixtral": Fused(5, 2, 2), "qwen3_moe": Fused(9, 2, 2),
-}  # fmt: skip
+    "llama": FusedCounts(5, 2, 2),
+    "mistral": FusedCounts(5, 2, 2),
+    "qwen2": FusedCounts(5, 2, 2),
+    "qwen3": FusedCounts(9, 2, 2),
+    "gemma2": FusedCounts(9, 2, 2),
+    "gemma3": FusedCounts(13, 2, 2),
+    "phi3": FusedCounts(5, 2, 2),
+    "gpt2": FusedCounts(),
+    "opt": FusedCounts(),
+    "falcon": FusedCounts(0, 0, 2),
+    "bloom": FusedCounts(),
+    "olmo2": FusedCounts(9, 2, 2),
+    "starcoder2": FusedCounts(0, 0, 2),
+    "mixtral": FusedCounts(5, 2, 2),
+    "qwen3_moe": FusedCounts(9, 2, 2),
+}
 
 
 def loaded(architecture: str, **options: Any) -> Base:
-    return load_base(str(tiny.folder(architecture)), **{"compute": "float32", "device": "cpu", **options})
+    return load_base(str(tiny.folder(architecture)), **{"compute_dtype": "float32", "device": "cpu", **options})
 
 
 def gradients(base: Base, parameters: dict[str, Any], slot: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a pass over ROWS, dropout included; what no token reached is left out."""
-    work = [Work(row, slot, (3, i), 0.1) for i, row in enumerate(ROWS)]
+    work = [BatchItem(row, slot, (3, i), 0.1) for i, row in enumerate(ROWS)]
     total = torch.zeros(())
     for p in parameters.values():
         p.grad = None
     for group in [work] if base.packs else [[w] for w in work]:
-        laid = lay_out(base, group)
-        loss, _ = forward(base, laid)
+        micro_batch = collate(base, group)
+        loss, _ = forward(base, micro_batch)
         loss.backward()
         total += loss.detach()
     return total, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
@@ -60,7 +71,7 @@ def agree_with_their_own_code(base: Base, parameters: dict[str, Any], slot: int)
     try:
         truth, wanted = gradients(base, parameters, slot)
     finally:
-        fuse(base.model, base.compute_dtype)
+        fuse(base.model, base.activation_dtype)
     torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-6)
     assert found.keys() == wanted.keys() != set()
     for name, gradient in found.items():
@@ -72,14 +83,14 @@ def test_what_is_fused_is_known(architecture: str) -> None:
     assert loaded(architecture).fused == COUNTS[architecture]
 
 
-@pytest.mark.parametrize("architecture", [name for name in COUNTS if COUNTS[name] != Fused()])
+@pytest.mark.parametrize("architecture", [name for name in COUNTS if COUNTS[name] != FusedCounts()])
 def test_logits_are_those_of_the_plain_model(architecture: str) -> None:
     base, ids = loaded(architecture), tiny.ids()
     truth = tiny.plain_logits(tiny.plain(tiny.folder(architecture)), ids)
     assert (tiny.base_logits(base, ids) - truth).norm() <= 1e-5 * truth.norm()
 
 
-@pytest.mark.parametrize("architecture", [name for name in COUNTS if COUNTS[name] != Fused()])
+@pytest.mark.parametrize("architecture", [name for name in COUNTS if COUNTS[name] != FusedCounts()])
 def test_gradients_of_every_weight_are_those_of_their_own_code(architecture: str) -> None:
     base = loaded(architecture)
     base.model.requires_grad_(True)
@@ -91,7 +102,7 @@ def test_gradients_of_every_weight_are_those_of_their_own_code(architecture: str
 def test_gradients_of_adapters_are_those_of_their_own_code(plan: dict[str, Any], checkpointed: bool) -> None:
     base = loaded("qwen3")
     adapter = tiny.adapted(base, **plan)
-    base.anatomy.checkpoint_layers(checkpointed)
+    base.structure.checkpoint_layers(checkpointed)
     agree_with_their_own_code(base, adapter.parameters(), 1)
 
 
@@ -103,7 +114,7 @@ def test_a_base_in_four_bits_is_fused_too() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_products_in_bfloat16_are_close_to_the_plain_models(architecture: str) -> None:
-    base, ids = loaded(architecture, precision="bfloat16", compute="bfloat16"), tiny.ids()
+    base, ids = loaded(architecture, precision="bfloat16", compute_dtype="bfloat16"), tiny.ids()
     assert base.fused == COUNTS[architecture]
     found = tiny.base_logits(base, ids).float()
     unfuse(base.model)
@@ -114,7 +125,7 @@ def test_products_in_bfloat16_are_close_to_the_plain_models(architecture: str) -
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
 def test_stacks_of_documents_with_the_models_own_attention_are_fused(architecture: str) -> None:
     base, ids = loaded(architecture), tiny.ids(12).view(3, 4)
-    with tiny.own_attention(base), torch.no_grad():
+    with tiny.original_attention(base), torch.no_grad():
         found = base.model(input_ids=ids, use_cache=False).logits
     truth = tiny.plain(tiny.folder(architecture))(input_ids=ids, use_cache=False).logits
     assert (found - truth).norm() <= 1e-5 * truth.norm()
@@ -123,7 +134,7 @@ def test_stacks_of_documents_with_the_models_own_attention_are_fused(architectur
 def test_generating_with_a_cache_gives_the_plain_models_tokens() -> None:
     base, ids = loaded("llama"), tiny.ids(5)[None]
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
-    with tiny.own_attention(base):
+    with tiny.original_attention(base):
         found = base.model.generate(ids, **options)
     assert torch.equal(found, tiny.plain(tiny.folder("llama")).generate(ids, **options))
 
@@ -163,10 +174,12 @@ def test_a_gated_product_keeps_nothing_beside_gate_and_up() -> None:
 def test_a_whole_pass_keeps_less_than_with_the_models_own_code(architecture: str) -> None:
     base = loaded(architecture)
     base.model.requires_grad_(True)
-    laid = lay_out(base, [Work(row, 0, (0, i), 0.1) for i, row in enumerate(ROWS)])
+    micro_batch = collate(base, [BatchItem(row, 0, (0, i), 0.1) for i, row in enumerate(ROWS)])
 
     def kept() -> int:
-        return kept_bytes(lambda: base.hidden(laid.ids, ForwardContext(laid.segments)), *base.model.parameters())
+        return kept_bytes(
+            lambda: base.hidden(micro_batch.ids, ForwardContext(micro_batch.segments)), *base.model.parameters()
+        )
 
     ours = kept()
     unfuse(base.model)
@@ -213,7 +226,7 @@ NOT_NORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 def test_a_norm_of_either_form_is_recognised_by_what_it_computes(form: str) -> None:
     norm, x = Norm(NORMS[form]), torch.randn(3, 5, 19)
     truth = norm(x)
-    assert fuse(norm, torch.float32) == Fused(norms=1)
+    assert fuse(norm, torch.float32) == FusedCounts(norms=1)
     torch.testing.assert_close(norm(x), truth)
     assert norm.weight.requires_grad
     unfuse(norm)
@@ -223,7 +236,7 @@ def test_a_norm_of_either_form_is_recognised_by_what_it_computes(form: str) -> N
 @pytest.mark.parametrize("form", NOT_NORMS)
 def test_a_norm_that_differs_keeps_its_own_code(form: str) -> None:
     norm = Norm(NOT_NORMS[form])
-    assert fuse(norm, torch.float32) == Fused()
+    assert fuse(norm, torch.float32) == FusedCounts()
     assert set(norm.__dict__).isdisjoint({"forward", "graft_fused"})
 
 
@@ -273,7 +286,7 @@ NOT_MLPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_a_gated_mlp_is_recognised_and_calls_its_own_projections(form: str) -> None:
     mlp, x, called = Mlp(MLPS[form]), torch.randn(2, 3, 6), list[nn.Module]()
     truth = mlp(x)
-    assert fuse(mlp, torch.float32) == Fused(gates=1)
+    assert fuse(mlp, torch.float32) == FusedCounts(gates=1)
     for child in mlp.children():
         child.register_forward_hook(lambda module, args, output: called.append(module))
     torch.testing.assert_close(mlp(x), truth)
@@ -284,7 +297,7 @@ def test_a_gated_mlp_is_recognised_and_calls_its_own_projections(form: str) -> N
 def test_an_mlp_that_differs_keeps_its_own_code(form: str) -> None:
     mlp = Mlp(NOT_MLPS[form])
     children = dict(mlp.named_children())
-    assert fuse(mlp, torch.float32) == Fused()
+    assert fuse(mlp, torch.float32) == FusedCounts()
     assert "forward" not in mlp.__dict__
     assert dict(mlp.named_children()) == children
 
@@ -296,8 +309,8 @@ def test_a_model_that_turns_neighbours_instead_of_halves_keeps_its_own_rotation(
     )  # fmt: skip
     torch.manual_seed(0)
     tiny.write(tmp_path / "cohere", AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
-    base, ids = load_base(str(tmp_path / "cohere"), compute="float32", device="cpu"), tiny.ids()
-    assert base.fused == Fused(norms=0, gates=1, rotary=0)
+    base, ids = load_base(str(tmp_path / "cohere"), compute_dtype="float32", device="cpu"), tiny.ids()
+    assert base.fused == FusedCounts(norms=0, gates=1, rotary=0)
     truth = tiny.plain_logits(tiny.plain(tmp_path / "cohere"), ids)
     assert (tiny.base_logits(base, ids) - truth).norm() <= 1e-5 * truth.norm()
 
@@ -345,8 +358,8 @@ def test_what_a_rotation_was_not_proven_for_goes_to_the_models_own() -> None:
 
 
 def test_without_anything_faster_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "fuses", lambda device, dtype: False)
-    assert fuse(tiny.plain(tiny.folder("llama")), torch.float32) == Fused()
+    monkeypatch.setattr(kernels, "has_fused_ops", lambda device, dtype: False)
+    assert fuse(tiny.plain(tiny.folder("llama")), torch.float32) == FusedCounts()
 
 
 def test_a_rotation_that_is_called_in_another_way_is_the_models_own() -> None:

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graftlm.base import hf
-from graftlm.base.linear import Stored, StoredLinear, StoredStack
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
+from graftlm.base.modules import Stored, StoredLinear, StoredStack
 from graftlm.errors import ModelError
-from graftlm.training.loop import Work, forward, lay_out
+from graftlm.training.trainer import BatchItem, collate, forward
 
 every = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 
@@ -29,19 +29,19 @@ PARTS = {  # body, embedding, head
 }
 
 
-def loaded(architecture: str, precision: Any = "float32", compute: Any = "float32") -> Base:
-    return load_base(str(tiny.folder(architecture)), precision=precision, compute=compute, device="cpu")
+def loaded(architecture: str, precision: Any = "float32", compute_dtype: Any = "float32") -> Base:
+    return load_base(str(tiny.folder(architecture)), precision=precision, compute_dtype=compute_dtype, device="cpu")
 
 
 @every
 def test_body_embedding_head_and_layers_are_found(architecture: str) -> None:
-    anatomy = loaded(architecture).anatomy
+    structure = loaded(architecture).structure
     body, embedding, head = PARTS.get(architecture, ("model", "model.embed_tokens", "lm_head"))
-    assert (anatomy.embedding_name, anatomy.head_name) == (embedding, head)
-    assert anatomy.body_name in (body, "model.decoder")
-    assert len(anatomy.layers) == 2
-    assert anatomy.vocabulary == tiny.VOCABULARY
-    assert anatomy.max_positions == (0 if architecture == "bloom" else 64)
+    assert (structure.embedding_name, structure.head_name) == (embedding, head)
+    assert structure.body_name in (body, "model.decoder")
+    assert len(structure.layers) == 2
+    assert structure.vocabulary == tiny.VOCABULARY
+    assert structure.max_positions == (0 if architecture == "bloom" else 64)
 
 
 @every
@@ -55,7 +55,7 @@ def test_body_and_head_give_the_untouched_models_logits(architecture: str) -> No
 @every
 def test_every_linear_layer_router_and_stack_is_stored(architecture: str) -> None:
     base = loaded(architecture)
-    assert not base.kept
+    assert not base.not_converted
     model = tiny.plain(base.folder)
     expected = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, transformers.pytorch_utils.Conv1D))}
     expected |= {n for n, p in model.named_parameters() if p.ndim == 3}
@@ -68,13 +68,13 @@ def test_every_linear_layer_router_and_stack_is_stored(architecture: str) -> Non
 @every
 def test_plain_state_is_what_transformers_saves_bit_for_bit(architecture: str, tmp_path: Path) -> None:
     base = loaded(architecture)
-    state = hf.plain_state(base.model, torch.float32)
+    state = hf.dense_state_dict(base.model, torch.float32)
     model = tiny.plain(base.folder)
     own = model.state_dict()
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set[str]()
     assert set(state) == set(own) - tied
     assert all(torch.equal(value, own[name]) for name, value in state.items())
-    hf.save(base.model, str(tmp_path), torch.float32)
+    hf.save_model(base.model, str(tmp_path), torch.float32)
     source, written = load_file(base.folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert set(written) == set(source)
     assert all(torch.equal(value, source[name]) for name, value in written.items())
@@ -88,7 +88,7 @@ def test_a_precision_is_kept_by_every_stored_weight_and_16_bits_by_embedding_and
     architecture: str, precision: Any
 ) -> None:
     base = loaded(architecture, precision)
-    head = base.anatomy.head
+    head = base.structure.head
     for name, module in base.stored().items():
         router = name.endswith("gate.stored")
         if precision == "bfloat16" or module is head or router:
@@ -99,7 +99,7 @@ def test_a_precision_is_kept_by_every_stored_weight_and_16_bits_by_embedding_and
             assert type(module.compressed).__name__.lower() == precision, name
     others = {n: p for n, p in base.model.named_parameters() if ".weight" not in n or p.ndim == 1}
     assert {p.dtype for p in others.values()} <= {torch.float32}
-    embedding: Any = base.anatomy.embedding
+    embedding: Any = base.structure.embedding
     assert embedding.weight.dtype == torch.bfloat16
     assert (embedding.weight is head.weight) == bool(base.model.config.tie_word_embeddings)
     assert tiny.base_logits(base, tiny.ids(), slot=0).dtype == torch.float32
@@ -114,7 +114,7 @@ def test_products_may_run_in_bfloat16(architecture: str) -> None:
 
 @every
 def test_layers_that_run_again_in_the_backward_pass_give_the_same_gradients(architecture: str) -> None:
-    rows = tiny.documents((7, 7, 7), seed=4)
+    rows = tiny.examples((7, 7, 7), seed=4)
     found: list[dict[str, Tensor]] = []
     runs: list[int] = []
     for again in (False, True):
@@ -122,12 +122,12 @@ def test_layers_that_run_again_in_the_backward_pass_give_the_same_gradients(arch
         adapter = tiny.adapted(base, **({} if architecture in tiny.MIXTURES else {"dropout": 0.3}))
         base.model.requires_grad_(True)
         if again:
-            assert base.anatomy.checkpoint_layers(True) == 2
+            assert base.structure.checkpoint_layers(True) == 2
         count = [0]
-        projection = next(m for m in base.anatomy.layers[0].modules() if isinstance(m, StoredLinear))
+        projection = next(m for m in base.structure.layers[0].modules() if isinstance(m, StoredLinear))
         projection.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        laid = lay_out(base, [Work(row, 1, (3, i), 0.1) for i, row in enumerate(rows)])
-        forward(base, laid)[0].backward()
+        micro_batch = collate(base, [BatchItem(row, 1, (3, i), 0.1) for i, row in enumerate(rows)])
+        forward(base, micro_batch)[0].backward()
         runs.append(count[0])
         trained = {**dict(base.model.named_parameters()), **adapter.parameters()}
         found.append({n: p.grad for n, p in trained.items() if p.grad is not None})
@@ -150,7 +150,7 @@ def test_a_model_whose_tail_reads_more_than_the_hidden_states_is_refused() -> No
     torch.manual_seed(0)
     model = Tail(tiny.config("llama")).eval()
     with pytest.raises(ModelError, match="Tail: the part between its layers and its logits"):
-        hf.Anatomy(model, torch.float32)
+        hf.ModelStructure(model, torch.float32)
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
@@ -160,7 +160,7 @@ def test_a_model_without_linear_layers_is_refused() -> None:
             self.model.layers = nn.ModuleList()
 
     with pytest.raises(ModelError, match="no linear layer"):
-        hf.find_targets(Empty(tiny.config("llama")), "float32")
+        hf.find_replacements(Empty(tiny.config("llama")), "float32")
 
 
 def test_a_linear_layer_that_computes_more_is_kept_and_named() -> None:
@@ -173,9 +173,9 @@ def test_a_linear_layer_that_computes_more_is_kept_and_named() -> None:
     layer.up_proj = ScaledLinear(28, 44, bias=False)
     with torch.no_grad():
         expected = model(input_ids=tiny.ids()[None]).logits
-        model, targets = hf.adopt(model, "float32", torch.float32)
-        assert list(targets.kept) == ["model.layers.0.mlp.up_proj"]
-        assert "ScaledLinear" in targets.kept["model.layers.0.mlp.up_proj"]
+        model, targets = hf.convert_model(model, "float32", torch.float32)
+        assert list(targets.not_converted) == ["model.layers.0.mlp.up_proj"]
+        assert "ScaledLinear" in targets.not_converted["model.layers.0.mlp.up_proj"]
         tiny.close(model(input_ids=tiny.ids()[None]).logits, expected)
 
 
@@ -187,7 +187,7 @@ def test_experts_outside_of_transformers_interface_are_kept_and_named() -> None:
 
     model = tiny.random_model("llama")
     model.model.layers[1].mlp.extra = Stack()
-    assert list(hf.find_targets(model, "float32").kept) == ["model.layers.1.mlp.extra"]
+    assert list(hf.find_replacements(model, "float32").not_converted) == ["model.layers.1.mlp.extra"]
 
 
 def test_experts_give_the_eager_experts_output_and_gradients() -> None:
@@ -215,9 +215,9 @@ def test_experts_give_the_eager_experts_output_and_gradients() -> None:
 def test_fresh_weights_depend_on_the_seed_alone() -> None:
     config = tiny.config("qwen2")
     torch.manual_seed(5)
-    first = hf.fresh(config, 3, False).state_dict()
+    first = hf.random_model(config, 3, False).state_dict()
     torch.manual_seed(6)
-    again, other = hf.fresh(config, 3, False).state_dict(), hf.fresh(config, 4, False).state_dict()
+    again, other = hf.random_model(config, 3, False).state_dict(), hf.random_model(config, 4, False).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
@@ -232,14 +232,14 @@ def test_random_weights_are_never_taken_for_the_folders(tmp_path: Path) -> None:
 
 
 def test_taking_logits_never_changes_the_model_that_another_thread_looks_at() -> None:
-    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
     names = [name for name, _ in base.model.named_modules()]
     seen: list[list[str]] = []
 
     def watch(module: nn.Module, args: object) -> None:
         seen.append([name for name, _ in base.model.named_modules()])
 
-    handle = base.anatomy.head.register_forward_pre_hook(watch)
-    base.anatomy.logits(torch.zeros(2, base.model.config.hidden_size))
+    handle = base.structure.head.register_forward_pre_hook(watch)
+    base.structure.logits(torch.zeros(2, base.model.config.hidden_size))
     handle.remove()
     assert seen == [names]

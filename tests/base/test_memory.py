@@ -27,7 +27,7 @@ LOAD = """
 import json, sys, threading, time
 import torch
 torch.set_num_threads(1)
-from graftlm.base import load
+from graftlm.base import loading as load
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -35,7 +35,7 @@ def anonymous():
             return int(line.split()[1]) * 1024
 
 small, place, precision = sys.argv[1:]
-load.load_base(small, precision=precision, compute="float32", device="cpu")  # every library that loading needs is there
+load.load_base(small, precision=precision, compute_dtype="float32", device="cpu")  # every library that loading needs is there
 before = anonymous()
 peak, done = [before], threading.Event()
 
@@ -47,7 +47,7 @@ def watch():
 watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 started = time.perf_counter()
-base = load.load_base(place, precision=precision, compute="float32", device="cpu")
+base = load.load_base(place, precision=precision, compute_dtype="float32", device="cpu")
 seconds = time.perf_counter() - started
 done.set()
 watcher.join()

@@ -9,20 +9,20 @@ import tiny
 import torch
 
 from graftlm.base import hf
-from graftlm.base.load import random_base
+from graftlm.base.loading import random_base
 from graftlm.base.precision import nbytes
 from graftlm.config import Precision
 
 
 def _made(architecture: str, precision: Precision, **more: Any) -> Any:
     return random_base(
-        tiny.config(architecture), tiny.tokenizer(), precision=precision, compute="float32", device="cpu", **more
+        tiny.config(architecture), tiny.tokenizer(), precision=precision, compute_dtype="float32", device="cpu", **more
     )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2", "falcon", "qwen3_moe"])
 def test_a_random_base_has_every_value_and_buffer_of_a_model_built_the_plain_way(architecture: str) -> None:
-    base, plain = _made(architecture, "nf4"), hf.fresh(tiny.config(architecture), 0, False)
+    base, plain = _made(architecture, "nf4"), hf.random_model(tiny.config(architecture), 0, False)
     assert base.parameters == sum(p.numel() for p in plain.parameters())
     found = dict(base.model.named_buffers())
     for name, buffer in plain.named_buffers():
@@ -34,17 +34,17 @@ def test_a_random_base_has_every_value_and_buffer_of_a_model_built_the_plain_way
 
 def test_a_random_base_stores_what_its_precision_says_and_ties_what_the_config_ties() -> None:
     base = _made("qwen3", "nf4")
-    stored = [m for m in base.stored().values() if m is not base.anatomy.head]
+    stored = [m for m in base.stored().values() if m is not base.structure.head]
     assert stored
     assert all(m.dense is None and nbytes(m.compressed) < m.compressed.numel for m in stored)
-    assert base.anatomy.head.weight is base.anatomy.embedding.weight
+    assert base.structure.head.weight is base.structure.embedding.weight
     assert base.random
     assert base.fingerprint == "random"
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     first, again, other = (_made("llama", "bfloat16", seed=seed) for seed in (3, 3, 4))
-    states = [hf.plain_state(base.model, torch.float32) for base in (first, again, other)]
+    states = [hf.dense_state_dict(base.model, torch.float32) for base in (first, again, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["model.embed_tokens.weight"], states[2]["model.embed_tokens.weight"])
     weight = "model.layers.0.mlp.up_proj.weight"

@@ -460,5 +460,5 @@ def test_whatever_the_contents_say_each_answer_is_trained_to_its_end(name: str) 
         assert [answer.strip() in text for answer, text in zip(said[1::2], texts, strict=True)] == [True, True]
         encoded = encoder.encode([marked])[0]
         assert encoder.tokenizer.decode(encoded.ids.tolist()) == marked.text
-        decoded = encoder.tokenizer.decode(encoded.ids[encoded.trained].tolist())
+        decoded = encoder.tokenizer.decode(encoded.ids[encoded.loss_mask].tolist())
         assert decoded == "".join(texts)

@@ -175,7 +175,7 @@ def test_what_was_trained_is_published_used_exported_imported_and_merged_by_its_
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base = str(tiny_run.folder())
-    tiny_run.train(tmp_path, method="qlora", precision="nf4")
+    tiny_run.train(tmp_path, method="qlora", base_precision="nf4")
     said("publish", "run", "--name", "formal")
     said("alias", "formal", "prod", 1)
     ask = ["generate", "--model", base, "--prompt", "3 old: ", "--max-tokens", 5, "--json"]
@@ -192,7 +192,7 @@ def test_what_was_trained_is_published_used_exported_imported_and_merged_by_its_
     (tmp_path / "theirs").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "theirs" / name).write_bytes((tmp_path / "run" / "adapter" / name).read_bytes())
-    found = told("import", "theirs", "--name", "theirs", "--precision", "nf4")
+    found = told("import", "theirs", "--name", "theirs", "--base-precision", "nf4")
     assert (found["version"], found["new"], found["method"]) == ("theirs@1", True, "qlora")
     assert "no graft.json (PEFT's own)" in found["notes"][0]
 

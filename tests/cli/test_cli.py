@@ -93,7 +93,7 @@ def test_json_is_one_object_on_standard_output_and_nothing_else(tmp_path: Path) 
     assert summary["steps"] == 6
     assert summary["adapter_folder"] == str(tmp_path / "run" / "adapter")
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
-    assert "held-out loss" in found.stderr
+    assert "eval loss" in found.stderr
 
 
 def test_without_json_standard_output_stays_empty(tmp_path: Path) -> None:
@@ -185,12 +185,12 @@ def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
             {"modules_to_save": "heads"},
             "modules-to-save 'heads' is neither the embeddings nor the head, did you mean 'head'?",
         ),
-        ({"train_tokens": "<new>"}, "token '<new>' is new, and the model's 259 embedding rows are all taken"),
+        ({"trainable_tokens": "<new>"}, "token '<new>' is new, and the model's 259 embedding rows are all taken"),
         ({"eval_data": "0%"}, "the validation share is 0; expected a number between 0 and 1"),
         ({"eval_data": "x%"}, "eval-data 'x%' is not a share; give one such as 5%, or a file"),
-        ({"max_tokens_per_document": 4}, "tokens; expected at most 4. Raise --max-tokens-per-document"),
-        ({"max_tokens_per_document": 999}, "this model's longest position is 256"),
-        ({"method": "qlora", "precision": "int8"}, "qlora is lora on an nf4 base, found precision int8"),
+        ({"max_length": 4}, "tokens; expected at most 4. Raise --max-length"),
+        ({"max_length": 999}, "this model's longest position is 256"),
+        ({"method": "qlora", "base_precision": "int8"}, "qlora is lora on an nf4 base, found base-precision int8"),
         ({"device": "cuda:7"}, "cuda"),
         ({"model": "./nowhere"}, "ModelError: no such model: './nowhere' is neither a directory nor a hub id"),
     ],
@@ -248,17 +248,17 @@ def test_check_reports_good_data_and_exits_0(tmp_path: Path) -> None:
     given = flags(tmp_path, data=[], eval_data=None, steps=1)
     graft("train", *given, *data)
     counted = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
-    assert (counted["tokens"], counted["trained_tokens"]) == (report["tokens"], report["trained_tokens"])
+    assert (counted["tokens"], counted["target_tokens"]) == (report["tokens"], report["target_tokens"])
 
 
 def test_check_finds_rows_that_are_too_long_and_exits_2(tmp_path: Path) -> None:
     train = tiny_run.write_rows(tmp_path / "train.jsonl", tiny_run.rows(12))
-    found = graft("check", train, "--model", tiny_run.folder(), "--max-tokens-per-document", 15)
+    found = graft("check", train, "--model", tiny_run.folder(), "--max-length", 15)
     assert found.exit_code == 2
     assert "train.jsonl:12 (" in found.stdout
-    found = graft("check", train, "--model", tiny_run.folder(), "--max-tokens-per-document", 15, "--json")
+    found = graft("check", train, "--model", tiny_run.folder(), "--max-length", 15, "--json")
     assert found.exit_code == 2
-    assert json.loads(found.stdout)["too_long"] > 0
+    assert json.loads(found.stdout)["overlong"] > 0
 
 
 def test_check_needs_no_weights(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_generate_answers_with_what_was_trained(tmp_path: Path) -> None:
     tuned = graft(*ask, "--adapter", tmp_path / "run" / "adapter")
     assert (tuned.exit_code, tuned.stdout) == (0, "mill boat\n"), tuned.stderr
     answer = json.loads(graft(*ask, "--adapter", tmp_path / "run" / "adapter", "--json").stdout)
-    assert (answer["text"], answer["finish"], answer["format"]) == ("mill boat", "stop", "text")
+    assert (answer["text"], answer["finish_reason"], answer["format"]) == ("mill boat", "stop", "text")
     piped = graft(*[a if a != "say: " else "-" for a in ask], "--adapter", tmp_path / "run" / "adapter", input="say: ")
     assert piped.stdout == "mill boat\n"
     base = json.loads(graft(*ask, "--json").stdout)

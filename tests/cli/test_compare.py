@@ -50,7 +50,7 @@ def test_a_comparison_in_processes_of_its_own_prints_one_json_object(tmp_path: P
     assert found.stdout.count("\n") == 1
     summary = json.loads(found.stdout)
     assert [line["name"] for line in summary["lines"]] == ["lora"]
-    assert "held-out loss" in found.stderr
+    assert "eval loss" in found.stderr
     for name in ("compare.json", "report.md", "report.html", "runs/lora/seed-0/adapter/adapter_model.safetensors"):
         assert (tmp_path / "out" / name).is_file()
 
@@ -67,7 +67,7 @@ def test_a_comparison_in_processes_of_its_own_prints_one_json_object(tmp_path: P
         ({"methods": "lora:steps=8"}, "option 'steps' belongs to the whole comparison"),
         ({"methods": "lora:rank"}, "expected OPTION=VALUE after the colon, found 'rank'"),
         ({"methods": "full:rank=8"}, "methods 'full:rank=8': --rank is for an adapter"),
-        ({"methods": "qlora:precision=int8"}, "qlora is lora on an nf4 base, found precision int8"),
+        ({"methods": "qlora:precision=int8"}, "qlora is lora on an nf4 base, found base-precision int8"),
         ({"metric": "blue"}, "metric: unknown metric 'blue', did you mean 'bleu'? known: exact-match, bleu, rouge-l"),
         ({"cost": "memry"}, "cost: unknown cost 'memry', did you mean 'memory'?"),
         ({"learning_rate": "lor=1e-4"}, "learning-rate names 'lor', did you mean 'lora'? compared: lora"),
@@ -75,7 +75,7 @@ def test_a_comparison_in_processes_of_its_own_prints_one_json_object(tmp_path: P
         ({"seeds": 0}, "seeds: must be greater than or equal to 1, found 0"),
         ({"margin": 0}, "margin: must be greater than 0, found 0"),
         ({"eval_data": "10%"}, "and a bootstrap needs at least 30"),
-        ({"eval_data": "valid.jsonl:2"}, "has a weight, and every held-out row counts once"),
+        ({"eval_data": "valid.jsonl:2"}, "has a weight, and every eval row counts once"),
         ({"data": "gone.jsonl"}, "DataError: "),
         ({"general_data": "gone.jsonl"}, "--general-data 'gone.jsonl' is no file"),
         ({"model": "./nowhere"}, "ModelError: no such model: './nowhere'"),

@@ -52,13 +52,13 @@ def test_a_run_and_all_that_reads_it_are_plain(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     base = str(tiny_run.folder())
     said = plain(piped("train", *flags(tmp_path)))
-    assert re.search(r"step +6  held-out loss", said)
+    assert re.search(r"step +6  eval loss", said)
     assert "adapter" in said
     plain(piped("adapters", "publish", "run", "--name", "formal", "--note", "the first"))
     plain(piped("adapters", "alias", "formal", "prod", 1))
     for words in ("list", "list formal", "show formal", "diff formal formal@1", "verify"):
         plain(piped("adapters", *words.split()))
-    ask = ["--model", base, "--adapter", "formal", "--max-tokens", 3, "--precision", "float32"]
+    ask = ["--model", base, "--adapter", "formal", "--max-tokens", 3, "--base-precision", "float32"]
     plain(piped("generate", *ask, "--prompt", "3 old: "))
     plain(piped("chat", *ask, "--beside", "base"))
     plain(piped("merge", "--model", base, "--adapter", "formal", "--out", "merged", "--max-drift", 1))

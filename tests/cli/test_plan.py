@@ -59,10 +59,10 @@ def test_every_quoted_range_of_weights_in_memory_holds_under_some_setting_or_our
 
 
 def test_a_plan_in_json_has_parts_that_sum_and_says_where_it_fits() -> None:
-    found = planned("qwen3-8b", "--gpu", "rtx-4090", "--batch-size", 4, "--max-tokens-per-document", 1024)
+    found = planned("qwen3-8b", "--gpu", "rtx-4090", "--batch-size", 4, "--max-length", 1024)
     assert found["card"]["key"] == "rtx-4090"
     (plan,) = found["plans"]
-    assert plan["load"]["tokens_per_pass"] == 4096
+    assert plan["load"]["micro_batch_tokens"] == 4096
     methods = {row["method"]: row for row in plan["methods"]}
     assert set(methods) == {
         "full", "full-bfloat16", "full-8bit", "full-in-backward", "full-offload", "lora", "lora-int8", "qlora"
@@ -129,8 +129,8 @@ def test_seventy_billion_parameters_are_planned_within_two_seconds() -> None:
         (("llama-2-7b", "--memory", "24"), "memory '24' has no unit; did you mean 24GB?"),
         (("llama-2-7b", "--memory", "24GB", "--gpu", "h100"), "give --gpu or --memory, not both"),
         (("llama-2-7b", "--targets", "q_prok"), "target 'q_prok' matches no layer of LlamaForCausalLM, did you mean 'q_proj'?"),
-        (("llama-2-7b", "--max-tokens-per-document", 9000), "the longest position of llama-2-7b is 4,096"),
-        (("llama-2-7b", "--max-tokens-per-document", 0), "give --data"),
+        (("llama-2-7b", "--max-length", 9000), "the longest position of llama-2-7b is 4,096"),
+        (("llama-2-7b", "--max-length", 0), "give --data"),
         (("llama-2-7b", "--ask-base", "yes"), "give --data"),
         (("llama-2-7b", "--data", "demo", "--ask-base", "yes"), "the weights of llama-2-7b are not here"),
         (("llama-2-7b", "--data", "no-such-file.jsonl"), "no-such-file.jsonl"),
@@ -165,6 +165,6 @@ def test_a_config_without_the_needed_fields_is_refused(tmp_path: Path) -> None:
 
 def test_an_architecture_that_trains_also_plans_from_its_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny.config("qwen3_moe").to_dict()))
-    (plan,) = planned(tmp_path, "--gpu", "rtx-3060", "--max-tokens-per-document", 60)["plans"]
+    (plan,) = planned(tmp_path, "--gpu", "rtx-3060", "--max-length", 60)["plans"]
     assert plan["architecture"] == "Qwen3MoeForCausalLM"
     assert demo.resolve_model("demo")

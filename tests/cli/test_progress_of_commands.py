@@ -55,7 +55,7 @@ def test_train(display: Recorder, tmp_path: Path) -> None:
     found = said(display, "train", *flags(tmp_path, steps=2))
     wanted = [
         "starting", "loading base", "reading data", "tokenizing", "trying the longest batch", "training",
-        "measuring held-out rows", "saving",
+        "measuring eval rows", "saving",
     ]  # fmt: skip
     assert [what for what in found if what in wanted] == wanted
     (training,) = [task for task in display.begun if task.what == "training"]
@@ -96,7 +96,7 @@ def test_generate_draws_nothing_any_more_once_its_answer_comes(
         def flush(self) -> None: ...
 
     from graftlm.config import GenerateConfig
-    from graftlm.serving.generate import generate_text
+    from graftlm.serving.engine.generate import generate_text
 
     config = GenerateConfig(model=str(tiny_run.folder()), prompt="x", max_tokens=3)
     with progress.shown(display):
@@ -149,7 +149,7 @@ def test_stores(display: Recorder, adapter: Path, tmp_path: Path) -> None:
 
 def test_a_server_says_what_it_is_at_until_it_is_ready(display: Recorder) -> None:
     from graftlm.config import ServeConfig
-    from graftlm.serving.launch import build
+    from graftlm.serving.http.server import build
 
     with progress.shown(display):
         build(ServeConfig(model=str(tiny_run.folder())))
@@ -160,7 +160,7 @@ def test_a_server_says_what_it_is_at_until_it_is_ready(display: Recorder) -> Non
 def test_compare_says_what_each_run_is_at(display: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from graftlm.experiments.view import CompareView
+    from graftlm.experiments.compare.view import CompareView
 
     with progress.shown(display), CompareView(Console(quiet=True)).running("lora, seed 0", 5) as stepped:
         (task,) = display.open

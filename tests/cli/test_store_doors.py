@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_run
+import tiny_server
 from test_cli import graft
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
-
-import serving
 
 from graftlm.adapters.store import Store
 from graftlm.errors import StoreError
@@ -30,7 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with good@1 (ALPHA) and evil@1 (BETA), each with the run.json of its run."""
     store = Store(tmp_path_factory.mktemp("doors") / "adapters")
     for name, word in (("good", "ALPHA"), ("evil", "BETA")):
-        store.publish(serving.trained(word), name, run={"config": {"seed": 3, "of": word}})
+        store.publish(tiny_server.trained(word), name, run={"config": {"seed": 3, "of": word}})
     return store.root
 
 
@@ -96,7 +92,7 @@ BREAKS: dict[str, Callable[[Path, Path], None]] = {
               extra_file)
 }  # fmt: skip
 
-ASK = ["--model", BASE, "--precision", "float32", "--compute", "float32"]
+ASK = ["--model", BASE, "--base-precision", "float32", "--compute-dtype", "float32"]
 DOORS: dict[str, list[str]] = {
     "generate": ["generate", *ASK, "--adapter", "good", "--prompt", "3: ", "--max-tokens", "3"],
     "chat": ["chat", *ASK, "--adapter", "good@1"],
@@ -160,9 +156,9 @@ def test_every_door_is_open_for_a_version_as_it_was_published(door: str, place: 
 @pytest.mark.parametrize("how", sorted(BREAKS.keys() - {"run_replaced"}))
 def test_a_server_answers_with_no_version_that_is_not_as_it_was_published(how: str, place: Path) -> None:
     broken(place, how)
-    with serving.serving(store=str(place / "adapters")) as server, server.client() as client:
+    with tiny_server.serving(store=str(place / "adapters")) as server, server.client() as client:
         for path, body in (
-            ("/v1/completions", serving.asked("good@1")),
+            ("/v1/completions", tiny_server.asked("good@1")),
             ("/v1/chat/completions", {"model": "good", "messages": [{"role": "user", "content": "3: "}]}),
         ):
             answer = client.post(path, json=body)
@@ -179,13 +175,13 @@ def test_publishing_or_pulling_the_same_again_puts_a_version_back(how: str, plac
     broken(place, how)
     if how == "link_above":
         with pytest.raises(StoreError, match="is a link"):  # which is for whoever made it to mend
-            store.publish(serving.trained("ALPHA"), "good")
+            store.publish(tiny_server.trained("ALPHA"), "good")
         return
     assert graft("adapters", "pull", "./shared", "good@1").exit_code == 0
     assert store.verify().faults == []
     BREAKS[how](store.find("good@1").folder, store.find("evil@1").folder)
     run = {"config": {"seed": 3, "of": "ALPHA"}}
-    assert store.publish(serving.trained("ALPHA"), "good", run=run)[1] is False
+    assert store.publish(tiny_server.trained("ALPHA"), "good", run=run)[1] is False
     check = store.verify()
     assert (check.faults, check.leftovers) == ([], [])
     incoming = store.root / "bases" / store.find("good@1").base / "incoming"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from graftlm.base.chat import Encoder
 from graftlm.data.check import check, histogram
-from graftlm.data.documents import load
+from graftlm.data.dataset import load
 from graftlm.data.sources import Source
 
 
@@ -54,11 +54,11 @@ def rendered(report: Any, *, color: bool = False) -> str:
 def test_a_report_counts_what_load_gives(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", numbered(50))
     report, dataset = check([source], encoder()), load([source], encoder())
-    assert (report.rows, report.tokens, report.trained_tokens) == (50, dataset.tokens, dataset.trained_tokens)
+    assert (report.rows, report.tokens, report.target_tokens) == (50, dataset.tokens, dataset.target_tokens)
     assert report.longest == dataset.longest
     assert sum(step.rows for step in report.histogram) == 50
     assert report.good
-    assert (report.duplicates, report.overlap, report.too_long, report.faults) == (0, 0, 0, 0)
+    assert (report.duplicates, report.overlap, report.overlong, report.faults) == (0, 0, 0, 0)
 
 
 def test_bad_long_repeated_and_overlapping_rows_are_found_with_their_places(tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_bad_long_repeated_and_overlapping_rows_are_found_with_their_places(tmp_
     report = check([train], encoder(), eval_sources=[valid], max_tokens=40)
     assert report.duplicate_rows == ((f"{train.path}:2", f"{train.path}:5"),)
     assert report.overlap_rows == ((f"{valid.path}:1", f"{train.path}:3"),)
-    assert len(report.too_long_rows) == 1
-    assert report.too_long_rows[0].startswith(f"{train.path}:6 (")
+    assert len(report.overlong_rows) == 1
+    assert report.overlong_rows[0].startswith(f"{train.path}:6 (")
     assert report.fault_rows[0].startswith(f"{train.path}:7: completion: 3")
     assert (report.rows, report.eval_rows, report.duplicates, report.faults) == (6, 3, 1, 1)
     assert not report.good
@@ -91,15 +91,15 @@ def test_a_report_is_plain_json(tmp_path: Path) -> None:
     value = json.loads(json.dumps(report.to_json()))
     assert value == report.to_json()
     assert value["good"] is True
-    assert value["examples"][0]["pieces"] == [
-        {"text": "0:", "trained": False},
-        {"text": " 0<|endoftext|>", "trained": True},
+    assert value["previews"][0]["pieces"] == [
+        {"text": "0:", "in_loss": False},
+        {"text": " 0<|endoftext|>", "in_loss": True},
     ]
 
 
 def test_two_examples_show_the_trained_tokens_in_green(tmp_path: Path) -> None:
     report = check([write(tmp_path / "a.jsonl", numbered(5))], encoder())
-    assert len(report.examples) == 2
+    assert len(report.previews) == 2
     assert "\x1b[32m 0<|endoftext|>\x1b[0m" in rendered(report, color=True)
 
 
@@ -114,7 +114,7 @@ def test_text_that_looks_like_console_markup_is_shown_as_it_is(tmp_path: Path) -
 
 def test_a_file_of_bad_rows_only_still_gives_a_report(tmp_path: Path) -> None:
     report = check([write(tmp_path / "a.jsonl", [{"text": 1}])], encoder())
-    assert (report.rows, report.faults, report.examples, report.histogram) == (0, 1, (), ())
+    assert (report.rows, report.faults, report.previews, report.histogram) == (0, 1, (), ())
     assert "bad rows" in rendered(report)
     json.dumps(report.to_json())
 

@@ -6,24 +6,24 @@ from typing import Any
 
 import pytest
 
-from graftlm.data.columns import Fault, Raw, format_of, refuse
-from graftlm.data.rows import Chat, Completion, Example, Text, parse
+from graftlm.data.columns import Fault, RawRow, format_of, refuse
+from graftlm.data.rows import ChatRow, CompletionRow, ParsedRow, TextRow, parse
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 
 
-def example_of(columns: dict[str, Any]) -> Example:
-    raw = Raw("a.jsonl:1", columns)
+def example_of(columns: dict[str, Any]) -> ParsedRow:
+    raw = RawRow("a.jsonl:1", columns)
     form = format_of(raw)
     assert not isinstance(form, Fault), form
-    example = parse(raw, form)
-    assert not isinstance(example, list), example
-    return example
+    parsed = parse(raw, form)
+    assert not isinstance(parsed, list), parsed
+    return parsed
 
 
 def fault_of(columns: dict[str, Any]) -> str:
-    raw = Raw("a.jsonl:7", columns)
+    raw = RawRow("a.jsonl:7", columns)
     form = format_of(raw)
     if isinstance(form, Fault):
         return str(form)
@@ -37,40 +37,40 @@ def chat(*messages: Any, **more: Any) -> dict[str, Any]:
 
 
 def test_each_format_becomes_its_example() -> None:
-    assert example_of(chat(USER, ASSISTANT)) == Chat("a.jsonl:1", (USER, ASSISTANT))
-    assert example_of({"prompt": "a", "completion": "b"}) == Completion("a.jsonl:1", "a", "b")
-    assert example_of({"text": "a", "source": "web"}) == Text("a.jsonl:1", "a")
-    assert example_of({"prompt": [USER], "completion": [ASSISTANT]}) == Chat(
+    assert example_of(chat(USER, ASSISTANT)) == ChatRow("a.jsonl:1", (USER, ASSISTANT))
+    assert example_of({"prompt": "a", "completion": "b"}) == CompletionRow("a.jsonl:1", "a", "b")
+    assert example_of({"text": "a", "source": "web"}) == TextRow("a.jsonl:1", "a")
+    assert example_of({"prompt": [USER], "completion": [ASSISTANT]}) == ChatRow(
         "a.jsonl:1", (USER, ASSISTANT), masked=frozenset({0})
     )
 
 
 def test_an_instruction_becomes_a_user_message_with_its_input() -> None:
     for more, content in (({}, "Add"), ({"input": ""}, "Add"), ({"input": "1 2"}, "Add\n\n1 2")):
-        example = example_of({"instruction": "Add", "output": "3", **more})
+        parsed = example_of({"instruction": "Add", "output": "3", **more})
         messages = ({"role": "user", "content": content}, {"role": "assistant", "content": "3"})
-        assert example == Chat("a.jsonl:1", messages)
+        assert parsed == ChatRow("a.jsonl:1", messages)
 
 
 def test_text_parts_are_joined_and_keys_that_are_null_are_dropped() -> None:
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     message = {"role": "user", "content": parts, "tool_calls": None}
-    assert example_of(chat(message, ASSISTANT)) == Chat("a.jsonl:1", (USER, ASSISTANT))
+    assert example_of(chat(message, ASSISTANT)) == ChatRow("a.jsonl:1", (USER, ASSISTANT))
 
 
 def test_tools_and_calls_are_kept_and_a_call_needs_no_content() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     tool = {"type": "function", "function": {"name": "f"}}
     row = chat(USER, {"role": "assistant", "content": None, "tool_calls": [call]}, tools=[tool])
-    assert example_of(row) == Chat("a.jsonl:1", (USER, {"role": "assistant", "tool_calls": [call]}), tools=(tool,))
+    assert example_of(row) == ChatRow("a.jsonl:1", (USER, {"role": "assistant", "tool_calls": [call]}), tools=(tool,))
     row["tools"] = '[{"type": "function", "function": {"name": "f"}}]'
     assert example_of(row).kind == "chat"
 
 
 def test_thinking_is_known_by_both_of_its_names() -> None:
-    example = example_of(chat(USER, {**ASSISTANT, "thinking": "Hm"}))
-    assert isinstance(example, Chat)
-    assert example.messages[1] == {**ASSISTANT, "reasoning_content": "Hm"}
+    parsed = example_of(chat(USER, {**ASSISTANT, "thinking": "Hm"}))
+    assert isinstance(parsed, ChatRow)
+    assert parsed.messages[1] == {**ASSISTANT, "reasoning_content": "Hm"}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_long_values_are_shortened() -> None:
 
 
 def test_a_row_of_another_format_than_the_files_first_is_a_fault() -> None:
-    faults = parse(Raw("a.jsonl:7", {"text": "a"}), "messages")
+    faults = parse(RawRow("a.jsonl:7", {"text": "a"}), "messages")
     assert isinstance(faults, list)
     assert "a row of format 'text'; expected 'messages', as the file's first row" in str(faults[0])
 

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from graftlm.data import sources
-from graftlm.data.columns import Fault, Raw, format_of
+from graftlm.data.columns import Fault, RawRow, format_of
 from graftlm.data.rows import parse
 from graftlm.data.sources import Source, read
 from graftlm.errors import ConfigError, DataError
@@ -24,13 +24,13 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def rows_of(path: Path | str) -> list[Raw | Fault]:
+def rows_of(path: Path | str) -> list[RawRow | Fault]:
     return list(read(Source(path=str(path))))
 
 
-def columns(found: list[Raw | Fault]) -> list[dict[str, Any]]:
-    assert all(isinstance(row, Raw) for row in found), found
-    return [row.columns for row in found if isinstance(row, Raw)]
+def columns(found: list[RawRow | Fault]) -> list[dict[str, Any]]:
+    assert all(isinstance(row, RawRow) for row in found), found
+    return [row.columns for row in found if isinstance(row, RawRow)]
 
 
 def write(path: Path, kind: str) -> Path:
@@ -70,8 +70,8 @@ def test_broken_json_names_line_column_and_what_stands_there(tmp_path: Path) -> 
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"\n[1]\n{"text": "c"}\n')
     good, broken, other, last = rows_of(path)
-    assert isinstance(good, Raw)
-    assert isinstance(last, Raw)
+    assert isinstance(good, RawRow)
+    assert isinstance(last, RawRow)
     assert isinstance(broken, Fault)
     assert isinstance(other, Fault)
     assert str(broken).startswith(f"{path}:2: line: broken JSON at column 13 (Expecting ',' delimiter): ")

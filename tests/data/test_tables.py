@@ -13,8 +13,8 @@ import pytest
 from test_check import encoder
 
 from graftlm.data import lines
-from graftlm.data.columns import Fault, Raw, format_of
-from graftlm.data.documents import load
+from graftlm.data.columns import Fault, RawRow, format_of
+from graftlm.data.dataset import load
 from graftlm.data.sources import Source, read
 from graftlm.data.tables import delimiter_of
 from graftlm.errors import DataError
@@ -24,8 +24,8 @@ ROWS = [{"prompt": 'é,;\t"a"\n', "completion": "ü😀"}, {"prompt": "", "compl
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     found = list(read(Source(path=str(path))))
-    assert all(isinstance(row, Raw) for row in found), found
-    return [row.columns for row in found if isinstance(row, Raw)]
+    assert all(isinstance(row, RawRow) for row in found), found
+    return [row.columns for row in found if isinstance(row, RawRow)]
 
 
 def fault_of(path: Path) -> str:
@@ -125,7 +125,7 @@ def test_a_first_line_for_excel_says_what_stands_between_columns(tmp_path: Path)
     file = tmp_path / "a.csv"
     file.write_text("sep=;\nprompt;completion\na,b;c\n")
     (row,) = read(Source(path=str(file)))
-    assert row == Raw(f"{file}:3", {"prompt": "a,b", "completion": "c"})
+    assert row == RawRow(f"{file}:3", {"prompt": "a,b", "completion": "c"})
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ NAMES = [
     ("prompt", "response"), ("prompt", "answer"), ("prompt", "output"), ("prompt", "chosen"), ("context", "response"),
     ("context", "answer"), ("context", "completion"), ("instruction", "response"), ("instruction", "answer"),
     ("instruction", "completion"), ("user", "assistant"), ("human", "assistant"), ("Question", "Answer"),
-    ("input", "target"), ("source", "target"), ("problem", "solution"), ("article", "highlights"), ("document", "summary"),
+    ("input", "target"), ("source", "target"), ("problem", "solution"), ("article", "highlights"), ("example", "summary"),
     ("dialogue", "summary"), ("input", "response"), ("question", "output"),
 ]  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_the_advice_for_other_names_of_a_question_and_its_answer_works(
             file.write_text(",".join(renamed[0]) + "\n" + ",".join(renamed[0].values()) + "\n")
         dataset = load([Source(path=str(file))], encoder())
         assert dataset.notes == ()
-        text = encoder().tokenizer.decode(dataset.documents[0].ids.tolist())
+        text = encoder().tokenizer.decode(dataset.examples[0].ids.tolist())
         assert text.index("One?") < text.index("First.")
 
 
@@ -214,7 +214,7 @@ def test_other_columns_have_their_advice(row: dict[str, Any], advice: str) -> No
 
 
 def fault_of_rows(rows: list[dict[str, Any]]) -> str:
-    found = format_of(Raw("a:1", rows[0]))
+    found = format_of(RawRow("a:1", rows[0]))
     assert isinstance(found, Fault), found
     return str(found)
 
@@ -253,7 +253,7 @@ def test_a_row_over_the_limit_is_named_and_the_others_are_read(form: str, narrow
         r"1,0\d\d bytes; expected at most 8,388,608 bytes a row. Split the text into several rows", str(fault)
     )
     assert fault.row == f"{file}:{3 if form == 'csv' else 2}"
-    good = [row.columns for row in found if isinstance(row, Raw)]
+    good = [row.columns for row in found if isinstance(row, RawRow)]
     assert good == ([rows[0]] if form == "csv" else [rows[0], rows[2]])
 
 
@@ -275,7 +275,7 @@ def test_a_line_of_100_mb_is_passed_over_in_pieces(tmp_path: Path) -> None:
     heard: list[int] = []
     fault, row = read(Source(path=str(file)), heard.append)
     assert "100,000,013 bytes; expected at most 8,388,608 bytes a row" in str(fault)
-    assert isinstance(row, Raw)
+    assert isinstance(row, RawRow)
     assert heard == sorted(heard)
     assert len(heard) > 100
     file.unlink()

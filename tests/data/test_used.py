@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from test_check import encoder, rendered
-from test_documents import write
+from test_dataset import write
 
 from graftlm import demo
 from graftlm.base.chat import Encoder
-from graftlm.base.load import load_tokenizer
+from graftlm.base.loading import load_tokenizer
 from graftlm.data.check import check
-from graftlm.data.documents import Dataset, Document, load
+from graftlm.data.dataset import Dataset, Example, load
 from graftlm.data.sources import Source
 from graftlm.errors import DataError
 from graftlm.training.view import View
@@ -38,21 +38,21 @@ def demo_encoder() -> Encoder:
     return Encoder(load_tokenizer(Path(demo.resolve_model("demo"))))
 
 
-def one(place: Path, row: dict[str, Any], by: Encoder | None = None, name: str = "a") -> Document:
-    return read(place, row, by, name).documents[0]
+def one(place: Path, row: dict[str, Any], by: Encoder | None = None, name: str = "a") -> Example:
+    return read(place, row, by, name).examples[0]
 
 
 def read(place: Path, row: dict[str, Any], by: Encoder | None = None, name: str = "a") -> Dataset:
     return load([write(place / f"{name}.jsonl", [row])], by or encoder())
 
 
-def text_of(document: Document) -> str:
-    """The trained stretches of a document, with a mark between them."""
+def text_of(example: Example) -> str:
+    """The trained stretches of an example, with a mark between them."""
     pieces: list[str] = []
-    for at in np.flatnonzero(document.trained):
-        if not pieces or not document.trained[at - 1]:
+    for at in np.flatnonzero(example.loss_mask):
+        if not pieces or not example.loss_mask[at - 1]:
             pieces.append("")
-        pieces[-1] += encoder().tokenizer.decode([int(document.ids[at])])
+        pieces[-1] += encoder().tokenizer.decode([int(example.ids[at])])
     return BETWEEN.join(pieces)
 
 
@@ -69,7 +69,7 @@ def test_a_message_of_weight_0_is_read_and_not_trained(tmp_path: Path) -> None:
         assert found.ids.tolist() == plain.ids.tolist()
         assert text_of(found).startswith(left)
         assert BETWEEN not in text_of(found)
-        assert not (found.trained & ~plain.trained).any()
+        assert not (found.loss_mask & ~plain.loss_mask).any()
     assert text_of(plain).startswith("First.")
     assert text_of(plain).count(BETWEEN) == 1
 
@@ -85,14 +85,14 @@ def test_a_masked_last_turn_of_a_template_without_an_end_trains_no_end_token(
     for by in (encoder(), demo_encoder):
         found = one(tmp_path, {"messages": [*TURNS[:3], {**TURNS[3], "weight": 0}]}, by)
         whole = one(tmp_path, {"messages": TURNS}, by)
-        last = int(np.flatnonzero(found.trained)[-1])
-        assert last < int(np.flatnonzero(whole.trained)[-1])
-        assert found.trained[:last].tolist() == whole.trained[:last].tolist()
+        last = int(np.flatnonzero(found.loss_mask)[-1])
+        assert last < int(np.flatnonzero(whole.loss_mask)[-1])
+        assert found.loss_mask[:last].tolist() == whole.loss_mask[:last].tolist()
 
 
 def test_train_on_last_with_a_last_message_of_weight_0_trains_nothing_and_is_refused(tmp_path: Path) -> None:
-    last = Encoder(encoder().tokenizer, train_on="last")
-    with pytest.raises(DataError, match="no trained token"):
+    last = Encoder(encoder().tokenizer, train_on="last-assistant")
+    with pytest.raises(DataError, match="no target token"):
         one(tmp_path, {"messages": [*TURNS[:3], {**TURNS[3], "weight": 0}]}, last)
 
 
@@ -151,14 +151,14 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_a_row_is_the_same_document_as_its_form_in_messages(name: str, tmp_path: Path, demo_encoder: Encoder) -> None:
     ours, plain = SAME[name]
     found, wanted = (read(tmp_path, row, demo_encoder) for row in (ours, plain))
-    assert found.documents[0].digest == wanted.documents[0].digest
+    assert found.examples[0].digest == wanted.examples[0].digest
     assert not any("columns" in note for note in found.notes)
 
 
 def test_a_table_has_system_and_history_too(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text('system,instruction,output,history\nBe brief.,Two?,Second.,"[[""One?"", ""First.""]]"\n')
-    found = load([Source(path=str(file))], encoder()).documents[0]
+    found = load([Source(path=str(file))], encoder()).examples[0]
     assert found.digest == one(tmp_path, {"messages": [SYSTEM, *TURNS]}).digest
 
 

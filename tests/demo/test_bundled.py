@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from graftlm import demo
-from graftlm.demo.corpus import PLAIN_PAGES, PLAIN_ROWS
-from graftlm.demo.house import HOUSE_VOICES, ROWS, write_house
-from graftlm.demo.voices import facts, pool_of
 from graftlm.errors import DataError, ModelError
+from tools.demo.corpus import PLAIN_PAGES, PLAIN_ROWS
+from tools.demo.finetuning_data import HOUSE_VOICES, ROWS, write_house
+from tools.demo.voices import facts, pool_of
 
 
 def rows(path: Path | str) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from graftlm import kernels
 from graftlm.kernels import native
 from graftlm.kernels import reference_adamw as reference
-from graftlm.kernels.moments import MOMENT_BLOCK, Moments, no_moments
+from graftlm.kernels.moments import MOMENT_BLOCK, Moments, zero_moments
 from graftlm.kernels.reference import dynamic_code
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_a_step_in_c_gives_the_references_bits(dtype: torch.dtype, eight_bit: bo
         kind = pick.choice(FLOATS)
         ours = odd_view(randn(count).to(dtype))
         truth = ours.clone()
-        mine, theirs = (no_moments(count, eight_bit=eight_bit, device=CPU) for _ in range(2))
+        mine, theirs = (zero_moments(count, eight_bit=eight_bit, device=CPU) for _ in range(2))
         for step in range(1, 5):
             given = odd_view(gradient(count, kind, step))
             native.adamw.step(ours, given, mine, update(step), level)
@@ -79,7 +79,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            parameter, moments = randn(count).bfloat16(), no_moments(count, eight_bit=True, device=CPU)
+            parameter, moments = randn(count).bfloat16(), zero_moments(count, eight_bit=True, device=CPU)
             for step in (1, 2):
                 kernels.adamw_step(parameter, gradient(count, torch.float32, step), moments, update(step))
             total = kernels.sum_of_squares(gradient(count, torch.float32, 9))
@@ -92,12 +92,12 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 def test_any_strides_of_parameter_and_gradient_are_the_same_step() -> None:
     values, slope = randn(40, 33), randn(40, 33, seed=5)
-    plain, turned, with_gaps = values.clone(), values.T.contiguous().T, torch.zeros(40, 66)[:, ::2].copy_(values)
-    for parameter in (plain, turned, with_gaps):
-        moments = no_moments(values.numel(), eight_bit=True, device=CPU)
+    plain, transposed, with_gaps = values.clone(), values.T.contiguous().T, torch.zeros(40, 66)[:, ::2].copy_(values)
+    for parameter in (plain, transposed, with_gaps):
+        moments = zero_moments(values.numel(), eight_bit=True, device=CPU)
         for step in (1, 2):
             kernels.adamw_step(parameter, slope if step == 1 else slope.T.contiguous().T, moments, update(step))
-    assert torch.equal(plain, turned)
+    assert torch.equal(plain, transposed)
     assert torch.equal(plain, with_gaps)
 
 
@@ -105,7 +105,7 @@ def test_the_reference_is_the_same_whatever_its_slabs(monkeypatch: pytest.Monkey
     found: list[tuple[Tensor, Moments]] = []
     for slab in (1 << 22, 512):
         monkeypatch.setattr(reference, "SLAB", slab)
-        parameter, moments = randn(3000).bfloat16(), no_moments(3000, eight_bit=True, device=CPU)
+        parameter, moments = randn(3000).bfloat16(), zero_moments(3000, eight_bit=True, device=CPU)
         for step in (1, 2, 3):
             reference.adamw(parameter, gradient(3000, torch.float32, step), moments, update(step))
         found.append((parameter, moments))
@@ -170,7 +170,7 @@ def test_a_square_above_zero_never_becomes_zero_and_a_zero_stays_zero() -> None:
     square = torch.tensor([1.0, 1e-3, 1e-9, 1e-30, 0.0] * 60)
     for seed in range(5):
         codes, scale = reference.narrow_square(square, torch.full((300,), seed * 7_000_000, dtype=torch.int32))
-        back = reference.widen(codes, scale, reference.SQUARE)
+        back = reference.dequantized(codes, scale, reference.SQUARE)
         assert torch.equal(back > 0, square > 0)
 
 
@@ -178,7 +178,7 @@ def test_blocks_of_zeros_and_the_extremes_of_a_block_keep_their_values() -> None
     mean = torch.cat([torch.zeros(MOMENT_BLOCK), torch.tensor([3.0, -2.9, 0.0]), torch.zeros(300)])
     words = torch.arange(len(mean), dtype=torch.int32) * 77_777
     codes, scale = reference.narrow_mean(mean, words)
-    back = reference.widen(codes, scale, reference.MEAN)
+    back = reference.dequantized(codes, scale, reference.MEAN)
     assert scale.tolist() == [0.0, 3.0, 0.0]
     assert back[MOMENT_BLOCK] == 3.0
     assert back[MOMENT_BLOCK + 1] == pytest.approx(-2.9, rel=0.01)

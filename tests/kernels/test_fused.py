@@ -240,7 +240,7 @@ def test_no_number_depends_on_the_number_of_threads() -> None:
 
 def test_without_the_library_the_reference_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "usable", lambda operation, tensor: False)
-    assert not kernels.fuses(torch.device("cpu"), torch.float32)
+    assert not kernels.has_fused_ops(torch.device("cpu"), torch.float32)
     x, w = randn(3, 5), randn(5, seed=1)
     assert torch.equal(kernels.rms_norm(x, w, 1e-5)[0], reference.rms_norm(x, w, 1e-5)[0])
     assert torch.equal(kernels.gated(x, x), reference.gated(x, x))
@@ -248,7 +248,7 @@ def test_without_the_library_the_reference_does_the_work(monkeypatch: pytest.Mon
 
 def test_sixteen_bit_floats_that_c_does_not_know_are_left_to_the_reference() -> None:
     x = randn(3, 5, dtype=torch.float16)
-    assert not kernels.fuses(torch.device("cpu"), torch.float16)
+    assert not kernels.has_fused_ops(torch.device("cpu"), torch.float16)
     assert torch.equal(kernels.gated(x, x), reference.gated(x, x))
 
 

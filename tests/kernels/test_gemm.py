@@ -36,42 +36,42 @@ def near(found: Tensor, truth: Tensor, size: Tensor) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    m=st.integers(1, 150), k=st.integers(1, 700), n=st.integers(1, 200), kind=st.sampled_from(KINDS), turned=st.booleans(),
+    m=st.integers(1, 150), k=st.integers(1, 700), n=st.integers(1, 200), kind=st.sampled_from(KINDS), transposed=st.booleans(),
     seed=st.integers(0, 99), gap=st.integers(0, 3), by_columns=st.booleans(),
 )  # fmt: skip
 def test_a_product_equals_float64_for_every_shape_stride_and_stored_form(
-    m: int, k: int, n: int, kind: str, turned: bool, seed: int, gap: int, by_columns: bool
+    m: int, k: int, n: int, kind: str, transposed: bool, seed: int, gap: int, by_columns: bool
 ) -> None:
     random = torch.Generator().manual_seed(seed)
-    weight = stored(torch.randn((n, k) if turned else (k, n), generator=random), kind)
+    weight = stored(torch.randn((n, k) if transposed else (k, n), generator=random), kind)
     whole = torch.randn((k, m + gap) if by_columns else (m, k + gap), generator=random)
     x = whole[:, :m].T if by_columns else whole[:, :k]
-    W = wide(weight).T if turned else wide(weight)
-    found = gemm.multiply([(x, weight, turned)])
+    W = wide(weight).T if transposed else wide(weight)
+    found = gemm.multiply([(x, weight, transposed)])
     assert near(found.double(), x.double() @ W, x.double().abs() @ W.abs())
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    m=st.integers(1, 90), k=st.integers(1, 600), n=st.integers(65, 200), kind=st.sampled_from(KINDS), turned=st.booleans(),
+    m=st.integers(1, 90), k=st.integers(1, 600), n=st.integers(65, 200), kind=st.sampled_from(KINDS), transposed=st.booleans(),
     seed=st.integers(0, 99), by_columns=st.booleans(),
 )  # fmt: skip
 def test_a_narrow_product_rounds_both_sides_to_bfloat16_and_nothing_else(
-    m: int, k: int, n: int, kind: str, turned: bool, seed: int, by_columns: bool
+    m: int, k: int, n: int, kind: str, transposed: bool, seed: int, by_columns: bool
 ) -> None:
-    if not kernels.narrows():
+    if not kernels.has_bf16_matmul():
         pytest.skip("this processor has no bfloat16 instructions")
     random = torch.Generator().manual_seed(seed)
-    weight = stored(torch.randn((n, k) if turned else (k, n), generator=random), kind)
+    weight = stored(torch.randn((n, k) if transposed else (k, n), generator=random), kind)
     x = torch.randn(k, m, generator=random).T if by_columns else torch.randn(m, k, generator=random)
-    W = (wide(weight).T if turned else wide(weight)).bfloat16().double()
+    W = (wide(weight).T if transposed else wide(weight)).bfloat16().double()
     rounded = x.bfloat16().double()
-    found = gemm.multiply([(x, weight, turned)], narrow=True)
+    found = gemm.multiply([(x, weight, transposed)], bf16_matmul=True)
     assert near(found.double(), rounded @ W, rounded.abs() @ W.abs())
 
 
 def test_a_row_of_a_narrow_product_does_not_depend_on_the_rows_beside_it() -> None:
-    if not kernels.narrows():
+    if not kernels.has_bf16_matmul():
         pytest.skip("this processor has no bfloat16 instructions")
     random = torch.Generator().manual_seed(0)
     x = torch.randn(60, 300, generator=random)
@@ -83,12 +83,12 @@ def test_a_row_of_a_narrow_product_does_not_depend_on_the_rows_beside_it() -> No
 
 
 def test_a_narrow_product_leaves_the_adapters_term_in_float32() -> None:
-    if not kernels.narrows():
+    if not kernels.has_bf16_matmul():
         pytest.skip("this processor has no bfloat16 instructions")
     random = torch.Generator().manual_seed(0)
     h, B = torch.randn(50, 9, generator=random), torch.randn(70, 9, generator=random)
     x, W = torch.zeros(50, 300), torch.randn(70, 300, generator=random)
-    found = gemm.multiply([(x, W, True), (h, B, True)], narrow=True)
+    found = gemm.multiply([(x, W, True), (h, B, True)], bf16_matmul=True)
     assert near(found.double(), h.double() @ B.double().T, h.double().abs() @ B.double().abs().T)
 
 
@@ -107,7 +107,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            products = [gemm.multiply([(x, weight, True)], narrow=n) for n in (False, kernels.narrows())]
+            products = [gemm.multiply([(x, weight, True)], bf16_matmul=n) for n in (False, kernels.has_bf16_matmul())]
             found.append((*products, gemm.multiply([(x.T, x, False)])))
     finally:
         torch.set_num_threads(before)
@@ -130,8 +130,8 @@ def test_adapted_products_and_gradients_equal_the_references(kind: str, ranges: 
     A = [torch.randn(r, 130, generator=random) for r in (8, 33)] + [None]
     B = [torch.randn(75, r, generator=random) for r in (8, 33)] + [None]
     routing = kernels.Routing(ranges, A, B, [2.0, 0.5, 0.0])
-    y, hidden = kernels.adapted(x, weight, routing)
-    dx, dA, dB = kernels.adapted_backward(dy, x, weight, hidden, routing, True)
+    y, hidden = kernels.lora_linear(x, weight, routing)
+    dx, dA, dB = kernels.lora_linear_backward(dy, x, weight, hidden, routing, True)
     expected = reference.matmul(x, weight)
     kept = reference.low_rank_routed(expected, x, routing)
     truth = reference.matmul_t(dy, weight)
@@ -146,17 +146,17 @@ def test_adapted_products_and_gradients_equal_the_references(kind: str, ranges: 
 
 
 def test_a_16_bit_weight_is_never_widened_whole_for_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not library.get().multiplies:
+    if not library.get().has_fast_matmul:
         pytest.skip("PyTorch's products are faster here")
     random = torch.Generator().manual_seed(0)
     dy, weight = torch.randn(2, 333, generator=random), torch.randn(333, 70, generator=random).bfloat16()
-    monkeypatch.setattr(reference, "matmul_t", lambda *_: pytest.fail("the whole weight is widened"))
+    monkeypatch.setattr(reference, "matmul_t", lambda *_: pytest.fail("the whole weight is upcast"))
     assert near(kernels.matmul_t(dy, weight), dy.double() @ wide(weight), dy.double().abs() @ wide(weight).abs())
 
 
 def test_a_narrower_instruction_set_leaves_products_to_pytorch() -> None:
     library.choose(library.instruction_sets()[0])
     try:
-        assert not kernels.multiplies(torch.zeros(100, 8))
+        assert not kernels.has_fast_matmul(torch.zeros(100, 8))
     finally:
         library.choose(None)

@@ -88,7 +88,7 @@ def interpret() -> None:
     from graftlm.kernels import reference_fused as reference
 
     cpu = torch.device("cpu")
-    assert liger.trust.allows("fused", cpu), liger.trust.reason
+    assert liger.self_check.allows("fused", cpu), liger.self_check.reason
     # Logits with gaps, losses alone, and labels that are none.
     logits = torch.randn(5, 22, generator=torch.Generator().manual_seed(0))[:, ::2]
     labels, weights = torch.tensor([3, 0, 10, 7, 7]), torch.tensor([1.0, 0.5, 0.0, 2.0, -1.0])

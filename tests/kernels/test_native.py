@@ -13,7 +13,7 @@ import torch
 import graftlm.kernels as kernels
 from graftlm.kernels import native, reference
 from graftlm.kernels.native import library, products, weights
-from graftlm.kernels.stored import Int8, Nf4, Stored
+from graftlm.kernels.stored import Int8, Nf4, Quantized
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of the result's norm
@@ -50,7 +50,7 @@ def spread(tensor: torch.Tensor) -> torch.Tensor:
     return wide[:, ::2]
 
 
-def stored(weight: torch.Tensor, form: str) -> Stored:
+def stored(weight: torch.Tensor, form: str) -> Quantized:
     return reference.nf4_quantize(weight) if form == "nf4" else reference.int8_quantize(weight)
 
 
@@ -277,8 +277,8 @@ def test_threads_started_for_the_call_do_the_work_where_no_openmp_can_be_borrowe
 def test_every_operation_passes_its_own_check() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for operation in native.trust.operations:
-            if operation != "gemm" or library.get().multiplies:
+        for operation in native.self_check.operations:
+            if operation != "gemm" or library.get().has_fast_matmul:
                 assert native.usable(operation, torch.zeros(1)), operation
 
 
@@ -287,7 +287,7 @@ def test_without_the_library_the_reference_does_the_work_and_one_warning_says_so
 ) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     monkeypatch.setattr(library, "_library", None)
-    monkeypatch.setattr(native, "trust", native.new_trust())
+    monkeypatch.setattr(native, "self_check", native.new_self_check())
     weight = randn(5, 77)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -302,7 +302,7 @@ def test_without_the_library_the_reference_does_the_work_and_one_warning_says_so
 
 @needs_library
 def test_an_operation_with_a_wrong_answer_is_left_aside_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "trust", native.new_trust())
+    monkeypatch.setattr(native, "self_check", native.new_self_check())
     monkeypatch.setattr(weights, "nf4_dequantize", lambda weight, dtype=torch.float32: torch.zeros(weight.shape))
     weight = reference.nf4_quantize(randn(5, 77))
     with pytest.warns(RuntimeWarning, match="nf4_dequantize does not give the reference's answer"):
@@ -320,6 +320,6 @@ def test_other_devices_and_types_go_to_the_reference() -> None:
 @needs_library
 def test_a_contiguous_copy_is_made_of_a_transposed_int8_weight() -> None:
     weight = reference.int8_quantize(randn(6, 9))
-    turned = Int8(weight.values.T, torch.ones(9))
-    assert close(native.matmul(randn(2, 6), turned), reference.matmul(randn(2, 6), turned))
-    assert close(native.matmul_t(randn(2, 9), turned), reference.matmul_t(randn(2, 9), turned))
+    transposed = Int8(weight.values.T, torch.ones(9))
+    assert close(native.matmul(randn(2, 6), transposed), reference.matmul(randn(2, 6), transposed))
+    assert close(native.matmul_t(randn(2, 9), transposed), reference.matmul_t(randn(2, 9), transposed))

@@ -116,11 +116,11 @@ def test_products_are_those_of_the_dense_weight_and_its_gradient(form: str) -> N
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_references_answers_do_not_depend_on_strides(dtype: torch.dtype) -> None:
     dense, x = weights((13, 77), dtype, seed=9), weights((5, 77), dtype, seed=10)
-    turned = dense.T.contiguous().T
+    transposed = dense.T.contiguous().T
     gaps = torch.zeros(5, 154, dtype=dtype)[:, ::2].copy_(x)
     pairs = (
-        (reference.nf4_quantize(dense), reference.nf4_quantize(turned)),
-        (reference.int8_quantize(dense), reference.int8_quantize(turned)),
+        (reference.nf4_quantize(dense), reference.nf4_quantize(transposed)),
+        (reference.int8_quantize(dense), reference.int8_quantize(transposed)),
     )
     for one, other in pairs:
         assert all(same(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())

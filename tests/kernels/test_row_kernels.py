@@ -66,11 +66,11 @@ def test_each_range_its_own_adapter(instructions: str) -> None:
         reference.low_rank_routed(expected, x, kernels.Routing(routed, A, B, [f.scale for f in factors]))
         assert all(f.ready for f in factors)
         before = y.clone()
-        kernels.add_routed(y, x, kernels.Routes(ranges, factors))
+        kernels.add_routed(y, x, kernels.DecodeRouting(ranges, factors))
         assert close(y, expected)
         (first, last), one = ranges[0], factors[0]
         alone = before[first : first + 1].clone()
-        kernels.add_routed(alone, x[first : first + 1], kernels.Routes([(0, 1)], [one]))
+        kernels.add_routed(alone, x[first : first + 1], kernels.DecodeRouting([(0, 1)], [one]))
         assert torch.equal(alone[0], y[first])
 
 
@@ -101,7 +101,7 @@ def test_attention_of_single_tokens_over_blocks(instructions: str, window: int, 
         chosen = torch.randperm(T)[:n]
         out, expected = torch.full((T, H, V), 7.0), torch.full((T, H, V), 7.0)
         options = {"scale": 0.37, "window": window, "softcap": softcap}
-        kernels.attend_rows(q, keys, values, out, kernels.Attention(chosen, visible, table, block), **options)
+        kernels.attend_rows(q, keys, values, out, kernels.DecodeAttention(chosen, visible, table, block), **options)
         reference.attend_rows(
             q, keys, values, expected, rows=chosen, visible=visible, table=table, block=block, **options
         )
@@ -111,7 +111,7 @@ def test_attention_of_single_tokens_over_blocks(instructions: str, window: int, 
 def test_large_scores_do_not_overflow(instructions: str) -> None:
     keys, values = randn(32, 1, 16) * 40, randn(32, 1, 16, seed=1)
     q = randn(2, 1, 16, seed=2) * 40
-    of = kernels.Attention(torch.tensor([0, 1]), torch.tensor([32, 20]), torch.tensor([[0, 1], [0, 1]]), 16)
+    of = kernels.DecodeAttention(torch.tensor([0, 1]), torch.tensor([32, 20]), torch.tensor([[0, 1], [0, 1]]), 16)
     out, expected = torch.empty(2, 1, 16), torch.empty(2, 1, 16)
     kernels.attend_rows(q, keys, values, out, of, scale=1.0)
     reference.attend_rows(
@@ -121,13 +121,13 @@ def test_large_scores_do_not_overflow(instructions: str) -> None:
 
 
 def test_without_the_library_the_reference_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "trust", native.new_trust())
-    monkeypatch.setitem(native.trust._checks, "rows", lambda _: False)  # type: ignore[index]
+    monkeypatch.setattr(native, "self_check", native.new_self_check())
+    monkeypatch.setitem(native.self_check._checks, "rows", lambda _: False)  # type: ignore[index]
     with pytest.warns(RuntimeWarning, match="rows does not give the reference's answer"):
-        assert not kernels.few(randn(2, 5))
+        assert not kernels.is_few_rows(randn(2, 5))
     x, y = randn(4, 20), torch.zeros(4, 11)
     f = kernels.Factors(randn(3, 20, seed=1), randn(3, 11, seed=2).T, 0.5)
-    kernels.add_routed(y, x, kernels.Routes([(1, 3)], [f]))
+    kernels.add_routed(y, x, kernels.DecodeRouting([(1, 3)], [f]))
     assert close(y[1:3], 0.5 * x[1:3] @ f.A.T @ f.B.T)
 
 

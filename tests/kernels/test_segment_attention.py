@@ -82,5 +82,5 @@ def test_scores_far_beyond_the_range_of_exponentials_stay_finite(instructions: s
 
 
 def test_widths_and_types_that_c_does_not_take_go_to_pytorch() -> None:
-    assert not kernels.attends(torch.zeros(4, 2, 20))
-    assert not kernels.attends(torch.zeros(4, 2, 32, dtype=torch.bfloat16))
+    assert not kernels.has_segment_attention(torch.zeros(4, 2, 20))
+    assert not kernels.has_segment_attention(torch.zeros(4, 2, 32, dtype=torch.bfloat16))

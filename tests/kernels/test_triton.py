@@ -42,7 +42,7 @@ def test_triton_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Pa
 
 def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
     from graftlm import kernels
-    from graftlm.base.linear import product
+    from graftlm.base.modules import product
     from graftlm.kernels import native, reference, reference_adamw, triton
 
     called: list[str] = []
@@ -55,8 +55,8 @@ def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pyte
         return call
 
     monkeypatch.setattr(native, "usable", lambda operation, tensor: False)
-    monkeypatch.setattr(native, "multiplies", lambda x, narrow=False: False)
-    monkeypatch.setattr(native, "takes", lambda x, narrow=False: False)
+    monkeypatch.setattr(native, "has_fast_matmul", lambda x, bf16_matmul=False: False)
+    monkeypatch.setattr(native, "takes", lambda x, bf16_matmul=False: False)
     monkeypatch.setattr(triton, "usable", lambda operation, tensor: True)
     for name in (
         "nf4_dequantize",
@@ -82,12 +82,12 @@ def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pyte
     ):
         with torch.no_grad():
             routing = kernels.Routing(ranges, A, B, [2.0, 0.5, 1.0])
-            _, hidden = kernels.adapted(x, weight, routing)
-            kernels.adapted_backward(dy, x, weight, hidden, routing, True)
+            _, hidden = kernels.lora_linear(x, weight, routing)
+            kernels.lora_linear_backward(dy, x, weight, hidden, routing, True)
         assert called == expected
         called.clear()
     for eight_bit in (True, False):
-        moments = kernels.no_moments(13, eight_bit=eight_bit, device=dy.device)
+        moments = kernels.zero_moments(13, eight_bit=eight_bit, device=dy.device)
         update = kernels.update_of(1, 0.1, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1, key=(1,))
         kernels.adamw_step(dy[0].clone(), dy[1], moments, update)
     kernels.nf4_dequantize(weight)
@@ -160,7 +160,7 @@ def routed() -> None:
 def optimizer() -> None:
     from graftlm.kernels import reference_adamw as reference
     from graftlm.kernels import triton
-    from graftlm.kernels.moments import no_moments
+    from graftlm.kernels.moments import zero_moments
 
     pick = random.Random(3)
     for round_ in range(12):
@@ -168,7 +168,7 @@ def optimizer() -> None:
         kind, eight_bit = pick.choice(FLOATS), round_ % 4 > 1
         ours = randn(count, seed=round_).to(dtype)
         truth = ours.clone()
-        mine, theirs = (no_moments(count, eight_bit=eight_bit, device=ours.device) for _ in range(2))
+        mine, theirs = (zero_moments(count, eight_bit=eight_bit, device=ours.device) for _ in range(2))
         for number in range(1, 4):
             wild = randn(count, seed=number) * 10 ** (2 * randn(count, seed=number + 1))
             slope = wild.masked_fill_(randn(count, seed=number + 2) < -0.4, 0)
@@ -187,8 +187,8 @@ def optimizer() -> None:
 def own_checks() -> None:
     from graftlm.kernels import triton
 
-    for operation in triton.trust.operations:
-        assert triton.trust.allows(operation, torch.device("cpu")), triton.trust.reason
+    for operation in triton.self_check.operations:
+        assert triton.self_check.allows(operation, torch.device("cpu")), triton.self_check.reason
 
 
 def compile_for_a_gpu() -> None:
@@ -208,8 +208,8 @@ def compile_for_a_gpu() -> None:
     sizes = dict.fromkeys(["rows", "summed", "made", "inner", "row_stride"], "i32")
     tile = {"RANK_FIRST": False, "SCALED": True, "TOKENS": 64, "R": 128, "WIDE": 64, "WIDEN": False}
     forward, backward = (
-        {"TRANSPOSED": turned, "ROWS": FEW_ROWS, "MADE": TILES[which][0], "SUMMED": TILES[which][1], "WIDEN": False}
-        for turned, which in ((False, "x W^T"), (True, "dy W"))
+        {"TRANSPOSED": transposed, "ROWS": FEW_ROWS, "MADE": TILES[which][0], "SUMMED": TILES[which][1], "WIDEN": False}
+        for transposed, which in ((False, "x W^T"), (True, "dy W"))
     )
     int8 = {"values": "*i8", "scale": "*fp32", "out": "*bf16", "inner": "i32", "count": "i64"}
     step = dict.fromkeys(

@@ -6,22 +6,22 @@ from dataclasses import replace
 
 import pytest
 
-from graftlm.planning.activations import Load
+from graftlm.planning.activations import Workload
 from graftlm.planning.advice import MANY_ROWS, Advice, Facts, advise, bits_to_learn
-from graftlm.planning.distance import Distance
-from graftlm.planning.fitting import Case
+from graftlm.planning.fitting import PlanCase
 from graftlm.planning.hardware import card
-from graftlm.planning.method import adapted
+from graftlm.planning.method import adapter_shape
 from graftlm.planning.models import find
+from graftlm.planning.perplexity import DomainShift
 
-NEAR = Distance(answer_loss=2.5, prompt_loss=3.1, prompt_entropy=3.0, rows=10, tokens=900)
-FAR = Distance(answer_loss=4.5, prompt_loss=5.2, prompt_entropy=3.0, rows=10, tokens=900)
+NEAR = DomainShift(answer_loss=2.5, prompt_loss=3.1, prompt_entropy=3.0, rows=10, tokens=900)
+FAR = DomainShift(answer_loss=4.5, prompt_loss=5.2, prompt_entropy=3.0, rows=10, tokens=900)
 
 
 def facts(model: str = "llama-3.1-8b", on: str = "a100-80gb", **given: object) -> Facts:
-    load = Load(tokens=1024, trained=700, longest=1024)
-    case = Case(shape=find(model).shape, targets=("all-linear",), rank=16, load=load, card=card(on), fused=True)
-    known = {"rows": 5000, "tokens": 900_000, "trained_tokens": 600_000, "distance": NEAR, **given}
+    load = Workload(tokens=1024, target_tokens=700, longest=1024)
+    case = PlanCase(shape=find(model).shape, targets=("all-linear",), rank=16, load=load, card=card(on), fused=True)
+    known = {"rows": 5000, "tokens": 900_000, "target_tokens": 600_000, "domain_shift": NEAR, **given}
     return Facts(case=case, **known)  # pyright: ignore[reportArgumentType]
 
 
@@ -43,7 +43,7 @@ def test_lora_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("given", "quoted"),
     [
-        ({"distance": FAR}, "2.20 nats a token of surprise on their prompts (loss 5.20, it expects 3.00)"),
+        ({"domain_shift": FAR}, "2.20 nats a token of excess loss on their prompts (loss 5.20, it expects 3.00)"),
         ({"rows": 250_000}, "250,000 rows are more than an adapter should hold"),
         ({"goal": "quality"}, "The last point of quality counts"),
     ],
@@ -58,7 +58,7 @@ def test_full_is_a_live_candidate(given: dict[str, object], quoted: str) -> None
 
 @pytest.mark.parametrize("given", [{"variants": 40}, {"goal": "cost"}])
 def test_nothing_speaks_for_full_where_variants_share_a_base_or_cost_decides(given: dict[str, object]) -> None:
-    found = advise(facts(distance=FAR, rows=MANY_ROWS, **given))
+    found = advise(facts(domain_shift=FAR, rows=MANY_ROWS, **given))
     assert not method(found).startswith("full")
 
 
@@ -71,7 +71,7 @@ def test_where_cost_decides_the_base_has_four_bits() -> None:
 
 
 def test_full_that_does_not_fit_is_said_with_its_bytes_and_lora_taken() -> None:
-    found = advise(facts("llama-2-13b", on="rtx-4090", distance=FAR))
+    found = advise(facts("llama-2-13b", on="rtx-4090", domain_shift=FAR))
     assert method(found).startswith("lora")
     assert "But even its leanest form takes" in text(found)
 
@@ -97,26 +97,26 @@ def test_where_nothing_fits_the_way_out_is_said() -> None:
 
 
 def test_without_data_what_are_defaults_is_called_defaults() -> None:
-    found = advise(facts(rows=0, tokens=0, trained_tokens=0, distance=None))
+    found = advise(facts(rows=0, tokens=0, target_tokens=0, domain_shift=None))
     assert "Without --data, rank, batch and epochs are defaults, not advice." in found.reasons
 
 
 def test_a_distance_that_was_not_measured_is_said() -> None:
-    assert "How far the data are from the base was not measured" in text(advise(facts(distance=None)))
+    assert "How far the data are from the base was not measured" in text(advise(facts(domain_shift=None)))
 
 
 def test_the_rank_holds_what_there_is_to_learn() -> None:
-    here = facts("smollm2-135m", trained_tokens=8_000_000)
+    here = facts("smollm2-135m", target_tokens=8_000_000)
     found = advise(here)
     assert found.rank is not None
-    values = adapted(here.case.shape, ("all-linear",), found.rank).values(here.case.shape)
+    values = adapter_shape(here.case.shape, ("all-linear",), found.rank).values(here.case.shape)
     assert 2 * values >= bits_to_learn(here) > 2 * values / 2
     assert found.rank > 16
-    assert "8,000,000 trained tokens" in text(found)
+    assert "8,000,000 target tokens" in text(found)
 
 
 def test_far_data_get_a_higher_rank() -> None:
-    assert advise(facts(variants=2, distance=FAR)).rank == 64
+    assert advise(facts(variants=2, domain_shift=FAR)).rank == 64
     assert advise(facts(variants=2)).rank == 16
 
 

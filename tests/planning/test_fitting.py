@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from graftlm.planning.activations import Load
+from graftlm.planning.activations import Workload
 from graftlm.planning.fitting import (
-    Case,
+    PlanCase,
     cards_needed,
     changes,
     fits,
     largest_batch,
-    longest_document,
+    longest_example,
     smallest_card,
     split_bytes,
 )
@@ -21,12 +21,12 @@ from graftlm.planning.hardware import card, cards
 from graftlm.planning.method import METHODS
 from graftlm.planning.models import find
 
-LOAD = Load(tokens=2048, trained=1500, longest=512, documents=4)
+LOAD = Workload(tokens=2048, target_tokens=1500, longest=512, examples=4)
 BY_KEY = {m.key: m for m in METHODS}
 
 
-def case(model: str = "llama-2-7b", on: str = "rtx-4090", load: Load = LOAD) -> Case:
-    return Case(shape=find(model).shape, targets=("all-linear",), rank=16, load=load, card=card(on), fused=True)
+def case(model: str = "llama-2-7b", on: str = "rtx-4090", load: Workload = LOAD) -> PlanCase:
+    return PlanCase(shape=find(model).shape, targets=("all-linear",), rank=16, load=load, card=card(on), fused=True)
 
 
 @pytest.mark.parametrize("key", ["lora", "lora-int8", "qlora"])
@@ -34,9 +34,11 @@ def test_one_document_more_than_the_largest_batch_does_not_fit(key: str) -> None
     here, setting = case(on="a100-40gb"), BY_KEY[key]
     count = largest_batch(here, setting)
 
-    def of(documents: int) -> bool:
-        tokens = documents * LOAD.longest
-        load = replace(LOAD, tokens=tokens, trained=round(tokens * LOAD.trained / LOAD.tokens), documents=documents)
+    def of(examples: int) -> bool:
+        tokens = examples * LOAD.longest
+        load = replace(
+            LOAD, tokens=tokens, target_tokens=round(tokens * LOAD.target_tokens / LOAD.tokens), examples=examples
+        )
         return fits(replace(here, load=load).of(setting), here.card)
 
     assert count >= 1
@@ -46,10 +48,10 @@ def test_one_document_more_than_the_largest_batch_does_not_fit(key: str) -> None
 
 def test_one_token_more_than_the_longest_document_does_not_fit() -> None:
     here, setting = case("llama-3.1-8b"), BY_KEY["qlora"]
-    length = longest_document(here, setting)
+    length = longest_example(here, setting)
 
     def of(tokens: int) -> bool:
-        load = Load(tokens=tokens, trained=round(tokens * LOAD.trained / LOAD.tokens), longest=tokens)
+        load = Workload(tokens=tokens, target_tokens=round(tokens * LOAD.target_tokens / LOAD.tokens), longest=tokens)
         return fits(replace(here, load=load).of(setting), here.card)
 
     assert 512 < length < here.shape.max_positions
@@ -59,12 +61,12 @@ def test_one_token_more_than_the_longest_document_does_not_fit() -> None:
 
 def test_no_document_is_longer_than_the_models_positions() -> None:
     here = case("gpt2", "b200")
-    assert longest_document(here, BY_KEY["qlora"]) == here.shape.max_positions == 1024
+    assert longest_example(here, BY_KEY["qlora"]) == here.shape.max_positions == 1024
 
 
 def test_where_the_weights_alone_do_not_fit_there_is_no_batch_and_no_length() -> None:
     here = case("llama-2-70b")
-    assert largest_batch(here, BY_KEY["lora"]) == longest_document(here, BY_KEY["lora"]) == 0
+    assert largest_batch(here, BY_KEY["lora"]) == longest_example(here, BY_KEY["lora"]) == 0
 
 
 def test_the_smallest_card_is_the_first_that_fits() -> None:
@@ -102,9 +104,9 @@ def test_changes_lead_down_until_it_fits(key: str) -> None:
 
 def test_the_cheapest_change_comes_first() -> None:
     texts = [c.text for c in changes(case("llama-2-13b"), BY_KEY["lora"])]
-    assert texts[0].startswith("--tokens-per-pass 512")
+    assert texts[0].startswith("--micro-batch-tokens 512")
     assert texts[1].startswith("--activation-checkpointing")
-    assert texts[2].startswith("--precision int8")
+    assert texts[2].startswith("--base-precision int8")
 
 
 def test_what_one_card_cannot_hold_at_all_is_said_to_take_several() -> None:

@@ -60,12 +60,12 @@ def test_cards_are_listed_from_the_smallest_memory_on() -> None:
 
 def test_a_card_of_which_only_the_memory_is_known_has_no_rate() -> None:
     known = from_memory("24GB")
-    assert (known.kind, known.memory, known.rate, known.compute) == ("cuda", 24_000_000_000, 0.0, "bfloat16")
+    assert (known.kind, known.memory, known.rate, known.compute_dtype) == ("cuda", 24_000_000_000, 0.0, "bfloat16")
 
 
 def test_products_run_in_bfloat16_only_where_a_card_has_it() -> None:
-    assert card("h100").compute == "bfloat16"
-    assert card("t4").compute == "float32"
+    assert card("h100").compute_dtype == "bfloat16"
+    assert card("t4").compute_dtype == "float32"
 
 
 def test_the_local_machine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,19 +86,19 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest
 
 def test_a_processor_that_multiplies_bfloat16_trains_at_twice_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[tuple[float, str, str]] = []
-    monkeypatch.setattr("graftlm.kernels.narrows", lambda: True)
+    monkeypatch.setattr("graftlm.kernels.has_bf16_matmul", lambda: True)
     for flags in ("avx2 avx512f", "avx2 avx512f avx512_bf16"):
         monkeypatch.setattr(hardware, "_cpuinfo", lambda flags=flags: flags)
         found = card("cpu")
-        rates.append((found.rate, found.products, found.compute))
+        rates.append((found.rate, found.matmul_dtype, found.compute_dtype))
     assert rates[1] == (2 * rates[0][0], "bfloat16 summed in float32", "float32")
     assert rates[0][1:] == ("float32", "float32")
-    monkeypatch.setattr("graftlm.kernels.narrows", lambda: False)  # without the C kernels
-    assert card("cpu").mixed == 0
+    monkeypatch.setattr("graftlm.kernels.has_bf16_matmul", lambda: False)  # without the C kernels
+    assert card("cpu").bf16_mixed == 0
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "decodes"),
+    ("cpuinfo", "fused_dequant"),
     [
         ("vendor_id: AuthenticAMD\nflags: avx2 avx512f\n", True),
         ("vendor_id: AuthenticAMD\nflags: avx2\n", True),
@@ -108,14 +108,14 @@ def test_a_processor_that_multiplies_bfloat16_trains_at_twice_its_rate(monkeypat
     ],
 )
 def test_only_our_own_product_reads_weights_as_they_are_stored(
-    monkeypatch: pytest.MonkeyPatch, cpuinfo: str, decodes: bool
+    monkeypatch: pytest.MonkeyPatch, cpuinfo: str, fused_dequant: bool
 ) -> None:
     monkeypatch.setattr(hardware, "_cpuinfo", lambda: cpuinfo)
-    assert hardware.processor().decodes == decodes
+    assert hardware.processor().fused_dequant == fused_dequant
 
 
 def test_the_plan_and_the_kernels_agree_on_whose_product_runs_here() -> None:
     library = pytest.importorskip("graftlm.kernels.native.library").get()
     if not library.instructions:
         pytest.skip(f"no C kernels here: {library.reason}")
-    assert hardware.processor().decodes == library.multiplies
+    assert hardware.processor().fused_dequant == library.has_fast_matmul

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from graftlm.planning.activations import Load
-from graftlm.planning.fitting import Case
+from graftlm.formatting import size
+from graftlm.planning.activations import Workload
+from graftlm.planning.fitting import PlanCase
 from graftlm.planning.hardware import card
 from graftlm.planning.known import Answer, answers
 from graftlm.planning.models import find
-from graftlm.planning.words import size
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 
 
 def of(name: str) -> list[Answer]:
-    load = Load(tokens=512, trained=512, longest=512)
+    load = Workload(tokens=512, target_tokens=512, longest=512)
     return answers(
-        name, Case(shape=find(name).shape, targets=("mlp",), rank=4, load=load, card=card("h100"), fused=False)
+        name, PlanCase(shape=find(name).shape, targets=("mlp",), rank=4, load=load, card=card("h100"), fused=False)
     )
 
 

@@ -10,29 +10,29 @@ import torch
 from torch import nn
 
 from graftlm import kernels
-from graftlm.adapters import format as adapter_format
-from graftlm.base.load import load_base
-from graftlm.base.precision import nbytes, store
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.base.loading import load_base
+from graftlm.base.precision import nbytes, quantize
 from graftlm.config import Precision
 from graftlm.kernels import moments, stored
 from graftlm.planning import memory
-from graftlm.planning.activations import Load
+from graftlm.planning.activations import Workload
 from graftlm.planning.instantiate import instantiate
-from graftlm.planning.memory import need, optimizer_bytes, saved_bytes, stored_bytes, weight_bytes
-from graftlm.planning.method import METHODS, NOTHING, Setting, adapted
+from graftlm.planning.memory import optimizer_bytes, requirement, saved_bytes, stored_bytes, weight_bytes
+from graftlm.planning.method import METHODS, NO_ADAPTER, TrainingSetting, adapter_shape
 from graftlm.planning.models import find
-from graftlm.planning.shape import Weights
+from graftlm.planning.shapes import Weights
 from graftlm.training import loss
 from graftlm.training.optimizer import AdamW
 
-LOAD = Load(tokens=2048, trained=2000, longest=512, documents=4)
+LOAD = Workload(tokens=2048, target_tokens=2000, longest=512, examples=4)
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8", "nf4")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [(44, 28), (3, 88, 28), (512, 640), (77, 130)], ids=str)
 def test_a_stored_weight_takes_the_bytes_that_are_planned(shape: tuple[int, ...], precision: Precision) -> None:
-    weight = store(torch.randn(shape), precision)
+    weight = quantize(torch.randn(shape), precision)
     *experts, out, inner = shape
     planned = Weights(name="x", part="mlp", out=out, inner=inner, count=1, experts=experts[0] if experts else 0)
     assert stored_bytes(planned, precision) == nbytes(weight)
@@ -46,15 +46,15 @@ def test_nf4_takes_4_127_bits_a_value() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_loaded_base_takes_the_bytes_that_are_planned(architecture: str, precision: Precision) -> None:
-    base = load_base(str(tiny.folder(architecture)), precision=precision, compute="float32", device="cpu")
-    setting = Setting(key="", label="", method="lora", precision=precision, compute="float32")
+    base = load_base(str(tiny.folder(architecture)), precision=precision, compute_dtype="float32", device="cpu")
+    setting = TrainingSetting(key="", label="", method="lora", precision=precision, compute_dtype="float32")
     assert weight_bytes(instantiate(base.model.config), setting) == base.bytes
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "nf4"])
 def test_embeddings_and_head_stay_in_16_bits(precision: Precision) -> None:
     shape = find("qwen3-8b").shape
-    setting = Setting(key="", label="", method="lora", precision=precision)
+    setting = TrainingSetting(key="", label="", method="lora", precision=precision)
     matrices = sum(stored_bytes(w, precision) for w in shape.weights)
     assert weight_bytes(shape, setting) == matrices + 2 * (shape.embedding + shape.head + shape.small)
 
@@ -66,7 +66,7 @@ def test_the_optimizer_takes_the_bytes_that_are_planned(eight_bit: bool) -> None
     for parameter in values.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(1e-3)
-    setting = Setting(
+    setting = TrainingSetting(
         key="", label="", method="full", precision="float32", optimizer="adamw-8bit" if eight_bit else "adamw"
     )
     trained = sum(p.numel() for p in values.values())
@@ -76,13 +76,13 @@ def test_the_optimizer_takes_the_bytes_that_are_planned(eight_bit: bool) -> None
 def test_an_adapter_file_takes_the_bytes_that_are_planned(tmp_path: object) -> None:
     from pathlib import Path
 
-    base = load_base(str(tiny.folder("llama")), precision="nf4", compute="float32", device="cpu")
+    base = load_base(str(tiny.folder("llama")), precision="nf4", compute_dtype="float32", device="cpu")
     adapter = tiny.adapted(base, rank=3)
     place = Path(str(tmp_path)) / "adapter"
     place.mkdir()
     adapter_format.save(base, adapter, place, {})
     shape = instantiate(base.model.config)
-    planned = saved_bytes(shape, METHODS[-1], adapted(shape, ("all-linear",), 3))
+    planned = saved_bytes(shape, METHODS[-1], adapter_shape(shape, ("all-linear",), 3))
     file = (place / adapter_format.TENSORS).stat().st_size
     assert planned == adapter.bytes
     assert planned < file < planned + 8000  # the header with the tensors' names
@@ -93,8 +93,8 @@ def test_an_adapter_file_takes_the_bytes_that_are_planned(tmp_path: object) -> N
 def test_parts_sum_to_the_peak_at_every_moment(name: str, device: memory.Device) -> None:
     shape = find(name).shape
     for setting in METHODS:
-        adapter = NOTHING if setting.full else adapted(shape, ("all-linear",), 16)
-        found = need(shape, setting, adapter, LOAD, device, fused=True)
+        adapter = NO_ADAPTER if setting.full else adapter_shape(shape, ("all-linear",), 16)
+        found = requirement(shape, setting, adapter, LOAD, device, fused=True)
         values = found.parts.to_json()
         assert values.pop("total") == sum(values.values()) == found.training
         assert found.training == max(parts.total for parts in found.moments.values())
@@ -103,20 +103,25 @@ def test_parts_sum_to_the_peak_at_every_moment(name: str, device: memory.Device)
 
 def test_each_rung_of_the_ladder_takes_less_than_the_one_above_it() -> None:
     shape = find("llama-3.1-8b").shape
-    full = [need(shape, s, NOTHING, LOAD, "cuda", fused=True).training for s in METHODS if s.full]
-    again = [need(shape, s.checkpointed(), NOTHING, LOAD, "cuda", fused=True).training for s in METHODS if s.full]
+    full = [requirement(shape, s, NO_ADAPTER, LOAD, "cuda", fused=True).training for s in METHODS if s.full]
+    again = [
+        requirement(shape, s.checkpointed(), NO_ADAPTER, LOAD, "cuda", fused=True).training for s in METHODS if s.full
+    ]
     assert full == sorted(full, reverse=True)
     assert again == sorted(again, reverse=True)
     assert again[-1] < 0.2 * full[0]
     narrow = [m for m in METHODS if not m.full]
-    adapters = [need(shape, s, adapted(shape, ("all-linear",), 16), LOAD, "cuda", fused=True).training for s in narrow]
+    adapters = [
+        requirement(shape, s, adapter_shape(shape, ("all-linear",), 16), LOAD, "cuda", fused=True).training
+        for s in narrow
+    ]
     assert adapters == sorted(adapters, reverse=True)
 
 
 def test_gradients_of_earlier_passes_are_there_when_a_later_one_runs() -> None:
     shape, setting = find("smollm2-135m").shape, METHODS[0]
-    one = need(shape, setting, NOTHING, LOAD, "cuda", fused=True)
-    more = need(shape, setting, NOTHING, replace(LOAD, passes=2), "cuda", fused=True)
+    one = requirement(shape, setting, NO_ADAPTER, LOAD, "cuda", fused=True)
+    more = requirement(shape, setting, NO_ADAPTER, replace(LOAD, micro_batches=2), "cuda", fused=True)
     assert one.moments["loss"].gradients == 0
     assert more.moments["loss"].gradients == 4 * shape.parameters
     assert more.training > one.training
@@ -125,7 +130,7 @@ def test_gradients_of_earlier_passes_are_there_when_a_later_one_runs() -> None:
 def test_offloaded_states_are_in_the_hosts_memory() -> None:
     shape = find("llama-2-7b").shape
     setting = next(m for m in METHODS if m.offload_optimizer)
-    found = need(shape, setting, NOTHING, LOAD, "cuda", fused=True)
+    found = requirement(shape, setting, NO_ADAPTER, LOAD, "cuda", fused=True)
     assert found.parts.optimizer == 0
     assert found.host == optimizer_bytes(shape.parameters, setting)
 
@@ -134,7 +139,7 @@ def test_offloaded_states_are_in_the_hosts_memory() -> None:
 def test_the_logits_that_are_planned_are_those_of_the_largest_piece(trained: int) -> None:
     shape = find("llama-3.2-1b").shape
     largest = max(last - first for first, last in loss._pieces(0, trained, shape.vocabulary))
-    assert memory.chunk_rows(shape, replace(LOAD, trained=trained)) == largest
+    assert memory.chunk_rows(shape, replace(LOAD, target_tokens=trained)) == largest
 
 
 def test_the_plans_constants_are_the_implementations() -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import tiny
 
-from graftlm.base.load import load_base
+from graftlm.base.loading import load_base
 from graftlm.errors import ModelError
 from graftlm.planning import models
 from graftlm.planning.instantiate import instantiate
 from graftlm.planning.models import built_in, digest, find
-from graftlm.planning.shape import Shape
+from graftlm.planning.shapes import ModelShape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "base"))
 
@@ -46,18 +46,18 @@ def test_a_built_in_shape_is_what_transformers_makes_of_its_config(name: str) ->
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_every_architecture_has_as_many_values_empty_as_it_has_trained(architecture: str) -> None:
     shape = instantiate(tiny.config(architecture))
-    base = load_base(str(tiny.folder(architecture)), precision="float32", compute="float32", device="cpu")
+    base = load_base(str(tiny.folder(architecture)), precision="float32", compute_dtype="float32", device="cpu")
     assert shape.parameters == base.parameters
     assert shape.packs == base.packs
-    stored = [m for m in base.stored().values() if m is not base.anatomy.head]
+    stored = [m for m in base.stored().values() if m is not base.structure.head]
     assert sum(w.count for w in shape.weights) == len(stored)
-    assert shape.layers == len(base.anatomy.layers)
-    assert shape.plain_head == base.anatomy.plain_head
+    assert shape.layers == len(base.structure.layers)
+    assert shape.plain_head == base.structure.plain_head
 
 
 def test_a_shape_survives_json() -> None:
     shape = find("mixtral-8x7b").shape
-    assert Shape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
+    assert ModelShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
 
 
 def test_the_heads_of_a_query_norm_count() -> None:

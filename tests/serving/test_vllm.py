@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
 import tiny_run
+import tiny_server
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -42,9 +42,9 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def test_the_command_serves_every_name_and_alias_from_one_folder_a_version(tmp_path: Path) -> None:
-    store = serving.new_store(tmp_path)
+    store = tiny_server.new_store(tmp_path)
     given = ["serve", "--model", tiny_run.folder(), "--store", store, "--engine", "vllm", "--out", tmp_path / "out"]
-    more = ["--host", "0.0.0.0", "--port", 9000, "--precision", "nf4", "--running", 5, "--json"]
+    more = ["--host", "0.0.0.0", "--port", 9000, "--base-precision", "nf4", "--max-num-seqs", 5, "--json"]
     found = CliRunner().invoke(app, [str(word) for word in [*given, *more]])
     assert found.exit_code == 0, found.output
     said = json.loads(found.stdout)
@@ -66,7 +66,7 @@ def test_the_command_serves_every_name_and_alias_from_one_folder_a_version(tmp_p
 
 
 def test_the_next_run_takes_what_is_there_and_adds_what_is_new(tmp_path: Path) -> None:
-    place = serving.new_store(tmp_path)
+    place = tiny_server.new_store(tmp_path)
     notes: list[str] = []
     first = export_for_vllm(config(store=place, out=tmp_path / "out", adapter=["says@prod"]), notes.append)
     assert modules(first["command"]).keys() == {"says@prod"}
@@ -76,7 +76,7 @@ def test_the_next_run_takes_what_is_there_and_adds_what_is_new(tmp_path: Path) -
 
 
 def test_what_vllm_cannot_serve_is_refused_with_its_name_and_reason_before_a_command(tmp_path: Path) -> None:
-    store = Store(serving.new_store(tmp_path))
+    store = Store(tiny_server.new_store(tmp_path))
     tiny_run.train(tmp_path, steps=1, eval_data=None, eval_every=None, dora=True)
     store.publish(tmp_path / "run", "magnitudes")
     given = [
@@ -101,7 +101,7 @@ def test_what_vllm_cannot_serve_is_refused_with_its_name_and_reason_before_a_com
 
 
 def test_a_store_without_adapters_for_this_base_is_refused(tmp_path: Path) -> None:
-    place = serving.new_store(tmp_path)
+    place = tiny_server.new_store(tmp_path)
     with pytest.raises(StoreError, match="has no adapters for demo"):
         export_for_vllm(config(model="demo", store=place, out=tmp_path / "out"), lambda text: None)
     with pytest.raises(StoreError, match="no adapter named 'gamma'"):
@@ -117,9 +117,9 @@ def test_a_store_without_adapters_for_this_base_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keys": "keys.yaml"}, "vLLM has one --api-key for everything"),
-        ({"precision": "int8"}, "vLLM does not store a base as int8"),
-        ({"cache_gb": 1.0}, "cache-gb: it is an option of the embedded engine"),
+        ({"api_keys": "keys.yaml"}, "vLLM has one --api-key for everything"),
+        ({"base_precision": "int8"}, "vLLM does not store a base as int8"),
+        ({"kv_cache_gb": 1.0}, "kv-cache-gb: it is an option of the embedded engine"),
         ({"max_queue": 9}, "max-queue: it is an option of the embedded engine"),
         ({"store": None}, "nothing to export for vLLM; give --store"),
     ],

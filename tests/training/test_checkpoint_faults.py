@@ -18,7 +18,7 @@ from faults import COUNT, EVERY_KTH_WRITE, FULL_FROM_KTH, KILL_AT_KTH, Server
 from tiny_run import adapter_bytes, lines, without
 
 from graftlm.errors import RunError
-from graftlm.files import damage
+from graftlm.files import find_damage
 from graftlm.training import checkpoint
 
 
@@ -28,7 +28,7 @@ class Proof:
     def __init__(self, server: Server, place: Path, **options: Any) -> None:
         self.server = server
         self.place = place
-        self.options = tiny_run.options(place, save_every=2, dropout=0.3, weight_decay=0.1, **options)
+        self.options = tiny_run.options(place, save_every=2, lora_dropout=0.3, weight_decay=0.1, **options)
         self.whole = place / "whole"
         answer = self.run(self.whole)
         assert (answer["status"], answer["kind"]) == (0, ""), answer
@@ -72,7 +72,7 @@ class Proof:
                 newest, _ = checkpoint.newest(out)
             except RunError as error:
                 raise AssertionError(f"nothing to go on from after write {k}: {error}") from None
-            assert newest is None or damage(newest) is None
+            assert newest is None or find_damage(newest) is None
         self.finish(out)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from graftlm.base.context import ForwardContext
-from graftlm.base.load import load_base
-from graftlm.kernels.counter import hash_words, keep_mask, uniform
+from graftlm.base.loading import load_base
+from graftlm.kernels.counter_rng import hash_words, keep_mask, uniform
 from graftlm.segments import Segments
 
 
@@ -61,7 +61,7 @@ def test_a_documents_numbers_do_not_depend_on_what_lies_beside_it() -> None:
 
 
 def test_kept_features_are_scaled_so_that_the_mean_stays() -> None:
-    base = load_base(str(tiny.folder("llama")), precision="float32", compute="float32", device="cpu")
+    base = load_base(str(tiny.folder("llama")), precision="float32", compute_dtype="float32", device="cpu")
     adapter = tiny.adapted(base, targets=("up_proj",), dropout=0.4)
     layer = base.model.model.layers[0].mlp.up_proj
     x = torch.randn(6, 28, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import tiny_run
 import torch
 from safetensors.torch import load_file
 
-from graftlm.adapters.format import inspect_folder
+from graftlm.adapters.peft_format import inspect_folder
 from graftlm.adapters.store import Store
 from graftlm.config import TrainConfig
 from graftlm.errors import AdapterError, ConfigError, StoreError
@@ -41,7 +41,7 @@ def test_it_begins_where_the_adapter_stands_and_names_it_as_its_parent(tmp_path:
     again = tiny_run.train(tmp_path, out=str(tmp_path / "again"), eval_data=valid)
     assert summary["eval_loss_before"] != again["eval_loss_before"], "the base's own"
     steps = tiny_run.lines(tmp_path / "run" / "metrics.jsonl")
-    assert steps[0]["loss"] == summary["eval_loss_before"]
+    assert steps[0]["eval_loss"] == summary["eval_loss_before"]
     one, two = (load_file(place / "adapter_model.safetensors") for place in (parent, tmp_path / "run" / "adapter"))
     assert one.keys() == two.keys()
     assert not any(torch.equal(one[name], two[name]) for name in one)
@@ -70,10 +70,10 @@ def test_an_adapter_is_named_by_its_version_in_a_store(tmp_path: Path) -> None:
 
 
 def test_the_base_is_stored_as_the_adapter_had_it_unless_asked_otherwise(tmp_path: Path) -> None:
-    parent = first(tmp_path, precision="nf4")
-    summary, _ = further(tmp_path, parent, precision=None, steps=1)
+    parent = first(tmp_path, base_precision="nf4")
+    summary, _ = further(tmp_path, parent, base_precision=None, steps=1)
     assert summary["base_precision"] == "nf4"
-    _, text = further(tmp_path, parent, precision="float32", steps=1, out=str(tmp_path / "other"))
+    _, text = further(tmp_path, parent, base_precision="float32", steps=1, out=str(tmp_path / "other"))
     assert "trained on a base in nf4 and runs on float32" in " ".join(text.split())
 
 
@@ -89,7 +89,7 @@ def test_tokens_of_its_own_stay_its_own(tmp_path: Path) -> None:
     place = tmp_path / "base"
     tiny.random_model("llama", vocab_size=tiny_run.VOCABULARY + 3, max_position_embeddings=256).save_pretrained(place)
     tiny_run.byte_tokenizer().save_pretrained(place)
-    parent = first(tmp_path, model=str(place), train_tokens=["<mill>"], steps=2)
+    parent = first(tmp_path, model=str(place), trainable_tokens=["<mill>"], steps=2)
     further(tmp_path, parent, model=str(place), steps=1)
     found = inspect_folder(tmp_path / "run" / "adapter")
     assert "tokenizer.json" in found.files
@@ -97,7 +97,7 @@ def test_tokens_of_its_own_stay_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("rank", 3), ("alpha", 7), ("targets", "all-linear"), ("dropout", 0.1), ("dora", True)]
+    ("option", "value"), [("rank", 3), ("alpha", 7), ("targets", "all-linear"), ("lora-dropout", 0.1), ("dora", True)]
 )
 def test_what_an_adapter_is_made_of_is_its_own(tmp_path: Path, option: str, value: Any) -> None:
     given = {"rank": None, "alpha": None, option: value, "from_adapter": "x"}

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.errors import ConfigError, Diverged, RunError, Stopped
 from graftlm.kernels import reference_adamw
-from graftlm.training.loop import optimizer_step, train
+from graftlm.training.logging import Recorder
 from graftlm.training.optimizer import AdamW
-from graftlm.training.recorder import Recorder
+from graftlm.training.trainer import optimizer_step, train
 from graftlm.training.trial import Trial
 
-ONE_PASS = {"tokens_per_pass": 1 << 20, "max_grad_norm": 0.0}
+ONE_PASS = {"micro_batch_tokens": 1 << 20, "max_grad_norm": 0.0}
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, place: Path, **options: Any) -> None:
@@ -51,10 +51,10 @@ def ran(place: Path, **changes: Any) -> tuple[bytes, list[dict[str, Any]], dict[
     "rungs",
     [
         {},
-        {"precision": "bfloat16"},
+        {"base_precision": "bfloat16"},
         {"optimizer": "adamw-8bit"},
-        {"precision": "bfloat16", "optimizer": "adamw-8bit", "activation_checkpointing": True},
-        {"method": "lora", "dropout": 0.1, "b_learning_rate_ratio": 3.0},
+        {"base_precision": "bfloat16", "optimizer": "adamw-8bit", "activation_checkpointing": True},
+        {"method": "lora", "lora_dropout": 0.1, "loraplus_lr_ratio": 3.0},
     ],
     ids=["float32", "bfloat16", "8 bits", "all", "lora"],
 )
@@ -68,14 +68,14 @@ def test_steps_inside_the_backward_pass_are_the_steps_after_it_bit_for_bit(
     assert all(line["grad_norm"] > 0 for line in inside[1] if line["kind"] == "train")
 
 
-ROWS = tiny.documents((9, 4, 12, 9, 7))
+ROWS = tiny.examples((9, 4, 12, 9, 7))
 
 
 def started(architecture: str, *, inside: bool = True, checkpointing: bool = False) -> tuple[Base, Trial]:
     """A full training of all ROWS a step."""
-    base = load_base(str(tiny.folder(architecture)), precision="float32", compute="float32", device="cpu")
+    base = load_base(str(tiny.folder(architecture)), precision="float32", compute_dtype="float32", device="cpu")
     if checkpointing:
-        assert base.anatomy.checkpoint_layers(True) == 2
+        assert base.structure.checkpoint_layers(True) == 2
     trial = tiny.trial(base, None, ROWS)
     trial.optimizer.in_backward = inside
     return base, trial
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
 
 def test_two_trials_on_one_base_each_step_in_the_pass_that_they_share() -> None:
     def adapters(inside: tuple[bool, bool]) -> list[dict[str, Tensor]]:
-        base = load_base(str(tiny.folder("llama")), precision="nf4", compute="float32", device="cpu")
+        base = load_base(str(tiny.folder("llama")), precision="nf4", compute_dtype="float32", device="cpu")
         trials = [tiny.trial(base, tiny.adapted(base, slot=slot, seed=slot), ROWS[slot:], slot=slot) for slot in (1, 2)]
         for trial, own in zip(trials, inside):
             trial.optimizer.in_backward = own
@@ -173,23 +173,23 @@ def test_clipping_and_steps_inside_the_backward_pass_are_refused_together(tmp_pa
 
 def test_a_step_of_several_passes_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"step \d needs \d+: its 5 documents.*--batch-size 5 and --tokens-per-pass 40"
+        ConfigError, match=r"step \d needs \d+: its 5 examples.*--batch-size 5 and --micro-batch-tokens 40"
     ) as e:
-        tiny_run.train(tmp_path, method="full", optimizer_in_backward=True, max_grad_norm=0, tokens_per_pass=40)
-    enough = int(str(e.value).split("Give --tokens-per-pass ")[1].split(",")[0])
+        tiny_run.train(tmp_path, method="full", optimizer_in_backward=True, max_grad_norm=0, micro_batch_tokens=40)
+    enough = int(str(e.value).split("Give --micro-batch-tokens ")[1].split(",")[0])
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
     place = tmp_path / "enough"
     place.mkdir()
-    tiny_run.train(place, method="full", optimizer_in_backward=True, max_grad_norm=0, tokens_per_pass=enough)
+    tiny_run.train(place, method="full", optimizer_in_backward=True, max_grad_norm=0, micro_batch_tokens=enough)
     less = tmp_path / "less"
     less.mkdir()
     with pytest.raises(ConfigError, match="--optimizer-in-backward"):
-        tiny_run.train(less, method="full", optimizer_in_backward=True, max_grad_norm=0, tokens_per_pass=enough - 1)
+        tiny_run.train(less, method="full", optimizer_in_backward=True, max_grad_norm=0, micro_batch_tokens=enough - 1)
 
 
 def test_a_model_that_runs_on_stacks_of_one_length_needs_one_document_a_step() -> None:
     base, trial = started("bloom")
-    with pytest.raises(ConfigError, match="--batch-size 1, for this model runs on documents of one length"):
+    with pytest.raises(ConfigError, match="--batch-size 1, for this model runs on examples of one length"):
         train(base, [trial], 1000, tiny.Heard())
     single = tiny.trial(base, None, ROWS[:1])
     single.optimizer.in_backward = True
@@ -222,7 +222,7 @@ def test_states_elsewhere_are_fetched_a_slab_at_a_time_and_put_back(
     def stepped() -> list[Tensor]:
         weight, moments = (
             torch.zeros(10_000),
-            kernels.no_moments(10_000, eight_bit=eight_bit, device=torch.device("cpu")),
+            kernels.zero_moments(10_000, eight_bit=eight_bit, device=torch.device("cpu")),
         )
         for step in (1, 2, 3):
             update = kernels.update_of(step, 0.01, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0, key=(1, step))
@@ -264,7 +264,7 @@ def test_states_in_the_hosts_memory_give_what_states_on_the_gpu_give(eight_bit: 
 def test_a_stopped_run_with_states_in_8_bits_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rungs = {**ONE_PASS, "precision": "bfloat16", "optimizer": "adamw-8bit", "optimizer_in_backward": True}
+    rungs = {**ONE_PASS, "base_precision": "bfloat16", "optimizer": "adamw-8bit", "optimizer_in_backward": True}
     straight = ran(tmp_path / "straight", **rungs)
     place = tmp_path / "stopped"
     place.mkdir()

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 from graftlm import kernels
 from graftlm.adapters.bank import Bank
 from graftlm.base.context import ForwardContext
-from graftlm.base.load import Base, load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.errors import TrainingError
 from graftlm.segments import Segments
 from graftlm.training import loss as loss_module
-from graftlm.training.loop import Work, _beside, _refuse_untrained, forward, lay_out, optimizer_step
 from graftlm.training.loss import tail_parameters, weighted_loss
+from graftlm.training.trainer import BatchItem, _beside, _refuse_untrained, collate, forward, optimizer_step
 
-ROWS = tiny.documents((9, 4, 12))
+ROWS = tiny.examples((9, 4, 12))
 SPECIAL = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 MODERNBERT = transformers.ModernBertDecoderConfig(
     **SPECIAL, hidden_size=28, intermediate_size=44, num_hidden_layers=2, num_attention_heads=2, local_attention=16,
@@ -40,16 +40,16 @@ def loaded(config: Any, place: Path) -> Base:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     tiny.write(place, model)
-    return load_base(str(place), compute="float32", device="cpu")
+    return load_base(str(place), compute_dtype="float32", device="cpu")
 
 
 def gradients(base: Base, plain: Any) -> None:
     """Fill `grad` of both with that of the mean loss over ROWS."""
-    count = sum(int(row.trained[1:].sum()) for row in ROWS)
-    work = [Work(row, 0, (0, i), 1.0 / count) for i, row in enumerate(ROWS)]
+    count = sum(int(row.loss_mask[1:].sum()) for row in ROWS)
+    work = [BatchItem(row, 0, (0, i), 1.0 / count) for i, row in enumerate(ROWS)]
     for group in [work] if base.packs else [[w] for w in work]:
-        laid = lay_out(base, group)
-        forward(base, laid)[0].backward()
+        micro_batch = collate(base, group)
+        forward(base, micro_batch)[0].backward()
     tiny.mean_loss(plain, ROWS).backward()
 
 
@@ -109,15 +109,15 @@ def test_full_training_of_a_model_whose_every_tensor_is_used_is_not_refused(tmp_
 @pytest.mark.parametrize("architecture", tiny.MIXTURES)
 @pytest.mark.parametrize("full", [True, False])
 def test_experts_that_no_token_reached_are_no_error(architecture: str, full: bool) -> None:
-    base = load_base(str(tiny.folder(architecture)), compute="float32", device="cpu")
-    one = tiny.documents((2,))
+    base = load_base(str(tiny.folder(architecture)), compute_dtype="float32", device="cpu")
+    one = tiny.examples((2,))
     adapter = None if full else tiny.adapted(base)
     assert optimizer_step(base, [tiny.trial(base, adapter, one)], 100)[0].step == 1
 
 
 def test_of_experts_that_are_modules_one_with_a_gradient_speaks_for_those_beside_it() -> None:
     names = ["layers.0.mlp.experts.0.up.weight", "layers.0.mlp.experts.1.up.weight", "layers.0.norm.weight"]
-    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
     trial = tiny.trial(base, tiny.adapted(base), ROWS)
     trial.parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in names}
     trial.optimizer.squares = {name: torch.ones(()) for name in (names[1], names[2])}
@@ -141,8 +141,8 @@ def both_ways(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Loss, each token's, and gradients to hidden states and `wanted`: through the plain head, and through the model's code."""
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(count, base.anatomy.head.in_features, generator=generator).to(base.compute_dtype)
-    labels = torch.randint(0, base.anatomy.vocabulary, (count,), generator=generator)
+    hidden = torch.randn(count, base.structure.head.in_features, generator=generator).to(base.activation_dtype)
+    labels = torch.randint(0, base.structure.vocabulary, (count,), generator=generator)
     weights = torch.rand(count, generator=generator) + 0.3
     found: list[list[torch.Tensor]] = []
     context = ForwardContext(Segments(lengths=(count,), slots=(0,)))
@@ -164,19 +164,19 @@ def test_the_plain_heads_loss_and_gradients_are_those_of_the_models_own_code(
     architecture: str, trained: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
-    base = load_base(str(tiny.folder(architecture)), compute="float32", device="cpu")
-    assert base.anatomy.plain_head
-    base.anatomy.head.weight.requires_grad_(trained)
-    found, wanted = both_ways(base, [base.anatomy.head.weight] if trained else [], monkeypatch)
+    base = load_base(str(tiny.folder(architecture)), compute_dtype="float32", device="cpu")
+    assert base.structure.plain_head
+    base.structure.head.weight.requires_grad_(trained)
+    found, wanted = both_ways(base, [base.structure.head.weight] if trained else [], monkeypatch)
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype
         tiny.close(a, b, rtol=1e-5)
 
 
 def test_a_head_in_bfloat16_gets_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load_base(str(tiny.folder("llama")), precision="bfloat16", compute="float32", device="cpu")
-    base.anatomy.head.weight.requires_grad_()
-    found, wanted = both_ways(base, [base.anatomy.head.weight], monkeypatch)
+    base = load_base(str(tiny.folder("llama")), precision="bfloat16", compute_dtype="float32", device="cpu")
+    base.structure.head.weight.requires_grad_()
+    found, wanted = both_ways(base, [base.structure.head.weight], monkeypatch)
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype
         tiny.close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5)
@@ -195,10 +195,10 @@ def test_rows_meet_the_head_in_pieces_of_one_size(count: int, vocabulary: int) -
 
 
 def test_logits_become_their_gradient_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
     made: list[int] = []
     used: list[int] = []
-    base.anatomy.head.register_forward_hook(lambda module, args, y: made.append(y.data_ptr()))
+    base.structure.head.register_forward_hook(lambda module, args, y: made.append(y.data_ptr()))
     own = kernels.matmul_t
     monkeypatch.setattr(kernels, "matmul_t", lambda dy, *rest: used.append(dy.data_ptr()) or own(dy, *rest))
     hidden = torch.randn(9, 28, requires_grad=True)
@@ -209,21 +209,21 @@ def test_logits_become_their_gradient_in_place(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_model_that_caps_its_logits_has_no_plain_head() -> None:
-    base = load_base(str(tiny.folder("gemma2")), compute="float32", device="cpu")
-    assert not base.anatomy.plain_head
+    base = load_base(str(tiny.folder("gemma2")), compute_dtype="float32", device="cpu")
+    assert not base.structure.plain_head
     assert loss_module._plain_head(base, []) is None
 
 
 def test_a_head_with_an_adapter_or_with_more_that_is_trained_is_not_taken_as_plain() -> None:
-    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
-    assert loss_module._plain_head(base, []) is base.anatomy.head
+    base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
+    assert loss_module._plain_head(base, []) is base.structure.head
     assert loss_module._plain_head(base, [torch.nn.Parameter(torch.ones(2))]) is None
-    base.anatomy.head.bank = Bank()
+    base.structure.head.bank = Bank()
     assert loss_module._plain_head(base, []) is None
 
 
 def test_a_label_that_is_no_token_of_the_model_is_refused() -> None:
-    base = load_base(str(tiny.folder("llama")), compute="float32", device="cpu")
+    base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
     with pytest.raises(IndexError, match=r"0 \.\. 82"):
         weighted_loss(
             base, torch.randn(1, 28), torch.tensor([83]), torch.ones(1), [(0, 0, 1)],

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graftlm.kernels import stochastic_round
-from graftlm.kernels.counter import uniform_words
-from graftlm.training.optimizer import AdamW, Schedule, clip_factor
+from graftlm.kernels.counter_rng import uniform_words
+from graftlm.training.optimizer import AdamW, LRSchedule, clip_factor
 
 SHAPES = {"matrix": (5, 7), "vector": (11,), "stack": (2, 3, 4)}
 
@@ -300,13 +300,13 @@ def test_states_of_other_parameters_are_refused() -> None:
 
 
 def test_the_learning_rate_rises_in_a_line_to_its_peak() -> None:
-    schedule = Schedule(peak=0.5, kind="cosine", warmup_steps=4, steps=20)
+    schedule = LRSchedule(peak=0.5, kind="cosine", warmup_steps=4, steps=20)
     assert [schedule(step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_the_learning_rate_falls_towards_zero_and_never_reaches_it_within_the_run(kind: str) -> None:
-    schedule = Schedule(peak=0.5, kind=kind, warmup_steps=3, steps=23)  # pyright: ignore
+    schedule = LRSchedule(peak=0.5, kind=kind, warmup_steps=3, steps=23)  # pyright: ignore
     rates = [schedule(step) for step in range(3, 23)]
     assert rates[0] == 0.5
     assert all(later < earlier for earlier, later in pairwise(rates))
@@ -316,6 +316,6 @@ def test_the_learning_rate_falls_towards_zero_and_never_reaches_it_within_the_ru
 
 
 def test_a_constant_learning_rate_stays_at_its_peak() -> None:
-    schedule = Schedule(peak=0.5, kind="constant", warmup_steps=1, steps=9)
+    schedule = LRSchedule(peak=0.5, kind="constant", warmup_steps=1, steps=9)
     assert [schedule(step) for step in range(1, 9)] == [0.5] * 8
     assert schedule(0) == 0.25

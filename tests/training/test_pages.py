@@ -12,19 +12,19 @@ from graftlm.training import pages
 CASE = """
 import sys
 import torch
-from graftlm.planning.measured import own_memory
-from graftlm.training.pages import give_back, own_pages
+from graftlm.planning.peak_memory import process_memory
+from graftlm.training.pages import release_memory, mmap_allocations
 
 torch.ones(3 << 20)  # freed: glibc has seen a block of 12 MB, and smaller ones share a heap from now on
-before = own_memory()
-with own_pages(sys.argv[1] == "own"):
+before = process_memory()
+with mmap_allocations(sys.argv[1] == "own"):
     tensors = [torch.ones(350_000) for _ in range(120)]  # 1.4 MB each
-    full = own_memory() - before
+    full = process_memory() - before
     kept = tensors[1::8]
     del tensors
     if sys.argv[1] == "given back":
-        give_back()
-    print(full, own_memory() - before)
+        release_memory()
+    print(full, process_memory() - before)
 """
 ALL, KEPT = 120 * 1.4e6, 15 * 1.4e6
 

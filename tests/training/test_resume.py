@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from tiny_run import adapter_bytes, contrary, lines, train, without
 
 from graftlm.errors import ConfigError, Diverged, RunError, Stopped
-from graftlm.files import damage, sha256
-from graftlm.training import checkpoint, loop
+from graftlm.files import find_damage, sha256
+from graftlm.training import checkpoint
 from graftlm.training import result as result_module
-from graftlm.training.recorder import Recorder
+from graftlm.training import trainer as loop
+from graftlm.training.logging import Recorder
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_run_that_was_stopped_and_goes_on_ends_like_one_that_was_not(
 ) -> None:
     options: dict[str, Any] = {"method": method, "learning_rate": 0.01, "weight_decay": 0.1}
     if method == "lora":
-        options["dropout"] = 0.3
+        options["lora_dropout"] = 0.3
     train(tmp_path, out=str(tmp_path / "whole"), **options)
     stop_after(step)
     with pytest.raises(Stopped, match=f"stopped after step {step} of 6.*--resume") as stopped:
@@ -54,7 +55,7 @@ def test_a_run_that_was_stopped_and_goes_on_ends_like_one_that_was_not(
     assert stopped.value.signal_number == signal.SIGTERM
     stop_after(99)
     out, whole = tmp_path / "run", tmp_path / "whole"
-    train(tmp_path, resume=True, tokens_per_pass=4096, **options)
+    train(tmp_path, resume=True, micro_batch_tokens=4096, **options)
     name = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert (out / "evaluation.jsonl").read_bytes() == (whole / "evaluation.jsonl").read_bytes()
@@ -70,12 +71,12 @@ def test_a_run_goes_on_in_the_type_of_products_it_began_with(
     """As one that began on another processor, or before that processor's default was another."""
     stop_after(2)
     with pytest.raises(Stopped):
-        train(tmp_path, compute="float32")
+        train(tmp_path, compute_dtype="float32")
     stop_after(99)
-    monkeypatch.setattr("graftlm.base.load.default_compute", lambda device, training: "bfloat16")
-    with pytest.raises(RunError, match="compute was 'float32', now 'bfloat16'"):
-        train(tmp_path, resume=True, compute="bfloat16")
-    assert train(tmp_path, resume=True)["compute"] == "float32"
+    monkeypatch.setattr("graftlm.base.loading.default_compute_dtype", lambda device, training: "bfloat16")
+    with pytest.raises(RunError, match="compute-dtype was 'float32', now 'bfloat16'"):
+        train(tmp_path, resume=True, compute_dtype="bfloat16")
+    assert train(tmp_path, resume=True)["compute_dtype"] == "float32"
 
 
 def checkpoints(out: Path) -> list[int]:
@@ -92,7 +93,7 @@ def test_save_every_keeps_the_newest_checkpoints_and_the_best(tmp_path: Path) ->
 def test_a_checkpoint_confirms_itself_and_a_changed_byte_is_found(tmp_path: Path) -> None:
     train(tmp_path, eval_data=None, save_every=3)
     place = tmp_path / "run" / "checkpoints" / "000003"
-    assert damage(place) is None
+    assert find_damage(place) is None
     manifest = json.loads((place / "manifest.json").read_text())["files"]
     assert set(manifest) == {"trainable.safetensors", "optimizer.safetensors", "state.json"}
     assert manifest["state.json"]["sha256"] == sha256(place / "state.json")
@@ -100,10 +101,10 @@ def test_a_checkpoint_confirms_itself_and_a_changed_byte_is_found(tmp_path: Path
         file = place / "optimizer.safetensors"
         content = file.read_bytes()
         file.write_bytes(content[:-1] + change)
-        assert damage(place) is not None
+        assert find_damage(place) is not None
         file.write_bytes(content)
     (place / "state.json").unlink()
-    assert damage(place) == "state.json is missing"
+    assert find_damage(place) == "state.json is missing"
 
 
 def break_off(tmp_path: Path, stop_after: Any, **options: Any) -> Path:
@@ -146,7 +147,7 @@ def test_without_a_whole_checkpoint_there_is_an_error_that_names_them_all(tmp_pa
         ({"batch_size": 4}, r"batch-size was 5, now 4"),
         ({"steps": 7}, r"steps was 6, now 7"),
         ({"targets": ["attention"]}, r"targets was \['all-linear'\], now \['attention'\]"),
-        ({"precision": "int8"}, r"precision was 'float32', now 'int8'"),
+        ({"base_precision": "int8"}, r"base-precision was 'float32', now 'int8'"),
         ({"rank": 4}, r"rank was 3, now 4"),
         ({"learning_rate": 0.02, "seed": 3}, r"learning-rate was 0\.01, now 0\.02; seed was 11, now 3"),
         ({"learning_rate": 0.02, "seed": 3}, r"accept it with --allow-change learning-rate --allow-change seed"),
@@ -174,15 +175,15 @@ def test_going_on_with_other_data_is_refused_and_with_the_same_data_elsewhere_is
         train(tmp_path, eval_data=None, resume=True, data=[str(other)])
     moved = tmp_path / "moved.jsonl"
     shutil.copy(tmp_path / "train.jsonl", moved)
-    train(tmp_path, eval_data=None, resume=True, data=[str(moved)], tokens_per_pass=30, save_every=1)
+    train(tmp_path, eval_data=None, resume=True, data=[str(moved)], micro_batch_tokens=30, save_every=1)
 
 
 def test_a_default_written_out_is_the_same_option(tmp_path: Path, stop_after: Any) -> None:
     stop_after(1)
     with pytest.raises(Stopped):
-        train(tmp_path, learning_rate=None, precision="nf4", method="lora", alpha=None, eval_data=None)
+        train(tmp_path, learning_rate=None, base_precision="nf4", method="lora", alpha=None, eval_data=None)
     stop_after(99)
-    train(tmp_path, learning_rate=2e-4, precision="nf4", alpha=6, eval_data=None, resume=True)
+    train(tmp_path, learning_rate=2e-4, base_precision="nf4", alpha=6, eval_data=None, resume=True)
 
 
 def test_a_damaged_best_checkpoint_leaves_the_last_step_and_says_so(
@@ -200,7 +201,7 @@ def test_a_damaged_best_checkpoint_leaves_the_last_step_and_says_so(
     summary, text = tiny_run.heard(tmp_path, **contrary(tmp_path))
     assert "cannot be used (trainable.safetensors is missing)" in " ".join(text.split())
     evaluated = {
-        line["step"]: line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"
+        line["step"]: line["eval_loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"
     }
     assert summary["saved_step"] == 6
     assert summary["eval_loss_after"] == evaluated[6]
@@ -222,7 +223,7 @@ def test_a_run_whose_result_could_not_be_written_is_finished_by_resume(
         with pytest.raises(RunError, match=r"No space left.*newest checkpoint is .*000006\. Make room.*--resume"):
             train(tmp_path, **options)
     out = tmp_path / "run"
-    assert damage(out / "checkpoints" / "000006") is None
+    assert find_damage(out / "checkpoints" / "000006") is None
     assert not (out / "adapter").exists()
     assert not (out / "model").exists()
     summary = train(tmp_path, resume=True, **options)
@@ -331,7 +332,7 @@ def stopped_at(tmp_path: Path, stop_after: Any, step: int, **options: Any) -> Pa
 
 
 def test_an_allowed_change_is_taken_and_recorded_with_both_values(tmp_path: Path, stop_after: Any) -> None:
-    level = {"schedule": "constant", "warmup": 0}
+    level = {"lr_scheduler": "constant", "warmup_ratio": 0}
     out = stopped_at(tmp_path, stop_after, 3, save_every=2, **level)
     changed = {"learning_rate": 0.02, "weight_decay": 0.1, **level}
     with pytest.raises(RunError, match=r"weight-decay was 0\.0, now 0\.1"):
@@ -494,13 +495,13 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path: Path, monkeypa
 
 
 def test_a_loss_that_is_not_finite_ends_at_that_step_and_keeps_the_last_finite_checkpoint(tmp_path: Path) -> None:
-    options = {"eval_data": None, "save_every": 1, "schedule": "constant", "warmup": 0, "max_grad_norm": 0}
+    options = {"eval_data": None, "save_every": 1, "lr_scheduler": "constant", "warmup_ratio": 0, "max_grad_norm": 0}
     with pytest.raises(
         Diverged, match=r"train\.jsonl:\d+.*; first the output of 'model\..*newest checkpoint is"
     ) as error:
         train(tmp_path, **options, learning_rate=1e25, steps=9)
     place = Path(str(error.value).rpartition("checkpoint is ")[2])
-    assert damage(place) is None
+    assert find_damage(place) is None
     assert all(t.isfinite().all() for t in load_file(place / "trainable.safetensors").values())
 
 

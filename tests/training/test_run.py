@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from tiny_run import adapter_bytes, lines, train, without
 
 from graftlm.base import hf
-from graftlm.base.load import load_tokenizer
+from graftlm.base.loading import load_tokenizer
 from graftlm.config import TrainConfig
 from graftlm.errors import ConfigError, DataError, ModelError, RunError
-from graftlm.files import damage, sha256
+from graftlm.files import find_damage, sha256
 
 # ---- the run folder -----------------------------------------------------------------------------------------------
 
@@ -34,12 +34,12 @@ def test_a_run_leaves_every_file_with_its_fields(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert set(config) == set(TrainConfig.model_fields)
     assert (config["rank"], config["alpha"], config["steps"], config["epochs"]) == (3, 7.0, 6, None)
-    assert config["tokens_per_pass"] == 4096
+    assert config["micro_batch_tokens"] == 4096
     data = json.loads((out / "data.json").read_text())
     assert data["template_date"] == "2026-01-01"
     assert data["train"]["rows"] == 12
     assert data["eval"]["rows"] == 5
-    assert {"digest", "tokens", "trained_tokens"} <= set(data["train"])
+    assert {"digest", "tokens", "target_tokens"} <= set(data["train"])
     environment = json.loads((out / "environment.json").read_text())
     assert {"versions", "machine", "cpus", "started"} <= set(environment)
     measured = json.loads((out / "plan.json").read_text())["measured"]
@@ -68,10 +68,19 @@ def test_metrics_have_a_line_for_each_step_and_evaluation(tmp_path: Path) -> Non
     steps = [line for line in found if line["kind"] == "train"]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
-        assert {"loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "seconds"} <= set(line)
+        assert {
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "tokens",
+            "target_tokens",
+            "seconds",
+            "num_tokens",
+            "epoch",
+        } <= set(line)
     assert [line["step"] for line in found if line["kind"] == "eval"] == [0, 2, 4, 6]
-    assert sum(line["tokens"] for line in steps) == summary["tokens"]
-    assert sum(line["trained_tokens"] for line in steps) == summary["trained_tokens"]
+    assert sum(line["tokens"] for line in steps) == summary["num_tokens"]
+    assert sum(line["target_tokens"] for line in steps) == summary["target_tokens"]
 
 
 def test_evaluation_rows_add_up_to_the_losses_in_the_metrics(tmp_path: Path) -> None:
@@ -79,8 +88,8 @@ def test_evaluation_rows_add_up_to_the_losses_in_the_metrics(tmp_path: Path) -> 
     out = tmp_path / "run"
     rows = lines(out / "evaluation.jsonl")
     assert [row["row"].rpartition("/")[2] for row in rows] == [f"valid.jsonl:{i}" for i in range(1, 6)]
-    evaluated = {line["step"]: line["loss"] for line in lines(out / "metrics.jsonl") if line["kind"] == "eval"}
-    tokens = sum(row["trained_tokens"] for row in rows)
+    evaluated = {line["step"]: line["eval_loss"] for line in lines(out / "metrics.jsonl") if line["kind"] == "eval"}
+    tokens = sum(row["target_tokens"] for row in rows)
     assert sum(row["loss_before"] for row in rows) / tokens == pytest.approx(evaluated[0], rel=1e-12)
     assert sum(row["loss_after"] for row in rows) / tokens == pytest.approx(evaluated[summary["saved_step"]], rel=1e-12)
 
@@ -88,12 +97,12 @@ def test_evaluation_rows_add_up_to_the_losses_in_the_metrics(tmp_path: Path) -> 
 def test_the_saved_adapter_is_the_best_steps(tmp_path: Path) -> None:
     summary = train(tmp_path, **tiny_run.contrary(tmp_path))
     out = tmp_path / "run"
-    evaluated = {line["step"]: line["loss"] for line in lines(out / "metrics.jsonl") if line["kind"] == "eval"}
+    evaluated = {line["step"]: line["eval_loss"] for line in lines(out / "metrics.jsonl") if line["kind"] == "eval"}
     best = min((loss, step) for step, loss in evaluated.items() if step > 0)[1]
     assert best < 6, "otherwise this test shows nothing"
     assert summary["saved_step"] == best
     assert summary["eval_loss_after"] == evaluated[best]
-    assert json.loads((out / "best.json").read_text()) == {"step": best, "loss": evaluated[best]}
+    assert json.loads((out / "best.json").read_text()) == {"step": best, "eval_loss": evaluated[best]}
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
     kept = load_file(out / "checkpoints" / f"{best:06d}" / "trainable.safetensors")
     assert all(torch.equal(saved[f"base_model.model.{name}"], tensor) for name, tensor in kept.items())
@@ -104,7 +113,7 @@ def test_training_that_only_makes_it_worse_saves_what_was_trained_and_says_so(tm
     assert summary["eval_loss_after"] > summary["eval_loss_before"]
     assert summary["saved_step"] > 0
     rows = lines(tmp_path / "run" / "evaluation.jsonl")
-    total = sum(row["loss_after"] for row in rows) / sum(row["trained_tokens"] for row in rows)
+    total = sum(row["loss_after"] for row in rows) / sum(row["target_tokens"] for row in rows)
     assert total == pytest.approx(summary["eval_loss_after"])
 
 
@@ -130,7 +139,7 @@ def test_full_training_writes_a_folder_that_transformers_loads(tmp_path: Path) -
     ).item()
     row = lines(tmp_path / "run" / "evaluation.jsonl")[2]
     assert row["loss_after"] == pytest.approx(loss, rel=1e-4)
-    assert summary["trained_parameters"] == summary["base_parameters"]
+    assert summary["trainable_parameters"] == summary["base_parameters"]
 
 
 # ---- the same result, however it is computed ------------------------------------------------------------------------
@@ -138,8 +147,8 @@ def test_full_training_writes_a_folder_that_transformers_loads(tmp_path: Path) -
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_same_command_twice_gives_the_same_adapter_bytes(tmp_path: Path, dropout: float) -> None:
-    train(tmp_path, out=str(tmp_path / "a"), dropout=dropout)
-    train(tmp_path, out=str(tmp_path / "b"), dropout=dropout)
+    train(tmp_path, out=str(tmp_path / "a"), lora_dropout=dropout)
+    train(tmp_path, out=str(tmp_path / "b"), lora_dropout=dropout)
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
     metrics = [without(lines(tmp_path / name / "metrics.jsonl"), "seconds") for name in "ab"]
     assert metrics[0] == metrics[1]
@@ -158,7 +167,7 @@ def test_the_config_a_run_saved_is_the_same_run_again(tmp_path: Path) -> None:
 def test_the_config_a_full_run_saved_is_the_same_run_again(tmp_path: Path) -> None:
     train(tmp_path, method="full", eval_data=None)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert [saved[name] for name in ("rank", "alpha", "targets", "dropout", "eval_every")] == [None] * 5
+    assert [saved[name] for name in ("rank", "alpha", "targets", "lora_dropout", "eval_every")] == [None] * 5
     again = TrainConfig.read(tmp_path / "run" / "config.json", {"out": str(tmp_path / "again")})
     from graftlm.training.run import run
     from graftlm.training.view import View
@@ -171,8 +180,8 @@ def test_the_config_a_full_run_saved_is_the_same_run_again(tmp_path: Path) -> No
 def test_activation_checkpointing_that_would_do_nothing_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf.Anatomy, "checkpoint_layers", lambda self, on: 0)
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM has no layers.*use a smaller --tokens-per-pass"):
+    monkeypatch.setattr(hf.ModelStructure, "checkpoint_layers", lambda self, on: 0)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM has no layers.*use a smaller --micro-batch-tokens"):
         train(tmp_path, activation_checkpointing=True)
     train(tmp_path, eval_data=None, steps=1)
 
@@ -182,7 +191,7 @@ def test_a_new_token_is_shown_when_it_is_generated(tmp_path: Path) -> None:
     tiny.random_model("llama", vocab_size=tiny_run.VOCABULARY + 3, max_position_embeddings=256).save_pretrained(place)
     tiny_run.byte_tokenizer().save_pretrained(place)
     token = "<Old, mill>"
-    train(tmp_path, model=str(place), train_tokens=[token, "a"], eval_data=None, steps=1)
+    train(tmp_path, model=str(place), trainable_tokens=[token, "a"], eval_data=None, steps=1)
     tokenizer = load_tokenizer(tmp_path / "run" / "adapter")
     ids = tokenizer(f"by {token} a</s>").input_ids
     assert ids[3] == tiny_run.VOCABULARY
@@ -191,8 +200,8 @@ def test_a_new_token_is_shown_when_it_is_generated(tmp_path: Path) -> None:
     assert rows == [tiny_run.VOCABULARY, ids[-2]]
 
 
-@pytest.mark.parametrize("change", [{"seed": 12}, {"dropout": 0.2}, {"b_learning_rate_ratio": 4}, {"weight_decay": 0.5},
-                                    {"warmup": 0.5}, {"schedule": "linear"}, {"rank_stabilized": True}])  # fmt: skip
+@pytest.mark.parametrize("change", [{"seed": 12}, {"lora_dropout": 0.2}, {"loraplus_lr_ratio": 4}, {"weight_decay": 0.5},
+                                    {"warmup_ratio": 0.5}, {"lr_scheduler": "linear"}, {"rank_stabilized": True}])  # fmt: skip
 def test_an_option_that_decides_the_result_changes_it(tmp_path: Path, change: dict[str, Any]) -> None:
     train(tmp_path, out=str(tmp_path / "a"), eval_data=None, steps=3)
     train(tmp_path, out=str(tmp_path / "b"), eval_data=None, steps=3, **change)
@@ -200,8 +209,8 @@ def test_an_option_that_decides_the_result_changes_it(tmp_path: Path, change: di
 
 
 def test_lora_plus_gives_b_its_own_learning_rate(tmp_path: Path) -> None:
-    train(tmp_path, out=str(tmp_path / "a"), eval_data=None, steps=1, warmup=0)
-    train(tmp_path, out=str(tmp_path / "b"), eval_data=None, steps=1, warmup=0, b_learning_rate_ratio=4)
+    train(tmp_path, out=str(tmp_path / "a"), eval_data=None, steps=1, warmup_ratio=0)
+    train(tmp_path, out=str(tmp_path / "b"), eval_data=None, steps=1, warmup_ratio=0, loraplus_lr_ratio=4)
     one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
     for name, tensor in one.items():
         ratio = 4.0 if "lora_B" in name else 1.0
@@ -262,7 +271,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
 def test_a_folder_that_another_living_process_holds_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "run"
     code = (
-        "import sys, time; from pathlib import Path; from graftlm.training.runfolder import locked\n"
+        "import sys, time; from pathlib import Path; from graftlm.training.run_folder import locked\n"
         f"with locked(Path({str(out)!r})):\n    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
@@ -334,7 +343,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, numb
     assert output == ""
     assert "Traceback" not in errors
     assert "--resume" in errors
-    assert [damage(path) for path in (out / "checkpoints").iterdir()] == [None]
+    assert [find_damage(path) for path in (out / "checkpoints").iterdir()] == [None]
     assert lines(out / "metrics.jsonl")[-1]["event"] == "stopped"
 
 

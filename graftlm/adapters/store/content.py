@@ -19,7 +19,7 @@ from graftlm.files import sha256
 from graftlm.jsonfile import read_json
 
 if TYPE_CHECKING:
-    from graftlm.adapters.format import AdapterFolder
+    from graftlm.adapters.peft_format import AdapterFolder
 
 RUN = "run.json"
 ANY_RUN = "*"
@@ -33,7 +33,7 @@ def open_content(place: Path, digest: str, base: str, run: str | None = None) ->
     `base` is the fingerprint it was published for, `run` the SHA-256 of the run.json beside it, None where there is none.
     Reads every file once. Raises StoreError and AdapterError, which name the file or the folder.
     """
-    from graftlm.adapters.format import inspect_folder
+    from graftlm.adapters.peft_format import inspect_folder
 
     check_place(place)
     found = inspect_folder(place)

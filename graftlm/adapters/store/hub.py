@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.adapters.store.advice import command
+from graftlm.adapters.store.base_versions import Version
 from graftlm.adapters.store.content import RUN, run_of
-from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import check_name
-from graftlm.adapters.store.remote import Record, check_fetched, reason
-from graftlm.adapters.store.shelf import Version
+from graftlm.adapters.store.remote import RemoteVersion, check_fetched, reason
+from graftlm.adapters.store.store import Store
 from graftlm.errors import AdapterError, GraftError, StoreError
 from graftlm.jsonfile import read_json
 
@@ -32,7 +32,7 @@ def push(version: Version, repository: str, private: bool) -> bool:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from graftlm.adapters.imported import WANTED
+    from graftlm.adapters.fetching import WANTED
 
     found = version.opened()
     names = [*found.files, *([RUN] if (version.folder / RUN).is_file() else [])]
@@ -82,9 +82,9 @@ def pull(store: Store, repository: str, name: str | None, revision: str | None) 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    from graftlm.adapters.format import inspect_folder
-    from graftlm.adapters.imported import fetch
+    from graftlm.adapters.fetching import fetch
     from graftlm.adapters.manifest import read_manifest
+    from graftlm.adapters.peft_format import inspect_folder
 
     try:  # asked by itself: a download falls back on what an earlier one left, when the hub is not reached
         commit = HfApi().model_info(repository, revision=revision).sha
@@ -114,14 +114,14 @@ def pull(store: Store, repository: str, name: str | None, revision: str | None) 
     return store.publish(folder, name or known.name, number=number, event=known.event, run=run_of(folder))
 
 
-def _record(repository: str, file: Path, base: str) -> Record:
+def _record(repository: str, file: Path, base: str) -> RemoteVersion:
     """Which version a repository says that it holds. Raises StoreError."""
     try:
         event = read_json(file, StoreError)
         number = event["version"]
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"version is {number!r}")
-        return Record(base, check_name(str(event["name"])), number, str(event["digest"]), event)
+        return RemoteVersion(base, check_name(str(event["name"])), number, str(event["digest"]), event)
     except (StoreError, ValueError, KeyError) as error:
         raise StoreError(f"{repository}: its {RECORD} is damaged ({reason(error)})") from None
 

@@ -48,12 +48,12 @@ class Journal:
         """Every whole line's event, oldest first. Raises StoreError for a line that is not as it was written."""
         return self.parse(self._bytes())[0]
 
-    def follow(self) -> Follower:
+    def follow(self) -> JournalFollower:
         """For somebody who reads it again and again, however long it grows."""
-        return Follower(self)
+        return JournalFollower(self)
 
     @contextmanager
-    def writing(self) -> Iterator[Writer]:
+    def writing(self) -> Iterator[JournalWriter]:
         """Hold the journal alone, with all of its events; other writers wait. Raises StoreError as `read` does."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -63,7 +63,7 @@ class Journal:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             events, last, whole = self.parse(self._bytes())
-            yield Writer(self.path, events, last, whole)
+            yield JournalWriter(self.path, events, last, whole)
         finally:
             os.close(descriptor)
 
@@ -99,7 +99,7 @@ class Journal:
         return events, last, whole
 
 
-class Follower:
+class JournalFollower:
     """Reads a journal on: what it has read once, and found to be as it was written, it reads no more."""
 
     def __init__(self, journal: Journal) -> None:
@@ -136,7 +136,7 @@ class Follower:
         return anew, events
 
 
-class Writer:
+class JournalWriter:
     """The journal while it is held."""
 
     def __init__(self, path: Path, events: list[Event], last: str, whole: int) -> None:
@@ -174,4 +174,4 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["Event", "Follower", "Journal", "Writer", "flush_folder"]
+__all__ = ["Event", "Journal", "JournalFollower", "JournalWriter", "flush_folder"]

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftlm.adapters.store.base_versions import Version
 from graftlm.adapters.store.content import run_of
-from graftlm.adapters.store.folder import Store
-from graftlm.adapters.store.shelf import Version
+from graftlm.adapters.store.store import Store
+from graftlm.config.aliases import FORMER_FIGURES, former_value, renamed
 from graftlm.jsonfile import read_json
 
 if TYPE_CHECKING:
@@ -42,13 +43,15 @@ def lineage(store: Store, version: Version) -> dict[str, Any]:
         "digest": version.digest,
         "aliases": list(version.aliases),
         "published": {key: event.get(key) for key in ("at", "by", "source", "note")},
-        "base": dict(manifest.get("base") or {}),
+        "base": {
+            FORMER_FIGURES.get(k, k): former_value("compute_dtype", v) for k, v in (manifest.get("base") or {}).items()
+        },
         "data": {
             "digest": (data.get("train") or {}).get("digest"),
             "train": data.get("train"),
             "eval": data.get("eval"),
         },
-        "config": {**{k: manifest.get(k) for k in ("method", "seed", "steps")}, **(run.get("config") or {})},
+        "config": {**{k: manifest.get(k) for k in ("method", "seed", "steps")}, **renamed(run.get("config") or {})},
         "formula": manifest.get("formula") or found.config,
         "metrics": {"before": None, "after": None, **(manifest.get("evaluation") or {})},
         "parents": [{"digest": p, "version": known[p].label if p in known else None} for p in parents],
@@ -100,7 +103,7 @@ def differences(store: Store, first: Version, second: Version) -> dict[str, Any]
 
 
 def _shapes(version: Version) -> dict[str, Any]:
-    from graftlm.adapters.format import TENSORS
+    from graftlm.adapters.peft_format import TENSORS
     from graftlm.errors import AdapterError
     from graftlm.tensorfile import read_header
 
@@ -180,8 +183,8 @@ def _updates(folder: Path) -> dict[str, _Update]:
     """The updates of an adapter's files by layer; what is no pair of factors stands under its tensor's own name."""
     from safetensors.torch import load_file
 
-    from graftlm.adapters.format import CONFIG, TENSORS
     from graftlm.adapters.patterns import Expressions
+    from graftlm.adapters.peft_format import CONFIG, TENSORS
     from graftlm.errors import AdapterError
 
     config = read_json(folder / CONFIG, AdapterError)

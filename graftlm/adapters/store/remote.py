@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftlm.adapters.store.base_versions import Event, Version
 from graftlm.adapters.store.content import DIGEST, RUN, content_fault, run_of
-from graftlm.adapters.store.folder import Store
 from graftlm.adapters.store.names import Reference, check_name
-from graftlm.adapters.store.shelf import Event, Version
+from graftlm.adapters.store.store import Store
 from graftlm.errors import AdapterError, GraftError, StoreError, nearest
 from graftlm.files import sha256
 from graftlm.jsonfile import parse_json
@@ -35,7 +35,7 @@ _LAST = "graft.json"
 
 
 @dataclass(frozen=True)
-class Record:
+class RemoteVersion:
     """A version as a remote place lists it."""
 
     base: str
@@ -65,7 +65,7 @@ class Remote:
             raise StoreError(f"{place}: {error}; for s3:// install: pip install 'graftlm[remote]'") from None
         self.root = self.root.rstrip("/")
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[RemoteVersion]:
         """Every version there, by name and number. Raises StoreError for a place that cannot be read or is damaged."""
         try:
             self.fs.invalidate_cache()
@@ -77,7 +77,7 @@ class Remote:
             raise
         except Exception as error:  # each file system has exceptions of its own
             raise self._failed("listed", error) from None
-        found: list[Record] = []
+        found: list[RemoteVersion] = []
         for path in paths:
             parts = path.removeprefix(self.root).strip("/").split("/")
             number = _RECORD.fullmatch(parts[-1])
@@ -85,7 +85,7 @@ class Remote:
                 found.append(self._record(path, parts[0], parts[2], int(number[1])))
         return sorted(found, key=lambda r: (r.name, r.base, r.number))
 
-    def _record(self, path: str, base: str, name: str, number: int) -> Record:
+    def _record(self, path: str, base: str, name: str, number: int) -> RemoteVersion:
         check_name(name)
         try:
             if self.fs.size(path) > _MOST_RECORD:
@@ -98,7 +98,7 @@ class Remote:
             raise StoreError(f"{self.place}: the record of {name}@{number} is damaged ({error})") from None
         except Exception as error:
             raise self._failed("read", error) from None
-        return Record(base, name, number, event["digest"], event)
+        return RemoteVersion(base, name, number, event["digest"], event)
 
     def push(self, version: Version) -> bool:
         """Copy a version there; False where it is there already. Raises StoreError for another content under its number."""
@@ -137,9 +137,9 @@ class Remote:
             )
         return False
 
-    def fetch(self, record: Record, into: Path) -> None:
+    def fetch(self, record: RemoteVersion, into: Path) -> None:
         """Download a version's files into an empty folder, and check them. Raises StoreError for what does not fit."""
-        from graftlm.adapters.format import inspect_folder
+        from graftlm.adapters.peft_format import inspect_folder
 
         place = f"{self.root}/{record.base}/versions/{record.digest}"
         try:
@@ -171,7 +171,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__} {text[0] if text else ''}".rstrip()
 
 
-def check_fetched(folder: Path, record: Record, place: str, inspect: Any) -> None:
+def check_fetched(folder: Path, record: RemoteVersion, place: str, inspect: Any) -> None:
     """What came is what was published: the digest over all of it. Raises StoreError."""
     try:
         found = inspect(folder)
@@ -188,13 +188,13 @@ def check_fetched(folder: Path, record: Record, place: str, inspect: Any) -> Non
         )
 
 
-def chosen(records: Iterable[Record], wanted: Iterable[Reference], place: str) -> list[Record]:
+def select_records(records: Iterable[RemoteVersion], wanted: Iterable[Reference], place: str) -> list[RemoteVersion]:
     """The records that references name: one version, or all of a name. Raises StoreError for one that is not there."""
     records = list(records)
     wanted = list(wanted)
     if not wanted:
         return records
-    found: list[Record] = []
+    found: list[RemoteVersion] = []
     for reference in wanted:
         if reference.alias is not None:
             raise StoreError(f"'{reference}' is an alias, and those stay in their store; name a version by its number")
@@ -207,7 +207,7 @@ def chosen(records: Iterable[Record], wanted: Iterable[Reference], place: str) -
 
 
 def pull_records(
-    store: Store, remote: Remote, records: Iterable[Record], name: str | None
+    store: Store, remote: Remote, records: Iterable[RemoteVersion], name: str | None
 ) -> list[tuple[Version, bool]]:
     """Download, check and publish each; a version appears here whole or not at all. Raises StoreError."""
     done: list[tuple[Version, bool]] = []
@@ -226,7 +226,7 @@ def pull_records(
     return done
 
 
-def _known(store: Store, record: Record) -> Version | None:
+def _known(store: Store, record: RemoteVersion) -> Version | None:
     """The version here that a record already is; none where its files are damaged, for then they are fetched again."""
     if not store.exists:
         return None

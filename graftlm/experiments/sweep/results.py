@@ -9,17 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from graftlm.config.aliases import renamed
 from graftlm.config.sweep import Value
 from graftlm.errors import RunError
 from graftlm.experiments.sweep.study import IDENTITY, JOURNAL, MARK, SURPLUS, open_storage, reached, shown, trial_folder
 from graftlm.jsonfile import read_json
-from graftlm.training.runfolder import read_lines
+from graftlm.training.run_folder import read_metrics
 
 Points = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class TrialResult:
     """One trial."""
 
     number: int
@@ -28,7 +29,7 @@ class Tried:
     own: Mapping[str, Value]
     """What was searched, by option."""
     loss: float | None
-    """Held-out loss of its best step, in nats a token; of one that was ended early, of its last evaluation."""
+    """Eval loss of its best step, in nats a token; of one that was ended early, of its last evaluation."""
     loss_before: float | None
     steps: int | None
     seconds: float | None
@@ -38,12 +39,12 @@ class Tried:
     """Of its adapter."""
     why: str | None
     """Why it has no result."""
-    held_out: Points
-    """(step, held-out loss)."""
+    eval_losses: Points
+    """(step, eval loss)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SweepResult:
     """Everything that a sweep has found."""
 
     name: str
@@ -55,10 +56,10 @@ class Found:
     """The sweep's options, its base and data by digest."""
     space: Mapping[str, str]
     """What is searched, as it was written."""
-    tried: tuple[Tried, ...]
+    tried: tuple[TrialResult, ...]
 
     @property
-    def ranked(self) -> list[Tried]:
+    def ranked(self) -> list[TrialResult]:
         """Trials with a result by their loss, then the others."""
         order = {"complete": 0, "running": 1, "pruned": 2}
         return sorted(
@@ -66,7 +67,7 @@ class Found:
         )
 
     @property
-    def best(self) -> Tried | None:
+    def best(self) -> TrialResult | None:
         """The trial with the lowest loss; None while none has ended."""
         first = next(iter(self.ranked), None)
         return first if first is not None and first.state == "complete" else None
@@ -86,7 +87,7 @@ class Found:
         }  # fmt: skip
 
 
-def read(folder: Path, storage: str | None = None) -> Found:
+def read(folder: Path, storage: str | None = None) -> SweepResult:
     """Read a sweep from its folder; `storage` where its address was not kept there. Raises RunError."""
     import optuna
 
@@ -103,29 +104,38 @@ def read(folder: Path, storage: str | None = None) -> Found:
             hint = "" if where else "; if it lies on a server, name it with --storage"
             raise RunError(f"{shown_where} holds no sweep '{mark['name']}'{hint}") from None
         trials = study.get_trials(deepcopy=False)
-        asked: dict[str, Any] = dict(study.user_attrs.get(IDENTITY, {}))
-    space = {name.replace("-", "_"): text for name, text in dict(asked.get("search", {})).items()}
+        asked = renamed(study.user_attrs.get(IDENTITY, {}))
+    space = renamed({name.replace("-", "_"): text for name, text in dict(asked.get("search", {})).items()})
     tried = tuple(_tried(t, space, folder) for t in trials if not t.user_attrs.get(SURPLUS))
-    return Found(
+    return SweepResult(
         name=mark["name"], model=str(mark.get("model")), folder=str(folder), storage=shown_where, asked=asked, space=space,
         tried=tried,
     )  # fmt: skip
 
 
-def _tried(found: Any, space: Mapping[str, str], folder: Path) -> Tried:
+def _tried(found: Any, space: Mapping[str, str], folder: Path) -> TrialResult:
     facts: dict[str, Any] = found.user_attrs
+    params = renamed(found.params)
     why = facts.get("why")
     state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(found.state.name, "running")
     if state == "pruned" and not str(why).startswith("pruned"):
         state = "diverged"
     home = trial_folder(folder, found.number)
     metrics = home / "metrics.jsonl"
-    lines = list(read_lines(metrics)) if metrics.is_file() else []
-    held_out = tuple((int(m["step"]), float(m["loss"])) for m in lines if m["kind"] == "eval")
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    eval_losses = tuple((int(m["step"]), float(m["eval_loss"])) for m in lines if m["kind"] == "eval")
     last = max(found.intermediate_values, default=None)
     loss = found.value if state == "complete" else None if last is None else found.intermediate_values[last]
-    return Tried(
-        number=found.number, state=state, own={n: found.params[n] for n in space if n in found.params}, loss=loss,
-        loss_before=facts.get("loss_before"), steps=facts.get("steps"), seconds=facts.get("seconds"),
-        folder=str(home) if home.is_dir() else facts.get("folder"), digest=facts.get("digest"), why=why, held_out=held_out,
-    )  # fmt: skip
+    return TrialResult(
+        number=found.number,
+        state=state,
+        own={n: params[n] for n in space if n in params},
+        loss=loss,
+        loss_before=facts.get("loss_before"),
+        steps=facts.get("steps"),
+        seconds=facts.get("seconds"),
+        folder=str(home) if home.is_dir() else facts.get("folder"),
+        digest=facts.get("digest"),
+        why=why,
+        eval_losses=eval_losses,
+    )

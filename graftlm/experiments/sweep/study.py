@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.config import SweepConfig
+from graftlm.config.aliases import FORMER, renamed
 from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Choice, Range, Space, Value
 from graftlm.errors import ConfigError, RunError
 from graftlm.files import write_json
 from graftlm.jsonfile import parse_json, read_json
-from graftlm.kernels.counter import hash_words
-from graftlm.training.runfolder import locked
+from graftlm.kernels.counter_rng import hash_words
+from graftlm.training.run_folder import locked
 
 if TYPE_CHECKING:
     import optuna
@@ -48,7 +49,7 @@ _REDUCTION = 3
 
 
 @dataclass(eq=False)
-class Claim:
+class ClaimedTrial:
     """A trial that this process has, and nobody else."""
 
     number: int
@@ -60,11 +61,11 @@ class Claim:
     held: ExitStack = field(default_factory=ExitStack)
     """Its folder's lock."""
 
-    def report(self, documents: int, loss: float) -> bool:
-        """Tell of a held-out loss after so many documents; returns whether the trial should end here."""
+    def report(self, examples: int, loss: float) -> bool:
+        """Tell of an eval loss after so many examples; returns whether the trial should end here."""
         with reached(self.study.where):
-            if documents not in self.trial.study.get_trials(deepcopy=False)[self.number].intermediate_values:
-                self.trial.report(loss, documents)
+            if examples not in self.trial.study.get_trials(deepcopy=False)[self.number].intermediate_values:
+                self.trial.report(loss, examples)
             return bool(self.trial.should_prune())
 
     def tell(self, state: str, loss: float | None = None, **facts: Any) -> None:
@@ -107,9 +108,9 @@ class Study:
         apart = (self.home,) if worker else ()
         self.study.sampler = _sampler(config, hash_words(config.search_seed, "sampler", worker, *apart))
 
-    def judge(self, documents: int) -> None:
-        """Set how poor trials are ended early, for trials that are shown so many documents."""
-        self.study.pruner = _pruner(self.config, documents)
+    def judge(self, examples: int) -> None:
+        """Set how poor trials are ended early, for trials that are shown so many examples."""
+        self.study.pruner = _pruner(self.config, examples)
 
     def identify(self, content: Mapping[str, Any]) -> None:
         """Hold this sweep's options, base and data (`content`, by digest) against those that the storage has.
@@ -124,8 +125,17 @@ class Study:
                     raise RunError(f"'{self.name}' in {self.where} is a study of another program; give another --name")
                 self.study.set_user_attr(IDENTITY, now)
                 return
-        if known.get("compute") is None:  # of before the type of products was kept
-            known = {**known, "compute": now.get("compute")}
+        searched = [name for name in dict(known.get("search") or {}) if name.replace("-", "_") in FORMER]
+        if searched:
+            raise RunError(
+                f"'{self.name}' in {self.where} searches '{searched[0]}', which is called "
+                f"'{flag_name(FORMER[searched[0].replace('-', '_')])}' now, and its storage cannot rename it: `graft "
+                "sweep show` "
+                "shows it; to search on take another --name and --out"
+            )
+        known = renamed(known)
+        if known.get("compute_dtype") is None:  # of before the type of products was kept
+            known = {**known, "compute_dtype": now.get("compute_dtype")}
         changed = [name for name in {**known, **now} if known.get(name) != now.get(name)]
         if changed:
             said = "; ".join(f"{flag_name(n)} was {known.get(n)!r}, now {now.get(n)!r}" for n in changed)
@@ -135,12 +145,12 @@ class Study:
 
     # ---- trials ----
 
-    def next(self) -> Claim | None:
+    def next(self) -> ClaimedTrial | None:
         """A trial for this process: one that lost its worker, else a new one; None where none is left to begin."""
         with reached(self.where), self._turn():
             return self._taken_over() or self._asked()
 
-    def _taken_over(self) -> Claim | None:
+    def _taken_over(self) -> ClaimedTrial | None:
         import optuna
 
         running = optuna.trial.TrialState.RUNNING
@@ -161,7 +171,7 @@ class Study:
             return self._claim(trial, held)
         return None
 
-    def _asked(self) -> Claim | None:
+    def _asked(self) -> ClaimedTrial | None:
         import optuna
 
         wanted = self.wanted
@@ -200,9 +210,9 @@ class Study:
             found = self.study.get_trials(deepcopy=False)
         return sum(t.state.is_finished() and not t.user_attrs.get(SURPLUS) for t in found)
 
-    def _claim(self, trial: optuna.trial.Trial, held: ExitStack) -> Claim:
+    def _claim(self, trial: optuna.trial.Trial, held: ExitStack) -> ClaimedTrial:
         own = {name: _plain(trial.params[name]) for name in self.config.space}
-        return Claim(trial.number, own, trial_folder(self.out, trial.number), trial, self, held)
+        return ClaimedTrial(trial.number, own, trial_folder(self.out, trial.number), trial, self, held)
 
     def _lock(self, number: int) -> ExitStack | None:
         """The lock of a trial's folder; None where a living process has it."""
@@ -333,16 +343,16 @@ def _sampler(config: SweepConfig, seed: int) -> Any:
     return samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=min(10, max(4, config.trials // 3)))
 
 
-def _pruner(config: SweepConfig, documents: int) -> Any:
-    """Asynchronous successive halving, or Hyperband over it; what a trial has had is counted in documents shown to it."""
+def _pruner(config: SweepConfig, examples: int) -> Any:
+    """Asynchronous successive halving, or Hyperband over it; what a trial has had is counted in examples shown to it."""
     from optuna import pruners
 
-    first = max(1, documents // _REDUCTION**2)
+    first = max(1, examples // _REDUCTION**2)
     if config.pruner == "asha":
         return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=_REDUCTION)
     if config.pruner == "hyperband":
         return pruners.HyperbandPruner(
-            min_resource=first, max_resource=max(documents, first), reduction_factor=_REDUCTION
+            min_resource=first, max_resource=max(examples, first), reduction_factor=_REDUCTION
         )
     return pruners.NopPruner()
 
@@ -374,6 +384,16 @@ def _plain(value: Any) -> Value:
 
 
 __all__ = [
-    "IDENTITY", "JOURNAL", "MARK", "SURPLUS", "Claim", "Study", "grid_size", "open_storage", "reached", "secret", "shown",
+    "IDENTITY",
+    "JOURNAL",
+    "MARK",
+    "SURPLUS",
+    "ClaimedTrial",
+    "Study",
+    "grid_size",
+    "open_storage",
+    "reached",
+    "secret",
+    "shown",
     "trial_folder",
-]  # fmt: skip
+]

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Value
-from graftlm.experiments.sweep.results import Found
-from graftlm.experiments.sweep.study import Claim
-from graftlm.planning.words import size
+from graftlm.experiments.sweep.results import SweepResult
+from graftlm.experiments.sweep.study import ClaimedTrial
+from graftlm.formatting import size
 from graftlm.progress import Task, begin, end, working
 from graftlm.terminal import Column, table
-from graftlm.training.loop import StepResult
+from graftlm.training.trainer import StepResult
 from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.view import View
 
@@ -27,12 +27,12 @@ class SweepView(View):
         self._bars: dict[str, Task] = {}
         self._all: Task | None = None
 
-    def places(self, count: int, predicted: int | None, tokens_per_pass: int, rehearsed: int | None) -> None:
+    def places(self, count: int, predicted: int | None, micro_batch_tokens: int, dry_run_bytes: int | None) -> None:
         """How many are trained at once."""
-        took = "" if rehearsed is None else f"; one pass took {size(rehearsed)}"
+        took = "" if dry_run_bytes is None else f"; one pass took {size(dry_run_bytes)}"
         memory = "" if predicted is None else f", {size(predicted)} expected{took}"
         self.fact(
-            "together", f"{count} trial{'s' if count > 1 else ''} at once{memory}; {tokens_per_pass:,} tokens a pass"
+            "together", f"{count} trial{'s' if count > 1 else ''} at once{memory}; {micro_batch_tokens:,} tokens a pass"
         )
 
     @contextmanager
@@ -48,7 +48,7 @@ class SweepView(View):
                 self._bars.clear()
                 self._all = None
 
-    def began(self, claim: Claim, trial: Trial) -> None:
+    def began(self, claim: ClaimedTrial, trial: Trial) -> None:
         """A trial takes its place."""
         again = f", from step {trial.step}" if trial.step else ""
         self.note(f"trial {claim.number:>3}  {described(claim.own)}{again}")
@@ -57,26 +57,26 @@ class SweepView(View):
         if self._all is None:
             return
         if trial.name not in self._bars:
-            self._bars[trial.name] = begin(f"trial {int(trial.name):>3}", trial.order.steps, "steps")
+            self._bars[trial.name] = begin(f"trial {int(trial.name):>3}", trial.sampler.steps, "steps")
         self._bars[trial.name].to(trial.step, note=f"loss {result.loss:.3f}")
 
-    def ended(self, claim: Claim, trial: Trial) -> None:
+    def ended(self, claim: ClaimedTrial, trial: Trial) -> None:
         """A trial leaves its place."""
-        if trial.given_up is not None:
-            self.note(f"trial {claim.number:>3}  {trial.given_up}")
+        if trial.stop_reason is not None:
+            self.note(f"trial {claim.number:>3}  {trial.stop_reason}")
         elif trial.best is not None:
-            self.note(f"trial {claim.number:>3}  held-out loss {trial.best.loss:.4f} after step {trial.best.step}")
+            self.note(f"trial {claim.number:>3}  eval loss {trial.best.loss:.4f} after step {trial.best.step}")
         if self._all is not None:
             if trial.name in self._bars:
                 end(self._bars.pop(trial.name))
             self._all.to(self._all.done + 1)
 
-    def found(self, found: Found, most: int = 20) -> None:
+    def found(self, found: SweepResult, most: int = 20) -> None:
         """The table of trials, best first."""
         print_table(self.console, found, most)
 
 
-class Beside(View):
+class TrialView(View):
     """The view of one trial of a sweep: it draws nothing, and passes its notes on."""
 
     def __init__(self, view: SweepView, number: int) -> None:
@@ -96,7 +96,7 @@ def described(own: Mapping[str, Value]) -> str:
     )
 
 
-def print_table(console: Console, found: Found, most: int) -> None:
+def print_table(console: Console, found: SweepResult, most: int) -> None:
     """Trials by loss, at most so many."""
     names = list(found.space)
     heads = ("trial", "state", "loss", *map(flag_name, names), "loss before", "steps", "seconds")

@@ -10,7 +10,7 @@
     adamw.py       the optimizer's step
 
 Each file ends with its own check: its operations are compared with the reference on a small odd shape before their first
-use (`trust.py`). `usable` is false, with one warning for the process, when the library is missing, does not load, or gives
+use (`self_check.py`). `usable` is false, with one warning for the process, when the library is missing, does not load, or gives
 another answer. They run on as many threads as `torch.get_num_threads()` says.
 
 Letters: x (rows, in), W (out, in), y (rows, out), dy (rows, out), dx (rows, in).
@@ -27,22 +27,47 @@ from graftlm.kernels.native import attention as segments
 from graftlm.kernels.native.adamw import step as adamw_step
 from graftlm.kernels.native.adamw import sum_of_squares
 from graftlm.kernels.native.attention import attention, attention_backward
-from graftlm.kernels.native.gemm import adapted, adapted_backward, low_rank, low_rank_backward, weight_gradient
+from graftlm.kernels.native.gemm import lora_linear, lora_linear_backward, low_rank, low_rank_backward, weight_gradient
 from graftlm.kernels.native.library import TYPES, choose, instruction_sets
 from graftlm.kernels.native.products import FEW_ROWS, PANEL_BYTES_FOR_MANY
 from graftlm.kernels.native.weights import int8_dequantize, nf4_dequantize, nf4_quantize
+from graftlm.kernels.self_check import SelfCheck
 from graftlm.kernels.stored import Weight
-from graftlm.kernels.trust import Trust
 
 __all__ = [
-    "FEW_ROWS", "PANEL_BYTES_FOR_MANY", "TYPES", "adamw", "adamw_step", "adapted", "adapted_backward", "add_routed",
-    "attends", "attention", "attention_backward", "choose", "few", "instruction_sets", "int8_dequantize", "low_rank",
-    "low_rank_backward", "matmul", "matmul_t", "multiplies", "narrows", "new_trust", "nf4_dequantize", "nf4_quantize",
-    "status", "sum_of_squares", "trust", "usable", "weight_gradient",
+    "FEW_ROWS",
+    "PANEL_BYTES_FOR_MANY",
+    "TYPES",
+    "adamw",
+    "adamw_step",
+    "add_routed",
+    "attention",
+    "attention_backward",
+    "choose",
+    "has_bf16_matmul",
+    "has_fast_matmul",
+    "has_segment_attention",
+    "instruction_sets",
+    "int8_dequantize",
+    "is_few_rows",
+    "lora_linear",
+    "lora_linear_backward",
+    "low_rank",
+    "low_rank_backward",
+    "matmul",
+    "matmul_t",
+    "new_self_check",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "self_check",
+    "status",
+    "sum_of_squares",
+    "usable",
+    "weight_gradient",
 ]  # fmt: skip
 
 
-def new_trust() -> Trust:
+def new_self_check() -> SelfCheck:
     """A record of checks in which none has run yet."""
     checks = {
         "nf4_quantize": weights.check_nf4_quantize,
@@ -57,14 +82,14 @@ def new_trust() -> Trust:
         "sum_of_squares": adamw.check_sum_of_squares,
         "rows": rows.check,
     }
-    return Trust(
+    return SelfCheck(
         "C kernels",
         lambda: library.get().reason,
         {name: lambda _, check=check: check() for name, check in checks.items()},
     )
 
 
-trust = new_trust()
+self_check = new_self_check()
 
 
 # ---- what may be used ---------------------------------------------------------------------------------------------
@@ -73,7 +98,7 @@ trust = new_trust()
 def status() -> str:
     """Which instruction set is used, or why none is."""
     loaded = library.get()
-    reason = loaded.reason or trust.reason
+    reason = loaded.reason or self_check.reason
     return f"PyTorch without C kernels: {reason}" if reason else f"C kernels ({loaded.instructions})"
 
 
@@ -81,60 +106,60 @@ def usable(operation: str, tensor: Tensor) -> bool:
     """Whether `operation` may run here on `tensor`: on a CPU, in a float type we know, compiled, and checked."""
     if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype not in TYPES):
         return False
-    return trust.allows(operation, tensor.device)
+    return self_check.allows(operation, tensor.device)
 
 
-def multiplies(x: Tensor, narrow: bool = False) -> bool:
+def has_fast_matmul(x: Tensor, bf16_matmul: bool = False) -> bool:
     """Whether products of these rows, x (rows, in), are taken with our own `gemm.c` rather than PyTorch's.
 
-    Those in float32 where that is faster, `narrow` ones wherever the processor has instructions for them: of few rows too,
+    Those in float32 where that is faster, `bf16_matmul` ones wherever the processor has instructions for them: of few rows too,
     since what a token gives must not depend on how many stand beside it.
     """
-    return (len(x) > FEW_ROWS or (narrow and library.get().narrows)) and takes(x, narrow)
+    return (len(x) > FEW_ROWS or (bf16_matmul and library.get().has_bf16_matmul)) and takes(x, bf16_matmul)
 
 
-def takes(x: Tensor, narrow: bool = False) -> bool:
+def takes(x: Tensor, bf16_matmul: bool = False) -> bool:
     """The same whatever the number of rows."""
     if x.dtype != torch.float32 or x.ndim != 2 or x.device.type != "cpu":
         return False
     loaded = library.get()
-    return (loaded.multiplies or (narrow and loaded.narrows)) and trust.allows("gemm", x.device)
+    return (loaded.has_fast_matmul or (bf16_matmul and loaded.has_bf16_matmul)) and self_check.allows("gemm", x.device)
 
 
-def narrows() -> bool:
+def has_bf16_matmul() -> bool:
     """Whether this processor multiplies in bfloat16 and sums in float32, about twice as fast as in float32."""
-    return library.get().narrows and trust.allows("gemm", torch.device("cpu"))
+    return library.get().has_bf16_matmul and self_check.allows("gemm", torch.device("cpu"))
 
 
-def attends(q: Tensor) -> bool:
+def has_segment_attention(q: Tensor) -> bool:
     """Whether attention over these heads, q (T, H, D), runs in C."""
-    return segments.fits(q) and trust.allows("attention", q.device)
+    return segments.fits(q) and self_check.allows("attention", q.device)
 
 
-def few(x: Tensor) -> bool:
+def is_few_rows(x: Tensor) -> bool:
     """Whether x (rows, in) has so few rows that `rows.c` multiplies them with a dense weight fastest."""
     return (
         len(x) <= rows.MOST_ROWS
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and trust.allows("rows", x.device)
+        and self_check.allows("rows", x.device)
     )
 
 
 # ---- the product that is fastest here -----------------------------------------------------------------------------
 
 
-def matmul(x: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
+def matmul(x: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
     """x (..., in) -> x @ W.T (..., out)."""
     outer, inner = weight.shape
     flat = x.reshape(-1, inner)  # (rows, in)
     if not flat.numel() or not outer:
         return x.new_zeros(*x.shape[:-1], outer)
-    if multiplies(flat, narrow):
-        y = gemm.multiply([(flat, weight, True)], narrow=narrow)  # (rows, out)
+    if has_fast_matmul(flat, bf16_matmul):
+        y = gemm.multiply([(flat, weight, True)], bf16_matmul=bf16_matmul)  # (rows, out)
     elif not isinstance(weight, Tensor):
         y = products.matmul(flat, weight)
-    elif few(flat) and rows.fits(flat, weight):
+    elif is_few_rows(flat) and rows.fits(flat, weight):
         y = rows.dense(flat, weight)
     else:
         y = reference.matmul(flat, weight)
@@ -142,16 +167,16 @@ def matmul(x: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     return y if x.ndim == 2 else y.view(*x.shape[:-1], outer)
 
 
-def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
+def matmul_t(dy: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
     """dy (..., out) -> dy @ W (..., in)."""
     outer, inner = weight.shape
     flat = dy.reshape(-1, outer)  # (rows, out)
     if not flat.numel() or not inner:
         return dy.new_zeros(*dy.shape[:-1], inner)
     # PyTorch would widen the whole of a dense weight in 16 bits, such as a head, for however few rows.
-    widened = isinstance(weight, Tensor) and weight.dtype != flat.dtype
-    if multiplies(flat, narrow) or (widened and takes(flat, narrow)):
-        dx = gemm.multiply([(flat, weight, False)], narrow=narrow)  # (rows, in)
+    upcast = isinstance(weight, Tensor) and weight.dtype != flat.dtype
+    if has_fast_matmul(flat, bf16_matmul) or (upcast and takes(flat, bf16_matmul)):
+        dx = gemm.multiply([(flat, weight, False)], bf16_matmul=bf16_matmul)  # (rows, in)
     elif not isinstance(weight, Tensor):
         dx = products.matmul_t(flat, weight)
     else:
@@ -159,7 +184,7 @@ def matmul_t(dy: Tensor, weight: Weight, narrow: bool = False) -> Tensor:
     return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], inner)
 
 
-def add_routed(y: Tensor, x: Tensor, routes: rows.Routes) -> bool:
+def add_routed(y: Tensor, x: Tensor, routes: rows.DecodeRouting) -> bool:
     """y (rows, out) += each range's low-rank product, if C can take them; returns whether it did."""
     if x.dtype != torch.float32 or x.stride(1) != 1 or not usable("rows", x):
         return False

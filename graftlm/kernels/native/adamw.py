@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference_adamw as reference
-from graftlm.kernels.counter import word_keys
+from graftlm.kernels.counter_rng import word_keys
 from graftlm.kernels.moments import Moments
 from graftlm.kernels.native.library import TWO_TYPES, calls
-from graftlm.kernels.trust import sample
+from graftlm.kernels.self_check import sample
 
 _pointer, _float, _int = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.native.library import calls
-from graftlm.kernels.trust import close, sample
+from graftlm.kernels.self_check import close, sample
 
 _LONGS = (
     "q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "dout_token", "dout_head", "heads", "kv_heads", "width",

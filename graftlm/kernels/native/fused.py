@@ -15,7 +15,7 @@ from torch import Tensor
 from graftlm.kernels import reference_fused as reference
 from graftlm.kernels.native.library import TWO_TYPES, calls
 from graftlm.kernels.reference_fused import GATES, Gate
-from graftlm.kernels.trust import close, sample
+from graftlm.kernels.self_check import close, sample
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS_PER_BLOCK = 64  # of fused.c
@@ -86,7 +86,7 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate) -> tuple[Te
     return dg, du
 
 
-class _Part(ctypes.Structure):
+class _RotaryStruct(ctypes.Structure):
     """`struct rotary` of fused.c."""
 
     _fields_ = (
@@ -97,7 +97,7 @@ class _Part(ctypes.Structure):
 
 def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
     """Each of `parts` (tokens, heads, D), in one pass over the tokens; their gradients turned back with `back`."""
-    table: Any = (_Part * len(parts))()
+    table: Any = (_RotaryStruct * len(parts))()
     parts = [x if x.stride(2) == 1 else x.contiguous() for x in parts]
     out = [torch.empty(x.shape, dtype=x.dtype) for x in parts]
     for part, x, y in zip(table, parts, out):

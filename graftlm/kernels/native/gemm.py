@@ -2,7 +2,7 @@
 
     C (M, N) [+]= alpha * sum over terms of A (M, K) B (K, N)
 
-A is float32, B float32, bfloat16, or a stored weight; either may be turned. `library.py` says whether these are used: they
+A is float32, B float32, bfloat16, or a stored weight; either may be transposed. `library.py` says whether these are used: they
 need AVX2 or AVX-512, and on Intel's processors MKL uses all of either. With AVX-512 ours are twice as fast as PyTorch's on
 the others; with AVX2 as fast, but a stored weight is decoded while it is packed and an adapter's product is a second term.
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.native.library import TWO_TYPES, calls, get
+from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.stored import Nf4, Weight
-from graftlm.kernels.trust import close, sample
 
 _FLOAT32, _BFLOAT16, _NF4, _INT8 = range(4)  # enum matrix_kind in kernels.h
 
@@ -36,13 +36,13 @@ class Matrix(ctypes.Structure):
     )  # fmt: skip
 
 
-def _fill(matrix: Matrix, value: Weight, turned: bool, summed: int) -> Any:
+def _fill(matrix: Matrix, value: Weight, transposed: bool, summed: int) -> Any:
     """Describe a matrix to C; `summed` is the dimension of `value` (after turning) that the product sums over.
 
     Returns what must stay alive until the call is over.
     """
     if isinstance(value, Tensor):
-        seen = value.T if turned else value
+        seen = value.T if transposed else value
         if seen.stride(1) != 1 and seen.stride(0) != 1:
             seen = seen.contiguous()
         rows = seen.stride(1) == 1  # the rows of memory are the rows of what is seen
@@ -52,7 +52,7 @@ def _fill(matrix: Matrix, value: Weight, turned: bool, summed: int) -> Any:
         matrix.start, matrix.row, matrix.values = 0, seen.stride(0) if rows else seen.stride(1), seen.data_ptr()
         matrix.along = int(rows == (summed == 0))
         return seen
-    matrix.along = int(not turned)
+    matrix.along = int(not transposed)
     matrix.row = value.shape[-1]
     if isinstance(value, Nf4):
         matrix.kind, matrix.start, matrix.values = _NF4, value.start, value.packed.data_ptr()
@@ -82,25 +82,26 @@ def multiply(
     out: Tensor | None = None,
     alpha: float = 1.0,
     add: bool = False,
-    narrow: bool = False,
+    bf16_matmul: bool = False,
 ) -> Tensor:
-    """Sum over (A, W, turned) of A (M, K) times W (K, N), or times W^T where W (N, K) is `turned`; returns C (M, N) float32.
+    """Sum over (A, W, transposed) of A (M, K) times W (K, N), or times W^T where W (N, K) is `transposed`; returns C
+    (M, N) float32.
 
     A is a float32 tensor of any strides, W a float32 or bfloat16 tensor or a stored weight. `out` takes
-    the result; with `add` it is added to. `narrow` rounds both sides of the first term to bfloat16 (their
+    the result; with `add` it is added to. `bf16_matmul` rounds both sides of the first term to bfloat16 (their
     products are summed in float32), on processors that have instructions for it.
     """
     if out is not None and out.shape[-1] > 1 and out.stride(-1) != 1:  # C writes rows without gaps
-        return out.copy_(multiply(terms, out=out.contiguous(), alpha=alpha, add=add, narrow=narrow))
+        return out.copy_(multiply(terms, out=out.contiguous(), alpha=alpha, add=add, bf16_matmul=bf16_matmul))
     count = len(terms)
     a, b, k = (Matrix * count)(), (Matrix * count)(), (ctypes.c_int64 * count)()
     alive: list[Any] = []
     m, n = len(terms[0][0]), 0
-    for i, (left, right, turned) in enumerate(terms):
-        n = right.shape[-2] if turned else right.shape[-1]
+    for i, (left, right, transposed) in enumerate(terms):
+        n = right.shape[-2] if transposed else right.shape[-1]
         k[i] = left.shape[1]
-        alive += [_fill(a[i], left, False, 1), _fill(b[i], right, turned, 0)]
-    b[0].narrow = int(narrow)
+        alive += [_fill(a[i], left, False, 1), _fill(b[i], right, transposed, 0)]
+    b[0].narrow = int(bf16_matmul)
     if out is None:
         out = torch.empty(m, n)
     if not any(k) and not add:
@@ -115,9 +116,9 @@ def multiply(
 # ---- what training needs of it ------------------------------------------------------------------------------------
 
 
-def weight_gradient(dy: Tensor, x: Tensor, narrow: bool = False) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, bf16_matmul: bool = False) -> Tensor:
     """dy (rows, out), x (rows, in) -> dy^T x (out, in)."""
-    return multiply([(dy.T, x, False)], narrow=narrow)
+    return multiply([(dy.T, x, False)], bf16_matmul=bf16_matmul)
 
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -137,15 +138,15 @@ def low_rank_backward(
     return multiply([(dh.T, x, False)]), multiply([(dy.T, h, False)])
 
 
-def adapted(
-    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, narrow: bool = False
+def lora_linear(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, bf16_matmul: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x W^T + scale * (x A^T) B^T (rows, out) in one pass over the result, and scale * x A^T for the backward."""
     h = multiply([(x, A, True)], alpha=scale)  # (rows, r)
-    return multiply([(x, weight, True), (h, B, True)], narrow=narrow), h
+    return multiply([(x, weight, True), (h, B, True)], bf16_matmul=bf16_matmul), h
 
 
-def adapted_backward(
+def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
     weight: Weight,
@@ -154,11 +155,11 @@ def adapted_backward(
     B: Tensor,
     scale: float,
     wants_dx: bool,
-    narrow: bool = False,
+    bf16_matmul: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of `adapted` to x (rows, in), A (r, in) and B (out, r)."""
+    """The gradients of `lora_linear` to x (rows, in), A (r, in) and B (out, r)."""
     dh = multiply([(dy, B, False)], alpha=scale)  # (rows, r)
-    dx = multiply([(dy, weight, False), (dh, A, False)], narrow=narrow) if wants_dx else None
+    dx = multiply([(dy, weight, False), (dh, A, False)], bf16_matmul=bf16_matmul) if wants_dx else None
     return dx, multiply([(dh.T, x, False)]), multiply([(dy.T, h, False)])
 
 
@@ -181,25 +182,27 @@ def check() -> bool:
         and close(multiply([(dy[:, : w.shape[0]], w, False)]), reference.matmul_t(dy[:, : w.shape[0]], w))
         for w in weights
     )
-    good = good and (not get().narrows or _narrow_check(x, dy, weights))
+    good = good and (not get().has_bf16_matmul or _check_bf16(x, dy, weights))
     narrow = multiply([(x, dense, True), (x[:, :5], dense[:, :5], True)], alpha=0.5)
-    turned = multiply([(x.T, dense[:53], False)], out=torch.ones(331, 331), add=True)
+    transposed = multiply([(x.T, dense[:53], False)], out=torch.ones(331, 331), add=True)
     return (
-        good and close(narrow, 0.5 * (x @ dense.T + x[:, :5] @ dense[:, :5].T)) and close(turned, 1 + x.T @ dense[:53])
+        good
+        and close(narrow, 0.5 * (x @ dense.T + x[:, :5] @ dense[:, :5].T))
+        and close(transposed, 1 + x.T @ dense[:53])
     )
 
 
-def _narrow_check(x: Tensor, dy: Tensor, weights: Sequence[Weight]) -> bool:
+def _check_bf16(x: Tensor, dy: Tensor, weights: Sequence[Weight]) -> bool:
     """The same with both sides rounded: each kind of weight in both orientations, and a weight's gradient."""
 
     def rounded(value: Weight) -> Tensor:
         return (value if isinstance(value, Tensor) else reference.dequantize(value)).bfloat16().float()
 
-    def good(left: Tensor, weight: Weight, turned: bool) -> bool:
+    def good(left: Tensor, weight: Weight, transposed: bool) -> bool:
         right = rounded(weight)
-        found = multiply([(left, weight, turned)], narrow=True)
-        return close(found, rounded(left) @ (right.T if turned else right))
+        found = multiply([(left, weight, transposed)], bf16_matmul=True)
+        return close(found, rounded(left) @ (right.T if transposed else right))
 
     forward = all(good(x, w, True) for w in weights if w.shape[0] > 64)  # fewer columns are not rounded
     back = all(good(dy[:, : w.shape[0]], w, False) for w in weights)
-    return forward and back and close(weight_gradient(dy, x, narrow=True), rounded(dy).T @ rounded(x))
+    return forward and back and close(weight_gradient(dy, x, bf16_matmul=True), rounded(dy).T @ rounded(x))

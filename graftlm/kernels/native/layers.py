@@ -1,8 +1,8 @@
 """All layers of a decoder in one call (`layers.c`): what a model and a pass are to C.
 
-A `Stack` describes a model of the Llama family once: its weights where they lie, its norms, its angles, and the memory of its
-keys and values. `run` then takes one pass of rows through all layers. Whether a model is of that family is not decided
-here; `serving/decoder.py` proves it.
+A `DecoderStack` describes a model of the Llama family once: its weights where they lie, its norms, its angles, and the
+memory of its keys and values. `run` then takes one pass of rows through all layers. Whether a model is of that family
+is not decided here; `serving/engine/native_decoder.py` proves it.
 
 Letters: T rows, H heads, K key heads, D head width, P positions.
 """
@@ -47,7 +47,7 @@ class _Stack(ctypes.Structure):
     """`struct stack` of layers.c."""
 
     _fields_ = (
-        *((n, _long) for n in ("layers", "width", "inner", "heads", "key_heads", "head_width", "turned", "block")),
+        *((n, _long) for n in ("layers", "width", "inner", "heads", "key_heads", "head_width", "rotary_dim", "block")),
         ("epsilon", _double), ("offset", _double), ("gelu", _long),
         *((name, _pointer) for name in ("last_norm", "cosine", "sine", "layer")),
     )  # fmt: skip
@@ -63,7 +63,7 @@ class _Pass(ctypes.Structure):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class DecoderLayer:
     """One layer: its norms' weights, its linear layers by name (`LINEARS`) each with its bias, its attention."""
 
     norm: Tensor  # (width,)
@@ -80,14 +80,14 @@ class Layer:
     """0 for none."""
 
 
-class Stack:
+class DecoderStack:
     """A model's layers. Linear layer `j` of layer `i` has number `7 i + j`, in the order of `LINEARS`."""
 
     def __init__(
-        self, layers: Sequence[Layer], *, heads: int, block: int, epsilon: float, offset: float, gelu: bool,
+        self, layers: Sequence[DecoderLayer], *, heads: int, block: int, epsilon: float, offset: float, gelu: bool,
         last_norm: Tensor, cosine: Tensor, sine: Tensor,
     ) -> None:  # fmt: skip
-        """cosine and sine (P, turned); `block` positions of keys and values in a block; norms scale by w + offset."""
+        """cosine and sine (P, rotary_dim); `block` positions of keys and values in a block; norms scale by w + offset."""
         assert block <= MOST_BLOCK
         self._alive: list[Any] = []
         self._layers = (_Layer * len(layers))()
@@ -110,7 +110,7 @@ class Stack:
         self.numbers = len(LINEARS) * len(layers)
         self._stack = _Stack(
             layers=len(layers), width=self.width, inner=first.linears["gate"][0].shape[0], heads=heads,
-            key_heads=first.keys.shape[1], head_width=first.keys.shape[2], turned=cosine.shape[1], block=block,
+            key_heads=first.keys.shape[1], head_width=first.keys.shape[2], rotary_dim=cosine.shape[1], block=block,
             epsilon=epsilon, offset=offset, gelu=int(gelu), last_norm=self._values(last_norm),
             cosine=self._values(cosine), sine=self._values(sine), layer=ctypes.addressof(self._layers),
         )  # fmt: skip
@@ -123,13 +123,15 @@ class Stack:
         self._alive.append(values)
         return values.data_ptr()
 
-    def run(self, x: Tensor, positions: Tensor, table: Tensor, ranges: Sequence[int], factors: Sequence[Table]) -> None:
+    def run(
+        self, x: Tensor, positions: Tensor, table: Tensor, ranges: Sequence[int], factors: Sequence[AdapterTable]
+    ) -> None:
         """x (T, width) float32, in place: embeddings -> states behind the last norm; their keys and values are kept.
 
         Row t is at positions[t] (T,) of the sequence whose blocks are table[t] (T, blocks), both int64. `ranges` are the
         first row, and one past the last, of every adapter in turn, and `factors` its table.
         """
-        rows_of, tables = (_long * len(ranges))(*ranges), table_of([ctypes.addressof(f) for f in factors])
+        rows_of, tables = (_long * len(ranges))(*ranges), adapter_table([ctypes.addressof(f) for f in factors])
         given = _Pass(
             rows=len(x), threads=torch.get_num_threads(), x=x.data_ptr(), position=positions.data_ptr(),
             table=table.data_ptr(), table_stride=table.stride(0), routes=len(factors),
@@ -139,10 +141,10 @@ class Stack:
             raise MemoryError(f"no memory for the states of {len(x)} rows")
 
 
-Table = Any
+AdapterTable = Any
 """An adapter's factors by linear layer: `(c_void_p * numbers)`, addresses of `Factors.at`, None where it has no share."""
 
 
-def table_of(factors: Sequence[int | None]) -> Table:
-    """A `Table` from the addresses of every linear layer's factors."""
+def adapter_table(factors: Sequence[int | None]) -> AdapterTable:
+    """A `AdapterTable` from the addresses of every linear layer's factors."""
     return (_pointer * len(factors))(*factors)

@@ -2,7 +2,7 @@
 
 It is plain C reached through ctypes, which releases the interpreter lock while it runs. It takes the tables of
 `reference.py` when it is loaded, so there is one truth about the codes; it runs on PyTorch's own OpenMP threads. Where
-it is missing or does not load, `get().reason` says why; `checks.trust` says it once to whoever runs the process.
+it is missing or does not load, `get().reason` says why; `checks.self_check` says it once to whoever runs the process.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Library:
         self.calls: ctypes.CDLL | None = None
         self.reason = ""
         self.instructions = ""
-        self.multiplies = False  # whether our matrix product beats PyTorch's here
-        self.narrows = False  # whether it has instructions for bfloat16
+        self.has_fast_matmul = False  # whether our matrix product beats PyTorch's here
+        self.has_bf16_matmul = False  # whether it has instructions for bfloat16
         try:
             names = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
             found = [path for path in names if path.exists()]
@@ -110,9 +110,9 @@ class Library:
         tables = (reference.NF4_CODE, reference.NF4_MIDPOINTS, reference.DYNAMIC_CODE, reference.DYNAMIC_BINS)
         chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
         self.instructions = self.calls.graft_name(chosen).decode()
-        self.narrows = self.instructions == "AVX-512" and bool(self.calls.graft_gemm_narrow())
+        self.has_bf16_matmul = self.instructions == "AVX-512" and bool(self.calls.graft_gemm_narrow())
         pays = {2: "AVX-512", 3: "AVX2"}  # by level: see gemm.c
-        self.multiplies = pays.get(self.calls.graft_gemm_level()) == self.instructions
+        self.has_fast_matmul = pays.get(self.calls.graft_gemm_level()) == self.instructions
 
 
 _library: Library | None = None

@@ -17,8 +17,8 @@ from torch import Tensor
 from graftlm.kernels import reference
 from graftlm.kernels.native.library import calls
 from graftlm.kernels.native.weights import dequantize_into, nf4_pointers
-from graftlm.kernels.stored import BLOCK, Int8, Nf4, Stored
-from graftlm.kernels.trust import close, sample
+from graftlm.kernels.self_check import close, sample
+from graftlm.kernels.stored import BLOCK, Int8, Nf4, Quantized
 
 FEW_ROWS = 16  # up to here the codes are decoded once for every 8 rows; beyond, panels are faster
 PANEL_BYTES, PANEL_BYTES_FOR_MANY = 8 << 20, 16 << 20  # of dense W at once, for fewer than MANY_ROWS and for more
@@ -35,7 +35,7 @@ def _has_bfloat16_tiles() -> bool:
     return bool(check())
 
 
-def _contiguous(weight: Stored) -> Stored:
+def _contiguous(weight: Quantized) -> Quantized:
     return weight if isinstance(weight, Nf4) else Int8(weight.values.contiguous(), weight.scale.contiguous())
 
 
@@ -47,18 +47,18 @@ def _panel(length: int, other: int, rows: int, dtype: torch.dtype) -> int:
     return max(math.ceil(length / panels / BLOCK), 1) * BLOCK
 
 
-def matmul(x: Tensor, weight: Stored) -> Tensor:
+def matmul(x: Tensor, weight: Quantized) -> Tensor:
     """x (rows, in) -> x @ W.T (rows, out)."""
     weight = _contiguous(weight)
     return _few_rows(x, weight) if len(x) <= FEW_ROWS else _panels(x, weight)
 
 
-def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
+def matmul_t(dy: Tensor, weight: Quantized) -> Tensor:
     """dy (rows, out) -> dy @ W (rows, in)."""
     return _panels_t(dy, _contiguous(weight))
 
 
-def _few_rows(x: Tensor, weight: Stored) -> Tensor:
+def _few_rows(x: Tensor, weight: Quantized) -> Tensor:
     outer, inner = weight.shape
     dtype, x = x.dtype, x.float()  # (rows, in)
     if x.stride(1) != 1:
@@ -73,7 +73,7 @@ def _few_rows(x: Tensor, weight: Stored) -> Tensor:
     return y.to(dtype)
 
 
-def _panels(x: Tensor, weight: Stored) -> Tensor:
+def _panels(x: Tensor, weight: Quantized) -> Tensor:
     outer, inner = weight.shape
     dtype = _product_type(x.dtype)
     dense_x = x.to(dtype)  # (rows, in)
@@ -88,7 +88,7 @@ def _panels(x: Tensor, weight: Stored) -> Tensor:
     return y.to(x.dtype)
 
 
-def _panels_t(dy: Tensor, weight: Stored) -> Tensor:
+def _panels_t(dy: Tensor, weight: Quantized) -> Tensor:
     outer, inner = weight.shape
     dtype = _product_type(dy.dtype)
     rows = dy.to(dtype)  # (rows, out)
@@ -105,7 +105,7 @@ def _panels_t(dy: Tensor, weight: Stored) -> Tensor:
 # ---- the checks before first use ----------------------------------------------------------------------------------
 
 
-def _checked_weights() -> list[Stored]:
+def _checked_weights() -> list[Quantized]:
     dense = sample(13, 331, sizes=97)
     weight = reference.nf4_quantize(dense)
     return [weight, weight.narrow(3, 5), reference.int8_quantize(dense)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from graftlm.kernels import reference
 from graftlm.kernels.native.library import TWO_TYPES, calls
 from graftlm.kernels.routing import Routing
-from graftlm.kernels.trust import close, sample
+from graftlm.kernels.self_check import close, sample
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 MOST_ROWS = 16  # up to here reading the weight once is worth more than a matrix library's blocking (measured)
@@ -56,7 +56,7 @@ class _Factors(ctypes.Structure):
 class Factors:
     """One adapter's A (r, in), B (out, r) and scale on one layer, described to C once.
 
-    `ready` says whether C can take them: on a CPU, in 32 or 16 bits, with B turned in memory, (r, out).
+    `ready` says whether C can take them: on a CPU, in 32 or 16 bits, with B transposed in memory, (r, out).
     """
 
     def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
@@ -64,11 +64,11 @@ class Factors:
         known = A.dtype in TWO_TYPES and B.dtype in TWO_TYPES and A.device.type == "cpu"
         self.ready = known and A.is_contiguous() and B.T.is_contiguous()
         if self.ready:
-            self._said = _Factors(A.data_ptr(), B.data_ptr(), len(A), scale, TWO_TYPES[A.dtype], TWO_TYPES[B.dtype])
-            self.at = ctypes.addressof(self._said)
+            self._struct = _Factors(A.data_ptr(), B.data_ptr(), len(A), scale, TWO_TYPES[A.dtype], TWO_TYPES[B.dtype])
+            self.at = ctypes.addressof(self._struct)
 
 
-class Routes:
+class DecodeRouting:
     """Ranges of rows (first, one past the last), each with its factors; all of them `ready`."""
 
     def __init__(self, ranges: Sequence[tuple[int, int]], factors: Sequence[Factors]) -> None:
@@ -94,7 +94,7 @@ class Routes:
             raise MemoryError(f"no memory for the narrow states of {len(x)} rows")
 
 
-class _Attention(ctypes.Structure):
+class _AttentionStruct(ctypes.Structure):
     """`struct attention` of rows.c."""
 
     _fields_ = (
@@ -105,7 +105,7 @@ class _Attention(ctypes.Structure):
     )  # fmt: skip
 
 
-class Attention:
+class DecodeAttention:
     """A pass's single tokens: their rows of q, how many tokens each sees, and the blocks of its sequence; all int64 on the CPU.
 
     `rows` (n,), `visible` (n,) with the token itself, `table` (n, most blocks), `block` positions in each block.
@@ -113,11 +113,11 @@ class Attention:
 
     def __init__(self, rows: Tensor, visible: Tensor, table: Tensor, block: int) -> None:
         self.rows, self.visible, self.table, self.block = rows, visible, table.contiguous(), block  # kept alive
-        self._said: Any = _Attention(
+        self._struct: Any = _AttentionStruct(
             tokens=len(rows), row=rows.data_ptr(), visible=visible.data_ptr(), table=self.table.data_ptr(),
             table_stride=self.table.shape[1], block=block,
         )  # fmt: skip
-        self._at = ctypes.addressof(self._said)
+        self._at = ctypes.addressof(self._struct)
 
     def answer(
         self,
@@ -133,10 +133,15 @@ class Attention:
 
         All float32, `out`, keys and values end to end. `window` 0 and `softcap` 0 mean none.
         """
-        said = self._said
-        said.heads, said.width, said.query_row, said.query_head = q.shape[1], q.shape[2], q.stride(0), q.stride(1)
-        said.key_heads, said.value_width = keys.shape[1], values.shape[2]
-        said.scale, said.window, said.softcap = scale, window, softcap
+        struct = self._struct
+        struct.heads, struct.width, struct.query_row, struct.query_head = (
+            q.shape[1],
+            q.shape[2],
+            q.stride(0),
+            q.stride(1),
+        )
+        struct.key_heads, struct.value_width = keys.shape[1], values.shape[2]
+        struct.scale, struct.window, struct.softcap = scale, window, softcap
         if calls().graft_attend_rows(
             self._at, q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), torch.get_num_threads()
         ):
@@ -154,7 +159,7 @@ def check() -> bool:
     y, expected = sample(11, 29), sample(11, 29)
     uses = [(a, b, sample(r, 331).to(t), sample(r, 29).to(t).T, 0.3) for a, b, r, t in
             ((0, 1, 5, torch.float32), (2, 11, 35, torch.bfloat16))]  # fmt: skip
-    Routes([use[:2] for use in uses], [Factors(*use[2:]) for use in uses]).add(y, x)
+    DecodeRouting([use[:2] for use in uses], [Factors(*use[2:]) for use in uses]).add(y, x)
     for first, last, A, B, scale in uses:
         expected[first:last] += scale * (x[first:last] @ A.float().T @ B.float().T)
     good = good and close(y, expected)
@@ -162,7 +167,7 @@ def check() -> bool:
     rows, visible, table = torch.tensor([3, 0]), torch.tensor([17, 4]), torch.tensor([[2, 0, 3], [4, 1, 1]])
     for window, softcap in ((0, 0.0), (9, 0.0), (0, 1.5)):
         out, expected = torch.zeros(4, 6, 19), torch.zeros(4, 6, 19)
-        Attention(rows, visible, table, 7).answer(q, keys, values, out, 0.4, window, softcap)
+        DecodeAttention(rows, visible, table, 7).answer(q, keys, values, out, 0.4, window, softcap)
         reference.attend_rows(
             q, keys, values, expected, rows=rows, visible=visible, table=table, block=7, scale=0.4, window=window,
             softcap=softcap,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.native.library import TYPES, calls
-from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Stored
-from graftlm.kernels.trust import sample
+from graftlm.kernels.self_check import sample
+from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Quantized
 
 LARGE_BYTES = 16 << 20  # results from here on will not be found in a cache, and deserve large pages
 
@@ -39,7 +39,7 @@ def nf4_pointers(weight: Nf4) -> tuple[int, int, int, int]:
     )
 
 
-def dequantize_into(out: Tensor, weight: Stored, row: int = 0, column: int = 0, stream: bool = False) -> None:
+def dequantize_into(out: Tensor, weight: Quantized, row: int = 0, column: int = 0, stream: bool = False) -> None:
     """W[row : row + rows, column : column + columns] into the contiguous `out` (rows, columns)."""
     rows, columns = out.shape
     inner = weight.shape[-1]

@@ -6,7 +6,7 @@
     routed.py      low-rank products routed by token
     adamw.py       the optimizer's step
 
-Each file of launches ends with its own check against the reference, which runs before its first use (`trust.py`).
+Each file of launches ends with its own check against the reference, which runs before its first use (`self_check.py`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,27 @@ import importlib.util
 
 from torch import Tensor
 
+from graftlm.kernels.self_check import SelfCheck
 from graftlm.kernels.triton import adamw, routed, weights
 from graftlm.kernels.triton.adamw import step as adamw_step
 from graftlm.kernels.triton.device import FLOATS
 from graftlm.kernels.triton.routed import fits, low_rank_routed, low_rank_routed_backward
 from graftlm.kernels.triton.weights import int8_dequantize, matmul, matmul_t, nf4_dequantize
-from graftlm.kernels.trust import Trust
 
 __all__ = [
-    "FLOATS", "adamw", "adamw_step", "fits", "int8_dequantize", "low_rank_routed", "low_rank_routed_backward", "matmul",
-    "matmul_t", "nf4_dequantize", "status", "trust", "usable",
+    "FLOATS",
+    "adamw",
+    "adamw_step",
+    "fits",
+    "int8_dequantize",
+    "low_rank_routed",
+    "low_rank_routed_backward",
+    "matmul",
+    "matmul_t",
+    "nf4_dequantize",
+    "self_check",
+    "status",
+    "usable",
 ]  # fmt: skip
 
 
@@ -32,7 +43,7 @@ def _ready() -> str:
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-trust = Trust(
+self_check = SelfCheck(
     "Triton kernels",
     _ready,
     {
@@ -50,10 +61,10 @@ def usable(operation: str, tensor: Tensor) -> bool:
     """Whether `operation` may run here on `tensor`: on a CUDA or ROCm device, in a float type we know, and checked."""
     if tensor.device.type != "cuda" or (tensor.is_floating_point() and tensor.dtype not in FLOATS):
         return False
-    return trust.allows(operation, tensor.device)
+    return self_check.allows(operation, tensor.device)
 
 
 def status() -> str:
     """Whether Triton's kernels are used, or why not."""
-    reason = _ready() or trust.reason
+    reason = _ready() or self_check.reason
     return f"PyTorch without Triton kernels: {reason}" if reason else "Triton kernels"

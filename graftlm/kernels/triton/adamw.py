@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference_adamw as reference
-from graftlm.kernels.counter import word_keys
+from graftlm.kernels.counter_rng import word_keys
 from graftlm.kernels.moments import MOMENT_BLOCK, ZERO_MEAN_CODE, Moments
 from graftlm.kernels.triton.device import ceil, programs
 

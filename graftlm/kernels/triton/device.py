@@ -25,7 +25,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def widen(x: Tensor) -> bool:
+def needs_upcast(x: Tensor) -> bool:
     """Whether a program must widen x for a product: the interpreter knows none of bfloat16."""
     return x.dtype == torch.bfloat16 and interpreted()
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.routing import Range, Routing, Slots
-from graftlm.kernels.triton.device import STAGES, ceil, programs, widen
-from graftlm.kernels.trust import close, sample
+from graftlm.kernels.self_check import close, sample
+from graftlm.kernels.triton.device import STAGES, ceil, needs_upcast, programs
 
 LARGEST_RANK = 128  # one program holds a whole row of h; larger ranks go to the reference
 
@@ -50,9 +50,9 @@ class _Routes:
 
     def __init__(self, routing: Routing, like: Tensor) -> None:
         ranges, A, B = routing.ranges, routing.A, routing.B
-        # Serving keeps B turned in memory: then it is read as it lies.
-        self.turned = all(b is None or b.T.is_contiguous() for b in B)
-        sides = (A, [b if b is None or not self.turned else b.T for b in B])
+        # Serving keeps B transposed in memory: then it is read as it lies.
+        self.transposed = all(b is None or b.T.is_contiguous() for b in B)
+        sides = (A, [b if b is None or not self.transposed else b.T for b in B])
         self.matrices = [
             [None if m is None else m.detach().to(like.dtype).contiguous() for m in side] for side in sides
         ]
@@ -77,8 +77,8 @@ class _Routes:
         if self.count:
             programs("routed").shrink[(self.count,)](
                 x, x.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, h, h.stride(0), x.shape[1],
-                RANK_FIRST=side == 0 or self.turned, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
-                WIDEN=widen(x), num_stages=STAGES,
+                RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
+                WIDEN=needs_upcast(x), num_stages=STAGES,
             )  # fmt: skip
         return h
 
@@ -87,8 +87,8 @@ class _Routes:
         if self.count:
             programs("routed").expand[(self.count, ceil(y.shape[1], 64))](
                 h, h.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, y, y.stride(0), y.shape[1],
-                RANK_FIRST=side == 0 or self.turned, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
-                WIDEN=widen(h), num_stages=STAGES,
+                RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
+                WIDEN=needs_upcast(h), num_stages=STAGES,
             )  # fmt: skip
 
 
@@ -153,12 +153,12 @@ def check(device: torch.device) -> bool:
     B: Slots = [None, sample(70, 3, device=device), sample(70, 17, device=device)]
     ranges, scale = [(0, 4, 1), (4, 5, 0), (5, 40, 2), (41, 43, 1)], [1.0, 0.5, 2.0]
     x, dy = sample(43, 23, device=device), sample(43, 70, device=device)
-    turned: Slots = [b if b is None else b.T.contiguous().T for b in B]
+    transposed: Slots = [b if b is None else b.T.contiguous().T for b in B]
     outcomes: list[list[Tensor]] = []
     # The truth in float64: a GPU's float32 products may be rounded to TF32, depending on PyTorch's settings.
     for routed, backward, dtype, own in (
         (low_rank_routed, low_rank_routed_backward, torch.float32, B),
-        (low_rank_routed, low_rank_routed_backward, torch.float32, turned),
+        (low_rank_routed, low_rank_routed_backward, torch.float32, transposed),
         (reference.low_rank_routed, reference.low_rank_routed_backward, torch.float64, B),
     ):
         y, dx = torch.ones(43, 70, dtype=dtype, device=device), torch.ones(43, 23, dtype=dtype, device=device)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.stored import Int8, Nf4, Stored
-from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, programs, widen
-from graftlm.kernels.trust import close, sample
+from graftlm.kernels.self_check import close, sample
+from graftlm.kernels.stored import Int8, Nf4, Quantized
+from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, needs_upcast, programs
 
 FEW_ROWS = 16  # rows up to which a product decodes the weight itself; beyond, it is made dense for the vendor's product
 # (columns of the result, values summed at a time) of a program. The codes of one row of W lie beside each other: for x W^T
@@ -43,7 +43,7 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
-def dequantize(weight: Stored, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
 
 
@@ -56,13 +56,13 @@ def _few_rows(x: Tensor, weight: Nf4, transposed: bool) -> Tensor:
     columns, values = TILES["dy W" if transposed else "x W^T"]
     programs("weights").nf4_product[(ceil(made, columns),)](
         x, *weight.tensors().values(), *_tables(x.device), y, weight.start, len(x), summed, made, inner, x.stride(0),
-        TRANSPOSED=transposed, ROWS=FEW_ROWS, MADE=columns, SUMMED=values, WIDEN=widen(x),
+        TRANSPOSED=transposed, ROWS=FEW_ROWS, MADE=columns, SUMMED=values, WIDEN=needs_upcast(x),
         num_stages=STAGES, enable_fp_fusion=False,
     )  # fmt: skip
     return y
 
 
-def matmul(x: Tensor, weight: Stored) -> Tensor:
+def matmul(x: Tensor, weight: Quantized) -> Tensor:
     """x (..., in) -> x @ W.T (..., out)."""
     outer, inner = weight.shape
     rows = x.reshape(-1, inner)
@@ -71,7 +71,7 @@ def matmul(x: Tensor, weight: Stored) -> Tensor:
     return x @ dequantize(weight, x.dtype).T
 
 
-def matmul_t(dy: Tensor, weight: Stored) -> Tensor:
+def matmul_t(dy: Tensor, weight: Quantized) -> Tensor:
     """dy (..., out) -> dy @ W (..., in)."""
     outer, inner = weight.shape
     rows = dy.reshape(-1, outer)

@@ -1,0 +1,286 @@
+"""One stored weight, in any precision, that may carry a bank of adapters.
+
+    StoredLinear      y = x W^T + b      W (out, in): nn.Linear, Conv1D (transposed), a router's weight, the head
+    StoredStack       y = x W[e]^T       W (experts, out, in): the stacked weights of a mixture
+
+A module of the original model is replaced by one of these; its modelling code stays. `weight` is a Parameter when dense
+(trained when `requires_grad`), and plain codes and scales when compressed. Products run in the type of their input; a
+stored weight is upcast for one product at a time and, in the backward pass, once more, so that only its stored form stays
+in memory. `bank` is set by `adapters.attach`, and knows which tokens use which adapter.
+
+Letters: T tokens, `in`, `out` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftlm import kernels
+from graftlm.base import context
+from graftlm.base.precision import Weight, dequantize, nbytes, quantize
+from graftlm.config import Precision
+
+Range = tuple[int, int, int]
+"""(slot, first token, one past the last token)."""
+
+
+class LinearBank(Protocol):
+    """What a stored module asks of the adapters on it (`adapters.bank` implements it)."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        module: Any,
+        weight: Weight,
+        bias: Tensor | None,
+        expert: int | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class _Product(torch.autograd.Function):
+    """x (T, in) times W (out, in) transposed, gradient to x, and to W where W is dense and trained.
+
+    Unlike autograd's own record it keeps the stored form, never the upcast copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dense: Tensor | None, compressed: Any, bf16_matmul: bool) -> Tensor:  # (T, out)
+        ctx.save_for_backward(*((x, dense) if dense is not None and dense.requires_grad else (None, dense)))
+        ctx.compressed, ctx.bf16_matmul = compressed, bf16_matmul
+        return kernels.matmul(x, compressed if dense is None else dense, bf16_matmul)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (dy,) = grads  # (T, out)
+        x, dense = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = kernels.matmul_t(dy, ctx.compressed if dense is None else dense, ctx.bf16_matmul)
+        if ctx.needs_input_grad[1]:
+            assert dense is not None
+            dw = kernels.weight_gradient(dy, x, ctx.bf16_matmul, dense.dtype)
+        return dx, dw, None, None
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None = None, bf16_matmul: bool = False) -> Tensor:
+    """x (T, in) with W (out, in) in any stored form -> (T, out), in x's type; gradients to x and to a trained W.
+
+    `bf16_matmul` takes the products in bfloat16 where the processor has instructions for that (`kernels.has_bf16_matmul`).
+    """
+    if not torch.is_grad_enabled() and (not isinstance(weight, Tensor) or kernels.is_few_rows(x)):
+        y = kernels.matmul(x, weight, bf16_matmul)
+        return y if bias is None else y + bias.to(y.dtype)
+    if isinstance(weight, Tensor):
+        if weight.dtype == x.dtype and not kernels.has_fast_matmul(x, bf16_matmul):
+            return F.linear(x, weight, bias)
+        y = _Product.apply(x, weight, None, bf16_matmul)
+    else:
+        y = _Product.apply(x, None, weight, bf16_matmul)
+    assert isinstance(y, Tensor)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class Stored(nn.Module):
+    """A weight in its stored form; dense ones are the Parameter `weight`, compressed ones stand in `compressed`."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, shape: tuple[int, ...], precision: Precision, *, transposed: bool = False) -> None:
+        super().__init__()
+        self.shape = shape
+        self.precision: Precision = precision
+        self.transposed = transposed  # the original module keeps this weight transposed
+        self.compressed: Any = None
+        self.bf16_mixed = False  # products in bfloat16 of a stream in float32: `compute_dtype` is mixed
+        self.bank: LinearBank | None = None
+        self.register_parameter("weight", None)
+
+    @property
+    def dense(self) -> nn.Parameter | None:
+        """The weight as it is stored, where that is dense: `weight` may be the handle that the model's own code reads."""
+        return self._parameters["weight"]
+
+    @property
+    def bf16_matmul(self) -> bool:
+        """Whether products are taken in bfloat16, here and now."""
+        if not self.bf16_mixed:
+            return False
+        active = context.active()
+        return active is None or active.bf16_matmul
+
+    @property
+    def original_shape(self) -> tuple[int, ...]:
+        """The weight's shape in the original module."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
+    def set_weight(self, original: Tensor) -> None:
+        """Take the weight in the original module's layout and bring it into the stored form.
+
+        Works in place of the old value; the largest temporary is one copy of the tensor. Raises ValueError for a shape
+        that is not this module's.
+        """
+        weight = original.detach()
+        weight = weight.transpose(-1, -2) if self.transposed else weight
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"weight of shape {tuple(weight.shape)} where {self.shape} is expected")
+        if self.precision in ("int8", "nf4"):
+            self.compressed = quantize(weight, self.precision)
+        else:
+            dense = quantize(weight, self.precision)
+            assert isinstance(dense, Tensor)
+            self.register_parameter("weight", nn.Parameter(dense.contiguous(), requires_grad=False))
+
+    def tie(self, other: Stored) -> None:
+        """Take the weight of another module, which stays one: these layers are tied."""
+        self.compressed = other.compressed
+        self.register_parameter("weight", other.dense)
+
+    @property
+    def value(self) -> Weight:
+        """The weight as it is stored."""
+        if self.dense is not None:
+            return self.dense
+        assert self.compressed is not None, "this weight was never loaded"
+        return self.compressed
+
+    def original(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a dense tensor in the original module's layout."""
+        weight = dequantize(self.value, dtype).detach()
+        return weight.transpose(-1, -2).contiguous() if self.transposed else weight
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weight."""
+        return nbytes(self.value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
+        """Move compressed tensors along with the module; their types are part of the format and stay."""
+        super()._apply(fn, recurse)
+        if self.compressed is not None:
+            probe = next(iter(self.compressed.tensors().values()))
+            device = fn(probe.new_empty(0)).device
+            if device != probe.device:
+                self.compressed = self.compressed.to(device)
+        return self
+
+
+class StoredLinear(Stored):
+    """y = x W^T + b with W (out, in) stored in any precision."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        precision: Precision,
+        bias: nn.Parameter | None = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__(shape, precision, transposed=transposed)
+        self.out_features, self.in_features = shape
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
+        rows = x.reshape(-1, self.in_features)  # (T, in)
+        bank = self.bank  # another thread may take it off meanwhile
+        value, added = self.value, self.bias if bias else None
+        y = product(rows, value, added, self.bf16_matmul) if bank is None else bank(rows, self, value, added)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, {self.precision}"
+
+
+class StoredStack(Stored):
+    """The same linear layer of every expert of a mixture, W (experts, out, in)."""
+
+    def __init__(self, shape: tuple[int, int, int], precision: Precision, *, transposed: bool = False) -> None:
+        super().__init__(shape, precision, transposed=transposed)
+        self.experts, self.out_features, self.in_features = shape
+
+    def of_expert(self, expert: int, x: Tensor, rows: Tensor) -> Tensor:
+        """x (t, in), the tokens that expert `expert` got, with `rows` (t,) their ascending indices in the pass -> (t, out)."""
+        weight = self.value[expert]
+        bank = self.bank
+        if bank is not None:
+            return bank(x, self, weight, None, expert, rows)
+        return product(x, weight, None, self.bf16_matmul)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, in={self.in_features}, out={self.out_features}, {self.precision}"
+
+
+class WeightHandle:
+    """Stands where a model's own code reads a stored weight, and looks like a dense weight in the compute dtype.
+
+    `F.linear(x, weight)` and `weight @ x` become calls of the stored linear, so its stored form, its adapters and its
+    gradient come along: routers multiply like that inside their own forward, Mamba's mixers skip their `dt_proj`. Whatever
+    else is done with it gets the weight upcast, which no adapter changes. `dtype` is what the model's code may cast its
+    input to, so it is never that of the stored form.
+    """
+
+    def __init__(self, linear: StoredLinear, dtype: torch.dtype) -> None:
+        self.linear, self.dtype = linear, dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.linear.original_shape)
+
+    @property
+    def device(self) -> torch.device:
+        value = self.linear.value
+        return value.device if isinstance(value, Tensor) else next(iter(value.tensors().values())).device
+
+    @property
+    def tensor(self) -> Tensor:
+        """The weight itself, dense, in the original module's layout; a trained one gets its gradient through it."""
+        weight = dequantize(self.linear.value, self.dtype)
+        return weight.transpose(-1, -2) if self.linear.transposed else weight
+
+    def to(self, *args: Any, **kwargs: Any) -> WeightHandle:
+        """Type changes happen at the matmul; the handle stays."""
+        return self
+
+    type = to
+
+    def float(self) -> WeightHandle:
+        return self
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """W (out, in) with x (..., in, T) -> (..., out, T)."""
+        if self.linear.transposed or x.ndim < 2:
+            return self.tensor @ x
+        return self.linear(x.transpose(-1, -2), bias=False).transpose(-1, -2)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensor[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "linear":
+            raise AttributeError(name)
+        if name.endswith("_") and self.tensor is not self.linear.dense:
+            raise TypeError(f"its code changes a stored weight in place ({name})")
+        return getattr(self.tensor, name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) >= 2 and isinstance(args[1], WeightHandle) and not args[1].linear.transposed:
+            y = args[1].linear(args[0], bias=False)
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return y if bias is None else y + bias
+        return func(*(_as_tensor(a) for a in args), **{key: _as_tensor(value) for key, value in kwargs.items()})
+
+
+def _as_tensor(value: Any) -> Any:
+    return value.tensor if isinstance(value, WeightHandle) else value

@@ -1,0 +1,1 @@
+"""One module a command: the function that the command line and Python both call."""

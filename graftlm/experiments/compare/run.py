@@ -1,0 +1,283 @@
+"""`graft compare`: several ways to train one base on the same data, side by side, each run in its own process.
+
+    read and check everything -> search learning rates -> train every variant with every seed -> measure -> report
+
+Runs are done seed by seed, so what is there after an interruption compares like with like. Called again, a run that has its
+result is not run again, and one that was stopped goes on from its checkpoint. A method that cannot be trained (no memory, a
+loss that is not finite) is a result too: the others go on, and the report says why it is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from graftlm.config import CompareConfig, TrainConfig
+from graftlm.config.aliases import renamed, renamed_summary
+from graftlm.config.compare import Variant
+from graftlm.errors import Diverged, ModelError, RunError, Stopped, TrainingError
+from graftlm.experiments.compare import learning_rate as search
+from graftlm.experiments.compare.data import ComparisonData, load_comparison_data, write_search_rows
+from graftlm.experiments.compare.results import Comparison, collect
+from graftlm.experiments.compare.scoring import SCORES, ScoringRequest, Target
+from graftlm.experiments.compare.view import CompareView
+from graftlm.experiments.folders import MARK, RESULT, base_scores, claim, run_folder, search_folder, search_rows
+from graftlm.experiments.reports.comparison import write_reports
+from graftlm.experiments.subprocess_run import score_in_subprocess, train_in_subprocess
+from graftlm.files import write_json
+from graftlm.jsonfile import parse_json, read_json
+from graftlm.training.run_folder import locked
+
+
+@dataclass
+class Progress:
+    """How far a comparison has come."""
+
+    rates: dict[str, search.RateSearch] = field(default_factory=dict[str, search.RateSearch])
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    """Why a variant has no result."""
+
+
+def compare(config: CompareConfig, view: CompareView) -> Comparison:
+    """Run the comparison, or go on with it; writes the reports. Raises GraftError, or Stopped on a signal."""
+    with locked(config.out):
+        claim(config.out)
+        try:
+            with _terminated():
+                return _compare(config, view)
+        except (KeyboardInterrupt, Stopped) as stopped:
+            number = stopped.signal_number if isinstance(stopped, Stopped) else int(signal.SIGINT)
+            raise Stopped(
+                number,
+                f"stopped; finished runs are kept in {config.out}, the one in the middle left a checkpoint. "
+                "Go on with the same command",
+            ) from None
+
+
+def _compare(config: CompareConfig, view: CompareView) -> Comparison:
+    comparison_data = load_comparison_data(config)
+    view.comparison_data(config, comparison_data)
+    done = Progress()
+    _search(config, comparison_data, done, view)
+    _train(config, comparison_data, done, view)
+    if len(done.failed) == len(config.variants):
+        reasons = "; ".join(f"{name}: {why}" for name, why in done.failed.items())
+        raise TrainingError(f"no method could be trained: {reasons}")
+    _score(config, comparison_data, done, view)
+    comparison = collect(config, comparison_data, done.rates, done.failed)
+    write_json(config.out / MARK, {"written_by": "graft compare", **comparison.to_json()})
+    write_reports(comparison, config.out)
+    return comparison
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends the comparison as Ctrl-C does: the run in the middle is asked to leave a checkpoint."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number, "stopped")
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- learning rates -------------------------------------------------------------------------------------------------
+
+
+def _search(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
+    """A learning rate for every variant, given or found; a variant of which every rate diverges has failed."""
+    steps = search.search_steps(config.search_steps, comparison_data.steps)
+    known: dict[bool, float] = {}
+    files: tuple[tuple[str, ...], str] | None = None
+    for variant in config.variants:
+        given = config.given_rate(variant)
+        if given is not None:
+            done.rates[variant.name] = search.RateSearch(given)
+            known.setdefault(variant.adapter, given)
+            continue
+        files = files or write_search_rows(comparison_data, config.batch_size, steps, search_rows(config))
+        start, blind = search.first_rate(
+            variant.adapter, known, config.training(variant, seed=0, rate=None, out=config.out).peak_learning_rate
+        )
+        try:
+            found = _found_rate(config, variant, start, blind, steps, files, view)
+        except (ModelError, TrainingError) as error:
+            done.failed[variant.name] = str(error)
+            view.failed(variant.name, str(error))
+            continue
+        if found is None:
+            done.failed[variant.name] = f"every learning rate that was tried around {start:g} diverged"
+            view.failed(variant.name, done.failed[variant.name])
+            continue
+        done.rates[variant.name] = found
+        known[variant.adapter] = found.rate
+        view.rate(variant.name, found)
+
+
+def _found_rate(
+    config: CompareConfig, variant: Variant, start: float, blind: bool, steps: int, files: tuple[tuple[str, ...], str],
+    view: CompareView,
+) -> search.RateSearch | None:  # fmt: skip
+    def loss_at(rate: float) -> search.TriedRate:
+        out = search_folder(config, variant, rate)
+        data, judged_by = files
+        changes: dict[str, Any] = {"steps": steps, "epochs": None, "eval_every": steps}
+        training = config.training(variant, seed=0, rate=rate, out=out, data=data, eval_data=judged_by, **changes)
+        with view.running(f"search {variant.name}, {rate:g}", steps) as stepped:
+            try:
+                summary = run_once(training, stepped)
+            except Diverged as error:
+                write_json(out / RESULT, {"asked": _asked(training), "diverged": str(error)})
+                return search.TriedRate(rate, float("inf"))
+        for left in ("adapter", "model", "checkpoints"):  # only the loss was wanted
+            shutil.rmtree(out / left, ignore_errors=True)
+        return search.TriedRate(rate, summary["eval_loss_after"], summary["eval_loss_before"])
+
+    return search.climb(start, loss_at, blind=blind)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def _train(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
+    for seed in range(config.seeds):
+        for variant in config.variants:
+            if variant.name in done.failed:
+                continue
+            rate = done.rates[variant.name]
+            training = config.training(
+                variant, seed=seed, rate=rate.rate,
+                out=run_folder(config, variant, seed),
+            )  # fmt: skip
+            label = f"{variant.name}, seed {seed}"
+            try:
+                with view.running(label, comparison_data.steps) as stepped:
+                    summary = run_once(training, stepped)
+            except (ModelError, TrainingError) as error:
+                done.failed[variant.name] = f"seed {seed}: {error}"
+                view.failed(variant.name, str(error))
+                continue
+            _same_data(training.out, comparison_data)
+            view.trained(label, summary)
+
+
+def _asked(config: TrainConfig) -> dict[str, Any]:
+    """What a run was asked, apart from where it lies."""
+    return {name: value for name, value in config.to_json().items() if name not in ("out", "resume")}
+
+
+def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
+    """The summary of a run: read where it is there already, else trained, from its checkpoint where it left one.
+
+    Raises RunError where the folder holds a run of other options, and Diverged again for a run that diverged.
+    """
+    out, asked = config.out, _asked(config)
+    known = _read(out / RESULT)
+    if known is not None:
+        # An option that is newer than the run had its default then.
+        before = renamed(known["asked"])
+        then = {name: before.get(name, TrainConfig.model_fields[name].default) for name in asked}
+        changed = [
+            f"{name.replace('_', '-')} was {then[name]!r}, now {value!r}"
+            for name, value in parse_json(json.dumps(asked)).items()
+            if parse_json(json.dumps(then[name])) != value
+        ]
+        if changed:
+            raise RunError(f"{out} was run with other options: {'; '.join(changed)}. Take the same, or another --out")
+        if "diverged" in known:
+            raise Diverged(known["diverged"])
+        return renamed_summary(known["summary"])
+    if (out / "adapter").exists() or (out / "model").exists():
+        shutil.rmtree(out)  # it was killed after its end, and before its figures were written
+    began = (out / "config.json").is_file()
+    summary = train_in_subprocess(config.model_copy(update={"resume": True}) if began else config, stepped)
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(out / RESULT, {"asked": asked, "summary": summary, "finished": finished})
+    return summary
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = read_json(path, RunError)
+    except RunError:
+        return None
+    return found if "asked" in found else None
+
+
+def _same_data(out: Path, comparison_data: ComparisonData) -> None:
+    """Raise RunError where a finished run was trained or measured on other rows than the files hold now."""
+    data = read_json(out / "data.json", RunError)
+    for name, now in (("train", comparison_data.train), ("eval", comparison_data.eval_dataset)):
+        if data[name]["digest"] != now.digest:
+            raise RunError(f"the {name} data have changed since {out} was run; put them back, or take another --out")
+
+
+# ---- other measurements ---------------------------------------------------------------------------------------------
+
+
+def _score(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
+    """Loss on general text and task scores, of the bare bases and of every trained model that has none yet."""
+    requests = list(_requests(config, comparison_data, done))
+    left = sum(len(request.left()) for request in requests)
+    if not left or (comparison_data.general is None and config.metric is None):
+        return
+    with view.running("general text" + (f", {config.metric}" if config.metric else ""), left) as stepped:
+        count = 0
+
+        def heard(event: dict[str, Any]) -> None:
+            nonlocal count
+            if event["event"] == "scored":
+                count += 1
+                stepped({"event": "step", "step": count, "steps": left})
+
+        for request in requests:
+            if request.left():
+                score_in_subprocess(request, heard)
+
+
+def _requests(config: CompareConfig, comparison_data: ComparisonData, done: Progress) -> Iterator[ScoringRequest]:
+    """One for each base: the model in each precision with its adapters, and each model that was trained in full."""
+
+    def request(model: str, precision: Any, targets: list[Target]) -> ScoringRequest:
+        return ScoringRequest(
+            model=model,
+            precision=precision,
+            compute_dtype=config.compute_dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            general=str(comparison_data.general) if comparison_data.general else None,
+            metric=config.metric,
+            questions=comparison_data.questions,
+            max_tokens=2 * comparison_data.longest_answer,
+            template_date=config.template_date,
+            targets=tuple(targets),
+        )
+
+    by_precision: dict[str, list[Target]] = {}
+    for variant in config.variants:
+        if variant.name in done.failed:
+            continue
+        precision = config.training(variant, seed=0, rate=None, out=config.out).stored_precision
+        targets = by_precision.setdefault(precision, [Target(str(base_scores(config, precision)))])
+        for seed in range(config.seeds):
+            folder = run_folder(config, variant, seed)
+            if variant.adapter:
+                targets.append(Target(str(folder / SCORES), str(folder / "adapter")))
+            else:
+                yield request(str(folder / "model"), precision, [Target(str(folder / SCORES))])
+    for precision, targets in by_precision.items():
+        yield request(config.model, precision, targets)

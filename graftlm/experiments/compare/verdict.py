@@ -1,0 +1,172 @@
+"""What the figures allow to be said, in sentences; "cannot tell" is one of the answers.
+
+    best     the lowest mean eval loss, for what that is worth
+    within   shown to be at most the margin behind the best: the whole interval lies under it (a test of non-inferiority)
+    behind   shown to be more than the margin behind: the whole interval lies over it
+    open     neither; more rows or seeds would show which
+
+The choice is the cheapest of the best and those within. It is certain where nothing cheaper is open, and there are at least
+two seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from graftlm.config import CompareConfig
+from graftlm.experiments.compare.statistics import MOST_ROWS, MOST_SEEDS, Difference, Needed, PairedBootstrap
+
+Place = Literal["best", "within", "behind", "open"]
+_EQUAL = 1.02
+"""Costs up to this factor over the lowest count as the same."""
+_CHEAP = {"memory": "least peak memory", "size": "smallest saved file", "time": "shortest training"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one variant stands against the best."""
+
+    name: str
+    place: Place
+    behind: float
+    """Nats a token behind the best."""
+    needed: Needed | None
+    """What would show whether an open one is within the margin."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said in the end."""
+
+    best: str
+    choice: str | None
+    """What to take; None where no method is better than the untrained base."""
+    certain: bool
+    margin: float
+    """Nats a token."""
+    standings: tuple[Standing, ...]
+    """By loss, the best first."""
+    differences: tuple[Difference, ...]
+    """Every pair, the worse one first."""
+    sentences: tuple[str, ...]
+
+
+def judge(study: PairedBootstrap, costs: Mapping[str, tuple[float, ...]], config: CompareConfig) -> Verdict:
+    """Judge all variants of a study; `costs` holds the asked cost first, then what decides between equals."""
+    names = sorted(costs, key=study.loss)
+    best = names[0]
+    margin = config.margin / 100 * max(0.0, study.gain(best))
+    differences = study.differences(names[::-1])
+    against = {d.first: d for d in differences if d.second == best}
+    standings = [Standing(best, "best", 0.0, None)]
+    for name in names[1:]:
+        found = against[name]
+        standings.append(Standing(name, _place(found, margin), found.mean, None))
+    standings = [
+        s if s.place != "open" or study.seeds < 2
+        else Standing(s.name, s.place, s.behind, study.needed(against[s.name], abs(margin - s.behind)))
+        for s in standings
+    ]  # fmt: skip
+    sentences = [_losses(study, names), *(_pair(d, study, margin) for d in differences)]
+    if study.gain(best) <= 0:
+        sentences.append(
+            f"No method is better than the untrained base ({study.base:.3f}): more data, more steps or other learning rates "
+            "are needed before a choice means anything."
+        )
+        return Verdict(best, None, False, margin, tuple(standings), tuple(differences), tuple(sentences))
+    choice = _cheapest([s.name for s in standings if s.place in ("best", "within")], costs)
+    rivals = [s for s in standings if s.place == "open" and _cheapest([s.name, choice], costs) == s.name]
+    certain = study.seeds > 1 and not rivals
+    sentences = [*_choice(study, config, standings, choice, rivals), *sentences]
+    return Verdict(best, choice, certain, margin, tuple(standings), tuple(differences), tuple(sentences))
+
+
+def _place(found: Difference, margin: float) -> Place:
+    if found.interval.high <= margin:
+        return "within"
+    return "behind" if found.interval.low > margin else "open"
+
+
+def _cheapest(names: list[str], costs: Mapping[str, tuple[float, ...]]) -> str:
+    """The cheapest; where costs are the same within 2 %, the next kind of cost decides."""
+    left = names
+    for kind in range(len(costs[names[0]])):
+        lowest = min(costs[name][kind] for name in left)
+        left = [name for name in left if costs[name][kind] <= _EQUAL * lowest]
+    return left[0]
+
+
+def _losses(study: PairedBootstrap, names: list[str]) -> str:
+    found = ", ".join(f"{name} {study.loss(name):.3f}" for name in names)
+    seeds = f"means of {study.seeds} seeds" if study.seeds > 1 else "one seed"
+    drawn = f" ({study.groups} prompts)" if study.groups < study.rows else ""
+    return f"Eval loss from {study.base:.3f} to: {found} ({seeds}, {study.rows} rows{drawn}, nats a token)."
+
+
+def _pair(found: Difference, study: PairedBootstrap, margin: float) -> str:
+    low, high = found.interval.low, found.interval.high
+    size = f"{abs(found.mean):.3f}" if abs(found.mean) >= 0.001 else f"{abs(found.mean):.1e}"
+    interval = f"95 % interval {low:+.3f} to {high:+.3f}"
+    if found.told_apart:
+        return f"{found.second} is better than {found.first} by {size} ({interval})."
+    if found.seed_error is None:
+        way = "lower" if low > 0 else "not surely lower even on these rows"
+        return (
+            f"{found.second} against {found.first}: {size} {way} with this one seed ({interval}, of rows alone). Cannot tell: "
+            "another seed may turn it; --seeds 3 would show."
+        )
+    return (
+        f"{found.second} and {found.first} are indistinguishable at this n: {size} apart ({interval}). "
+        f"{_deciding(found, study, margin)}"
+    )
+
+
+def _deciding(found: Difference, study: PairedBootstrap, margin: float) -> str:
+    """The n that would decide, or that there is nothing to decide."""
+    if max(abs(found.interval.low), abs(found.interval.high)) <= margin:
+        return "The whole interval lies within the margin: for the choice they are equal."
+    needed = found.needed
+    if needed is None:
+        return f"So small a difference would take more than {MOST_ROWS:,} eval rows or {MOST_SEEDS} seeds to show."
+    return f"If it is as large as it looks, {enough(needed, study)} would show it, four times of five."
+
+
+def enough(needed: Needed, study: PairedBootstrap) -> str:
+    """The numbers in words, with those that are there."""
+    ways: list[str] = []
+    if needed.both is not None:
+        rows, seeds = needed.both
+        return f"about {rows:,} eval rows (now {study.rows:,}) with {seeds} seeds (now {study.seeds})"
+    if needed.rows is not None:
+        ways.append(f"about {needed.rows:,} eval rows (now {study.rows:,})")
+    if needed.seeds is not None:
+        ways.append(f"{needed.seeds} seeds (now {study.seeds})")
+    return " or ".join(ways)
+
+
+def _choice(
+    study: PairedBootstrap, config: CompareConfig, standings: list[Standing], choice: str, rivals: list[Standing]
+) -> list[str]:
+    best = standings[0].name
+    margin = f"{config.margin:g} % of {best}'s gain"
+    within = [s.name for s in standings if s.place == "within"]
+    said: list[str] = []
+    if study.seeds == 1:
+        said.append(
+            f"Cannot tell: with one seed nothing here is more than a hint. On these rows {choice} would be the choice "
+            f"({_CHEAP[config.cost]} within {margin})."
+        )
+    elif rivals:
+        for rival in rivals:
+            more = f": {enough(rival.needed, study)} would show it" if rival.needed is not None else ""
+            said.append(f"Cannot tell whether {rival.name}, which is cheaper, is within {margin}{more}.")
+        said.append(f"Until then {choice} is the safe choice.")
+    elif choice != best:
+        said.append(f"Take {choice}: of all shown to be within {margin} it has the {_CHEAP[config.cost]}.")
+    elif within:
+        said.append(f"Take {choice}: it has the lowest loss and the {_CHEAP[config.cost]} of all within {margin}.")
+    elif len(standings) > 1:
+        said.append(f"Take {choice}: no other is shown to be within {margin}.")
+    return said

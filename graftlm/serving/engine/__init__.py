@@ -1,0 +1,1 @@
+"""Continuous batching: requests, scheduler, KV cache, adapters in memory, sampling."""

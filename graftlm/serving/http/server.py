@@ -1,0 +1,283 @@
+"""`graft serve`: from its options to a server that runs until it is told to end.
+
+On SIGTERM or SIGINT it takes no new requests (503), says so on /readyz, answers what it has to the end for at most
+`drain-seconds`, and leaves. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.adapters.attach import Adapter
+from graftlm.adapters.store import Store
+from graftlm.adapters.store.content import ANY_RUN, open_manifest
+from graftlm.base.caches import prove_decoding
+from graftlm.base.kv_cache import LayerKVSpec
+from graftlm.base.loading import Base, load_base
+from graftlm.config import ServeConfig
+from graftlm.errors import ConfigError, nearest
+from graftlm.progress import working
+from graftlm.serving.engine.async_engine import AsyncEngine
+from graftlm.serving.engine.engine import Engine, EngineLimits
+from graftlm.serving.engine.generate import checkpoint_precision
+from graftlm.serving.engine.prompts import PromptEncoderCache
+from graftlm.serving.http.admin import preload
+from graftlm.serving.http.api_keys import ApiKeys, Tenant, read_api_keys
+from graftlm.serving.http.app import create_app
+from graftlm.serving.http.dependencies import ApiError, RequestLimits, ServerState
+from graftlm.serving.http.metrics import Metrics
+from graftlm.serving.http.model_registry import ModelRegistry, ServedModel, UnknownModel
+from graftlm.serving.memory import cache_tokens, free_memory
+
+Note = Callable[[str], None]
+SWITCH = 0.0001
+"""Seconds that a thread may keep the interpreter from another."""
+
+
+@dataclass
+class BuiltServer:
+    """Everything of a server but its socket."""
+
+    state: ServerState
+    app: Any
+    base: Base
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What was planned, as plain values."""
+        engine = self.state.async_engine.engine
+        return {
+            "model": self.state.model_registry.base_name,
+            "precision": self.base.precision,
+            "base_bytes": self.base.bytes,
+            "fingerprint": self.state.fingerprint,
+            "adapters": len(self.state.model_registry.names()),
+            "packed": engine.paged,
+            "cache_bytes": engine.runner.bytes,
+            "cache_tokens": engine.limits.cache_tokens,
+            "running": engine.limits.max_num_seqs,
+            "max_loras": engine.limits.max_loras,
+            "adapter_bytes": engine.limits.adapter_bytes,
+        }
+
+
+def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
+    """Load the base and plan the memory. Raises GraftError."""
+    keys = read_api_keys(config.api_keys)
+    store = Store(config.store) if config.store is not None else None
+    if store is not None:
+        store.bases()  # a folder that is no store is said before a base is loaded
+    precision = config.base_precision or checkpoint_precision(config.model, config.trust_remote_code)
+    base = load_base(
+        config.model, precision=precision, compute_dtype=config.compute_dtype, device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    note(
+        f"base       {config.model}: {base.parameters / 1e6:.1f}M parameters as {precision}, {base.bytes / 1e6:.1f} MB"
+    )
+    fingerprint = base.fingerprint
+
+    def load(folder: Path) -> Adapter:
+        # A server's adapters are versions, whose folders are named by their digests. The digest of what this returns, its
+        # tensors among it, is compared once more before it is served.
+        open_manifest(folder, folder.name, fingerprint, ANY_RUN)
+        return adapter_format.load(base, folder)
+
+    with working("preparing to answer"):
+        decoding = prove_decoding(base)
+        engine = Engine(base, plan(config, base, keys, decoding.layers), decoding=decoding, load=load)
+    state = ServerState(
+        async_engine=AsyncEngine(engine), model_registry=ModelRegistry(base_label(config.model), fingerprint, store), keys=keys,
+        book=PromptEncoderCache(base, config.format), metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]
+        request_limits=RequestLimits(
+            body_bytes=int(config.max_body_mb * 1e6), body_seconds=min(config.request_timeout, RequestLimits.body_seconds),
+            prompt_tokens=config.max_prompt_tokens, output_tokens=config.max_output_tokens, seconds=config.request_timeout,
+        ),
+    )  # fmt: skip
+    state.metrics = Metrics(state.async_engine)
+    built = BuiltServer(state, create_app(state), base)
+    say = built.summary
+    if engine.paged:
+        memory = f"{say['cache_bytes'] / 1e6:.0f} MB of keys and values"
+        note(f"answers    {say['running']} at once, {memory} for {say['cache_tokens']:,} tokens")
+    else:
+        note(f"answers    {say['running']} at once, those of equal length together: {decoding.why_not_blocks}")
+        if decoding.cache is None:
+            note(f"cache      none, each token costs a pass over the whole text: {decoding.why_not_cache}")
+    slots = f"{say['max_loras']} at work at once, {say['adapter_bytes'] / 1e9:.1f} GB for all in memory"
+    note(
+        f"adapters   {say['adapters']} names in the store; {slots}"
+        if store is not None
+        else "adapters   none: no --store"
+    )
+    if not keys.wanted and config.host not in ("127.0.0.1", "localhost", "::1"):
+        note(f"open       anybody who reaches {config.host} may ask; give --api-keys FILE to change that")
+    return built
+
+
+def base_label(model: str) -> str:
+    """What the base is called over HTTP: a hub id as it is, of a folder only its last name."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def plan(config: ServeConfig, base: Base, keys: ApiKeys, kept: dict[int, LayerKVSpec]) -> EngineLimits:
+    """Numbers for the engine from the options and the memory that is free now. Raises ConfigError for too little.
+
+    `kept` is what the layers of the base keep in blocks: empty where keys and values are the model's own business.
+    """
+    if config.kv_cache_gb is not None and not kept:
+        raise ConfigError(
+            "kv-cache-gb: this model keeps its past in its own way, so what a token takes is not known beforehand; "
+            "leave it out, "
+            "and bound its memory with --max-num-seqs"
+        )
+    free = free_memory(base.device)
+    adapters = int(config.adapter_memory_gb * 1e9) if config.adapter_memory_gb is not None else max(free // 4, 1 << 28)
+    tokens = cache_tokens(base, kept, config.max_num_seqs, config.kv_cache_gb)
+    return EngineLimits(
+        max_num_seqs=config.max_num_seqs,
+        queue=config.max_queue,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        cache_tokens=tokens,
+        max_loras=config.max_loras,
+        adapter_bytes=adapters,
+        shared=len(keys.tenants) > 1,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn, ending the way this server ends."""
+
+    def __init__(self, built: BuiltServer, config: ServeConfig, note: Note) -> None:
+        settings = uvicorn.Config(
+            built.app, host=config.host, port=config.port, log_level="warning", access_log=False, lifespan="off",
+            timeout_keep_alive=30, timeout_graceful_shutdown=5, server_header=False, proxy_headers=False,
+        )  # fmt: skip
+        super().__init__(settings)
+        self._built, self._drain, self._note = built, config.drain_seconds, note
+        self._told = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins to drain, the second one ends at once."""
+        self._told += 1
+        if self._told == 1:
+            self._built.state.draining = True
+            self._note("draining   no new requests; another signal ends at once")
+        else:
+            self.should_exit = self.force_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that was answered by draining is not raised again at the end."""
+        try:
+            before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: nobody sends signals here
+            yield
+            return
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if self._built.state.draining and not self.should_exit:
+            engine = self._built.state.async_engine.engine
+            now = time.monotonic()
+            self._since = getattr(self, "_since", now)
+            if not engine.busy or now - self._since > self._drain:
+                if engine.busy:
+                    self._note(
+                        f"stopped    {engine.running + engine.waiting} answers were not complete after {self._drain:g} s"
+                    )
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def serve(config: ServeConfig, note: Note, ready: Callable[[str, BuiltServer], None] = lambda url, built: None) -> None:
+    """Serve until a signal; `ready` is told the address when requests are taken. Raises GraftError."""
+    # While a thread of the engine wants to go on, the one that answers HTTP must not keep the interpreter for 5 ms.
+    sys.setswitchinterval(SWITCH)
+    built = build(config, note)
+    # What is there now stays: looking through all of it for garbage would hold everybody up for a third of a second.
+    gc.collect()
+    gc.freeze()
+    preloaded = [_wanted(built, name, config) for name in config.adapter]
+    built.state.async_engine.start()
+    server = Server(built, config, note)
+    place = _listen(config)
+    url = f"http://{_shown(config.host)}:{place.getsockname()[1]}"
+
+    async def load() -> None:
+        try:
+            for who in preloaded:
+                await preload(built.state, who)
+        except ApiError as error:
+            raise ConfigError(str(error)) from None
+        built.state.preloading = False
+        ready(url, built)
+
+    async def run() -> None:
+        serving, loading = asyncio.create_task(server.serve(sockets=[place])), asyncio.create_task(load())
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():  # told to end before all was in memory
+            loading.cancel()
+        elif loading.exception() is not None:
+            server.should_exit = True
+        await serving
+        if loading.done() and not loading.cancelled():
+            loading.result()
+
+    try:
+        # The loop is uvloop's where that is installed.
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(run())
+    finally:
+        place.close()
+        built.state.async_engine.close()
+        gc.unfreeze()  # libraries report what is not freed at the end
+
+
+def _wanted(built: BuiltServer, name: str, config: ServeConfig) -> ServedModel:
+    """A version that --adapter names. Raises ConfigError."""
+    try:
+        return built.state.model_registry.find(name, Tenant("", admin=True))
+    except UnknownModel:
+        known = list(built.state.model_registry.names())
+        raise ConfigError(f"adapter: {config.store} has no '{name}' for {config.model}{nearest(name, known)}") from None
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """A socket on the wanted address. Raises ConfigError where that is taken or not this machine's."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    place = socket.socket(family, socket.SOCK_STREAM)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((config.host, config.port))
+    except OSError as error:
+        place.close()
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; take another --port"
+        ) from None
+    place.listen(2048)
+    place.setblocking(False)
+    return place
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host

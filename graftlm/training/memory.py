@@ -1,0 +1,313 @@
+"""Before the first step: what the run will take, and one pass over its longest batch to see that it does.
+
+    estimate(...)     the plan of `graft plan`, for this run: its base, its adapter, its examples, this machine
+    dry_run(...)    forward and back once over the heaviest pass there can be; nothing of it stays
+
+So memory runs out here or not at all, with the way out said, and a run of hours does not end in its middle. The pass leaves
+weights, optimizer and random numbers as they were: gradients are freed, and randomness has no state.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from graftlm.adapters.attach import Adapter
+from graftlm.adapters.bank import LowRank
+from graftlm.base import hf
+from graftlm.base.loading import Base
+from graftlm.config import TrainConfig
+from graftlm.data.sampler import epoch_length
+from graftlm.errors import GraftError, ModelError, TrainingError
+from graftlm.formatting import size
+from graftlm.planning.activations import Workload
+from graftlm.planning.fitting import PlanCase, changes
+from graftlm.planning.hardware import Card, local
+from graftlm.planning.instantiate import common_name
+from graftlm.planning.memory import MemoryParts, MemoryRequirement, requirement
+from graftlm.planning.method import NO_ADAPTER, AdapterShape, TrainingSetting
+from graftlm.planning.models import find
+from graftlm.planning.peak_memory import PeakMemory
+from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
+from graftlm.planning.shapes import ModelShape
+from graftlm.progress import working
+from graftlm.training.trainer import BatchItem, collate, forward, go_back, micro_batches
+from graftlm.training.trial import Trial
+
+MIN_MICRO_BATCH_TOKENS = 256
+TOO_MUCH = 1.15  # a plan this far above what the machine has is refused untried: predictions are right within a tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """What a run is expected to take."""
+
+    micro_batch_tokens: int
+    load: Workload
+    """Its heaviest pass."""
+    requirement: MemoryRequirement | None
+    """None where the model's shape could not be counted."""
+    card: Card
+    case: PlanCase | None
+    work: tuple[BatchItem, ...]
+    """The heaviest pass itself."""
+
+    @property
+    def dry_run_bytes(self) -> int | None:
+        """Bytes that the dry run should take at its peak: the optimizer has no states yet and makes no step."""
+        if self.requirement is None:
+            return None
+        moments = {name: parts for name, parts in self.requirement.moments.items() if name != "update"}
+        return max(replace(parts, optimizer=0).total for parts in moments.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """For plan.json."""
+        found: dict[str, Any] = {
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "heaviest_micro_batch": {
+                "tokens": self.load.tokens, "target_tokens": self.load.target_tokens, "longest_example": self.load.longest,
+                "examples": self.load.examples, "micro_batches_in_its_step": self.load.micro_batches,
+            },
+            "machine": {"name": self.card.name, "memory_bytes": self.card.memory, "usable_bytes": self.card.usable},
+        }  # fmt: skip
+        if self.requirement is not None:
+            found["predicted"] = {
+                "parts": self.requirement.parts.to_json(),
+                "highest_at": self.requirement.moment,
+                "peak_bytes": self.requirement.training,
+                "loading_bytes": self.requirement.loading,
+                "dry_run_bytes": self.dry_run_bytes,
+            }
+        return found
+
+
+# ---- the plan of this run --------------------------------------------------------------------------------------------
+
+
+def estimate(
+    config: TrainConfig, base: Base, trials: Sequence[Trial], adapters: Sequence[Adapter] = (), *, spare: int = 0
+) -> MemoryEstimate:
+    """The plan of a run, or of trials that are trained together. `config` says how, `adapters` are those of the trials.
+
+    `micro_batch_tokens` is the asked one, else the most that is fast and fits this machine. It follows from the machine's
+    whole memory, not from what happens to be free, so the same command on the same machine makes the same
+    micro-batches. `spare` are trained values of adapters that may come later.
+    """
+    card = local(str(base.device) if base.device.type == "cuda" else "cpu")
+    shape, setting, adapter_shape = shape_of(config, base), _setting(config, base), _adapted(base, adapters)
+    longest = max(d.tokens for trial in trials for d in trial.examples)
+    sizes = [config.micro_batch_tokens] if config.micro_batch_tokens else _sizes(longest)
+    if config.optimizer_in_backward and not config.micro_batch_tokens:
+        sizes = sizes[:1]  # its steps are of one pass
+    fused = base.fused.norms > 0
+    found: MemoryEstimate | None = None
+    for tokens in sizes:
+        work, load = _heaviest(base, trials, tokens)
+        load = replace(load, small=tokens < DEFAULT_MICRO_BATCH_TOKENS)
+        took = case = None
+        if shape is not None:
+            beside = spare + max(0, sum(adapter.count for adapter in adapters) - adapter_shape.values(shape))
+            took = requirement(
+                shape,
+                setting,
+                adapter_shape,
+                load,
+                card.kind,
+                fused=fused,
+                fused_dequant=card.fused_dequant,
+                beside=beside,
+            )
+            rank = max((adapter.plan.rank for adapter in adapters), default=1)
+            case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
+        found = MemoryEstimate(
+            micro_batch_tokens=tokens, load=load, requirement=took, card=card, case=case, work=tuple(work)
+        )
+        if took is None or took.training <= card.usable:
+            break
+    assert found is not None
+    return found
+
+
+def _sizes(longest: int) -> list[int]:
+    """Tokens of a pass to try: what is fast, and halves of it down to the longest example."""
+    found = [DEFAULT_MICRO_BATCH_TOKENS]
+    while found[-1] // 2 >= max(longest, MIN_MICRO_BATCH_TOKENS):
+        found.append(found[-1] // 2)
+    return found
+
+
+def shape_of(config: TrainConfig, base: Base) -> ModelShape | None:
+    """The sizes that a plan counts with; None for a model that trains and whose config builds no empty one."""
+    try:
+        shape = find(str(base.folder), trust_remote_code=config.trust_remote_code).shape
+    except GraftError:  # it runs without a plan
+        return None
+    return replace(shape, packs=base.packs, plain_head=base.structure.plain_head)
+
+
+def _setting(config: TrainConfig, base: Base) -> TrainingSetting:
+    return TrainingSetting(
+        key=config.method, label=config.method, method=config.method, precision=base.precision,
+        compute_dtype="bfloat16" if base.compute_dtype == "bfloat16" else "float32", optimizer=config.optimizer,
+        optimizer_in_backward=config.optimizer_in_backward, offload_optimizer=config.offload_optimizer,
+        activation_checkpointing=config.activation_checkpointing, dora=config.dora,
+    )  # fmt: skip
+
+
+def _adapted(base: Base, adapters: Sequence[Adapter]) -> AdapterShape:
+    """What is really there, layer by layer. Of several adapters the larger at each kind: a token passes one of them."""
+    found = NO_ADAPTER
+    for adapter in adapters:
+        one = _counted(base, adapter)
+        found = AdapterShape(
+            layers={key: max(found.layers.get(key, 0), n) for key, n in {**found.layers, **one.layers}.items()},
+            ranks={key: max(found.ranks.get(key, 0), n) for key, n in {**found.ranks, **one.ranks}.items()},
+            whole=max(found.whole, one.whole),
+        )
+    return found
+
+
+def _counted(base: Base, adapter: Adapter) -> AdapterShape:
+    stored = {name.removesuffix(".stored"): module for name, module in base.stored().items()}
+    layers: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    whole = 0
+    for name, slot in adapter.slots.items():
+        module = stored.get(name)
+        if isinstance(slot, LowRank) and module is not None:
+            key = f"{common_name(name)} {module.shape[-2]}x{module.shape[-1]}"
+            layers[key], ranks[key] = layers.get(key, 0) + 1, ranks.get(key, 0) + slot.rank
+            whole += 0 if slot.magnitude is None else slot.magnitude.numel()
+        else:
+            whole += sum(p.numel() for p in slot.named().values())
+    return AdapterShape(layers=layers, ranks=ranks, whole=whole)
+
+
+def _heaviest(base: Base, trials: Sequence[Trial], micro_batch_tokens: int) -> tuple[list[BatchItem], Workload]:
+    """The heaviest pass that a step can make: of a batch of each trial's longest examples."""
+    work = [w for trial in trials for w in _longest_batch(trial)]
+    groups = micro_batches(base, work, micro_batch_tokens)
+    found = max(groups, key=lambda group: _weight(group, base.packs))
+    counts = [int(w.example.loss_mask[1:].sum()) for w in found]
+    lengths = [w.example.tokens for w in found]
+    return found, Workload(
+        tokens=sum(lengths), target_tokens=sum(counts), longest=max(lengths), examples=len(found), micro_batches=len(groups)
+    )  # fmt: skip
+
+
+def _longest_batch(trial: Trial) -> list[BatchItem]:
+    """The longest examples that can meet in one batch of a trial."""
+    sampler = trial.sampler
+    again = sampler.draws > epoch_length(
+        sampler.sizes, sampler.weights
+    )  # a batch may reach from one epoch into the next
+    chosen: list[int] = []
+    at = 0
+    for count, weight in zip(sampler.sizes, sampler.weights):
+        times = max(1, math.ceil(weight)) + again
+        lengths = sorted(range(at, at + count), key=lambda i: -trial.examples[i].tokens)[: sampler.batch_size]
+        chosen += [i for i in lengths for _ in range(times)]
+        at += count
+    chosen = sorted(chosen, key=lambda i: (-trial.examples[i].tokens, -trial.examples[i].target_tokens, i))
+    chosen = chosen[: sampler.batch_size]
+    trained = sum(int(trial.examples[i].loss_mask[1:].sum()) for i in chosen)
+    return [
+        BatchItem(trial.examples[i], trial.slot, (trial.seed, draw), 1.0 / trained) for draw, i in enumerate(chosen)
+    ]
+
+
+def _weight(group: Sequence[BatchItem], packs: bool) -> tuple[int, int]:
+    """What makes a pass heavy: its tokens, where attention writes its scores out the squares of its lengths; target tokens."""
+    lengths = [w.example.tokens for w in group]
+    return sum(lengths) if packs else sum(n * n for n in lengths), sum(w.example.target_tokens for w in group)
+
+
+# ---- the dry run -----------------------------------------------------------------------------------------------------
+
+
+def dry_run(base: Base, trials: Sequence[Trial], memory_estimate: MemoryEstimate) -> int:
+    """Run the heaviest pass forward and back; returns the bytes in use at its peak, as `PeakMemory` counts them.
+
+    Raises TrainingError, with what to change, where the plan is far beyond the machine, or memory runs out, and ModelError
+    where the model's own code fails: some run forward and refuse to go back.
+    """
+    refuse(memory_estimate)
+    if memory_estimate.load.micro_batches > 1:
+        for trial in trials:
+            for parameter in () if trial.optimizer.in_backward else trial.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)  # what the micro-batches in front of it have left
+    try:
+        with (
+            PeakMemory(base.device, keep=True) as memory, _freed_at_once(trials), working("trying the longest batch"),
+        ):  # fmt: skip
+            micro_batch = collate(base, memory_estimate.work)
+            total, _ = forward(base, micro_batch, head_gradient_last=any(t.optimizer.in_backward for t in trials))
+            go_back(total)
+    except GraftError:
+        raise
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+            isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", said, re.IGNORECASE)
+        )
+        if not full and hf.fails_in_the_model(error):
+            raise ModelError(
+                f"{type(base.model).__name__} cannot be trained as asked: its own code fails in a pass forward and back "
+                f"({type(error).__name__}: {said[:200]}); take another model, or report this architecture"
+            ) from error
+        if not full:
+            raise
+        raise TrainingError(
+            f"memory runs out in a pass of {memory_estimate.load.tokens:,} tokens, before the first step ({said[:160]})."
+            f"{_way_out(memory_estimate)}"
+        ) from None
+    finally:
+        for trial in trials:
+            trial.optimizer.zero_grad()
+    return memory.bytes
+
+
+@contextmanager
+def _freed_at_once(trials: Sequence[Trial]) -> Iterator[None]:
+    """With the optimizer inside the backward pass no gradient stays; here each is dropped without a step."""
+
+    def drop(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    trained = (p for trial in trials if trial.optimizer.in_backward for p in trial.parameters.values())
+    handles = [p.register_post_accumulate_grad_hook(drop) for p in trained]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def refuse(memory_estimate: MemoryEstimate) -> None:
+    """Raise TrainingError, with what to change, for a plan that is far beyond this machine."""
+    took, card = memory_estimate.requirement, memory_estimate.card
+    if took is None or card.kind != "cpu" or took.training <= TOO_MUCH * card.usable:
+        return
+    raise TrainingError(
+        f"this run would take {size(took.training)} ({_largest(took.parts)}), and {card.name} has {size(card.usable)} for it; "
+        f"nothing was started.{_way_out(memory_estimate)}"
+    )
+
+
+def _largest(parts: MemoryParts) -> str:
+    values = {k: v for k, v in parts.to_json().items() if k != "total"}
+    return ", ".join(f"{name} {size(values[name])}" for name in sorted(values, key=lambda n: -values[n])[:3])
+
+
+def _way_out(memory_estimate: MemoryEstimate) -> str:
+    if memory_estimate.case is None or memory_estimate.requirement is None:
+        return " Lower --micro-batch-tokens, or take --activation-checkpointing"
+    found = changes(memory_estimate.case, memory_estimate.requirement.setting)
+    said = "; ".join(f"{change.text} ({size(change.peak)})" for change in found)
+    return f" Cheapest first: {said}" if said else " Take a smaller model, or a larger machine"

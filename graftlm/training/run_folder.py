@@ -1,0 +1,186 @@
+"""The run folder: what a run was asked, with what, on what, and what came out.
+
+config.json        every option, resolved        plan.json       bytes and time, and what was measured
+environment.json   versions, hardware, dates     data.json       digest, rows, tokens, target tokens, template date
+metrics.jsonl      one object a line: step, kind (train | eval | event), loss or eval_loss, epoch, num_tokens, ...
+evaluation.jsonl   per evaluation row: row id, target tokens, summed loss before and after
+checkpoints/       best.json                     adapter/ or model/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from graftlm import __version__, kernels
+from graftlm.errors import RunError
+from graftlm.files import write_json, write_text
+from graftlm.jsonfile import parse_json
+from graftlm.training import checkpoint
+
+LOCK = ".running"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the time, as they are now."""
+    versions = {"graftlm": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("transformers", "tokenizers", "safetensors", "datasets", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "kernels": kernels.backend("cuda" if gpus else "cpu"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def check_free(out: Path, resume: bool) -> None:
+    """Refuse an output folder that already holds something, unless its run is to go on; and a run that has ended.
+
+    To be asked while the folder is `locked`, so that nobody else fills it meanwhile.
+    """
+    filled = out.is_dir() and any(entry.name != LOCK for entry in out.iterdir())
+    known_run = (out / "config.json").is_file()
+    ended = next((result for result in ("adapter", "model") if known_run and (out / result).exists()), None)
+    if filled and ended is not None:
+        more = "--from-adapter" if ended == "adapter" else "--model"
+        formula = ", and without what an adapter is made of, such as --rank" if ended == "adapter" else ""
+        began = f"--resume: the run in {out}" if resume else f"--out {out} already holds a run; it"
+        raise RunError(
+            f"{began} has ended, its result is {out / ended}. More steps are a new run that begins there: give "
+            f"{more} {out / ended} and another --out, without --resume{formula}"
+        )
+    if filled and not resume:
+        known = "a run" if known_run else "other files"
+        raise RunError(f"--out {out} already holds {known}; take another folder, or --resume to go on with it")
+    if filled and resume and not known_run:
+        raise RunError(f"--resume: {out} holds files and no run (there is no config.json); take another folder")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a run folder, made where there is none, for this process; RunError while another living process has it.
+
+    The system takes the lock away with the process, however that ends, so none is ever left behind.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; name a folder")
+    lock = out / LOCK
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written to: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(descriptor, 20).decode(errors="replace").strip() or "of unknown number"
+        os.close(descriptor)
+        raise RunError(f"{out} is in use by process {owner}; wait for it, or take another --out") from None
+    try:
+        try:
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        except OSError as error:
+            raise RunError(f"--out {out} cannot be written to: {error.strerror}") from None
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Say what is left of a run that cannot be written any more: RunError instead of OSError and SafetensorError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{out} could not be written to ({error}); {checkpoint.whereabouts(out)}. "
+            "Make room, and go on with the same command and --resume"
+        ) from None
+
+
+class MetricsFile:
+    """metrics.jsonl, one line at once; a run that goes on drops the lines after the step it goes on from."""
+
+    def __init__(self, path: Path, from_step: int | None) -> None:
+        """`from_step` is None for a run that begins."""
+        kept: list[dict[str, Any]] = []
+        if from_step is not None and path.is_file():
+            kept = [line for line in read_metrics(path) if line.get("step", 0) <= from_step]
+        write_lines(path, kept)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be flushed has been said where it was written
+            self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl under today's names; one that was written before, or in part, reads the same."""
+    return [_todays(line) for line in read_lines(path)]
+
+
+def read_evaluation(path: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation.jsonl under today's names."""
+    return [_todays(line) for line in read_lines(path)]
+
+
+def _todays(line: dict[str, Any]) -> dict[str, Any]:
+    names = {"trained_tokens": "target_tokens"}
+    if line.get("kind") == "eval":
+        names |= {"loss": "eval_loss", "rows": "eval_examples"}
+    return {names.get(key, key): value for key, value in line.items()}
+
+
+def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut short by a crash is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield parse_json(line)
+        except ValueError:
+            continue
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON-lines file in one piece. Raises OSError."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+__all__ = [
+    "LOCK",
+    "MetricsFile",
+    "check_free",
+    "environment",
+    "locked",
+    "read_evaluation",
+    "read_lines",
+    "read_metrics",
+    "write_json",
+    "write_lines",
+    "writing",
+]
