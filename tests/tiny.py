@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from graftlm.adapters.attach import Adapter, AdapterPlan, attach, new_adapter, select_layers
-from graftlm.base import hf
+from graftlm.base.attention import ATTENTION, set_attention
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base
 from graftlm.data.dataset import Example
@@ -255,12 +255,12 @@ def original_attention(base: Base) -> Iterator[None]:
     """A base that packs, made to run on stacks for a while."""
     packs = base.packs
     base.packs = False
-    hf.set_attention(base.model, base.original_attention)
+    set_attention(base.model, base.original_attention)
     try:
         yield
     finally:
         base.packs = packs
-        hf.set_attention(base.model, hf.ATTENTION if packs else base.original_attention)
+        set_attention(base.model, ATTENTION if packs else base.original_attention)
 
 
 def close(found: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:

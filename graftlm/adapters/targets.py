@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftlm.adapters.attach import adaptable
 from graftlm.adapters.patterns import Expressions, named_by
-from graftlm.base import hf
+from graftlm.base.checkpoint_layout import mixture_of_v4
 from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredLinear, StoredStack
 from graftlm.errors import AdapterError, nearest
@@ -192,7 +192,7 @@ def _renamed(base: Base, targets: Targets) -> tuple[Targets, list[str]]:
 
     A string becomes the last names of what it fits, on every layer; names of transformers 4's experts become parameters.
     """
-    since = _SINCE_V5.get(hf.mixture_of_v4(base.model) or "")
+    since = _SINCE_V5.get(mixture_of_v4(base.model) or "")
     if since is None:
         return targets, targets.parameters
     entries = targets.modules

@@ -16,17 +16,28 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from graftlm import kernels
 from graftlm.base import context
+from graftlm.base.context import ForwardContext
+from graftlm.base.transformers_log import quiet
+from graftlm.errors import ModelError
 from graftlm.segments import Segments
+
+if TYPE_CHECKING:
+    from graftlm.base.loading import Base
+
+ATTENTION = "graft_segments"  # the name that transformers knows ours by
 
 # Keywords that do not change what is computed here: the mask and the cache are ours, positions are already in q and k.
 _IGNORED = {
@@ -170,6 +181,59 @@ def causal(
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
+# ---- switching a model -----------------------------------------------------------------------------------------------
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, segment_attention)
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Set the attention of a model and of every part of it."""
+    with quiet():
+        model.set_attn_implementation(implementation)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", None) not in (None, implementation):
+            config._attn_implementation = implementation
+
+
+@contextmanager
+def short_windows(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Cut every attention window and chunk down to `length` tokens for a while, so that short examples are longer than it.
+
+    A model that applies its window only through the mask, which our attention does not read, shows itself then.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    changed: list[tuple[Any, str, int]] = []
+    for owner in (*configs.values(), *model.modules()):
+        for name in ("sliding_window", "attention_chunk_size"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value > length:
+                changed.append((owner, name, value))
+                setattr(owner, name, length)
+    try:
+        yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+
+
+def position_dependent_rotary(config: Any) -> str | None:
+    """The rotary type whose frequencies depend on the longest position in the batch, or None."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [parameters] if "rope_type" in parameters or "type" in parameters else list(parameters.values())
+    for kind in kinds:
+        if isinstance(kind, dict):
+            name = kind.get("rope_type", kind.get("type"))
+            if name in ("longrope", "dynamic"):
+                return str(name)
+    return None
+
+
+# ---- may a model use it? ---------------------------------------------------------------------------------------------
+
+
 def may_pack(
     own: Callable[[Tensor], Tensor],
     packed: Callable[[Tensor, Segments], Tensor],
@@ -254,3 +318,72 @@ def tolerance(*, exact: bool) -> float:
     Rounding adds up with depth (measured at 0.03 over 16 layers in bfloat16), a leak of random tokens is of order 1.
     """
     return 1e-3 if exact else 0.15
+
+
+@torch.no_grad()
+def choose_attention(base: Base) -> None:
+    """Switch to our attention if the three checks pass on these weights; else keep the model's own, and say why.
+
+    Raises ModelError for a model whose own attention does not do either.
+    """
+    own = base.original_attention = base.model.config._attn_implementation
+    base.packs, base.no_packing_reason = _may_pack(base, own)
+    set_attention(base.model, ATTENTION if base.packs else own)
+    if not base.packs:
+        prove_stacks(base)
+
+
+def _may_pack(base: Base, own: str) -> tuple[bool, str]:
+    rotary = position_dependent_rotary(base.model.config)
+    if rotary is not None:
+        return False, f"its rotary frequencies ({rotary}) depend on the longest position in a batch"
+    if not base.structure.takes_positions:
+        return False, "it takes no position ids"
+
+    def alone(ids: Tensor) -> Tensor:
+        set_attention(base.model, own)
+        return _stack_logits(base, ids)[0]
+
+    def packed(ids: Tensor, segments: Segments) -> Tensor:
+        set_attention(base.model, ATTENTION)
+        passing = ForwardContext(segments)
+        return base.logits(base.hidden(ids[0].to(base.device), passing), passing)
+
+    with short_windows(base.model, 5):
+        return may_pack(alone, packed, base.structure.vocabulary, exact=base.compute_dtype != "bfloat16")
+
+
+@torch.no_grad()
+def prove_stacks(base: Base) -> None:
+    """Raise ModelError unless the base gives an example of a stack, with its own attention, what it gives it alone.
+
+    What holds here can be trained on, and decoded at worst by running the whole text for every token.
+    """
+    with original_attention(base):
+        why = may_stack(
+            lambda ids: _stack_logits(base, ids), base.structure.vocabulary, exact=base.compute_dtype != "bfloat16"
+        )
+    if why:
+        reads = getattr(base.model.config, "is_decoder", None) is False
+        raise ModelError(
+            f"{type(base.model).__name__} can neither be trained nor generated with: {why}. "
+            + ("In its config.json is_decoder is false; a causal language model has true there. " if reads else "")
+            + "Graft takes models that predict each token from those before it"
+        )
+
+
+@contextmanager
+def original_attention(base: Base) -> Iterator[None]:
+    """A base on the attention that it came with, for a while."""
+    before = base.model.config._attn_implementation
+    set_attention(base.model, base.original_attention)
+    try:
+        yield
+    finally:
+        set_attention(base.model, before)
+
+
+def _stack_logits(base: Base, ids: Tensor) -> Tensor:
+    """The logits (n, L, vocabulary) of examples (n, L), by the attention that is switched on."""
+    passing = ForwardContext(Segments(lengths=(ids.shape[1],) * len(ids), slots=(0,) * len(ids), stacked=True))
+    return base.logits(base.hidden(ids.reshape(-1).to(base.device), passing), passing).view(*ids.shape, -1)

@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from graftlm.base import hf
-from graftlm.base.attention import distance, tolerance
+from graftlm.base.attention import distance, original_attention, prove_stacks, short_windows, tolerance
 from graftlm.base.context import ForwardContext
 from graftlm.base.kv_cache import LayerKVSpec, check_kv_cache
-from graftlm.base.loading import Base, original_attention, prove_stacks
+from graftlm.base.loading import Base
 from graftlm.segments import Segments
 
 ARGUMENTS = ("past_key_values", "cache_params", "state")
@@ -144,7 +143,7 @@ def may_cache(base: Base) -> tuple[Asking | None, str]:
     why = ""
     for positions in (True, False) if base.structure.takes_positions else (False,):
         asking = Asking(argument, positions)
-        with original_attention(base), hf.short_windows(base.model, 5):
+        with original_attention(base), short_windows(base.model, 5):
             found = _why_not(base, asking)
         if not found:
             return asking, ""

@@ -7,8 +7,6 @@ same conversion is run once on row numbers in place of rows: what comes out says
     span      rows `first .. first + count` of a tensor  are  rows `row .. row + count` of a weight
     rows      of W (out, in) its out; of a stack (E, out, in) all of them, expert by expert
     across    the tensor keeps W transposed (Conv1D), so its rows are columns
-
-Beside `hf.py` this is the only file that touches transformers' internals.
 """
 
 # pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false
@@ -26,7 +24,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import (
+    _MODEL_TO_CONVERSION_PATTERN,
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -221,3 +224,13 @@ def _spans(
         spans.append(RowSpan(weight, at, name, flat[at] - begin, last - at, by_column))
         at = last
     return spans
+
+
+def mixture_of_v4(model: PreTrainedModel) -> str | None:
+    """The mixture after whose transformers 4 form PEFT rewrites a config for this model: `mixtral`, `qwen2_moe`, or None.
+
+    As `_convert_peft_config_moe` of PEFT 0.21 finds it.
+    """
+    kind = str(getattr(model.config, "model_type", ""))
+    known = {**_MODEL_TO_CONVERSION_PATTERN, "mixtral": "mixtral"}
+    return known.get(kind) if get_checkpoint_conversion_mapping(kind) is not None else None

@@ -7,7 +7,7 @@
 `nn.Linear` takes no keyword arguments, so a stored linear, its bank of adapters, the attention and the embedding read the
 active context of their thread. A thread has one only while a pass of its own runs: there is no default, and a thread never
 sees another's. So a server may check one adapter in one thread while it answers in another. Activation checkpointing runs a
-layer again under the context that its first run had (`hf.py`), in whatever thread autograd does that.
+layer again under the context that its first run had (`structure.py`), in whatever thread autograd does that.
 """
 
 from __future__ import annotations

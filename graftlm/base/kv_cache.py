@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.base import hf
-from graftlm.base.attention import UnsupportedAttention, causal, distance, tolerance
+from graftlm.base.attention import UnsupportedAttention, causal, distance, short_windows, tolerance
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base
 from graftlm.segments import Segments
@@ -232,7 +231,7 @@ def check_kv_cache(base: Base) -> tuple[dict[int, LayerKVSpec], str]:
     if not base.packs:
         return {}, base.no_packing_reason
     try:
-        with hf.short_windows(base.model, 5):
+        with short_windows(base.model, 5):
             layers = layer_kv_specs(base)
             store = PagedKVCache(
                 layers, blocks=9, block=4, batch_slots=2, max_blocks=4, dtype=base.activation_dtype, device=base.device

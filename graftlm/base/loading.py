@@ -8,6 +8,8 @@
 Weights are read from safetensors only. Nothing is unpickled, and no code of the model's runs unless it is asked for.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import contextlib
@@ -21,16 +23,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from graftlm import demo, kernels
-from graftlm.base import hf
-from graftlm.base.attention import may_pack, may_stack
+from graftlm.base.attention import choose_attention, position_dependent_rotary
 from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint, weight_files
 from graftlm.base.fused import FusedCounts, fuse
 from graftlm.base.modules import Stored
 from graftlm.base.precision import DTYPES, default_compute_dtype, nbytes
+from graftlm.base.quantizer import load_dequantized, stream_checkpoint
+from graftlm.base.random_init import random_model, random_stored_model
+from graftlm.base.structure import ModelStructure
+from graftlm.base.surgery import Replacements, convert_model
 from graftlm.config import ComputeDtype, Precision
 from graftlm.errors import ModelError
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
@@ -55,7 +60,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     precision: Precision
     compute_dtype: ComputeDtype
-    structure: hf.ModelStructure
+    structure: ModelStructure
     not_converted: dict[str, str]
     """Modules that are neither stored in `precision` nor adaptable, with the reason."""
     fixed: frozenset[str] = frozenset()
@@ -203,12 +208,18 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
         raise ModelError(f"{folder}/config.json is not understood: {_one_line(error)}{hint}") from None
     if not hasattr(config.get_text_config(), "to_dict"):
         raise ModelError(f"{folder}/config.json: text_config is {config.get_text_config()!r:.80}, expected an object")
-    if not hf.has_causal_model(config, trust_remote_code):
+    if not has_causal_model(config, trust_remote_code):
         raise ModelError(
             f"{folder}: transformers has no causal language model of type '{config.model_type}'; Graft trains models that "
             "AutoModelForCausalLM loads"
         )
     return config
+
+
+def has_causal_model(config: Any, trust_remote_code: bool) -> bool:
+    """Whether transformers, or the model's own code where it may run, has a causal language model for this config."""
+    own = getattr(config, "auto_map", None) or {}
+    return type(config) in AutoModelForCausalLM._model_mapping or (trust_remote_code and "AutoModelForCausalLM" in own)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -295,15 +306,15 @@ def load_base(
         quantized = _quantization_of(folder)
         notes: list[str] = []
         if init == "random":
-            model, replacements = hf.convert_model(hf.random_model(config, seed, trust_remote_code), precision, dtype)
+            model, replacements = convert_model(random_model(config, seed, trust_remote_code), precision, dtype)
             model = _moved(model, place)
         elif quantized is not None:
-            model, replacements = hf.convert_model(
-                hf.load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype
+            model, replacements = convert_model(
+                load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype
             )
             model = _moved(model, place)
         else:
-            model, replacements, unused = hf.stream_checkpoint(str(folder), precision, dtype, place, trust_remote_code)
+            model, replacements, unused = stream_checkpoint(str(folder), precision, dtype, place, trust_remote_code)
             if unused:
                 notes.append(
                     f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ..."
@@ -330,7 +341,7 @@ def random_base(
     name = f"random {config.model_type}"
     with working(f"making a {name}"), _memory_explained(name, precision, place):
         chosen = compute_dtype or default_compute_dtype(place, training=training)
-        model, replacements = hf.random_stored_model(config, precision, DTYPES[chosen], place, seed)
+        model, replacements = random_stored_model(config, precision, DTYPES[chosen], place, seed)
         return _understood(name, Path(), model, replacements, tokenizer, precision, chosen, True, [])
 
 
@@ -338,7 +349,7 @@ def _understood(
     name: str,
     folder: Path,
     model: Any,
-    replacements: hf.Replacements,
+    replacements: Replacements,
     tokenizer: PreTrainedTokenizerBase,
     precision: Precision,
     compute_dtype: ComputeDtype,
@@ -353,14 +364,14 @@ def _understood(
         tokenizer=tokenizer,
         precision=precision,
         compute_dtype=compute_dtype,
-        structure=hf.ModelStructure(model, DTYPES[compute_dtype]),
+        structure=ModelStructure(model, DTYPES[compute_dtype]),
         not_converted=replacements.not_converted,
         fixed=frozenset(replacements.fixed),
         random=random,
         notes=notes,
     )
     base.fused = fuse(model, DTYPES[compute_dtype])
-    _choose_attention(base)
+    choose_attention(base)
     base.keeps_state = _keeps_state(base)
     for module in base.stored().values():
         module.bf16_mixed = compute_dtype == "bf16-mixed"
@@ -384,82 +395,21 @@ def _quantization_of(folder: Path) -> str | None:
 
 
 @torch.no_grad()
-def _choose_attention(base: Base) -> None:
-    """Switch to our attention if the three checks pass on these weights; else keep the model's own, and say why.
-
-    Raises ModelError for a model whose own attention does not do either.
-    """
-    own = base.original_attention = base.model.config._attn_implementation
-    base.packs, base.no_packing_reason = _may_pack(base, own)
-    hf.set_attention(base.model, hf.ATTENTION if base.packs else own)
-    if not base.packs:
-        prove_stacks(base)
-
-
-def _may_pack(base: Base, own: str) -> tuple[bool, str]:
-    rotary = hf.position_dependent_rotary(base.model.config)
-    if rotary is not None:
-        return False, f"its rotary frequencies ({rotary}) depend on the longest position in a batch"
-    if not base.structure.takes_positions:
-        return False, "it takes no position ids"
-
-    def alone(ids: Tensor) -> Tensor:
-        hf.set_attention(base.model, own)
-        return _stack_logits(base, ids)[0]
-
-    def packed(ids: Tensor, segments: Segments) -> Tensor:
-        hf.set_attention(base.model, hf.ATTENTION)
-        context = ForwardContext(segments)
-        return base.logits(base.hidden(ids[0].to(base.device), context), context)
-
-    with hf.short_windows(base.model, 5):
-        return may_pack(alone, packed, base.structure.vocabulary, exact=base.compute_dtype != "bfloat16")
-
-
-@torch.no_grad()
-def prove_stacks(base: Base) -> None:
-    """Raise ModelError unless the base gives an example of a stack, with its own attention, what it gives it alone.
-
-    What holds here can be trained on, and decoded at worst by running the whole text for every token.
-    """
-    with original_attention(base):
-        why = may_stack(
-            lambda ids: _stack_logits(base, ids), base.structure.vocabulary, exact=base.compute_dtype != "bfloat16"
-        )
-    if why:
-        reads = getattr(base.model.config, "is_decoder", None) is False
-        raise ModelError(
-            f"{type(base.model).__name__} can neither be trained nor generated with: {why}. "
-            + ("In its config.json is_decoder is false; a causal language model has true there. " if reads else "")
-            + "Graft takes models that predict each token from those before it"
-        )
-
-
-@torch.no_grad()
 def _keeps_state(base: Base) -> bool:
     """Whether a pass leaves anything in the model's modules that was not there before, tried on two lengths."""
-    if hf.position_dependent_rotary(base.model.config) is not None:
+    if position_dependent_rotary(base.model.config) is not None:
         return True  # only texts longer than the model was first trained on show it
     before: list[list[dict[str, int]]] = []
     for length in (3, 5):
-        before.append(hf.attributes(base.model))
+        before.append(_attributes(base.model))
         ids = torch.arange(length, device=base.device) % base.structure.vocabulary
         base.hidden(ids, ForwardContext(Segments(lengths=(length,), slots=(0,), stacked=not base.packs)))
-    return before[0] != before[1] or before[1] != hf.attributes(base.model)
+    return before[0] != before[1] or before[1] != _attributes(base.model)
 
 
-@contextlib.contextmanager
-def original_attention(base: Base) -> Iterator[None]:
-    """A base on the attention that it came with, for a while."""
-    before = base.model.config._attn_implementation
-    hf.set_attention(base.model, base.original_attention)
-    try:
-        yield
-    finally:
-        hf.set_attention(base.model, before)
-
-
-def _stack_logits(base: Base, ids: Tensor) -> Tensor:
-    """The logits (n, L, vocabulary) of examples (n, L), by the attention that is switched on."""
-    context = ForwardContext(Segments(lengths=(ids.shape[1],) * len(ids), slots=(0,) * len(ids), stacked=True))
-    return base.logits(base.hidden(ids.reshape(-1).to(base.device), context), context).view(*ids.shape, -1)
+def _attributes(model: nn.Module) -> list[dict[str, int]]:
+    """Which object each attribute and buffer of each module is: two of these differ where something was written between."""
+    return [
+        {name: id(value) for name, value in (*vars(module).items(), *module._buffers.items())}
+        for module in model.modules()
+    ]

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from graftlm.base import hf
 from graftlm.base.checkpoint_layout import Checkpoint, RowSpan, WeightLayout, names_of, spans_of
 from graftlm.base.loading import Base, load_config, load_tokenizer, resolve
 from graftlm.base.modules import Stored
+from graftlm.base.structure import ModelStructure
+from graftlm.base.surgery import find_replacements, replace_modules
 from graftlm.config import Precision
 from graftlm.errors import ModelError
 
 
-class MetaStructure(hf.ModelStructure):
+class MetaStructure(ModelStructure):
     """Where head and embedding are, and nothing that has to be run to be known."""
 
     def __init__(self, model: Any) -> None:
@@ -85,9 +86,9 @@ def load_meta_base(name: str, *, precision: Precision = "float32", trust_remote_
     config = load_config(folder, trust_remote_code)
     checkpoint = Checkpoint(folder)
     plain, model = _empty(config, trust_remote_code), _empty(config, trust_remote_code)
-    replacements = hf.find_replacements(model, precision)
+    replacements = find_replacements(model, precision)
     forms = {n: WeightLayout(m.shape, m.transposed) for n, m in replacements.all().items()}
-    hf.replace_modules(model, hf.find_replacements(model, "float32"), "float32", torch.float32)
+    replace_modules(model, find_replacements(model, "float32"), "float32", torch.float32)
     structure = MetaStructure(model)
     for path in (structure.embedding_name, structure.head_name):
         weight: Any = plain.get_submodule(path).weight

@@ -17,7 +17,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftlm.adapters.attach import in_attention
-from graftlm.base import hf
+from graftlm.base.attention import position_dependent_rotary
+from graftlm.base.random_init import random_model
+from graftlm.base.surgery import Replacements, find_replacements
 from graftlm.errors import ModelError
 from graftlm.planning.shapes import ModelShape, Norms, Part, Weights
 
@@ -29,7 +31,7 @@ def instantiate(config: Any, trust_remote_code: bool = False) -> ModelShape:
     """The shape of the model that a config describes; ModelError for one that cannot be built or has nothing to store."""
     try:
         with torch.device("meta"):
-            model = hf.random_model(config, 0, trust_remote_code)
+            model = random_model(config, 0, trust_remote_code)
     except (
         TypeError,
         ValueError,
@@ -46,7 +48,7 @@ def instantiate(config: Any, trust_remote_code: bool = False) -> ModelShape:
 
 def shape_of(model: Any) -> ModelShape:
     """Count a model that transformers built, on any device, before its modules are replaced by stored ones."""
-    replacements = hf.find_replacements(model, "bfloat16")
+    replacements = find_replacements(model, "bfloat16")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config = model.config.get_text_config()
     heads = int(getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or 1)
@@ -95,7 +97,7 @@ def common_name(name: str) -> str:
     return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", name)
 
 
-def _weights(model: Any, replacements: hf.Replacements, layers: list[str]) -> tuple[Weights, ...]:
+def _weights(model: Any, replacements: Replacements, layers: list[str]) -> tuple[Weights, ...]:
     """Matrices of the same name, part and size, counted, in the model's order."""
     found: Counter[tuple[str, Part, int, int, int]] = Counter()
     for name, module in replacements.all().items():
@@ -174,4 +176,4 @@ def _packs(model: Any) -> bool:
     """
     body = getattr(model, model.base_model_prefix, model)
     takes = "position_ids" in inspect.signature(body.forward).parameters
-    return bool(model._supports_attention_backend) and takes and hf.position_dependent_rotary(model.config) is None
+    return bool(model._supports_attention_backend) and takes and position_dependent_rotary(model.config) is None

@@ -110,7 +110,7 @@ def stored_bytes(weights: Weights, precision: Precision) -> int:
 
     nf4: a 4-bit code a value, an 8-bit scale for 64 values, a float32 scale for 256 of these, one float32 mean a tensor:
     4 + 8 / 64 + 32 / (64 x 256) = 4.127 bits (Dettmers et al. 2023, section 3). int8: a code a value and a float32 scale a
-    row (`kernels/stored.py`). Routers keep 16 bits at least (`base/hf.py`).
+    row (`kernels/stored.py`). Routers keep 16 bits at least (`base/surgery.py`).
     """
     values = weights.values // weights.count
     if precision in ("int8", "nf4") and weights.part == "router":
@@ -223,7 +223,7 @@ def saved_bytes(shape: ModelShape, setting: TrainingSetting, adapter_shape: Adap
 
 def loading_bytes(shape: ModelShape, setting: TrainingSetting, device: Device, *, checkpoint_bytes: int = 2) -> int:
     """The final form and the largest tensor once as it was read and once as it is stored: the checkpoint is read tensor by
-    tensor (`base/hf.py`); `checkpoint_bytes` are those of one of its values."""
+    tensor (`base/quantizer.py`); `checkpoint_bytes` are those of one of its values."""
     runtime = RUNTIME_BYTES if device == "cpu" else 0
     stored = 4 if setting.precision == "float32" else 2
     return weight_bytes(shape, setting) + shape.largest * (checkpoint_bytes + stored) + runtime

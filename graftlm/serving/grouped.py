@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from graftlm.base import hf
+from graftlm.base.attention import set_attention
 from graftlm.base.caches import Asking, Past
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base
@@ -49,7 +49,7 @@ class StackedRunner:
         self._running = 0
         self._group_of: dict[Sequence, _Group] = {}
         if base.packs:  # it packs, and a past in blocks changes what it says
-            hf.set_attention(base.model, base.original_attention)
+            set_attention(base.model, base.original_attention)
 
     @property
     def bytes(self) -> int:

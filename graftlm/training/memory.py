@@ -20,8 +20,8 @@ import torch
 
 from graftlm.adapters.attach import Adapter
 from graftlm.adapters.bank import LowRank
-from graftlm.base import hf
 from graftlm.base.loading import Base
+from graftlm.base.transformers_log import fails_in_the_model
 from graftlm.config import TrainConfig
 from graftlm.data.sampler import epoch_length
 from graftlm.errors import GraftError, ModelError, TrainingError
@@ -256,7 +256,7 @@ def dry_run(base: Base, trials: Sequence[Trial], memory_estimate: MemoryEstimate
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
             isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", said, re.IGNORECASE)
         )
-        if not full and hf.fails_in_the_model(error):
+        if not full and fails_in_the_model(error):
             raise ModelError(
                 f"{type(base.model).__name__} cannot be trained as asked: its own code fails in a pass forward and back "
                 f"({type(error).__name__}: {said[:200]}); take another model, or report this architecture"

@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter
-from graftlm.base import hf
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base
 from graftlm.base.precision import DTYPES
+from graftlm.base.saving import save_model
 from graftlm.config import TrainConfig
 from graftlm.data.dataset import Dataset
 from graftlm.files import atomic_folder, write_json
@@ -113,7 +113,7 @@ def save_result(
         }
     place = config.out / "model"
     with atomic_folder(place) as folder:
-        hf.save_model(base.model, str(folder), DTYPES[config.save_precision or base.precision])
+        save_model(base.model, str(folder), DTYPES[config.save_precision or base.precision])
         base.tokenizer.save_pretrained(str(folder))
         write_json(folder / "graft.json", {"format": 1, **manifest, "tokenizer_digest": encoder.tokenizer_digest})
     return {"model_folder": str(place), "saved_bytes": _bytes(place)}

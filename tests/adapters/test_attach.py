@@ -18,9 +18,9 @@ from graftlm.adapters.attach import (
     resolve_modules_to_save,
     select_layers,
 )
-from graftlm.base import hf
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base, load_base
+from graftlm.base.saving import dense_state_dict
 from graftlm.errors import ConfigError
 from graftlm.segments import Segments
 from graftlm.training.trainer import train
@@ -146,7 +146,7 @@ def test_a_head_that_is_more_than_a_linear_layer_cannot_be_trained_whole() -> No
 @pytest.mark.parametrize("precision", ["float32", "nf4"])
 def test_attaching_and_detaching_leaves_the_base_as_it_was(architecture: str, precision: str) -> None:
     base = loaded(architecture, precision)
-    before = {n: t.clone() for n, t in hf.dense_state_dict(base.model, torch.float32).items()}
+    before = {n: t.clone() for n, t in dense_state_dict(base.model, torch.float32).items()}
     expected, held = tiny.base_logits(base, tiny.ids(), slot=0), base.bytes
     whole = {} if architecture == "mixtral" else {"modules_to_save": ("embeddings", "head")}
     tiny.adapted(base, slot=3, **whole)
@@ -155,7 +155,7 @@ def test_attaching_and_detaching_leaves_the_base_as_it_was(architecture: str, pr
     detach(base, slot=3)
     for slot in (0, 3):
         assert torch.equal(tiny.base_logits(base, tiny.ids(), slot=slot), expected)
-    after = hf.dense_state_dict(base.model, torch.float32)
+    after = dense_state_dict(base.model, torch.float32)
     assert set(after) == set(before)
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     assert base.bytes == held

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach, detach
-from graftlm.base import hf
 from graftlm.base.loading import Base, load_base
+from graftlm.base.saving import dense_state_dict
 from graftlm.errors import AdapterError
 
 IDS = tiny.ids(30)
@@ -121,7 +121,7 @@ def test_merged_onto_a_requantized_base_it_loads_with_bitsandbytes_bit_by_bit(tm
     for name, (_, precision) in found.base.stored_forms().items():
         assert precision == "nf4"
         layer = again.stored()[name.removesuffix(".weight")].value
-        wanted = hf.dense_state_dict(base.model, torch.float32)  # its own dequantization, of another weight
+        wanted = dense_state_dict(base.model, torch.float32)  # its own dequantization, of another weight
         from graftlm import kernels
 
         expected = kernels.dequantize(kernels.nf4_quantize(dense.weight(name, torch.float32)), torch.float32)

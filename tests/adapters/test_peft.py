@@ -14,6 +14,7 @@ from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter, attach, detach
 from graftlm.adapters.bank import LowRank, ModulesToSave, TrainableTokens
 from graftlm.base.loading import Base, load_base
+from graftlm.base.saving import dense_state_dict
 from graftlm.training.trainer import BatchItem, collate, forward, train
 
 ROWS = tiny.examples((9, 4, 12, 9, 7), seed=2)
@@ -174,7 +175,7 @@ def test_dora_on_an_nf4_base_has_pefts_gradients_on_the_dequantized_weights(tmp_
     adapter = tiny.adapted(base, dora=True, rank_stabilized=True)
     adapter_format.save(base, adapter, tmp_path, {})
     plain = tiny.plain(base.folder)
-    plain.load_state_dict(tiny.hf.dense_state_dict(base.model, torch.float32))
+    plain.load_state_dict(dense_state_dict(base.model, torch.float32))
     assert_same_gradients(base, adapter, tiny.read_peft(plain, tmp_path))
 
 

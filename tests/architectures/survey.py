@@ -29,8 +29,9 @@ import transformers
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
-from graftlm.base import hf
 from graftlm.base.loading import Base, load_base
+from graftlm.base.saving import dense_state_dict, save_model
+from graftlm.base.transformers_log import fails_in_the_model
 from graftlm.config import Precision
 from graftlm.errors import GraftError, ModelError, TrainingError
 from graftlm.files import write_text
@@ -69,7 +70,7 @@ class Found:
         except GraftError as error:
             self.checks[name] = f"refused: {str(error).splitlines()[0]}"
         except Exception as error:
-            if name.startswith(("full", "lora")) and hf.fails_in_the_model(error):
+            if name.startswith(("full", "lora")) and fails_in_the_model(error):
                 # The dry run of `graft train` says this before the first step.
                 self.checks[name] = f"refused: its own code fails: {error}"
             else:
@@ -118,7 +119,7 @@ class Family:
     def reference(self, base: Base) -> Any:
         """Plain transformers with the very weights that the base holds."""
         model = tiny.plain(self.place / "base")
-        state = {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
+        state = {name: value.clone() for name, value in dense_state_dict(base.model, torch.float32).items()}
         _, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected, f"unexpected {unexpected[0]}"
         model.tie_weights()
@@ -197,7 +198,7 @@ class Family:
         assert len(same) < len(before) / 2, f"{len(same)} weights are as they were: {min(same)}"
         assert heard.losses[1] < heard.losses[0]
         folder = self.place / f"full-{precision}"
-        hf.save_model(base.model, str(folder), torch.float32)
+        save_model(base.model, str(folder), torch.float32)
         found = tiny.plain_logits(tiny.plain(folder), tiny.ids())
         tiny.close(found, tiny.base_logits(base, tiny.ids(), slot=0), rtol=1e-3)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.adapters import peft_format as adapter_format
-from graftlm.base import hf
 from graftlm.base.loading import Base, load_base
 from graftlm.base.modules import StoredLinear, StoredStack
+from graftlm.base.saving import dense_state_dict, save_model
 from graftlm.config import Precision
 from graftlm.training.trainer import train
 
@@ -33,7 +33,7 @@ def loaded(architecture: str, precision: Precision) -> Base:
 def reference(base: Base) -> Any:
     """Plain transformers with the very weights that our base holds, dequantized."""
     model = tiny.plain(base.folder)
-    state = {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
+    state = {name: value.clone() for name, value in dense_state_dict(base.model, torch.float32).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     model.tie_weights()
@@ -42,7 +42,7 @@ def reference(base: Base) -> Any:
 
 
 def state_of(base: Base) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
+    return {name: value.clone() for name, value in dense_state_dict(base.model, torch.float32).items()}
 
 
 def trained_plainly(model: Any, steps: int = 3, rate: float = 5e-3) -> list[float]:
@@ -78,7 +78,7 @@ def test_full_training_equals_plain_pytorch_and_the_saved_folder_loads_in_transf
     unchanged = [name for name, value in state_of(base).items() if torch.equal(value, before[name])]
     assert not [name for name in unchanged if "inv_freq" not in name]
 
-    hf.save_model(base.model, str(tmp_path), torch.float32)
+    save_model(base.model, str(tmp_path), torch.float32)
     again = tiny.plain(tmp_path)
     for length in (11, 3):
         found = tiny.plain_logits(again, tiny.ids(length))
@@ -147,7 +147,7 @@ def test_an_adapter_of_pefts_gives_pefts_logits(architecture: str, tmp_path: Pat
 def test_the_nf4_base_holds_what_bitsandbytes_stores(architecture: str) -> None:
     base = loaded(architecture, "nf4")
     source = dict(tiny.plain(base.folder).state_dict())
-    found = hf.dense_state_dict(base.model, torch.float32)
+    found = dense_state_dict(base.model, torch.float32)
     modules = dict(tiny.plain(base.folder).named_modules())
     quantized = 0
     for name, module in base.stored().items():

@@ -18,11 +18,13 @@ from torch import Tensor
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
 from graftlm.adapters.store import Store
-from graftlm.base import caches, hf
+from graftlm.base import caches
+from graftlm.base.attention import prove_stacks
 from graftlm.base.caches import Asking, Past, may_cache, prove_decoding
 from graftlm.base.context import ForwardContext
-from graftlm.base.loading import Base, load_base, prove_stacks
+from graftlm.base.loading import Base, load_base
 from graftlm.base.modules import StoredLinear
+from graftlm.base.saving import dense_state_dict, save_model
 from graftlm.config import Precision, ServeConfig
 from graftlm.errors import ModelError
 from graftlm.segments import Segments
@@ -53,7 +55,7 @@ def loaded(family: str, precision: Precision = "float32") -> Base:
 def reference(base: Base) -> Any:
     """Plain transformers with the very weights that the base holds."""
     model = tiny.plain(base.folder)
-    state = {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
+    state = {name: value.clone() for name, value in dense_state_dict(base.model, torch.float32).items()}
     _, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     model.tie_weights()
@@ -146,7 +148,7 @@ def test_full_training_changes_all_but_what_the_class_never_trains_and_is_saved(
     same = {name for name, p in base.model.named_parameters() if torch.equal(p, before[name])}
     assert same == set(base.fixed)
     assert bool(same) == (family == "afmoe")  # the bias that balances its experts
-    hf.save_model(base.model, str(tmp_path), torch.float32)
+    save_model(base.model, str(tmp_path), torch.float32)
     tiny.close(tiny.plain_logits(tiny.plain(tmp_path), tiny.ids()), tiny.base_logits(base, tiny.ids(), slot=0))
 
 
@@ -179,9 +181,9 @@ def test_layers_that_a_class_ties_share_one_stored_form_and_have_adapters_of_the
 
 def test_rwkv_keeps_its_weights_as_they_are_while_it_runs_and_its_config_when_it_is_saved(tmp_path: Path) -> None:
     base = loaded("rwkv")
-    before = hf.dense_state_dict(base.model, torch.float32)["rwkv.blocks.1.attention.output.weight"].clone()
+    before = dense_state_dict(base.model, torch.float32)["rwkv.blocks.1.attention.output.weight"].clone()
     tiny.base_logits(base, tiny.ids(), slot=0)
-    hf.save_model(base.model, str(tmp_path), torch.float32)
+    save_model(base.model, str(tmp_path), torch.float32)
     assert torch.equal(tiny.plain(tmp_path).state_dict()["rwkv.blocks.1.attention.output.weight"], before)
     assert tiny.plain(tmp_path).config.rescale_every == 1
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers.models.mistral import modeling_mistral
 
-from graftlm.base import hf
+from graftlm.base.attention import ATTENTION
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base, load_base
 from graftlm.segments import Segments
@@ -158,4 +158,4 @@ def test_switching_attention_reaches_every_part_and_back() -> None:
     with tiny.original_attention(base):
         tiny.close(tiny.base_logits(base, ids, slot=0), expected)
         assert base.model.config._attn_implementation == base.original_attention
-    assert base.model.config._attn_implementation == hf.ATTENTION
+    assert base.model.config._attn_implementation == ATTENTION

@@ -13,6 +13,7 @@ import tiny
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
 from graftlm.base.loading import load_base
+from graftlm.base.saving import dense_state_dict
 from graftlm.config import TrainConfig
 from graftlm.training.run import run
 from graftlm.training.view import View
@@ -54,7 +55,7 @@ def test_a_run_learns_and_its_result_is_read_by_others(
     base = load_base(config.model, precision=config.stored_precision, compute_dtype="float32", device="cpu")
     attach(base, adapter_format.load(base, tmp_path / "run" / "adapter"))
     plain = tiny.plain(config.model)
-    plain.load_state_dict(tiny.hf.dense_state_dict(base.model, tiny.torch.float32), strict=False)
+    plain.load_state_dict(dense_state_dict(base.model, tiny.torch.float32), strict=False)
     plain.tie_weights()
     peft = tiny.read_peft(plain, tmp_path / "run" / "adapter")
     tiny.close(tiny.plain_logits(peft, tiny.ids()), tiny.base_logits(base, tiny.ids()))

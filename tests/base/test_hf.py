@@ -13,9 +13,12 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from graftlm.base import hf
 from graftlm.base.loading import Base, load_base
 from graftlm.base.modules import Stored, StoredLinear, StoredStack
+from graftlm.base.random_init import random_model
+from graftlm.base.saving import dense_state_dict, save_model
+from graftlm.base.structure import ModelStructure
+from graftlm.base.surgery import convert_model, find_replacements
 from graftlm.errors import ModelError
 from graftlm.training.trainer import BatchItem, collate, forward
 
@@ -68,13 +71,13 @@ def test_every_linear_layer_router_and_stack_is_stored(architecture: str) -> Non
 @every
 def test_plain_state_is_what_transformers_saves_bit_for_bit(architecture: str, tmp_path: Path) -> None:
     base = loaded(architecture)
-    state = hf.dense_state_dict(base.model, torch.float32)
+    state = dense_state_dict(base.model, torch.float32)
     model = tiny.plain(base.folder)
     own = model.state_dict()
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set[str]()
     assert set(state) == set(own) - tied
     assert all(torch.equal(value, own[name]) for name, value in state.items())
-    hf.save_model(base.model, str(tmp_path), torch.float32)
+    save_model(base.model, str(tmp_path), torch.float32)
     source, written = load_file(base.folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert set(written) == set(source)
     assert all(torch.equal(value, source[name]) for name, value in written.items())
@@ -150,7 +153,7 @@ def test_a_model_whose_tail_reads_more_than_the_hidden_states_is_refused() -> No
     torch.manual_seed(0)
     model = Tail(tiny.config("llama")).eval()
     with pytest.raises(ModelError, match="Tail: the part between its layers and its logits"):
-        hf.ModelStructure(model, torch.float32)
+        ModelStructure(model, torch.float32)
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
@@ -160,7 +163,7 @@ def test_a_model_without_linear_layers_is_refused() -> None:
             self.model.layers = nn.ModuleList()
 
     with pytest.raises(ModelError, match="no linear layer"):
-        hf.find_replacements(Empty(tiny.config("llama")), "float32")
+        find_replacements(Empty(tiny.config("llama")), "float32")
 
 
 def test_a_linear_layer_that_computes_more_is_kept_and_named() -> None:
@@ -173,7 +176,7 @@ def test_a_linear_layer_that_computes_more_is_kept_and_named() -> None:
     layer.up_proj = ScaledLinear(28, 44, bias=False)
     with torch.no_grad():
         expected = model(input_ids=tiny.ids()[None]).logits
-        model, targets = hf.convert_model(model, "float32", torch.float32)
+        model, targets = convert_model(model, "float32", torch.float32)
         assert list(targets.not_converted) == ["model.layers.0.mlp.up_proj"]
         assert "ScaledLinear" in targets.not_converted["model.layers.0.mlp.up_proj"]
         tiny.close(model(input_ids=tiny.ids()[None]).logits, expected)
@@ -187,7 +190,7 @@ def test_experts_outside_of_transformers_interface_are_kept_and_named() -> None:
 
     model = tiny.random_model("llama")
     model.model.layers[1].mlp.extra = Stack()
-    assert list(hf.find_replacements(model, "float32").not_converted) == ["model.layers.1.mlp.extra"]
+    assert list(find_replacements(model, "float32").not_converted) == ["model.layers.1.mlp.extra"]
 
 
 def test_experts_give_the_eager_experts_output_and_gradients() -> None:
@@ -215,9 +218,9 @@ def test_experts_give_the_eager_experts_output_and_gradients() -> None:
 def test_fresh_weights_depend_on_the_seed_alone() -> None:
     config = tiny.config("qwen2")
     torch.manual_seed(5)
-    first = hf.random_model(config, 3, False).state_dict()
+    first = random_model(config, 3, False).state_dict()
     torch.manual_seed(6)
-    again, other = hf.random_model(config, 3, False).state_dict(), hf.random_model(config, 4, False).state_dict()
+    again, other = random_model(config, 3, False).state_dict(), random_model(config, 4, False).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 

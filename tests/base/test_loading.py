@@ -19,11 +19,11 @@ from torch.cuda._utils import _get_device_index
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from graftlm import kernels
-from graftlm.base import hf
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base, default_device, load_base, load_tokenizer, resolve
 from graftlm.base.modules import Stored
 from graftlm.base.precision import default_compute_dtype
+from graftlm.base.saving import dense_state_dict, save_model
 from graftlm.errors import ModelError
 from graftlm.segments import Segments
 
@@ -64,7 +64,7 @@ def test_a_sharded_checkpoint_is_the_single_file(architecture: str, precision: s
     sharded = tiny.write(tmp_path, tiny.plain(single), max_shard_size="25KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     one, many = loaded(single, precision), loaded(sharded, precision)
-    first, second = (hf.dense_state_dict(base.model, torch.float32) for base in (one, many))
+    first, second = (dense_state_dict(base.model, torch.float32) for base in (one, many))
     assert set(first) == set(second)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert one.bytes == many.bytes
@@ -101,7 +101,7 @@ def test_bytes_are_those_of_every_stored_form() -> None:
 def test_a_16_bit_checkpoint_is_read_bit_for_bit(tmp_path: Path) -> None:
     model = tiny.random_model("gpt2").to(torch.bfloat16)
     base = loaded(tiny.write(tmp_path, model), "bfloat16")
-    found = hf.dense_state_dict(base.model, torch.bfloat16)
+    found = dense_state_dict(base.model, torch.bfloat16)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.items())
 
 
@@ -232,7 +232,7 @@ def quantized(tmp_path: Path, architecture: str = "llama") -> Path:
 def test_a_bitsandbytes_checkpoint_is_brought_to_the_asked_precision(tmp_path: Path, precision: str) -> None:
     place = quantized(tmp_path)
     base, source = loaded(place, precision), loaded(tmp_path / "source", "nf4")
-    found, expected = (hf.dense_state_dict(b.model, torch.float32) for b in (base, source))
+    found, expected = (dense_state_dict(b.model, torch.float32) for b in (base, source))
     for name, value in expected.items():
         if name.endswith("proj.weight"):
             tiny.close(found[name], value, rtol=1e-6 if precision == "float32" else 2e-2)
@@ -243,7 +243,7 @@ def test_a_bitsandbytes_checkpoint_is_brought_to_the_asked_precision(tmp_path: P
 def test_a_full_model_from_a_quantized_checkpoint_is_written_plain(tmp_path: Path) -> None:
     base = loaded(quantized(tmp_path), "float32")
     out = tmp_path / "out"
-    hf.save_model(base.model, str(out), torch.float32)
+    save_model(base.model, str(out), torch.float32)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     tiny.close(tiny.plain_logits(tiny.plain(out), tiny.ids()), tiny.base_logits(base, tiny.ids(), slot=0))
 
@@ -270,11 +270,11 @@ def test_an_fp8_checkpoint_is_brought_to_the_asked_precision(tmp_path: Path) -> 
     form = {"weight_block_size": [128, 128], "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
     set_config(folder, quantization_config={"quant_method": "fp8", **form})
     base = loaded(folder, "float32")
-    found = hf.dense_state_dict(base.model, torch.float32)
+    found = dense_state_dict(base.model, torch.float32)
     for name, value in expected.items():
         tiny.close(found[name], value, rtol=1e-2)
     loaded(folder, "nf4")
-    hf.save_model(base.model, str(tmp_path / "out"), torch.float32)
+    save_model(base.model, str(tmp_path / "out"), torch.float32)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(found)
 
@@ -302,11 +302,11 @@ def test_an_mxfp4_checkpoint_is_brought_to_the_asked_precision(tmp_path: Path, p
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     set_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     base = loaded(folder, precision)
-    found = hf.dense_state_dict(base.model, torch.float32)
+    found = dense_state_dict(base.model, torch.float32)
     for name, value in expected.items():
         error = (found[name] - value).norm() / value.norm()
         assert error == 0 if precision == "float32" else error < 0.12
-    hf.save_model(base.model, str(tmp_path / "out"), torch.float32)
+    save_model(base.model, str(tmp_path / "out"), torch.float32)
     tiny.close(tiny.plain_logits(tiny.plain(tmp_path / "out"), tiny.ids()), tiny.base_logits(base, tiny.ids(), slot=0))
 
 

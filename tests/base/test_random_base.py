@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
-from graftlm.base import hf
 from graftlm.base.loading import random_base
 from graftlm.base.precision import nbytes
+from graftlm.base.random_init import random_model
+from graftlm.base.saving import dense_state_dict
 from graftlm.config import Precision
 
 
@@ -22,7 +23,7 @@ def _made(architecture: str, precision: Precision, **more: Any) -> Any:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2", "falcon", "qwen3_moe"])
 def test_a_random_base_has_every_value_and_buffer_of_a_model_built_the_plain_way(architecture: str) -> None:
-    base, plain = _made(architecture, "nf4"), hf.random_model(tiny.config(architecture), 0, False)
+    base, plain = _made(architecture, "nf4"), random_model(tiny.config(architecture), 0, False)
     assert base.parameters == sum(p.numel() for p in plain.parameters())
     found = dict(base.model.named_buffers())
     for name, buffer in plain.named_buffers():
@@ -44,7 +45,7 @@ def test_a_random_base_stores_what_its_precision_says_and_ties_what_the_config_t
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     first, again, other = (_made("llama", "bfloat16", seed=seed) for seed in (3, 3, 4))
-    states = [hf.dense_state_dict(base.model, torch.float32) for base in (first, again, other)]
+    states = [dense_state_dict(base.model, torch.float32) for base in (first, again, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["model.embed_tokens.weight"], states[2]["model.embed_tokens.weight"])
     weight = "model.layers.0.mlp.up_proj.weight"

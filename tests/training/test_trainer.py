@@ -14,9 +14,9 @@ from torch import Tensor
 
 from graftlm import kernels
 from graftlm.adapters.attach import Adapter
-from graftlm.base import hf
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base, load_base
+from graftlm.base.saving import dense_state_dict
 from graftlm.config import ComputeDtype, Precision
 from graftlm.data.sampler import make_sampler
 from graftlm.errors import TrainingError
@@ -360,7 +360,7 @@ def test_documents_are_laid_out_with_what_is_predicted_from_where() -> None:
 
 def test_training_touches_nothing_but_its_parameters() -> None:
     base = loaded("nf4")
-    before = {name: value.clone() for name, value in hf.dense_state_dict(base.model, torch.float32).items()}
+    before = {name: value.clone() for name, value in dense_state_dict(base.model, torch.float32).items()}
     train(base, [started(base, "lora")], 30, tiny.Heard())
-    after = hf.dense_state_dict(base.model, torch.float32)
+    after = dense_state_dict(base.model, torch.float32)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from graftlm import kernels
 from graftlm.adapters.bank import Bank, LowRank
-from graftlm.base import fused, hf
-from graftlm.base.attention import UnsupportedAttention
+from graftlm.base import fused
+from graftlm.base.attention import UnsupportedAttention, short_windows
 from graftlm.base.context import ForwardContext
 from graftlm.base.kv_cache import AttentionSpec, LayerKVSpec, PagedAttention, PagedKVCache, attention_specs
 from graftlm.base.loading import Base
@@ -121,7 +121,7 @@ def native_decoder_of(base: Base, store: PagedKVCache, positions: int) -> tuple[
         return None, f"layers in one call are for float32 on a CPU; this is {base.compute_dtype} on {base.device}"
     try:
         with torch.no_grad():
-            with hf.short_windows(base.model, 5):
+            with short_windows(base.model, 5):
                 distance = _distance(base, store.layers)
             if not distance <= 1e-4:
                 return None, f"its states change by {distance:.2g} in one call"

@@ -1,0 +1,224 @@
+"""A checkpoint read tensor by tensor, each brought into its stored form at once.
+
+It goes through transformers' own extension point for quantizers, so that the renaming and stacking it does for each
+architecture comes along. Checkpoints that are quantized already are dequantized by transformers first.
+"""
+
+# The types of transformers' internals are partial: the checks that only restate that are off.
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+# pyright: reportIncompatibleVariableOverride=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from graftlm.base.modules import Stored
+from graftlm.base.precision import DTYPES, embedding_precision
+from graftlm.base.surgery import (
+    Replacements,
+    find_replacements,
+    freeze,
+    head_and_embedding,
+    replace_modules,
+    small_dtype,
+)
+from graftlm.base.transformers_log import LoadReport, first_line, quiet
+from graftlm.config import Precision
+from graftlm.errors import ModelError
+
+
+@register_quantization_config("graft")
+class StoredFormConfig(QuantizationConfigMixin):
+    """Tells transformers' loader that our quantizer takes the weights; never written to a file."""
+
+    def __init__(self, precision: Precision = "float32", activation_dtype: torch.dtype = torch.float32) -> None:
+        self.quant_method = "graft"  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.precision: Precision = precision
+        self.activation_dtype = activation_dtype
+
+
+class _StoreOp(ConversionOps):
+    """Takes one finished tensor (renamed, split or stacked as the architecture wants) into its stored module."""
+
+    def __init__(self, replacements: dict[str, Stored]) -> None:
+        self.replacements = replacements
+        self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (name, found, asked for)
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Tensor]:
+        for name, value in input_dict.items():
+            stored, found = self.replacements[name], value[0] if isinstance(value, list) else value
+            if tuple(found.shape) == stored.original_shape:
+                stored.set_weight(found)
+            else:
+                self.mismatched.append((name, tuple(found.shape), stored.original_shape))
+            if context.get("missing_keys") is not None:
+                context["missing_keys"].discard(name)
+        return {}
+
+    def __deepcopy__(self, memo: Any) -> _StoreOp:
+        return self
+
+
+@register_quantizer("graft")
+class StoredFormQuantizer(HfQuantizer):
+    """Brings each weight into its stored form as soon as the loader has it, so that only one is ever there in full."""
+
+    requires_calibration = False
+    quantization_config: StoredFormConfig
+    replacements: Replacements
+    store_op: _StoreOp
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        return {"nf4": 0.52, "int8": 1.0}.get(self.quantization_config.precision)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        precision, activation_dtype = self.quantization_config.precision, self.quantization_config.activation_dtype
+        self.replacements = find_replacements(model, precision)
+        self.store_op = _StoreOp(self.replacements.all())
+        keep = DTYPES[embedding_precision(precision)]
+        head, embedding = head_and_embedding(model)
+        taken = set(self.store_op.replacements)
+        for name, parameter in list(model.named_parameters()):
+            if name in taken or not parameter.is_floating_point():
+                continue
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if owner is head or owner is embedding:
+                wanted = keep
+            else:
+                wanted = small_dtype(model, name.rpartition(".")[0], owner, precision, activation_dtype)
+            if parameter.dtype != wanted:  # the loader casts a tensor to the type that waits for it
+                parameter.data = parameter.data.to(wanted)
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.store_op.replacements
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return self.store_op
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def stream_checkpoint(
+    path: str, precision: Precision, activation_dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Replacements, list[str]]:
+    """Load a model folder tensor by tensor into its stored form; also returns the tensors that the architecture has no use for.
+
+    Memory at the peak: the final form, plus the largest tensor in the checkpoint's type and once more while converted.
+    Raises ModelError for missing, unexpected-in-shape or unreadable tensors.
+    """
+    report = LoadReport()
+    try:
+        with quiet(), report:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                quantization_config=StoredFormConfig(precision, activation_dtype),
+                dtype=activation_dtype,
+                device_map={"": device} if device.type != "cpu" else None,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                local_files_only=True,
+            )
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: its weights cannot be read ({first_line(error)}); download the model again"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # transformers says so when parts of a joined or stacked weight do not fit together
+        raise ModelError(
+            f"{path}: the tensors do not fit the model's config; {report.fault or first_line(error)}"
+        ) from None
+    model, info = loaded
+    quantizer: StoredFormQuantizer = model.hf_quantizer
+    replacements = quantizer.replacements
+    info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.store_op.mismatched}
+    _share_tied(model, replacements, info["missing_keys"])
+    _check_loaded(info, replacements, path)
+    unused = sorted(info["unexpected_keys"])
+    quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+    replaced = replace_modules(model, replacements, precision, activation_dtype)
+    return freeze(model), replaced, unused
+
+
+def _share_tied(model: PreTrainedModel, replacements: Replacements, missing: set[str]) -> None:
+    """Give layers that share their weights by the class's own ties, as Zamba's blocks do, one stored form."""
+    stored = replacements.all()
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in stored and source in stored and stored[name].dense is None and stored[name].compressed is None:
+            stored[name].tie(stored[source])
+            missing.discard(name)
+
+
+def _check_loaded(info: Any, replacements: Replacements, path: str) -> None:
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(f"{path}: tensor '{name}' has shape {tuple(found)}, the config asks for {tuple(wanted)}")
+    missing = sorted(info["missing_keys"])
+    missing += sorted(
+        n for n, s in replacements.all().items() if s.dense is None and s.compressed is None and n not in missing
+    )
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} tensors are missing from the checkpoint, the first is '{missing[0]}'; "
+            "download the model again, or start with --init random"
+        )
+    if info["error_msgs"]:
+        raise ModelError(f"{path}: the checkpoint does not load: {first_line(info['error_msgs'][0])}")
+
+
+def load_dequantized(path: str, method: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a checkpoint that is already quantized as a plain 16-bit model, by transformers' own dequantization.
+
+    Raises ModelError, by name, for kinds that cannot be brought back.
+    """
+    if method in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        extra: dict[str, Any] = {}
+    elif method == "fp8":
+        extra = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+    elif method == "mxfp4":
+        extra = {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+    else:
+        raise ModelError(
+            f"{path} is already quantized with '{method}', which Graft does not undo; "
+            "take the 16-bit original of this model (bitsandbytes, fp8 and mxfp4 checkpoints are read)"
+        )
+    try:
+        with quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True, **extra
+            )
+            model = model.dequantize() if not extra else model
+            # What it was is forgotten, so that it is saved as a plain model.
+            model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+            model.hf_quantizer = None
+            return model
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: its weights cannot be read ({first_line(error)}); download the model again"
+        ) from None
+    except ImportError as error:
+        raise ModelError(f"{path} is quantized with '{method}', and undoing that needs a package: {error}") from None

@@ -1,0 +1,260 @@
+"""Where the parts of a causal language model are: body, head, embedding, layers; and each half run on its own.
+
+structure.hidden(ids, context)     the body alone over segments
+structure.logits(hidden)           the model's own code from there on, for a few tokens at a time
+"""
+
+# The types of transformers' internals are partial: the checks that only restate that are off.
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportUnnecessaryIsInstance=false
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from graftlm.base import context
+from graftlm.base.context import ForwardContext
+from graftlm.base.modules import Stored, StoredLinear, WeightHandle
+from graftlm.base.surgery import head_and_embedding
+from graftlm.base.transformers_log import first_line
+from graftlm.errors import ModelError
+
+
+class _BodyOutput(dict[str, Any]):
+    """What a body returns, with nothing in it but the hidden states we give; any other field reads as None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__(last_hidden_state=hidden)
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.last_hidden_state if index in (0, "last_hidden_state") else None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return (self.last_hidden_state,)
+
+
+class _Given(nn.Module):
+    """Stands in for a model's body and returns hidden states that are already there."""
+
+    def __init__(self, body: nn.Module, hidden: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "_body", body)
+        self._hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
+        return _BodyOutput(self._hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_body"), name)
+
+
+class _ReadHead(nn.Module):
+    """A stored head as the model's own code sees it: Mamba casts its input to the type of the head's weight first.
+
+    Our own code needs the head's parameter itself, so unlike other stored layers it has no handle in that place.
+    """
+
+    def __init__(self, head: StoredLinear, activation_dtype: torch.dtype) -> None:
+        super().__init__()
+        object.__setattr__(self, "_head", head)
+        self.__dict__["weight"], self.bias = WeightHandle(head, activation_dtype), head.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._head(x)
+
+
+def _stored(model: nn.Module) -> list[Stored]:
+    return [module for module in model.modules() if isinstance(module, Stored)]
+
+
+def _with(module: nn.Module, path: Sequence[str], other: nn.Module) -> Any:
+    """A module that shares everything with `module` but has `other` at `path`.
+
+    The model itself is not changed: another thread may run it, or look for its layers, at the same time.
+    """
+    own: Any = module
+    copy = object.__new__(type(module))
+    child = other if len(path) == 1 else _with(own._modules[path[0]], path[1:], other)
+    copy.__dict__.update(own.__dict__)
+    copy.__dict__["_modules"] = {**own._modules, path[0]: child}
+    return copy
+
+
+def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward whose inputs alone are kept; the backward pass runs it again. Its randomness is counter-based."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    passing = context.current()  # autograd may run it again in a thread of its own
+
+    def run(*args: Any) -> Any:
+        with passing:
+            return forward(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class ModelStructure:
+    """Where the parts of a causal language model are: body, head, embedding, layers."""
+
+    def __init__(self, model: PreTrainedModel, activation_dtype: torch.dtype) -> None:
+        """Find the parts and prove that body and head together give the untouched logits; ModelError when not.
+
+        `activation_dtype` is the dtype of the hidden states.
+        """
+        self.model, self._compute = model, activation_dtype
+        names = {id(module): name for name, module in model.named_modules()}
+        head, embedding = head_and_embedding(model)
+        self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
+        self.embedding: Any = embedding  # a StoredEmbedding, once the model is installed
+        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        config: Any = model.config.get_text_config()
+        self.vocabulary = int(head.weight.shape[0])
+        self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 0)
+        ids = torch.arange(6, device=model.device)[None] % self.vocabulary
+        self.body_name, self.body = self._find_body(head, ids)
+        parameters = inspect.signature(self.body.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self.plain_head = self._has_plain_head()
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_submodule(self.head_name)
+
+    def _readable(self) -> Any:
+        """The model with a head whose weight its own code may read."""
+        head = self.head
+        if not isinstance(head, StoredLinear):
+            return self.model
+        return _with(self.model, self.head_name.split("."), _ReadHead(head, self._compute))
+
+    def tail_modules(self) -> list[nn.Module]:
+        """Every module outside the body: what turns its hidden states into logits, the head among them."""
+        body, found, waiting = self.body, list[nn.Module](), list[nn.Module]([self.model])
+        while waiting:
+            module = waiting.pop()
+            found.append(module)
+            waiting.extend(child for child in module.children() if child is not body)
+        return found
+
+    @torch.no_grad()
+    def _has_plain_head(self) -> bool:
+        """Whether logits are the head's product and nothing else: no soft cap, no scale, no bias, no other layer."""
+        head = self.head
+        if not isinstance(head, StoredLinear) or head.weight is None or head.bias is not None:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        for scale in (1.0, 100.0):  # a soft cap shows itself at large logits
+            hidden = torch.randn(1, 2, head.in_features, generator=generator).mul_(scale)
+            hidden = hidden.to(device=head.weight.device, dtype=self._kind)
+            found, product = self.logits(hidden), head(hidden)[0]
+            if found.dtype != product.dtype or not torch.equal(found, product):
+                return False
+        return True
+
+    @torch.no_grad()
+    def _find_body(self, head: nn.Module, ids: Tensor) -> tuple[str, nn.Module]:
+        outputs: list[tuple[str, Tensor]] = []
+        seen: list[Tensor] = []
+
+        def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+            if isinstance(first, Tensor):
+                outputs.append((name, first))
+
+        hooks = [m.register_forward_hook(partial(keep, n)) for n, m in self.model.named_modules() if n]
+        hooks.append(head.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
+        try:
+            expected = self._readable()(input_ids=ids, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever the model's own code raises: in float32 it has the weights that transformers gives it.
+            plain = all(s.dense is not None and s.dense.dtype == self._compute for s in _stored(self.model))
+            way_out = "please report this architecture"
+            raise ModelError(
+                f"{type(self.model).__name__} does not run over {'its' if plain else 'stored'} weights "
+                f"({type(error).__name__}: {first_line(error)}); "
+                + (
+                    way_out
+                    if plain
+                    else f"--base-precision float32 --compute-dtype float32 changes no type of them; {way_out}"
+                )
+            ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        hidden = seen[0]
+        self._kind = hidden.dtype
+        same = [n for n, t in outputs if t.shape == hidden.shape and t.data_ptr() == hidden.data_ptr()]
+        candidates = sorted(same, key=lambda n: n.count("."))[:1]
+        base_name = self.model.base_model_prefix
+        if base_name and hasattr(self.model, base_name):
+            candidates.append(base_name)
+        reached = dict(outputs)
+        for name in candidates:
+            self.body_name, self.body = name, self.model.get_submodule(name)
+            try:
+                found = self.logits(reached[name])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # any failure only means that this candidate is not the body
+                continue
+            if found.shape == expected[0].shape and torch.allclose(found, expected[0], rtol=1e-4, atol=1e-4):
+                return name, self.body
+        raise ModelError(
+            f"{type(self.model).__name__}: the part between its layers and its logits cannot be run on its own, so Graft "
+            "cannot compute its loss; please report this architecture"
+        )
+
+    def hidden(self, ids: Tensor, passing: ForwardContext) -> Tensor:
+        """The body alone: ids (T,) laid out as the context's segments -> hidden states (T, width)."""
+        segments = passing.segments
+        with passing:
+            if segments.stacked:
+                count, length = len(segments.lengths), segments.lengths[0]
+                output = self.body(input_ids=ids.view(count, length), use_cache=False)
+            else:
+                positions = segments.positions.to(ids.device)[None]
+                output = self.body(input_ids=ids[None], position_ids=positions, use_cache=False)
+        hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def logits(self, hidden: Tensor, passing: ForwardContext | None = None) -> Tensor:
+        """From hidden states (n, width) or (1, n, width) to logits (n, vocabulary), by the model's own code.
+
+        The class's forward runs with its body replaced by the states we have, so soft caps and scales come along. The
+        context's segments lay out the n rows; a head with adapters needs it.
+        """
+        states = hidden if hidden.ndim == 3 else hidden[None]
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        stand_in = _with(self._readable(), self.body_name.split("."), _Given(self.body, states))
+        with nullcontext() if passing is None else passing:
+            return stand_in(input_ids=ids, use_cache=False).logits[0]
+
+    def checkpoint_layers(self, on: bool) -> int:
+        """Keep only the inputs of each layer and run it again in the backward pass; returns how many layers do."""
+        for layer in self.layers:
+            # Not through transformers' switch: that works in training mode only, in which OPT's layers draw dropout.
+            layer.__dict__.pop("forward", None)
+            if on:
+                layer.forward = partial(_run_again, layer.forward)
+        return len(self.layers)
