@@ -25,7 +25,8 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from graftlm.base.jinja import PLAIN_TEMPLATE
-from graftlm.base.template import Marked, Message, Span, Template, Tools
+from graftlm.base.template import Marked, Span, Template
+from graftlm.base.template_render import Message, Tools
 from graftlm.errors import ConfigError, DataError, ModelError
 
 __all__ = ["DATE", "PLAIN_TEMPLATE", "Encoded", "Encoder", "Marked", "Message", "TrainOn"]

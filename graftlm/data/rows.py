@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graftlm.base.template import Message
+from graftlm.base.template_render import Message
 from graftlm.data.columns import KNOWN, NEEDED, Fault, Format, RawRow, columns_of, format_of, misspelt, shown
 from graftlm.errors import nearest
 from graftlm.jsonfile import parse_json

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from graftlm.base.chat import Encoder
-from graftlm.base.template import Message
+from graftlm.base.template_render import Message
 from graftlm.data.columns import Format, RawRow, columns_of
 from graftlm.data.rows import ChatRow
 from graftlm.errors import DataError

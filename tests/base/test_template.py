@@ -155,7 +155,7 @@ def test_the_text_of_a_conversation_is_what_transformers_renders(name: str) -> N
     for messages, tools in CONVERSATIONS.values():
         for prompt in (False, True):
             given = messages
-            if template._parts:
+            if template.renderer.parts:
                 given = [
                     {**m, "content": [{"type": "text", "text": m["content"]}]} if "content" in m else m
                     for m in messages
