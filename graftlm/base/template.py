@@ -1,13 +1,13 @@
 """A chat template turns messages into one text; this file finds which characters of that text the model itself writes.
 
 Two ways lead there. Some templates say it: what stands between `{% generation %}` and `{% endgeneration %}` is the
-model's. For all others the text T of a row is compared with a skeleton: the same conversation rendered once more with
-every content replaced by a sentinel, a word that occurs nowhere else. The skeleton shows where each content went, so
-that T must be its literal parts with the contents put back, exactly (`template_skeleton.py`); a template that drops,
-shortens or moves a message is thereby caught on the very row where it happens. An assistant turn then begins where the generation prompt ends (so
-that an empty `<think></think>` block, the content and the tool calls are learnt, the header is not), and ends after the
-end-of-turn marker, which is what follows the turn both when it is the last one and when another turn comes after it
-(`template_turns.py`).
+model's. For all others the text T of a row is compared with a skeleton (`template_skeleton.py`): the same conversation
+rendered once more (`template_render.py`) with every content replaced by a sentinel, a word that occurs nowhere else. The
+skeleton shows where each content went, so that T must be its literal parts with the contents put back, exactly; a
+template that drops, shortens or moves a message is thereby caught on the very row where it happens. An assistant turn
+(`template_turns.py`) then begins where the generation prompt ends (so that an empty `<think></think>` block, the content
+and the tool calls are learnt, the header is not), and ends after the end-of-turn marker, which is what follows the turn
+both when it is the last one and when another turn comes after it.
 
 Prefixes of the conversation are rendered only to find these two borders, never to cut T: templates such as Qwen3's drop
 the thinking of earlier turns, so that a prefix's text is not a prefix of T. A skeleton depends on roles, tools and tool

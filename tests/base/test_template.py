@@ -1,178 +1,26 @@
-"""Every chat template that TRL ships: the text is transformers', the trained spans are what the model has to write."""
+"""Every chat template that TRL ships: the trained spans are what the model has to write."""
 
 from __future__ import annotations
 
-import datetime
-import functools
 import random
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
-import trl
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from trl_templates import (
+    CONVERSATIONS,
+    NAMES,
+    PAIRS,
+    assistant,
+    encoder_of,
+    mark,
+    spans,
+    tokenizer_with,
+    user,
+)
 
 from graftlm.base.chat import PLAIN_TEMPLATE, Encoder
 from graftlm.base.template import Marked, Template
-from graftlm.errors import DataError, ModelError
-
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
-PAIRS = [name for name in NAMES if f"{name}_training" in NAMES]
-# What looks like a token of its own in a template: <|im_start|>, <｜User｜>, <|tool_call>, <turn|>, </think>, [INST].
-SPECIALS = re.compile(
-    r"<[|｜][^<>\s{}'\"]*>|<[^<>\s{}'\"]*[|｜]>|</?think>|</?tool_call>|<(?:start|end)_of_\w+>|\[/?INST\]"
-)
-
-
-@functools.cache
-def _backend() -> str:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(["the assistant and the user think of the weather in\n\nParis"] * 9, trainer)
-    return tokenizer.to_str()
-
-
-def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_backend()), bos_token="<s>", eos_token="</s>"
-    )
-    found = sorted(set(SPECIALS.findall(template or "")))
-    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in found])
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-@functools.cache
-def encoder_of(name: str) -> Encoder:
-    return Encoder(tokenizer_with((FOLDER / f"{name}.jinja").read_text()), date=datetime.date.today().isoformat())
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
-
-
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "Weather of a city.",
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string", "description": "Its name."}},
-                "required": ["city"],
-            },
-        },
-    }
-]
-CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
-OTHER_CALL = {"id": "call_2", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-REPLY = {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": '{"rain": "no"}'}
-OTHER_REPLY = {"role": "tool", "tool_call_id": "call_2", "name": "weather", "content": '{"rain": "yes"}'}
-
-Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
-CONVERSATIONS: dict[str, Conversation] = {
-    "single": ([user("Hi there"), assistant("Hello you")], None),
-    "system": ([{"role": "system", "content": "Be brief"}, user("Hi there"), assistant("Hello you")], None),
-    "multi": ([user("Hi there"), assistant(" Hello you "), user("And more?"), assistant("Yes, more\n")], None),
-    "thinking": ([user("Hi"), assistant("Hello", reasoning_content="Hmmm")], None),
-    "thinking twice": (
-        [
-            user("Hi"),
-            assistant("Hello", reasoning_content="Hmmm"),
-            user("So?"),
-            assistant("Well", reasoning_content="Ahaa"),
-        ],
-        None,
-    ),
-    "thinking inside": ([user("Hi"), assistant("<think>\nHmmm\n</think>\n\nHello")], None),
-    "tool": ([user("Rain?"), {"role": "assistant", "tool_calls": [CALL]}, REPLY, assistant("Dry")], TOOLS),
-    "tool call last": ([user("Rain?"), {"role": "assistant", "tool_calls": [CALL]}], TOOLS),
-    "two tools": (
-        [
-            user("Rain?"),
-            {"role": "assistant", "tool_calls": [CALL, OTHER_CALL]},
-            REPLY,
-            OTHER_REPLY,
-            assistant("Dry"),
-            user("Thanks"),
-            assistant("Welcome"),
-        ],
-        TOOLS,
-    ),
-    "thinking before a tool": (
-        [
-            user("Rain?"),
-            {"role": "assistant", "reasoning_content": "Hmmm", "tool_calls": [CALL]},
-            REPLY,
-            assistant("Dry", reasoning_content="Ahaa"),
-        ],
-        TOOLS,
-    ),
-    "words before a tool": ([user("Rain?"), assistant("Looking", tool_calls=[CALL]), REPLY, assistant("Dry")], TOOLS),
-    "question last": ([user("Hi there"), assistant("Hello you"), user("And more?")], None),
-    "a quote": ([user('Say "<a>" & \\n'), assistant('"<a>" \\n, said {{ he }} — ü\u2028')], None),
-}
-
-
-def mark(name: str, conversation: Conversation, **options: Any) -> Marked | str:
-    """The marked text, or the refusal."""
-    try:
-        return encoder_of(name)._template.mark(*conversation, **options)
-    except DataError as error:
-        return str(error)
-
-
-def spans(marked: Marked) -> list[str]:
-    """The trained texts; ranges that touch are one."""
-    texts: list[str] = []
-    end = -1
-    for start, stop in marked.spans:
-        if start == end:
-            texts[-1] += marked.text[start:stop]
-        else:
-            texts.append(marked.text[start:stop])
-        end = stop
-    return texts
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_text_of_a_conversation_is_what_transformers_renders(name: str) -> None:
-    encoder = encoder_of(name)
-    template = encoder._template
-    compared = 0
-    for messages, tools in CONVERSATIONS.values():
-        for prompt in (False, True):
-            given = messages
-            if template.renderer.parts:
-                given = [
-                    {**m, "content": [{"type": "text", "text": m["content"]}]} if "content" in m else m
-                    for m in messages
-                ]
-            try:
-                expected = encoder.tokenizer.apply_chat_template(
-                    given,
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    date_string=datetime.date.today().strftime("%d %b %Y"),
-                )
-            except Exception:  # what transformers cannot render, we may render (deepseek's tool calls) or refuse
-                continue
-            assert template.render(messages, tools, prompt=prompt) == expected
-            compared += 1
-    assert compared >= 6
+from graftlm.errors import DataError
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -360,18 +208,6 @@ def test_marks_that_leave_out_the_end_of_the_turn_are_not_used() -> None:
     assert any("marks leave out the end" in note for note in template.notes)
 
 
-def test_the_date_is_the_one_given_and_not_todays() -> None:
-    for name, expected in (
-        ("llama3_1", "Today Date: 03 Feb 2021"),
-        ("llama3_2", "Today Date: 03 Feb 2021"),
-        ("gptoss", "Current date: 2021-02-03"),
-        ("muse_glimmer", "Current date: 2021-02-03"),
-    ):
-        encoder = Encoder(tokenizer_with((FOLDER / f"{name}.jinja").read_text()), date="2021-02-03")
-        assert expected in encoder.mark_chat([user("Hi"), assistant("Hello")]).text
-        assert expected in encoder.tokenizer.decode(encoder.prompt([user("Hi")]))
-
-
 def test_the_plain_template_takes_every_conversation() -> None:
     encoder = Encoder(tokenizer_with(None))
     assert encoder.template == PLAIN_TEMPLATE
@@ -385,31 +221,6 @@ def test_the_plain_template_takes_every_conversation() -> None:
             assert marked.text.endswith("</s>")
             asked = encoder._template.render(messages[:-1], tools, prompt=True)
             assert marked.text.startswith(asked), title  # what generation sees is what training saw
-
-
-def test_a_template_that_is_not_jinja_is_refused() -> None:
-    with pytest.raises(ModelError, match="line 1"):
-        Template("{% for m in messages %}", {}, [], "2026-01-01")
-
-
-def test_a_template_cannot_reach_into_python() -> None:
-    for attack in (
-        "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}",
-        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
-        "{{ namespace(__init__=1) }}",
-        "{{ cycler.__init__.__globals__ }}",
-    ):
-        template = Template(attack, {}, [], "2026-01-01")
-        with pytest.raises(DataError):
-            template.render([user("Hi")])
-
-
-def test_a_template_does_not_change_the_callers_messages() -> None:
-    for name in ("deepseekv3", "gptoss", "smolvlm"):
-        messages = [user("Rain?"), {"role": "assistant", "content": None, "tool_calls": [dict(CALL)]}]
-        before = repr(messages)
-        mark(name, (messages, TOOLS))
-        assert repr(messages) == before
 
 
 def test_a_turn_of_which_nothing_is_left_is_refused() -> None:

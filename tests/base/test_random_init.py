@@ -1,14 +1,16 @@
-"""A base of random weights made in place: the size and the parts of the real one, and no weight twice."""
+"""Random weights: of the size and the parts of the real model, no weight twice, the same for the same seed."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
-from graftlm.base.loading import random_base
+from graftlm.base.loading import load_base, random_base
+from graftlm.base.modules import Stored
 from graftlm.base.precision import nbytes
 from graftlm.base.random_init import random_model
 from graftlm.base.saving import dense_state_dict
@@ -51,3 +53,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     weight = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(states[0][weight], states[2][weight])
     assert states[0][weight].std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_random_weights_depend_on_the_seed_alone() -> None:
+    config = tiny.config("qwen2")
+    torch.manual_seed(5)
+    first = random_model(config, 3, False).state_dict()
+    torch.manual_seed(6)
+    again, other = random_model(config, 3, False).state_dict(), random_model(config, 4, False).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_random_weights_are_never_taken_for_the_folders(tmp_path: Path) -> None:
+    tiny.config("llama").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), init="random", seed=2, device="cpu")
+    assert base.random
+    assert base.fingerprint == "random"
+    assert all(isinstance(m, Stored) for m in base.stored().values())
