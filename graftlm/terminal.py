@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import IO, Any
 
 from rich.cells import cell_len
@@ -71,6 +72,21 @@ def help_console(**given: Any) -> Console:
         return found
     given["width"] = None if os.environ.get("COLUMNS") else _HELP
     return Plain(**given)
+
+
+def as_text(draw: Callable[[Console], None], width: int = 120) -> str:
+    """What `draw` prints, as plain text of lines of at most `width` characters: a value's `repr`."""
+    text = StringIO()
+    draw(Plain(width=width, file=text))
+    return text.getvalue().rstrip()
+
+
+def as_html(draw: Callable[[Console], None], width: int = 120) -> str:
+    """What `draw` prints, with its colours, for a notebook."""
+    where = Console(width=width, file=StringIO(), record=True, force_terminal=True, color_system="truecolor")
+    draw(where)
+    style = "white-space:pre;overflow-x:auto;line-height:1.3;font-family:monospace"
+    return where.export_html(inline_styles=True, code_format=f'<pre style="{style}">{{code}}</pre>')
 
 
 @dataclass(frozen=True)
@@ -195,4 +211,4 @@ def _lines(cell: Cell, width: int) -> list[Text]:
     return found
 
 
-__all__ = ["Cell", "Column", "Plain", "console", "facts", "help_console", "table"]
+__all__ = ["Cell", "Column", "Plain", "as_html", "as_text", "console", "facts", "help_console", "table"]

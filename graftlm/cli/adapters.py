@@ -6,7 +6,6 @@ import typer
 
 from graftlm import config as configs
 from graftlm.cli.app import Json, app, options, print_json, starting
-from graftlm.progress import working
 from graftlm.terminal import console
 
 group = typer.Typer(
@@ -27,12 +26,9 @@ def _said(text: str) -> None:
 def publish(config: configs.PublishConfig, json: Json = False) -> None:
     """Publish a run's adapter as the next version of a name; it never changes again."""
     with starting():
-        from graftlm.adapters.store import Store
+        from graftlm.commands.adapters import publish
 
-    with working(f"publishing {config.name}"):
-        store = Store(config.store)
-        parents = [store.find(text).digest for text in config.parents]
-        version, new = store.publish(config.source, config.name, note=config.note, parents=parents)
+    version, new = publish(config)
     if json:
         print_json({**version.to_json(), "new": new})
     else:
@@ -43,33 +39,29 @@ def publish(config: configs.PublishConfig, json: Json = False) -> None:
 @options(configs.ListConfig, positional="name")
 def list_(config: configs.ListConfig, json: Json = False) -> None:
     """List the names of a store, or the versions of one name."""
-    from graftlm.adapters.store import Store
     from graftlm.adapters.store import tables as view
+    from graftlm.commands.adapters import every_version, names, versions_of
 
-    store = Store(config.store)
     if config.name is not None:
-        base_versions, name = store.name(config.name, config.base)
-        versions = [base_versions.version(e, name.pointing_at(n)) for n, e in sorted(name.versions.items())]
+        name, versions = versions_of(config, config.name)
         if json:
             print_json({"versions": [v.to_json() for v in versions], "history": name.history})
         else:
             view.print_name(console(), name, versions)
     elif json:
-        print_json({"versions": [v.to_json() for v in store.versions(config.base)]})
+        print_json({"versions": [v.to_json() for v in every_version(config)]})
     else:
-        view.print_names(console(), store.names(config.base))
+        view.print_names(console(), names(config))
 
 
 @group.command(epilog="Example:  graft adapters show formal@prod")
 @options(configs.ShowConfig, positional="version")
 def show(config: configs.ShowConfig, json: Json = False) -> None:
     """Show where a version comes from: base, data, config, losses before and after, parents."""
-    from graftlm.adapters.store import Store
     from graftlm.adapters.store import tables as view
-    from graftlm.adapters.store.lineage import lineage
+    from graftlm.commands.adapters import show
 
-    store = Store(config.store)
-    found = lineage(store, store.find(config.version, config.base))
+    found = show(config)
     if json:
         print_json(found)
     else:
@@ -81,13 +73,10 @@ def show(config: configs.ShowConfig, json: Json = False) -> None:
 def diff(config: configs.DiffConfig, json: Json = False) -> None:
     """Compare two versions: config, plan of tensors, losses, and how far the weights of each layer are apart."""
     with starting():
-        from graftlm.adapters.store import Store
         from graftlm.adapters.store import tables as view
-        from graftlm.adapters.store.lineage import differences
+        from graftlm.commands.adapters import diff
 
-    store = Store(config.store)
-    with working("comparing the versions"):
-        found = differences(store, store.find(config.first, config.base), store.find(config.second, config.base))
+    found = diff(config)
     if json:
         print_json(found)
     else:
@@ -99,12 +88,10 @@ def diff(config: configs.DiffConfig, json: Json = False) -> None:
 def verify(config: configs.VerifyConfig, json: Json = False) -> None:
     """Read every byte of every version and hold it against what was published; exit status 2 for a difference."""
     with starting():
-        from graftlm.adapters.store import Store
         from graftlm.adapters.store import tables as view
+        from graftlm.commands.adapters import verify
 
-    store = Store(config.store)
-    cleaned = store.clean() if config.clean else []
-    check = store.verify(config.base)
+    check, cleaned = verify(config)
     if json:
         faults = [{"where": f.where, "what": f.what} for f in check.faults]
         print_json({
@@ -123,13 +110,10 @@ def verify(config: configs.VerifyConfig, json: Json = False) -> None:
 @options(configs.AliasConfig, positional=("name", "alias", "version"))
 def alias(config: configs.AliasConfig, json: Json = False) -> None:
     """Point an alias at a version."""
-    from graftlm.adapters.store import Store
+    from graftlm.commands.adapters import alias
 
-    store, label = Store(config.store), f"{config.name}@{config.alias}"
-    if config.delete:
-        before, now = store.unalias(config.name, config.alias, config.base), None
-    else:
-        before, now = store.alias(config.name, config.alias, config.version, config.base)
+    label = f"{config.name}@{config.alias}"
+    before, now = alias(config)
     if json:
         print_json({"name": config.name, "alias": config.alias, "before": before, "now": now})
     elif now is None:
@@ -142,9 +126,9 @@ def alias(config: configs.AliasConfig, json: Json = False) -> None:
 @options(configs.RollbackConfig, positional=("name", "alias"))
 def rollback(config: configs.RollbackConfig, json: Json = False) -> None:
     """Point an alias at what it pointed at before."""
-    from graftlm.adapters.store import Store
+    from graftlm.commands.adapters import rollback
 
-    before, now = Store(config.store).rollback(config.name, config.alias, config.base)
+    before, now = rollback(config)
     if json:
         print_json({"name": config.name, "alias": config.alias, "before": before, "now": now})
     else:
@@ -155,9 +139,9 @@ def rollback(config: configs.RollbackConfig, json: Json = False) -> None:
 @options(configs.RemoveConfig, positional="version")
 def remove(config: configs.RemoveConfig, json: Json = False) -> None:
     """Remove a version; refused while an alias points at it."""
-    from graftlm.adapters.store import Store
+    from graftlm.commands.adapters import remove
 
-    version, gone = Store(config.store).remove(config.version, config.base)
+    version, gone = remove(config)
     if json:
         print_json({"version": version.label, "digest": version.digest, "content_removed": gone})
     else:
@@ -169,10 +153,9 @@ def remove(config: configs.RemoveConfig, json: Json = False) -> None:
 def import_(config: configs.ImportConfig, json: Json = False) -> None:
     """Bring in an adapter of PEFT's, a folder or a hub id, once it has passed the checks on its base."""
     with starting():
-        from graftlm.adapters.fetching import import_adapter
+        from graftlm.commands.adapters import import_
 
-    with working(f"importing {config.source}"):
-        version, new, notes = import_adapter(config)
+    version, new, notes = import_(config)
     if json:
         print_json({**version.to_json(), "new": new, "notes": notes})
     else:
@@ -186,10 +169,9 @@ def import_(config: configs.ImportConfig, json: Json = False) -> None:
 def export(config: configs.ExportConfig, json: Json = False) -> None:
     """Write a version as a plain PEFT folder, or made fit for vLLM."""
     with starting():
-        from graftlm.adapters.export import export_adapter
+        from graftlm.commands.adapters import export
 
-    with working(f"exporting {config.version}"):
-        done = export_adapter(config)
+    done = export(config)
     if json:
         print_json(done)
     else:

@@ -16,11 +16,11 @@ from graftlm.config import CompareConfig
 def compare(config: CompareConfig, json: Json = False) -> None:
     """Train full, LoRA and QLoRA on the same rows with several seeds, and say which is worth its cost, if that can be told."""
     with starting():
-        from graftlm.experiments.compare.run import compare as run
+        from graftlm.commands.compare import compare
         from graftlm.experiments.compare.view import CompareView
 
     view = CompareView(terminal.console(stderr=True))
-    found = run(config, view)
+    found = compare(config, view)
     view.comparison(found)
     view.say(f"\nreport: {config.out / 'report.html'} and report.md")
     if json:

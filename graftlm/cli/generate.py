@@ -17,7 +17,7 @@ from graftlm.config import GenerateConfig
 def generate(config: GenerateConfig, json: Json = False) -> None:
     """Answer a prompt with a base model, and with an adapter on it if one is given."""
     with starting():
-        from graftlm.serving.engine.generate import generate_text
+        from graftlm.commands.generate import generate
 
     if config.prompt == "-":
         config = config.model_copy(update={"prompt": sys.stdin.read()})
@@ -26,7 +26,7 @@ def generate(config: GenerateConfig, json: Json = False) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    result = generate_text(config, None if json else show)
+    result = generate(config, None if json else show)
     if json:
         print_json(result)
     else:

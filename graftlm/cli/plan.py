@@ -15,9 +15,9 @@ from graftlm.config import PlanConfig
 def plan(config: PlanConfig, json: Json = False) -> None:
     """Say what full, LoRA and QLoRA would take, where each fits and which to choose, from a config alone."""
     with starting():
-        from graftlm.planning.plan import plan_for
+        from graftlm.commands.plan import plan
 
-    report = plan_for(config)
+    report = plan(config)
     if json:
         print_json(report.to_json())
         return

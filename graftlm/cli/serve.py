@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from graftlm import terminal
 from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.config import ServeConfig
-from graftlm.errors import ConfigError
 
 
 @app.command(
@@ -21,26 +22,20 @@ def serve(config: ServeConfig, json: Json = False) -> None:
     def note(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
-    if config.engine == "vllm":
-        from graftlm.serving.vllm import export_for_vllm
+    with starting():
+        from graftlm.commands.serve import export, serve
 
-        found = export_for_vllm(config, note)
+    if config.engine == "vllm":
+        found = export(config, note)
         if json:
             print_json(found)
         else:
             print(found["command"])
         return
-    try:
-        with starting():
-            from graftlm.serving.http.server import BuiltServer, serve
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette"):
-            raise
-        raise ConfigError(f"graft serve needs {error.name}; install it with: pip install 'graftlm[serve]'") from None
 
-    def ready(url: str, built: BuiltServer) -> None:
+    def ready(url: str, summary: dict[str, Any]) -> None:
         if json:
-            print_json({"event": "ready", "url": url, **built.summary})
+            print_json({"event": "ready", "url": url, **summary})
             return
         note(f"ready      {url}   (a page to try adapters on; OpenAI's interface under {url}/v1)")
 

@@ -42,7 +42,7 @@ app.add_typer(group, name="sweep")
 def run(config: SweepConfig, json: Json = False) -> None:
     """Search settings: many trials trained at once on one base. `graft sweep show DIR` prints what was found."""
     with starting():
-        from graftlm.experiments.sweep.run import sweep
+        from graftlm.commands.sweep import sweep
         from graftlm.experiments.sweep.view import SweepView
 
     view = SweepView()
@@ -57,12 +57,10 @@ def run(config: SweepConfig, json: Json = False) -> None:
 @options(ShowSweepConfig, positional="folder")
 def show(config: ShowSweepConfig, json: Json = False) -> None:
     """Show the trials of a sweep, best first, and write its report again."""
-    from graftlm.experiments.reports.sweep import write_reports
-    from graftlm.experiments.sweep.results import read
+    from graftlm.commands.sweep import show
     from graftlm.experiments.sweep.view import print_table
 
-    found = read(config.folder, config.storage)
-    write_reports(found, config.folder)
+    found = show(config)
     if json:
         print_json(found.to_json())
     else:

@@ -14,9 +14,8 @@ from graftlm.config import TrainConfig
 def train(config: TrainConfig, json: Json = False) -> None:
     """Fine-tune a base model: all of it, or an adapter on a frozen 16-bit (lora) or 4-bit (qlora) base."""
     with starting():
-        from graftlm.training.run import run
-        from graftlm.training.view import View
+        from graftlm.commands.train import train
 
-    summary = run(config, View())
+    summary = train(config)
     if json:
         print_json(summary)

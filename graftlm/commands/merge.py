@@ -12,7 +12,9 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import torch
+from rich.console import Console
 
+from graftlm import terminal
 from graftlm.adapters import gguf
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach, detach
@@ -30,6 +32,7 @@ from graftlm.adapters.merge_drift import (
 from graftlm.adapters.merge_writer import rounding_of, write_merged_model
 from graftlm.adapters.peft_format import AdapterFolder
 from graftlm.adapters.store import open_adapter
+from graftlm.adapters.store.tables import print_merged
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, load_base, load_tokenizer
 from graftlm.base.meta_base import MetaBase, load_meta_base
@@ -44,7 +47,20 @@ from graftlm.jsonfile import read_json
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def merge(config: MergeConfig) -> dict[str, Any]:
+class MergeReport(dict[str, Any]):
+    """What `graft merge --json` prints; shown, how far each way of merging is from the live model, and what was written."""
+
+    def __repr__(self) -> str:
+        return terminal.as_text(self._draw)
+
+    def _repr_html_(self) -> str:
+        return terminal.as_html(self._draw)
+
+    def _draw(self, where: Console) -> None:
+        print_merged(where, self)
+
+
+def merge(config: MergeConfig) -> MergeReport:
     """Merge as the config says; returns what `--json` prints. Raises GraftError, and then nothing is written."""
     _free(config.out, config.gguf)
     found = [(open_adapter(name, config.store, model=config.model), weight) for name, weight in config.weighted()]
@@ -98,7 +114,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             raise RunError(
                 f"{config.gguf} cannot be written: {error.strerror or error}; {config.out} is whole"
             ) from None
-    return done
+    return MergeReport(done)
 
 
 class MergeRefused(AdapterError):

@@ -209,7 +209,8 @@ ANSWERS: dict[str, OptionAnswer] = {
         OptionAnswer(_BEST, (True, None, "eval_loss", "loss", False)),
     ),
     "early_stopping_patience": OptionAnswer(
-        "no run ends early; --steps or --epochs bounds it, and the best step is what is saved", (None,)
+        "graft train has --early-stopping N; here --steps or --epochs bounds a run, and the best step is what is saved",
+        (None,),
     ),
     **_each(
         "save_only_model save_safetensors logging_steps logging_dir logging_first_step logging_strategy "

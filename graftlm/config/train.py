@@ -154,6 +154,10 @@ class TrainConfig(Config):
     eval_every: int | None = option(
         None, "evaluate every N steps; default at most ten times, a quarter of the time", group="run", ge=1
     )
+    early_stopping: int | None = option(
+        None, "end the run when the eval loss has not fallen for N evaluations in a row; the best step is what is saved",
+        group="run", ge=1,
+    )  # fmt: skip
     save_every: int | None = option(
         None, "write a checkpoint every N steps; default only when stopped", group="run", ge=1
     )
@@ -210,6 +214,8 @@ class TrainConfig(Config):
             raise ValueError("--save-precision is for --method full; an adapter is saved in float32")
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError("--eval-every needs eval rows; give --eval-data, such as 5%, or leave it out")
+        if self.early_stopping is not None and self.eval_data is None:
+            raise ValueError("--early-stopping watches the eval loss; give --eval-data, such as 5%, or leave it out")
         refuse_eval_weight(self.eval_data)
         if "" in self.trainable_tokens:
             raise ValueError("trainable-tokens holds an empty token; leave it out")

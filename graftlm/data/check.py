@@ -52,7 +52,7 @@ class ExamplePreview:
     pieces: tuple[TextPiece, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class DataReport:
     """What `graft check` found."""
 
@@ -89,6 +89,12 @@ class DataReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return {**_plain(asdict(self)), "good": self.good}
+
+    def __repr__(self) -> str:
+        return terminal.as_text(self.render)
+
+    def _repr_html_(self) -> str:
+        return terminal.as_html(self.render)
 
     def render(self, console: Console) -> None:
         """Write the report to a terminal."""

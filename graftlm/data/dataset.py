@@ -308,5 +308,5 @@ def _overlong(example: Example, max_tokens: int) -> Fault:
 
 
 def _place(row: str, order: Mapping[str, int]) -> tuple[int, int]:
-    name, _, number = row.rpartition(":")
+    name, _, number = row.removesuffix("]").rpartition("[" if row.endswith("]") else ":")
     return order.get(name, len(order)), int(number) if number.isascii() and number.isdigit() else 0

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Source:
 
     path: str  # a file, a folder, or a hub id; `@split` included
     weight: float = 1.0  # times an epoch sees each row
+    rows: Sequence[Any] | None = field(default=None, repr=False, compare=False)
+    """The rows themselves, where they are in memory; `path` is then what messages call them."""
 
     @classmethod
     def parse(cls, text: str) -> Source:
@@ -97,7 +99,10 @@ def read(source: Source, moved: Moved | None = None) -> Iterator[RawRow | Fault]
     `moved` hears how many bytes of a file have been read, out of `size_of(source)`.
     """
     path = Path(source.path).expanduser()
-    if path.is_file():
+    if source.rows is not None:
+        rows = (_bounded(f"{source.path}[{i}]", row) for i, row in enumerate(source.rows))
+        yield from _counted(source.path, rows)
+    elif path.is_file():
         if path.stat().st_size == 0:
             raise DataError(f"{source.path} is empty (0 bytes); expected one row a line")
         yield from _counted(source.path, _read_file(path, source.path, moved))
@@ -151,7 +156,7 @@ def _missing(path: Path, name: str) -> DataError:
 def size_of(source: Source) -> int:
     """Bytes of a source that is a file, else 0."""
     path = Path(source.path).expanduser()
-    return path.stat().st_size if path.is_file() else 0
+    return path.stat().st_size if source.rows is None and path.is_file() else 0
 
 
 def _read_file(path: Path, name: str, moved: Moved | None) -> Iterator[RawRow | Fault]:
@@ -318,7 +323,9 @@ def _object(where: str, value: Any) -> RawRow | Fault:
     if isinstance(value, dict):
         return RawRow(where, {str(key): inner for key, inner in value.items()})
     mend = 'write {"prompt": ..., "completion": ...}'
-    return Fault(where, "line", f"{type(value).__name__} {_around(json.dumps(value), 0)}", "a JSON object", mend)
+    return Fault(
+        where, "line", f"{type(value).__name__} {_around(json.dumps(value, default=repr), 0)}", "a JSON object", mend
+    )
 
 
 def _around(text: str, position: int) -> str:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftlm import terminal
 from graftlm.config import PlanConfig
 from graftlm.errors import ConfigError, ModelError
 from graftlm.formatting import duration
@@ -37,6 +38,8 @@ from graftlm.planning.timing import EFFICIENCY, StepTime, step_time
 from graftlm.progress import working
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from graftlm.data.dataset import Dataset
 
 DEFAULT_MICRO_BATCH_TOKENS = 4096
@@ -124,7 +127,7 @@ class ModelPlan:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PlanReport:
     """What `graft plan` found."""
 
@@ -132,6 +135,17 @@ class PlanReport:
     plans: tuple[ModelPlan, ...]
     epochs: float
     price_per_hour: float | None
+
+    def __repr__(self) -> str:
+        return terminal.as_text(self._draw)
+
+    def _repr_html_(self) -> str:
+        return terminal.as_html(self._draw)
+
+    def _draw(self, where: Console) -> None:
+        from graftlm.planning.report import render
+
+        render(self, where)
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object: the card, and a plan for each model."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from graftlm.config import TrainConfig
 from graftlm.training import checkpoint
+from graftlm.training.callbacks import Callback, Callbacks
 from graftlm.training.resume import RunIdentity
 from graftlm.training.run_folder import MetricsFile, writing
 from graftlm.training.trackers import Tracker
@@ -22,10 +23,12 @@ class Recorder(TrainerCallback):
 
     def __init__(
         self, config: TrainConfig, trial: Trial, identity: RunIdentity, view: View, metrics: MetricsFile,
-        trackers: Sequence[Tracker],
+        trackers: Sequence[Tracker], callbacks: Sequence[Callback] = (),
     ) -> None:  # fmt: skip
         self.config, self.trial, self.identity = config, trial, identity
         self.view, self.metrics, self.trackers = view, metrics, trackers
+        self.callbacks = Callbacks(callbacks)
+        self.callbacks.begin(trial.evaluations)
         self.stopped: int | None = None
         self.tokens, self.seconds = 0, 0.0
         self.loss: float | None = None
@@ -48,6 +51,7 @@ class Recorder(TrainerCallback):
         for note in trial.notes[self._notes :]:
             self.view.note(note)
         self._notes = len(trial.notes)
+        self.callbacks.step({"step": result.step, "kind": "train", **values})
 
     def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         values = {"eval_loss": evaluation.loss, "eval_examples": len(evaluation.rows), **_progress(trial)}
@@ -56,12 +60,18 @@ class Recorder(TrainerCallback):
             tracker.log(evaluation.step, {"eval/loss": evaluation.loss})
         self._improved = best and evaluation.step > 0
         self.view.evaluated(trial, evaluation, best)
+        self.callbacks.evaluate({"step": evaluation.step, "kind": "eval", **values, "best": best})
 
     def settled(self, trials: Sequence[Trial]) -> bool:
         self.save_due()
         if self.stopped is not None and not self.trial.done:
             self.event("stopped", signal=self.stopped)
             return False
+        reason = self.callbacks.stop_reason
+        if reason is not None and not self.trial.done:
+            self.event("ended", reason=reason)
+            self.view.note(f"ending after step {self.trial.step}: {reason}")
+            self.trial.stop_reason = reason
         self.stopped = None
         return True
 
@@ -78,6 +88,7 @@ class Recorder(TrainerCallback):
             with writing(self.config.out):
                 checkpoint.save(self.config.out, self.trial, self.identity.to_json(), self.config.keep_checkpoints)
             self._saved = self.trial.step
+            self.callbacks.save(self.config.out / "checkpoints" / f"{self.trial.step:06d}")
 
     def event(self, name: str, **values: Any) -> None:
         """A line in the metrics that is neither a step nor an evaluation."""

@@ -31,17 +31,19 @@ from graftlm.training.trial import Trial
 def peek(sources: Sequence[Source]) -> None:
     """Raise DataError for a file that is missing or empty before the base is loaded, which may take minutes."""
     for source in sources:
-        if share(source.path) is None and not is_hub_id(source.path):
+        if source.rows is not None or (share(source.path) is None and not is_hub_id(source.path)):
             with working("looking at the data"):  # a .json file is read as a whole for its first row
                 next(read(source), None)
 
 
 def read_data(
-    config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base
+    config: TrainConfig, sources: Sequence[Source], encoder: Encoder, base: Base, eval_source: Source | None = None
 ) -> tuple[Dataset, Dataset | None]:
-    """The training data, and the eval data where there are any. Raises DataError."""
+    """The training data, and the eval data where there are any: those of the config, or `eval_source`. Raises DataError."""
     limit = token_limit(config.max_length, base.structure.max_positions)
     dataset = load(sources, encoder, max_tokens=limit, overlong=config.overlong)
+    if eval_source is not None:
+        return dataset, load([eval_source], encoder, max_tokens=limit, overlong=config.overlong)
     if config.eval_data is None:
         return dataset, None
     fraction = share(config.eval_data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from graftlm.training.resume import RunIdentity
 from graftlm.training.run_folder import environment, write_lines
 from graftlm.training.trial import Trial
 from graftlm.training.view import View
+
+SO_FAR = "{}-so-far"
+"""What the result of an interrupted run is called: `adapter-so-far` or `model-so-far`."""
 
 
 def about(
@@ -76,14 +80,36 @@ def finish(
     step = trial.best.step if trial.best is not None else trial.step
     checkpoint.name_best(config.out, trial)
     saved = save_result(config, base, adapter, trial, encoder, {**facts, "steps": step, "changes": identity.changes})
-    checkpoint.remove(config.out, trial.sampler.steps)
+    checkpoint.remove(config.out, trial.step)
+    for kind in ("adapter", "model"):  # what an interruption before had saved
+        shutil.rmtree(config.out / SO_FAR.format(kind), ignore_errors=True)
     return {**saved, "saved_step": step}
 
 
+def save_so_far(
+    config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial, encoder: Encoder, facts: dict[str, Any],
+    identity: RunIdentity, view: View,
+) -> dict[str, Any]:  # fmt: skip
+    """Save the best step of a run that is interrupted beside its checkpoints, which stay; returns what was saved.
+
+    Nothing goes on with `trial` after this: it holds the best step then. Raises OSError and SafetensorError.
+    """
+    trouble = checkpoint.take_best(config.out, trial)
+    if trouble is not None:
+        view.note(trouble)
+    step = trial.best.step if trial.best is not None else trial.step
+    facts = {**facts, "steps": step, "changes": identity.changes}
+    return {**save_result(config, base, adapter, trial, encoder, facts, SO_FAR), "saved_step": step}
+
+
 def save_result(
-    config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial, encoder: Encoder, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Write adapter/ or model/ and evaluation.jsonl; returns their places and sizes. Raises OSError, SafetensorError."""
+    config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial, encoder: Encoder, facts: dict[str, Any],
+    name: str = "{}",
+) -> dict[str, Any]:  # fmt: skip
+    """Write adapter/ or model/, called `name`, and evaluation.jsonl; returns their places and sizes.
+
+    Raises OSError, SafetensorError.
+    """
     if trial.first is not None and trial.best is not None:
         after = {r.row: r for r in trial.best.rows}
         lines = (
@@ -103,7 +129,7 @@ def save_result(
         "versions": environment()["versions"],
     }
     if adapter is not None:
-        place = config.out / "adapter"
+        place = config.out / name.format("adapter")
         with atomic_folder(place) as folder:
             adapter_format.save(base, adapter, folder, manifest)
         return {
@@ -111,7 +137,7 @@ def save_result(
             "adapter_digest": adapter_format.inspect_folder(place).digest,
             "saved_bytes": (place / adapter_format.TENSORS).stat().st_size,
         }
-    place = config.out / "model"
+    place = config.out / name.format("model")
     with atomic_folder(place) as folder:
         save_model(base.model, str(folder), DTYPES[config.save_precision or base.precision])
         base.tokenizer.save_pretrained(str(folder))

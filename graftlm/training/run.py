@@ -9,21 +9,24 @@ with its folder, `memory.py` says what it will take, `trainer.py` trains. What a
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from graftlm.adapters.attach import coverage, notes_for_peft
+from graftlm.adapters.attach import coverage, detach, notes_for_peft
 from graftlm.base.chat import Encoder
-from graftlm.base.loading import load_base
+from graftlm.base.loading import Base, load_base
 from graftlm.config import TrainConfig
-from graftlm.data.sources import named_source
+from graftlm.data.sources import Source, named_source
 from graftlm.errors import Diverged, Stopped
 from graftlm.files import remove_leftovers
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.progress import working
 from graftlm.training import checkpoint
+from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.logging import signals
 from graftlm.training.memory import dry_run, estimate
 from graftlm.training.pages import mmap_allocations, release_memory
@@ -31,71 +34,61 @@ from graftlm.training.prepare import make_adapter, peek, read_data, set_checkpoi
 from graftlm.training.resume import compute_dtype_of
 from graftlm.training.run_folder import check_free, locked
 from graftlm.training.session import Session, TrainingData
+from graftlm.training.shared_base import borrowed
 from graftlm.training.trackers import check_trackers
 from graftlm.training.trainer import train
 from graftlm.training.view import View
 
 
-def run(config: TrainConfig, view: View) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a run is handed by its caller, beside its config, and does not load or read itself."""
+
+    base: Base | None = None
+    """A loaded base; it is lent, and except for what full training does to its weights it comes back as it was."""
+    sources: Sequence[Source] | None = None
+    """Rows in memory, instead of those that the config names."""
+    eval_source: Source | None = None
+    callbacks: Sequence[Callback] = ()
+    save_when_stopped: bool = False
+    """Whether a run that a signal stops also saves its best step, as `adapter-so-far` or `model-so-far`."""
+
+
+def run(config: TrainConfig, view: View, given: Given = Given()) -> dict[str, Any]:
     """Train as the config says; returns the summary that `--json` prints. Raises GraftError, or Stopped on a signal."""
     check_trackers(config.track)
-    sources = [named_source(text, "train") for text in config.data]
-    peek([*sources, *([named_source(config.eval_data, "valid")] if config.eval_data else [])])
-    device = _probe_device(config)
+    callbacks = list(given.callbacks)
+    if config.early_stopping is not None:
+        callbacks.append(EarlyStopping(config.early_stopping))
+    Callbacks(callbacks)  # refuses what is none before anything is loaded
+    sources = given.sources or [named_source(text, "train") for text in config.data]
+    apart_source = given.eval_source or (named_source(config.eval_data, "valid") if config.eval_data else None)
+    peek([*sources, *([apart_source] if apart_source is not None else [])])
+    device = given.base.device if given.base is not None else _probe_device(config)
     apart = mmap_allocations(device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward))
     with locked(config.out), apart, PeakMemory(device) as memory:
         remove_leftovers(config.out)
         check_free(config.out, config.resume)
         started = time.perf_counter()
-        precision = stored_precision(config)
-        base = load_base(
-            config.model, precision=precision, compute_dtype=compute_dtype_of(config), device=config.device,
-            init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
-        )  # fmt: skip
-        release_memory()  # what was used for that
-        set_checkpointing(config, base)
-        view.base(base)
-        loaded = time.perf_counter()
-        adapter = make_adapter(base, config)
-        encoder = Encoder(base.tokenizer, train_on=config.train_on, date=config.template_date)
-        training_data = TrainingData(encoder, *read_data(config, sources, encoder, base))
-        view.data(training_data.dataset, training_data.eval_dataset, encoder.notes)
-        session = Session(config, base, adapter, training_data, view, slot=0 if adapter is None else 1)
-        trial = session.trial
-        if adapter is not None:
-            for note in adapter.origin.notes if adapter.origin is not None else ():
-                view.note(note)
-            view.coverage(coverage(base, adapter), adapter, notes_for_peft(base, adapter.slots))
-        else:
-            view.everything(sum(p.numel() for p in trial.parameters.values()))
-            if base.fixed:
-                view.note(
-                    f"its class never trains {len(base.fixed)} of its parameters: '{min(base.fixed)}' stays as it is"
-                )
-
-        ahead = estimate(config, base, [trial], [] if adapter is None else [adapter])
-        with mmap_allocations(device.type == "cpu" and ahead.load.mmap_allocations), closing(session):
-            session.resume_from_checkpoint(ahead.micro_batch_tokens)
-            dry_run_bytes = None if trial.done else dry_run(base, [trial], ahead) - memory.start
-            view.ahead(ahead, dry_run_bytes)
-            session.begin({**ahead.to_json(), "dry_run_bytes": dry_run_bytes})
-            recorder = session.recorder
-            with signals(recorder, view.note):
-                try:
-                    with view.training(trial):
-                        train(base, [trial], ahead.micro_batch_tokens, recorder)
-                except Diverged as error:
-                    raise Diverged(f"{error}; {checkpoint.whereabouts(config.out)}") from None
-                if recorder.stopped is not None and not trial.done:
-                    recorder.save()
-                    raise Stopped(
-                        recorder.stopped,
-                        f"stopped after step {trial.step} of {trial.sampler.steps}; {checkpoint.whereabouts(config.out)}. "
-                        "Go on with the same command and --resume",
-                    )
-                trained = time.perf_counter()
-                with working("saving"):
-                    result = session.finish()
+        with _base(config, given.base) as base:
+            release_memory()  # what was used for that
+            set_checkpointing(config, base)
+            view.base(base)
+            loaded = time.perf_counter()
+            adapter = make_adapter(base, config)
+            encoder = Encoder(base.tokenizer, train_on=config.train_on, date=config.template_date)
+            try:
+                data = TrainingData(encoder, *read_data(config, sources, encoder, base, given.eval_source))
+                view.data(data.dataset, data.eval_dataset, encoder.notes)
+                slot = 0 if adapter is None else 1
+                session = Session(config, base, adapter, data, view, slot=slot, callbacks=callbacks)
+            except BaseException:
+                if adapter is not None:
+                    detach(base, 1)
+                raise
+            with closing(session):
+                _tell_what_is_trained(session)
+                result, trained = _trained(session, memory, given.save_when_stopped)
     summary = {
         **result,
         "peak_memory_bytes": memory.bytes,
@@ -105,7 +98,64 @@ def run(config: TrainConfig, view: View) -> dict[str, Any]:
     }
     session.measured(summary)
     view.done(summary)
+    session.recorder.callbacks.end(summary)
     return summary
+
+
+@contextmanager
+def _base(config: TrainConfig, held: Base | None) -> Iterator[Base]:
+    """The base that the config names, or the one that is held already."""
+    if held is not None:
+        with borrowed(held, compute_dtype_of(config), adds_tokens=bool(config.trainable_tokens)) as base:
+            yield base
+        return
+    yield load_base(
+        config.model, precision=stored_precision(config), compute_dtype=compute_dtype_of(config), device=config.device,
+        init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
+    )  # fmt: skip
+
+
+def _tell_what_is_trained(session: Session) -> None:
+    base, adapter, view = session.base, session.adapter, session.view
+    if adapter is not None:
+        for note in adapter.origin.notes if adapter.origin is not None else ():
+            view.note(note)
+        view.coverage(coverage(base, adapter), adapter, notes_for_peft(base, adapter.slots))
+        return
+    view.everything(sum(p.numel() for p in session.trial.parameters.values()))
+    if base.fixed:
+        view.note(f"its class never trains {len(base.fixed)} of its parameters: '{min(base.fixed)}' stays as it is")
+
+
+def _trained(session: Session, memory: PeakMemory, save_when_stopped: bool) -> tuple[dict[str, Any], float]:
+    """Take the steps and save; returns what the run was and did, and when the last step was done. Raises as `run`."""
+    config, base, trial, view, adapter = session.config, session.base, session.trial, session.view, session.adapter
+    ahead = estimate(config, base, [trial], [] if adapter is None else [adapter])
+    with mmap_allocations(base.device.type == "cpu" and ahead.load.mmap_allocations):
+        session.resume_from_checkpoint(ahead.micro_batch_tokens)
+        dry_run_bytes = None if trial.done else dry_run(base, [trial], ahead) - memory.start
+        view.ahead(ahead, dry_run_bytes)
+        session.begin({**ahead.to_json(), "dry_run_bytes": dry_run_bytes})
+        recorder = session.recorder
+        with signals(recorder, view.note):
+            try:
+                with view.training(trial):
+                    train(base, [trial], ahead.micro_batch_tokens, recorder)
+            except Diverged as error:
+                raise Diverged(f"{error}; {checkpoint.whereabouts(config.out)}") from None
+            if recorder.stopped is not None and not trial.done:
+                recorder.save()
+                step = trial.step
+                if save_when_stopped:
+                    session.save_so_far()
+                raise Stopped(
+                    recorder.stopped,
+                    f"stopped after step {step} of {trial.sampler.steps}; {checkpoint.whereabouts(config.out)}. "
+                    "Go on with the same command and --resume",
+                )
+            trained = time.perf_counter()
+            with working("saving"):
+                return session.finish(), trained
 
 
 def _probe_device(config: TrainConfig) -> torch.device:

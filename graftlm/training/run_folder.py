@@ -5,6 +5,7 @@ environment.json   versions, hardware, dates     data.json       digest, rows, t
 metrics.jsonl      one object a line: step, kind (train | eval | event), loss or eval_loss, epoch, num_tokens, ...
 evaluation.jsonl   per evaluation row: row id, target tokens, summed loss before and after
 checkpoints/       best.json                     adapter/ or model/
+summary.json       what the run was and did, as `graft train --json` prints it
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from graftlm.jsonfile import parse_json
 from graftlm.training import checkpoint
 
 LOCK = ".running"
+SUMMARY = "summary.json"
 
 
 def environment() -> dict[str, Any]:
@@ -173,6 +175,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 __all__ = [
     "LOCK",
+    "SUMMARY",
     "MetricsFile",
     "check_free",
     "environment",

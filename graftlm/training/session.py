@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,12 @@ from graftlm.base.loading import Base
 from graftlm.config import TrainConfig
 from graftlm.data.dataset import Dataset
 from graftlm.files import write_json
+from graftlm.training.callbacks import Callback
 from graftlm.training.logging import Recorder
 from graftlm.training.prepare import make_trial
-from graftlm.training.result import about, finish
+from graftlm.training.result import about, finish, save_so_far
 from graftlm.training.resume import RunIdentity, identify, resume_from_checkpoint
-from graftlm.training.run_folder import MetricsFile, environment, writing
+from graftlm.training.run_folder import SUMMARY, MetricsFile, environment, writing
 from graftlm.training.trackers import open_trackers
 from graftlm.training.trial import Trial
 from graftlm.training.view import View
@@ -55,10 +56,12 @@ class Session:
         view: View,
         *,
         slot: int,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """`adapter` is attached in `slot`; None for full training, in slot 0. Raises ConfigError."""
         assert (adapter is None) == (slot == 0)
         self.config, self.base, self.adapter, self.training_data, self.view = config, base, adapter, training_data, view
+        self.callbacks = callbacks
         self.trial: Trial = make_trial(base, config, adapter, slot, training_data.dataset, training_data.eval_dataset)
         self._open = True
 
@@ -91,15 +94,31 @@ class Session:
                 if change["step"] == step:
                     metrics.write({"step": step, "kind": "event", "event": "changed", **change})
             trackers = open_trackers(config.track, out, self.resolved)
-        self.recorder = Recorder(config, self.trial, self.identity, self.view, metrics, trackers)
+        self.recorder = Recorder(config, self.trial, self.identity, self.view, metrics, trackers, self.callbacks)
 
     def finish(self) -> dict[str, Any]:
         """Save the best step; returns what the run was and did. Raises RunError where it cannot be written."""
+        with writing(self.config.out):
+            summary = self._summary(finish(*self._result()))
+            write_json(self.config.out / SUMMARY, summary)
+        return summary
+
+    def save_so_far(self) -> dict[str, Any]:
+        """Save the best step of a run that is interrupted after its checkpoint; returns what it was and did until here.
+
+        The trial then holds the best step, so nothing goes on with it. Raises RunError.
+        """
+        with writing(self.config.out):
+            summary = self._summary(save_so_far(*self._result()))
+            write_json(self.config.out / SUMMARY, summary)
+        return summary
+
+    def _result(self) -> tuple[TrainConfig, Base, Adapter | None, Trial, Encoder, dict[str, Any], RunIdentity, View]:
+        encoder = self.training_data.encoder
+        return self.config, self.base, self.adapter, self.trial, encoder, self.facts, self.identity, self.view
+
+    def _summary(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         config, base, trial, recorder = self.config, self.base, self.trial, self.recorder
-        with writing(config.out):
-            saved = finish(
-                config, base, self.adapter, trial, self.training_data.encoder, self.facts, self.identity, self.view
-            )
         return {
             "out": str(config.out),
             **saved,
@@ -118,12 +137,14 @@ class Session:
             "train_loss": recorder.loss,
             "eval_loss_before": trial.first.loss if trial.first else None,
             "eval_loss_after": trial.best.loss if trial.best else None,
+            "stop_reason": trial.stop_reason,
         }
 
     def measured(self, summary: Mapping[str, Any]) -> None:
-        """Put what was measured beside what was planned. Raises RunError."""
+        """Write the summary, and what was measured beside what was planned. Raises RunError."""
         keys = ("base_bytes", "peak_memory_bytes", "idle_memory_bytes", "tokens_per_second")
         with writing(self.config.out):
+            write_json(self.config.out / SUMMARY, dict(summary))
             write_json(self.config.out / "plan.json", {**self.plan, "measured": {key: summary[key] for key in keys}})
 
     def close(self) -> None:

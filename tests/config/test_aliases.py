@@ -222,7 +222,6 @@ def test_values_are_translated_with_their_names(text: str, field: str, value: An
         ("dataset_text_field: body", "graft check"),
         ("bias: all", "--modules-to-save"),
         ("init_lora_weights: pissa", "A begins at random"),
-        ("early_stopping_patience: 3", "no run ends early"),
         ("push_to_hub: true", "graft adapters push"),
         ("deepspeed: ds.json", "one device"),
         ("stage: dpo", "supervised"),

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
+from graftlm import terminal
 from graftlm.config import CompareConfig
 from graftlm.config.aliases import renamed_summary
 from graftlm.config.compare import Variant
@@ -89,7 +91,7 @@ class VariantResult:
     capacity: capacity.Capacity | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Everything that a comparison found."""
 
@@ -102,6 +104,17 @@ class Comparison:
     data: dict[str, Any]
     notes: tuple[str, ...]
     environment: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return terminal.as_text(self._draw)
+
+    def _repr_html_(self) -> str:
+        return terminal.as_html(self._draw)
+
+    def _draw(self, where: Console) -> None:
+        from graftlm.experiments.compare.view import CompareView
+
+        CompareView(where).comparison(self)
 
     def to_json(self) -> dict[str, Any]:
         """Every figure as plain JSON values."""

@@ -52,6 +52,9 @@ class Verdict:
     """Every pair, the worse one first."""
     sentences: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return " ".join(self.sentences)
+
 
 def judge(study: PairedBootstrap, costs: Mapping[str, tuple[float, ...]], config: CompareConfig) -> Verdict:
     """Judge all variants of a study; `costs` holds the asked cost first, then what decides between equals."""

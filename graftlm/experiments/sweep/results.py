@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from graftlm import terminal
 from graftlm.config.aliases import renamed
 from graftlm.config.sweep import Value
 from graftlm.errors import RunError
@@ -43,7 +46,7 @@ class TrialResult:
     """(step, eval loss)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SweepResult:
     """Everything that a sweep has found."""
 
@@ -57,6 +60,17 @@ class SweepResult:
     space: Mapping[str, str]
     """What is searched, as it was written."""
     tried: tuple[TrialResult, ...]
+
+    def __repr__(self) -> str:
+        return terminal.as_text(self._draw)
+
+    def _repr_html_(self) -> str:
+        return terminal.as_html(self._draw)
+
+    def _draw(self, where: Console) -> None:
+        from graftlm.experiments.sweep.view import print_table
+
+        print_table(where, self, 20)
 
     @property
     def ranked(self) -> list[TrialResult]:

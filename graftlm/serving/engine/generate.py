@@ -6,8 +6,9 @@ the adapter's manifest says whether it was trained on chats or on texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,11 @@ from graftlm import progress
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
 from graftlm.adapters.store import open_adapter
+from graftlm.base.caches import Decoding
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, load_base, load_config, resolve
 from graftlm.config import GenerateConfig, Precision
-from graftlm.errors import ConfigError
+from graftlm.errors import AdapterError, ConfigError
 from graftlm.progress import working
 from graftlm.serving.engine.engine import Engine, EngineLimits
 from graftlm.serving.engine.prompts import PromptEncoder, PromptEncoderCache, hidden_ids
@@ -120,38 +122,77 @@ def complete(
     return complete_all(base, encoder, [prompt], slot=slot, max_tokens=max_tokens, sampling=sampling, told=told)[0]
 
 
+@dataclass(frozen=True)
+class Question:
+    """One prompt to an engine, and the adapter that answers it."""
+
+    prompt: Sequence[int]
+    encoder: Encoder
+    """Of its adapter, or of the base: the tokens that end an answer, and how its text is read."""
+    adapter: str = ""
+    """Digest of an adapter, or the name of one that is in a slot already; empty for the bare base."""
+    folder: Path | None = None
+    """Where the adapter is loaded from; None where it is in a slot."""
+
+
 def complete_all(
     base: Base, encoder: Encoder, prompts: Sequence[Sequence[int]], *, slot: int = 0, max_tokens: int = 128,
     sampling: SamplingParams = GREEDY, told: Callable[[RequestOutput], None] | None = None,
 ) -> list[Generation]:  # fmt: skip
     """Continue many prompts, several at a time, through what is attached in `slot`. Raises ConfigError as `room_for`."""
-    rooms = [room_for(base, len(prompt)) for prompt in prompts]
+    asked = [Question(prompt, encoder, ATTACHED if slot else "") for prompt in prompts]
+    attached = {ATTACHED: slot} if slot else {}
+    return answer_all(base, asked, max_tokens=max_tokens, sampling=sampling, attached=attached, told=told)
+
+
+def answer_all(
+    base: Base, questions: Sequence[Question], *, max_tokens: int = 128, sampling: SamplingParams = GREEDY,
+    attached: Mapping[str, int] | None = None, decoding: Decoding | None = None,
+    told: Callable[[RequestOutput], None] | None = None,
+) -> list[Generation]:  # fmt: skip
+    """Answer questions, several at a time and each through its own adapter, in one batch; answers in the questions' order.
+
+    `attached` names adapters that are in slots already, `decoding` is what was proven of the base if it was asked before.
+    Raises ConfigError as `room_for`, and AdapterError for an adapter that cannot be loaded onto this base.
+    """
+    rooms = [room_for(base, len(asked.prompt)) for asked in questions]
     wanted = [max_tokens if room is None else min(max_tokens, room) for room in rooms]
-    at_once = min(len(prompts), 16)
-    longest = max((len(p) + n for p, n in zip(prompts, wanted)), default=1)
-    limits = EngineLimits(max_num_seqs=at_once, queue=len(prompts), cache_tokens=at_once * (longest + 16), max_loras=1)
-    engine = Engine(base, limits)
-    if slot:
-        engine.adapter_cache.adopt(ATTACHED, slot)
-    hidden = hidden_ids(encoder)
-    for i, (prompt, most) in enumerate(zip(prompts, wanted)):
+    at_once = min(len(questions), 16)
+    longest = max((len(asked.prompt) + n for asked, n in zip(questions, wanted)), default=1)
+    adapters = {asked.adapter for asked in questions if asked.adapter}
+    limits = EngineLimits(
+        max_num_seqs=at_once,
+        queue=len(questions),
+        cache_tokens=at_once * (longest + 16),
+        max_loras=max(1, len(adapters)),
+    )
+    engine = Engine(base, limits, decoding=decoding)
+    for name, slot in (attached or {}).items():
+        engine.adapter_cache.adopt(name, slot)
+    requests: list[tuple[Request, Path | None]] = []
+    for i, (asked, most) in enumerate(zip(questions, wanted)):
+        encoder = asked.encoder
         request = Request(
-            id=str(i), prompt=tuple(prompt), max_tokens=most, adapter=ATTACHED if slot else "", sampling=sampling,
-            stop_ids=encoder.stop_ids, hidden_ids=hidden, tokenizer=encoder.tokenizer,
+            id=str(i), prompt=tuple(asked.prompt), max_tokens=most, adapter=asked.adapter, sampling=sampling,
+            stop_ids=encoder.stop_ids, hidden_ids=hidden_ids(encoder), tokenizer=encoder.tokenizer,
         )  # fmt: skip
-        engine.submit(request)
-    texts = [""] * len(prompts)
-    done: list[Generation | None] = [None] * len(prompts)
-    while engine.busy:
-        for output in engine.step():
+        requests.append((request, asked.folder))
+    texts = [""] * len(questions)
+    done: list[Generation | None] = [None] * len(questions)
+    try:
+        for output in engine.run(requests):
             if told is not None:
                 told(output)
             at = int(output.id)
             texts[at] += output.text
+            if output.finish_reason == "error":
+                raise AdapterError(f"prompt {at}: {output.error}")
             if output.finish_reason is not None:
                 stopped = output.finish_reason == "stop"
                 finish_reason: Literal["stop", "length"] = "stop" if stopped else "length"
                 done[at] = Generation(texts[at], output.completion_tokens - stopped, finish_reason)
+    finally:
+        engine.close()
     return [answer for answer in done if answer is not None]
 
 

@@ -1,0 +1,69 @@
+"""Rows that are in memory: lists of dicts, data frames, datasets; read as a file's rows are, and named by their index.
+
+sources_of(rows, "rows")      [Source(path="rows", rows=...)]; a fault says `rows[17]: ...`
+sources_of("a.jsonl", ...)    None: a name, which the config takes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from graftlm.data.sources import Source
+from graftlm.errors import DataError
+
+_EXPECTED = (
+    "expected a list of dicts, a datasets.Dataset, a pandas DataFrame, a file, a hub id, or a list of files or hub ids"
+)
+
+
+def is_named(data: Any) -> bool:
+    """Whether data are named, by a path or a hub id or several, instead of being there."""
+    if isinstance(data, str | Path):
+        return True
+    return isinstance(data, list | tuple) and len(data) > 0 and all(isinstance(part, str | Path) for part in data)
+
+
+def names_of(data: Any) -> tuple[str, ...]:
+    """Named data as a config takes them."""
+    return (str(data),) if isinstance(data, str | Path) else tuple(str(part) for part in data)
+
+
+def source_of(data: Any, name: str) -> Source | None:
+    """Rows in memory as a source that messages call `name`; None for data that are named. Raises DataError."""
+    if is_named(data):
+        return None
+    rows = _rows(data, name)
+    if not rows:
+        raise DataError(f"{name} holds no row; expected at least one")
+    return Source(path=name, rows=rows)
+
+
+def _rows(data: Any, name: str) -> list[Any]:
+    kind = type(data)
+    if isinstance(data, Mapping):
+        if kind.__module__.split(".")[0] == "datasets":
+            raise DataError(
+                f"{name} are a {kind.__name__} of {', '.join(map(str, data))}; give one of them: data['train']"
+            )
+        raise DataError(f"{name} are one {kind.__name__}; {_EXPECTED}")
+    if callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):  # pandas, which need not be installed
+        return [{str(key): _plain(value) for key, value in row.items()} for row in data.to_dict("records")]
+    if isinstance(data, Iterable) and not isinstance(data, bytes):
+        return [_plain(dict(row)) if isinstance(row, Mapping) else row for row in data]
+    raise DataError(f"{name} are a {kind.__name__}; {_EXPECTED}")
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and numbers of NumPy as Python's own; NaN is how a data frame says that a cell is empty."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
