@@ -30,6 +30,7 @@ FLOORS = [
     "serving",
     "experiments",
     "commands",
+    "api",
     "cli",
 ]
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem != "__init__")

@@ -102,6 +102,20 @@ def save_so_far(
     return {**save_result(config, base, adapter, trial, encoder, facts, SO_FAR), "saved_step": step}
 
 
+def manifest_of(
+    config: TrainConfig, encoder: Encoder, facts: dict[str, Any], before: float | None, after: float | None
+) -> dict[str, Any]:
+    """What the manifest of a result says of how it was made; `before` and `after` are eval losses in nats a target token."""
+    return {
+        **facts,
+        "method": config.method,
+        "seed": config.seed,
+        "template": {"digest": encoder.template_digest, "own": encoder.has_own_template, "date": config.template_date},
+        "evaluation": {"before": before, "after": after},
+        "versions": environment()["versions"],
+    }
+
+
 def save_result(
     config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial, encoder: Encoder, facts: dict[str, Any],
     name: str = "{}",
@@ -117,17 +131,8 @@ def save_result(
             for r in trial.first.rows
         )
         write_lines(config.out / "evaluation.jsonl", lines)
-    manifest = {
-        **facts,
-        "method": config.method,
-        "seed": config.seed,
-        "template": {"digest": encoder.template_digest, "own": encoder.has_own_template, "date": config.template_date},
-        "evaluation": {
-            "before": trial.first.loss if trial.first else None,
-            "after": trial.best.loss if trial.best else None,
-        },
-        "versions": environment()["versions"],
-    }
+    losses = (trial.first.loss if trial.first else None, trial.best.loss if trial.best else None)
+    manifest = manifest_of(config, encoder, facts, *losses)
     if adapter is not None:
         place = config.out / name.format("adapter")
         with atomic_folder(place) as folder:

@@ -1,0 +1,299 @@
+"""The calls of `import graftlm as graft`: arguments to a config to a command, and values back.
+
+Options are those of the command of the same name, as keywords: every field of its config in `graftlm/config/`, and the names
+that TRL, PEFT, Axolotl and LLaMA-Factory have for them. An option that does not exist is a ConfigError with the nearest one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from graftlm import progress, terminal
+from graftlm.api.model import Model, folder_of, method_for
+from graftlm.api.run import Run
+from graftlm.config import (
+    CheckConfig,
+    CompareConfig,
+    Config,
+    MergeConfig,
+    PlanConfig,
+    ServeConfig,
+    SweepConfig,
+    TrainConfig,
+)
+from graftlm.data.check import DataReport
+from graftlm.data.in_memory import is_named, names_of, source_of
+from graftlm.data.sources import Source
+from graftlm.errors import ConfigError, Stopped
+from graftlm.files import write_text
+from graftlm.training.callbacks import Callback
+
+Built = TypeVar("Built", bound=Config)
+SEARCHED = {"learning-rate": "1e-4..1e-2", "rank": "4..32"}
+"""What a sweep searches that is not told."""
+ROWS, EVAL_ROWS = "rows", "eval_rows"
+"""What messages call data that are in memory."""
+
+
+def train(
+    model: Model | str | Path,
+    data: Any,
+    *,
+    eval_data: Any = None,
+    out: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = False,
+    **options: Any,
+) -> Run:
+    """Fine-tune a model on rows; returns the run.
+
+    `model` is one of `graft.load`, which is shared, or a name, which is loaded for this run. `data` is a list of dicts, a
+    datasets.Dataset, a pandas DataFrame, a file, a hub id, `demo`, or a list of files; `eval_data` the same, or a share of the
+    rows such as "5%". `out` is the run folder, default runs/<time>-<model>. Options are those of `graft train`.
+
+    A loaded model decides on base, precision and device; without `method` it is trained as qlora on nf4, else as lora, and its
+    base is unchanged afterwards. With method="full" the loaded model itself is trained and is the tuned one afterwards.
+
+    Ctrl-C ends the run after the current step: the run is returned with `run.stopped` true, its checkpoint written and its
+    best step so far saved; the same call with `out=run.folder, resume=True` goes on. A second Ctrl-C ends it at once, as
+    KeyboardInterrupt. Raises GraftError, and Stopped on SIGTERM.
+    """
+    from graftlm.commands.train import Given
+    from graftlm.commands.train import train as command
+    from graftlm.training.view import View
+
+    sources, eval_source = source_of(data, ROWS), None if eval_data is None else source_of(eval_data, EVAL_ROWS)
+    values: dict[str, Any] = {
+        "model": model.name if isinstance(model, Model) else str(model),
+        "data": names_of(data) if sources is None else (ROWS,),
+        "eval_data": EVAL_ROWS if eval_source is not None else None if eval_data is None else _one(eval_data),
+        "out": None if out is None else Path(out),
+        **options,
+    }
+    if isinstance(values.get("from_adapter"), Run):
+        values["from_adapter"] = folder_of(values["from_adapter"])
+    named = TrainConfig.named(values)
+    named.setdefault("out", _fresh_folder(str(named["model"])))
+    if isinstance(model, Model):
+        named = _on_loaded(model, named)
+    config = TrainConfig.build(named)
+    given = Given(
+        base=model.base if isinstance(model, Model) else None, sources=None if sources is None else [sources],
+        eval_source=eval_source, callbacks=callbacks, save_when_stopped=True,
+    )  # fmt: skip
+    changed = isinstance(model, Model) and config.method == "full"
+    ended = False
+    try:
+        with _drawn(quiet):
+            command(config, View(quiet=quiet), given)
+        ended = True
+    except Stopped as stopped:
+        ended = True
+        if stopped.signal_number != signal.SIGINT:
+            raise
+    finally:
+        with contextlib.suppress(OSError):  # made for a run that did not begin, and empty
+            config.out.rmdir()
+        if changed and isinstance(model, Model):
+            _after_full(model, config.out, ended)
+    return Run.open(config.out)
+
+
+def _after_full(model: Model, out: Path, ended: bool) -> None:
+    if ended:
+        model.became(Run.open(out))
+    elif (out / "metrics.jsonl").is_file() and any(line["kind"] == "train" for line in Run.open(out).metrics):
+        model.spoiled(out)
+
+
+def _on_loaded(model: Model, named: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run on a loaded model. Raises ConfigError for what was chosen when it was loaded."""
+    model._usable()  # pyright: ignore[reportPrivateUsage]
+    found = {"method": method_for(model), **named}
+    loaded: dict[str, Any] = {
+        "base_precision": model.base_precision, "device": model.device,
+        "trust_remote_code": model.config.trust_remote_code, "init": "pretrained",
+    }  # fmt: skip
+    for name, value in loaded.items():
+        if name in found and str(found[name]) != str(value):
+            raise ConfigError(
+                f"{name} is {found[name]!r}, and the model was loaded with {value!r}; load it so with graft.load, or give its "
+                "name instead of the model"
+            )
+    if found["method"] == "full" and model.base_precision in ("int8", "nf4"):
+        raise ConfigError(
+            f"method full trains every weight, and this model is stored as {model.base_precision}; load it with "
+            "base_precision='float32' or 'bfloat16', or leave method out to train an adapter"
+        )
+    if found["method"] == "full" and found.get("save_precision", model.base_precision) != model.base_precision:
+        raise ConfigError(
+            f"save_precision {found['save_precision']} would save another model than the one in memory, which is "
+            f"{model.base_precision}; leave it out, or give the model's name instead of the model"
+        )
+    dtype = found.get("compute_dtype") or model.config.compute_dtype
+    return {**found, "base_precision": model.base_precision, "compute_dtype": dtype}
+
+
+def plan(*models: str | Path, data: Any = (), **options: Any) -> Any:
+    """What full, LoRA and QLoRA would take for each model: a PlanReport, which prints as a table.
+
+    `models` are directories, hub ids, `demo`, or built-in shapes such as "llama-3.1-8b"; options are those of `graft plan`, as
+    `gpu`, `memory`, `rank`, `max_length` (tokens). No weight is read. Sizes are in bytes, times in seconds. Raises GraftError.
+    """
+    from graftlm.commands.plan import plan as command
+
+    names = () if data is None or len(data) == 0 else names_of(_refuse_rows(data, "plan"))
+    return command(PlanConfig.build({"models": tuple(map(str, models)), "data": names, **options}))
+
+
+def check(data: Any, *, model: Model | str | Path, eval_data: Any = None, **options: Any) -> DataReport:
+    """Read every row as training would: a DataReport with counts, lengths, faults and examples of what is trained.
+
+    `data` and `eval_data` as `train` takes them. Raises DataError for a source that cannot be read at all; a bad row is no
+    error here, it stands in `fault_rows`, and `good` is False.
+    """
+    from graftlm.commands.check import check_data
+
+    rows, eval_rows = source_of(data, ROWS), None if eval_data is None else source_of(eval_data, EVAL_ROWS)
+    values = {
+        "model": model.name if isinstance(model, Model) else str(model),
+        "data": names_of(data) if rows is None else (ROWS,),
+        "eval_data": None if eval_data is None or eval_rows is not None else _one(eval_data),
+        **options,
+    }
+    return check_data(CheckConfig.build(values), None if rows is None else [rows], eval_rows)
+
+
+def compare(model: str | Path, data: Any, *, eval_data: Any = None, quiet: bool = False, **options: Any) -> Any:
+    """Train full, LoRA and QLoRA on the same rows, each run in a process of its own: a Comparison with its `verdict`.
+
+    Data as `train` takes them; options are those of `graft compare`, `out` (default runs/compare) its folder, and the same
+    call goes on with what is there. Raises GraftError, and Stopped on Ctrl-C, after which it can go on.
+    """
+    from graftlm.commands.compare import compare as command
+    from graftlm.experiments.compare.view import CompareView
+
+    config = _on_files(CompareConfig, _name(model, "compare"), data, eval_data, options)
+    with _drawn(quiet):
+        return command(config, CompareView(terminal.console(stderr=True, quiet=quiet)))
+
+
+def sweep(model: str | Path, data: Any, *, eval_data: Any = None, quiet: bool = False, **options: Any) -> Any:
+    """Search settings, many trials at once on one base: a SweepResult with `best`, the trial of the lowest eval loss.
+
+    Data as `train` takes them; options are those of `graft sweep`, as `search={"rank": "4..32"}` (default learning-rate and
+    rank) and `trials`. Needs the extra `sweep`. Raises GraftError, and Stopped on Ctrl-C, after which it can go on.
+    """
+    from graftlm.experiments.sweep.view import SweepView
+
+    try:
+        from graftlm.commands.sweep import sweep as command
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"graft.sweep needs {error.name}; install it with: pip install 'graftlm[sweep]'") from None
+
+    named = SweepConfig.named(options)
+    search = {name: space for name, space in SEARCHED.items() if name.replace("-", "_") not in named}
+    config = _on_files(SweepConfig, _name(model, "sweep"), data, eval_data, {"search": search, **named})
+    with _drawn(quiet):
+        return command(config, SweepView(terminal.console(stderr=True, quiet=quiet)))
+
+
+def merge(model: Model | str | Path, adapter: Any, out: str | Path, **options: Any) -> Any:
+    """Add adapters to their base's weights and write a plain model: a MergeReport, a dict that prints as a table.
+
+    `adapter` is a Run, a folder, a version such as `formal@prod`, or a list of these or of `NAME:0.3` with its weight.
+    Options are those of `graft merge`, as `max_drift`, `gguf`. Raises GraftError, and then nothing is written.
+    """
+    from graftlm.commands.merge import merge as command
+
+    adapters = adapter if isinstance(adapter, list | tuple) else [adapter]
+    names = [str(folder_of(one)) if isinstance(one, Run) else str(one) for one in adapters]
+    name = model.name if isinstance(model, Model) else str(model)
+    return command(MergeConfig.build({"model": name, "adapter": names, "out": Path(out), **options}))
+
+
+def serve(model: str | Path, **options: Any) -> None:
+    """Serve a base with all of its adapters over HTTP until a signal; options are those of `graft serve`. Raises GraftError."""
+    from graftlm.commands.serve import serve as command
+
+    console = terminal.console(stderr=True, soft_wrap=True)
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    config = ServeConfig.build({"model": _name(model, "serve"), **options})
+    command(config, note, lambda url, summary: note(f"ready      {url}"))
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _name(model: Any, call: str) -> str:
+    if isinstance(model, Model):
+        raise ConfigError(
+            f"graft.{call} loads the base in processes or a precision of its own; give '{model.name}', its name"
+        )
+    return str(model)
+
+
+def _one(data: Any) -> str:
+    names = names_of(data)
+    if len(names) != 1:
+        raise ConfigError(f"eval_data is one file, found {len(names)}; join them")
+    return names[0]
+
+
+def _refuse_rows(data: Any, call: str) -> Any:
+    if not is_named(data):
+        raise ConfigError(
+            f"graft.{call} reads data from files and hub ids; write the rows to a .jsonl file and give its name"
+        )
+    return data
+
+
+def _on_files(kind: type[Built], model: str, data: Any, eval_data: Any, options: dict[str, Any]) -> Built:
+    """A config whose data are files, as other processes need them; rows in memory are written beside its folder."""
+    values: dict[str, Any] = kind.named({"model": model, **options})
+    out = Path(values.get("out") or kind.model_fields["out"].default)
+    values["data"] = names_of(data) if is_named(data) else (str(_written(source_of(data, ROWS), out)),)
+    if eval_data is not None:
+        named = is_named(eval_data)
+        values["eval_data"] = _one(eval_data) if named else str(_written(source_of(eval_data, EVAL_ROWS), out))
+    return kind.build(values)
+
+
+def _written(source: Source | None, out: Path) -> Path:
+    assert source is not None
+    assert source.rows is not None
+    place = out.parent / f"{out.name}-{source.path}.jsonl"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in source.rows))
+    return place
+
+
+def _fresh_folder(model: str) -> Path:
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name) or "model"
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    place = Path("runs") / stem
+    number = 2
+    while place.exists():
+        place, number = Path("runs") / f"{stem}-{number}", number + 1
+    return place
+
+
+@contextmanager
+def _drawn(quiet: bool) -> Iterator[None]:
+    """Bars in a terminal and lines elsewhere, as a command draws them; nothing where it should be quiet."""
+    if quiet:
+        yield
+        return
+    with progress.shown():
+        yield
