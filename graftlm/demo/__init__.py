@@ -1,9 +1,6 @@
-"""What comes with Graft: a small base model, data to tune it on, and the recipe that made both.
+"""What comes with Graft: a small base model, and data to tune it on.
 
-    words.py       the words products are made of           corpus.py      what the base was trained on
-    voices.py      invented products in four voices         tokenizer.py   its tokenizer
-    house.py       the fine-tuning data in data/            shape.py       its configuration
-    recipe.py      all of it again, in one command
+The recipe that made both is `tools/demo/` of the repository, outside of the package; `python -m tools.demo.recipe` runs it again.
 
 Wherever a model or a data file is asked for, these names may stand instead of a path:
 

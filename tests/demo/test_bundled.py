@@ -76,7 +76,7 @@ def test_a_demo_name_that_does_not_exist_is_refused_with_those_that_do() -> None
 
 def test_a_missing_base_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "BASE", tmp_path / "base")
-    with pytest.raises(ModelError, match=r"bundled base is missing.*graftlm\.demo\.recipe"):
+    with pytest.raises(ModelError, match=r"bundled base is missing.*tools\.demo\.recipe"):
         demo.resolve_model("demo")
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
