@@ -140,7 +140,7 @@ class Family:
             self.found.generate = "transformers' own `generate` writes something else"
 
     def asked(self, base: Base, *, adapter: bool) -> list[list[int]]:
-        engine = Engine(base, EngineLimits(running=4, cache_tokens=256, max_loras=1))
+        engine = Engine(base, EngineLimits(max_num_seqs=4, cache_tokens=256, max_loras=1))
         way = engine.decoding
         how = "blocks" if way.paged else "own cache" if way.cache else "whole text"
         self.found.decoding = self.found.decoding or how  # of the float32 base, without an adapter

@@ -73,7 +73,7 @@ LENGTHS = (5, 2, 6, 4)
 
 def answers(base: Base, adapter: bool = False) -> tuple[list[list[int]], Engine]:
     """What the engine writes behind four prompts; of those that run together, one ends early."""
-    engine = Engine(base, EngineLimits(running=4, cache_tokens=256, max_loras=1))
+    engine = Engine(base, EngineLimits(max_num_seqs=4, cache_tokens=256, max_loras=1))
     if adapter:
         engine.adapter_cache.adopt("it", 1)
     for i, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS)):
@@ -193,9 +193,9 @@ def test_a_server_answers_what_graft_train_trained_and_says_when_it_has_no_cache
     model = families.random_model(family, vocab_size=tiny_run.VOCABULARY)
     model.save_pretrained(tmp_path / "base")
     tiny_run.byte_tokenizer().save_pretrained(tmp_path / "base")
-    tiny_run.train(tmp_path, model=str(tmp_path / "base"), steps=2, precision="bfloat16")
+    tiny_run.train(tmp_path, model=str(tmp_path / "base"), steps=2, base_precision="bfloat16")
     told: list[str] = []
-    built = build(ServeConfig.build({"model": str(tmp_path / "base"), "precision": "bfloat16"}), told.append)
+    built = build(ServeConfig.build({"model": str(tmp_path / "base"), "base_precision": "bfloat16"}), told.append)
     engine = built.state.async_engine.engine
     version, _ = Store(tmp_path / "store").publish(tmp_path / "run" / "adapter", "trained")
     request = Request(id="a", prompt=(3, 4, 5), max_tokens=3, adapter=version.digest)
@@ -229,7 +229,7 @@ def test_a_base_that_cannot_decode_is_refused_with_what_failed(monkeypatch: pyte
     monkeypatch.setattr(caches, "check_kv_cache", lambda base: ({}, "no blocks"))
     base.packs = True
     with pytest.raises(ModelError, match="one text at a time"):
-        Engine(base, EngineLimits(running=2, cache_tokens=64))
+        Engine(base, EngineLimits(max_num_seqs=2, cache_tokens=64))
 
 
 def test_a_cache_that_changes_a_logit_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
