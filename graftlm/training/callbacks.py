@@ -79,13 +79,15 @@ class EarlyStopping(Callback):
 class Callbacks:
     """Several callbacks of one run, told in their order."""
 
+    callbacks: tuple[Callback, ...]
+
     def __init__(self, callbacks: Sequence[Any]) -> None:
         """Raises ConfigError for what is no callback."""
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 hint = "; give an instance of it" if isinstance(callback, type) else ""
                 raise ConfigError(f"a callback is an instance of graft.Callback, found {callback!r:.80}{hint}")
-        self.callbacks: tuple[Callback, ...] = tuple(callbacks)
+        self.callbacks = tuple(callbacks)
 
     def begin(self, evaluations: Sequence[tuple[int, float]]) -> None:
         """A run begins, or goes on after these evaluations."""
