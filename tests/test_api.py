@@ -167,6 +167,14 @@ def test_a_bad_row_in_memory_is_named_by_its_index(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.glob("runs/*")), "no folder is left of a run that did not begin"
 
 
+def test_a_run_that_was_refused_leaves_the_loaded_model_usable(run: graft.Run) -> None:
+    model = graft.load("demo", base_precision="float32")
+    options = {name: value for name, value in OPTIONS.items() if name != "rank"}
+    with pytest.raises(RunError, match="already holds a run"):
+        graft.train(model, ROWS, out=run.folder, method="full", **options)
+    assert isinstance(model.generate("Hi", max_tokens=2), str)
+
+
 def test_what_is_no_data_is_refused_with_what_is() -> None:
     for data, found in ((7, "a int"), ({"prompt": "a"}, "one dict"), ([], "holds no row")):
         with pytest.raises(DataError, match=found):
@@ -426,10 +434,8 @@ def test_a_merged_model_is_the_base_with_the_adapter(model: graft.Model, run: gr
 
 def test_a_model_that_is_deleted_gives_its_memory_back() -> None:
     found = _python(
-        "import gc, graftlm as graft\n"
-        "from graftlm.training.pages import release_memory\n"
+        "import graftlm as graft\n"
         "def resident():\n"
-        "    release_memory()\n"
         "    return int(open('/proc/self/statm').read().split()[1])\n"
         "model = graft.load('demo', base_precision='float32'); model.generate('Hi', max_tokens=2); del model\n"
         "before = resident()\n"

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -87,9 +87,8 @@ def train(
     config = TrainConfig.build(named)
     given = Given(
         base=model.base if isinstance(model, Model) else None, sources=None if sources is None else [sources],
-        eval_source=eval_source, callbacks=callbacks, save_when_stopped=True,
+        eval_source=eval_source, callbacks=(heard := _Heard(), *callbacks), save_when_stopped=True,
     )  # fmt: skip
-    changed = isinstance(model, Model) and config.method == "full"
     ended = False
     try:
         with _drawn(quiet):
@@ -102,16 +101,21 @@ def train(
     finally:
         with contextlib.suppress(OSError):  # made for a run that did not begin, and empty
             config.out.rmdir()
-        if changed and isinstance(model, Model):
-            _after_full(model, config.out, ended)
+        if isinstance(model, Model) and config.method == "full":
+            if ended:
+                model.became(Run.open(config.out))
+            elif heard.steps or config.optimizer_in_backward or config.resume:
+                model.spoiled(config.out)
     return Run.open(config.out)
 
 
-def _after_full(model: Model, out: Path, ended: bool) -> None:
-    if ended:
-        model.became(Run.open(out))
-    elif (out / "metrics.jsonl").is_file() and any(line["kind"] == "train" for line in Run.open(out).metrics):
-        model.spoiled(out)
+class _Heard(Callback):
+    """Whether a step was taken: then a model that is trained in full is another than before."""
+
+    steps = 0
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        self.steps += 1
 
 
 def _on_loaded(model: Model, named: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def _on_loaded(model: Model, named: dict[str, Any]) -> dict[str, Any]:
         "trust_remote_code": model.config.trust_remote_code, "init": "pretrained",
     }  # fmt: skip
     for name, value in loaded.items():
-        if name in found and str(found[name]) != str(value):
+        if name in found and str(found[name]) not in (str(value), str(value).split(":")[0]):  # cuda:0 is cuda
             raise ConfigError(
                 f"{name} is {found[name]!r}, and the model was loaded with {value!r}; load it so with graft.load, or give its "
                 "name instead of the model"

@@ -8,7 +8,7 @@ model.generate(["Hi", "Hi"], adapter=[None, run])               # base beside tu
 from __future__ import annotations
 
 import itertools
-import weakref
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +64,12 @@ class Model:
         self._decoding: Decoding | None = None
         self._own: OwnLoop | None = None
         base.model.__dict__.setdefault("graft_slots", itertools.count(SLOT + 1))
-        weakref.finalize(self, release_memory)
+
+    def __del__(self) -> None:
+        # A transformers model refers to itself, so without this its memory comes back only when Python next looks for such.
+        if not sys.is_finalizing():
+            self.__dict__.clear()
+            release_memory()
 
     @property
     def name(self) -> str:

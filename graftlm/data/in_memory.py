@@ -57,10 +57,10 @@ def _rows(data: Any, name: str) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and numbers of NumPy as Python's own; NaN is how a data frame says that a cell is empty."""
+    """Arrays and numbers of NumPy as Python's own; NaN, NA and NaT are how a data frame says that a cell is empty."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, float) and math.isnan(value):
+    if (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType"):
         return None
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
