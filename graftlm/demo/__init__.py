@@ -1,6 +1,6 @@
 """What comes with Graft: a small base model, and data to tune it on.
 
-The recipe that made both is `tools/demo/` of the repository, outside of the package; `python -m tools.demo.recipe` runs it again.
+The recipe that made both is `tools/demo/` of the repository, outside of the package: `python -m tools.demo.recipe`.
 
 Wherever a model or a data file is asked for, these names may stand instead of a path:
 
