@@ -105,9 +105,9 @@ def without_tokens(short: Mapping[str, Any], longer: Mapping[str, Any]) -> float
 
 def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[str, Any]:
     """One run as `graft train` makes it; its peak above what the process had before, and its steps after the watched ones."""
+    from graftlm.commands.train import train
     from graftlm.config import TrainConfig
-    from graftlm.training.pages import release_memory
-    from graftlm.training.run import run
+    from graftlm.training.memory import release_memory
     from graftlm.training.view import View
 
     gc.collect()
@@ -121,7 +121,7 @@ def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[
                 "warmup_ratio": 0.0, "max_grad_norm": 0.0, "out": str(Path(out) / "run"), **rung.options, **held_out,
             }
         )  # fmt: skip
-        summary = run(config, View(quiet=True))
+        summary = train(config, View(quiet=True))
         lines = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
     times = [line["seconds"] for line in lines if line["kind"] == "train"]
     return {

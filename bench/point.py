@@ -33,12 +33,12 @@ from graftlm.base.loading import Base, load_tokenizer, random_base
 from graftlm.config import Method, Precision, TrainConfig
 from graftlm.data.dataset import Dataset, DatasetPart, Example, make_example
 from graftlm.planning.models import built_in
-from graftlm.training.prepare import make_adapter, make_trial
+from graftlm.training.run import make_adapter, make_trial
 from graftlm.training.sanity_checks import STEPS as WATCHED
 from graftlm.training.trainer import StepResult, TrainerCallback, train
 from graftlm.training.trial import Evaluation, Trial
 
-_HEAVY = ("graftlm.training.prepare", "graftlm.planning.models", "transformers.models.llama.modeling_llama")
+_HEAVY = ("graftlm.training.run", "graftlm.planning.models", "transformers.models.llama.modeling_llama")
 STORED: dict[Method, Precision] = {"full": "bfloat16", "lora": "bfloat16", "qlora": "nf4"}
 
 
@@ -107,15 +107,15 @@ class Clock(TrainerCallback):
         self.ends: list[float] = [time.perf_counter()]
         self.losses: list[float] = []
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.ends.append(time.perf_counter())
         self.losses.append(result.loss)
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
 
-    def settled(self, trials: Sequence[Trial]) -> bool:
+    def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
         return time.perf_counter() < self.deadline
 
 

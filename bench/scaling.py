@@ -29,7 +29,7 @@ from machine import described
 from point import Point, base_of, in_process, llama, train_steps
 
 from graftlm.planning.peak_memory import PeakMemory
-from graftlm.training.pages import mmap_allocations
+from graftlm.training.memory import mmap_allocations
 
 Line = dict[str, Any]
 SECONDS = 60  # of one point

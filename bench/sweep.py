@@ -64,9 +64,10 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     from graftlm.config import TrainConfig
     from graftlm.data.sources import named_source
     from graftlm.planning.peak_memory import PeakMemory
-    from graftlm.training.pages import mmap_allocations
-    from graftlm.training.prepare import make_adapter, make_trial, read_data
-    from graftlm.training.trainer import example_losses, optimizer_step
+    from graftlm.training.memory import mmap_allocations
+    from graftlm.training.micro_batch import example_losses
+    from graftlm.training.run import make_adapter, make_trial, read_data
+    from graftlm.training.trainer import optimizer_step
 
     method = work["method"]
     with PeakMemory(torch.device("cpu")) as memory:

@@ -111,8 +111,8 @@ def make_data(folder: Path, steps: int, seed: int = 0) -> dict[str, str]:
 
 
 def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
+    from graftlm.commands.train import train
     from graftlm.config import TrainConfig
-    from graftlm.training.run import run
     from graftlm.training.trainer import StepResult
     from graftlm.training.trial import Trial
     from graftlm.training.view import View
@@ -124,13 +124,13 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
             with super().training(trial):
                 yield
 
-        def stepped(self, trial: Trial, result: StepResult) -> None:
+        def on_step_end(self, trial: Trial, result: StepResult) -> None:
             turns.end() if trial.done else turns.next()
 
     method = work["method"]
     own: dict[str, Any] = {} if method == "full" else {"rank": RANK, "alpha": ALPHA}
     with tempfile.TemporaryDirectory() as out:
-        summary = run(
+        summary = train(
             TrainConfig(
                 model=work["model"], data=(work["train"],), eval_data=work["valid"], method=method,
                 base_precision="float32" if method != "qlora" else "nf4", steps=work["steps"], batch_size=BATCH,

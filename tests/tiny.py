@@ -202,12 +202,12 @@ class Heard(TrainerCallback):
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def stepped(self, trial: Any, result: Any) -> None:
+    def on_step_end(self, trial: Any, result: Any) -> None:
         self.losses.append(result.loss)
 
-    def evaluated(self, trial: Any, evaluation: Any, best: bool) -> None: ...
+    def on_evaluate(self, trial: Any, evaluation: Any, best: bool) -> None: ...
 
-    def settled(self, trials: Any) -> bool:
+    def on_iteration_end(self, trials: Any) -> bool:
         return True
 
 

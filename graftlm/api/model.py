@@ -20,6 +20,7 @@ from graftlm.api.run import Run
 from graftlm.base.caches import Decoding, prove_decoding
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, load_base
+from graftlm.base.shared_base import computing_in
 from graftlm.config import GenerateConfig, Precision, TrainConfig
 from graftlm.config.load import LoadConfig
 from graftlm.data.dataset import load as load_rows
@@ -30,8 +31,7 @@ from graftlm.formatting import count, size
 from graftlm.serving.engine.generate import Question, answer_all, checkpoint_precision, prompt_ids
 from graftlm.serving.engine.prompts import PromptEncoder, PromptEncoderCache
 from graftlm.serving.engine.request import SamplingParams
-from graftlm.training.pages import release_memory
-from graftlm.training.shared_base import computing_in
+from graftlm.training.memory import release_memory
 
 Messages = Sequence[Mapping[str, Any]]
 AdapterName = Run | str | Path

@@ -12,8 +12,7 @@ from graftlm.errors import RunError
 from graftlm.experiments.reports.plots import HEIGHT, WIDTH, Figure, Scale
 from graftlm.formatting import size
 from graftlm.jsonfile import read_json
-from graftlm.training.result import SO_FAR
-from graftlm.training.run_folder import SUMMARY, read_metrics
+from graftlm.training.run_folder import SO_FAR, SUMMARY, read_metrics
 
 _STYLE = (
     ".graft-run text{font:11px sans-serif;fill:currentColor}.graft-run .end{text-anchor:end}"

@@ -25,10 +25,10 @@ from graftlm.experiments.compare.run import compare
 from graftlm.experiments.compare.view import CompareView
 from graftlm.experiments.subprocess_run import train_in_subprocess
 from graftlm.files import write_json
+from graftlm.formatting import size
 from graftlm.jsonfile import parse_json, read_json
 from graftlm.planning.plan import PlanReport, plan_for
 from graftlm.training.run_folder import LOCK, locked
-from graftlm.training.view import size
 
 BATCH, RANK = 16, 16
 # Found by `graft compare` on this base and data, without --learning-rate.

@@ -1,6 +1,7 @@
 """A training run, or a measurement, in a process of its own: its peak memory is its own and nothing of it stays behind.
 
-The parent writes the config as JSON to the child's standard input; the child answers with one JSON object a line:
+The parent writes the config as JSON to the standard input of the child (`commands/subprocess_main.py`), which answers
+with one JSON object a line:
 
     {"event": "step", "step": 3, "steps": 60, "loss": 2.1, "tokens": 1500}      after every optimizer step
     {"event": "scored", "out": "..."}                                           after every model that was measured
@@ -21,26 +22,26 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any
 
 from graftlm import errors
 from graftlm.config import TrainConfig
-from graftlm.errors import GraftError, Stopped, TrainingError
+from graftlm.errors import Stopped, TrainingError
 from graftlm.experiments.compare import scoring
 from graftlm.jsonfile import parse_json
 
 OnEvent = Callable[[dict[str, Any]], None]
-_THIS = [sys.executable, "-m", "graftlm.experiments.subprocess_run"]
+_CHILD = [sys.executable, "-m", "graftlm.commands.subprocess_main"]
 
 
 def train_in_subprocess(config: TrainConfig, on_event: OnEvent) -> dict[str, Any]:
     """Run a training in another process; returns its summary, or raises the GraftError or Stopped that ended it."""
-    return run_subprocess([*_THIS, "train"], json.dumps(config.to_json()), on_event)
+    return run_subprocess([*_CHILD, "train"], json.dumps(config.to_json()), on_event)
 
 
 def score_in_subprocess(request: scoring.ScoringRequest, on_event: OnEvent) -> None:
     """Measure trained models on one base in another process; raises the GraftError that ended it."""
-    run_subprocess([*_THIS, "score"], json.dumps(asdict(request)), on_event)
+    run_subprocess([*_CHILD, "score"], json.dumps(asdict(request)), on_event)
 
 
 def run_subprocess(command: list[str], question: str, on_event: OnEvent) -> dict[str, Any]:
@@ -76,48 +77,3 @@ def run_subprocess(command: list[str], question: str, on_event: OnEvent) -> dict
                 child.terminate()
                 child.wait()
             child.stdout.close()
-
-
-def main(source: TextIO, answers: TextIO, task: str = "train") -> None:
-    """The child: read a config and train, or read a request and score; answer."""
-
-    def answer(**event: Any) -> None:
-        answers.write(json.dumps(event) + "\n")
-        answers.flush()
-
-    try:
-        if task == "train":
-            answer(event="done", summary=_train(TrainConfig.build(parse_json(source.read())), answer))
-        else:
-            scoring.measure(
-                scoring.read_request(parse_json(source.read())), lambda out: answer(event="scored", out=out)
-            )
-            answer(event="done", summary={})
-    except Stopped as stopped:
-        answer(event="stopped", signal=stopped.signal_number, message=str(stopped))
-    except GraftError as error:
-        answer(event="error", kind=type(error).__name__, message=str(error))
-
-
-def _train(config: TrainConfig, answer: Callable[..., None]) -> dict[str, Any]:
-    from rich.console import Console
-
-    from graftlm.training.run import run
-    from graftlm.training.trainer import StepResult
-    from graftlm.training.trial import Trial
-    from graftlm.training.view import View
-
-    class Told(View):
-        def note(self, text: str) -> None:
-            answer(event="note", text=text)
-
-        def stepped(self, trial: Trial, result: StepResult) -> None:
-            answer(event="step", step=result.step, steps=trial.sampler.steps, loss=result.loss, tokens=result.tokens)
-
-    return run(config, Told(Console(quiet=True)))
-
-
-if __name__ == "__main__":
-    channel = sys.stdout
-    sys.stdout = sys.stderr  # whatever a library prints must not get between the answers
-    main(sys.stdin, channel, sys.argv[1])

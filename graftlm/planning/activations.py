@@ -36,7 +36,7 @@ class Workload:
 
     @property
     def mmap_allocations(self) -> bool:
-        """Whether large tensors of a step are mmap-backed on a processor (`training/pages.py`): a third more time."""
+        """Whether large tensors of a step are mmap-backed on a processor (`training/memory.py`): a third more time."""
         return self.small and self.micro_batches > 1
 
     @property

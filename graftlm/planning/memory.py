@@ -42,7 +42,7 @@ RUNTIME_BYTES = 10_000_000
 # tensors that live long. Measured over runs of bench/memory.py as a share of what a pass keeps there: 0.28 to 0.43. A
 # product of gate and up that nobody saves leaves one of its own size in each layer besides: it is freed between tensors
 # that stay, and does not fit in there again. There are none where every large tensor is mmap-backed
-# (`training/pages.py`).
+# (`training/memory.py`).
 HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.30
 
 Device = Literal["cuda", "cpu", "mps"]

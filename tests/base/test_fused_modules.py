@@ -20,7 +20,7 @@ from graftlm.base import fused
 from graftlm.base.context import ForwardContext
 from graftlm.base.fused import FusedCounts, Rotary, fuse, unfuse
 from graftlm.base.loading import Base, load_base
-from graftlm.training.trainer import BatchItem, collate, forward
+from graftlm.training.micro_batch import BatchItem, collate, forward
 
 pytestmark = pytest.mark.skipif(
     not kernels.has_fused_ops(torch.device("cpu"), torch.float32), reason="the C kernels are not compiled"

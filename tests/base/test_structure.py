@@ -14,7 +14,7 @@ from graftlm.base.loading import Base, load_base
 from graftlm.base.modules import StoredLinear
 from graftlm.base.structure import ModelStructure
 from graftlm.errors import ModelError
-from graftlm.training.trainer import BatchItem, collate, forward
+from graftlm.training.micro_batch import BatchItem, collate, forward
 
 every = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 

@@ -86,7 +86,7 @@ def measure(request: ScoringRequest, told: Callable[[str], None]) -> None:
     from graftlm.data.sources import Source
     from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
     from graftlm.serving.engine.generate import complete_all
-    from graftlm.training.trainer import example_losses
+    from graftlm.training.micro_batch import example_losses
 
     left = request.left()
     if not left:

@@ -15,7 +15,7 @@ from html import escape
 from graftlm.experiments.compare.capacity import Capacity
 from graftlm.experiments.compare.results import Comparison, VariantResult
 from graftlm.experiments.compare.verdict import Verdict
-from graftlm.training.view import size
+from graftlm.formatting import size
 
 WIDTH, HEIGHT = 380, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 10, 12, 38

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graftlm.experiments.compare.results import Comparison, VariantResult
 from graftlm.experiments.compare.statistics import Interval
-from graftlm.training.view import size
+from graftlm.formatting import size
 
 NONE = "-"
 

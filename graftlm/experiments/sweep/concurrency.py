@@ -17,8 +17,7 @@ from graftlm.config.sweep import Choice, Range, Value
 from graftlm.errors import ConfigError
 from graftlm.formatting import size
 from graftlm.training.memory import TOO_MUCH, MemoryEstimate, estimate, refuse
-from graftlm.training.prepare import make_trial, untrained
-from graftlm.training.session import TrainingData
+from graftlm.training.run import TrainingData, make_trial, new_adapter_for
 from graftlm.training.trial import Trial
 
 AT_ONCE = 8
@@ -85,7 +84,7 @@ def _largest(
         options = [config.training({**own, "targets": value}, out=config.out) for value in targets.values]
         training = max(options, key=lambda c: len(select_layers(base, c.targets)))
     training_data = max(datasets.values(), key=lambda m: m.dataset.longest)
-    adapter = untrained(base, training)
+    adapter = new_adapter_for(base, training)
     return training, make_trial(base, training, adapter, 1, training_data.dataset, training_data.eval_dataset), adapter
 
 

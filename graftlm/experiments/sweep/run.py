@@ -30,11 +30,18 @@ from graftlm.experiments.sweep.view import SweepView, TrialView
 from graftlm.files import remove_leftovers
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.training.logging import signals
-from graftlm.training.memory import dry_run, estimate
-from graftlm.training.pages import mmap_allocations
-from graftlm.training.prepare import make_adapter, peek, read_data, set_checkpointing, stored_precision
-from graftlm.training.session import Session, TrainingData
-from graftlm.training.trainer import example_losses, train
+from graftlm.training.memory import dry_run, estimate, mmap_allocations
+from graftlm.training.micro_batch import example_losses
+from graftlm.training.run import (
+    Session,
+    TrainingData,
+    check_readable,
+    make_adapter,
+    read_data,
+    set_checkpointing,
+    stored_precision,
+)
+from graftlm.training.trainer import train
 from graftlm.training.trial import Evaluation
 
 Data = tuple[str, ...]
@@ -44,10 +51,10 @@ def sweep(config: SweepConfig, view: SweepView) -> SweepResult:
     """Run the sweep, or go on with it, or join it; writes its report. Raises GraftError, or Stopped on a signal."""
     settings = _settings(config)
     for training in settings.values():
-        peek([named_source(text, "train") for text in training.data])
+        check_readable([named_source(text, "train") for text in training.data])
     any_setting = next(iter(settings.values()))
     if "%" not in config.eval_data:
-        peek([named_source(config.eval_data, "valid")])
+        check_readable([named_source(config.eval_data, "valid")])
     study = Study(config)
     base = load_base(
         config.model, precision=stored_precision(any_setting), compute_dtype=config.compute_dtype, device=config.device,
@@ -89,7 +96,7 @@ def _train(
     view: SweepView,
 ) -> None:
     with signals(trial_scheduler, view.note):
-        first = trial_scheduler.joining()
+        first = trial_scheduler.new_trials()
         if not first:
             view.note("every trial has been begun already")
             return
@@ -131,7 +138,7 @@ class _Starting:
             session = Session(training, self.base, adapter, training_data, beside, slot=slot)
             session.resume_from_checkpoint(self.places.micro_batch_tokens)
             together = {"trials_at_once": self.places.count, "predicted": {"peak_bytes": self.places.bytes}}
-            session.begin({"micro_batch_tokens": self.places.micro_batch_tokens, **together})
+            session.open_run_folder({"micro_batch_tokens": self.places.micro_batch_tokens, **together})
             self._measure_base(session)
         except BaseException:
             detach(self.base, slot)
@@ -151,7 +158,7 @@ class _Starting:
             rows = tuple(example_losses(self.base, trial.eval_examples, 0, self.places.micro_batch_tokens))
             self._before[key] = Evaluation(0, rows)
         if math.isfinite(self._before[key].loss):
-            session.recorder.evaluated(trial, self._before[key], trial.record(self._before[key]))
+            session.recorder.on_evaluate(trial, self._before[key], trial.record(self._before[key]))
 
 
 # ---- what trials share -----------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from graftlm.experiments.sweep.view import SweepView
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 from graftlm.planning.peak_memory import PeakMemory
+from graftlm.training.run import Session
 from graftlm.training.run_folder import LOCK
-from graftlm.training.session import Session
 from graftlm.training.trainer import StepResult, TrainerCallback
 from graftlm.training.trial import Evaluation, Trial
 
@@ -61,13 +61,13 @@ class TrialScheduler(TrainerCallback):
 
     # ---- what the loop says ----
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
-        self._at(trial).session.recorder.stepped(trial, result)
-        self.view.stepped(trial, result)
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
+        self._at(trial).session.recorder.on_step_end(trial, result)
+        self.view.on_step_end(trial, result)
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         one = self._at(trial)
-        one.session.recorder.evaluated(trial, evaluation, best)
+        one.session.recorder.on_evaluate(trial, evaluation, best)
         if evaluation.step == 0:
             return
         examples = min(evaluation.step * trial.sampler.batch_size, trial.sampler.draws)
@@ -76,12 +76,12 @@ class TrialScheduler(TrainerCallback):
                 f"pruned after step {trial.step} of {trial.sampler.steps} at an eval loss of {evaluation.loss:.4f}"
             )
 
-    def failed(self, trial: Trial, error: TrainingError) -> None:
+    def on_failure(self, trial: Trial, error: TrainingError) -> None:
         """A trial that diverged ends alone; anything else would meet the others too."""
         if not isinstance(error, Diverged):
             raise error
 
-    def settled(self, trials: Sequence[Trial]) -> bool:
+    def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
         self._clear()
         for one in self.running_trials:
             one.session.recorder.save_due()
@@ -92,7 +92,7 @@ class TrialScheduler(TrainerCallback):
             one.session.recorder.save()
         return False
 
-    def joining(self) -> Sequence[Trial]:
+    def new_trials(self) -> Sequence[Trial]:
         """Fill the free places: with trials that lost their worker first, then with new ones."""
         self._clear()
         joined: list[Trial] = []
@@ -144,7 +144,7 @@ class TrialScheduler(TrainerCallback):
         if trial.stop_reason is None:
             measured = {"peak_memory_bytes": self.memory.bytes, "idle_memory_bytes": self.memory.start}
             summary = {**session.finish(), **measured}  # memory is that of all that were trained together
-            session.measured(summary)
+            session.write_measured(summary)
             loss = float(summary["eval_loss_after"])
             told = {**facts, "digest": summary["adapter_digest"], "bytes": summary["saved_bytes"]}
             write_json(claim.folder / RESULT, {"state": "complete", "loss": loss, "facts": told, "summary": summary})

@@ -53,7 +53,7 @@ class SweepView(View):
         again = f", from step {trial.step}" if trial.step else ""
         self.note(f"trial {claim.number:>3}  {described(claim.own)}{again}")
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
         if self._all is None:
             return
         if trial.name not in self._bars:
@@ -86,7 +86,7 @@ class TrialView(View):
     def note(self, text: str) -> None:
         self._view.note(f"trial {self._number:>3}  {text}")
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
 
 
 def described(own: Mapping[str, Value]) -> str:

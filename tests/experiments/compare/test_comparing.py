@@ -17,6 +17,7 @@ import pytest
 import tiny_run
 from rich.console import Console
 
+from graftlm.commands.train import train
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import ConfigError, DataError, Diverged, ModelError, RunError, Stopped, TrainingError
 from graftlm.experiments.compare import run as module
@@ -26,7 +27,6 @@ from graftlm.experiments.compare.results import Comparison
 from graftlm.experiments.compare.run import compare
 from graftlm.experiments.compare.view import CompareView
 from graftlm.experiments.reports.comparison import command_of
-from graftlm.training.run import run
 from graftlm.training.view import View
 
 
@@ -57,7 +57,7 @@ class Runs:
     def train(self, config: TrainConfig, on_event: Any) -> dict[str, Any]:
         self.before(config)
         self.done.append(config)
-        return run(config, View(quiet=True))
+        return train(config, View(quiet=True))
 
     def score(self, request: scoring.ScoringRequest, on_event: Any) -> None:
         scoring.measure(request, lambda out: on_event({"event": "scored", "out": out}))
@@ -168,7 +168,7 @@ def test_a_run_in_the_middle_is_resumed_and_ends_as_if_it_had_never_stopped(
     from graftlm.training.logging import Recorder
 
     whole, _ = compared(config(tmp_path, methods=["lora"], seeds=1, out=str(tmp_path / "whole")))
-    stepped = Recorder.settled
+    stepped = Recorder.on_iteration_end
 
     def stop_after_two(self: Any, trials: Any) -> bool:
         if self.trial.step == 2:
@@ -176,7 +176,7 @@ def test_a_run_in_the_middle_is_resumed_and_ends_as_if_it_had_never_stopped(
         return stepped(self, trials)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "settled", stop_after_two)
+        patch.setattr(Recorder, "on_iteration_end", stop_after_two)
         with pytest.raises(Stopped):
             compared(config(tmp_path, methods=["lora"], seeds=1))
     found, _ = compared(config(tmp_path, methods=["lora"], seeds=1))

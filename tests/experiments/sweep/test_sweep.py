@@ -17,6 +17,7 @@ from rich.console import Console
 
 from graftlm.adapters.store import Store
 from graftlm.cli import app
+from graftlm.commands.train import train as train_alone
 from graftlm.config import SweepConfig, TrainConfig
 from graftlm.errors import ConfigError, DataError, Diverged, RunError, Stopped, TrainingError
 from graftlm.experiments.sweep import concurrency as places
@@ -27,7 +28,6 @@ from graftlm.experiments.sweep.run import sweep
 from graftlm.experiments.sweep.view import SweepView
 from graftlm.planning.hardware import Card
 from graftlm.training import memory as memory_estimate
-from graftlm.training.run import run as train_alone
 from graftlm.training.view import View
 
 OURS = {"rank", "alpha", "learning_rate", "batch_size", "steps", "seed", "data"}
@@ -149,13 +149,13 @@ def test_a_trials_folder_is_an_ordinary_run(tmp_path: Path) -> None:
 
 def test_a_place_that_is_left_goes_to_the_next_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together: list[list[int]] = []
-    settled = conductor.TrialScheduler.settled
+    on_iteration_end = conductor.TrialScheduler.on_iteration_end
 
     def counting(self: conductor.TrialScheduler, trials: Any) -> bool:
         together.append(sorted(t.slot for t in trials))
-        return settled(self, trials)
+        return on_iteration_end(self, trials)
 
-    monkeypatch.setattr(conductor.TrialScheduler, "settled", counting)
+    monkeypatch.setattr(conductor.TrialScheduler, "on_iteration_end", counting)
     swept(tmp_path, search={"steps": "2|3|4|6|7"}, at_once=2)
     assert max(map(len, together)) == 2
     assert sum(map(len, together)) == 2 + 3 + 4 + 6 + 7
@@ -207,7 +207,7 @@ def test_without_room_for_one_trial_nothing_is_asked_for(tmp_path: Path, monkeyp
 
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = swept(tmp_path / "whole", search={"learning-rate": "0.003|0.02|0.01"}, at_once=2)
-    settled = conductor.TrialScheduler.settled
+    on_iteration_end = conductor.TrialScheduler.on_iteration_end
     count = 0
 
     def stopping(self: conductor.TrialScheduler, trials: Any) -> bool:
@@ -215,10 +215,10 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
         count += 1
         if count == 9:  # two trials have ended, the third has taken three steps
             self.stopped = 15
-        return settled(self, trials)
+        return on_iteration_end(self, trials)
 
     with monkeypatch.context() as patch:
-        patch.setattr(conductor.TrialScheduler, "settled", stopping)
+        patch.setattr(conductor.TrialScheduler, "on_iteration_end", stopping)
         with pytest.raises(Stopped, match="Go on with the same command"):
             swept(tmp_path / "b", search={"learning-rate": "0.003|0.02|0.01"}, at_once=2)
     states = sorted(t.state for t in read(tmp_path / "b" / "sweep").tried)
@@ -433,7 +433,7 @@ def test_an_error_that_is_not_one_trials_ends_the_sweep(tmp_path: Path, monkeypa
     def broken(*_: Any) -> None:
         raise TrainingError("a frozen tensor has changed")
 
-    monkeypatch.setattr("graftlm.training.trainer._refuse_untrained", broken)
+    monkeypatch.setattr("graftlm.training.trainer.check_gradients_reach_every_tensor", broken)
     with pytest.raises(TrainingError, match="frozen tensor") as caught:
         swept(tmp_path)
     assert not isinstance(caught.value, Diverged)
