@@ -61,8 +61,8 @@ def finite(tensor: Tensor) -> bool:
 def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int) -> Path:
     """Write a checkpoint of `trial` after its current step, with `extra` in its state; keeps the newest `keep` and the best.
 
-    Raises OSError or SafetensorError where it cannot be written (`run_folder.writing` says it in words), and Diverged for a
-    tensor that is not finite; the older checkpoints are then as they were.
+    Raises OSError or SafetensorError where it cannot be written (see `run_folder.writing`), and Diverged for a tensor
+    that is not finite; the older checkpoints are then as they were.
     """
     place = run / "checkpoints" / f"{trial.step:06d}"
     tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
@@ -110,7 +110,7 @@ def _remove_old(run: Path, step: int, keep: int) -> None:
     kept = [folder for folder in found if int(folder.name) <= step][-keep:]
     wanted = {folder.name for folder in kept}
     for folder in kept:
-        with contextlib.suppress(RunError, KeyError, TypeError):  # a damaged one says nothing
+        with contextlib.suppress(RunError, KeyError, TypeError):  # a damaged one keeps nothing
             wanted.add(f"{read_state(folder)['best']['step']:06d}")
     for folder in found:
         if folder.name not in wanted:
@@ -276,8 +276,8 @@ def identify(
 def compute_dtype_of(config: TrainConfig) -> ComputeDtype | None:
     """The compute dtype of a run: the one asked for, else, where it goes on, the one it began with.
 
-    None leaves it to the processor; so does a dtype that this one does not have, and `resume_from_checkpoint` then says
-    what is different.
+    None leaves it to the processor; so does a dtype that this one does not have, and `resume_from_checkpoint` then reports
+    the difference.
     """
     if config.compute_dtype is not None or not config.resume:
         return config.compute_dtype
@@ -317,7 +317,7 @@ def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdent
         change = {"step": trial.step, "key": _flag(key), "was": before.get(key), "now": identity.values[key]}
         identity.changes.append(change)
         view.note(f"going on with another {change['key']}: {change['was']!r} before, {change['now']!r} from here")
-    if "eval_data" in changed:  # losses on other rows say nothing beside these
+    if "eval_data" in changed:  # losses on other rows cannot be compared with these
         trial.first = trial.last = trial.best = None
         trial.evaluations = []
     view.note(f"going on from {found}")

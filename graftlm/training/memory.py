@@ -4,8 +4,9 @@
     dry_run(...)            forward and backward once over the heaviest micro-batch there can be; nothing of it stays
     mmap_allocations(...)   large tensors in mappings of their own, so that freed memory goes back to the system
 
-So memory runs out here or not at all, with the way out said, and a run of hours does not end in its middle. The dry run leaves
-weights, optimizer and random numbers as they were: gradients are freed, and randomness has no state.
+So memory runs out here or not at all, with a message that names the way out, and a run of hours does not end in its
+middle. The dry run leaves weights, optimizer and random numbers as they were: gradients are freed, and randomness has
+no state.
 
 **mmap-backed allocations.** glibc keeps freed memory in a heap and cuts it up for what comes next; small objects settle
 in the gaps, and a gap of just a tensor's size does not take the same tensor again, since its address has to be a

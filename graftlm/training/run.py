@@ -86,7 +86,7 @@ class Session:
     def resume_from_checkpoint(self, micro_batch_tokens: int) -> None:
         """Identify this run by content, and go on from its newest checkpoint where the config says so.
 
-        Raises RunError for a checkpoint of another run, or where there are some and none is whole.
+        Raises RunError for a checkpoint of another run, or where there are some and none is complete.
         """
         self.resolved = resolve(self.config, self.base, self.trial, micro_batch_tokens)
         training_data = self.training_data

@@ -1,6 +1,6 @@
 """Sanity checks: losses and gradients are finite, gradients reach every trained tensor, updates reach only those.
 
-**What is not finite.** A NaN loss says nothing of its cause, and by the time it is seen the forward pass is over. So
+**What is not finite.** A NaN loss does not show its cause, and by the time it is seen the forward pass is over. So
 the examples of the step are run once more, each alone, with a hook on every module: the first whose output, or whose
 output's gradient, is not finite is the one to look at. All random numbers come from counters, so the second run repeats
 the first.

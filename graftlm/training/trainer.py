@@ -132,7 +132,7 @@ def optimizer_step(
     for trial in trials:
         trial.optimizer.zero_grad()
 
-    # Forward and backward: gradients add up over the micro-batches. Each trial's examples pass its own adapter.
+    # Forward and backward: gradients add up over the micro-batches; every token uses its own trial's adapter.
     loss_sums = {trial.slot: 0.0 for trial in trials}
     nonfinite: list[BatchItem] = []
     for items in micro_batches(base, [item for batch in batches for item in batch.items], micro_batch_tokens):
@@ -144,7 +144,7 @@ def optimizer_step(
             loss_sums[slot] += float(token_losses[first:last].sum())
         nonfinite += nonfinite_items(items, token_losses, micro_batch.counts)
 
-    # Clip and step: each trial by the norm of its own gradients, at its own learning rate.
+    # Clip and step: each trial by its own gradients' norm, at its own learning rate. What fails ends one trial, not all.
     results: list[StepResult | None] = []
     for trial, batch in zip(trials, batches):
         mean_loss = loss_sums[trial.slot] / batch.target_tokens
@@ -170,9 +170,8 @@ def optimizer_step(
         trial.tokens += batch.tokens
         trial.target_tokens += batch.target_tokens
         seconds = time.perf_counter() - started
-        results.append(
-            StepResult(trial.step, mean_loss, learning_rate, grad_norm, batch.tokens, batch.target_tokens, seconds)
-        )
+        result = StepResult(trial.step, mean_loss, learning_rate, grad_norm, batch.tokens, batch.target_tokens, seconds)
+        results.append(result)
     return results
 
 

@@ -101,7 +101,7 @@ class Trial:
         return [(draw, self.examples[i]) for draw, i in self.sampler.step(self.step)]
 
     def record(self, evaluation: Evaluation) -> bool:
-        """Remember an evaluation; returns whether it is the best so far. Untrained weights are nobody's result."""
+        """Remember an evaluation; returns whether it is the best so far. An evaluation before the first step never is."""
         self.first = self.first or evaluation
         self.last = evaluation
         self.evaluations.append((evaluation.step, evaluation.loss))
