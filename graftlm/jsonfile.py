@@ -42,6 +42,15 @@ def parse_json(data: bytes | str) -> Any:
     return value
 
 
+def duplicate_key(data: bytes) -> str | None:
+    """The first key that an object of a JSON text has twice; the text is one that another parser has read already."""
+    try:
+        json.loads(data, object_pairs_hook=_unique)
+    except _DuplicateKey as error:
+        return error.key
+    return None
+
+
 class RowParser:
     """Parses one value after another out of a longer JSON text, within the same limits."""
 
@@ -84,11 +93,17 @@ def read_json_value(path: Path, raises: type[GraftError], *, most: int = MAX_JSO
         raise raises(f"{path} is not JSON ({error}); it is damaged") from None
 
 
+class _DuplicateKey(ValueError):
+    def __init__(self, key: str) -> None:
+        super().__init__(f"'{key}' is there twice")
+        self.key = key
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' is there twice")
+        seen: set[str] = set()
+        raise _DuplicateKey(next(name for name, _ in pairs if name in seen or seen.add(name)))
     return found
 
 
