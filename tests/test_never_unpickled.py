@@ -25,6 +25,7 @@ from graftlm.adapters.store import Store
 from graftlm.adapters.store.lineage import lineage
 from graftlm.adapters.store.remote import Remote
 from graftlm.base.loading import load_base
+from graftlm.commands.generate import generate
 from graftlm.commands.merge import merge
 from graftlm.commands.push_pull import pull, push
 from graftlm.commands.train import train
@@ -39,7 +40,6 @@ from graftlm.config import (
 )
 from graftlm.errors import AdapterError, DataError, GraftError, ModelError, RunError, Stopped
 from graftlm.files import sha256
-from graftlm.serving.engine.generate import generate_text
 from graftlm.training.logging import Recorder
 from graftlm.training.view import View
 
@@ -114,7 +114,7 @@ def test_an_adapter_folder(tmp_path: Path, acting: bytes, mark: Path, which: str
     ways: list[Callable[[], Any]] = [
         lambda: adapter_format.inspect_folder(place),
         lambda: adapter_format.load(load_base(model, device="cpu"), place),
-        lambda: generate_text(GenerateConfig(model=model, adapter=place, prompt="a")),
+        lambda: generate(GenerateConfig(model=model, adapter=place, prompt="a")),
         lambda: tiny_run.train(tmp_path, from_adapter=str(place), rank=None, alpha=None),
         lambda: Store(tmp_path / "store").publish(place, "x"),
         lambda: import_adapter(
@@ -211,7 +211,7 @@ def test_a_model_folder(tmp_path: Path, acting: bytes, mark: Path, spoil: Callab
         lambda: load_base(str(place), device="cpu"),
         lambda: tiny_run.train(tmp_path, model=str(place)),
         lambda: tiny_run.train(tmp_path, model=str(place), method="full", out=str(tmp_path / "full")),
-        lambda: generate_text(GenerateConfig(model=str(place), prompt="a")),
+        lambda: generate(GenerateConfig(model=str(place), prompt="a")),
         lambda: merge(MergeConfig(model=str(place), out=tmp_path / "merged", gguf=tmp_path / "m.gguf")),
     ]
     for way in ways:

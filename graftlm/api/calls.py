@@ -224,8 +224,11 @@ def merge(model: Model | str | Path, adapter: Any, out: str | Path, **options: A
     return command(MergeConfig.build({"model": name, "adapter": names, "out": Path(out), **options}))
 
 
-def serve(model: str | Path, **options: Any) -> None:
-    """Serve a base with all of its adapters over HTTP until a signal; options are those of `graft serve`. Raises GraftError."""
+def serve(model: str | Path, **options: Any) -> Any:
+    """Serve a base with all of its adapters over HTTP until a signal; options are those of `graft serve`.
+
+    With `engine="vllm"` the adapters are exported instead: a dict with the `vllm serve` command. Raises GraftError.
+    """
     from graftlm.commands.serve import serve as command
 
     console = terminal.console(stderr=True, soft_wrap=True)
@@ -234,7 +237,7 @@ def serve(model: str | Path, **options: Any) -> None:
         console.print(text, highlight=False, markup=False)
 
     config = ServeConfig.build({"model": _name(model, "serve"), **options})
-    command(config, note, lambda url, summary: note(f"ready      {url}"))
+    return command(config, note, lambda url, summary: note(f"ready      {url}"))
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------

@@ -216,6 +216,13 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
     return config
 
 
+def checkpoint_precision(model: str, trust_remote_code: bool = False) -> Precision:
+    """The 16- or 32-bit type that a checkpoint is stored in. Raises ModelError."""
+    folder = resolve(model, trust_remote_code)
+    kind = getattr(load_config(folder, trust_remote_code).get_text_config(), "dtype", None)
+    return "bfloat16" if kind in (torch.bfloat16, torch.float16) else "float32"
+
+
 def has_causal_model(config: Any, trust_remote_code: bool) -> bool:
     """Whether transformers, or the model's own code where it may run, has a causal language model for this config."""
     own = getattr(config, "auto_map", None) or {}

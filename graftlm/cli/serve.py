@@ -23,15 +23,7 @@ def serve(config: ServeConfig, json: Json = False) -> None:
         console.print(text, highlight=False, markup=False)
 
     with starting():
-        from graftlm.commands.serve import export, serve
-
-    if config.engine == "vllm":
-        found = export(config, note)
-        if json:
-            print_json(found)
-        else:
-            print(found["command"])
-        return
+        from graftlm.commands.serve import serve
 
     def ready(url: str, summary: dict[str, Any]) -> None:
         if json:
@@ -39,4 +31,8 @@ def serve(config: ServeConfig, json: Json = False) -> None:
             return
         note(f"ready      {url}   (a page to try adapters on; OpenAI's interface under {url}/v1)")
 
-    serve(config, note, ready)
+    exported = serve(config, note, ready)
+    if exported is not None and json:
+        print_json(exported)
+    elif exported is not None:
+        print(exported["command"])

@@ -95,12 +95,12 @@ def test_generate_draws_nothing_any_more_once_its_answer_comes(
 
         def flush(self) -> None: ...
 
+    from graftlm.commands.generate import generate
     from graftlm.config import GenerateConfig
-    from graftlm.serving.engine.generate import generate_text
 
     config = GenerateConfig(model=str(tiny_run.folder()), prompt="x", max_tokens=3)
     with progress.shown(display):
-        generate_text(config, lambda text: Out().write(text) and None)
+        generate(config, lambda text: Out().write(text) and None)
     assert seen
     assert all(tasks == [] for tasks in seen)
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from tiny_run import lines
 
 from graftlm.adapters.manifest import read_manifest, trained_compute_dtype
+from graftlm.commands.generate import generate
 from graftlm.commands.train import train
 from graftlm.config import GenerateConfig, SweepConfig, TrainConfig
 from graftlm.errors import RunError
 from graftlm.experiments.compare.run import run_once
 from graftlm.experiments.sweep.results import read
 from graftlm.experiments.sweep.study import Study
-from graftlm.serving.engine.generate import generate_text
 from graftlm.training.run_folder import read_evaluation, read_metrics
 from graftlm.training.view import View
 
@@ -77,7 +77,7 @@ def test_a_change_may_be_allowed_under_either_name(name: str) -> None:
 
 def test_an_adapter_of_before_answers() -> None:
     given: dict[str, Any] = {"model": "base", "adapter": "finished/adapter", "prompt": "0 the: ", "max_tokens": 5}
-    found = generate_text(GenerateConfig.build({**given, "base_precision": "float32", "compute_dtype": "float32"}))
+    found = generate(GenerateConfig.build({**given, "base_precision": "float32", "compute_dtype": "float32"}))
     assert found["text"] is not None
     manifest = read_manifest(Path("finished/adapter"))
     assert manifest is not None
