@@ -19,14 +19,15 @@ from rich.console import Console
 from rich.text import Text
 
 from graftlm import demo, terminal
+from graftlm.commands.compare import compare
+from graftlm.commands.plan import plan
 from graftlm.config import CompareConfig, PlanConfig, TrainConfig
 from graftlm.errors import RunError
-from graftlm.experiments.compare.run import compare
 from graftlm.experiments.compare.view import CompareView
 from graftlm.experiments.subprocess_run import train_in_subprocess
 from graftlm.files import write_json
 from graftlm.jsonfile import parse_json, read_json
-from graftlm.planning.plan import PlanReport, plan_for
+from graftlm.planning.plan import PlanReport
 from graftlm.training.run_folder import LOCK, locked
 from graftlm.training.view import size
 
@@ -62,7 +63,7 @@ def _demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     view = CompareView(console)
     console.rule("plan", align="left")
-    report = plan_for(PlanConfig(models=("demo",), data=("demo",), batch_size=BATCH, rank=RANK, max_length=0))
+    report = plan(PlanConfig(models=("demo",), data=("demo",), batch_size=BATCH, rank=RANK, max_length=0))
     for line in plan_lines(report):
         view.say(line)
     console.rule("compare", align="left")

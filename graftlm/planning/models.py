@@ -41,11 +41,10 @@ _WITHOUT_EFFECT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model to plan for."""
+class NamedModel:
+    """A model to plan for: what the user called it, and its shape."""
 
     name: str
-    """What the user called it."""
     shape: ModelShape
     folder: Path | None = None
     """Where its files are, if they are here."""
@@ -62,22 +61,22 @@ def built_in() -> dict[str, dict[str, Any]]:
     return found
 
 
-def find(name: str, *, trust_remote_code: bool = False) -> Model:
+def find(name: str, *, trust_remote_code: bool = False) -> NamedModel:
     """The model of a name; ModelError with the nearest known names when there is none, or its config does not do."""
     short = _built_in_name(name)
     if short is not None:
         shapes = read_json(_HERE / "shapes.json", ModelError)
-        return Model(name=short, shape=ModelShape.from_json(shapes[short]))
+        return NamedModel(name=short, shape=ModelShape.from_json(shapes[short]))
     place = Path(demo.resolve_model(name)).expanduser()
     if place.is_dir():
         values = _read(place / "config.json")
-        return Model(name=name, shape=_shape(values, name, trust_remote_code, place), folder=place)
+        return NamedModel(name=name, shape=_shape(values, name, trust_remote_code, place), folder=place)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"unknown model '{name}'{nearest(name.lower(), [*built_in(), 'demo'])} Give a directory, a hub id (owner/name), or "
             f"one of: {', '.join(built_in())}"
         )
-    return Model(name=name, shape=_shape(_read(_fetched(name)), name, trust_remote_code))
+    return NamedModel(name=name, shape=_shape(_read(_fetched(name)), name, trust_remote_code))
 
 
 def _built_in_name(name: str) -> str | None:

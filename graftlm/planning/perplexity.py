@@ -5,7 +5,7 @@ its loss -log p(token) is the entropy H of what it predicts. What the loss is ab
 reckon with, and it is read where nothing is to be learned: on the prompts. A new voice over known prompts is near (the
 loss on the answers says how much there is to learn); prompts of an unknown kind are far.
 
-Both are in nats per token. `asking.py` measures them.
+Both are in nats per token. `domain_shift.py` measures them.
 """
 
 from __future__ import annotations

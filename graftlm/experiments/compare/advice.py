@@ -61,7 +61,7 @@ def _ways(found: Comparison, line: VariantResult) -> list[str]:
         ways.append("targets, for only some layers are adapted: targets=all-linear")
     elif not training.modules_to_save:
         ways.append("targets, for full trains the embeddings too: modules-to-save=embeddings")
-    if line.edge:
+    if line.at_edge:
         ways.append("learning rate, for the best one tried was the last one tried: a wider search")
     elif not line.tried:
         ways.append("learning rate, for it was given and not searched: leave --learning-rate out")

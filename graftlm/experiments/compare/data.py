@@ -30,7 +30,7 @@ from graftlm.data.sampler import make_sampler
 from graftlm.data.sources import Source, named_source, read, share, token_limit
 from graftlm.errors import ConfigError, DataError
 from graftlm.experiments.compare.statistics import MIN_GROUPS
-from graftlm.experiments.metrics import Question, check_fits, check_metric
+from graftlm.experiments.metrics import EvalPrompt, check_fits, check_metric
 from graftlm.files import write_json
 
 GENERAL = Path(__file__).parent / "general.jsonl"
@@ -46,7 +46,7 @@ class ComparisonData:
     eval_dataset: Dataset
     groups: NDArray[np.int64]
     """(eval rows,): rows of one number share a prompt and are drawn together."""
-    questions: tuple[Question, ...]
+    questions: tuple[EvalPrompt, ...]
     """Eval prompts to answer for the metric; empty without one."""
     longest_answer: int
     """Tokens of the longest reference."""
@@ -89,7 +89,7 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
         notes.append(
             f"{known} of {eval_dataset.rows} eval rows are training rows too; their losses flatter every method"
         )
-    questions: tuple[Question, ...] = ()
+    questions: tuple[EvalPrompt, ...] = ()
     longest = 0
     if config.metric is not None:
         wanted = {d.row for d in eval_dataset.examples}
@@ -160,7 +160,7 @@ def _parsed_rows(sources: Sequence[Source]) -> Iterator[ParsedRow]:
                 yield found
 
 
-def _questions(parsed_rows: Sequence[ParsedRow], encoder: Encoder) -> list[Question]:
+def _questions(parsed_rows: Sequence[ParsedRow], encoder: Encoder) -> list[EvalPrompt]:
     """Prompts with all their references, in the order in which a prompt comes first."""
     found: dict[tuple[int, ...], list[tuple[str, str]]] = {}
     for parsed in parsed_rows:
@@ -177,10 +177,10 @@ def _questions(parsed_rows: Sequence[ParsedRow], encoder: Encoder) -> list[Quest
                 continue
         if prompt and answer.strip():
             found.setdefault(tuple(prompt), []).append((parsed.row, answer.strip()))
-    return [Question(known[0][0], prompt, tuple(a for _, a in known)) for prompt, known in found.items()]
+    return [EvalPrompt(known[0][0], prompt, tuple(a for _, a in known)) for prompt, known in found.items()]
 
 
-def _spread_out(questions: Sequence[Question], most: int) -> tuple[Question, ...]:
+def _spread_out(questions: Sequence[EvalPrompt], most: int) -> tuple[EvalPrompt, ...]:
     """At most `most` of them, evenly over the file."""
     if len(questions) <= most:
         return tuple(questions)

@@ -43,7 +43,9 @@ class RateSearch:
     """Whether no higher rate, or no lower one, was tried: another might be better."""
 
 
-def climb(start: float, loss_at: Callable[[float], TriedRate], *, blind: bool = True) -> RateSearch | None:
+def search_learning_rate(
+    start: float, loss_at: Callable[[float], TriedRate], *, blind: bool = True
+) -> RateSearch | None:
     """Search around `start`; `loss_at` trains with a rate. None where every rate diverged."""
     known: dict[int, TriedRate] = {}
 

@@ -22,10 +22,10 @@ from graftlm.errors import RunError
 from graftlm.experiments.compare import capacity
 from graftlm.experiments.compare import learning_rate as search
 from graftlm.experiments.compare.data import ComparisonData
+from graftlm.experiments.compare.run import RESULT, base_scores, run_folder
 from graftlm.experiments.compare.scoring import SCORES, read_scores
 from graftlm.experiments.compare.statistics import Floats, Interval, PairedBootstrap
 from graftlm.experiments.compare.verdict import Verdict, judge
-from graftlm.experiments.folders import RESULT, base_scores, run_folder
 from graftlm.jsonfile import read_json
 from graftlm.training.run_folder import read_evaluation, read_metrics
 
@@ -67,13 +67,13 @@ class VariantResult:
     learning_rate: float
     tried: tuple[search.TriedRate, ...]
     """Rates of the search, by rate; empty where the rate was given."""
-    edge: bool
+    at_edge: bool
     """Whether the best rate was the highest or lowest tried."""
     loss_before: float
     loss: float
     losses: tuple[float, ...]
     """By seed."""
-    spread: float | None
+    std: float | None
     share: float | None
     """Gain over the base as a share of the reference's."""
     share_interval: Interval | None
@@ -85,7 +85,7 @@ class VariantResult:
     tokens_per_second: float | None
     seconds: float
     """Of the optimizer steps of one run."""
-    many_on_one_base: bool
+    shares_base: bool
     when: str
     curves: tuple[Curve, ...]
     capacity: capacity.Capacity | None
@@ -150,12 +150,13 @@ def collect(
     _same_base(config, variants)
     mean = {name: float(found.sum()) for name, found in losses.items()}
     reference = next((v.name for v in variants if v.method == "full"), min(mean, key=lambda name: mean[name]))
-    study = PairedBootstrap(losses, bases[reference], tokens, comparison_data.groups)
+    bootstrap = PairedBootstrap(losses, bases[reference], tokens, comparison_data.groups)
     drawn = [
-        _line(config, v, study, reference, float(bases[v.name].sum() / tokens.sum()), rates[v.name]) for v in variants
+        _line(config, v, bootstrap, reference, float(bases[v.name].sum() / tokens.sum()), rates[v.name])
+        for v in variants
     ]
     costs = {line.name: _cost(config, line) for line in drawn}
-    verdict = judge(study, costs, config)
+    verdict = judge(bootstrap, costs, config)
     first = run_folder(config, variants[0], 0)
     environment = read_json(first / "environment.json", RunError)
     data = {
@@ -164,7 +165,7 @@ def collect(
         "target_tokens": comparison_data.train.target_tokens,
         "digest": comparison_data.train.digest,
         "eval_rows": comparison_data.eval_dataset.rows,
-        "groups": study.groups,
+        "groups": bootstrap.groups,
         "eval_tokens": int(tokens.sum()),
         "eval_digest": comparison_data.eval_dataset.digest,
         "steps": comparison_data.steps,
@@ -195,7 +196,7 @@ def _same_base(config: CompareConfig, variants: Sequence[Variant]) -> None:
 def _line(
     config: CompareConfig,
     variant: Variant,
-    study: PairedBootstrap,
+    bootstrap: PairedBootstrap,
     reference: str,
     before: float,
     rate: search.RateSearch,
@@ -207,7 +208,7 @@ def _line(
     scores = [read_scores(f / SCORES) or {} for f in folders]
     steps = [[m for m in read_metrics(f / "metrics.jsonl") if m["kind"] == "train"] for f in folders]
     first = summaries[0]
-    share = study.share(variant.name, reference)
+    share = bootstrap.share(variant.name, reference)
     tasks = tuple(float(s["task_score"]) for s in scores if "task_score" in s)
     general = [float(s["general_loss"]) for s in scores if "general_loss" in s]
     speeds = [s["tokens_per_second"] for s in summaries if s["tokens_per_second"]]
@@ -225,11 +226,11 @@ def _line(
         saved_bytes=first["saved_bytes"],
         learning_rate=rate.rate,
         tried=rate.tried,
-        edge=rate.at_edge,
+        at_edge=rate.at_edge,
         loss_before=before,
-        loss=study.loss(variant.name),
-        losses=tuple(float(v) for v in study.by_seed[variant.name]),
-        spread=study.spread(variant.name),
+        loss=bootstrap.loss(variant.name),
+        losses=tuple(float(v) for v in bootstrap.by_seed[variant.name]),
+        std=bootstrap.std(variant.name),
         share=share[0] if share else None,
         share_interval=share[1] if share else None,
         task_score=statistics.fmean(tasks) if tasks else None,
@@ -239,7 +240,7 @@ def _line(
         general_after=statistics.fmean(general) if general else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
         seconds=statistics.median(sum(m["seconds"] for m in found) for found in steps),
-        many_on_one_base=variant.adapter,
+        shares_base=variant.adapter,
         when=WHEN[variant.method],
         curves=tuple(_curve(seed, folder) for seed, folder in enumerate(folders)),
         capacity=capacity.measure(folders[0] / "adapter") if variant.adapter else None,

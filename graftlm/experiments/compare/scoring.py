@@ -20,7 +20,7 @@ from typing import Any
 from graftlm.config import ComputeDtype, Precision
 from graftlm.config.compare import Metric
 from graftlm.errors import RunError
-from graftlm.experiments.metrics import Question, score
+from graftlm.experiments.metrics import EvalPrompt, score
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 
@@ -47,7 +47,7 @@ class ScoringRequest:
     trust_remote_code: bool
     general: str | None
     metric: Metric | None
-    questions: tuple[Question, ...]
+    questions: tuple[EvalPrompt, ...]
     max_tokens: int
     template_date: str
     targets: tuple[Target, ...] = ()
@@ -134,7 +134,7 @@ def read_request(values: dict[str, Any]) -> ScoringRequest:
     """A request from its JSON."""
     found: dict[str, Any] = dict(values)
     found["questions"] = tuple(
-        Question(q["row"], tuple(q["prompt"]), tuple(q["references"])) for q in values["questions"]
+        EvalPrompt(q["row"], tuple(q["prompt"]), tuple(q["references"])) for q in values["questions"]
     )
     found["targets"] = tuple(Target(**target) for target in values["targets"])
     return ScoringRequest(**found)

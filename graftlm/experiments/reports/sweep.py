@@ -33,7 +33,7 @@ def contents(found: SweepResult) -> dict[str, Any]:
     names = [flag_name(name) for name in space]
     searched = ", ".join(f"{flag_name(name)} {found.space[name]}" for name in space)
     return {
-        "title": f"Sweep {found.name}: {found.asked.get('method', 'lora')} on {found.model}",
+        "title": f"Sweep {found.name}: {found.options.get('method', 'lora')} on {found.model}",
         "facts": f"{found.counted() or 'no trial yet'}; searched: {searched}",
         "headline": headline(found),
         "sentences": sentences(found, space),
@@ -49,7 +49,7 @@ def headline(found: SweepResult) -> str:
     best = found.best
     if best is None:
         return "No trial has ended yet."
-    return f"Trial {best.number}: {described(best.own)}."
+    return f"Trial {best.number}: {described(best.params)}."
 
 
 def sentences(found: SweepResult, space: Space) -> list[str]:
@@ -69,10 +69,10 @@ def sentences(found: SweepResult, space: Space) -> list[str]:
             )
         else:
             said.append("No other complete trial is within 2 % of its gain.")
-    said += [s for name, searched in space.items() if (s := _at_edge(name, searched, best.own.get(name)))]
+    said += [s for name, searched in space.items() if (s := _at_edge(name, searched, best.params.get(name)))]
     diverged = [t for t in found.tried if t.state == "diverged"]
     if diverged:
-        said.append(f"{len(diverged)} trials diverged, the first with {described(diverged[0].own)}.")
+        said.append(f"{len(diverged)} trials diverged, the first with {described(diverged[0].params)}.")
     if best.folder is not None:
         said.append(
             f"Its run folder is {best.folder}; the same run again: graft train {best.folder}/config.json --out OUT."
@@ -97,7 +97,7 @@ def _at_edge(name: str, searched: Range | Choice, value: Value | None) -> str | 
 
 
 def _row(tried: TrialResult, space: Space) -> list[str]:
-    own = (f"{v:.4g}" if isinstance(v := tried.own.get(n), float) else "" if v is None else str(v) for n in space)
+    own = (f"{v:.4g}" if isinstance(v := tried.params.get(n), float) else "" if v is None else str(v) for n in space)
     losses = ("" if v is None else f"{v:.4f}" for v in (tried.loss_before, tried.loss))
     return [str(tried.number), tried.state, *own, *losses, "" if tried.steps is None else f"{tried.steps:,}"]
 
@@ -163,7 +163,7 @@ def against(found: SweepResult, ended: Sequence[TrialResult], name: str, searche
         x = Scale(searched.low, searched.high, LEFT, WIDTH - RIGHT, searched.log)
         figure.axes(x, y, flag_name(name), "nats a token")
     for tried in ended:
-        value = tried.own.get(name)
+        value = tried.params.get(name)
         place = values.index(str(value)) if values else float(value or 0)
         best = tried is found.best
         figure.add(

@@ -40,7 +40,7 @@ def rows(found: Comparison) -> list[TableRow]:
     row("eval loss before", lambda line: f"{line.loss_before:.3f}")
     row(
         "eval loss after",
-        lambda line: f"{line.loss:.3f}" + ("" if line.spread is None else f" ± {line.spread:.3f}"),
+        lambda line: f"{line.loss:.3f}" + ("" if line.std is None else f" ± {line.std:.3f}"),
     )
     row(f"share of {found.reference}'s gain", lambda line: _share(line, found.reference))
     if metric is not None:
@@ -52,7 +52,7 @@ def rows(found: Comparison) -> list[TableRow]:
         row("loss on general text", _forgetting)
     row("tokens/s", lambda line: NONE if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}")
     row("training time of a run", lambda line: duration(line.seconds))
-    row("many adapters on one base", lambda line: "yes" if line.many_on_one_base else "no")
+    row("many adapters on one base", lambda line: "yes" if line.shares_base else "no")
     row("when to use it", lambda line: line.when)
     return drawn
 

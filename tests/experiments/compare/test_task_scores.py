@@ -9,7 +9,7 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from graftlm.errors import ConfigError
-from graftlm.experiments.metrics import Question, check_fits, check_metric, score
+from graftlm.experiments.metrics import EvalPrompt, check_fits, check_metric, score
 
 ANSWERS = ["the cat sat on the mat today", "a dog runs in the park now", "it rains"]
 REFERENCES = [
@@ -19,8 +19,8 @@ REFERENCES = [
 ]
 
 
-def questions(*references: str, count: int = 12) -> list[Question]:
-    return [Question(f"x:{i}", (i,), references) for i in range(count)]
+def questions(*references: str, count: int = 12) -> list[EvalPrompt]:
+    return [EvalPrompt(f"x:{i}", (i,), references) for i in range(count)]
 
 
 def test_exact_match_takes_any_reference_and_minds_neither_case_nor_spaces() -> None:
