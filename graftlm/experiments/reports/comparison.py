@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from graftlm.config import CompareConfig
 from graftlm.experiments.compare.advice import capacity_sentences, gap_sentences
 from graftlm.experiments.compare.results import Comparison
+from graftlm.experiments.reports import charts
 from graftlm.experiments.reports.plots import plots
 from graftlm.experiments.reports.table import duration, rows
 
@@ -33,8 +34,8 @@ def render(template: str, values: dict[str, Any], *, html: bool) -> str:
         trim_blocks=False,
         keep_trailing_newline=True,
     )
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
-    return environment.get_template(template).render(**values, style=style)
+    page = (_HERE / "report.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(**values, style=page + charts.style())
 
 
 def contents(found: Comparison) -> dict[str, Any]:

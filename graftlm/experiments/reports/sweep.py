@@ -9,13 +9,25 @@ from typing import Any
 
 from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Choice, Range, Space, Value, read_space
+from graftlm.experiments.reports.charts import (
+    BOTTOM,
+    CHARACTER,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Figure,
+    Line,
+    Plot,
+    Scale,
+    loss_chart,
+    loss_scale,
+)
 from graftlm.experiments.reports.comparison import render
-from graftlm.experiments.reports.plots import HEIGHT, WIDTH, Figure, Plot, Scale
 from graftlm.experiments.sweep.results import SweepResult, TrialResult
 from graftlm.experiments.sweep.view import described
 from graftlm.files import write_text
 
-LEFT, RIGHT, TOP, BOTTOM = 60, 10, 12, 38
 _EDGE = 0.08
 """A best value this near to the end of its range, as a share of the range, might lie beyond it."""
 
@@ -102,7 +114,7 @@ def _row(tried: TrialResult, space: Space) -> list[str]:
     return [str(tried.number), tried.state, *own, *losses, "" if tried.steps is None else f"{tried.steps:,}"]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- figures --------------------------------------------------------------------------------------------------------
 
 
 def plots(found: SweepResult, space: Space) -> list[Plot]:
@@ -110,7 +122,7 @@ def plots(found: SweepResult, space: Space) -> list[Plot]:
     ended = [t for t in found.tried if t.state == "complete" and t.loss is not None]
     if not ended:
         return []
-    drawn = [Plot("Loss by trial", history(found, ended), "Dots: complete trials. VariantResult: the best so far.")]
+    drawn = [Plot("Loss by trial", history(found, ended), "Dots: complete trials. Line: the best so far.")]
     for name, searched in space.items():
         drawn.append(
             Plot(f"Loss by {flag_name(name)}", against(found, ended, name, searched), "Filled: the best trial.")
@@ -120,18 +132,11 @@ def plots(found: SweepResult, space: Space) -> list[Plot]:
     return drawn
 
 
-def _loss_scale(losses: Sequence[float]) -> Scale:
-    low, high = min(losses), max(losses)
-    log = low > 0 and high / low > 4
-    room = 0.06 * (high - low or abs(high) or 1.0)
-    return Scale(low / 1.05 if log else low - room, high * 1.05 if log else high + room, HEIGHT - BOTTOM, TOP, log)
-
-
 def history(found: SweepResult, ended: Sequence[TrialResult]) -> str:
     """Loss of each complete trial by its number, and the best so far."""
     figure = Figure("eval loss of each trial")
     losses = [t.loss for t in ended if t.loss is not None]
-    x, y = Scale(0, max(1, max(t.number for t in found.tried)), LEFT, WIDTH - RIGHT), _loss_scale(losses)
+    x, y = Scale(0, max(1, max(t.number for t in found.tried)), LEFT, WIDTH - RIGHT), loss_scale(losses)
     figure.axes(x, y, "trial", "nats a token")
     best: list[tuple[float, float]] = []
     low = math.inf
@@ -149,13 +154,13 @@ def history(found: SweepResult, ended: Sequence[TrialResult]) -> str:
 def against(found: SweepResult, ended: Sequence[TrialResult], name: str, searched: Range | Choice) -> str:
     """Loss of each complete trial by one of its options."""
     figure = Figure(f"eval loss by {flag_name(name)}")
-    y = _loss_scale([t.loss for t in ended if t.loss is not None])
+    y = loss_scale([t.loss for t in ended if t.loss is not None])
     if isinstance(searched, Choice):
         values = [str(v) for v in searched.values]
         x = Scale(-0.5, len(values) - 0.5, LEFT, WIDTH - RIGHT)
         figure.axes(Scale(0, 0, LEFT, LEFT), y, flag_name(name), "nats a token")
         for i, value in enumerate(values):
-            most = max(4, int((WIDTH - LEFT) / len(values) / 6.1))
+            most = max(4, int((WIDTH - LEFT) / len(values) / CHARACTER))
             short = value if len(value) <= most else "…" + value[-most + 1 :]
             figure.add("text", short, x=x(i), y=HEIGHT - BOTTOM + 14, cls="tick middle")
     else:
@@ -178,11 +183,6 @@ def against(found: SweepResult, ended: Sequence[TrialResult], name: str, searche
 
 def curves(found: SweepResult) -> str:
     """Eval loss of every trial by its step."""
-    figure = Figure("eval loss of every trial by step")
-    points = [p for t in found.tried for p in t.eval_losses]
-    x, y = Scale(0, max(s for s, _ in points), LEFT, WIDTH - RIGHT), _loss_scale([v for _, v in points])
-    figure.axes(x, y, "optimizer step", "nats a token")
-    for tried in sorted(found.tried, key=lambda t: t is found.best):
-        style = "c1" if tried is found.best else "c0 faint"
-        figure.line([(x(s), y(v)) for s, v in tried.eval_losses], style)
-    return figure.svg()
+    trials = sorted(found.tried, key=lambda t: t is found.best)
+    lines = [Line(t.eval_losses, "c1" if t is found.best else "c0 faint") for t in trials]
+    return loss_chart("eval loss of every trial by step", lines)
