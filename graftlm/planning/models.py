@@ -1,4 +1,4 @@
-"""From what a user calls a model to its shape: a built-in name, a directory, `demo`, or a hub id.
+"""From the name that a user gives to a model's shape: a built-in name, a directory, `demo`, or a hub id.
 
     shape = find("llama-2-70b").shape
 
@@ -125,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def digest(config: dict[str, Any]) -> str:
-    """Names a config by what decides its shape."""
+    """Digest of the parts of a config that decide its shape."""
     kept = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
     text = json.dumps([_FORMAT, version("transformers"), kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -159,7 +159,7 @@ _NEEDED = {
 
 
 def _refuse_incomplete(values: dict[str, Any], name: str) -> None:
-    """transformers fills in what a config does not say, and would plan for another model without a word."""
+    """transformers fills in what a config does not say, so the plan would be for another model."""
     for what, names in _NEEDED.items():
         if not any(n in values for n in names):
             raise ModelError(

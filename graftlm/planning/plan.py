@@ -16,7 +16,6 @@ from graftlm import terminal
 from graftlm.config import PlanConfig
 from graftlm.errors import ConfigError
 from graftlm.formatting import duration
-from graftlm.planning import known
 from graftlm.planning.activations import Workload
 from graftlm.planning.advice import Advice, Facts, advise
 from graftlm.planning.fitting import (
@@ -34,6 +33,7 @@ from graftlm.planning.memory import MemoryRequirement
 from graftlm.planning.method import METHODS, TrainingSetting
 from graftlm.planning.models import NamedModel
 from graftlm.planning.perplexity import DomainShift
+from graftlm.planning.quoted_figures import QuotedFigure, quoted_figures
 from graftlm.planning.timing import EFFICIENCY, StepTime, step_time
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class MethodPlan:
     smallest: Card | None
     """The smallest known card that it fits."""
     batch: int
-    """Most examples of the asked length in one micro-batch."""
+    """Most examples of the planned length in one micro-batch."""
     length: int
     """Most tokens of one example."""
     time: StepTime | None
@@ -92,7 +92,7 @@ class ModelPlan:
     rows: tuple[MethodPlan, ...]
     advice: Advice
     facts: Facts
-    known: tuple[known.Answer, ...]
+    quoted: tuple[QuotedFigure, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class ModelPlan:
             "domain_shift": None if self.facts.domain_shift is None else self.facts.domain_shift.to_json(),
             "methods": [row.to_json() for row in self.rows],
             "advice": self.advice.to_json(),
-            "known": [answer.to_json() for answer in self.known],
+            "known": [answer.to_json() for answer in self.quoted],
             "notes": list(self.notes),
         }
 
@@ -156,7 +156,7 @@ class PlanReport:
         return {"card": card, "plans": plans}
 
     def _epochs(self, plan: ModelPlan) -> dict[str, Any] | None:
-        """Seconds, and cost, of the asked epochs with each method."""
+        """Seconds, and cost, of `--epochs` with each method."""
         if not plan.facts.rows:
             return None
         found: dict[str, Any] = {}
@@ -167,13 +167,13 @@ class PlanReport:
         return found
 
     def seconds(self, plan: ModelPlan, row: MethodPlan) -> float | None:
-        """How long the asked epochs take."""
+        """How long `--epochs` take."""
         if row.time is None or not plan.facts.tokens:
             return None
         return plan.facts.tokens * self.epochs / row.time.tokens_per_second
 
     def cost(self, seconds: float, cards: int) -> float | None:
-        """What they cost."""
+        """What so many seconds on so many cards cost."""
         return None if self.price_per_hour is None else seconds / 3600 * self.price_per_hour * cards
 
 
@@ -185,7 +185,7 @@ def plan_model(
     domain_shift: DomainShift | None = None,
     notes: Sequence[str] = (),
 ) -> ModelPlan:
-    """What each method takes of a model on a card; with a dataset for its examples, without for the asked length.
+    """What each method takes of a model on a card; with a dataset for its examples, without for `--max-length`.
 
     `notes` are those of reading the data. Raises ConfigError for a length that the model has no positions for.
     """
@@ -210,18 +210,18 @@ def plan_model(
     if not fused:
         notes.append(
             "Planned without the extra `gpu` (liger-kernel), which is not installed here: with it norms and gated products are "
-            "one operation each, and a pass keeps less."
+            "one operation each, and less is saved for backward."
         )
     rows = tuple(_row(case, s, config) for s in METHODS if not (s.offload_optimizer and card.kind != "cuda"))
     notes += _slow(rows, card)
     return ModelPlan(
         model=model, case=case, rows=rows, advice=advise(facts), facts=facts,
-        known=tuple(known.answers(model.name, case)), notes=tuple(notes),
+        quoted=tuple(quoted_figures(model.name, case)), notes=tuple(notes),
     )  # fmt: skip
 
 
 def _slow(rows: tuple[MethodPlan, ...], card: Card) -> list[str]:
-    """A word where a machine would take days for what is little data."""
+    """A note where a machine would take days for little data."""
     lora = next(row for row in rows if row.requirement.setting.key == "lora")
     seconds = 0.0 if lora.time is None else SOME_TOKENS / lora.time.tokens_per_second
     if seconds < DAY:

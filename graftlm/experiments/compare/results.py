@@ -1,7 +1,4 @@
-"""From the run folders of a comparison to its figures: one line a variant, losses by row and seed, and the verdict.
-
-Everything is read from files, so that a report can be written again from a folder alone.
-"""
+"""From the run folders of a comparison to its figures: one line a variant, losses by row and seed, and the verdict."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ from graftlm.config.aliases import renamed_summary
 from graftlm.config.compare import Variant
 from graftlm.errors import RunError
 from graftlm.experiments.compare import capacity
-from graftlm.experiments.compare import learning_rate as search
 from graftlm.experiments.compare.data import ComparisonData
+from graftlm.experiments.compare.learning_rate import RateSearch, TriedRate
 from graftlm.experiments.compare.run import RESULT, base_scores, run_folder
 from graftlm.experiments.compare.scoring import SCORES, read_scores
 from graftlm.experiments.compare.statistics import Floats, Interval, PairedBootstrap
@@ -38,11 +35,11 @@ WHEN = {
 
 @dataclass(frozen=True)
 class Curve:
-    """How the loss of one run fell."""
+    """The losses of one run by step."""
 
     seed: int
     train: tuple[tuple[int, float], ...]
-    """(step, mean loss of a target token in that step's batch)."""
+    """(step, mean loss of a target token in that step's batch), in nats."""
     eval_losses: tuple[tuple[int, float], ...]
 
 
@@ -62,10 +59,10 @@ class VariantResult:
     peak_measured: int
     """Bytes, highest of all seeds."""
     idle: int
-    """Bytes that the process held before it loaded anything; part of the peak."""
+    """Bytes of the process before it loaded anything; part of the peak."""
     saved_bytes: int
     learning_rate: float
-    tried: tuple[search.TriedRate, ...]
+    tried: tuple[TriedRate, ...]
     """Rates of the search, by rate; empty where the rate was given."""
     at_edge: bool
     """Whether the best rate was the highest or lowest tried."""
@@ -93,7 +90,7 @@ class VariantResult:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Everything that a comparison found."""
+    """The figures and the verdict of a comparison."""
 
     config: CompareConfig
     lines: tuple[VariantResult, ...]
@@ -128,14 +125,14 @@ class Comparison:
 def collect(
     config: CompareConfig,
     comparison_data: ComparisonData,
-    rates: Mapping[str, search.RateSearch],
+    rates: Mapping[str, RateSearch],
     failed: Mapping[str, str],
 ) -> Comparison:
     """Read every run and judge. Raises RunError where runs do not belong together."""
     variants = [v for v in config.variants if v.name not in failed]
     losses: dict[str, Floats] = {}
     bases: dict[str, Floats] = {}
-    # Rows are those of the eval examples, in their order; `compare` has seen that every run had the same ones.
+    # In the order of the eval examples; `train_variants` has checked that every run had the same ones.
     tokens = np.array([int(d.loss_mask[1:].sum()) for d in comparison_data.eval_dataset.examples], np.int64)
     for variant in variants:
         found: list[Floats] = []
@@ -169,13 +166,13 @@ def collect(
         "eval_tokens": int(tokens.sum()),
         "eval_digest": comparison_data.eval_dataset.digest,
         "steps": comparison_data.steps,
-        "prompts_answered": len(comparison_data.questions),
+        "prompts_answered": len(comparison_data.prompts),
     }
     return Comparison(config, tuple(drawn), dict(failed), reference, verdict, data, comparison_data.notes, environment)
 
 
 def _cost(config: CompareConfig, line: VariantResult) -> tuple[float, ...]:
-    """What a method costs, the asked kind first; the others decide between equals."""
+    """Costs of a method, that of `--cost` first; the others decide between equals."""
     kinds = {"memory": line.peak_measured, "size": line.saved_bytes, "time": line.seconds}
     return (float(kinds.pop(config.cost)), *(float(v) for v in kinds.values()))
 
@@ -199,7 +196,7 @@ def _line(
     bootstrap: PairedBootstrap,
     reference: str,
     before: float,
-    rate: search.RateSearch,
+    rate: RateSearch,
 ) -> VariantResult:
     folders = [run_folder(config, variant, seed) for seed in range(config.seeds)]
     summaries = [renamed_summary(read_json(f / RESULT, RunError)["summary"]) for f in folders]

@@ -94,7 +94,7 @@ def claim(out: Path) -> None:
 def search_learning_rates(
     config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView
 ) -> None:
-    """A learning rate for every variant, given or found; a variant of which every rate diverges has failed."""
+    """Find a learning rate for every variant that was given none; a variant whose every rate diverges has failed."""
     steps = search_steps(config.search_steps, comparison_data.steps)
     known: dict[bool, float] = {}
     files: tuple[tuple[str, ...], str] | None = None
@@ -149,7 +149,7 @@ def _found_rate(
 
 
 def train_variants(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
-    """Train every variant with every seed; those that cannot be trained are put down in `done.failed`."""
+    """Train every variant with every seed; those that cannot be trained are noted in `done.failed`."""
     for seed in range(config.seeds):
         for variant in config.variants:
             if variant.name in done.failed:
@@ -177,7 +177,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
 
 
 def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
-    """The summary of a run: read where it is there already, else trained, from its checkpoint where it left one.
+    """The summary of a run: read if it is finished, else trained, from its checkpoint where it left one.
 
     Raises RunError where the folder holds a run of other options, and Diverged again for a run that diverged.
     """
@@ -198,7 +198,7 @@ def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
             raise Diverged(known["diverged"])
         return renamed_summary(known["summary"])
     if (out / "adapter").exists() or (out / "model").exists():
-        shutil.rmtree(out)  # it was killed after its end, and before its figures were written
+        shutil.rmtree(out)  # it was killed after its end, before its summary was written
     began = (out / "config.json").is_file()
     summary = train_in_subprocess(config.model_copy(update={"resume": True}) if began else config, stepped)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
@@ -215,18 +215,18 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _same_data(out: Path, comparison_data: ComparisonData) -> None:
-    """Raise RunError where a finished run was trained or measured on other rows than the files hold now."""
+    """Raise RunError where a finished run was trained or evaluated on other rows than the files hold now."""
     data = read_json(out / "data.json", RunError)
     for name, now in (("train", comparison_data.train), ("eval", comparison_data.eval_dataset)):
         if data[name]["digest"] != now.digest:
             raise RunError(f"the {name} data have changed since {out} was run; put them back, or take another --out")
 
 
-# ---- other measurements ---------------------------------------------------------------------------------------------
+# ---- scores ---------------------------------------------------------------------------------------------
 
 
 def score_models(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
-    """Loss on general text and task scores, of the bare bases and of every trained model that has none yet."""
+    """Measure the loss on general text and the task score of the bases and of every trained model that has none yet."""
     requests = list(_requests(config, comparison_data, done))
     left = sum(len(request.left()) for request in requests)
     if not left or (comparison_data.general is None and config.metric is None):
@@ -257,7 +257,7 @@ def _requests(config: CompareConfig, comparison_data: ComparisonData, done: Prog
             trust_remote_code=config.trust_remote_code,
             general=str(comparison_data.general) if comparison_data.general else None,
             metric=config.metric,
-            questions=comparison_data.questions,
+            prompts=comparison_data.prompts,
             max_tokens=2 * comparison_data.longest_answer,
             template_date=config.template_date,
             targets=tuple(targets),

@@ -13,7 +13,8 @@ from graftlm.experiments.compare.advice import capacity_sentences, gap_sentences
 from graftlm.experiments.compare.results import Comparison
 from graftlm.experiments.reports import charts
 from graftlm.experiments.reports.plots import plots
-from graftlm.experiments.reports.table import duration, rows
+from graftlm.experiments.reports.table import rows
+from graftlm.formatting import duration
 
 _HERE = Path(__file__).parent
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graftlm.experiments.compare.results import Comparison, VariantResult
 from graftlm.experiments.compare.statistics import Interval
-from graftlm.training.view import size
+from graftlm.formatting import duration, size
 
 NONE = "-"
 
@@ -21,7 +21,7 @@ class TableRow:
 
 
 def rows(found: Comparison) -> list[TableRow]:
-    """Every row of the table; those that nobody asked for are left out."""
+    """Every row of the table; rows without any figure are left out."""
     drawn: list[TableRow] = []
 
     def row(label: str, write: Callable[[VariantResult], str]) -> None:
@@ -77,12 +77,3 @@ def _forgetting(line: VariantResult) -> str:
     if line.general_before is None or line.general_after is None:
         return NONE
     return f"{line.general_before:.3f} to {line.general_after:.3f} ({line.general_after - line.general_before:+.3f})"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

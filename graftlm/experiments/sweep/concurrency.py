@@ -15,6 +15,7 @@ from graftlm.base.loading import Base
 from graftlm.config import SweepConfig, TrainConfig
 from graftlm.config.sweep import Choice, Range, Value
 from graftlm.errors import ConfigError
+from graftlm.experiments.sweep.study import trials_wanted
 from graftlm.formatting import size
 from graftlm.training.memory import TOO_MUCH, MemoryEstimate, estimate, refuse
 from graftlm.training.prepare import make_trial, untrained
@@ -49,7 +50,7 @@ def plan_concurrency(config: SweepConfig, base: Base, datasets: Mapping[tuple[st
 
     one = estimate_of(1)
     refuse(one)
-    most = min(config.at_once or AT_ONCE, config.trials)
+    most = min(config.at_once or AT_ONCE, trials_wanted(config))
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2

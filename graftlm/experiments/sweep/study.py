@@ -190,8 +190,7 @@ class Study:
     @property
     def wanted(self) -> int:
         """How many trials there are in the end: `--trials`, at most the points of a grid."""
-        trials = self.config.trials
-        return min(trials, grid_size(self.config.space)) if self.config.sampler == "grid" else trials
+        return trials_wanted(self.config)
 
     def _counted(self) -> list[int]:
         """Numbers of the trials that count; surplus ones do not."""
@@ -373,6 +372,11 @@ def _distributions(space: Space) -> dict[str, Any]:
     return {name: one(searched) for name, searched in space.items()}
 
 
+def trials_wanted(config: SweepConfig) -> int:
+    """How many trials a sweep has in the end: `--trials`, at most the points of a grid."""
+    return min(config.trials, grid_size(config.space)) if config.sampler == "grid" else config.trials
+
+
 def grid_size(space: Space) -> int:
     """Points of a grid over lists."""
     size = 1
@@ -397,4 +401,5 @@ __all__ = [
     "redacted",
     "storage_errors",
     "trial_folder",
+    "trials_wanted",
 ]

@@ -12,7 +12,7 @@ from graftlm.config.sweep import Value
 from graftlm.experiments.sweep.concurrency import Concurrency
 from graftlm.experiments.sweep.results import SweepResult
 from graftlm.experiments.sweep.study import ClaimedTrial
-from graftlm.formatting import size
+from graftlm.formatting import duration, size
 from graftlm.progress import Task, begin, end, working
 from graftlm.terminal import Column, table
 from graftlm.training.trainer import StepResult
@@ -102,8 +102,8 @@ def described(params: Mapping[str, Value]) -> str:
 def print_table(console: Console, found: SweepResult, most: int) -> None:
     """Trials by loss, at most so many."""
     names = list(found.space)
-    heads = ("trial", "state", "loss", *map(flag_name, names), "loss before", "steps", "seconds")
-    drops = {"loss before": 3, "seconds": 2, "steps": 1}
+    heads = ("trial", "state", "loss", *map(flag_name, names), "loss before", "steps", "time")
+    drops = {"loss before": 3, "time": 2, "steps": 1}
     columns = [Column(head, right=head != "state", drop=drops.get(head, 0)) for head in heads]
     rows: list[tuple[str, ...]] = []
     for tried in found.ranked[:most]:
@@ -112,8 +112,8 @@ def print_table(console: Console, found: SweepResult, most: int) -> None:
         )
         before, loss = (f"{v:.4f}" if v is not None else "" for v in (tried.loss_before, tried.loss))
         steps = "" if tried.steps is None else f"{tried.steps:,}"
-        seconds = "" if tried.seconds is None else f"{tried.seconds:,.0f}"
-        rows.append((str(tried.number), tried.state, loss, *own, before, steps, seconds))
+        time = "" if tried.seconds is None else duration(tried.seconds)
+        rows.append((str(tried.number), tried.state, loss, *own, before, steps, time))
     table(console, columns, rows, title=f"{found.name}: {found.counted()}")
     if len(found.tried) > most:
         console.print(f"and {len(found.tried) - most} more: --json has all of them", highlight=False)

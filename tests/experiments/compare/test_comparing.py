@@ -357,8 +357,8 @@ def test_a_prompt_is_answered_once_against_all_its_references(tmp_path: Path) ->
     rows = [{"prompt": f"{i % 15}? ", "completion": f"some answer number {i}"} for i in range(45)]
     eval_dataset = tiny_run.write_rows(tmp_path / "many.jsonl", rows)
     found = load_comparison_data(config(tmp_path, eval_data=str(eval_dataset), metric="rouge-l", metric_prompts=12))
-    assert len(found.questions) == 12
-    assert all(len(q.references) == 3 for q in found.questions)
+    assert len(found.prompts) == 12
+    assert all(len(q.references) == 3 for q in found.prompts)
 
 
 def test_held_out_rows_that_are_trained_on_are_counted(tmp_path: Path) -> None:

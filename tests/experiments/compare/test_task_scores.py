@@ -19,7 +19,7 @@ REFERENCES = [
 ]
 
 
-def questions(*references: str, count: int = 12) -> list[EvalPrompt]:
+def prompts(*references: str, count: int = 12) -> list[EvalPrompt]:
     return [EvalPrompt(f"x:{i}", (i,), references) for i in range(count)]
 
 
@@ -44,12 +44,12 @@ def test_rouge_l_is_rouge_scores_for_the_best_reference() -> None:
 
 
 def test_a_metric_that_does_not_fit_the_answers_is_refused_with_one_that_does() -> None:
-    check_fits("exact-match", questions("yes"), 12)
-    check_fits("bleu", questions("a sentence of five words"), 12)
+    check_fits("exact-match", prompts("yes"), 12)
+    check_fits("bleu", prompts("a sentence of five words"), 12)
     with pytest.raises(ConfigError, match=r"counts runs of 4 words.*at most 1; take --metric exact-match"):
-        check_fits("bleu", questions("yes"), 12)
+        check_fits("bleu", prompts("yes"), 12)
     with pytest.raises(ConfigError, match=r"short answers.*at least 40; take --metric rouge-l or bleu"):
-        check_fits("exact-match", questions("word " * 40), 12)
+        check_fits("exact-match", prompts("word " * 40), 12)
 
 
 def test_plain_texts_have_no_answers_to_score() -> None:
@@ -59,7 +59,7 @@ def test_plain_texts_have_no_answers_to_score() -> None:
 
 def test_too_few_prompts_are_refused() -> None:
     with pytest.raises(ConfigError, match="at least 10 different eval prompts, found 4"):
-        check_fits("rouge-l", questions("some words here", count=4), 200)
+        check_fits("rouge-l", prompts("some words here", count=4), 200)
 
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
