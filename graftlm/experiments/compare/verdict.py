@@ -1,12 +1,12 @@
-"""What the figures allow to be said, in sentences; "cannot tell" is one of the answers.
+"""The verdict of a comparison, in sentences; "cannot tell" is a possible one.
 
-    best     the lowest mean eval loss, for what that is worth
-    within   shown to be at most the margin behind the best: the whole interval lies under it (a test of non-inferiority)
-    behind   shown to be more than the margin behind: the whole interval lies over it
+    best     the lowest mean eval loss
+    within   at most the margin behind the best: the whole interval is below it (a non-inferiority test)
+    behind   more than the margin behind: the whole interval is above it
     open     neither; more rows or seeds would show which
 
-The choice is the cheapest of the best and those within. It is certain where nothing cheaper is open, and there are at least
-two seeds.
+The choice is the cheapest of the best and those within. It is certain if nothing cheaper is open and there are at least two
+seeds.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from graftlm.experiments.compare.statistics import MOST_ROWS, MOST_SEEDS, Differ
 
 Place = Literal["best", "within", "behind", "open"]
 _EQUAL = 1.02
-"""Costs up to this factor over the lowest count as the same."""
+"""Costs up to this factor over the lowest count as equal."""
 _CHEAP = {"memory": "least peak memory", "size": "smallest saved file", "time": "shortest training"}
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one variant stands against the best."""
+    """One variant compared with the best."""
 
     name: str
     place: Place
     behind: float
     """Nats a token behind the best."""
     needed: Needed | None
-    """What would show whether an open one is within the margin."""
+    """The rows or seeds that would show whether an open variant is within the margin."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said in the end."""
+    """The result of a comparison."""
 
     best: str
     choice: str | None
-    """What to take; None where no method is better than the untrained base."""
+    """The recommended variant; None where no method is better than the untrained base."""
     certain: bool
     margin: float
     """Nats a token."""
@@ -127,7 +127,7 @@ def _pair(found: Difference, bootstrap: PairedBootstrap, margin: float) -> str:
 
 
 def _deciding(found: Difference, bootstrap: PairedBootstrap, margin: float) -> str:
-    """The n that would decide, or that there is nothing to decide."""
+    """The n that would decide, or why none is needed."""
     if max(abs(found.interval.low), abs(found.interval.high)) <= margin:
         return "The whole interval lies within the margin: for the choice they are equal."
     needed = found.needed
@@ -137,7 +137,7 @@ def _deciding(found: Difference, bootstrap: PairedBootstrap, margin: float) -> s
 
 
 def enough(needed: Needed, bootstrap: PairedBootstrap) -> str:
-    """The numbers in words, with those that are there."""
+    """Needed numbers in words, with the present ones."""
     ways: list[str] = []
     if needed.both is not None:
         rows, seeds = needed.both

@@ -1,4 +1,4 @@
-"""report.md and report.html of a comparison: the same sentences, the same table; the page has plots and needs no other file."""
+"""report.md and report.html of a comparison: the same sentences and table; the page also has figures, and is one file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def render(template: str, values: dict[str, Any], *, html: bool) -> str:
 
 
 def contents(found: Comparison) -> dict[str, Any]:
-    """What both reports say, as plain values."""
+    """The contents of both reports, as plain values."""
     config, data, verdict = found.config, found.data, found.verdict
     names = [line.name for line in found.lines]
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "one seed"
@@ -88,7 +88,7 @@ def _machine(environment: dict[str, Any]) -> str:
 def _method(found: Comparison) -> list[str]:
     config, data = found.config, found.data
     said = [
-        "Every method saw the same rows in the same order with each seed, and was measured on the same eval rows, "
+        "Every method saw the same rows in the same order with each seed, and was evaluated on the same eval rows, "
         "each run in a process of its own.",
         "A loss is the mean over all target tokens of the eval rows, of the step with the lowest one. ± is the standard "
         "deviation between seeds.",
@@ -102,7 +102,7 @@ def _method(found: Comparison) -> list[str]:
         if line.tried:
             tried = ", ".join(f"{t.rate:g}: {t.loss:.3f}" if t.before else f"{t.rate:g}: diverged" for t in line.tried)
             said.append(
-                f"Learning rate of {line.name}, by loss on training rows kept aside: {tried}. Taken: {line.learning_rate:g}."
+                f"Learning rate of {line.name}, by loss on training rows set aside: {tried}. Taken: {line.learning_rate:g}."
             )
     if any(line.general_after is not None for line in found.lines):
         said.append(
@@ -112,7 +112,7 @@ def _method(found: Comparison) -> list[str]:
                 if config.general_data == "general"
                 else config.general_data
             )
-            + ", before and after: what it rises is forgotten."
+            + ", before and after; a rise is forgetting."
         )
     if config.metric:
         said.append(f"{config.metric} scores the likeliest answers to {data['prompts_answered']} eval prompts.")

@@ -1,4 +1,4 @@
-"""report.md and report.html of a sweep: the best trial, how the others stand, and the loss against everything searched."""
+"""report.md and report.html of a sweep: the best trial, the others, and the loss by each searched option."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from graftlm.experiments.sweep.view import described
 from graftlm.files import write_text
 
 _EDGE = 0.08
-"""A best value this near to the end of its range, as a share of the range, might lie beyond it."""
+"""A best value this near to an end of its range, as a share of the range, may lie beyond it."""
 
 
 def write_reports(found: SweepResult, out: Path) -> None:
@@ -40,7 +40,7 @@ def write_reports(found: SweepResult, out: Path) -> None:
 
 
 def contents(found: SweepResult) -> dict[str, Any]:
-    """What both reports say, as plain values."""
+    """The contents of both reports, as plain values."""
     space = read_space(dict(found.space))
     names = [flag_name(name) for name in space]
     searched = ", ".join(f"{flag_name(name)} {found.space[name]}" for name in space)
@@ -65,7 +65,7 @@ def headline(found: SweepResult) -> str:
 
 
 def sentences(found: SweepResult, space: Space) -> list[str]:
-    """What the sweep says, and what would be worth a further one."""
+    """The result of the sweep, and what a further one might search."""
     best = found.best
     if best is None or best.loss is None:
         return ["Nothing can be said before a trial has ended."]
@@ -77,7 +77,7 @@ def sentences(found: SweepResult, space: Space) -> list[str]:
         if near:
             said.append(
                 f"{len(near)} of the {len(others)} other complete trials are within 2 % of its gain: one run each cannot tell "
-                "them apart, so take the cheapest, or set them side by side with graft compare."
+                "them apart, so take the cheapest, or compare them with graft compare."
             )
         else:
             said.append("No other complete trial is within 2 % of its gain.")

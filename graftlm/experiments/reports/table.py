@@ -1,4 +1,4 @@
-"""The one table of a comparison: figures as people read them. Terminal, report.md and report.html show the same rows."""
+"""The table of a comparison; terminal, report.md and report.html show the same rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class TableRow:
-    """A label, what it means, and a cell for each variant."""
+    """A label and a cell for each variant."""
 
     label: str
     cells: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: the sweep's own bar, and one for each trial that is being trained."""
+"""A sweep in the terminal: one bar for all trials and one for each that is being trained; the table of trials."""
 
 from __future__ import annotations
 
