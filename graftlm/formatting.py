@@ -28,9 +28,11 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in two units: 0.8 s, 42 s, 5 min, 3 h 20 min, 2 d 4 h."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
+    """A time to three digits, from 100 s on in one or two units: 12.5 ms, 812 ms, 1.25 s, 42 s, 5 min, 3 h 20 min, 2 d 4 h."""
+    if 0 < seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 9.995:
+        return f"{seconds:.3g} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

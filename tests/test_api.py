@@ -413,19 +413,6 @@ def test_a_sweep_gives_its_best_trial(tmp_path: Path) -> None:
     assert "<pre" in found._repr_html_()
 
 
-def test_a_comparison_is_asked_of_the_command_with_rows_as_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from graftlm.commands import compare as command
-
-    asked: list[Any] = []
-    monkeypatch.setattr(command, "compare", lambda config, view: asked.append(config))
-    graft.compare("demo", ROWS, seeds=1, out=tmp_path / "which", quiet=True)
-    (config,) = asked
-    assert (config.seeds, config.out) == (1, tmp_path / "which")
-    assert [json.loads(line) for line in Path(config.data[0]).read_text().splitlines()] == ROWS
-
-
 def test_a_merged_model_is_the_base_with_the_adapter(model: graft.Model, run: graft.Run, tmp_path: Path) -> None:
     done = graft.merge(model, run, tmp_path / "merged", unmeasured=True)
     assert done["out"] == str(tmp_path / "merged")

@@ -129,7 +129,7 @@ class Model:
         takes the likeliest token each time), `top_p`, `seed`, `system`, `format` (auto, chat or text). Raises ConfigError,
         AdapterError, StoreError, DataError.
         """
-        self._usable()
+        self.check_usable()
         one = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(part, Mapping) for part in prompts))
         asked: list[Any] = [prompts] if one else list(prompts)
         if not asked:
@@ -159,7 +159,7 @@ class Model:
         `lora_dropout`, `dora`, ..., `seed`, `beta1`, `beta2`, `epsilon`, `weight_decay`, `loraplus_lr_ratio`.
         Raises ConfigError.
         """
-        self._usable()
+        self.check_usable()
         named = TrainConfig.named(options)
         known = TrainConfig.model_fields
         refuse_other_options([name for name in named if name in known])
@@ -215,7 +215,7 @@ class Model:
         return self._adapter().save(Path(folder), self.name)
 
     def _adapter(self) -> OwnLoop:
-        self._usable()
+        self.check_usable()
         if self._own is None:
             self.new_adapter()
         assert self._own is not None
@@ -223,7 +223,8 @@ class Model:
 
     # ---- what training does to it --------------------------------------------------------------------------------------
 
-    def _usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise ModelError where a full training was broken off and left weights that belong to no model."""
         if self._damage is not None:
             raise ModelError(self._damage)
 

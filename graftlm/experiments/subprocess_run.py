@@ -1,11 +1,11 @@
-"""A training run, or a measurement, in a process of its own: its peak memory is its own and nothing of it stays behind.
+"""A training run, or scoring, in its own process: its peak memory is its own and nothing of it stays behind.
 
-The parent writes the config as JSON to the standard input of the child (`commands/subprocess_main.py`), which answers
-with one JSON object a line:
+The parent writes the config as JSON to the standard input of `commands/subprocess_main.py`, which answers with one JSON object
+a line:
 
     {"event": "step", "step": 3, "steps": 60, "loss": 2.1, "tokens": 1500}      after every optimizer step
-    {"event": "scored", "out": "..."}                                           after every model that was measured
-    {"event": "note", "text": "..."}                                            what a person might want to know
+    {"event": "scored", "out": "..."}                                           after every model that was scored
+    {"event": "note", "text": "..."}                                            for the person who started it
     {"event": "done", "summary": {...}}
     {"event": "error", "kind": "DataError", "message": "..."}   or   {"event": "stopped", "signal": 15, "message": "..."}
 
@@ -27,7 +27,7 @@ from typing import Any
 from graftlm import errors
 from graftlm.config import TrainConfig
 from graftlm.errors import Stopped, TrainingError
-from graftlm.experiments.compare import scoring
+from graftlm.experiments.compare.scoring import ScoringRequest
 from graftlm.jsonfile import parse_json
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -39,23 +39,25 @@ def train_in_subprocess(config: TrainConfig, on_event: OnEvent) -> dict[str, Any
     return run_subprocess([*_CHILD, "train"], json.dumps(config.to_json()), on_event)
 
 
-def score_in_subprocess(request: scoring.ScoringRequest, on_event: OnEvent) -> None:
-    """Measure trained models on one base in another process; raises the GraftError that ended it."""
+def score_in_subprocess(request: ScoringRequest, on_event: OnEvent) -> None:
+    """Score trained models on one base in another process; raises the GraftError that ended it."""
     run_subprocess([*_CHILD, "score"], json.dumps(asdict(request)), on_event)
 
 
-def run_subprocess(command: list[str], question: str, on_event: OnEvent) -> dict[str, Any]:
-    """Start a process, write `question` to its standard input and hear its answers up to the last, as
-    `train_in_subprocess` says."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+def run_subprocess(command: list[str], request: str, on_event: OnEvent) -> dict[str, Any]:
+    """Start a process, write `request` to its standard input and read its events up to the last; returns the summary.
+
+    Raises what `train_in_subprocess` does, and TrainingError with the last lines of its standard error where it died.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=os.environ
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ
         )
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it ended before it read: its status is said below
-                child.stdin.write(question)
+            with contextlib.suppress(BrokenPipeError):  # it ended before it read: its status is reported below
+                child.stdin.write(request)
                 child.stdin.close()
             for line in child.stdout:
                 event = parse_json(line)
@@ -69,8 +71,8 @@ def run_subprocess(command: list[str], question: str, on_event: OnEvent) -> dict
                     raise kind(event["message"])
                 on_event(event)
             status = child.wait()
-            said.seek(0)
-            last = said.read().strip().splitlines()[-3:]
+            log.seek(0)
+            last = log.read().strip().splitlines()[-3:]
             raise TrainingError(f"the training process ended with status {status}: {' | '.join(last) or 'no message'}")
         finally:
             if child.poll() is None:

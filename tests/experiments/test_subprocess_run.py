@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
 
+from graftlm.commands import subprocess_main
+from graftlm.commands import train as train_command
 from graftlm.config import TrainConfig
 from graftlm.errors import DataError, Stopped, TrainingError
 from graftlm.experiments.subprocess_run import run_subprocess, train_in_subprocess
@@ -34,6 +39,16 @@ def test_a_child_that_was_stopped_stops_the_parent() -> None:
     with pytest.raises(Stopped, match="after step 2") as stopped:
         answering('print(json.dumps({"event": "stopped", "signal": 15, "message": "after step 2"}))')
     assert stopped.value.signal_number == 15
+
+
+def test_a_run_that_is_stopped_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopping(*args: Any) -> None:
+        raise Stopped(signal.SIGTERM, "stopped after step 2")
+
+    monkeypatch.setattr(train_command, "train", stopping)
+    answers = StringIO()
+    subprocess_main.main(StringIO(json.dumps(tiny_run.options(tmp_path))), answers)
+    assert json.loads(answers.getvalue()) == {"event": "stopped", "signal": 15, "message": "stopped after step 2"}
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

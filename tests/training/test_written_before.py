@@ -119,9 +119,9 @@ def sweep(out: str, **search: str) -> SweepConfig:
 def test_a_sweep_of_before_is_shown_under_todays_names() -> None:
     found = read(Path("sweep_renamed"))
     assert found.space == {"lr_scheduler": "linear|constant"}
-    assert all(trial.own["lr_scheduler"] in ("linear", "constant") for trial in found.tried)
+    assert all(trial.params["lr_scheduler"] in ("linear", "constant") for trial in found.tried)
     assert all(trial.state == "complete" and trial.eval_losses for trial in found.tried)
-    assert found.asked["base_precision"] == "float32"
+    assert found.options["base_precision"] == "float32"
 
 
 def test_a_sweep_of_before_goes_on_unless_it_searches_an_option_that_was_renamed() -> None:
