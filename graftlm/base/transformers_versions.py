@@ -70,7 +70,8 @@ def own_attention(model: PreTrainedModel) -> tuple[str, str]:
     Before 5.21 transformers took `sdpa` for models that cap their attention scores (Gemma 2, VaultGemma), and sdpa dropped
     the cap; later ones refuse it.
     """
-    own: str = model.config._attn_implementation  # pyright: ignore[reportAssignmentType]
+    config: Any = model.config
+    own: str = config._attn_implementation
     if own != "sdpa" or all(getattr(m, "attn_logit_softcapping", None) is None for m in model.modules()):
         return own, ""
     return "eager", (
