@@ -41,7 +41,7 @@ ATTENTION = "graft_segments"  # the name that transformers knows ours by
 
 # Keywords that do not change what is computed here: the mask and the cache are ours, positions are already in q and k.
 _IGNORED = {
-    "attention_mask", "cache_position", "is_causal", "layer_idx", "num_items_in_batch", "output_attentions",
+    "attention_mask", "cache", "cache_position", "is_causal", "layer_idx", "num_items_in_batch", "output_attentions",
     "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
     "return_dict", "use_cache", "logits_to_keep", "deterministic",
 }  # fmt: skip

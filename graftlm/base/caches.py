@@ -30,8 +30,9 @@ from graftlm.base.kv_cache import LayerKVSpec, check_kv_cache
 from graftlm.base.loading import Base
 from graftlm.segments import Segments
 
-ARGUMENTS = ("past_key_values", "cache_params", "state")
-"""What the bodies of transformers' models call their cache, given and returned; Mamba and xLSTM the second, RWKV the third."""
+ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
+"""What the bodies of transformers' models call their cache, given and returned: the first since 5.24, before that the second,
+in Mamba and xLSTM the third; RWKV the last."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ code that finds ours under that name, so no other model sees a change. What diff
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import kernels
+from graftlm.base.function_copy import copy_function
 from graftlm.kernels.reference_fused import GATES, Gate
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")  # what norms call theirs
@@ -396,7 +398,10 @@ def _fuse_attention(module: nn.Module, sample: _Sample, known: dict[Any, Functio
     function = getattr(type(module), "forward", None)
     if not isinstance(function, FunctionType) or "forward" in module.__dict__:
         return False
-    if ROTARY not in function.__code__.co_names or ROTARY not in function.__globals__:
+    innermost = inspect.unwrap(function)
+    if not isinstance(innermost, FunctionType):
+        return False
+    if ROTARY not in innermost.__code__.co_names or ROTARY not in innermost.__globals__:
         return False
     if function not in known:
         known[function] = _with_rotary(function, sample)
@@ -409,7 +414,7 @@ def _fuse_attention(module: nn.Module, sample: _Sample, known: dict[Any, Functio
 
 def _with_rotary(function: FunctionType, sample: _Sample) -> FunctionType | None:
     """The same code with our rotation under the name of its own, or None where the two differ."""
-    own: Any = function.__globals__[ROTARY]
+    own: Any = inspect.unwrap(function).__globals__[ROTARY]
 
     def turns_like_ours(rotary: Rotary, rotary_dim: int, angles: int) -> bool:
         # As attention has them: heads beside each other in memory, (batch, tokens, heads, D) seen as (batch, heads, tokens, D).
@@ -424,9 +429,4 @@ def _with_rotary(function: FunctionType, sample: _Sample) -> FunctionType | None
         return None
     rotary.some = turns_like_ours(rotary, 8, 1)
     rotary.alike = None
-    copy = FunctionType(
-        function.__code__, {**function.__globals__, ROTARY: rotary}, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    return copy_function(function, {ROTARY: rotary})

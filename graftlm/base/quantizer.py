@@ -79,6 +79,8 @@ class StoredFormQuantizer(HfQuantizer):
     quantization_config: StoredFormConfig
     replacements: Replacements
     store_op: _StoreOp
+    shapes: dict[str, tuple[int, ...]]
+    """What the config makes of each parameter; before 5.23 transformers lets a quantizer's model have others."""
 
     @property
     def quantized_element_size(self) -> float | None:
@@ -88,6 +90,7 @@ class StoredFormQuantizer(HfQuantizer):
         precision, activation_dtype = self.quantization_config.precision, self.quantization_config.activation_dtype
         self.replacements = find_replacements(model, precision)
         self.store_op = _StoreOp(self.replacements.all())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         keep = DTYPES[embedding_precision(precision)]
         head, embedding = head_and_embedding(model)
         taken = set(self.store_op.replacements)
@@ -102,6 +105,13 @@ class StoredFormQuantizer(HfQuantizer):
             if parameter.dtype != wanted:  # the loader casts a tensor to the type that waits for it
                 parameter.data = parameter.data.to(wanted)
         return model
+
+    def misshapen(self, model: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """The parameters that were loaded in a shape that the config does not give them: name, found, asked for."""
+        now = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in self.store_op.replacements}
+        return [
+            (name, shape, self.shapes[name]) for name, shape in now.items() if shape != self.shapes.get(name, shape)
+        ]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.store_op.replacements
@@ -152,7 +162,7 @@ def stream_checkpoint(
     model, info = loaded
     quantizer: StoredFormQuantizer = model.hf_quantizer
     replacements = quantizer.replacements
-    info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.store_op.mismatched}
+    info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.store_op.mismatched, *quantizer.misshapen(model)}
     _share_tied(model, replacements, info["missing_keys"])
     _check_loaded(info, replacements, path)
     unused = sorted(info["unexpected_keys"])
