@@ -22,7 +22,7 @@ def _said(text: str) -> None:
 
 
 @group.command(epilog='Example:  graft adapters publish runs/first --name formal --note "three epochs"')
-@options(configs.PublishConfig, positional="source")
+@options(configs.PublishConfig)
 def publish(config: configs.PublishConfig, json: Json = False) -> None:
     """Publish a run's adapter as the next version of a name; it never changes again."""
     with starting():
@@ -36,7 +36,7 @@ def publish(config: configs.PublishConfig, json: Json = False) -> None:
 
 
 @group.command("list", epilog="Examples:\n\ngraft adapters list\n\ngraft adapters list formal")
-@options(configs.ListConfig, positional="name")
+@options(configs.ListConfig)
 def list_(config: configs.ListConfig, json: Json = False) -> None:
     """List the names of a store, or the versions of one name."""
     from graftlm.adapters.store import tables as view
@@ -55,7 +55,7 @@ def list_(config: configs.ListConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Example:  graft adapters show formal@prod")
-@options(configs.ShowConfig, positional="version")
+@options(configs.ShowConfig)
 def show(config: configs.ShowConfig, json: Json = False) -> None:
     """Show where a version comes from: base, data, config, losses before and after, parents."""
     from graftlm.adapters.store import tables as view
@@ -69,7 +69,7 @@ def show(config: configs.ShowConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Example:  graft adapters diff formal@1 formal@2")
-@options(configs.DiffConfig, positional=("first", "second"))
+@options(configs.DiffConfig)
 def diff(config: configs.DiffConfig, json: Json = False) -> None:
     """Compare two versions: config, plan of tensors, losses, and how far the weights of each layer are apart."""
     with starting():
@@ -107,7 +107,7 @@ def verify(config: configs.VerifyConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Example:  graft adapters alias formal prod 1")
-@options(configs.AliasConfig, positional=("name", "alias", "version"))
+@options(configs.AliasConfig)
 def alias(config: configs.AliasConfig, json: Json = False) -> None:
     """Point an alias at a version."""
     from graftlm.commands.adapters import alias
@@ -123,7 +123,7 @@ def alias(config: configs.AliasConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Example:  graft adapters rollback formal prod")
-@options(configs.RollbackConfig, positional=("name", "alias"))
+@options(configs.RollbackConfig)
 def rollback(config: configs.RollbackConfig, json: Json = False) -> None:
     """Point an alias at what it pointed at before."""
     from graftlm.commands.adapters import rollback
@@ -136,7 +136,7 @@ def rollback(config: configs.RollbackConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Example:  graft adapters remove formal@1")
-@options(configs.RemoveConfig, positional="version")
+@options(configs.RemoveConfig)
 def remove(config: configs.RemoveConfig, json: Json = False) -> None:
     """Remove a version; refused while an alias points at it."""
     from graftlm.commands.adapters import remove
@@ -149,7 +149,7 @@ def remove(config: configs.RemoveConfig, json: Json = False) -> None:
 
 
 @group.command("import", epilog="Example:  graft adapters import ./their-lora --name theirs --model Qwen/Qwen3-0.6B")
-@options(configs.ImportConfig, positional="source")
+@options(configs.ImportConfig)
 def import_(config: configs.ImportConfig, json: Json = False) -> None:
     """Bring in an adapter of PEFT's, a folder or a hub id, once it has passed the checks on its base."""
     with starting():
@@ -165,7 +165,7 @@ def import_(config: configs.ImportConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Example:  graft adapters export formal@prod ./for-vllm --for vllm")
-@options(configs.ExportConfig, positional=("version", "out"))
+@options(configs.ExportConfig)
 def export(config: configs.ExportConfig, json: Json = False) -> None:
     """Write a version as a plain PEFT folder, or made fit for vLLM."""
     with starting():
@@ -183,7 +183,7 @@ def export(config: configs.ExportConfig, json: Json = False) -> None:
 @group.command(
     epilog="Examples:\n\ngraft adapters push s3://bucket/adapters formal@1\n\ngraft adapters push owner/name formal@prod"
 )
-@options(configs.PushConfig, positional=("place", "versions"))
+@options(configs.PushConfig)
 def push(config: configs.PushConfig, json: Json = False) -> None:
     """Copy versions to an object store, a folder, or the Hugging Face hub."""
     with starting():
@@ -200,7 +200,7 @@ def push(config: configs.PushConfig, json: Json = False) -> None:
 @group.command(
     epilog="Examples:\n\ngraft adapters pull s3://bucket/adapters\n\ngraft adapters pull owner/name --name theirs"
 )
-@options(configs.PullConfig, positional=("place", "versions"))
+@options(configs.PullConfig)
 def pull(config: configs.PullConfig, json: Json = False) -> None:
     """Copy versions from an object store, a folder, or the hub; each is checked by its digest before it is there."""
     with starting():

@@ -38,7 +38,7 @@ app.add_typer(group, name="sweep")
     "graft sweep sweep.yaml --storage sqlite:///sweep.db      the same command elsewhere joins in\n\n"
     "graft sweep show runs/sweep",
 )
-@options(SweepConfig, file=True)
+@options(SweepConfig)
 def run(config: SweepConfig, json: Json = False) -> None:
     """Search settings: many trials trained at once on one base. `graft sweep show DIR` prints what was found."""
     with starting():
@@ -54,7 +54,7 @@ def run(config: SweepConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Examples:\n\ngraft sweep show runs/sweep\n\ngraft sweep show runs/sweep --json")
-@options(ShowSweepConfig, positional="folder")
+@options(ShowSweepConfig)
 def show(config: ShowSweepConfig, json: Json = False) -> None:
     """Show the trials of a sweep, best first, and write its report again."""
     from graftlm.commands.sweep import show

@@ -206,7 +206,7 @@ def test_options_of_sampling_are_refused_where_nothing_is_sampled(option: dict[s
     needed = {"model": "m", "prompt": "p"}
     with pytest.raises(ConfigError, match=f"--{next(iter(option)).replace('_', '-')} is for sampling.*--temperature"):
         GenerateConfig.build({**needed, **option})
-    with pytest.raises(ConfigError, match="temperature 1e-06 takes the likeliest token each time"):
+    with pytest.raises(ConfigError, match="temperature 1e-06 is greedy decoding"):
         GenerateConfig.build({**needed, **option, "temperature": 1e-6})
     GenerateConfig.build({**needed, **option, "temperature": 0.7})
     GenerateConfig.build(needed)
