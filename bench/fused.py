@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from graftlm import kernels
-from graftlm.base.fused import Rotary, gated, rms_norm
+from graftlm.base.fused_autograd import Rotary, gated, rms_norm
 
 TOKENS, WIDTH, INNER, HEADS, HEAD = 960, 512, 1408, 8, 64
 TRAINED, VOCABULARIES = 600, (8192, 49152)

@@ -46,6 +46,6 @@ class ChatConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.beside is not None and self.beside == (self.adapter or "base"):
-            raise ValueError(f"beside: '{self.beside}' is the same as --adapter; name another one")
+            raise ValueError(f"beside: '{self.beside}' is what answers already; name another one")
         refuse_unused_sampling_options(self.temperature, self.model_fields_set)
         return self

@@ -123,7 +123,7 @@ def _entry(text: str, spec: str) -> tuple[str, Range | Choice]:
         raise ConfigError(f"search: unknown option '{text}'{nearest(flag, known)} searchable: {', '.join(known)}")
     if name not in SEARCHED:
         raise ConfigError(
-            f"search: '{flag}' must be the same for all trials of a sweep, which share one base and its micro-batches; give it "
+            f"search: '{flag}' is the same for all trials of a sweep, which share one base and its micro-batches; give it "
             f"as --{flag}, and start another sweep for another value. Searchable: {', '.join(known)}"
         )
     if not spec.strip():

@@ -164,7 +164,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     ),
     "another head": (
         lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(83, 28)}),
-        "is another one than",
+        "differs from",
     ),
     "token rows that nothing names": (
         lambda t: t.update(

@@ -343,7 +343,7 @@ def test_an_adapter_that_is_applied_with_another_scale_is_found_by_the_canary(
 ) -> None:
     scale_of = fit.scale_of
     monkeypatch.setattr(fit, "scale_of", lambda *given: factor * scale_of(*given))
-    refused(base, saved, "the canary failed: what the adapter adds to the logits is off by")
+    refused(base, saved, "the canary failed: what the adapter adds to the logits differs by")
 
 
 def test_an_adapter_on_the_wrong_layers_is_found_by_the_canary(base: Base, saved: Path) -> None:
@@ -385,7 +385,7 @@ def test_a_canary_that_cannot_be_is_refused(base: Base, saved: Path, which: str)
 def test_a_manifest_without_a_tolerance_has_the_canary_that_graft_takes(base: Base, saved: Path) -> None:
     change_tensors(saved, lambda t: t[KEY].mul_(1.3))
     rewrite(saved, lambda m: m["canary"].update(tolerance={}))
-    refused(base, saved, "the canary failed: what the adapter adds to the logits is off by")
+    refused(base, saved, "the canary failed: what the adapter adds to the logits differs by")
 
 
 def test_an_entry_of_the_config_that_the_formula_leaves_out_is_held_against_nothing(base: Base, saved: Path) -> None:
@@ -453,7 +453,7 @@ def test_a_tokenizer_file_that_changed_and_gives_the_same_tokens_is_a_note(saved
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     adapter = adapter_format.load(loaded(other), saved)
     assert adapter.origin is not None
-    assert "tokenizer's file is another one than in training" in adapter.origin.notes[0]
+    assert "tokenizer's file differs from training" in adapter.origin.notes[0]
 
 
 def test_an_adapter_with_tokens_of_its_own_brings_its_tokenizer(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, CohereConfig
 from transformers.models.llama import modeling_llama
 
 from graftlm import kernels
-from graftlm.base import fused
+from graftlm.base import fused_autograd
 from graftlm.base.context import ForwardContext
-from graftlm.base.fused import FusedCounts, Rotary, fuse, unfuse
+from graftlm.base.fused import FusedCounts, fuse, unfuse
+from graftlm.base.fused_autograd import Rotary
 from graftlm.base.loading import Base, load_base
 from graftlm.training.trainer import BatchItem, collate, forward
 
@@ -161,13 +162,13 @@ def kept_bytes(call: Callable[[], Tensor], *already: Tensor) -> int:
 
 def test_a_norm_keeps_one_number_a_row_beside_its_input() -> None:
     x, w = torch.randn(7, 19, requires_grad=True), torch.randn(19)
-    assert kept_bytes(lambda: fused.rms_norm(x, w, 1e-5), x, w) == 7 * 4
+    assert kept_bytes(lambda: fused_autograd.rms_norm(x, w, 1e-5), x, w) == 7 * 4
 
 
 def test_a_gated_product_keeps_nothing_beside_gate_and_up() -> None:
     g, u, h = (torch.randn(7, n, requires_grad=True) for n in (19, 19, 38))
-    assert kept_bytes(lambda: fused.gated(g, u), g, u) == 0
-    assert kept_bytes(lambda: fused.gated_halves(h), h) == 0
+    assert kept_bytes(lambda: fused_autograd.gated(g, u), g, u) == 0
+    assert kept_bytes(lambda: fused_autograd.gated_halves(h), h) == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3", "mixtral"])
@@ -323,7 +324,7 @@ def test_no_other_model_of_the_same_code_is_changed() -> None:
     assert all("forward" not in module.__dict__ for module in plain.modules())
     assert all("graft_fused" not in module.__dict__ for module in plain.modules())
     attention = base.model.model.layers[0].self_attn
-    assert isinstance(attention.forward.__func__.__globals__["apply_rotary_pos_emb"], fused.Rotary)
+    assert isinstance(attention.forward.__func__.__globals__["apply_rotary_pos_emb"], fused_autograd.Rotary)
     assert "apply_rotary_pos_emb" in type(attention).forward.__globals__
     assert type(attention).forward.__globals__["apply_rotary_pos_emb"] is own
 
@@ -345,7 +346,7 @@ def test_what_a_rotation_was_not_proven_for_goes_to_the_models_own() -> None:
         asked.append(len(args) + len(kwargs))
         return modeling_llama.apply_rotary_pos_emb(*args, **kwargs)
 
-    rotary = fused.Rotary(own, some=False)
+    rotary = fused_autograd.Rotary(own, some=False)
     q, k, angle = torch.randn(2, 3, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 5, 4).repeat(1, 1, 2)
     c, s = angle.cos(), angle.sin()
     for found, truth in zip(rotary(q, k, c, s), modeling_llama.apply_rotary_pos_emb(q, k, c, s), strict=True):

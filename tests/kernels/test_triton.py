@@ -42,7 +42,7 @@ def test_triton_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Pa
 
 def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
     from graftlm import kernels
-    from graftlm.base.modules import product
+    from graftlm.base.modules import stored_matmul
     from graftlm.kernels import native, reference, reference_adamw, triton
 
     called: list[str] = []
@@ -71,8 +71,8 @@ def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pyte
     weight = reference.nf4_quantize(randn(13, 70))
     x, dy = randn(9, 70).requires_grad_(), randn(9, 13)
     with torch.no_grad():
-        product(x, weight)
-    product(x, weight).backward(dy)
+        stored_matmul(x, weight)
+    stored_matmul(x, weight).backward(dy)
     assert called == ["matmul", "matmul", "matmul_t"]
     called.clear()
     A, B = [randn(3, 70), randn(5, 70), None], [randn(13, 3), randn(13, 5), None]
