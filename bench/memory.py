@@ -176,10 +176,10 @@ def measure(run: Run, model: Path, folder: Path) -> dict[str, Any]:
         "compute_dtype": "float32", "out": str(folder / "run"), **run.options,
     })  # fmt: skip
     summary = train_in_subprocess(config, lambda event: None)
-    said = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))
+    plan = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))
     return {
         "bytes": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
-        "dry_run_bytes": said["dry_run_bytes"],
+        "dry_run_bytes": plan["dry_run_bytes"],
     }
 
 

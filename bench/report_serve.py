@@ -29,7 +29,9 @@ def table(found: dict[str, Any]) -> str:
     if "traffic" in found:
         traffic = found["traffic"]
         few, every = (traffic[k]["tokens_per_second"] for k in ("few", "all"))
-        what = f"{few:.1f} vs {every:.1f} tokens/s; {traffic['few']['swaps']} swaps, {traffic['few']['loads']} from disk"
+        what = (
+            f"{few:.1f} vs {every:.1f} tokens/s; {traffic['few']['swaps']} swaps, {traffic['few']['loads']} from disk"
+        )
         rows.append((
             f"{traffic['store']} adapters in the store, Zipf over {traffic['slots']} slots, vs all resident",
             f"{few / every:.0%} ({what}, in {traffic['requests']} requests)", "70%", "90%", _reached(few / every, 0.7, 0.9),

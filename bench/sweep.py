@@ -198,7 +198,12 @@ def table(results: dict[str, Any]) -> str:
         lambda r: f"{r['whole_vs_apart']:.2f}x",
     )
     row("the same vs TRL + PEFT", "", "", lambda r: f"{r['whole_vs_trl']:.2f}x")
-    row("time, one trial's tokens in a micro-batch, vs one after another", "", "", lambda r: f"{r['narrow_time_vs_apart']:.2f}x")
+    row(
+        "time, one trial's tokens in a micro-batch, vs one after another",
+        "",
+        "",
+        lambda r: f"{r['narrow_time_vs_apart']:.2f}x",
+    )
     row("the same vs TRL + PEFT", "", "", lambda r: f"{r['narrow_time_vs_trl']:.2f}x")
     row(
         "peak memory, one trial's tokens in a micro-batch, of the bound", "100 %", "",
