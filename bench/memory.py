@@ -65,9 +65,9 @@ class Run:
 
     @property
     def label(self) -> str:
-        options = ", ".join(str(v) if k in ("base_precision", "optimizer") else f"{k.replace('_', ' ')} {v}" if v is not True else
+        given = ", ".join(str(v) if k in ("base_precision", "optimizer") else f"{k.replace('_', ' ')} {v}" if v is not True else
                          k.replace("_", " ") for k, v in self.options.items() if k != "max_grad_norm")  # fmt: skip
-        return f"{self.method}{', ' + options if options else ''}"
+        return f"{self.method}{', ' + given if given else ''}"
 
     @property
     def name(self) -> str:

@@ -72,7 +72,7 @@ def _soak(run: Mapping[str, Any]) -> list[str]:
         f"{size['clients']} clients for {size['seconds']:g} s on the bundled base in float32, {size['slots']} slots for 10 "
         f"adapters of ranks 1 to 33, a batch of {size['running']}, a queue of {size['queue']}; {run['references']} references; "
         f"{_where(run)}.", "",
-        f"{run['tokens']:,} tokens were generated. First token after {_ms(wait['p50'])} in the median, {_ms(wait['p99'])} at the "
+        f"{run['tokens']:,} tokens generated. First token after {_ms(wait['p50'])} in the median, {_ms(wait['p99'])} at the "
         f"99th percentile, the wait in the queue included; the slowest /healthz took {_ms(run['slowest_health_seconds'])}.", "",
         *(_counts(title, run[key]) for title, key in (("Answers", "answers"), ("Refusals", "refusals"), ("Deeds", "deeds"))),
         *(["Faults:", "", *(f"- {fault}" for fault in run["faults"]), ""] if run["faults"] else []),

@@ -179,10 +179,10 @@ def grow(common: dict[str, Any], method: str, counts: Sequence[int]) -> list[dic
 
 def table(results: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = ["| | must | goal | " + " | ".join(results) + " |", "|---|---|---|" + "---:|" * len(results)]
+    rows = ["| | must | goal | " + " | ".join(results) + " |", "|---|---|---|" + "---:|" * len(results)]
 
     def row(label: str, must: str, goal: str, write: Any) -> None:
-        lines.append(f"| {label} | {must} | {goal} | " + " | ".join(write(r["eight"]) for r in results.values()) + " |")
+        rows.append(f"| {label} | {must} | {goal} | " + " | ".join(write(r["eight"]) for r in results.values()) + " |")
 
     row(
         "time, micro-batches of all eight together, vs one after another",
@@ -217,13 +217,13 @@ def table(results: dict[str, Any]) -> str:
     )  # fmt: skip
     for method, found in results.items():
         if found.get("growth"):
-            lines += ["", f"Trials at once, {method}, rank 16:", "", "| trials | seconds a step | of each trial | peak memory |",
+            rows += ["", f"Trials at once, {method}, rank 16:", "", "| trials | seconds a step | of each trial | peak memory |",
                      "|---:|---:|---:|---:|"]  # fmt: skip
-            lines += [
+            rows += [
                 f"| {g['trials']} | {g['seconds']:.2f} | {g['seconds_per_trial']:.3f} | {g['peak_memory'] / 1e6:.0f} MB |"
                 for g in found["growth"]
             ]
-    return "\n".join(lines)
+    return "\n".join(rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
