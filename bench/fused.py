@@ -1,4 +1,4 @@
-"""The fused elementwise operations beside what modelling code composes from PyTorch's: forward and backward, float32.
+"""The fused elementwise operations vs PyTorch's separate ones: forward and backward, float32.
 
 `bench/operations.py` runs these rows; shapes are those of a step of the 30M Llama in `bench/train.py`, and a large vocabulary.
 """

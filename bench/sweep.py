@@ -1,4 +1,4 @@
-"""Many trials on one base at once, beside the same trials one after another, with Graft and with TRL + PEFT, in one run.
+"""Many trials on one base at once vs the same trials one after another, with Graft and with TRL + PEFT, in one run.
 
     python bench/sweep.py                          # 8 trials on the 30M Llama and E2E, LoRA; then 1 to 32 trials
     python bench/sweep.py --methods lora qlora --json bench/results/sweep.json
@@ -11,7 +11,7 @@ optimizer step of all eight trials, whichever way it is made:
     apart             the same eight on the same base, one after another: what eight runs of `graft train` do in their steps
     trl               SFTTrainer and PEFT, a process for each rank; a step of each of the eight trials is added up
 
-Time is that of steps; beside it stands that of whole runs of STEPS steps, with what each process takes to its first step:
+Time is that of steps, and of whole runs of STEPS steps including the time of each process to its first step:
 once together, eight times apart and with TRL. Memory is the peak of a process of its own above what it held before
 the base was loaded.
 """

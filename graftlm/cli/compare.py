@@ -14,7 +14,7 @@ from graftlm.config import CompareConfig
 )
 @options(CompareConfig)
 def compare(config: CompareConfig, json: Json = False) -> None:
-    """Train full, LoRA and QLoRA on the same rows with several seeds, and say which is worth its cost, if that can be told."""
+    """Train full, LoRA and QLoRA on the same rows with several seeds, and recommend one, if the data can show it."""
     with starting():
         from graftlm.commands.compare import compare
         from graftlm.experiments.compare.view import CompareView

@@ -13,7 +13,7 @@ from graftlm.config import PlanConfig
 )
 @options(PlanConfig)
 def plan(config: PlanConfig, json: Json = False) -> None:
-    """Say what full, LoRA and QLoRA would take, where each fits and which to choose, from a config alone."""
+    """Predict memory and time of full, LoRA and QLoRA from a config alone, and recommend one."""
     with starting():
         from graftlm.commands.plan import plan
 

@@ -16,7 +16,7 @@ from graftlm.config import ServeConfig
 )
 @options(ServeConfig)
 def serve(config: ServeConfig, json: Json = False) -> None:
-    """Serve one base with all of its adapters over OpenAI's HTTP interface, each request with its own."""
+    """Serve one base with all of its adapters over OpenAI's API; each request names its adapter."""
     console = terminal.console(stderr=True, soft_wrap=True)
 
     def note(text: str) -> None:
