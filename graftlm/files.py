@@ -66,14 +66,14 @@ def atomic_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         for file in files:
             file.chmod(0o666 & ~_umask())  # safetensors gives permissions to the owner alone
-            _flush(file)
+            flush(file)
         if manifest:
             entries = {str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
             write_json(temporary / MANIFEST, {"files": entries})
         for folder in {temporary, *(file.parent for file in files)}:
-            _flush(folder)
+            flush(folder)
         _put(temporary, place)
-        _flush(place.parent)
+        flush(place.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -93,7 +93,7 @@ def _put(temporary: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

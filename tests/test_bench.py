@@ -166,7 +166,7 @@ def test_a_benchmark_that_takes_too_long_is_ended_with_its_children(
     assert "figures" not in found
 
 
-def test_what_a_benchmark_had_measured_when_it_was_ended_is_kept_and_said_to_be_unfinished(
+def test_what_a_benchmark_had_measured_when_it_was_ended_is_kept_and_marked_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite.Part, "command", property(lambda part: [part.script]))
@@ -229,7 +229,7 @@ def test_a_side_works_only_in_its_turn_and_its_last_one_ends_with_it(tmp_path: P
     assert all(0.04 <= s < 5 for side in found.values() for s in side["seconds"])
 
 
-def test_a_side_that_fails_is_said(tmp_path: Path) -> None:
+def test_a_side_that_fails_is_reported(tmp_path: Path) -> None:
     script = tmp_path / "side.py"
     script.write_text("import sys\nsys.exit('no such model')\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="trl failed:\nno such model"):
@@ -325,7 +325,7 @@ def _dies() -> Iterator[int]:
     os._exit(7)
 
 
-def test_a_process_that_dies_or_takes_too_long_is_said() -> None:
+def test_a_process_that_dies_or_takes_too_long_is_reported() -> None:
     heard: list[int] = []
     with pytest.raises(TimeoutError, match="not done after"):
         heard.extend(point.in_process(_sleeps, [], 4, "forkserver"))

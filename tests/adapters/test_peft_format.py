@@ -221,7 +221,7 @@ def test_configs_that_would_compute_something_else_are_refused(base: Base, saved
     refused(base, saved, words)
 
 
-def test_a_whole_module_of_another_shape_is_refused(base: Base, saved: Path) -> None:
+def test_a_module_to_save_of_another_shape_is_refused(base: Base, saved: Path) -> None:
     small = {"base_model.model.lm_head.weight": torch.ones(5, 28)}
     change(saved, tensors=lambda t: t.update(small), modules_to_save=["lm_head"])
     refused(base, saved, "shape (5, 28), expected (83, 28)")

@@ -305,7 +305,7 @@ def test_the_same_base_in_another_precision_is_taken_with_a_note(saved: Path, pr
     assert f"trained on a base in float32 and runs on {precision}: its logits differ by" in note
 
 
-def test_a_canary_of_products_in_bfloat16_is_taken_in_float32(base: Base, tmp_path: Path) -> None:
+def test_a_canary_of_a_bf16_mixed_base_is_computed_in_float32(base: Base, tmp_path: Path) -> None:
     if not kernels.has_bf16_matmul():
         pytest.skip("this processor has no bfloat16 instructions")
     mixed = loaded(tiny_run.folder(), compute_dtype="bf16-mixed")

@@ -195,14 +195,14 @@ def test_a_damaged_version_is_not_pushed(store: Store, place: str) -> None:
         sent(store, place, "formal@1")
 
 
-def test_a_place_that_is_not_there_or_not_readable_is_said(tmp_path: Path) -> None:
+def test_a_place_that_is_not_there_or_not_readable_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is nothing at"):
         got(tmp_path / "here", str(tmp_path / "gone"))
     with pytest.raises(StoreError, match="nosuch"):
         got(tmp_path / "here", "nosuch://x/y")
 
 
-def test_nothing_to_push_and_nothing_to_pull_are_said(store: Store, tmp_path: Path) -> None:
+def test_nothing_to_push_and_nothing_to_pull_are_errors(store: Store, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(StoreError, match="empty holds no versions; push some there first"):
         got(tmp_path / "here", str(tmp_path / "empty"))

@@ -114,7 +114,7 @@ def test_a_base_in_four_bits_is_fused_too() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_products_in_bfloat16_are_close_to_the_plain_models(architecture: str) -> None:
+def test_fused_modules_in_bfloat16_are_close_to_the_plain_models(architecture: str) -> None:
     base, ids = loaded(architecture, precision="bfloat16", compute_dtype="bfloat16"), tiny.ids()
     assert base.fused == COUNTS[architecture]
     found = tiny.base_logits(base, ids).float()
@@ -124,7 +124,7 @@ def test_products_in_bfloat16_are_close_to_the_plain_models(architecture: str) -
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
-def test_stacks_of_documents_with_the_models_own_attention_are_fused(architecture: str) -> None:
+def test_stacks_of_examples_with_the_models_own_attention_are_fused(architecture: str) -> None:
     base, ids = loaded(architecture), tiny.ids(12).view(3, 4)
     with tiny.original_attention(base), torch.no_grad():
         found = base.model(input_ids=ids, use_cache=False).logits
@@ -165,14 +165,14 @@ def test_a_norm_keeps_one_number_a_row_beside_its_input() -> None:
     assert kept_bytes(lambda: fused_autograd.rms_norm(x, w, 1e-5), x, w) == 7 * 4
 
 
-def test_a_gated_product_keeps_nothing_beside_gate_and_up() -> None:
+def test_a_gated_activation_saves_nothing_but_gate_and_up() -> None:
     g, u, h = (torch.randn(7, n, requires_grad=True) for n in (19, 19, 38))
     assert kept_bytes(lambda: fused_autograd.gated(g, u), g, u) == 0
     assert kept_bytes(lambda: fused_autograd.gated_halves(h), h) == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3", "mixtral"])
-def test_a_whole_pass_keeps_less_than_with_the_models_own_code(architecture: str) -> None:
+def test_a_forward_pass_saves_less_than_with_the_models_own_code(architecture: str) -> None:
     base = loaded(architecture)
     base.model.requires_grad_(True)
     micro_batch = collate(base, [BatchItem(row, 0, (0, i), 0.1) for i, row in enumerate(ROWS)])

@@ -131,7 +131,7 @@ def test_dequantize_rounds_values_at_the_edges_of_each_type_as_pytorch_does(inst
 @needs_library
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_products_equal_the_reference(form: str, dtype: torch.dtype, instructions: str) -> None:
+def test_matmuls_equal_the_reference(form: str, dtype: torch.dtype, instructions: str) -> None:
     pick = random.Random(6)
     for round_ in range(24):
         outer, inner = pick.randint(1, 90), pick.choice([1, 64, 192, pick.randint(1, 700)])
@@ -161,7 +161,7 @@ def test_a_matmul_in_panels_equals_the_reference(form: str, monkeypatch: pytest.
 
 @needs_library
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_products_keep_leading_dimensions_and_accept_none(form: str) -> None:
+def test_matmuls_keep_leading_dimensions_and_accept_none(form: str) -> None:
     weight = stored(randn(5, 37), form)
     for lead in ((), (3,), (2, 3), (0,), (2, 0)):
         assert kernels.matmul(torch.ones(*lead, 37), weight).shape == (*lead, 5)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.content import ANY_RUN, RUN, check_above, content_fault, open_content, open_manifest
-from graftlm.adapters.store.journal import Event, Journal, flush_folder
+from graftlm.adapters.store.journal import Event, Journal
 from graftlm.adapters.store.replay import NamedAdapter, VersionEntry, replay
 from graftlm.errors import AdapterError, StoreError
-from graftlm.files import sha256
+from graftlm.files import flush, sha256
 from graftlm.progress import working
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class BaseVersions:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
             file.chmod(0o444)
-        flush_folder(place)
+        flush(place)
 
     def put(
         self, place: Path, name: str, digest: str, about: Mapping[str, Any], number: int | None
@@ -193,7 +193,7 @@ class BaseVersions:
         if not os.path.lexists(target):
             target.parent.mkdir(exist_ok=True)
             place.rename(target)
-            flush_folder(target.parent)
+            flush(target.parent)
             return
         kept = not runs or _run_in(target) in runs
         if sound and kept:
@@ -211,7 +211,7 @@ class BaseVersions:
         damaged = place.with_suffix(".damaged")
         target.rename(damaged)
         place.rename(target)
-        flush_folder(target.parent)
+        flush(target.parent)
         _remove(damaged)
 
     def drop(self, content: Path) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import StoreError
+from graftlm.files import flush
 from graftlm.jsonfile import parse_json
 
 _START = "0" * 16
@@ -156,7 +157,7 @@ class JournalWriter:
                 stream.flush()
                 os.fsync(stream.fileno())
             if fresh:
-                flush_folder(self.path.parent)
+                flush(self.path.parent)  # or a new file may be lost in a crash
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, self._whole)
@@ -165,13 +166,4 @@ class JournalWriter:
         self._last, self._whole = last, self._whole + len(line)
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk; otherwise a new file may be lost in a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-__all__ = ["Event", "Journal", "JournalFollower", "JournalWriter", "flush_folder"]
+__all__ = ["Event", "Journal", "JournalFollower", "JournalWriter"]

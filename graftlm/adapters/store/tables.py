@@ -13,6 +13,7 @@ from rich.text import Text
 from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.base_versions import BaseVersions, VerifyReport, Version
 from graftlm.adapters.store.replay import NamedAdapter
+from graftlm.formatting import size
 from graftlm.terminal import Column, facts, table
 
 _MANY = 500  # rows from which a table is printed as plain columns: rich lays out about 10,000 cells a second
@@ -23,15 +24,6 @@ def number(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 0.001 else f"{value:.4f}"
-
-
-def size(count: float) -> str:
-    """Bytes as 1.3 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def moment(text: Any) -> str:
