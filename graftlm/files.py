@@ -52,13 +52,13 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def atomic_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
-    """A temporary folder to write into; it replaces `place` on success, else it is removed.
+def atomic_folder(target: Path, *, manifest: bool = False) -> Iterator[Path]:
+    """A temporary folder to write into; it replaces `target` on success, else it is removed.
 
-    Raises what the block raises, or OSError; `place` is then unchanged.
+    Raises what the block raises, or OSError; `target` is then unchanged.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -72,23 +72,23 @@ def atomic_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
             write_json(temporary / MANIFEST, {"files": entries})
         for folder in {temporary, *(file.parent for file in files)}:
             flush(folder)
-        _put(temporary, place)
-        flush(place.parent)
+        _put(temporary, target)
+        flush(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _put(temporary: Path, place: Path) -> None:
-    if not place.exists():
-        temporary.rename(place)
+def _put(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
         return
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    place.rename(old)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
     try:
-        temporary.rename(place)
+        temporary.rename(target)
     except BaseException:
-        old.rename(place)
+        old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

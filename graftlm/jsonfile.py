@@ -70,7 +70,7 @@ def read_json(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTE
 
 
 def read_json_value(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file of at most `most` bytes. Raises the given error, which names the file and the place."""
+    """The value in a JSON file of at most `most` bytes. Raises the given error, which names the file and the position."""
     try:
         size = path.stat().st_size
         if size > most:

@@ -201,10 +201,10 @@ class _Bars(_Drawn):
         now = time.monotonic()
         for task in self.tasks:
             if task not in self._bars and now - task.began >= SOON:
-                self._bars[task] = self._open().add_task("", total=task.total, what=task.what, said="", left="")
+                self._bars[task] = self._open().add_task("", total=task.total, what=task.what, text="", left="")
         for task, bar in self._bars.items():
-            said = " ".join(part for part in (task.counted, task.note) if part)
-            self._live.update(bar, completed=task.done, total=task.total, said=said)
+            text = " ".join(part for part in (task.counted, task.note) if part)
+            self._live.update(bar, completed=task.done, total=task.total, text=text)
 
     def gone(self, task: Task) -> None:
         bar = self._bars.pop(task, None)
@@ -229,7 +229,7 @@ class _Bars(_Drawn):
 
             columns = (
                 SpinnerColumn(), TextColumn("{task.fields[what]}", markup=False), BarColumn(bar_width=20),
-                TextColumn("{task.fields[said]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
             )  # fmt: skip
             self._live = Progress(*columns, console=Console(stderr=True), transient=True)
             self._live.start()

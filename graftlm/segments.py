@@ -104,7 +104,7 @@ class Segments:
             return self
         if not self.stacked or not rows or rows % count:
             raise ModelError(
-                f"a layer of this model gets {rows} rows in a pass of {self.tokens} tokens and {count} examples, so an "
+                f"a layer of this model gets {rows} rows in a micro-batch of {self.tokens} tokens and {count} examples, so an "
                 "adapter on it cannot tell whose they are; leave it out with --targets, such as attention or mlp"
             )
         spread: dict[int, Segments] = self.__dict__.setdefault("_of_rows", {})

@@ -70,5 +70,5 @@ def test_a_layer_with_other_rows_than_tokens_divides_them_by_example() -> None:
     assert len(set(stack.of_rows(20).token_keys.tolist())) == 20
     packed = Segments(lengths=(3, 5), slots=(1, 2))
     for segments, rows in ((stack, 13), (stack, 0), (packed, 16)):
-        with pytest.raises(ModelError, match=rf"gets {rows} rows in a pass of {segments.tokens} tokens"):
+        with pytest.raises(ModelError, match=rf"gets {rows} rows in a micro-batch of {segments.tokens} tokens"):
             segments.of_rows(rows)

@@ -56,7 +56,7 @@ _TOLERANCE = {
     frozenset({"float32", "bfloat16"}): 0.1, frozenset({"float32", "int8"}): 0.15, frozenset({"bfloat16", "int8"}): 0.15,
 }  # fmt: skip
 _FOUR_BITS = 0.6
-_PRODUCTS = {"float32": 3e-4, "bfloat16": 0.1, "bf16-mixed": 0.1}
+_DTYPE_TOLERANCE = {"float32": 3e-4, "bfloat16": 0.1, "bf16-mixed": 0.1}
 """Tolerance f of the same precision, for another order of summation, by compute dtype. With `bf16-mixed` the canary is
 computed in float32."""
 
@@ -222,7 +222,9 @@ def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trai
             f"{name}: the canary keeps {len(kept['adapter'])} numbers, expected {len(on)}; it is damaged"
         )
     t = kept["tolerance"].get(base.precision, _tolerance(trained["precision"], base.precision))
-    f = max(_PRODUCTS[_canary_dtype(base)], _PRODUCTS[kept.get("products") or trained_compute_dtype(trained)])
+    f = max(
+        _DTYPE_TOLERANCE[_canary_dtype(base)], _DTYPE_TOLERANCE[kept.get("products") or trained_compute_dtype(trained)]
+    )
     off = distance(bare, kept["base"])
     if not off <= t + f:
         raise AdapterError(

@@ -57,14 +57,14 @@ def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | 
         raise ConfigError(f"{out} is there already; name a new folder")
     found = opened or open_adapter(config.version, config.store, config.base)
     folder = found.path
-    said = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
+    summary = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
     if config.for_ == "peft":
         _readable(found)
         with atomic_folder(out) as temporary:
             for name in found.files:
                 shutil.copyfile(folder / name, temporary / name)
         rank, alpha = found.config["r"], float(found.config["lora_alpha"])
-        return {**said, "rank": rank, "alpha": alpha, "tensors": len(found.tensors), "notes": []}
+        return {**summary, "rank": rank, "alpha": alpha, "tensors": len(found.tensors), "notes": []}
     name = (
         config.model
         or ((found.manifest or {}).get("base") or {}).get("name")
@@ -83,7 +83,7 @@ def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | 
                 shutil.copyfile(folder / file, temporary / file)
         _check(base, adapter, temporary)
     return {
-        **said, "rank": made.config["r"], "alpha": float(made.config["lora_alpha"]), "tensors": len(made.tensors),
+        **summary, "rank": made.config["r"], "alpha": float(made.config["lora_alpha"]), "tensors": len(made.tensors),
         "notes": made.notes,
     }  # fmt: skip
 
@@ -189,14 +189,14 @@ def _named(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[st
     if len(base.checkpoint.tensors[spans[0].tensor].shape) == 3:
         return [_nested(base, layer, slot, rank, layers)]
     parts: dict[str, list[Tensor]] = {}
-    narrow: dict[str, Tensor] = {}
+    factors_A: dict[str, Tensor] = {}
     for span in spans:
         expert, first = divmod(span.row, form.out)
         pair = _padded(*slot.factors(expert), rank)
         name = span.tensor.removesuffix(".weight")
-        narrow[name] = pair[0]
+        factors_A[name] = pair[0]
         parts.setdefault(name, []).append(pair[1][first : first + span.count])
-    return [(name, narrow[name], torch.cat(pieces)) for name, pieces in parts.items()]
+    return [(name, factors_A[name], torch.cat(pieces)) for name, pieces in parts.items()]
 
 
 def _nested(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[str]) -> tuple[str, Tensor, Tensor]:

@@ -58,7 +58,7 @@ def write_merged_model(
     with atomic_folder(out) as folder, working("writing the merged model", size, "bytes") as task:
         _copy_files(merger, folder)
         _write_config(merger, folder, plan)
-        places: dict[str, str] = {}
+        file_of: dict[str, str] = {}
         for file, specs in plan.files.items():
             task.to(written.bytes, note=file)
 
@@ -69,12 +69,12 @@ def write_merged_model(
 
             written.bytes += write_tensors(folder / file, specs, value)
             written.shards.append(file)
-            places.update(dict.fromkeys(specs, file))
+            file_of.update(dict.fromkeys(specs, file))
             for spec in specs.values():
                 kind = str(spec.dtype).removeprefix("torch.")
                 written.dtypes[kind] = written.dtypes.get(kind, 0) + 1
         if len(plan.files) > 1 or list(plan.files) != ["model.safetensors"]:
-            write_index(folder, places, sum(total(s.values()) for s in plan.files.values()))
+            write_index(folder, file_of, sum(total(s.values()) for s in plan.files.values()))
         write_json(folder / "graft.json", {**manifest, "rounding": rounding_of(merger)})
         _same_tensors(folder, plan)
     return written

@@ -48,11 +48,11 @@ from graftlm.files import write_json
 
 def tensors(base: Base, adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, on the CPU in float32."""
-    places = tensor_prefixes(base, list(adapter.slots))
+    prefixes = tensor_prefixes(base, list(adapter.slots))
     found: dict[str, Tensor] = {}
     for layer, slot in adapter.slots.items():
         for name, tensor in slot.named().items():
-            found[f"{PREFIX}{places[layer]}.{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
+            found[f"{PREFIX}{prefixes[layer]}.{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
     return found
 
 

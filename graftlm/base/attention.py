@@ -166,10 +166,10 @@ def causal(
     if window is None and softcap is None and length in (1, total):
         return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=length > 1)
     at = torch.arange(total, device=q.device)
-    asks = at[total - length :]
-    allowed = asks[:, None] >= at[None, :]  # (L, M)
+    queries_at = at[total - length :]
+    allowed = queries_at[:, None] >= at[None, :]  # (L, M)
     if window is not None:
-        allowed &= asks[:, None] - at[None, :] < window
+        allowed &= queries_at[:, None] - at[None, :] < window
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)
     scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # (n, H, L, L)

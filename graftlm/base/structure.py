@@ -165,8 +165,8 @@ class ModelStructure:
         for scale in (1.0, 100.0):  # a soft cap changes large logits
             hidden = torch.randn(1, 2, head.in_features, generator=generator).mul_(scale)
             hidden = hidden.to(device=head.weight.device, dtype=self._kind)
-            found, product = self.logits(hidden), head(hidden)[0]
-            if found.dtype != product.dtype or not torch.equal(found, product):
+            found, expected = self.logits(hidden), head(hidden)[0]
+            if found.dtype != expected.dtype or not torch.equal(found, expected):
                 return False
         return True
 

@@ -227,10 +227,10 @@ def _replace_head(model: PreTrainedModel, head: nn.Linear, embedding: StoredEmbe
     linear = StoredLinear((head.weight.shape[0], head.weight.shape[1]), embedding_precision(precision), head.bias)
     if head.weight.dtype != keep and not head.weight.is_meta:
         shared = embedding.weight is head.weight
-        narrowed = nn.Parameter(head.weight.detach().to(keep), requires_grad=False)
-        linear.weight = narrowed
+        downcast_weight = nn.Parameter(head.weight.detach().to(keep), requires_grad=False)
+        linear.weight = downcast_weight
         if shared:
-            embedding.weight = narrowed
+            embedding.weight = downcast_weight
     else:
         linear.weight = head.weight
     _replace(model, head_name, linear)

@@ -93,14 +93,14 @@ class TurnFinder:
         before, tools, text = rendered.messages[:index], rendered.tools, rendered.text
         region = anchor.end if anchor else 0
         sentinel = text[anchor.start : anchor.end] if anchor else ""
-        asked = self._attempt(before, tools, prompt=True) if index else None
-        unasked = self._attempt(before, tools) if index else None
-        if asked is not None and unasked is not None:
-            asked_tail, unasked_tail = _after(asked, sentinel), _after(unasked, sentinel)
-            if asked_tail is not None and unasked_tail is not None:
-                common = _common(asked_tail, text[region:first_own])
-                added = _common(asked_tail, unasked_tail)
-                begins = common > added or (common == len(asked_tail) and common >= added)
+        prompted = self._attempt(before, tools, prompt=True) if index else None
+        unprompted = self._attempt(before, tools) if index else None
+        if prompted is not None and unprompted is not None:
+            prompted_tail, unprompted_tail = _after(prompted, sentinel), _after(unprompted, sentinel)
+            if prompted_tail is not None and unprompted_tail is not None:
+                common = _common(prompted_tail, text[region:first_own])
+                added = _common(prompted_tail, unprompted_tail)
+                begins = common > added or (common == len(prompted_tail) and common >= added)
                 if begins and region + common >= previous_end:
                     # Some templates have no generation prompt after a tool's reply, but still write a header.
                     again = text.startswith(self._header, region + common) if self._header else False
@@ -121,12 +121,12 @@ class TurnFinder:
     @cached_property
     def _header(self) -> str:
         """The generation prompt after a plain question."""
-        asked = self._attempt([message_of("user", probe_text(0))], prompt=True)
-        unasked = self._attempt([message_of("user", probe_text(0))])
-        if asked is None or unasked is None:
+        prompted = self._attempt([message_of("user", probe_text(0))], prompt=True)
+        unprompted = self._attempt([message_of("user", probe_text(0))])
+        if prompted is None or unprompted is None:
             return ""
-        asked, unasked = _after(asked, probe_text(0)) or "", _after(unasked, probe_text(0)) or ""
-        return asked[_common(asked, unasked) :]
+        prompted, unprompted = _after(prompted, probe_text(0)) or "", _after(unprompted, probe_text(0)) or ""
+        return prompted[_common(prompted, unprompted) :]
 
     def _end_within(self, rendered: RenderedSkeleton, index: int, tail: int, after: int, own: Sequence[Place]) -> int:
         """The end of a turn that others follow: after the text that follows it both there and as the last turn."""

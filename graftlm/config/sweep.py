@@ -333,8 +333,8 @@ class SweepConfig(Config):
         try:
             return TrainConfig.build({n: v for n, v in values.items() if v is not None and v != ()})
         except ConfigError as error:
-            said = ", ".join(f"{flag_name(n)}={v}" for n, v in own.items())
-            raise ConfigError(f"a trial with {said} could not be trained: {error}") from None
+            searched = ", ".join(f"{flag_name(n)}={v}" for n, v in own.items())
+            raise ConfigError(f"a trial with {searched} could not be trained: {error}") from None
 
 
 _PASSED = set(SweepConfig.model_fields) & set(TrainConfig.model_fields) - {"out", "store"}  # both a sweep's own

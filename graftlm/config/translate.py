@@ -60,7 +60,7 @@ def translated(
     taken = (*fields, *foreign_names(fields, command), *ANSWERS)
     values = {k: v for k, v in values.items() if v is not None or _underscored(k, fields) not in taken}
     found: dict[str, Any] = {}
-    said: dict[str, str] = {}
+    names: dict[str, str] = {}
     plain = {_underscored(key, fields): (str(key), value) for key, value in values.items()}
     plain = _joined(plain, values, fields, command, beside)
     for name, (key, value) in plain.items():
@@ -79,8 +79,8 @@ def translated(
         if value is LEFT_OUT:
             continue
         if field in found:
-            raise ConfigError(_twice(key, said[field], field))
-        found[field], said[field] = value, key
+            raise ConfigError(_twice(key, names[field], field))
+        found[field], names[field] = value, key
     return found
 
 
@@ -172,7 +172,7 @@ def _lengths(plain: _Given, options: Mapping[str, Any]) -> _Given:
     if "max_steps" in found:
         key, value = found["max_steps"]
         try:
-            steps = steps or (None if (asked := STEPS(value)) is LEFT_OUT else asked)
+            steps = steps or (None if (limit := STEPS(value)) is LEFT_OUT else limit)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from None
         if steps is not None:
@@ -193,20 +193,20 @@ def _lengths(plain: _Given, options: Mapping[str, Any]) -> _Given:
 def _in_steps(key: str, field: str, value: Any, steps: Any) -> Any:
     flag = f"--{field.replace('_', '-')}"
     try:
-        asked = number(value)
+        amount = number(value)
         total = None if steps is None else number(steps)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
     if field == "warmup_ratio":
-        if asked < 1:
-            return asked
+        if amount < 1:
+            return amount
         if total is None:
             raise ConfigError(
                 f"{key} {value}: a number of steps needs --steps beside it; or give {flag}, the share of the run"
             )
-        return asked / total
-    if asked >= 1:
-        return int(asked) if asked == int(asked) else asked
+        return amount / total
+    if amount >= 1:
+        return int(amount) if amount == int(amount) else amount
     if total is None:
         raise ConfigError(f"{key} {value}: a share of the run needs --steps beside it; or give {flag} N")
-    return max(1, round(asked * total)) if asked > 0 else None
+    return max(1, round(amount * total)) if amount > 0 else None

@@ -40,7 +40,7 @@ def lines(
     """The lines of a file in UTF-8, with their line feeds. Raises DataError for invalid gzip or UTF-16."""
     with path.open("rb") as disk:
         stream = _stream(disk, path, name)
-        read = told = 0
+        read = reported = 0
         while True:
             try:
                 line = stream.readline(most + 1)
@@ -64,8 +64,8 @@ def lines(
                     f"{name} cannot be read as gzip ({error}); write it again, or take .gz off its name"
                 ) from error
             read += size
-            if moved is not None and read - told >= _STEP:
-                told = read
+            if moved is not None and read - reported >= _STEP:
+                reported = read
                 moved(disk.tell())
 
 

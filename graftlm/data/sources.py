@@ -85,11 +85,13 @@ def share(text: str | None) -> float | None:
         raise ConfigError(f"eval-data '{text}' is not a share; give one such as 5%, or a file") from None
 
 
-def token_limit(asked: int | None, positions: int | None) -> int | None:
-    """Most tokens in an example: `asked`, else the model's longest position. Raises ConfigError if it is above that."""
-    if asked and positions and asked > positions:
-        raise ConfigError(f"max-length is {asked}, and this model's longest position is {positions}; take at most that")
-    return asked or positions or None
+def token_limit(requested: int | None, positions: int | None) -> int | None:
+    """Most tokens in an example: `requested`, else the model's longest position. Raises ConfigError if it is above that."""
+    if requested and positions and requested > positions:
+        raise ConfigError(
+            f"max-length is {requested}, and this model's longest position is {positions}; take at most that"
+        )
+    return requested or positions or None
 
 
 def read(source: Source, moved: Moved | None = None) -> Iterator[RawRow | Fault]:

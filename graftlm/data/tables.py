@@ -30,9 +30,9 @@ def read_csv(path: Path, name: str, moved: Moved | None = None) -> Iterator[RawR
         return
     if first is None:
         return
-    told = _EXCEL.fullmatch(first)
-    delimiter = told[1] if told else delimiter_of(first)
-    if not told:
+    excel = _EXCEL.fullmatch(first)
+    delimiter = excel[1] if excel else delimiter_of(first)
+    if not excel:
         text.back(first)
     reader = csv.reader(text, strict=True, delimiter=delimiter)
     header: list[str] | None = None

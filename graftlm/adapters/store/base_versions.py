@@ -74,10 +74,10 @@ class Version:
         """The version for `--json`."""
         kept = ("base", "precision", "method", "rank", "data", "before", "after", "steps", "bytes", "parents", "source",
                 "note", "at", "by")  # fmt: skip
-        said = {key: self.event.get(key) for key in kept}
+        event = {key: self.event.get(key) for key in kept}
         return {
             "version": self.label, "name": self.name, "number": self.number, "digest": self.digest,
-            "aliases": list(self.aliases), "fingerprint": self.base, "folder": str(self.folder), **said,
+            "aliases": list(self.aliases), "fingerprint": self.base, "folder": str(self.folder), **event,
         }  # fmt: skip
 
 
