@@ -153,7 +153,7 @@ def _servable(base: MetaBase, adapter: Adapter) -> dict[str, LowRank]:
         if not isinstance(slot, LowRank):
             why = f"'{layer}' is trained in full or by token rows, and vLLM serves low-rank updates only"
         elif slot.magnitude is not None:
-            why = "it uses DoRA, and its magnitude is not a low-rank update"
+            why = "it is a DoRA adapter, whose magnitude is not a low-rank update"
         elif base.forms[base.parameter_of(layer)].transposed and not isinstance(base.stored().get(layer), StoredStack):
             why = f"'{layer}' is a transposed layer (Conv1D), which vLLM does not adapt"
         elif layer == base.structure.head_name and base.tied:

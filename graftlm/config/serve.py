@@ -103,7 +103,7 @@ class ServeConfig(Config):
             raise ValueError("out: it is for --engine vllm only; leave it out")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max-num-batched-tokens: {self.max_num_batched_tokens} is less than max-num-seqs, {self.max_num_seqs}; "
+                f"max-num-batched-tokens: {self.max_num_batched_tokens} are too few for a batch of {self.max_num_seqs}, since "
                 "each sequence decodes one token a step"
             )
         return self
@@ -119,5 +119,5 @@ class ServeConfig(Config):
             raise ValueError("base-precision: vLLM does not store a base as int8; take bfloat16, float32 or nf4")
         for name in sorted(self.model_fields_set - _FOR_VLLM):
             raise ValueError(
-                f"{flag_name(name)}: this option is for the embedded engine and has no counterpart in vLLM; leave it out"
+                f"{flag_name(name)}: it is an option of the embedded engine, without a counterpart in vLLM; leave it out"
             )

@@ -297,7 +297,7 @@ class SweepConfig(Config):
             raise ValueError("data: required, give --data, or search it: --search data=a.jsonl|b.jsonl")
         if "data" in space and self.eval_data.strip().endswith("%"):
             raise ValueError(
-                f"eval-data is {self.eval_data} of the training rows and data is searched, so trials would be evaluated on "
+                f"eval-data is {self.eval_data} of the training rows and data is searched, so trials would be judged by "
                 "different rows; give --eval-data FILE"
             )
         if self.sampler == "grid":

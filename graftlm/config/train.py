@@ -277,8 +277,8 @@ class TrainConfig(Config):
 
 
 OFFLOAD_ON_CPU = (
-    "--offload-optimizer moves the optimizer states from a GPU to host memory; in a run on the CPU they already are in host "
-    "memory; leave it out"
+    "--offload-optimizer moves the optimizer states from a GPU to host memory, and in a run on the CPU they already are there; "
+    "leave it out"
 )
 _FORMULA = (
     "rank", "alpha", "rank_stabilized", "lora_dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",

@@ -86,7 +86,7 @@ def test_an_adapter_of_ours_is_published_as_it_is(tmp_path: Path) -> None:
     folder = saved(base, tmp_path / "a", targets=("q_proj",))
     version, _, notes = brought(folder, tmp_path)
     assert version.digest == adapter_format.inspect_folder(folder).digest
-    assert notes == ["it has a graft.json of ours, so it was published as it is"]
+    assert notes == ["it has a graft.json, so it was published as it is"]
 
 
 def nan(place: Path) -> None:

@@ -359,7 +359,7 @@ def test_an_adapter_on_the_wrong_layers_is_found_by_the_canary(base: Base, saved
 
 CANARIES: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "prompts of two lengths": (lambda c: c["prompts"][0].pop(), "not of one length of at most 256"),
-    "a token too high": (lambda c: c["prompts"][1].__setitem__(2, 259), "asks for token 259, this base's last one is 258"),
+    "a token too high": (lambda c: c["prompts"][1].__setitem__(2, 259), "has token 259, this base's last one is 258"),
     "too few numbers": (lambda c: c["adapter"].pop(), "keeps 63 numbers, expected 64"),
     "a number that is far off": (lambda c: c["adapter"].__setitem__(3, 1e38), "the canary failed"),
     "numbers whose sum overflows": (lambda c: c.update(adapter=[1e308] * 64), r"graft\.json: canary\.adapter\.0"),
@@ -443,7 +443,7 @@ def test_another_date_is_the_training_date_again(tmp_path: Path) -> None:
 
 def test_other_stop_tokens_are_refused_with_both_lists(base: Base, saved: Path) -> None:
     rewrite(saved, lambda m: m["golden"].update(stop=[2, 7]))
-    refused(base, saved, r"ending at tokens \[2, 7\], here it ends at \[2\]")
+    refused(base, saved, r"with stop tokens \[2, 7\], here they are \[2\]")
 
 
 def test_a_tokenizer_file_that_changed_and_gives_the_same_tokens_is_a_note(saved: Path, tmp_path: Path) -> None:

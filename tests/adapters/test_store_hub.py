@@ -106,7 +106,7 @@ def test_another_name_and_another_content_under_the_number_are_refused(hub: Hub,
     other.publish(stores.adapter(tmp_path / "more", 51), "playful")
     with pytest.raises(StoreError, match=r"has another formal@1 .*publish yours as the next version"):
         sent(other, "formal@1")
-    with pytest.raises(StoreError, match=r"holds formal@1, and one repository is for one name"):
+    with pytest.raises(StoreError, match=r"holds formal@1, and a repository has versions of one name"):
         sent(other, "playful@1")
     assert commits(hub) == 1
 

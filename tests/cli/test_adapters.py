@@ -128,7 +128,7 @@ def test_alias_and_rollback_say_before_and_now(place: Path) -> None:
     assert told("alias", "formal", "beta", 2) == {"name": "formal", "alias": "beta", "before": None, "now": 2}
     assert said("alias", "formal", "beta", "--delete") == "formal@beta is gone; it pointed at 2"
     assert "no previous version that is still there" in refused("adapters", "rollback", "formal", "prod")
-    assert "which stands behind it: graft adapters alias formal prod 2" in refused(
+    assert "which is given after it: graft adapters alias formal prod 2" in refused(
         "adapters", "alias", "formal", "prod"
     )
 
