@@ -4,8 +4,8 @@
     with PeakMemory(base.device) as memory:
         found = train_steps(base, Point(model="7b", method="qlora", sequence=2048, batch=4))
 
-Every token but the first of an example is trained, so the head costs what it costs at most. A batch goes through the model
-in one pass. `in_process` runs a function in a process of its own, with a limit on its time; `scaling.py` and `gpu.py` differ in
+Every token but the first of an example is a target token, so the head costs its maximum. A batch is one micro-batch.
+`in_process` runs a function in a process of its own, with a limit on its time; `scaling.py` and `gpu.py` differ in
 which points they take and what they make of them.
 """
 
@@ -44,7 +44,7 @@ STORED: dict[Method, Precision] = {"full": "bfloat16", "lora": "bfloat16", "qlor
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What is trained, and how."""
+    """The model and options of a point."""
 
     model: str
     method: Method

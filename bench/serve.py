@@ -1,4 +1,4 @@
-"""Serving beside transformers + PEFT + bitsandbytes: many adapters in one batch, on a 32-bit and on a 4-bit base, in one run.
+"""Serving vs transformers + PEFT + bitsandbytes: many adapters in one batch, on a 32-bit and on a 4-bit base, in one run.
 
     python bench/serve.py --json bench/results/serve.json    # the 135M Llama of the table; writes serve.md beside it
     python bench/serve.py --quick                            # the same in small, to see that it works
@@ -6,10 +6,10 @@
 Every side is a process of its own that keeps its model, and they take turns: round by round each answers the same fresh
 prompts, greedily and to the full length, and the median of the rounds counts. Seconds are those of whole answers, prompts
 included. The peer is set up as its documentation says: `generate(adapter_names=[...])` of a PeftModel,
-BitsAndBytesConfig nf4 with double quantization and float32 products, the cache on. Nothing else may run.
+BitsAndBytesConfig nf4 with double quantization and float32 matmuls, the cache on. Nothing else may run.
 
 Weights are random, so the text means nothing; the adapters are strong enough to change it, and how many answers of both
-sides agree token for token stands beside the speeds. Ours go through the engine as a server's do, HTTP left out.
+sides agree token for token is reported with the speeds. Ours go through the engine as a server's do, HTTP left out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""JSON that somebody else may have written, read within limits: nothing else in Graft parses JSON.
+"""Read untrusted JSON within limits; all JSON in Graft is parsed here.
 
-Python's own parser ends in a RecursionError for deep nesting and in a bare ValueError for a number of thousands of digits,
-and of a key that is there twice it keeps the last without a word. Here all of these are ValueErrors that say what was
-found, where, and what the limit is.
+Python's own parser raises RecursionError for deep nesting and a bare ValueError for a number of thousands of digits, and
+silently keeps the last value of a duplicate key. Here all of these are ValueErrors with what was found, where, and the limit.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from graftlm.errors import GraftError
 
 MAX_JSON_BYTES = 32 << 20
 MOST_TOKENIZER_BYTES = 256 << 20
-"""A tokenizer.json; that of Gemma 3, with 262,144 tokens, has 33 MB."""
+"""Largest tokenizer.json; that of Gemma 3, with 262,144 tokens, has 33 MB."""
 MOST_DEPTH = 100
-"""Lists and objects within each other. Tool schemas and model configs have about ten."""
+"""Most nested lists and objects. Tool schemas and model configs have about ten."""
 MOST_DIGITS = 300
-"""Digits of a whole number: what a float can still hold (1.8e308), so that no later division overflows."""
+"""Most digits in an integer: those of the largest float (1.8e308), so that no later division overflows."""
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text of at most 100 levels and 300 digits a number, without duplicate keys.
 
-    Raises json.JSONDecodeError, with the place, for what is no JSON or over a limit; ValueError for a key that is there
-    twice, and for bytes that are no Unicode.
+    Raises json.JSONDecodeError, with the position, for invalid JSON or a limit; ValueError for a duplicate key, and for bytes
+    that are not Unicode.
     """
     text = data.decode(json.detect_encoding(data)) if isinstance(data, bytes) else data
     try:
@@ -52,7 +51,7 @@ def duplicate_key(data: bytes) -> str | None:
 
 
 class RowParser:
-    """Parses one value after another out of a longer JSON text, within the same limits."""
+    """Parses consecutive values of a longer JSON text, within the same limits."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -80,7 +79,7 @@ def read_json(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTE
 
 
 def read_json_value(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file of at most `most` bytes. Raises the given error, which names the file and the place."""
+    """The value in a JSON file of at most `most` bytes. Raises the given error, which names the file and the position."""
     try:
         size = path.stat().st_size
         if size > most:
@@ -114,7 +113,7 @@ def _whole(digits: str) -> int:
 
 
 def _shallow(value: Any) -> bool:
-    """Whether a value has at most `MOST_DEPTH` levels; looked at level by level, without recursion."""
+    """Whether a value has at most `MOST_DEPTH` levels; checked level by level, without recursion."""
     level = [value]
     for _ in range(MOST_DEPTH):
         level = [

@@ -344,7 +344,7 @@ MERGE = (
         "merge", "TIES counts weights in the vote on the sign",
         around(merge, "combine", lambda real: lambda updates, weights, how: real(
             [w * u for u, w in zip(updates, weights)], [1.0] * len(weights), how)),
-        lambda b: test_combine.test_ties_is_pefts_on_whole_updates(0.5, b.three),
+        lambda b: test_combine.test_ties_is_pefts_on_full_updates(0.5, b.three),
     ),
     Bug(
         "merge", "what DARE keeps is not made larger", 

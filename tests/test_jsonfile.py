@@ -148,7 +148,7 @@ def test_aliases_and_merges_within_the_limits_mean_what_they_mean(tmp_path: Path
         "key: *hunter2",
     ],
 )
-def test_what_is_said_of_a_file_of_secrets_quotes_nothing_of_it(text: str, tmp_path: Path) -> None:
+def test_an_error_about_a_file_of_secrets_quotes_nothing_of_it(text: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:

@@ -1,11 +1,11 @@
-"""From a name to a base model that can be trained on: found, checked, streamed into its precision, and understood.
+"""Load a base model: find it, check it, stream its weights into the stored precision, and find its parts.
 
     base = load_base("Qwen/Qwen3-0.6B", precision="nf4")
     context = ForwardContext(segments)
     base.hidden(ids, context)          # the layers
     base.logits(hidden, context)       # the head, for a few tokens
 
-Weights are read from safetensors only. Nothing is unpickled, and no code of the model's runs unless it is asked for.
+Weights are read from safetensors only. Nothing is unpickled, and the model's own code runs only with --trust-remote-code.
 """
 
 # pyright: reportPrivateUsage=false
@@ -55,7 +55,7 @@ class Base:
     """A base model in a chosen precision, ready for adapters or for full training."""
 
     name: str
-    """What the user called it; a label."""
+    """The name that the user gave; a label."""
     folder: Path
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -70,17 +70,17 @@ class Base:
     """Whether it runs on packed segments; otherwise on stacks of equally long examples."""
     no_packing_reason: str = ""
     original_attention: str = "sdpa"
-    """The attention it came with."""
+    """The attention implementation of the loaded model."""
     random: bool = False
-    """Whether its weights are fresh instead of the folder's."""
+    """Whether its weights are random instead of the folder's."""
     notes: list[str] = field(default_factory=list[str])
     keeps_state: bool = False
-    """Whether the model's own code writes to its modules in a pass (RecurrentGemma's states, frequencies of longrope)."""
+    """Whether the model's own code writes to its modules in forward (RecurrentGemma's states, frequencies of longrope)."""
     one_pass: AbstractContextManager[object] = field(default_factory=threading.RLock)
     adapter_changes: int = 0
-    """Counts attached and detached adapters: what was read of their slots holds until it is another number."""
+    """Number of times an adapter was attached or detached: data cached from the slots is valid while it stays the same."""
     fused: FusedCounts = field(default_factory=FusedCounts)
-    """How many of its norms, gated products and rotations run as one pass each."""
+    """How many of its norms, gated activations and rotations run as fused operations."""
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +92,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The base's identity by content; `random` for fresh weights, which have no checkpoint."""
+        """The base's identity by content; `random` for random weights, which have no checkpoint."""
         return "random" if self.random else fingerprint(self.folder)
 
     def hidden(self, ids: Tensor, context: ForwardContext) -> Tensor:
@@ -101,15 +101,15 @@ class Base:
             return self.structure.hidden(ids, context)
 
     def alone(self) -> AbstractContextManager[object]:
-        """Held while the body runs: one pass at a time, in a model whose own code keeps state of a pass in its modules."""
+        """A lock around the body for a model whose own code writes to its modules: one forward pass at a time."""
         return self.one_pass if self.keeps_state else nullcontext()
 
     def logits(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """(n, width) laid out as the context's segments -> (n, vocabulary), with all that the class does after its layers."""
+        """(n, width) laid out as the context's segments -> (n, vocabulary), by the class's own code after its layers."""
         return self.structure.logits(hidden, context)
 
     def train_all(self) -> dict[str, nn.Parameter]:
-        """Let every parameter take a gradient, except those that the model's class never trains; returns them by name."""
+        """Set `requires_grad` on every parameter that the model's class trains; returns them by name."""
         found: dict[str, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():
             if name not in self.fixed:
@@ -275,7 +275,7 @@ def default_device(asked: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def _memory_explained(name: str, precision: Precision, device: torch.device) -> Iterator[None]:
-    """Say what to do when a device is too small for a base."""
+    """Raise ModelError with the way out if a base does not fit into a device's memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -298,8 +298,7 @@ def load_base(
 ) -> Base:
     """Find, check and load a base model.
 
-    The storage `precision` is the user's, `compute_dtype` the hardware's for `training` or elsewhere unless given.
-    Raises ModelError.
+    `compute_dtype` defaults to the hardware's, for `training` or otherwise. Raises ModelError.
     """
     place = default_device(device)
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
@@ -343,10 +342,9 @@ def random_base(
     seed: int = 0,
     training: bool = False,
 ) -> Base:
-    """A base of a config's architecture and size without a checkpoint, for measuring: random weights made on the device.
+    """A base with random weights of a config's architecture and size, for measurements; created on the device.
 
-    Each weight is brought into its stored form as it is made, so 70 billion values in nf4 need 36 GB and no more.
-    Raises ModelError.
+    Each weight is quantized as it is created, so 70 billion values in nf4 need 36 GB. Raises ModelError.
     """
     place = default_device(device)
     name = f"random {config.model_type}"
@@ -367,7 +365,7 @@ def _understood(
     random: bool,
     notes: list[str],
 ) -> Base:
-    """A model over stored weights as a base: its parts found, its attention chosen."""
+    """Make a base of a model with stored weights: find its parts and choose its attention."""
     implementation, note = own_attention(model)
     if note:
         set_attention(model, implementation)
@@ -411,9 +409,9 @@ def _quantization_of(folder: Path) -> str | None:
 
 @torch.no_grad()
 def _keeps_state(base: Base) -> bool:
-    """Whether a pass leaves anything in the model's modules that was not there before, tried on two lengths."""
+    """Whether a forward pass changes anything in the model's modules, tested with two lengths."""
     if position_dependent_rotary(base.model.config) is not None:
-        return True  # only texts longer than the model was first trained on show it
+        return True  # it only happens with texts longer than the original context
     before: list[list[dict[str, int]]] = []
     for length in (3, 5):
         before.append(_attributes(base.model))
@@ -423,7 +421,7 @@ def _keeps_state(base: Base) -> bool:
 
 
 def _attributes(model: nn.Module) -> list[dict[str, int]]:
-    """Which object each attribute and buffer of each module is: two of these differ where something was written between."""
+    """The id of each attribute and buffer of each module; it differs after something was assigned."""
     return [
         {name: id(value) for name, value in (*vars(module).items(), *module._buffers.items())}
         for module in model.modules()

@@ -14,9 +14,9 @@ from graftlm.config import ServeConfig
     "graft serve --model Qwen/Qwen3-0.6B --base-precision nf4 --store ./adapters --adapter formal@prod --api-keys keys.yaml\n\n"
     "graft serve --model Qwen/Qwen3-0.6B --store ./adapters --engine vllm --out ./exported"
 )
-@options(ServeConfig, file=True)
+@options(ServeConfig)
 def serve(config: ServeConfig, json: Json = False) -> None:
-    """Serve one base with all of its adapters over OpenAI's HTTP interface, each request with its own."""
+    """Serve one base with all of its adapters over OpenAI's API; each request names its adapter."""
     console = terminal.console(stderr=True, soft_wrap=True)
 
     def note(text: str) -> None:

@@ -213,7 +213,7 @@ def test_a_server_answers_what_graft_train_trained_and_says_when_it_has_no_cache
 def test_a_model_that_reads_both_ways_is_refused_when_it_is_loaded(family: str, tmp_path: Path) -> None:
     changes = {"is_decoder": False} if family != "xlnet" else {}
     place = tiny.write(tmp_path, families.random_model(family, **changes))
-    with pytest.raises(ModelError, match="can neither be trained nor generated with: a token sees later ones"):
+    with pytest.raises(ModelError, match="can neither be trained nor generated with: a token attends to later ones"):
         load_base(str(place), precision="float32")
 
 

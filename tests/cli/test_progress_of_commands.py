@@ -63,7 +63,7 @@ def test_train(display: Recorder, tmp_path: Path) -> None:
     assert "loss" in training.note
 
 
-def test_plan_reads_the_data_and_asks_the_base(display: Recorder, tmp_path: Path) -> None:
+def test_plan_reads_the_data_and_measures_the_base(display: Recorder, tmp_path: Path) -> None:
     data = tiny_run.write_rows(tmp_path / "a.jsonl", tiny_run.rows(20))
     found = said(display, "plan", tiny_run.folder(), "--data", data, "--ask-base", "yes")
     assert found[-4:] == ["reading data", "tokenizing", "loading base", "measuring the domain shift"]
