@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, CohereConfig
 from transformers.models.llama import modeling_llama
 
 from graftlm import kernels
-
+from graftlm.base import fused_autograd
 from graftlm.base.context import ForwardContext
 from graftlm.base.fused import FusedCounts, fuse, unfuse
 from graftlm.base.fused_autograd import Rotary
