@@ -21,6 +21,7 @@ from graftlm.base.caches import Decoding, prove_decoding
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, load_base
 from graftlm.config import GenerateConfig, Precision, TrainConfig
+from graftlm.config.fields import TrainOn
 from graftlm.config.load import LoadConfig
 from graftlm.data.dataset import load as load_rows
 from graftlm.data.in_memory import names_of, source_of
@@ -187,7 +188,7 @@ class Model:
             self._own = None
 
     def encode(
-        self, rows: Any, *, train_on: Literal["all-assistant", "last-assistant"] = "all-assistant",
+        self, rows: Any, *, train_on: TrainOn = "all-assistant",
         max_length: int | None = None, overlong: Literal["error", "drop", "truncate"] = "error",
     ) -> Batch:  # fmt: skip
         """Rows as `graft.train` takes them -> a batch: token ids, and which of them the loss counts.

@@ -1,9 +1,9 @@
 """From messages to token ids, and which of them are trained. Training, generation and serving all encode here.
 
-A row becomes a text with character ranges that the model is to write (base/template.py finds them for chats; for a
-prompt with its completion it is the completion, for plain text everything). The text is tokenized as a whole and the
-ranges are carried over to tokens by the fast tokenizer's offsets, never by looking for token ids: an end token that is
-also the padding token is still learnt.
+A row becomes a text with character ranges that are trained: what the model is to write (base/template.py finds it for
+chats; of a prompt with its completion it is the completion, of plain text everything), or all of it. The text is
+tokenized as a whole and the ranges are carried over to tokens by the fast tokenizer's offsets, never by looking for token
+ids: an end token that is also the padding token is still learnt.
 
 At generation the model is given the prompt alone, so the prompt's tokens must be the same in training. Where a token of
 the whole text reaches over the border between prompt and answer, the two sides are tokenized apart.
@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,13 @@ from transformers import PreTrainedTokenizerBase
 from graftlm.base.jinja import PLAIN_TEMPLATE
 from graftlm.base.template import Marked, Span, Template
 from graftlm.base.template_render import Message, Tools
+from graftlm.config.fields import TrainOn
 from graftlm.errors import ConfigError, DataError, ModelError
 
 __all__ = ["DATE", "PLAIN_TEMPLATE", "Encoded", "Encoder", "Marked", "Message", "TrainOn"]
 
 DATE = "2026-01-01"
 """The date that chat templates print, unless told otherwise."""
-
-TrainOn = Literal["all-assistant", "last-assistant"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +47,8 @@ class Encoded:
 class Encoder:
     """Encodes chats, prompts with completions, and texts for one tokenizer.
 
-    `train_on`: train every assistant turn, or only the last one. `date`: the ISO date that chat templates print.
+    `train_on`: train every assistant turn and completion, only the last turn, or everything, prompts too. The ids of a row
+    do not depend on it. `date`: the ISO date that chat templates print.
     Raises ModelError for a tokenizer without offsets or without an end token, ConfigError for a date that is none.
     """
 
@@ -61,8 +61,9 @@ class Encoder:
                 "tokens belong to an answer is not known. Use a model with a tokenizer.json, or convert it: "
                 "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
-        if train_on not in ("all-assistant", "last-assistant"):
-            raise ConfigError(f"train_on is '{train_on}'; expected 'all-assistant' or 'last-assistant'")
+        known = get_args(TrainOn)
+        if train_on not in known:
+            raise ConfigError(f"train_on is '{train_on}'; expected {', '.join(known[:-1])} or {known[-1]}")
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer names no end token (eos_token), so a model could not learn to stop. "
@@ -118,11 +119,11 @@ class Encoder:
     # ------------------------------------------------------------------------------------------------ one row
 
     def chat(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:
-        """A conversation; the assistant's turns are trained, their end tokens included. Raises DataError."""
+        """A conversation; the assistant's turns are trained, their end tokens included, or all of it. Raises DataError."""
         return self.encode([self.mark_chat(messages, tools)])[0]
 
     def completion(self, prompt: str, completion: str) -> Encoded:
-        """A prompt and what follows it; the completion and the end token are trained."""
+        """A prompt and what follows it; the completion and the end token are trained, or all of it."""
         return self.encode([self.mark_completion(prompt, completion)])[0]
 
     def text(self, text: str) -> Encoded:
@@ -147,18 +148,24 @@ class Encoder:
         return template.render(messages, tools) == template.render(others, tools)
 
     def mark_chat(
-        self, messages: Sequence[Message], tools: Tools | None = None, *, masked: Collection[int] = ()
+        self, messages: Sequence[Message], tools: Tools | None = None, *, masked: Collection[int] = (), prompt: int = 0
     ) -> Marked:
-        """The text of a conversation and the ranges to train; no message whose place is `masked`. Raises DataError."""
+        """The text of a conversation and the ranges to train; no message whose place is `masked`, and of the first `prompt`
+        messages only where everything is trained. Raises DataError.
+        """
         if not messages:
             raise DataError("a conversation needs at least one message")
-        last_only = self.train_on == "last-assistant"
-        return self._template_for(tools).mark(messages, tools, masked=masked, last_only=last_only)
+        if self.train_on != "everything":
+            masked = {*masked, *range(prompt)}
+        return self._template_for(tools).mark(messages, tools, masked=masked, train_on=self.train_on)
 
     def mark_completion(self, prompt: str, completion: str) -> Marked:
-        """A prompt and its completion as one text, the completion to be trained."""
+        """A prompt and its completion as one text, the completion to be trained; of everything the prompt too."""
         text = prompt + completion
-        return Marked(text, ((len(prompt), len(text)),), bos=True, eos=True)
+        spans: list[Span] = [(len(prompt), len(text))]
+        if self.train_on == "everything" and prompt:  # a range of its own, so that no token reaches over the border
+            spans.insert(0, (0, len(prompt)))
+        return Marked(text, tuple(spans), bos=True, eos=True)
 
     def mark_text(self, text: str) -> Marked:
         """A text, all of it to be trained."""

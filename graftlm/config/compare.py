@@ -14,7 +14,17 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, model_validator
 
 from graftlm.config.aliases import FORMER
-from graftlm.config.fields import ComputeDtype, Config, Method, Names, Sources, option, plain_number, refuse_eval_weight
+from graftlm.config.fields import (
+    ComputeDtype,
+    Config,
+    Method,
+    Names,
+    Sources,
+    TrainOn,
+    option,
+    plain_number,
+    refuse_eval_weight,
+)
 from graftlm.config.train import TrainConfig
 from graftlm.errors import ConfigError, nearest
 
@@ -159,7 +169,7 @@ class CompareConfig(Config):
     eval_data: str = option(
         "10%", "eval data: a file, `demo`, or a share of the training rows such as 5%", group="data"
     )
-    train_on: Literal["all-assistant", "last-assistant"] = shared("train_on")
+    train_on: TrainOn = shared("train_on")
     max_length: int | None = shared("max_length")
     overlong: Literal["error", "drop", "truncate"] = shared("overlong")
     template_date: str = shared("template_date")

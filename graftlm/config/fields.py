@@ -17,6 +17,12 @@ from graftlm.yamlfile import read_yaml
 Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
 ComputeDtype = Literal["float32", "bfloat16", "bf16-mixed"]
+TrainOn = Literal["all-assistant", "last-assistant", "everything"]
+"""Which tokens are targets of the loss: those of every assistant turn, of the last one, or all of them."""
+TRAIN_ON_HELP = (
+    "which tokens are trained: those of every assistant turn, or of the last one, and of completions; or everything, "
+    "prompts and the template's own tokens too"
+)
 COMPUTE_DTYPE_NAMES: dict[ComputeDtype, str] = {
     "float32": "float32", "bfloat16": "bfloat16", "bf16-mixed": "bfloat16 summed in float32",
 }  # fmt: skip

@@ -26,6 +26,7 @@ from graftlm.config.fields import (
     Names,
     Precision,
     Sources,
+    TrainOn,
     flag_name,
     option,
     refuse_eval_weight,
@@ -236,7 +237,7 @@ class SweepConfig(Config):
     eval_data: str = option(
         "10%", "eval data by which trials are judged: a file, `demo`, or a share of the training rows", group="data"
     )
-    train_on: Literal["all-assistant", "last-assistant"] = shared("train_on")
+    train_on: TrainOn = shared("train_on")
     max_length: int | None = shared("max_length")
     overlong: Literal["error", "drop", "truncate"] = shared("overlong")
     template_date: str = shared("template_date")

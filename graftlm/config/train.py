@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from graftlm.config.fields import (
     ISO_DATE,
+    TRAIN_ON_HELP,
     Alphas,
     ComputeDtype,
     Config,
@@ -18,6 +19,7 @@ from graftlm.config.fields import (
     Ranks,
     Sources,
     Tokens,
+    TrainOn,
     option,
     refuse_eval_weight,
 )
@@ -57,9 +59,7 @@ class TrainConfig(Config):
     eval_data: str | None = option(
         None, "eval data: a file, `demo`, or a share of the training rows such as 5%", group="data"
     )
-    train_on: Literal["all-assistant", "last-assistant"] = option(
-        "all-assistant", "which assistant turns of a chat are trained", group="data"
-    )
+    train_on: TrainOn = option("all-assistant", TRAIN_ON_HELP, group="data")
     max_length: int | None = option(
         None, "length limit in tokens; default the model's longest position", group="data", ge=2
     )

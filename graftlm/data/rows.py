@@ -14,7 +14,7 @@ What a row holds beyond that is reported as not used (`unused.py`), unless it lo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,12 +42,15 @@ _THINKING = ("thinking", "reasoning")
 
 @dataclass(frozen=True, slots=True)
 class ChatRow:
-    """A conversation; all assistant messages may be trained but those whose places are `masked`."""
+    """A conversation."""
 
     row: str
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     masked: frozenset[int] = frozenset()
+    """Places of messages with weight 0, which are read and not trained."""
+    prompt: int = 0
+    """How many messages, the first ones, are a prompt: trained only where everything is."""
     dropped: tuple[str, ...] = ()
     """Keys of the row's messages that no template is given."""
     kind: Kind = "chat"
@@ -122,10 +125,10 @@ class _Reader:
             if self.columns.get(name):
                 self.fault(name, shown(self.columns[name]), "no such column beside plain texts", mend)
 
-    def chat(self, messages: Sequence[Message], masked: Iterable[int] = ()) -> ChatRow:
-        """The example of these messages, with the row's system message in front, and without those of weight 0."""
+    def chat(self, messages: Sequence[Message], prompt: int = 0) -> ChatRow:
+        """The example of these messages, the first `prompt` of them a prompt, with the row's system message in front."""
         out = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-        places = {*masked, *(i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") == 0)}
+        places = {i for i, message in enumerate(messages) if message.get("weight") == 0}
         system = self.columns.get("system")
         if system is not None and self.text("system", system, empty=True).strip():
             if out and out[0]["role"] in ("system", "developer"):
@@ -133,7 +136,8 @@ class _Reader:
                 self.fault("system", "a text", f"none beside the first message, of role '{out[0]['role']}'", mend)
             out.insert(0, {"role": "system", "content": system})
             places = {place + 1 for place in places}
-        return ChatRow(self.row, tuple(out), self.tools(), frozenset(places), tuple(self.dropped))
+            prompt += bool(prompt)
+        return ChatRow(self.row, tuple(out), self.tools(), frozenset(places), prompt, tuple(self.dropped))
 
     def text(self, field: str, value: Any, *, empty: bool = False) -> str:
         if not isinstance(value, str):
@@ -157,7 +161,7 @@ class _Reader:
             before = self.messages("prompt", prompt)
             after = self.messages("completion", completion)
             self.needs_answer("completion", after)
-            return self.chat((*before, *after), range(len(before)))
+            return self.chat((*before, *after), len(before))
         for field, value in (("prompt", prompt), ("completion", completion)):
             if isinstance(value, list):
                 self.fault(field, "a list of messages", "the same form as the other column", "write both as lists")
@@ -280,12 +284,12 @@ class _Reader:
         return message
 
     def weight(self, field: str, role: str, message: Message) -> None:
-        """OpenAI's mark of an assistant message that is read and not trained: weight 0; 1 says what holds anyway."""
+        """OpenAI's mark of a message that is read and not trained: weight 0; 1 says what holds of assistants anyway."""
         weight = message.get("weight", 1)
         if type(weight) not in (int, float) or weight not in (0, 1):
             self.fault(field, shown(weight), "0 (read, not trained) or 1 (trained)", "write 0 or 1, or remove it")
         elif "weight" in message and role != "assistant" and weight != 0:
-            mend = "remove it; the text format trains everything"
+            mend = "remove it; --train-on everything trains every message"
             self.fault(field, f"1 in a message of role '{role}'", "0: only assistants' messages are trained", mend)
 
     def parts(self, field: str, parts: list[Any]) -> str:

@@ -323,7 +323,7 @@ def _read(model: Model, config: PlanConfig, notes: list[str]) -> Dataset:
             f"The tokenizer of {model.name} is not here: tokens are counted by the bundled one, whose 4,096 tokens make "
             "about a third more of them. A directory or a hub id with a tokenizer counts them right."
         )
-    dataset = load([named_source(text, "train") for text in config.data], Encoder(tokenizer))
+    dataset = load([named_source(text, "train") for text in config.data], Encoder(tokenizer, train_on=config.train_on))
     notes += dataset.notes
     return dataset
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import load_config, load_tokenizer, resolve
 from graftlm.config import CompareConfig
+from graftlm.config.fields import TrainOn
 from graftlm.data.columns import Fault, format_of
 from graftlm.data.dataset import Dataset, Example, load, split
 from graftlm.data.rows import ChatRow, CompletionRow, ParsedRow, TextRow, parse
@@ -55,6 +56,7 @@ class ComparisonData:
     steps: int
     """Optimizer steps of a run."""
     sources: tuple[Source, ...]
+    train_on: TrainOn
     notes: tuple[str, ...]
 
 
@@ -77,7 +79,11 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
         eval_sources = sources
         train, eval_dataset = split(train, fraction)
     notes: list[str] = []
-    groups = _groups(eval_dataset, notes)
+    prompted = eval_dataset
+    if config.train_on == "everything":  # then nothing in an example says where its prompt ends
+        answers_only = Encoder(tokenizer, date=config.template_date)
+        prompted = load(eval_sources, answers_only, max_tokens=limit, overlong=config.overlong)
+    groups = _groups(eval_dataset, {example.row: example for example in prompted.examples}, notes)
     if eval_dataset.rows < MIN_GROUPS:
         raise DataError(
             f"--eval-data gives {eval_dataset.rows} eval rows, and a bootstrap needs at least {MIN_GROUPS} to say anything "
@@ -120,15 +126,20 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
         general,
         sampler.steps,
         sources,
+        config.train_on,
         (*encoder.notes, *dict.fromkeys((*train.notes, *eval_dataset.notes)), *notes),
     )
 
 
-def _groups(eval_dataset: Dataset, notes: list[str]) -> NDArray[np.int64]:
-    """Eval rows numbered by what the model reads before their first target token, where that leaves enough groups."""
+def _groups(eval_dataset: Dataset, prompted: Mapping[str, Example], notes: list[str]) -> NDArray[np.int64]:
+    """Eval rows numbered by what the model reads before their answer, where that leaves enough groups.
+
+    `prompted` are the rows as examples of which the answers alone are trained.
+    """
     numbers: dict[str, int] = {}
     found: list[int] = []
-    for example in eval_dataset.examples:
+    for eval_example in eval_dataset.examples:
+        example = prompted.get(eval_example.row, eval_example)  # one that is cut before its answer stands for itself
         first = int(example.loss_mask.argmax())
         # A plain text has no prompt (at most a start token); each is a group of its own.
         key = hashlib.blake2b(example.ids[:first].tobytes()).hexdigest() if first > 1 else example.row
@@ -227,15 +238,16 @@ def write_search_rows(
             part = wanted.get(parsed.row)
             if part is not None:
                 name = f"train-{number + 1}" if part == "train" else part
-                lines.setdefault(name, []).append(json.dumps(_columns(parsed), ensure_ascii=False))
+                columns = _columns(parsed, prompt=comparison_data.train_on != "everything")
+                lines.setdefault(name, []).append(json.dumps(columns, ensure_ascii=False))
     for name, found in lines.items():
         (out / f"{name}.jsonl").write_text("\n".join(found) + "\n", encoding="utf-8")
     write_json(out / "rows.json", {"trained": len(trained), "judged": count})
     return tuple(str(out / f"{n}.jsonl") for n in sorted(lines) if n != "valid"), str(out / "valid.jsonl")
 
 
-def _columns(parsed: ParsedRow) -> dict[str, Any]:
-    """A row again."""
+def _columns(parsed: ParsedRow, *, prompt: bool) -> dict[str, Any]:
+    """A row again; `prompt`: whether a conversation's prompt is marked as not trained."""
     match parsed:
         case CompletionRow():
             return {"prompt": parsed.prompt, "completion": parsed.completion}
@@ -243,8 +255,9 @@ def _columns(parsed: ParsedRow) -> dict[str, Any]:
             return {"text": parsed.text}
         case ChatRow():
             tools = {} if parsed.tools is None else {"tools": list(parsed.tools)}
+            masked = {*parsed.masked, *(range(parsed.prompt) if prompt else ())}
             messages = [
-                {**message, "weight": 0} if place in parsed.masked and message["role"] == "assistant" else message
+                {**message, "weight": 0} if place in masked else message
                 for place, message in enumerate(parsed.messages)
             ]
             return {"messages": messages, **tools}
