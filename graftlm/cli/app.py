@@ -119,6 +119,7 @@ def options(
             mine = {p.name: values.pop(p.name) for p in own}
             path = values.pop("config_file", None)
             given: dict[str, Any] = {k: (v or None) if isinstance(v, list) else v for k, v in values.items()}
+            given = {k: v for k, v in given.items() if v is not None or k not in config_class.ELSEWHERE}
             for name in foreign_names(config_class.model_fields, config_class.command()):
                 value = given.get(name)
                 if isinstance(value, list) and len(value) == 1:
@@ -135,9 +136,11 @@ def options(
 
 
 def _foreign(config_class: type[Config]) -> list[inspect.Parameter]:
-    """Hidden flags for the names that options have elsewhere, and had before; `Config.read` knows what they mean."""
+    """Hidden flags for the names that options have elsewhere, and had before; `Config.read` knows what they mean, or what to
+    answer."""
     found: list[inspect.Parameter] = []
-    for name, switch in foreign_names(config_class.model_fields, config_class.command()).items():
+    names = foreign_names(config_class.model_fields, config_class.command())
+    for name, switch in {**names, **dict.fromkeys(config_class.ELSEWHERE, False)}.items():
         flag = f"--{flag_name(name)}"
         kind: Any = bool | None if switch else list[str] | None
         info = typer.Option(f"{flag}/--no-{flag_name(name)}" if switch else flag, hidden=True)

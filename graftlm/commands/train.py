@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from graftlm.config import TrainConfig
@@ -12,8 +13,12 @@ NOTHING = Given()
 
 
 def train(config: TrainConfig, view: View | None = None, given: Given = NOTHING) -> dict[str, Any]:
-    """Train; returns the run's summary. `given` holds what a Python caller hands over: a loaded base, rows, callbacks.
+    """Train; returns the run's summary. `given` holds what a Python caller hands over: a loaded base, rows, callbacks, a score.
 
     Raises GraftError, and Stopped on a signal.
     """
+    if config.score is not None and given.generate is None:
+        from graftlm.serving.engine.generate import answer_texts  # not imported by a run that answers nothing
+
+        given = replace(given, generate=answer_texts)
     return run(config, view or View(), given)

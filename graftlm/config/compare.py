@@ -18,6 +18,7 @@ from graftlm.config.fields import (
     ComputeDtype,
     Config,
     Method,
+    Metric,
     Names,
     Sources,
     TrainOn,
@@ -25,11 +26,10 @@ from graftlm.config.fields import (
     plain_number,
     refuse_eval_weight,
 )
-from graftlm.config.train import TrainConfig
+from graftlm.config.train import SCORE_OPTIONS, TrainConfig
 from graftlm.errors import ConfigError, nearest
 
 METHODS: tuple[Method, ...] = get_args(Method)
-Metric = Literal["exact-match", "bleu", "rouge-l"]
 Cost = Literal["memory", "size", "time"]
 
 
@@ -130,6 +130,12 @@ def parse_variant(text: str) -> Variant:
 
 class CompareConfig(Config):
     """Options of `graft compare`."""
+
+    ELSEWHERE = dict.fromkeys(
+        SCORE_OPTIONS,
+        "it scores the answers of every trained model with --metric exact-match, bleu or rouge-l, and saves the step of the "
+        "lowest eval loss",
+    )
 
     # The base, and what is compared on it
     model: str = shared("model")

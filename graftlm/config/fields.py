@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -17,6 +17,8 @@ from graftlm.yamlfile import read_yaml
 Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "int8", "nf4"]
 ComputeDtype = Literal["float32", "bfloat16", "bf16-mixed"]
+Metric = Literal["exact-match", "bleu", "rouge-l"]
+"""Task scores of answers against references (`scores.py`)."""
 TrainOn = Literal["all-assistant", "last-assistant", "everything"]
 """Which tokens are targets of the loss: those of every assistant turn, of the last one, or all of them."""
 TRAIN_ON_HELP = (
@@ -107,6 +109,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {}
+    """Options that another command has and this one might be thought to have, and what to do instead."""
+
     @classmethod
     def build(cls, values: dict[str, Any]) -> Self:
         """Make a config from option names and values.
@@ -116,6 +121,12 @@ class Config(BaseModel):
         cleaned = cls.named(values)
         for key in cleaned:
             if key not in cls.model_fields:
+                elsewhere = cls.ELSEWHERE.get(str(key).replace("-", "_"))
+                if elsewhere is not None:
+                    flag = flag_name(str(key))
+                    raise ConfigError(
+                        f"--{flag} is an option of graft train, and graft {cls.command()} has none: {elsewhere}"
+                    )
                 known = [flag_name(field) for field in cls.model_fields]
                 raise ConfigError(f"unknown option '{key}'{nearest(str(key).replace('_', '-'), known)}")
         try:

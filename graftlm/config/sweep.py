@@ -31,7 +31,7 @@ from graftlm.config.fields import (
     option,
     refuse_eval_weight,
 )
-from graftlm.config.train import TrainConfig
+from graftlm.config.train import SCORE_OPTIONS, TrainConfig
 from graftlm.errors import ConfigError, nearest
 
 SEARCHED = (
@@ -204,6 +204,12 @@ def _pairs(value: Any) -> Any:
 
 class SweepConfig(Config):
     """Options of `graft sweep`."""
+
+    ELSEWHERE = dict.fromkeys(
+        SCORE_OPTIONS,
+        "trials are judged by their eval loss. Train the best one again with a score: graft train TRIAL/config.json --out OUT "
+        "--score NAME",
+    )
 
     # The sweep
     search: Annotated[dict[str, str], BeforeValidator(_pairs)] = option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import model_validator
 
@@ -14,6 +14,7 @@ from graftlm.config.fields import (
     ComputeDtype,
     Config,
     Method,
+    Metric,
     Names,
     Precision,
     Ranks,
@@ -155,9 +156,24 @@ class TrainConfig(Config):
         None, "evaluate every N steps; default at most ten times, a quarter of the time", group="run", ge=1
     )
     early_stopping: int | None = option(
-        None, "end the run when the eval loss has not fallen for N evaluations in a row; the best step is what is saved",
-        group="run", ge=1,
+        None, "end the run when the eval loss has not fallen, or the score not risen (--best-by), for N evaluations in a row; "
+        "the best step is what is saved", group="run", ge=1,
     )  # fmt: skip
+    score: str | None = option(
+        None, "at every evaluation also answer eval prompts, and score the answers: exact-match, rouge-l, bleu (the last two "
+        "need the extra `compare`), or a function of your own as FILE.py:FUNCTION or package.module:FUNCTION", group="run",
+    )  # fmt: skip
+    score_prompts: int | None = option(
+        None, "most eval prompts answered for the score, evenly chosen; default 32", group="run", ge=1
+    )
+    score_max_tokens: int | None = option(
+        None, "most tokens of an answer; default twice the longest reference", group="run", ge=1
+    )
+    best_by: Literal["loss", "score"] = option(
+        "loss",
+        "which step is the best, and is saved: the one of the lowest eval loss, or of the highest score",
+        group="run",
+    )
     save_every: int | None = option(
         None, "write a checkpoint every N steps; default only when stopped", group="run", ge=1
     )
@@ -216,6 +232,7 @@ class TrainConfig(Config):
             raise ValueError("--eval-every needs eval rows; give --eval-data, such as 5%, or leave it out")
         if self.early_stopping is not None and self.eval_data is None:
             raise ValueError("--early-stopping watches the eval loss; give --eval-data, such as 5%, or leave it out")
+        self._check_score()
         refuse_eval_weight(self.eval_data)
         if "" in self.trainable_tokens:
             raise ValueError("trainable-tokens holds an empty token; leave it out")
@@ -236,6 +253,32 @@ class TrainConfig(Config):
             known = ("tensorboard", "wandb", "mlflow")
             raise ValueError(f"unknown tracker '{unknown[0]}'{nearest(unknown[0], known)} known: {', '.join(known)}")
         return self
+
+    def _check_score(self) -> None:
+        if self.score is None:
+            if self.best_by == "score":
+                raise ValueError(
+                    "--best-by score needs a score; give --score, such as exact-match, or leave --best-by out"
+                )
+            given = [name for name in ("score_prompts", "score_max_tokens") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"--{given[0].replace('_', '-')} is for --score, which is not given; leave it out")
+            return
+        file, colon, function = self.score.rpartition(":")
+        if colon and (not file or not function):
+            raise ValueError(
+                f"--score '{self.score}' is no FILE.py:FUNCTION; what is {'after' if file else 'before'} the colon?"
+            )
+        if not colon and self.score.endswith(".py"):
+            raise ValueError(f"--score '{self.score}' names no function; give {self.score}:FUNCTION")
+        known = get_args(Metric)
+        if not colon and self.score not in known:
+            raise ValueError(
+                f"unknown score '{self.score}'{nearest(self.score, known)} known: {', '.join(known)}, and functions of your "
+                "own as FILE.py:FUNCTION or package.module:FUNCTION"
+            )
+        if self.eval_data is None:
+            raise ValueError("--score answers eval prompts; give --eval-data, such as 5%, or leave it out")
 
     def to_json(self) -> dict[str, Any]:
         """Every option as plain JSON values; null where it is for a new adapter, and there is none."""
@@ -271,6 +314,7 @@ OFFLOAD_ON_CPU = (
     "--offload-optimizer moves the optimizer's states from a GPU to the host's memory, and in a run on the CPU they already "
     "are there; leave it out"
 )
+SCORE_OPTIONS = ("score", "score_prompts", "score_max_tokens", "best_by")
 _FORMULA = (
     "rank", "alpha", "rank_stabilized", "lora_dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",
     "trainable_tokens",

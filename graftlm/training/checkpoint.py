@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
     checkpoints/000040/  trainable.safetensors  optimizer.safetensors  state.json  manifest.json
-    best.json            which step had the lowest eval loss
+    best.json            which step is the best, by eval loss or score
 
 There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is whole or not there
 (see `files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete: what stays
@@ -57,6 +57,7 @@ def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
         "tokens": trial.tokens,
         "target_tokens": trial.target_tokens,
         "evaluations": trial.evaluations,
+        "scores": trial.scores,
         "first": _to_json(trial.first),
         "last": _to_json(trial.last),
         "best": _to_json(trial.best),
@@ -108,7 +109,8 @@ def remove(run: Path, step: int) -> None:
 def name_best(run: Path, trial: Trial) -> None:
     """Write best.json. Raises OSError."""
     if trial.best is not None:
-        write_json(run / "best.json", {"step": trial.best.step, "eval_loss": trial.best.loss})
+        score = {} if trial.best.score is None else {"eval_score": trial.best.score}
+        write_json(run / "best.json", {"step": trial.best.step, "eval_loss": trial.best.loss, **score})
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
@@ -152,6 +154,7 @@ def load(folder: Path, trial: Trial) -> None:
         trial.optimizer.load(_read_tensors(folder / OPTIMIZER), int(state["optimizer_steps"]))
         trial.step, trial.tokens, trial.target_tokens = (int(state[k]) for k in ("step", "tokens", "target_tokens"))
         trial.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
+        trial.scores = [(int(step), float(score)) for step, score in state.get("scores", ())]
         trial.first, trial.last, trial.best = (_from_json(state[key]) for key in ("first", "last", "best"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -212,12 +215,16 @@ def _folders(run: Path) -> list[Path]:
 def _to_json(evaluation: Evaluation | None) -> Any:
     if evaluation is None:
         return None
-    return {"step": evaluation.step, "rows": [[r.row, r.target_tokens, r.loss] for r in evaluation.rows]}
+    rows = [[r.row, r.target_tokens, r.loss] for r in evaluation.rows]
+    return {"step": evaluation.step, "rows": rows, "score": evaluation.score}
 
 
 def _from_json(value: Any) -> Evaluation | None:
     if value is None:
         return None
+    score = value.get("score")  # checkpoints that were written before there were scores have none
     return Evaluation(
-        value["step"], tuple(ExampleLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"])
+        value["step"],
+        tuple(ExampleLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"]),
+        None if score is None else float(score),
     )

@@ -152,7 +152,7 @@ def make_trial(
         name=config.out.name, slot=slot, seed=config.seed, parameters=parameters,
         optimizer=optimizer, schedule=schedule, examples=dataset.examples, sampler=sampler,
         eval_examples=() if eval_dataset is None else eval_dataset.examples, max_grad_norm=config.max_grad_norm,
-        eval_every=config.eval_every or default_eval_every(dataset, eval_dataset, sampler),
+        eval_every=config.eval_every or default_eval_every(dataset, eval_dataset, sampler), best_by=config.best_by,
     )  # fmt: skip
 
 

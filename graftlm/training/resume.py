@@ -8,7 +8,7 @@ stays with the checkpoints after it, in the metrics, and in the manifest of what
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftlm import kernels
@@ -27,6 +27,10 @@ _FREE = {
     "activation_checkpointing", "allow_change", "device", "keep_checkpoints", "offload_optimizer", "optimizer_in_backward",
     "out", "resume", "save_every", "save_precision", "micro_batch_tokens", "track", "trust_remote_code",
 }  # fmt: skip
+
+
+_BEFORE: dict[str, Any] = {"best_by": "loss"}
+"""Options that came later, as they were in runs before them; those that are null there need no entry."""
 
 
 @dataclass
@@ -84,7 +88,7 @@ def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdent
         view.note("no checkpoint was written yet; starting from the beginning")
         return False
     state = checkpoint.read_state(found)
-    before = renamed(state.get("identity") or {})
+    before = {**_BEFORE, **renamed(state.get("identity") or {})}
     changed = [key for key, value in identity.values.items() if before.get(key) != value]
     refused = [key for key in changed if key not in allowed]
     if refused:
@@ -101,9 +105,23 @@ def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdent
         view.note(f"going on with another {change['key']}: {change['was']!r} before, {change['now']!r} from here")
     if "eval_data" in changed:  # losses on other rows say nothing beside these
         trial.first = trial.last = trial.best = None
-        trial.evaluations = []
+        trial.evaluations, trial.scores = [], []
+    _forget_other_scores(trial, changed)
     view.note(f"going on from {found}")
     return True
+
+
+def _forget_other_scores(trial: Trial, changed: Sequence[str]) -> None:
+    """Scores of another kind, or of other prompts, do not compare with those from here on, nor does a best step by another
+    rule."""
+    other = {"score", "score_prompts", "score_max_tokens"} & set(changed)
+    if other:
+        trial.scores = []
+        trial.first, trial.last, trial.best = (
+            None if found is None else replace(found, score=None) for found in (trial.first, trial.last, trial.best)
+        )
+    if "best_by" in changed or (other and trial.best_by == "score"):
+        trial.best = None
 
 
 def _flag(key: str) -> str:

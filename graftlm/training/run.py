@@ -20,11 +20,12 @@ from graftlm.adapters.attach import coverage, detach, notes_for_peft
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, load_base
 from graftlm.config import TrainConfig
-from graftlm.data.sources import Source, named_source
-from graftlm.errors import Diverged, Stopped
+from graftlm.data.sources import Source, named_source, share
+from graftlm.errors import Diverged, ScoreError, Stopped
 from graftlm.files import remove_leftovers
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.progress import working
+from graftlm.scores import ScoreFunction
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.logging import signals
@@ -33,6 +34,7 @@ from graftlm.training.pages import mmap_allocations, release_memory
 from graftlm.training.prepare import make_adapter, peek, read_data, set_checkpointing, stored_precision
 from graftlm.training.resume import compute_dtype_of
 from graftlm.training.run_folder import check_free, locked
+from graftlm.training.scoring import Generate, make_scorer, prepare_score
 from graftlm.training.session import Session, TrainingData
 from graftlm.training.shared_base import borrowed
 from graftlm.training.trackers import check_trackers
@@ -50,6 +52,10 @@ class Given:
     """Rows in memory, instead of those that the config names."""
     eval_source: Source | None = None
     callbacks: Sequence[Callback] = ()
+    generate: Generate | None = None
+    """How prompts are answered; a run with a score needs it."""
+    score: ScoreFunction | None = None
+    """The function that the config's `score` names, where it is in memory."""
     save_when_stopped: bool = False
     """Whether a run that a signal stops also saves its best step, as `adapter-so-far` or `model-so-far`."""
 
@@ -64,6 +70,7 @@ def run(config: TrainConfig, view: View, given: Given = Given()) -> dict[str, An
     sources = given.sources or [named_source(text, "train") for text in config.data]
     apart_source = given.eval_source or (named_source(config.eval_data, "valid") if config.eval_data else None)
     peek([*sources, *([apart_source] if apart_source is not None else [])])
+    score = prepare_score(config, sources, apart_source, given.score)
     device = given.base.device if given.base is not None else _probe_device(config)
     apart = mmap_allocations(device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward))
     with locked(config.out), apart, PeakMemory(device) as memory:
@@ -82,6 +89,12 @@ def run(config: TrainConfig, view: View, given: Given = Given()) -> dict[str, An
                 view.data(data.dataset, data.eval_dataset, encoder.notes)
                 slot = 0 if adapter is None else 1
                 session = Session(config, base, adapter, data, view, slot=slot, callbacks=callbacks)
+                if score is not None:
+                    assert given.generate is not None, "a run with a score is handed what answers prompts"
+                    rows = sources if apart_source is None or share(apart_source.path) else [apart_source]
+                    session.trial.scorer = make_scorer(
+                        config, score, rows, data.eval_dataset, encoder, base, given.generate
+                    )
             except BaseException:
                 if adapter is not None:
                     detach(base, 1)
@@ -141,8 +154,8 @@ def _trained(session: Session, memory: PeakMemory, save_when_stopped: bool) -> t
             try:
                 with view.training(trial):
                     train(base, [trial], ahead.micro_batch_tokens, recorder)
-            except Diverged as error:
-                raise Diverged(f"{error}; {checkpoint.whereabouts(config.out)}") from None
+            except (Diverged, ScoreError) as error:
+                raise type(error)(f"{error}; {checkpoint.whereabouts(config.out)}") from error.__cause__
             if recorder.stopped is not None and not trial.done:
                 recorder.save()
                 step = trial.step

@@ -137,6 +137,9 @@ class Session:
             "train_loss": recorder.loss,
             "eval_loss_before": trial.first.loss if trial.first else None,
             "eval_loss_after": trial.best.loss if trial.best else None,
+            "score": config.score,
+            "eval_score_before": trial.first.score if trial.first else None,
+            "eval_score_after": trial.best.score if trial.best else None,
             "stop_reason": trial.stop_reason,
         }
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base
 from graftlm.data.dataset import Example
-from graftlm.errors import Diverged, TrainingError
+from graftlm.errors import Diverged, ScoreError, TrainingError
 from graftlm.progress import working
 from graftlm.segments import Segments, pack
 from graftlm.training import in_backward, notfinite
@@ -130,7 +130,12 @@ def _evaluate(base: Base, trial: Trial, micro_batch_tokens: int, callback: Train
         )
         _fail(trial, error, callback.failed)
         return
-    evaluation = Evaluation(trial.step, rows)
+    try:
+        score = None if trial.scorer is None else trial.scorer(base, trial.slot)
+    except ScoreError as error:
+        _fail(trial, error, callback.failed)
+        return
+    evaluation = Evaluation(trial.step, rows, score)
     callback.evaluated(trial, evaluation, trial.record(evaluation))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from graftlm.base.chat import Encoder
 from graftlm.base.loading import load_config, load_tokenizer, resolve
 from graftlm.config import CompareConfig
 from graftlm.config.fields import TrainOn
-from graftlm.data.columns import Fault, format_of
 from graftlm.data.dataset import Dataset, Example, load, split
-from graftlm.data.rows import ChatRow, CompletionRow, ParsedRow, TextRow, parse
+from graftlm.data.questions import Question, parsed_rows, questions_of, spread_out
+from graftlm.data.rows import ChatRow, CompletionRow, ParsedRow, TextRow
 from graftlm.data.sampler import make_sampler
-from graftlm.data.sources import Source, named_source, read, share, token_limit
+from graftlm.data.sources import Source, named_source, share, token_limit
 from graftlm.errors import ConfigError, DataError
 from graftlm.experiments.compare.statistics import MIN_GROUPS
-from graftlm.experiments.metrics import Question, check_fits, check_metric
 from graftlm.files import write_json
+from graftlm.scores import check_fits, check_package
 
 GENERAL = Path(__file__).parent / "general.jsonl"
 _SEARCH_ROWS = (20, 100)  # fewest and most rows that the search judges by
@@ -63,7 +63,7 @@ class ComparisonData:
 def load_comparison_data(config: CompareConfig) -> ComparisonData:
     """Read and check everything. Raises GraftError for what would make the comparison fail or mean nothing."""
     if config.metric is not None:
-        check_metric(config.metric)
+        check_package(config.metric, "metric")
     folder = resolve(config.model, config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     text_config = load_config(folder, config.trust_remote_code).get_text_config()
@@ -99,9 +99,9 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
     longest = 0
     if config.metric is not None:
         wanted = {d.row for d in eval_dataset.examples}
-        found = _questions([e for e in _parsed_rows(eval_sources) if e.row in wanted], encoder)
-        check_fits(config.metric, found, eval_dataset.rows)
-        questions = _spread_out(found, config.metric_prompts)
+        found = questions_of([e for e in parsed_rows(eval_sources) if e.row in wanted], encoder)
+        check_fits(config.metric, [q.references for q in found], eval_dataset.rows, option="metric")
+        questions = spread_out(found, config.metric_prompts)
         longest = max(len(tokenizer.encode(r, add_special_tokens=False)) for q in questions for r in q.references)
     general = None if config.general_data == "none" else GENERAL
     if config.general_data not in ("none", "general"):
@@ -158,46 +158,6 @@ def _groups(eval_dataset: Dataset, prompted: Mapping[str, Example], notes: list[
     return np.arange(eval_dataset.rows)
 
 
-def _parsed_rows(sources: Sequence[Source]) -> Iterator[ParsedRow]:
-    """Rows as typed examples; faults were refused when the same sources were loaded."""
-    for source in sources:
-        form: Any = None
-        for raw in read(source):
-            if isinstance(raw, Fault):
-                continue
-            form = form or format_of(raw)
-            found = parse(raw, form)
-            if not isinstance(found, list):
-                yield found
-
-
-def _questions(parsed_rows: Sequence[ParsedRow], encoder: Encoder) -> list[Question]:
-    """Prompts with all their references, in the order in which a prompt comes first."""
-    found: dict[tuple[int, ...], list[tuple[str, str]]] = {}
-    for parsed in parsed_rows:
-        match parsed:
-            case CompletionRow():
-                prompt, answer = encoder.prompt_text(parsed.prompt), parsed.completion
-            case ChatRow():
-                last = max(i for i, m in enumerate(parsed.messages) if m["role"] == "assistant")
-                before, answer = parsed.messages[:last], str(parsed.messages[last].get("content") or "")
-                if not before:
-                    continue
-                prompt = encoder.prompt(before, parsed.tools)
-            case _:
-                continue
-        if prompt and answer.strip():
-            found.setdefault(tuple(prompt), []).append((parsed.row, answer.strip()))
-    return [Question(known[0][0], prompt, tuple(a for _, a in known)) for prompt, known in found.items()]
-
-
-def _spread_out(questions: Sequence[Question], most: int) -> tuple[Question, ...]:
-    """At most `most` of them, evenly over the file."""
-    if len(questions) <= most:
-        return tuple(questions)
-    return tuple(questions[i * len(questions) // most] for i in range(most))
-
-
 def _hashed(example: Example) -> int:
     """A number that depends on the content alone, and not as the split of validation rows does."""
     return int.from_bytes(hashlib.blake2b(bytes.fromhex(example.digest), digest_size=8, person=b"search").digest())
@@ -220,7 +180,7 @@ def write_search_rows(
         )
     fewest, most = _SEARCH_ROWS
     count = min(most, max(fewest, len(examples) // 10))
-    form = {e.row: e.kind for e in _parsed_rows(comparison_data.sources)}
+    form = {e.row: e.kind for e in parsed_rows(comparison_data.sources)}
     first = form[examples[0].row]  # a file has rows of one format
     ranked = sorted((d for d in examples if form[d.row] == first), key=_hashed)
     judges = {d.digest for d in ranked[:count]}
@@ -234,7 +194,7 @@ def write_search_rows(
     out.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}
     for number, source in enumerate(comparison_data.sources):
-        for parsed in _parsed_rows([source]):
+        for parsed in parsed_rows([source]):
             part = wanted.get(parsed.row)
             if part is not None:
                 name = f"train-{number + 1}" if part == "train" else part

@@ -145,6 +145,25 @@ def complete_all(
     return answer_all(base, asked, max_tokens=max_tokens, sampling=sampling, attached=attached, told=told)
 
 
+def answer_texts(
+    base: Base, encoder: Encoder, prompts: Sequence[Sequence[int]], *, slot: int, max_tokens: int,
+    answered: Callable[[int], None],
+) -> list[str]:  # fmt: skip
+    """Greedy answers to prompts through what is attached in `slot`, as texts: how a run is asked while it trains.
+
+    `answered` hears how many are complete. Raises ConfigError as `room_for`.
+    """
+    complete = 0
+
+    def told(output: RequestOutput) -> None:
+        nonlocal complete
+        complete += output.finish_reason is not None
+        answered(complete)
+
+    done = complete_all(base, encoder, prompts, slot=slot, max_tokens=max_tokens, told=told)
+    return [answer.text for answer in done]
+
+
 def answer_all(
     base: Base, questions: Sequence[Question], *, max_tokens: int = 128, sampling: SamplingParams = GREEDY,
     attached: Mapping[str, int] | None = None, decoding: Decoding | None = None,
