@@ -368,10 +368,10 @@ CANARIES: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "prompts of one token": (lambda c: c.update(prompts=[[i] for i in range(4)]), "4 different prompts of 1 tokens"),
     "a tolerance of everything": (
         lambda c: c["tolerance"].update(float32=1e9),
-        r"graft\.json: canary\.tolerance\.float32 is 1e\+09, and between float32 and float32 at most 0\.001 is taken",
+        r"graft\.json: canary\.tolerance\.float32 is 1e\+09, and between float32 and float32 at most 0\.001 is allowed",
     ),
-    "the tolerance of another precision": (lambda c: c["tolerance"].update(float32=0.6), r"at most 0\.001 is taken"),
-    "a tolerance that would serve for nf4": (lambda c: c["tolerance"].update(nf4=0.7), r"at most 0\.6 is taken"),
+    "the tolerance of another precision": (lambda c: c["tolerance"].update(float32=0.6), r"at most 0\.001 is allowed"),
+    "a tolerance that would serve for nf4": (lambda c: c["tolerance"].update(nf4=0.7), r"at most 0\.6 is allowed"),
 }  # fmt: skip
 
 
