@@ -139,7 +139,10 @@ LOADER = (
     Bug(
         "loader",
         "the digest leaves the manifest out",
-        set_to(peft_folder, "digest_of", lambda content: manifest.digest_of({"files": content["files"]})),
+        lambda patch: [
+            patch.setattr(module, "digest_of", lambda content: manifest.digest_of({"files": content["files"]}))
+            for module in (adapter_format, peft_folder)
+        ],
         lambda b: test_peft_loading.test_a_manifest_that_is_damaged_is_refused_by_the_entry(
             b.base, b.saved, "changed by hand"
         ),
