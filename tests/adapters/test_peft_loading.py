@@ -191,7 +191,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "extra": (lambda t: t.update({KEY.replace("q_proj", "k_proj"): torch.ones(3, 28)}), r"k_proj.* not in the plan"),
     "transposed": (lambda t: t.update({KEY: t[KEY].T}), r"q_proj.* of shape \(28, 3\), expected F32 \(3, 28\)"),
     "in 16 bits": (lambda t: t.update({KEY: t[KEY].bfloat16()}), r"q_proj.* is BF16 .*, expected F32"),
-    "integers": (lambda t: t.update({KEY: t[KEY].int()}), r"q_proj.* is of type I32"),
+    "integers": (lambda t: t.update({KEY: t[KEY].int()}), r"q_proj.* has dtype I32"),
     "a wrong prefix": (lambda t: t.update({f"base_model.{KEY}": t.pop(KEY)}), "1 of 8 tensors are missing"),
     "other values": (lambda t: t[KEY][1, 5].add_(1e-6), r"adapter_model\.safetensors has (changed|.* bytes)"),
 }
