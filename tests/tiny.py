@@ -121,8 +121,11 @@ def wide() -> Path:
 
 
 def plain(place: Path | str) -> PreTrainedModel:
-    """A folder as plain transformers loads it, in float32."""
-    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    """A folder as plain transformers loads it, in float32; with attention that caps its scores where the config says so."""
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # before 5.21 transformers chooses sdpa, which drops the cap
+    return model
 
 
 def examples(lengths: Sequence[int] = (9, 4, 12, 9, 7), seed: int = 0) -> tuple[Example, ...]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from graftlm import demo, kernels
-from graftlm.base.attention import choose_attention, position_dependent_rotary
+from graftlm.base.attention import choose_attention, position_dependent_rotary, set_attention
 from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint, weight_files
 from graftlm.base.fused import FusedCounts, fuse
@@ -36,6 +36,7 @@ from graftlm.base.quantizer import load_dequantized, stream_checkpoint
 from graftlm.base.random_init import random_model, random_stored_model
 from graftlm.base.structure import ModelStructure
 from graftlm.base.surgery import Replacements, convert_model
+from graftlm.base.transformers_versions import is_known_type, missing_class, own_attention
 from graftlm.config import ComputeDtype, Precision
 from graftlm.errors import ModelError
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
@@ -201,18 +202,21 @@ def _bounded(file: Path, values: dict[str, Any]) -> None:
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's config; ModelError for one that transformers cannot read, or that is no causal language model's."""
+    values = read_json(folder / "config.json", ModelError)
+    own = values.get("auto_map")
+    own_code = isinstance(own, dict) and bool({"AutoConfig", "AutoModelForCausalLM"} & own.keys())
+    hint = "; if you trust this model's own code, add --trust-remote-code" if own_code and not trust_remote_code else ""
+    known = not isinstance(values.get("model_type"), str) or is_known_type(values["model_type"])
+    if not known and not (own_code and trust_remote_code):
+        raise ModelError(f"{folder}/config.json is not understood: {missing_class(values)}{hint}")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a value of another kind than expected leads to
-        hint = "" if trust_remote_code else "; if you trust this model's own code, add --trust-remote-code"
         raise ModelError(f"{folder}/config.json is not understood: {_one_line(error)}{hint}") from None
     if not hasattr(config.get_text_config(), "to_dict"):
         raise ModelError(f"{folder}/config.json: text_config is {config.get_text_config()!r:.80}, expected an object")
     if not has_causal_model(config, trust_remote_code):
-        raise ModelError(
-            f"{folder}: transformers has no causal language model of type '{config.model_type}'; Graft trains models that "
-            "AutoModelForCausalLM loads"
-        )
+        raise ModelError(f"{folder}: {missing_class({**values, 'model_type': config.model_type})}{hint}")
     return config
 
 
@@ -357,6 +361,10 @@ def _understood(
     notes: list[str],
 ) -> Base:
     """A model over stored weights as a base: its parts found, its attention chosen."""
+    implementation, note = own_attention(model)
+    if note:
+        set_attention(model, implementation)
+        notes.append(note)
     base = Base(
         name=name,
         folder=folder,

@@ -33,9 +33,7 @@ def test_the_text_of_a_conversation_is_what_transformers_renders(name: str) -> N
     for messages, tools in CONVERSATIONS.values():
         for prompt in (False, True):
             given = messages
-            if Version(transformers.__version__) < Version(
-                "5.21"
-            ):  # later ones give thinking both of its names themselves
+            if Version(transformers.__version__) < Version("5.21"):  # later ones give thinking both of its names
                 given = [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in messages]
             if template.renderer.parts:
                 given = [
