@@ -225,7 +225,7 @@ class Graft:
             request, _ = self._request([1, 2, 3], 1000, None)
             one = Answer(request, 0, self.base.tokenizer, None)
             engine.adapter_cache.acquire(name, Path(name))
-            one.slot = engine.adapter_cache.acquire_slot(name)
+            one.adapter_slot = engine.adapter_cache.acquire_slot(name)
             assert engine.runner.admit(one)
             assert engine.runner.reserve(one, 3 + 3 * tries)
             engine.runner.execute_model([(one, 3)])

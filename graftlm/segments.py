@@ -48,15 +48,17 @@ class Segments:
     """Number of each segment's tokens that are in the KV cache already; empty means none."""
     kv_cache: KVCache | None = None
     """The KV cache; None if no segment has cached tokens."""
-    streams: tuple[tuple[int, int], ...] = ()
+    rng_keys: tuple[tuple[int, int], ...] = ()
     """(trial seed, draw) of each segment: the key of its random numbers; empty without dropout."""
-    stacked: bool = False
+    batched: bool = False
     """True if the input is (examples, length) with the model's own attention instead of (1, tokens) with ours."""
 
     def __post_init__(self) -> None:
         assert len(self.lengths) == len(self.slots)
         assert all(length > 0 for length in self.lengths)
-        assert not self.stacked or len(set(self.lengths)) == 1, "a stack needs examples of equal length"
+        assert not self.batched or len(set(self.lengths)) == 1, (
+            "a batch (examples, length) needs examples of equal length"
+        )
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -96,13 +98,13 @@ class Segments:
     def of_rows(self, rows: int) -> Segments:
         """The same examples in a layer that gets `rows` rows for them: as many for each, one after another.
 
-        Most layers get one row a token, and this is it. On stacks a layer may get others: a pooled state an example, or
-        all of its past when it decodes. Raises ModelError where the rows cannot be shared out.
+        Most layers get one row a token, and this is it. In a batched layout a layer may get others: a pooled state an example,
+        or all of its past when it decodes. Raises ModelError where the rows cannot be shared out.
         """
         count = len(self.lengths)
         if rows == self.tokens:
             return self
-        if not self.stacked or not rows or rows % count:
+        if not self.batched or not rows or rows % count:
             raise ModelError(
                 f"a layer of this model gets {rows} rows in a micro-batch of {self.tokens} tokens and {count} examples, so an "
                 "adapter on it cannot tell whose they are; leave it out with --targets, such as attention or mlp"
@@ -110,7 +112,7 @@ class Segments:
         spread: dict[int, Segments] = self.__dict__.setdefault("_of_rows", {})
         if rows not in spread:
             spread[rows] = Segments(
-                lengths=(rows // count,) * count, slots=self.slots, streams=self.streams, stacked=True
+                lengths=(rows // count,) * count, slots=self.slots, rng_keys=self.rng_keys, batched=True
             )
         return spread[rows]
 
@@ -132,8 +134,8 @@ class Segments:
         It depends on nothing else, so splitting a batch otherwise, running a layer again, resuming, or training beside
         other trials gives every token the same random numbers.
         """
-        assert self.streams, "these segments carry no random streams"
-        heads = torch.tensor([hash_words(seed, draw) for seed, draw in self.streams], dtype=torch.int64)
+        assert self.rng_keys, "these segments carry no random rng_keys"
+        heads = torch.tensor([hash_words(seed, draw) for seed, draw in self.rng_keys], dtype=torch.int64)
         per_token = torch.repeat_interleave(heads, torch.tensor(self.lengths))  # (T,)
         return (per_token + self.positions * 0x9E3779B1).to(torch.int32)  # wraps: a Weyl step a position
 
@@ -164,7 +166,7 @@ def pack(
     """Split examples into micro-batches of at most `micro_batch_tokens` tokens; a longer example gets a micro-batch of its own.
 
     Returns the examples' indices for each micro-batch, ordered by slot and then by length. With `equal_lengths` a
-    micro-batch holds one length only, for models that run on stacks. First fit over examples from the longest to the
+    micro-batch holds one length only, for models without packing. First fit over examples from the longest to the
     shortest, so the micro-batches are few and even.
     """
     assert micro_batch_tokens > 0

@@ -472,10 +472,10 @@ def test_both_sides_store_and_train_as_many_values() -> None:
     found = point.train_steps(base, one, steps=1, warm_up=1)
     assert len(found["losses"]) == 2
     bank = next(m.bank for m in base.stored().values() if m.bank is not None)
-    assert {slot.rank for slot in bank.slots.values()} == {3}  # type: ignore[attr-defined]
+    assert {slot.rank for slot in bank.adapters.values()} == {3}  # type: ignore[attr-defined]
     model, _, _ = peft_point.prepare(peft_point.build(one, torch.device("cpu")), one)
     ours = sum(p.numel() for m in base.stored().values() if m.bank is not None
-               for slot in m.bank.slots.values() for p in slot.named().values())  # type: ignore[attr-defined] # fmt: skip
+               for slot in m.bank.adapters.values() for p in slot.named().values())  # type: ignore[attr-defined] # fmt: skip
     assert ours == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

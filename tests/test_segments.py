@@ -40,7 +40,7 @@ def test_first_fit_leaves_no_two_passes_that_one_could_hold(examples: list[tuple
 @settings(max_examples=100, deadline=None)
 def test_a_layout_covers_every_token_once(examples: list[tuple[int, int]]) -> None:
     lengths, slots = tuple(n for n, _ in examples), tuple(s for _, s in examples)
-    segments = Segments(lengths=lengths, slots=slots, streams=tuple((7, i) for i in range(len(lengths))))
+    segments = Segments(lengths=lengths, slots=slots, rng_keys=tuple((7, i) for i in range(len(lengths))))
     assert segments.tokens == sum(lengths)
     assert segments.positions.tolist() == [p for n in lengths for p in range(n)]
     assert list(segments.starts) == [sum(lengths[:i]) for i in range(len(lengths))]
@@ -53,17 +53,17 @@ def test_a_layout_covers_every_token_once(examples: list[tuple[int, int]]) -> No
 
 
 def test_a_tokens_key_depends_on_its_trial_draw_and_position_alone() -> None:
-    long = Segments(lengths=(4, 6, 2), slots=(1, 1, 2), streams=((5, 0), (5, 3), (8, 3)))
-    alone = Segments(lengths=(6,), slots=(4,), streams=((5, 3),))
+    long = Segments(lengths=(4, 6, 2), slots=(1, 1, 2), rng_keys=((5, 0), (5, 3), (8, 3)))
+    alone = Segments(lengths=(6,), slots=(4,), rng_keys=((5, 3),))
     assert torch.equal(long.token_keys[4:10], alone.token_keys)
     assert len(set(long.token_keys.tolist())) == 12
-    cached = Segments(lengths=(2,), slots=(4,), cached=(4,), streams=((5, 3),))
+    cached = Segments(lengths=(2,), slots=(4,), cached=(4,), rng_keys=((5, 3),))
     assert torch.equal(cached.token_keys, alone.token_keys[4:])
     assert cached.positions.tolist() == [4, 5]
 
 
 def test_a_layer_with_other_rows_than_tokens_divides_them_by_example() -> None:
-    stack = Segments(lengths=(3, 3, 3, 3), slots=(1, 1, 0, 2), streams=((5, 0), (5, 1), (5, 2), (5, 3)), stacked=True)
+    stack = Segments(lengths=(3, 3, 3, 3), slots=(1, 1, 0, 2), rng_keys=((5, 0), (5, 1), (5, 2), (5, 3)), batched=True)
     assert stack.of_rows(12) is stack
     assert stack.of_rows(20).slot_ranges == ((1, 0, 10), (0, 10, 15), (2, 15, 20))
     assert stack.of_rows(4).slot_ranges == ((1, 0, 2), (0, 2, 3), (2, 3, 4))

@@ -148,7 +148,7 @@ def layout(lengths: Sequence[int], slots: Sequence[int] | None = None) -> Segmen
 @torch.no_grad()
 def base_logits(base: Base, ids: Tensor, slot: int = 1) -> Tensor:
     """One example's ids (L,) through our base and the adapter in `slot`: logits (L, vocabulary)."""
-    context = ForwardContext(Segments(lengths=(len(ids),), slots=(slot,), stacked=not base.packs))
+    context = ForwardContext(Segments(lengths=(len(ids),), slots=(slot,), batched=not base.packs))
     return base.logits(base.hidden(ids, context), context)
 
 

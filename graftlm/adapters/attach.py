@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from graftlm.adapters.bank import Bank, EmbeddingBank
+from graftlm.adapters.bank import EmbeddingBank, LayerBank
+from graftlm.adapters.layer_adapter import LayerAdapter, LowRank, ModulesToSave, TrainableTokens, new_low_rank
 from graftlm.adapters.patterns import matches, refused_by_peft
-from graftlm.adapters.slots import LowRank, ModulesToSave, Slot, TrainableTokens, new_low_rank
 from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredLinear, StoredStack
@@ -65,10 +65,10 @@ class Origin:
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter's slots by layer name, and the plan they were made from."""
+    """One adapter's tensors by layer name, and the plan they were made from."""
 
     plan: AdapterPlan
-    slots: dict[str, Slot]
+    layers: dict[str, LayerAdapter]
     origin: Origin | None = None
     """Where it was loaded from; None for a new one."""
 
@@ -76,8 +76,8 @@ class Adapter:
         """Every trained tensor under `layer.tensor`, in a fixed order."""
         return {
             f"{layer}.{name}": tensor
-            for layer in sorted(self.slots)
-            for name, tensor in self.slots[layer].named().items()
+            for layer in sorted(self.layers)
+            for name, tensor in self.layers[layer].named().items()
         }
 
     @property
@@ -215,27 +215,27 @@ def new_adapter(base: Base, layers: Sequence[str], plan: AdapterPlan, seed: int)
             f"{what} does not work on '{odd[0]}': stacked experts, their routers, and layers of a mixture with names "
             f"like experts are parameters to PEFT, without {what} there; leave {what} out, or take --targets attention"
         )
-    slots: dict[str, Slot] = {}
+    by_layer: dict[str, LayerAdapter] = {}
     for name in layers:
         rank = _of_pattern(name, plan.ranks, plan.rank)
         alpha = _of_pattern(name, plan.alphas, plan.alpha)
-        slots[name] = new_low_rank(
+        by_layer[name] = new_low_rank(
             stored[name], name, rank=rank, alpha=alpha, rank_stabilized=plan.rank_stabilized,
             dropout=plan.dropout, dora=plan.dora, seed=seed,
         )  # fmt: skip
     for name in resolve_modules_to_save(base, plan.modules_to_save):
         weight: Tensor = base.model.get_submodule(name).weight
-        slots[name] = ModulesToSave(nn.Parameter(weight.detach().to(torch.float32, copy=True)))
+        by_layer[name] = ModulesToSave(nn.Parameter(weight.detach().to(torch.float32, copy=True)))
     if plan.trainable_tokens:
         name = base.structure.embedding_name
-        if name in slots:
+        if name in by_layer:
             raise ConfigError(
                 "trainable-tokens and modules-to-save embeddings exclude each other; the latter trains every row"
             )
         weight = dequantize(base.structure.embedding.weight.detach(), torch.float32)  # pyright: ignore
         values = weight[list(plan.trainable_tokens)].clone()
-        slots[name] = TrainableTokens(plan.trainable_tokens, nn.Parameter(values), vocabulary=len(weight))
-    return Adapter(plan, slots)
+        by_layer[name] = TrainableTokens(plan.trainable_tokens, nn.Parameter(values), vocabulary=len(weight))
+    return Adapter(plan, by_layer)
 
 
 def _of_pattern(name: str, patterns: dict[str, Any], default: Any) -> Any:
@@ -257,20 +257,20 @@ _changing = threading.Lock()
 
 def _attach(base: Base, adapter: Adapter, slot: int) -> None:
     stored = {**adaptable(base), base.structure.head_name: base.structure.head}
-    for name, part in adapter.slots.items():
+    for name, part in adapter.layers.items():
         if name == base.structure.embedding_name:
-            _embedding_bank(base.structure.embedding).slots[slot] = part
+            _embedding_bank(base.structure.embedding).adapters[slot] = part
             head = base.structure.head
             if (
                 isinstance(part, TrainableTokens)
                 and isinstance(head, StoredLinear)
                 and head.weight is base.structure.embedding.weight
             ):
-                _bank(head).slots[slot] = part
+                _bank(head).adapters[slot] = part
             continue
         module = stored.get(name)
         assert isinstance(module, Stored), f"no stored layer '{name}'"
-        _bank(module).slots[slot] = part
+        _bank(module).adapters[slot] = part
 
 
 def detach(base: Base, slot: int = 1) -> None:
@@ -278,22 +278,22 @@ def detach(base: Base, slot: int = 1) -> None:
     with _changing:
         for module in base.stored().values():
             bank = module.bank
-            if isinstance(bank, Bank):
-                bank.slots.pop(slot, None)
-                if not bank.slots:
+            if isinstance(bank, LayerBank):
+                bank.adapters.pop(slot, None)
+                if not bank.adapters:
                     module.bank = None
         embedding = base.structure.embedding
         if isinstance(embedding.bank, EmbeddingBank):
-            embedding.bank.slots.pop(slot, None)
-            if not embedding.bank.slots:
+            embedding.bank.adapters.pop(slot, None)
+            if not embedding.bank.adapters:
                 embedding.bank = None
         base.adapter_changes += 1
 
 
-def _bank(module: Stored) -> Bank:
+def _bank(module: Stored) -> LayerBank:
     if module.bank is None:
-        module.bank = Bank()
-    assert isinstance(module.bank, Bank)
+        module.bank = LayerBank()
+    assert isinstance(module.bank, LayerBank)
     return module.bank
 
 
@@ -318,17 +318,17 @@ class CoverageRow:
 def coverage(base: Base, adapter: Adapter) -> list[CoverageRow]:
     """Adapted of total for each kind of layer (the last part of its name), with its trained values."""
     totals: Counter[str] = Counter(name.rpartition(".")[2] for name in adaptable(base))
-    rows: dict[str, list[tuple[str, Slot]]] = {kind: [] for kind in totals}
-    for name, slot in adapter.slots.items():
-        rows.setdefault(name.rpartition(".")[2], []).append((name, slot))
+    found: dict[str, list[tuple[str, LayerAdapter]]] = {kind: [] for kind in totals}
+    for name, part in adapter.layers.items():
+        found.setdefault(name.rpartition(".")[2], []).append((name, part))
     for name in (base.structure.embedding_name, base.structure.head_name):
         totals.setdefault(name.rpartition(".")[2], 1)
     table: list[CoverageRow] = []
-    for kind, slots in rows.items():
-        ranks = sorted({slot.rank for _, slot in slots if isinstance(slot, LowRank)})
-        trained = sum(p.numel() for _, slot in slots for p in slot.named().values())
-        label = ", ".join(map(str, ranks)) if ranks else ("whole" if slots else "")
-        if any(isinstance(slot, TrainableTokens) for _, slot in slots):
+    for kind, parts in found.items():
+        ranks = sorted({part.rank for _, part in parts if isinstance(part, LowRank)})
+        trained = sum(p.numel() for _, part in parts for p in part.named().values())
+        label = ", ".join(map(str, ranks)) if ranks else ("whole" if parts else "")
+        if any(isinstance(part, TrainableTokens) for _, part in parts):
             label = "rows"
-        table.append(CoverageRow(kind, len(slots), totals[kind], trained, label))
+        table.append(CoverageRow(kind, len(parts), totals[kind], trained, label))
     return table

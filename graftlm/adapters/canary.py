@@ -122,7 +122,7 @@ def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> t
     attach(base, adapter, slot=SCRATCH)
     try:
         segments = Segments(
-            lengths=lengths * 2, slots=(0,) * len(lengths) + (SCRATCH,) * len(lengths), stacked=not base.packs
+            lengths=lengths * 2, slots=(0,) * len(lengths) + (SCRATCH,) * len(lengths), batched=not base.packs
         )
         ids = torch.tensor([i for one in given for i in one] * 2, device=base.device)  # (2 N L,)
         hidden = base.hidden(ids, ForwardContext(segments, bf16_matmul=False))  # (2 N L, width)

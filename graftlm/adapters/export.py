@@ -25,9 +25,9 @@ from torch import Tensor
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter
+from graftlm.adapters.layer_adapter import LowRank
 from graftlm.adapters.patterns import refused_by_peft
 from graftlm.adapters.peft_tensors import PREFIX, tensor_prefixes
-from graftlm.adapters.slots import LowRank
 from graftlm.adapters.store import open_adapter
 from graftlm.base.meta_base import MetaBase, load_meta_base
 from graftlm.base.modules import StoredStack
@@ -111,22 +111,22 @@ class VllmAdapter:
 
 def for_vllm(base: MetaBase, adapter: Adapter) -> VllmAdapter:
     """Convert an adapter for vLLM: one rank, one scale, the checkpoint's names. Raises AdapterError with the reason."""
-    slots = _servable(base, adapter)
-    most = max(slot.rank for slot in slots.values())
+    parts = _servable(base, adapter)
+    most = max(part.rank for part in parts.values())
     rank = next((r for r in RANKS if r >= most), 0)
     if not rank:
         raise AdapterError(
             f"the adapter's rank is {most}, and vLLM serves at most {RANKS[-1]}; train it with a lower --rank, or merge it"
         )
-    scales = {slot.scale for slot in slots.values()}
+    scales = {part.scale for part in parts.values()}
     common = scales.pop() if len(scales) == 1 else 1.0
     alpha = common * rank
     if alpha != int(alpha):  # vLLM's field is an integer
         common, alpha = 1.0, float(rank)
     tensors: dict[str, Tensor] = {}
-    for layer, slot in slots.items():
-        factor = slot.scale / common
-        for name, A, B in _named(base, layer, slot, rank, list(slots)):
+    for layer, part in parts.items():
+        factor = part.scale / common
+        for name, A, B in _named(base, layer, part, rank, list(parts)):
             tensors[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = (B * factor if factor != 1 else B).contiguous()
     names = {n.removeprefix(PREFIX).rpartition(".lora_")[0] for n in tensors}
@@ -143,16 +143,16 @@ def for_vllm(base: MetaBase, adapter: Adapter) -> VllmAdapter:
 
 
 def _servable(base: MetaBase, adapter: Adapter) -> dict[str, LowRank]:
-    """The adapter's low-rank layers. Raises AdapterError for slots that vLLM does not support."""
+    """The adapter's low-rank layers. Raises AdapterError for layers that vLLM does not support."""
     kind = type(base.plain).__name__
     if kind in _WITHOUT_LORA:
         raise AdapterError(f"vLLM has no LoRA for {kind}; serve it merged: {_merge(base, adapter)}")
     found: dict[str, LowRank] = {}
-    for layer, slot in adapter.slots.items():
+    for layer, part in adapter.layers.items():
         why = None
-        if not isinstance(slot, LowRank):
+        if not isinstance(part, LowRank):
             why = f"'{layer}' is trained in full or by token rows, and vLLM serves low-rank updates only"
-        elif slot.magnitude is not None:
+        elif part.magnitude is not None:
             why = "it is a DoRA adapter, whose magnitude is not a low-rank update"
         elif base.forms[base.parameter_of(layer)].transposed and not isinstance(base.stored().get(layer), StoredStack):
             why = f"'{layer}' is a transposed layer (Conv1D), which vLLM does not adapt"
@@ -162,8 +162,8 @@ def _servable(base: MetaBase, adapter: Adapter) -> dict[str, LowRank]:
             raise AdapterError(
                 f"the adapter cannot be served by vLLM: {why}; merge it into a model: {_merge(base, adapter)}"
             )
-        assert isinstance(slot, LowRank)
-        found[layer] = slot
+        assert isinstance(part, LowRank)
+        found[layer] = part
     return found
 
 
@@ -173,7 +173,7 @@ def _merge(base: MetaBase, adapter: Adapter) -> str:
     return shlex.join(["graft", "merge", "--model", base.name, "--adapter", str(folder), "--out", "merged"])
 
 
-def _named(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+def _named(base: MetaBase, layer: str, part: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:
     """(module name in the checkpoint, A (R, in), B (out, R)) of a layer; for a stack, one for each of its tensors."""
     parameter = base.parameter_of(layer)
     spans = base.spans()[parameter]
@@ -184,22 +184,22 @@ def _named(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[st
             raise AdapterError(
                 f"'{layer}' is assembled from other layers of the checkpoint, and vLLM adapts only those"
             )
-        A, B = _padded(*slot.factors(None), rank)
+        A, B = _padded(*part.factors(None), rank)
         return [(name.removesuffix(".weight"), A, B)]
     if len(base.checkpoint.tensors[spans[0].tensor].shape) == 3:
-        return [_nested(base, layer, slot, rank, layers)]
+        return [_nested(base, layer, part, rank, layers)]
     parts: dict[str, list[Tensor]] = {}
     factors_A: dict[str, Tensor] = {}
     for span in spans:
         expert, first = divmod(span.row, form.out)
-        pair = _padded(*slot.factors(expert), rank)
+        pair = _padded(*part.factors(expert), rank)
         name = span.tensor.removesuffix(".weight")
         factors_A[name] = pair[0]
         parts.setdefault(name, []).append(pair[1][first : first + span.count])
     return [(name, factors_A[name], torch.cat(pieces)) for name, pieces in parts.items()]
 
 
-def _nested(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[str]) -> tuple[str, Tensor, Tensor]:
+def _nested(base: MetaBase, layer: str, part: LowRank, rank: int, layers: list[str]) -> tuple[str, Tensor, Tensor]:
     """A stack that the checkpoint stores as one tensor, in PEFT's nested form, padded expert by expert."""
     module = layer.rpartition(".")[0]
     both = [n for n in base.stored() if n.rpartition(".")[0] == module and isinstance(base.stored()[n], StoredStack)]
@@ -208,7 +208,7 @@ def _nested(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[s
         raise AdapterError(
             f"'{layer}' is adapted and '{missing[0]}' is not; vLLM needs adapters on all stacks of a mixture, or on none"
         )
-    pairs = [_padded(*slot.factors(e), rank) for e in range(slot.experts)]
+    pairs = [_padded(*part.factors(e), rank) for e in range(part.experts)]
     A = torch.cat([a for a, _ in pairs])  # (E R, in)
     B = torch.stack([b for _, b in pairs], dim=2).flatten(1)  # (out, R E), the expert running fastest
     return tensor_prefixes(base, layers)[layer], A, B
@@ -228,21 +228,21 @@ def _check(base: MetaBase, adapter: Adapter, folder: Path) -> None:
     named = load_file(folder / adapter_format.TENSORS)
     scale, rank = config["lora_alpha"] / config["r"], config["r"]
     generator = torch.Generator().manual_seed(0)
-    for layer, slot in adapter.slots.items():
-        assert isinstance(slot, LowRank)
+    for layer, part in adapter.layers.items():
+        assert isinstance(part, LowRank)
         parameter = base.parameter_of(layer)
         form = base.forms[parameter]
         x = torch.randn(form.shape[-1], generator=generator)
         nested = len(form.shape) == 3 and len(base.checkpoint.tensors[base.spans()[parameter][0].tensor].shape) == 3
         for span in base.spans()[parameter]:
             expert, first = divmod(span.row, form.out) if len(form.shape) == 3 else (None, span.row)
-            name = tensor_prefixes(base, list(adapter.slots))[layer] if nested else span.tensor.removesuffix(".weight")
+            name = tensor_prefixes(base, list(adapter.layers))[layer] if nested else span.tensor.removesuffix(".weight")
             factors = named[f"{PREFIX}{name}.lora_A.weight"], named[f"{PREFIX}{name}.lora_B.weight"]
             begin = span.first
             if nested:
-                padded = replace(slot, A=torch.nn.Parameter(factors[0]), B=torch.nn.Parameter(factors[1]), rank=rank)
+                padded = replace(part, A=torch.nn.Parameter(factors[0]), B=torch.nn.Parameter(factors[1]), rank=rank)
                 factors, begin = padded.factors(expert), first
-            ours, theirs = slot.factors(expert)
-            wanted = slot.scale * (theirs[first : first + span.count] @ (ours @ x))
+            ours, theirs = part.factors(expert)
+            wanted = part.scale * (theirs[first : first + span.count] @ (ours @ x))
             found = scale * (factors[1][begin : begin + span.count] @ (factors[0] @ x))
             assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max() + 1e-30)), layer

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graftlm.adapters.attach import Adapter
 from graftlm.adapters.combine import MergeRecipe, combine, dropped, threshold
-from graftlm.adapters.slots import LowRank, ModulesToSave, Slot, TrainableTokens
+from graftlm.adapters.layer_adapter import LayerAdapter, LowRank, ModulesToSave, TrainableTokens
 from graftlm.base.checkpoint_layout import RowSpan, names_of
 from graftlm.base.meta_base import MetaBase
 from graftlm.base.modules import StoredLinear
@@ -83,24 +83,24 @@ class Merger:
     rounding: Rounding = field(default_factory=Rounding)
 
     def __post_init__(self) -> None:
-        """Group the adapters' slots by weight. Raises AdapterError for a slot that cannot be merged into any weight."""
+        """Group the adapters' tensors by weight. Raises AdapterError for a layer that cannot be merged into any weight."""
         base = self.base
-        self.parts: dict[str, list[tuple[int, Slot]]] = {}
+        self.parts: dict[str, list[tuple[int, LayerAdapter]]] = {}
         embedding, head = (f"{n}.weight" for n in (base.structure.embedding_name, base.structure.head_name))
         for index, given in enumerate(self.adapters):
-            for layer, slot in given.adapter.slots.items():
+            for layer, part in given.adapter.layers.items():
                 parameter = base.parameter_of(layer)
                 if parameter not in base.forms:
                     raise AdapterError(
                         f"'{layer}' has no weight of its own in the checkpoint, so nothing can be merged"
                     )
-                self.parts.setdefault(parameter, []).append((index, slot))
+                self.parts.setdefault(parameter, []).append((index, part))
                 # As in `attach`: rows of a tied embedding are the head's too, a full copy of the embedding is not.
                 shared = (
-                    base.tied and isinstance(slot, TrainableTokens) and isinstance(base.structure.head, StoredLinear)
+                    base.tied and isinstance(part, TrainableTokens) and isinstance(base.structure.head, StoredLinear)
                 )
-                if shared and parameter == embedding and base.structure.head_name not in given.adapter.slots:
-                    self.parts.setdefault(head, []).append((index, slot))
+                if shared and parameter == embedding and base.structure.head_name not in given.adapter.layers:
+                    self.parts.setdefault(head, []).append((index, part))
         same = [(i, id(s)) for i, s in self.parts.get(embedding, [])] == [
             (i, id(s)) for i, s in self.parts.get(head, [])
         ]
@@ -240,10 +240,10 @@ class Merger:
         if len(parts) == 1 and self.adapters[parts[0][0]].weight == 1 and self.recipe.kind == "linear":
             return applied(parts[0][1], rows, expert, first)
         updates: list[Tensor] = []
-        for index, slot in parts:
-            update = update_of(slot, rows, expert, first)
+        for index, part in parts:
+            update = update_of(part, rows, expert, first)
             if self.recipe.kind == "ties":
-                cut = self._cut(weight, index, slot, expert)
+                cut = self._cut(weight, index, part, expert)
                 update = update * (update.abs() >= cut)
             elif self.recipe.kind != "linear":
                 key = (weight, -1 if expert is None else expert, index)
@@ -252,7 +252,7 @@ class Merger:
         weights = [self.adapters[index].weight for index, _ in parts]
         return rows + combine(updates, weights, self.recipe.kind)
 
-    def _cut(self, weight: str, index: int, slot: Slot, expert: int | None) -> float:
+    def _cut(self, weight: str, index: int, part: LayerAdapter, expert: int | None) -> float:
         """The threshold at which TIES trims an adapter's update of a weight, or of one expert of a stack; computed once."""
         key = (weight, -1 if expert is None else expert, index)
         if key not in self._cuts:
@@ -262,40 +262,40 @@ class Merger:
             for span in self.spans.get(weight) or self.spans[self.embedding]:
                 if begin <= span.row < begin + form.out:
                     for row, rows in self._blocks(weight, span):
-                        pieces.append(update_of(slot, rows, expert, row - begin))
+                        pieces.append(update_of(part, rows, expert, row - begin))
             self._cuts[key] = threshold(torch.cat(pieces), self.recipe.density)
         return self._cuts[key]
 
 
-def applied(slot: Slot, rows: Tensor, expert: int | None, first: int) -> Tensor:
-    """Rows `first ..` of W (n, in) in float32 with one slot applied."""
+def applied(part: LayerAdapter, rows: Tensor, expert: int | None, first: int) -> Tensor:
+    """Rows `first ..` of W (n, in) in float32 with one adapter applied."""
     last = first + len(rows)
-    if isinstance(slot, ModulesToSave):
-        return slot.weight[first:last].float()
-    if isinstance(slot, TrainableTokens):
+    if isinstance(part, ModulesToSave):
+        return part.weight[first:last].float()
+    if isinstance(part, TrainableTokens):
         new = rows.clone()
-        for place, token in enumerate(slot.tokens):
+        for place, token in enumerate(part.tokens):
             if first <= token < last:
-                new[token - first] = slot.values[place].float()
+                new[token - first] = part.values[place].float()
         return new
-    combined = rows + low_rank_rows(slot, expert, first, last)
-    if slot.magnitude is None:
+    combined = rows + low_rank_rows(part, expert, first, last)
+    if part.magnitude is None:
         return combined
     norms = torch.linalg.vector_norm(combined, dim=1, keepdim=True)  # (n, 1)
-    return combined * (slot.magnitude[first:last, None] / norms)
+    return combined * (part.magnitude[first:last, None] / norms)
 
 
-def low_rank_rows(slot: LowRank, expert: int | None, first: int, last: int) -> Tensor:
+def low_rank_rows(part: LowRank, expert: int | None, first: int, last: int) -> Tensor:
     """Rows first..last of s B A, (n, in)."""
-    A, B = slot.factors(expert)
-    return slot.scale * (B[first:last].float() @ A.float())
+    A, B = part.factors(expert)
+    return part.scale * (B[first:last].float() @ A.float())
 
 
-def update_of(slot: Slot, rows: Tensor, expert: int | None, first: int) -> Tensor:
-    """The update that one slot makes to rows `first ..` of W, (n, in)."""
-    if isinstance(slot, LowRank) and slot.magnitude is None:
-        return low_rank_rows(slot, expert, first, first + len(rows))
-    return applied(slot, rows, expert, first) - rows
+def update_of(part: LayerAdapter, rows: Tensor, expert: int | None, first: int) -> Tensor:
+    """The update that one adapter makes to rows `first ..` of W, (n, in)."""
+    if isinstance(part, LowRank) and part.magnitude is None:
+        return low_rank_rows(part, expert, first, first + len(rows))
+    return applied(part, rows, expert, first) - rows
 
 
 def _rows_of(stored: Nf4 | Int8, out: int, row: int, count: int) -> Tensor:

@@ -79,7 +79,7 @@ def limit_rows(rows: Sequence[EvalRow], vocabulary: int, most: int) -> list[Eval
 @torch.no_grad()
 def logits_of(base: Base, slot: int, row: EvalRow) -> Tensor:
     """One row through a base and the adapter in `slot`: (n, V), float32, on the CPU."""
-    segments = Segments(lengths=(len(row.ids),), slots=(slot,), stacked=not base.packs)
+    segments = Segments(lengths=(len(row.ids),), slots=(slot,), batched=not base.packs)
     hidden = base.hidden(row.ids.to(base.device), ForwardContext(segments))[row.before.to(base.device)]  # (n, width)
     return base.logits(hidden, ForwardContext(Segments(lengths=(len(hidden),), slots=(slot,)))).float().cpu()
 

@@ -48,10 +48,10 @@ from graftlm.files import write_json
 
 def tensors(base: Base, adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, on the CPU in float32."""
-    prefixes = tensor_prefixes(base, list(adapter.slots))
+    prefixes = tensor_prefixes(base, list(adapter.layers))
     found: dict[str, Tensor] = {}
-    for layer, slot in adapter.slots.items():
-        for name, tensor in slot.named().items():
+    for layer, part in adapter.layers.items():
+        for name, tensor in part.named().items():
             found[f"{PREFIX}{prefixes[layer]}.{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
     return found
 
@@ -66,13 +66,13 @@ def _targets(base: Base, names: list[str]) -> list[str]:
 def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
     """PEFT's `adapter_config.json` for this adapter."""
     plan = adapter.plan
-    low = {name: slot for name, slot in adapter.slots.items() if isinstance(slot, LowRank)}
+    low = {name: part for name, part in adapter.layers.items() if isinstance(part, LowRank)}
     stored = layers(base)
     parameters = as_target_parameters(base, list(low))
     linears = [n for n in low if n not in parameters]
     keys = {n: re.escape(key_of(n, stored[n], n in parameters)) for n in low}
     transposed = any(stored[n].transposed for n in linears)
-    rows = {name: list(s.tokens) for name, s in adapter.slots.items() if isinstance(s, TrainableTokens)}
+    rows = {name: list(s.tokens) for name, s in adapter.layers.items() if isinstance(s, TrainableTokens)}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -86,7 +86,7 @@ def peft_config(base: Base, adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {keys[n]: s.alpha for n, s in low.items() if s.alpha != plan.alpha},
         "target_modules": _targets(base, linears) if linears else [],
         "target_parameters": sorted(key_of(n, stored[n], True) for n in parameters) or None,
-        "modules_to_save": sorted(n for n, s in adapter.slots.items() if isinstance(s, ModulesToSave)) or None,
+        "modules_to_save": sorted(n for n, s in adapter.layers.items() if isinstance(s, ModulesToSave)) or None,
         "trainable_token_indices": _indices(base, rows),
         "bias": "none",
         "fan_in_fan_out": transposed,
@@ -115,7 +115,7 @@ def save(base: Base, adapter: Adapter, folder: Path, about: Mapping[str, Any]) -
     save_file(named, folder / TENSORS, metadata={"format": "pt"})
     config = peft_config(base, adapter)
     write_json(folder / CONFIG, config)
-    own_tokens = any(isinstance(slot, TrainableTokens) for slot in adapter.slots.values())
+    own_tokens = any(isinstance(part, TrainableTokens) for part in adapter.layers.values())
     if own_tokens or (adapter.origin is not None and adapter.origin.tokenizer is not None):
         base.tokenizer.save_pretrained(str(folder))
     encoder = Encoder(base.tokenizer, date=(about.get("template") or {}).get("date"))
@@ -193,10 +193,10 @@ def _same_base(base: Base, folder: Path, trained: Mapping[str, Any]) -> None:
 
 def _refuse_no_effect(folder: Path, adapter: Adapter) -> None:
     """Refuse B zero in every layer with nothing else trained: saved before the first step, or a failed conversion."""
-    slots = adapter.slots.values()
-    if all(isinstance(slot, LowRank) and slot.magnitude is None and not slot.B.any() for slot in slots):
+    parts = adapter.layers.values()
+    if all(isinstance(part, LowRank) and part.magnitude is None and not part.B.any() for part in parts):
         raise AdapterError(
-            f"{folder}: B is zero in all of its {len(adapter.slots)} layers, so the adapter changes nothing; it was saved "
+            f"{folder}: B is zero in all of its {len(adapter.layers)} layers, so the adapter changes nothing; it was saved "
             "before it was trained, or lost in a conversion"
         )
 

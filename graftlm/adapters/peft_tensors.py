@@ -1,4 +1,4 @@
-"""Assign an adapter's tensors to the slots of a base.
+"""Assign an adapter's tensors to the layers of a base.
 
 PEFT names a tensor by its layer. For stacked experts it nests parameter wrappers: of n adapted stacks in one module the first
 one's tensors are below n - 1 times `base_layer.`, the last one's below none. A tensor that fits no layer, is missing, or has
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.adapters.attach import Adapter, AdapterPlan, adaptable
+from graftlm.adapters.layer_adapter import LayerAdapter, LowRank, ModulesToSave, TrainableTokens, scale_of
 from graftlm.adapters.manifest import CONFIG
-from graftlm.adapters.slots import LowRank, ModulesToSave, Slot, TrainableTokens, scale_of
 from graftlm.adapters.targets import Targets, applied, key_of, layers
 from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredStack
@@ -53,7 +53,7 @@ def tensor_prefixes(base: Base, names: list[str]) -> dict[str, str]:
 
 
 def assign_tensors(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> Adapter:
-    """Make slots of the tensors. Raises AdapterError for a tensor that fits no layer or has the wrong shape."""
+    """Make an adapter of the tensors. Raises AdapterError for a tensor that fits no layer or has the wrong shape."""
     stored = layers(base)
     targets = Targets(config, f"{folder}/{CONFIG}")
     modules, parameters, no_slot_reason = applied(base, targets)
@@ -71,7 +71,7 @@ def assign_tensors(base: Base, folder: Path, config: dict[str, Any], named: dict
     )
     adapted = [n for n, m in stored.items() if n in parameters or not isinstance(m, StoredStack)]
     grouped = _grouped(base, folder, named, adapted, saved["modules_to_save"])
-    slots: dict[str, Slot] = {}
+    by_layer: dict[str, LayerAdapter] = {}
     for name in dict.fromkeys([*stored, base.structure.embedding_name, base.structure.head_name]):
         parts = grouped.get(name)
         if not parts:
@@ -79,9 +79,9 @@ def assign_tensors(base: Base, folder: Path, config: dict[str, Any], named: dict
         if len(parts) > 1 and not parts.keys().isdisjoint(_OF_VOCABULARY):
             raise AdapterError(f"{folder}: '{name}' is adapted in two ways at once: {', '.join(sorted(parts))}")
         if "weight" in parts:
-            slots[name] = _whole(base, folder, name, parts["weight"])
+            by_layer[name] = _whole(base, folder, name, parts["weight"])
         elif _ROWS in parts:
-            slots[name] = _rows(base, folder, saved["trainable_token_indices"].get(name), name, parts[_ROWS])
+            by_layer[name] = _rows(base, folder, saved["trainable_token_indices"].get(name), name, parts[_ROWS])
         elif name not in stored:
             raise AdapterError(
                 f"{folder}: a low-rank adapter on '{name}' is not supported; its rows can be trained instead"
@@ -92,9 +92,9 @@ def assign_tensors(base: Base, folder: Path, config: dict[str, Any], named: dict
             )
         else:
             key = key_of(name, stored[name], name in parameters)
-            slots[name] = _low_rank(base, folder, targets, plan, name, key, stored[name], parts)
-    _complete(folder, modules | parameters, saved, slots)
-    return Adapter(plan, slots)
+            by_layer[name] = _low_rank(base, folder, targets, plan, name, key, stored[name], parts)
+    _complete(folder, modules | parameters, saved, by_layer)
+    return Adapter(plan, by_layer)
 
 
 def _grouped(
@@ -220,7 +220,7 @@ def _low_rank(
         )
     return LowRank(
         A=_placed(base, A), B=_placed(base, B), scale=scale_of(alpha, rank, plan.rank_stabilized), alpha=alpha, rank=rank,
-        dropout=plan.dropout, key=hash_words("dropout", name), experts=experts,
+        dropout=plan.dropout, dropout_key=hash_words("dropout", name), experts=experts,
         magnitude=None if magnitude is None else _placed(base, magnitude.reshape(-1)),
     )  # fmt: skip
 
@@ -247,15 +247,17 @@ def _trained(base: Base, folder: Path, key: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def _complete(folder: Path, expected: set[str], saved: Mapping[str, dict[str, Any]], slots: Mapping[str, Slot]) -> None:
+def _complete(
+    folder: Path, expected: set[str], saved: Mapping[str, dict[str, Any]], by_layer: Mapping[str, LayerAdapter]
+) -> None:
     """Every layer that the config names must have its tensors."""
     for key, kind in (("modules_to_save", ModulesToSave), ("trainable_token_indices", TrainableTokens)):
         for name in saved[key]:
-            if not isinstance(slots.get(name), kind):
+            if not isinstance(by_layer.get(name), kind):
                 raise AdapterError(
                     f"{folder}: {key} names '{name}', and its tensor is missing; the adapter is incomplete"
                 )
-    missing = sorted(expected - set(slots))
+    missing = sorted(expected - set(by_layer))
     if missing:
         raise AdapterError(
             f"{folder}: {len(missing)} of {len(expected)} target layers have no tensors, the first is '{missing[0]}'; "

@@ -68,8 +68,8 @@ def segment_attention(
     Raises UnsupportedAttention for every unknown keyword that is not None, since it may change the result.
     """
     segments = context.current().segments
-    if segments.stacked:
-        raise UnsupportedAttention("packed segments; this micro-batch is a stack")
+    if segments.batched:
+        raise UnsupportedAttention("packed segments; this micro-batch is (examples, length)")
     unknown = [name for name, given in others.items() if given is not None and name not in _IGNORED]
     if unknown:
         raise UnsupportedAttention(f"attention keyword '{unknown[0]}'")
@@ -343,8 +343,8 @@ def _may_pack(base: Base, own: str) -> tuple[bool, str]:
 
     def packed(ids: Tensor, segments: Segments) -> Tensor:
         set_attention(base.model, ATTENTION)
-        passing = ForwardContext(segments)
-        return base.logits(base.hidden(ids[0].to(base.device), passing), passing)
+        forward_context = ForwardContext(segments)
+        return base.logits(base.hidden(ids[0].to(base.device), forward_context), forward_context)
 
     with short_windows(base.model, 5):
         return may_pack(alone, packed, base.structure.vocabulary, exact=base.compute_dtype != "bfloat16")
@@ -382,5 +382,7 @@ def original_attention(base: Base) -> Iterator[None]:
 
 def _stack_logits(base: Base, ids: Tensor) -> Tensor:
     """The logits (n, L, vocabulary) of examples (n, L), with the current attention."""
-    passing = ForwardContext(Segments(lengths=(ids.shape[1],) * len(ids), slots=(0,) * len(ids), stacked=True))
-    return base.logits(base.hidden(ids.reshape(-1).to(base.device), passing), passing).view(*ids.shape, -1)
+    forward_context = ForwardContext(Segments(lengths=(ids.shape[1],) * len(ids), slots=(0,) * len(ids), batched=True))
+    return base.logits(base.hidden(ids.reshape(-1).to(base.device), forward_context), forward_context).view(
+        *ids.shape, -1
+    )

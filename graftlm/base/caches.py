@@ -193,7 +193,7 @@ class _Texts:
 
 
 def _stack(count: int, length: int) -> ForwardContext:
-    return ForwardContext(Segments(lengths=(length,) * count, slots=(0,) * count, stacked=True))
+    return ForwardContext(Segments(lengths=(length,) * count, slots=(0,) * count, batched=True))
 
 
 def _whole(base: Base, text: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The input embedding: rows in the compute dtype, an adapter's own rows, and one gradient with a tied head.
+"""The input embedding: rows in the activation dtype, an adapter's own rows, and one gradient with a tied head.
 
     StoredEmbedding(ids (...,)) -> (..., w)
 
@@ -67,9 +67,9 @@ class StoredEmbedding(nn.Module):
             return original.forward(ids)
         padding = getattr(original, "padding_idx", None)
         if self._shares_gradient(weight):
-            passing = context.current()
-            passing.tied = TiedGradient()
-            rows = look_up(weight, ids.reshape(-1), padding, self.activation_dtype, passing.tied)  # (T, w)
+            forward_context = context.current()
+            forward_context.tied = TiedGradient()
+            rows = look_up(weight, ids.reshape(-1), padding, self.activation_dtype, forward_context.tied)  # (T, w)
         else:
             rows = F.embedding(ids.reshape(-1), weight, padding).to(self.activation_dtype)
         return self.scaled(rows, torch.arange(len(rows), device=ids.device).view(ids.shape))

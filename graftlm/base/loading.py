@@ -67,7 +67,7 @@ class Base:
     fixed: frozenset[str] = frozenset()
     """Parameters that the model's class itself never trains."""
     packs: bool = True
-    """Whether it runs on packed segments; otherwise on stacks of equally long examples."""
+    """Whether it runs on packed segments; otherwise on batches of equally long examples."""
     no_packing_reason: str = ""
     original_attention: str = "sdpa"
     """The attention implementation of the loaded model."""
@@ -416,7 +416,7 @@ def _keeps_state(base: Base) -> bool:
     for length in (3, 5):
         before.append(_attributes(base.model))
         ids = torch.arange(length, device=base.device) % base.structure.vocabulary
-        base.hidden(ids, ForwardContext(Segments(lengths=(length,), slots=(0,), stacked=not base.packs)))
+        base.hidden(ids, ForwardContext(Segments(lengths=(length,), slots=(0,), batched=not base.packs)))
     return before[0] != before[1] or before[1] != _attributes(base.model)
 
 

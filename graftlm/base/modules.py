@@ -25,9 +25,6 @@ from graftlm.base import context
 from graftlm.base.precision import Weight, dequantize, nbytes, quantize
 from graftlm.config import Precision
 
-Range = tuple[int, int, int]
-"""(slot, first token, one past the last token)."""
-
 
 class LinearBank(Protocol):
     """The adapters on a stored module (`adapters.bank` implements it)."""
@@ -39,7 +36,7 @@ class LinearBank(Protocol):
         weight: Weight,
         bias: Tensor | None,
         expert: int | None = None,
-        rows: Tensor | None = None,
+        token_indices: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -204,13 +201,12 @@ class StoredStack(Stored):
         super().__init__(shape, precision, transposed=transposed)
         self.experts, self.out_features, self.in_features = shape
 
-    def of_expert(self, expert: int, x: Tensor, rows: Tensor) -> Tensor:
-        """x (t, in), the tokens that expert `expert` got, with `rows` (t,) their ascending indices in the micro-batch -> (t,
-        out)."""
+    def of_expert(self, expert: int, x: Tensor, token_indices: Tensor) -> Tensor:
+        """x (t, in), the tokens of one expert, at the ascending `token_indices` (t,) of the micro-batch -> (t, out)."""
         weight = self.value[expert]
         bank = self.bank
         if bank is not None:
-            return bank(x, self, weight, None, expert, rows)
+            return bank(x, self, weight, None, expert, token_indices)
         return stored_matmul(x, weight, None, self.bf16_matmul)
 
     def extra_repr(self) -> str:
@@ -218,11 +214,11 @@ class StoredStack(Stored):
 
 
 class WeightHandle:
-    """Replaces a stored weight that a model's own code reads, and acts like a dense weight in the compute dtype.
+    """Replaces a stored weight that a model's own code reads, and acts like a dense weight in the activation dtype.
 
     `F.linear(x, weight)` and `weight @ x` become calls of the stored linear, with its adapters and its gradient: routers
     multiply like that in their own forward, and Mamba's mixers with the weight of `dt_proj`. Any other operation gets the
-    upcast weight without adapters. `dtype` is the compute dtype, since the model's code may cast its input to it.
+    upcast weight without adapters. `dtype` is the activation dtype, since the model's code may cast its input to it.
     """
 
     def __init__(self, linear: StoredLinear, dtype: torch.dtype) -> None:

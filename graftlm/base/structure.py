@@ -49,8 +49,8 @@ class _BodyOutput(dict[str, Any]):
         return (self.last_hidden_state,)
 
 
-class _Given(nn.Module):
-    """Replaces a model's body and returns given hidden states."""
+class _FixedHiddenStates(nn.Module):
+    """Replaces a model's body and returns fixed hidden states."""
 
     def __init__(self, body: nn.Module, hidden: Tensor) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _Given(nn.Module):
 class _ReadHead(nn.Module):
     """A stored head for the model's own code: Mamba first casts its input to the dtype of the head's weight.
 
-    Our own code needs the head's parameter itself, so unlike other stored layers it has no `WeightHandle`.
+    The real head keeps its Parameter, so the model's own code gets this wrapper, which offers a `WeightHandle`.
     """
 
     def __init__(self, head: StoredLinear, activation_dtype: torch.dtype) -> None:
@@ -86,27 +86,27 @@ def _stored(model: nn.Module) -> list[Stored]:
     return [module for module in model.modules() if isinstance(module, Stored)]
 
 
-def _with(module: nn.Module, path: Sequence[str], other: nn.Module) -> Any:
+def _copy_with_submodule(module: nn.Module, path: Sequence[str], other: nn.Module) -> Any:
     """A module that shares everything with `module` but has `other` at `path`.
 
     The model itself does not change: another thread may run it at the same time.
     """
     own: Any = module
     copy = object.__new__(type(module))
-    child = other if len(path) == 1 else _with(own._modules[path[0]], path[1:], other)
+    child = other if len(path) == 1 else _copy_with_submodule(own._modules[path[0]], path[1:], other)
     copy.__dict__.update(own.__dict__)
     copy.__dict__["_modules"] = {**own._modules, path[0]: child}
     return copy
 
 
-def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed_forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """A layer's forward that saves its inputs alone and is recomputed in backward; its random numbers are counter-based."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    passing = context.current()  # autograd may recompute it in another thread
+    forward_context = context.current()  # autograd may recompute it in another thread
 
     def run(*args: Any) -> Any:
-        with passing:
+        with forward_context:
             return forward(*args, **kwargs)
 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
@@ -120,7 +120,7 @@ class ModelStructure:
 
         `activation_dtype` is the dtype of the hidden states.
         """
-        self.model, self._compute = model, activation_dtype
+        self.model, self._activation_dtype = model, activation_dtype
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = head_and_embedding(model)
         self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
@@ -133,18 +133,18 @@ class ModelStructure:
         self.body_name, self.body = self._find_body(head, ids)
         parameters = inspect.signature(self.body.forward).parameters
         self.takes_positions = "position_ids" in parameters
-        self.plain_head = self._has_plain_head()
+        self.head_is_plain_matmul = self._check_plain_matmul()
 
     @property
     def head(self) -> nn.Module:
         return self.model.get_submodule(self.head_name)
 
-    def _readable(self) -> Any:
+    def _model_with_readable_head(self) -> Any:
         """The model with a head whose weight the model's own code can read."""
         head = self.head
         if not isinstance(head, StoredLinear):
             return self.model
-        return _with(self.model, self.head_name.split("."), _ReadHead(head, self._compute))
+        return _copy_with_submodule(self.model, self.head_name.split("."), _ReadHead(head, self._activation_dtype))
 
     def tail_modules(self) -> list[nn.Module]:
         """Every module outside the body, which together turn hidden states into logits, including the head."""
@@ -156,7 +156,7 @@ class ModelStructure:
         return found
 
     @torch.no_grad()
-    def _has_plain_head(self) -> bool:
+    def _check_plain_matmul(self) -> bool:
         """Whether the logits are the head's matmul and nothing else: no soft cap, scale, bias or other layer."""
         head = self.head
         if not isinstance(head, StoredLinear) or head.weight is None or head.bias is not None:
@@ -164,7 +164,7 @@ class ModelStructure:
         generator = torch.Generator().manual_seed(0)
         for scale in (1.0, 100.0):  # a soft cap changes large logits
             hidden = torch.randn(1, 2, head.in_features, generator=generator).mul_(scale)
-            hidden = hidden.to(device=head.weight.device, dtype=self._kind)
+            hidden = hidden.to(device=head.weight.device, dtype=self._head_input_dtype)
             found, expected = self.logits(hidden), head(hidden)[0]
             if found.dtype != expected.dtype or not torch.equal(found, expected):
                 return False
@@ -183,37 +183,37 @@ class ModelStructure:
         hooks = [m.register_forward_hook(partial(keep, n)) for n, m in self.model.named_modules() if n]
         hooks.append(head.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
         try:
-            expected = self._readable()(input_ids=ids, use_cache=False).logits
+            expected = self._model_with_readable_head()(input_ids=ids, use_cache=False).logits
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             # The model's own code may raise anything: in float32 it has the weights that transformers gives it.
-            plain = all(s.dense is not None and s.dense.dtype == self._compute for s in _stored(self.model))
-            way_out = "please report this architecture"
+            plain = all(s.dense is not None and s.dense.dtype == self._activation_dtype for s in _stored(self.model))
+            hint = (
+                "Please report this architecture"
+                if plain
+                else "Try --base-precision float32 --compute-dtype float32, which leave the weights' dtypes as they are; if "
+                "that fails too, please report this architecture"
+            )
             raise ModelError(
-                f"{type(self.model).__name__} does not run over {'its' if plain else 'stored'} weights "
-                f"({type(error).__name__}: {first_line(error)}); "
-                + (
-                    way_out
-                    if plain
-                    else f"--base-precision float32 --compute-dtype float32 changes no type of them; {way_out}"
-                )
+                f"{type(self.model).__name__} does not run with {'its own' if plain else 'converted'} weights "
+                f"({type(error).__name__}: {first_line(error)}). {hint}"
             ) from None
         finally:
             for hook in hooks:
                 hook.remove()
         hidden = seen[0]
-        self._kind = hidden.dtype
+        self._head_input_dtype = hidden.dtype
         same = [n for n, t in outputs if t.shape == hidden.shape and t.data_ptr() == hidden.data_ptr()]
         candidates = sorted(same, key=lambda n: n.count("."))[:1]
         base_name = self.model.base_model_prefix
         if base_name and hasattr(self.model, base_name):
             candidates.append(base_name)
-        reached = dict(outputs)
+        outputs_by_name = dict(outputs)
         for name in candidates:
             self.body_name, self.body = name, self.model.get_submodule(name)
             try:
-                found = self.logits(reached[name])
+                found = self.logits(outputs_by_name[name])
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # this candidate is not the body
@@ -225,11 +225,11 @@ class ModelStructure:
             "cannot compute its loss; please report this architecture"
         )
 
-    def hidden(self, ids: Tensor, passing: ForwardContext) -> Tensor:
+    def hidden(self, ids: Tensor, forward_context: ForwardContext) -> Tensor:
         """The body alone: ids (T,) laid out as the context's segments -> hidden states (T, width)."""
-        segments = passing.segments
-        with passing:
-            if segments.stacked:
+        segments = forward_context.segments
+        with forward_context:
+            if segments.batched:
                 count, length = len(segments.lengths), segments.lengths[0]
                 output = self.body(input_ids=ids.view(count, length), use_cache=False)
             else:
@@ -238,7 +238,7 @@ class ModelStructure:
         hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         return hidden.reshape(-1, hidden.shape[-1])
 
-    def logits(self, hidden: Tensor, passing: ForwardContext | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, forward_context: ForwardContext | None = None) -> Tensor:
         """From hidden states (n, width) or (1, n, width) to logits (n, vocabulary), by the model's own code.
 
         The class's forward runs with its body replaced by the given states, so soft caps and scales are applied. The context's
@@ -246,9 +246,11 @@ class ModelStructure:
         """
         states = hidden if hidden.ndim == 3 else hidden[None]
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        stand_in = _with(self._readable(), self.body_name.split("."), _Given(self.body, states))
-        with nullcontext() if passing is None else passing:
-            return stand_in(input_ids=ids, use_cache=False).logits[0]
+        model_copy = _copy_with_submodule(
+            self._model_with_readable_head(), self.body_name.split("."), _FixedHiddenStates(self.body, states)
+        )
+        with nullcontext() if forward_context is None else forward_context:
+            return model_copy(input_ids=ids, use_cache=False).logits[0]
 
     def checkpoint_layers(self, on: bool) -> int:
         """Turn activation checkpointing of the layers on or off; returns the number of layers."""
@@ -256,5 +258,5 @@ class ModelStructure:
             # Not with transformers' own: that needs training mode, in which OPT's layers apply dropout.
             layer.__dict__.pop("forward", None)
             if on:
-                layer.forward = partial(_run_again, layer.forward)
+                layer.forward = partial(_checkpointed_forward, layer.forward)
         return len(self.layers)

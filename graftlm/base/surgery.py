@@ -294,7 +294,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _replace_embedding(model: PreTrainedModel, embedding: nn.Module, activation_dtype: torch.dtype) -> StoredEmbedding:
-    """Replace the embedding wherever the model has it; its output, and so the residual stream, has the compute dtype."""
+    """Replace the embedding wherever the model has it; its output, and so the residual stream, has the activation dtype."""
     stored = StoredEmbedding(embedding, activation_dtype)
     for module in list(model.modules()):
         for name, child in module._modules.items():

@@ -156,7 +156,7 @@ def _show_what_is_trained(session: Session) -> None:
     if adapter is not None:
         for note in adapter.origin.notes if adapter.origin is not None else ():
             view.note(note)
-        view.coverage(coverage(base, adapter), adapter, notes_for_peft(base, adapter.slots))
+        view.coverage(coverage(base, adapter), adapter, notes_for_peft(base, adapter.layers))
         return
     view.full_training(sum(p.numel() for p in session.trial.parameters.values()))
     if base.fixed:

@@ -40,7 +40,7 @@ from graftlm.kernels.moments import Moments, zero_moments
 from graftlm.kernels.native.layers import MOST_RANK, DecoderLayer, DecoderStack, adapter_table
 from graftlm.kernels.native.rows import DecodeAttention, DecodeRouting, Factors
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
-from graftlm.kernels.routing import Range, Routing
+from graftlm.kernels.routing import Routing
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Quantized, Weight
 
 __all__ = [
@@ -56,7 +56,6 @@ __all__ = [
     "Moments",
     "Nf4",
     "Quantized",
-    "Range",
     "Routing",
     "Update",
     "Weight",
@@ -243,7 +242,7 @@ def low_rank_backward(
 def lora_linear(
     x: Tensor, weight: Weight, routing: Routing, bf16_matmul: bool = False
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """x (tokens, in) -> x W^T plus, on each range of tokens, its slot's low-rank term (tokens, out); also h of each range."""
+    """x (tokens, in) -> x W^T plus, on each range of tokens, its pair's low-rank term (tokens, out); also h of each range."""
     one = routing.only(len(x))
     if one is not None and native.has_fast_matmul(x, bf16_matmul):
         y, h = native.lora_linear(x, weight, *one, bf16_matmul)
@@ -261,24 +260,26 @@ def lora_linear_backward(
     wants_dx: bool,
     bf16_matmul: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """The gradients of `lora_linear`: to x (tokens, in) where wanted, and to each slot's A and B as
+    """The gradients of `lora_linear`: to x (tokens, in) where wanted, and to each factor pair's A and B as
     `low_rank_routed_backward`."""
     one = routing.only(len(x))
     if one is not None and native.has_fast_matmul(x, bf16_matmul):
-        h, slot = hidden[0], routing.ranges[0][2]
+        h, factor_index = hidden[0], routing.ranges[0][0]
         assert h is not None
         dA: list[Tensor | None] = [None] * len(routing.A)
         dB: list[Tensor | None] = [None] * len(routing.B)
-        dx, dA[slot], dB[slot] = native.lora_linear_backward(dy, x, weight, h, *one, wants_dx, bf16_matmul)
+        dx, dA[factor_index], dB[factor_index] = native.lora_linear_backward(
+            dy, x, weight, h, *one, wants_dx, bf16_matmul
+        )
         return dx, dA, dB
     dx = matmul_t(dy, weight, bf16_matmul) if wants_dx else None
     return dx, *low_rank_routed_backward(dy, x, hidden, routing, dx)
 
 
 def low_rank_routed(y: Tensor, x: Tensor, routing: Routing) -> list[Tensor | None]:
-    """y (tokens, out) += s (x A^T) B^T in place, each range of tokens with its slot; returns h of each range.
+    """y (tokens, out) += s (x A^T) B^T in place, each range of tokens with its factor pair; returns h of each range.
 
-    Tokens in no range, or in one whose slot is None, stay as they are.
+    Tokens in no range, or in one whose pair is None, stay as they are.
     """
     if triton.usable("low_rank_routed", x) and triton.fits(x, y, routing):
         return triton.low_rank_routed(y, x, routing)
@@ -288,7 +289,7 @@ def low_rank_routed(y: Tensor, x: Tensor, routing: Routing) -> list[Tensor | Non
 def low_rank_routed_backward(
     dy: Tensor, x: Tensor, hidden: Sequence[Tensor | None], routing: Routing, dx: Tensor | None = None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients to each slot's A and B, summed over its ranges (None for a slot no range uses); dx is added to."""
+    """Gradients to each factor pair's A and B, summed over its ranges (None for a pair no range uses); dx is added to."""
     if triton.usable("low_rank_routed", dy) and triton.fits(dy, dy if dx is None else dx, routing):
         return triton.low_rank_routed_backward(dy, x, hidden, routing, dx)
     return reference.low_rank_routed_backward(dy, x, hidden, routing, dx, one=low_rank_backward)

@@ -237,17 +237,17 @@ def low_rank_backward(
 
 
 def low_rank_routed(y: Tensor, x: Tensor, routing: Routing, one: Any = low_rank) -> list[Tensor | None]:
-    """`low_rank` where each range of tokens uses its own slot, ranks mixed; returns h of each range (None: no adapter).
+    """`low_rank` where each range of tokens uses its own factor pair, ranks mixed; returns h of each range (None: no adapter).
 
-    Tokens in no range, or in one whose slot is None, stay as they are. `one` does a single range.
+    Tokens in no range, or in one whose pair is None, stay as they are. `one` does a single range.
     """
     hidden: list[Tensor | None] = []
-    for first, last, slot in routing.ranges:
-        a, b = routing.A[slot], routing.B[slot]
+    for factor_index, first, last in routing.ranges:
+        a, b = routing.A[factor_index], routing.B[factor_index]
         if a is None or b is None or first == last:
             hidden.append(None)
         else:
-            hidden.append(one(y[first:last], x[first:last], a, b, routing.scale[slot]))
+            hidden.append(one(y[first:last], x[first:last], a, b, routing.scale[factor_index]))
     return hidden
 
 
@@ -259,18 +259,18 @@ def low_rank_routed_backward(
     dx: Tensor | None = None,
     one: Any = low_rank_backward,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients to each slot's A and B, summed over its ranges (None for a slot no range uses); dx is added to."""
+    """Gradients to each factor pair's A and B, summed over its ranges (None for a pair no range uses); dx is added to."""
     dA: list[Tensor | None] = [None] * len(routing.A)
     dB: list[Tensor | None] = [None] * len(routing.B)
-    for (first, last, slot), h in zip(routing.ranges, hidden, strict=True):
-        a, b = routing.A[slot], routing.B[slot]
+    for (factor_index, first, last), h in zip(routing.ranges, hidden, strict=True):
+        a, b = routing.A[factor_index], routing.B[factor_index]
         if h is None or a is None or b is None:
             continue
         part = dx[first:last] if dx is not None else None
-        da, db = one(dy[first:last], x[first:last], h, a, b, routing.scale[slot], part)
-        old_a, old_b = dA[slot], dB[slot]
-        dA[slot] = da if old_a is None else old_a.add_(da)
-        dB[slot] = db if old_b is None else old_b.add_(db)
+        da, db = one(dy[first:last], x[first:last], h, a, b, routing.scale[factor_index], part)
+        old_a, old_b = dA[factor_index], dB[factor_index]
+        dA[factor_index] = da if old_a is None else old_a.add_(da)
+        dB[factor_index] = db if old_b is None else old_b.add_(db)
     return dA, dB
 
 

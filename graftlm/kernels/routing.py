@@ -1,4 +1,4 @@
-"""Which tokens of a micro-batch use which adapter on one layer, for the routed kernels."""
+"""Which tokens of a micro-batch use which adapter's factors on one layer, for the routed kernels."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Range = tuple[int, int, int]
-"""(first token, one past the last token, slot)."""
-Slots = Sequence[Tensor | None]
-"""Each slot's A or B; None if a slot does not adapt this layer (slot 0, the base alone)."""
+FactorRange = tuple[int, int, int]
+"""(factor index, first token, one past the last token). The index is into A, B and scale; it is not the adapter slot."""
+FactorList = Sequence[Tensor | None]
+"""The A or B of each factor pair; None if a pair does not adapt this layer (the base alone)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Disjoint ranges of tokens, and by slot A (r, in), B (out, r), of any rank, and the scale of B A."""
+    """Disjoint ranges of tokens, and by factor index A (r, in), B (out, r), of any rank, and the scale of B A."""
 
-    ranges: Sequence[Range]
-    A: Slots
-    B: Slots
+    ranges: Sequence[FactorRange]
+    A: FactorList
+    B: FactorList
     scale: Sequence[float]
 
     def only(self, tokens: int) -> tuple[Tensor, Tensor, float] | None:
         """The one A, B and scale that all of `tokens` use, if there is one."""
-        if len(self.ranges) != 1 or self.ranges[0][:2] != (0, tokens):
+        if len(self.ranges) != 1 or self.ranges[0][1:] != (0, tokens):
             return None
-        slot = self.ranges[0][2]
-        a, b = self.A[slot], self.B[slot]
-        return None if a is None or b is None else (a, b, self.scale[slot])
+        factor_index = self.ranges[0][0]
+        a, b = self.A[factor_index], self.B[factor_index]
+        return None if a is None or b is None else (a, b, self.scale[factor_index])

@@ -39,7 +39,7 @@ def measure_domain_shift(base: Base, examples: Sequence[Example]) -> DomainShift
     with working("measuring the domain shift", sum(d.tokens for d in examples), "tokens") as task:
         for example in examples:
             ids = torch.from_numpy(example.ids.astype(np.int64)).to(base.device)  # (L,)
-            segments = Segments(lengths=(len(ids),), slots=(0,), stacked=not base.packs)
+            segments = Segments(lengths=(len(ids),), slots=(0,), batched=not base.packs)
             hidden = base.hidden(ids, ForwardContext(segments))[:-1]  # (L - 1, width)
             for part, wanted in zip(hidden.split(512), ids[1:].split(512)):
                 context = ForwardContext(Segments(lengths=(len(part),), slots=(0,)))

@@ -204,7 +204,7 @@ def plan_model(
     )
     if not model.shape.packs:
         notes.append(
-            f"{model.shape.architecture} runs on stacks of equally long examples with its own attention, whose scores take "
+            f"{model.shape.architecture} runs on batches of equally long examples with its own attention, whose scores take "
             "memory with the square of an example's length."
         )
     if not fused:

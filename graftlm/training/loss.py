@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm import kernels
-from graftlm.adapters.bank import Bank
+from graftlm.adapters.bank import LayerBank
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredLinear
@@ -182,7 +182,7 @@ def _plain_head(base: Base, trained: Sequence[nn.Parameter]) -> StoredLinear | N
     """The head, where it alone stands between hidden states and logits, without an adapter and with nothing else trained."""
     head = base.structure.head
     if (
-        not base.structure.plain_head
+        not base.structure.head_is_plain_matmul
         or not isinstance(head, StoredLinear)
         or head.weight is None
         or head.bank is not None
@@ -196,8 +196,8 @@ def tail_parameters(base: Base) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for module in base.structure.tail_modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, Stored) and isinstance(module.bank, Bank):
-            own += [p for slot in module.bank.slots.values() for p in slot.named().values()]
+        if isinstance(module, Stored) and isinstance(module.bank, LayerBank):
+            own += [p for adapter in module.bank.adapters.values() for p in adapter.named().values()]
         found.update({id(p): p for p in own if p.requires_grad})
     return list(found.values())
 

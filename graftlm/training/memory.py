@@ -170,7 +170,7 @@ def shape_of(config: TrainConfig, base: Base) -> ModelShape | None:
         shape = find(str(base.folder), trust_remote_code=config.trust_remote_code).shape
     except GraftError:  # it runs without a plan
         return None
-    return replace(shape, packs=base.packs, plain_head=base.structure.plain_head)
+    return replace(shape, packs=base.packs, plain_head=base.structure.head_is_plain_matmul)
 
 
 def _setting(config: TrainConfig, base: Base) -> TrainingSetting:
@@ -200,14 +200,14 @@ def _counted(base: Base, adapter: Adapter) -> AdapterShape:
     layers: dict[str, int] = {}
     ranks: dict[str, int] = {}
     whole = 0
-    for name, slot in adapter.slots.items():
+    for name, part in adapter.layers.items():
         module = stored.get(name)
-        if isinstance(slot, LowRank) and module is not None:
+        if isinstance(part, LowRank) and module is not None:
             key = f"{common_name(name)} {module.shape[-2]}x{module.shape[-1]}"
-            layers[key], ranks[key] = layers.get(key, 0) + 1, ranks.get(key, 0) + slot.rank
-            whole += 0 if slot.magnitude is None else slot.magnitude.numel()
+            layers[key], ranks[key] = layers.get(key, 0) + 1, ranks.get(key, 0) + part.rank
+            whole += 0 if part.magnitude is None else part.magnitude.numel()
         else:
-            whole += sum(p.numel() for p in slot.named().values())
+            whole += sum(p.numel() for p in part.named().values())
     return AdapterShape(layers=layers, ranks=ranks, whole=whole)
 
 

@@ -33,7 +33,7 @@ class BatchItem:
 
     example: Example
     slot: int
-    stream: tuple[int, int]  # (trial seed, draw): what its dropout is keyed by
+    rng_key: tuple[int, int]  # (trial seed, draw): what its dropout is keyed by
     weight: float  # of each target token's loss
 
 
@@ -56,7 +56,7 @@ def count_target_tokens(examples: Iterable[Example]) -> int:
 
 
 def micro_batches(base: Base, items: Sequence[BatchItem], micro_batch_tokens: int) -> list[list[BatchItem]]:
-    """Split examples into micro-batches, as the base can take them: packed, or stacks of one length."""
+    """Split examples into micro-batches, as the base can take them: packed, or batches of one length."""
     groups = pack(
         [len(item.example.ids) for item in items],
         [item.slot for item in items],
@@ -71,8 +71,8 @@ def collate(base: Base, items: Sequence[BatchItem]) -> MicroBatch:
     segments = Segments(
         lengths=tuple(len(item.example.ids) for item in items),
         slots=tuple(item.slot for item in items),
-        streams=tuple(item.stream for item in items),
-        stacked=not base.packs,
+        rng_keys=tuple(item.rng_key for item in items),
+        batched=not base.packs,
     )
     targets = [np.flatnonzero(item.example.loss_mask[1:]) for item in items]  # token t is predicted from token t - 1
     sources = np.concatenate([start + t for start, t in zip(segments.starts, targets)])
@@ -133,7 +133,7 @@ def example_losses(
             _, losses = forward(base, micro_batch)
             at = 0
             for item, count in zip(group, micro_batch.counts):
-                index = item.stream[1]
+                index = item.rng_key[1]
                 found[index] = ExampleLoss(examples[index].row, count, float(losses[at : at + count].double().sum()))
                 at += count
             task.to(len(found))

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.adapters.bank import Bank, LowRank
+from graftlm.adapters.bank import LayerBank, LowRank
 from graftlm.base.loading import Base
 from graftlm.base.modules import StoredStack
 from graftlm.data.dataset import Example
@@ -83,11 +83,11 @@ def _expert_views(base: Base) -> dict[int, tuple[str, Callable[[Tensor], Tensor]
         for parameter in module.parameters(recurse=False):
             if parameter.ndim == 3:
                 found[id(parameter)] = name, lambda g: g.flatten(1)
-        slots = module.bank.slots.values() if isinstance(module.bank, Bank) else ()
-        for slot in slots:
-            if isinstance(slot, LowRank):
-                found[id(slot.A)] = name, lambda g, e=experts: g.view(e, -1)
-                found[id(slot.B)] = name, lambda g, e=experts: g.view(-1, e).T  # the expert runs fastest
+        adapters = module.bank.adapters.values() if isinstance(module.bank, LayerBank) else ()
+        for adapter in adapters:
+            if isinstance(adapter, LowRank):
+                found[id(adapter.A)] = name, lambda g, e=experts: g.view(e, -1)
+                found[id(adapter.B)] = name, lambda g, e=experts: g.view(-1, e).T  # the expert runs fastest
     return found
 
 

@@ -47,7 +47,9 @@ class View:
         """What was loaded and how it will run."""
         self.fact("base", f"{base.name}: {count(base.parameters)} parameters as {base.precision}, {size(base.bytes)}")
         how = (
-            "examples packed end to end" if base.packs else f"stacks of equally long examples: {base.no_packing_reason}"
+            "examples packed end to end"
+            if base.packs
+            else f"batches of equally long examples: {base.no_packing_reason}"
         )
         self.fact("", f"matmuls in {COMPUTE_DTYPE_NAMES[base.compute_dtype]} on {base.device.type}; {how}")
         for name, why in list(base.not_converted.items())[:5]:

@@ -84,7 +84,7 @@ def test_patterns_of_rank_and_alpha_must_match_an_adapted_layer() -> None:
 def test_the_first_pattern_that_names_a_layer_gives_its_rank_and_alpha() -> None:
     base = loaded("llama")
     plan = AdapterPlan(rank=2, alpha=3.0, ranks={"layers.0.self_attn.q_proj": 5, "q_proj": 4}, alphas={"v_proj": 7.0})
-    slots = new_adapter(base, select_layers(base, ("q_proj", "v_proj")), plan, 0).slots
+    slots = new_adapter(base, select_layers(base, ("q_proj", "v_proj")), plan, 0).layers
     found = {name.removeprefix("model.layers."): (slot.rank, slot.scale) for name, slot in slots.items()}  # type: ignore[union-attr]
     assert found == {
         "0.self_attn.q_proj": (5, 3 / 5), "1.self_attn.q_proj": (4, 3 / 4),
@@ -229,7 +229,7 @@ def test_coverage_adds_up(architecture: str) -> None:
     adapter = tiny.adapted(base, targets=("attention",), modules_to_save=("head",), trainable_tokens=(4, 9, 11))
     rows = coverage(base, adapter)
     assert sum(row.parameters for row in rows) == adapter.count == sum(p.numel() for p in adapter.parameters().values())
-    assert sum(row.adapted for row in rows) == len(adapter.slots)
+    assert sum(row.adapted for row in rows) == len(adapter.layers)
     assert all(0 <= row.adapted <= row.total for row in rows)
     assert sum(row.total for row in rows) == len(select_layers(base, ("all-linear",))) + 2
     assert adapter.bytes == 4 * adapter.count

@@ -195,7 +195,7 @@ def test_each_weight_is_rounded_once_from_float32(tmp_path: Path) -> None:
     folder = saved(base, tmp_path / "a")
     found = merger(place, [folder], precision="bfloat16")
     out = written(tmp_path / "out", found)
-    slot = adapter_format.load(base, folder).slots["model.layers.1.mlp.up_proj"].named()
+    slot = adapter_format.load(base, folder).layers["model.layers.1.mlp.up_proj"].named()
     weight = model.get_parameter("model.layers.1.mlp.up_proj.weight").float()
     exact = weight + 5 / 3 * slot["lora_B.weight"] @ slot["lora_A.weight"]
     new = load_file(out / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]

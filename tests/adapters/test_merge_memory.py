@@ -72,7 +72,7 @@ def plain_adapter(model: Path, place: Path) -> Path:
     adapter = new_adapter(base, select_layers(base, ("all-linear",)), AdapterPlan(rank=8, alpha=12.0), 0)
     named = {
         f"base_model.model.{layer}.{name}": torch.full(tensor.shape, 0.01)
-        for layer, slot in adapter.slots.items()
+        for layer, slot in adapter.layers.items()
         for name, tensor in slot.named().items()
     }
     place.mkdir()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter, attach, detach
-from graftlm.adapters.slots import LowRank, ModulesToSave, TrainableTokens
+from graftlm.adapters.layer_adapter import LowRank, ModulesToSave, TrainableTokens
 from graftlm.base.loading import Base, load_base
 from graftlm.base.saving import dense_state_dict
 from graftlm.training.micro_batch import BatchItem, collate, forward
@@ -226,7 +226,7 @@ def test_qlora_is_pefts_on_a_bitsandbytes_base(architecture: str, tmp_path: Path
 def test_the_kinds_of_slots_are_those_of_the_files() -> None:
     base = loaded(tiny.folder("llama"))
     adapter = tiny.adapted(base, targets=("o_proj",), modules_to_save=("head",), trainable_tokens=(4, 9))
-    kinds = {name: type(slot) for name, slot in adapter.slots.items()}
+    kinds = {name: type(slot) for name, slot in adapter.layers.items()}
     assert kinds["lm_head"] is ModulesToSave
     assert kinds["model.embed_tokens"] is TrainableTokens
     assert {kind for name, kind in kinds.items() if name.endswith("o_proj")} == {LowRank}

@@ -240,7 +240,7 @@ def test_a_copy_of_the_bases_own_head_is_passed_over(base: Base, saved: Path) ->
     head: Any = base.structure.head
     copy = {"base_model.model.lm_head.base_layer.weight": head.weight.detach().clone()}
     change(saved, tensors=lambda t: t.update(copy))
-    assert len(adapter_format.load(base, saved).slots) == 4
+    assert len(adapter_format.load(base, saved).layers) == 4
 
 
 def test_switches_that_change_nothing_are_read(base: Base, saved: Path) -> None:
@@ -252,13 +252,13 @@ def test_switches_that_change_nothing_are_read(base: Base, saved: Path) -> None:
         revision="main",
         lora_dropout=None,
     )
-    assert len(adapter_format.load(base, saved).slots) == 4
+    assert len(adapter_format.load(base, saved).layers) == 4
 
 
 @pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal"])
 def test_a_start_that_leaves_the_base_as_it_is_is_read(base: Base, saved: Path, start: object) -> None:
     change(saved, init_lora_weights=start)
-    assert len(adapter_format.load(base, saved).slots) == 4
+    assert len(adapter_format.load(base, saved).layers) == 4
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", "new", 7])
@@ -312,7 +312,7 @@ def test_experts_are_nested_as_peft_nests_them(architecture: str, tmp_path: Path
         "experts.base_layer.lora_A.weight", "experts.base_layer.lora_B.weight",
         "experts.lora_A.weight", "experts.lora_B.weight",
     ]  # fmt: skip
-    inner = adapter.slots["model.layers.0.mlp.experts.gate_up_proj"].named()
+    inner = adapter.layers["model.layers.0.mlp.experts.gate_up_proj"].named()
     assert torch.equal(named[experts[0]], inner["lora_A.weight"])
     assert f"{PREFIX}0.mlp.gate.lora_A.weight" in named
     again = adapter_format.load(base, tmp_path)
@@ -333,4 +333,4 @@ def test_one_adapted_stack_stands_without_nesting_and_peft_reads_it(only: str, t
     assert not [n for n in load_file(tmp_path / "adapter_model.safetensors") if "base_layer" in n]
     peft = tiny.read_peft(tiny.plain(base.folder), tmp_path)
     tiny.close(tiny.plain_logits(peft, tiny.ids()), tiny.base_logits(base, tiny.ids()))
-    assert set(adapter_format.load(base, tmp_path).slots) == set(tiny_adapter.slots)
+    assert set(adapter_format.load(base, tmp_path).layers) == set(tiny_adapter.layers)

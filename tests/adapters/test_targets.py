@@ -112,7 +112,7 @@ def test_a_config_that_peft_wrote_is_read_with_pefts_layers_and_logits(base: Bas
         re.sub(r"^base_model\.model\.|\.(lora_[AB]|weight).*", "", name)
         for name in load_file(tmp_path / "adapter_model.safetensors") if not name.endswith("base_layer.weight")
     }  # fmt: skip
-    assert set(adapter.slots) == kept
+    assert set(adapter.layers) == kept
 
 
 REFUSED: dict[str, tuple[Options, str]] = {
@@ -226,7 +226,7 @@ def test_experts_of_transformers_4_are_refused(tmp_path: Path) -> None:
     base = loaded("qwen3_moe")
     peft = tiny.with_peft(tiny.plain(base.folder), tiny.peft_config(target_modules="all-linear"))
     peft.save_pretrained(tmp_path)
-    assert adapter_format.load(base, tmp_path).slots, "as PEFT saves it, it is read"
+    assert adapter_format.load(base, tmp_path).layers, "as PEFT saves it, it is read"
     refused(
         base, changed(tmp_path, target_modules="all-linear"), "an expert's matrix of transformers 4", "save it again"
     )
@@ -243,7 +243,7 @@ def test_peft_reads_a_rank_of_its_own_on_what_is_a_parameter_to_it(
     peft = tiny.read_peft(tiny.plain(base.folder), tmp_path)
     tiny.close(tiny.plain_logits(peft, tiny.ids()), tiny.base_logits(base, tiny.ids()))
     again = adapter_format.load(base, tmp_path)
-    assert {n: s.rank for n, s in again.slots.items()} == {n: s.rank for n, s in adapter.slots.items()}  # type: ignore[union-attr]
+    assert {n: s.rank for n, s in again.layers.items()} == {n: s.rank for n, s in adapter.layers.items()}  # type: ignore[union-attr]
 
 
 # ---- patterns of a file ---------------------------------------------------------------------------------------------

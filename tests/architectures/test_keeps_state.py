@@ -37,7 +37,7 @@ def test_passes_of_two_threads_through_a_model_with_states_in_its_modules_wait_f
 
     def hidden(i: int) -> Tensor:
         with torch.no_grad():
-            context = ForwardContext(Segments(lengths=(len(texts[i]),), slots=(0,), stacked=True))
+            context = ForwardContext(Segments(lengths=(len(texts[i]),), slots=(0,), batched=True))
             return base.hidden(texts[i], context)
 
     alone = [hidden(0), hidden(1)]

@@ -161,7 +161,7 @@ def test_a_read_weight_multiplies_as_the_layer_does_with_its_adapter() -> None:
     name, layer = next((n, m) for n, m in base.stored().items() if n.endswith("dt_proj"))
     assert isinstance(layer, StoredLinear)
     x = torch.randn(1, layer.in_features, 5, generator=torch.Generator().manual_seed(3))
-    with ForwardContext(Segments(lengths=(5,), slots=(1,), stacked=True)), torch.no_grad():
+    with ForwardContext(Segments(lengths=(5,), slots=(1,), batched=True)), torch.no_grad():
         found = layer.weight @ x  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
         expected = layer(x.transpose(1, 2)) - layer.bias
     assert found.shape == (1, layer.out_features, 5)

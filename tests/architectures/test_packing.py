@@ -146,7 +146,7 @@ def test_our_attention_refuses_what_it_does_not_compute() -> None:
             with pytest.raises(UnsupportedAttention):
                 segment_attention(None, q, k, k, None, **keyword)
         segment_attention(None, q, k, k, None, s_aux=None)
-    with ForwardContext(Segments(lengths=(5,), slots=(0,), stacked=True)), pytest.raises(UnsupportedAttention):
+    with ForwardContext(Segments(lengths=(5,), slots=(0,), batched=True)), pytest.raises(UnsupportedAttention):
         segment_attention(None, q, k, k, None)
     with ForwardContext(tiny.layout((3, 3))), pytest.raises(UnsupportedAttention):
         segment_attention(None, q, k, k, None)

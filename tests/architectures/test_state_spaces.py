@@ -53,31 +53,31 @@ def loaded(kind: str, place: Path) -> Base:
 def test_the_usual_adapter_is_one_that_peft_reads(kind: str, tmp_path: Path) -> None:
     base = loaded(kind, tmp_path / "base")
     adapter = tiny.adapted(base)
-    assert adapter.slots
-    assert not [name for name in adapter.slots if name.endswith("out_proj")]
+    assert adapter.layers
+    assert not [name for name in adapter.layers if name.endswith("out_proj")]
     folder = tmp_path / "adapter"
     folder.mkdir()
     adapter_format.save(base, adapter, folder, {})
     peft = tiny.read_peft(tiny.plain(base.folder), folder)
     tiny.close(tiny.base_logits(base, tiny.ids()), tiny.plain_logits(peft, tiny.ids()))
-    (note,) = notes_for_peft(base, adapter.slots)
+    (note,) = notes_for_peft(base, adapter.layers)
     view = View(Console(file=io.StringIO(), width=200))
     view.coverage(coverage(base, adapter), adapter, [note])
     assert "left out: " in view.console.file.getvalue()  # type: ignore[attr-defined]
     planned = adapter_shape(instantiate(base.model.config), ("all-linear",), 3)
-    assert sum(planned.layers.values()) == len(adapter.slots)
+    assert sum(planned.layers.values()) == len(adapter.layers)
     assert not [name for name in select_layers(base, ("mlp",)) if name.endswith("out_proj")]
 
 
 def test_who_names_such_a_layer_is_told_that_peft_will_not_read_it(tmp_path: Path) -> None:
     base = loaded("mamba2", tmp_path / "base")
     adapter = tiny.adapted(base, targets=("in_proj", "out_proj"))
-    (note,) = notes_for_peft(base, adapter.slots)
+    (note,) = notes_for_peft(base, adapter.layers)
     assert "PEFT will refuse its files" in note
     folder = tmp_path / "adapter"
     folder.mkdir()
     adapter_format.save(base, adapter, folder, {"base": {"architecture": type(base.model).__name__}})
-    assert set(adapter_format.load(base, folder).slots) == set(adapter.slots), "it is read here"
+    assert set(adapter_format.load(base, folder).layers) == set(adapter.layers), "it is read here"
     with pytest.raises(ValueError, match="incompatible with Mamba"):
         tiny.read_peft(tiny.plain(base.folder), folder)
     with pytest.raises(AdapterError, match="PEFT refuses adapters on out_proj of a Mamba2ForCausalLM"):
@@ -88,8 +88,8 @@ def test_who_names_such_a_layer_is_told_that_peft_will_not_read_it(tmp_path: Pat
 def test_other_models_have_nothing_that_peft_refuses() -> None:
     base = load_base(str(tiny.folder("opt")), device="cpu")
     adapter = tiny.adapted(base)
-    assert [name for name in adapter.slots if name.endswith("out_proj")]
-    assert notes_for_peft(base, adapter.slots) == []
+    assert [name for name in adapter.layers if name.endswith("out_proj")]
+    assert notes_for_peft(base, adapter.layers) == []
 
 
 def test_the_models_are_those_that_peft_has() -> None:

@@ -60,7 +60,7 @@ def test_a_layer_with_an_adapter_says_that_it_needs_a_context() -> None:
 def test_a_checkpointed_layer_runs_again_under_its_own_context_in_whatever_thread_goes_back() -> None:
     base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
     adapter = tiny.adapted(base, dropout=0.3)
-    context = ForwardContext(Segments(lengths=(9,), slots=(1,), streams=((5, 2),)))
+    context = ForwardContext(Segments(lengths=(9,), slots=(1,), rng_keys=((5, 2),)))
     wanted = list(adapter.parameters().values())
 
     def gradients(checkpointing: bool, elsewhere: bool) -> list[torch.Tensor]:

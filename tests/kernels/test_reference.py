@@ -148,8 +148,8 @@ def test_one_adapters_low_rank_term_and_gradients_are_those_of_float64(dtype: to
     assert dA.dtype == dB.dtype == torch.float32
 
 
-RANGES = [(0, 4, 1), (4, 5, 0), (5, 11, 2), (11, 11, 1), (11, 14, 1), (15, 17, 3)]  # token 14 belongs to no range
-RANKS = {1: 3, 2: 8, 3: 1, 4: 2}  # slot 0 is the bare base; no token uses slot 4
+RANGES = [(1, 0, 4), (0, 4, 5), (2, 5, 11), (1, 11, 11), (1, 11, 14), (3, 15, 17)]  # token 14 belongs to no range
+RANKS = {1: 3, 2: 8, 3: 1, 4: 2}  # pair 0 is the bare base; no token uses pair 4
 
 
 def bank() -> tuple[list[torch.Tensor | None], list[torch.Tensor | None], list[float]]:
@@ -169,10 +169,10 @@ def test_a_routed_low_rank_term_has_the_values_and_gradients_of_autograd() -> No
     y = torch.randn(17, 19, generator=generator, dtype=torch.float64)
     dy = torch.randn(17, 19, generator=generator, dtype=torch.float64)
     expected = y.clone()
-    for first, last, slot in RANGES:
-        a, b = A[slot], B[slot]
+    for i, first, last in RANGES:
+        a, b = A[i], B[i]
         if a is not None and b is not None:
-            expected[first:last] += scale[slot] * (x[first:last] @ a.T @ b.T)
+            expected[first:last] += scale[i] * (x[first:last] @ a.T @ b.T)
     expected.backward(dy)
     with torch.no_grad():
         routing = kernels.Routing(RANGES, A, B, scale)
@@ -183,8 +183,8 @@ def test_a_routed_low_rank_term_has_the_values_and_gradients_of_autograd() -> No
     torch.testing.assert_close(y, expected.detach())
     assert x.grad is not None
     torch.testing.assert_close(dx - already, x.grad)
-    for slot in (1, 2, 3):
-        for ours, parameter in ((dA[slot], A[slot]), (dB[slot], B[slot])):
+    for i in (1, 2, 3):
+        for ours, parameter in ((dA[i], A[i]), (dB[i], B[i])):
             assert ours is not None
             assert parameter is not None
             torch.testing.assert_close(ours, parameter.grad)

@@ -50,19 +50,19 @@ def test_each_range_its_own_adapter(instructions: str) -> None:
         ranges: list[tuple[int, int]] = []
         factors: list[kernels.Factors] = []
         at = 0
-        for slot in range(pick.randint(1, 6)):
+        for i in range(pick.randint(1, 6)):
             at += pick.randint(0, 2)
             last = at + pick.randint(1, 20)
             kind = pick.choice([torch.float32, torch.bfloat16])
             r = pick.choice([1, 3, 16, 33, 70])
-            A, B = randn(r, inner, seed=slot).to(kind), randn(r, outer, seed=slot + 9).to(kind).T
+            A, B = randn(r, inner, seed=i).to(kind), randn(r, outer, seed=i + 9).to(kind).T
             ranges.append((at, last))
-            factors.append(kernels.Factors(A, B, 0.3 + slot))
+            factors.append(kernels.Factors(A, B, 0.3 + i))
             at = last
         x, y = randn(at + 1, inner, seed=round_), randn(at + 1, outer, seed=round_ + 1)
         expected = y.clone()
         A, B = ([getattr(f, side).float() for f in factors] for side in "AB")
-        routed = [(a, b, i) for i, (a, b) in enumerate(ranges)]
+        routed = [(i, a, b) for i, (a, b) in enumerate(ranges)]
         reference.low_rank_routed(expected, x, kernels.Routing(routed, A, B, [f.scale for f in factors]))
         assert all(f.ready for f in factors)
         before = y.clone()

@@ -77,8 +77,8 @@ def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pyte
     called.clear()
     A, B = [randn(3, 70), randn(5, 70), None], [randn(13, 3), randn(13, 5), None]
     for ranges, expected in (
-        ([(0, 4, 0), (4, 8, 1), (8, 9, 2)], ["matmul", "low_rank_routed", "matmul_t", "low_rank_routed_backward"]),
-        ([(0, 9, 1)], ["matmul", "matmul_t"]),  # one adapter alone: two plain products
+        ([(0, 0, 4), (1, 4, 8), (2, 8, 9)], ["matmul", "low_rank_routed", "matmul_t", "low_rank_routed_backward"]),
+        ([(1, 0, 9)], ["matmul", "matmul_t"]),  # one adapter alone: two plain products
     ):
         with torch.no_grad():
             routing = kernels.Routing(ranges, A, B, [2.0, 0.5, 1.0])
@@ -133,13 +133,13 @@ def routed() -> None:
     Routed = Callable[..., Sequence[torch.Tensor | None]]
     for round_ in range(4):
         dtype = FLOATS[round_ % 3]
-        inner, outer, slots = pick.randint(1, 150), pick.randint(1, 150), 5
-        ranks = [pick.choice([1, 3, 16, 17, 40]) for _ in range(slots)]
+        inner, outer, pairs = pick.randint(1, 150), pick.randint(1, 150), 5
+        ranks = [pick.choice([1, 3, 16, 17, 40]) for _ in range(pairs)]
         A = [None, *(randn(r, inner, dtype=dtype, seed=r) for r in ranks)]
         B = [None, *(randn(outer, r, dtype=dtype, seed=r + 1) for r in ranks)]
-        scale = [1.0] + [0.5 + slot for slot in range(slots)]
+        scale = [1.0] + [0.5 + i for i in range(pairs)]
         cuts = sorted(pick.randint(0, 90) for _ in range(12))
-        ranges = [(cuts[i], cuts[i + 1], pick.randint(0, slots)) for i in range(11)]
+        ranges = [(pick.randint(0, pairs), cuts[i], cuts[i + 1]) for i in range(11)]
         x, dy = randn(95, inner, dtype=dtype, seed=3), randn(95, outer, dtype=dtype, seed=4)
         outcomes: list[list[torch.Tensor | None]] = []
         forwards: list[Routed] = [triton.low_rank_routed, reference.low_rank_routed]

@@ -28,7 +28,7 @@ def saved_by_autograd(base: Base, slot: int) -> int:
     own = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
     for module in base.stored().values():
         if module.bank is not None:
-            own |= {p.untyped_storage().data_ptr() for s in module.bank.slots.values() for p in s.named().values()}
+            own |= {p.untyped_storage().data_ptr() for s in module.bank.adapters.values() for p in s.named().values()}
     alive: list[torch.Tensor] = []
     found: dict[int, int] = {}
 

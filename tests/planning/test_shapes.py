@@ -52,7 +52,7 @@ def test_every_architecture_has_as_many_values_empty_as_it_has_trained(architect
     stored = [m for m in base.stored().values() if m is not base.structure.head]
     assert sum(w.count for w in shape.weights) == len(stored)
     assert shape.layers == len(base.structure.layers)
-    assert shape.plain_head == base.structure.plain_head
+    assert shape.plain_head == base.structure.head_is_plain_matmul
 
 
 def test_a_shape_survives_json() -> None:

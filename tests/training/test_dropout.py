@@ -12,8 +12,8 @@ from graftlm.kernels.counter_rng import hash_words, keep_mask, uniform
 from graftlm.segments import Segments
 
 
-def keys(*streams: tuple[int, int], lengths: tuple[int, ...]) -> Tensor:
-    return Segments(lengths=lengths, slots=(1,) * len(lengths), streams=streams).token_keys
+def keys(*rng_keys: tuple[int, int], lengths: tuple[int, ...]) -> Tensor:
+    return Segments(lengths=lengths, slots=(1,) * len(lengths), rng_keys=rng_keys).token_keys
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
@@ -65,14 +65,14 @@ def test_kept_features_are_scaled_so_that_the_mean_stays() -> None:
     adapter = tiny.adapted(base, targets=("up_proj",), dropout=0.4)
     layer = base.model.model.layers[0].mlp.up_proj
     x = torch.randn(6, 28, generator=torch.Generator().manual_seed(0))
-    slot = adapter.slots["model.layers.0.mlp.up_proj"]
+    slot = adapter.layers["model.layers.0.mlp.up_proj"]
     total = torch.zeros(6, 44)
     count = 1500
     for draw in range(count):
-        with ForwardContext(Segments(lengths=(6,), slots=(1,), streams=((9, draw),))):
+        with ForwardContext(Segments(lengths=(6,), slots=(1,), rng_keys=((9, draw),))):
             total += layer(x).detach()
             if draw == 0:  # the formula itself, once
-                key = keep_mask(keys((9, 0), lengths=(6,)), slot.key, 28, 0.4)  # pyright: ignore
+                key = keep_mask(keys((9, 0), lengths=(6,)), slot.dropout_key, 28, 0.4)  # pyright: ignore
                 own = (x * key / 0.6) @ slot.A.T @ slot.B.T * slot.scale  # pyright: ignore
                 tiny.close(layer(x), x @ layer.weight.T + own)
     with ForwardContext(Segments(lengths=(6,), slots=(1,))):

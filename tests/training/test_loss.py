@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from graftlm import kernels
-from graftlm.adapters.bank import Bank
+from graftlm.adapters.bank import LayerBank
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base, load_base
 from graftlm.errors import TrainingError
@@ -148,7 +148,7 @@ def test_the_plain_heads_loss_and_gradients_are_those_of_the_models_own_code(
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
     base = load_base(str(tiny.folder(architecture)), compute_dtype="float32", device="cpu")
-    assert base.structure.plain_head
+    assert base.structure.head_is_plain_matmul
     base.structure.head.weight.requires_grad_(trained)
     found, wanted = both_ways(base, [base.structure.head.weight] if trained else [], monkeypatch)
     for a, b in zip(found, wanted, strict=True):
@@ -193,7 +193,7 @@ def test_logits_become_their_gradient_in_place(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_model_that_caps_its_logits_has_no_plain_head() -> None:
     base = load_base(str(tiny.folder("gemma2")), compute_dtype="float32", device="cpu")
-    assert not base.structure.plain_head
+    assert not base.structure.head_is_plain_matmul
     assert loss_module._plain_head(base, []) is None
 
 
@@ -201,7 +201,7 @@ def test_a_head_with_an_adapter_or_with_more_that_is_trained_is_not_taken_as_pla
     base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
     assert loss_module._plain_head(base, []) is base.structure.head
     assert loss_module._plain_head(base, [torch.nn.Parameter(torch.ones(2))]) is None
-    base.structure.head.bank = Bank()
+    base.structure.head.bank = LayerBank()
     assert loss_module._plain_head(base, []) is None
 
 

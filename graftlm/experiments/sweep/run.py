@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.adapters.attach import detach
-from graftlm.adapters.bank import Bank, EmbeddingBank
+from graftlm.adapters.bank import EmbeddingBank, LayerBank
 from graftlm.adapters.store import Store
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base
@@ -95,8 +95,8 @@ def free_slots(base: Base, count: int) -> list[int]:
     """The lowest slot numbers that no adapter on the base has: on a base that is lent, its owner's may be attached."""
     used: set[int] = set()
     for bank in [*(module.bank for module in base.stored().values()), base.structure.embedding.bank]:
-        if isinstance(bank, Bank | EmbeddingBank):
-            used |= set(bank.slots)
+        if isinstance(bank, LayerBank | EmbeddingBank):
+            used |= set(bank.adapters)
     return list(islice((slot for slot in itertools.count(1) if slot not in used), count))
 
 

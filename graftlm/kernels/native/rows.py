@@ -80,7 +80,7 @@ class DecodeRouting:
     @property
     def routing(self) -> Routing:
         """The same for the routed kernels of training."""
-        ranges = [(first, last, i) for i, (first, last) in enumerate(self.ranges)]
+        ranges = [(i, first, last) for i, (first, last) in enumerate(self.ranges)]
         return Routing(
             ranges, [f.A for f in self.factors], [f.B for f in self.factors], [f.scale for f in self.factors]
         )

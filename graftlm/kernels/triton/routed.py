@@ -1,12 +1,12 @@
 """Low-rank terms routed by token on a GPU.
 
-A table of tiles (first token, last token, slot) and the addresses of each slot's A and B are inputs, so one launch handles any
-mixture of adapters and ranks.
+A table of tiles (factor index, first token, last token) and the addresses of all A and B are inputs, so one launch handles
+any mixture of adapters and ranks.
 
     forward        h = x A^T          shrink over `in`       y += s h B^T      expand over `out`
     backward       dh = s dy B        shrink over `out`      dx += dh A        expand over `in`
 
-The gradients to A and B are sums over a slot's own tokens: plain matmuls in a loop over ranges.
+The gradients to A and B are sums over a pair's own tokens: plain matmuls in a loop over ranges.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.routing import Range, Routing, Slots
+from graftlm.kernels.routing import FactorList, FactorRange, Routing
 from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.triton.device import STAGES, ceil, needs_upcast, programs
 
@@ -32,21 +32,21 @@ def _table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 @functools.lru_cache(maxsize=256)
-def _tiles(ranges: tuple[Range, ...], ranks: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """(first token, last token, slot) of each tile, one after the other, and how many tokens a tile has at most."""
-    longest = max((last - first for first, last, slot in ranges if ranks[slot]), default=0)
+def _tiles(ranges: tuple[FactorRange, ...], ranks: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """(factor index, first token, last token) of each tile, one after the other, and how many tokens a tile has at most."""
+    longest = max((last - first for factor_index, first, last in ranges if ranks[factor_index]), default=0)
     tokens = 64 if longest > 32 else 32 if longest > 16 else 16
     tiles = (
-        (begin, min(begin + tokens, last), slot)
-        for first, last, slot in ranges
-        if ranks[slot]
+        (factor_index, begin, min(begin + tokens, last))
+        for factor_index, first, last in ranges
+        if ranks[factor_index]
         for begin in range(first, last, tokens)
     )
     return tuple(number for tile in tiles for number in tile), tokens
 
 
 class _Routes:
-    """Tiles and slots of one call in the kernels' form; keeps the tensors alive that the addresses point at."""
+    """Tiles and factors of one call in the kernels' form; keeps the tensors alive that the addresses point at."""
 
     def __init__(self, routing: Routing, like: Tensor) -> None:
         ranges, A, B = routing.ranges, routing.A, routing.B
@@ -57,7 +57,7 @@ class _Routes:
             [None if m is None else m.detach().to(like.dtype).contiguous() for m in side] for side in sides
         ]
         ranks = tuple(0 if a is None or b is None else len(a) for a, b in zip(A, B, strict=True))
-        self.largest = max((ranks[slot] for first, last, slot in ranges if first < last), default=0)
+        self.largest = max((ranks[factor_index] for factor_index, first, last in ranges if first < last), default=0)
         tiles, self.tokens = _tiles(tuple(ranges), ranks)
         self.count, device = len(tiles) // 3, like.device
         self.tiles, self.ranks = (_table(numbers, torch.int32, device) for numbers in (tiles, ranks))
@@ -107,14 +107,14 @@ def fits(x: Tensor, y: Tensor, routing: Routing) -> bool:
 
 
 def low_rank_routed(y: Tensor, x: Tensor, routing: Routing) -> list[Tensor | None]:
-    """As the reference's: y += s (x A^T) B^T, each range with its slot; returns h of each range."""
+    """As the reference's: y += s (x A^T) B^T, each range with its factor pair; returns h of each range."""
     routes = _Routes(routing, x)
     h = routes.shrink(x, 0, scaled=False)  # (tokens, R)
     routes.expand(h, y, 1, scaled=True)
     return [
-        None if a is None or routing.B[slot] is None or first == last else h[first:last, : len(a)]
-        for (first, last, slot) in routing.ranges
-        for a in (routing.A[slot],)
+        None if a is None or routing.B[factor_index] is None or first == last else h[first:last, : len(a)]
+        for (factor_index, first, last) in routing.ranges
+        for a in (routing.A[factor_index],)
     ]
 
 
@@ -125,22 +125,22 @@ def low_rank_routed_backward(
     routing: Routing,
     dx: Tensor | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """As the reference's: gradients to each slot's A and B; the one to x is added to `dx`."""
+    """As the reference's: gradients to each factor pair's A and B; the one to x is added to `dx`."""
     routes = _Routes(routing, dy)
     dh = routes.shrink(dy, 1, scaled=True)  # (tokens, R)
     if dx is not None:
         routes.expand(dh, dx, 0, scaled=False)
     dA: list[Tensor | None] = [None] * len(routing.A)
     dB: list[Tensor | None] = [None] * len(routing.B)
-    for (first, last, slot), h in zip(routing.ranges, hidden, strict=True):
-        a, b = routing.A[slot], routing.B[slot]
+    for (factor_index, first, last), h in zip(routing.ranges, hidden, strict=True):
+        a, b = routing.A[factor_index], routing.B[factor_index]
         if h is None or a is None or b is None:
             continue
         da = (dh[first:last, : len(a)].T @ x[first:last]).to(a.dtype)  # (r, in)
-        db = (dy[first:last].T @ h).mul_(routing.scale[slot]).to(b.dtype)  # (out, r)
-        old_a, old_b = dA[slot], dB[slot]
-        dA[slot] = da if old_a is None else old_a.add_(da)
-        dB[slot] = db if old_b is None else old_b.add_(db)
+        db = (dy[first:last].T @ h).mul_(routing.scale[factor_index]).to(b.dtype)  # (out, r)
+        old_a, old_b = dA[factor_index], dB[factor_index]
+        dA[factor_index] = da if old_a is None else old_a.add_(da)
+        dB[factor_index] = db if old_b is None else old_b.add_(db)
     return dA, dB
 
 
@@ -149,11 +149,11 @@ def low_rank_routed_backward(
 
 def check(device: torch.device) -> bool:
     """Mixed ranks, ranges without an adapter and tokens in none, B as training and as serving keep it; there and back."""
-    A: Slots = [None, sample(3, 23, device=device), sample(17, 23, device=device)]
-    B: Slots = [None, sample(70, 3, device=device), sample(70, 17, device=device)]
-    ranges, scale = [(0, 4, 1), (4, 5, 0), (5, 40, 2), (41, 43, 1)], [1.0, 0.5, 2.0]
+    A: FactorList = [None, sample(3, 23, device=device), sample(17, 23, device=device)]
+    B: FactorList = [None, sample(70, 3, device=device), sample(70, 17, device=device)]
+    ranges, scale = [(1, 0, 4), (0, 4, 5), (2, 5, 40), (1, 41, 43)], [1.0, 0.5, 2.0]
     x, dy = sample(43, 23, device=device), sample(43, 70, device=device)
-    transposed: Slots = [b if b is None else b.T.contiguous().T for b in B]
+    transposed: FactorList = [b if b is None else b.T.contiguous().T for b in B]
     outcomes: list[list[Tensor]] = []
     # The expected result in float64: a GPU's float32 matmul may use TF32, depending on PyTorch's settings.
     for routed, backward, dtype, own in (

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.adapters.attach import Adapter, AdapterPlan, attach, detach
-from graftlm.adapters.bank import LowRank, Slot
+from graftlm.adapters.bank import LayerAdapter, LowRank
 from graftlm.base.loading import Base
 from graftlm.errors import AdapterError, GraftError
 
@@ -139,12 +139,12 @@ class AdapterCache:
         cached = self._adapters.get(digest)
         return () if cached is None else cached.notes
 
-    def acquire_slot(self, digest: str, times_skipped: int = 0) -> int | None:
+    def acquire_slot(self, digest: str, num_slot_misses: int = 0) -> int | None:
         """The slot for one more running sequence of a version; None while it is loaded or no slot is free."""
         cached = self._adapters[digest]
         if cached.adapter is None or cached is self._draining:
             return None
-        if not cached.slot and not self._put_into_slot(cached, times_skipped):
+        if not cached.slot and not self._put_into_slot(cached, num_slot_misses):
             return None
         cached.num_running += 1
         cached.last_used = next(self._clock)
@@ -210,13 +210,13 @@ class AdapterCache:
 
     # ---- slots ------------------------------------------------------------------------------------------------------
 
-    def _put_into_slot(self, cached: CachedAdapter, times_skipped: int) -> bool:
+    def _put_into_slot(self, cached: CachedAdapter, num_slot_misses: int) -> bool:
         """Put an adapter that is in memory into a slot; False when all slots are busy."""
         if not self._free:
             idle = [other for other in self._adapters.values() if other.slot and not other.num_running]
             if idle:
                 self._evict(min(idle, key=lambda other: other.last_used))
-            elif times_skipped > MAX_SKIPS and self._draining is None:
+            elif num_slot_misses > MAX_SKIPS and self._draining is None:
                 busy = [other for other in self._adapters.values() if other.slot]
                 self._draining = min(busy, key=lambda other: (other.num_running, other.last_used))
         if not self._free:
@@ -308,9 +308,9 @@ def pack_for_decoding(adapter: Adapter) -> Adapter:
 
     What was read from a file is a view of the whole of it, so a tensor that is kept would keep the file in memory too.
     """
-    slots = {name: part.for_decoding() if isinstance(part, LowRank) else part for name, part in adapter.slots.items()}
-    arena = _Arena([p for part in slots.values() for p in part.named().values()])
-    return replace(adapter, slots={name: _copied_into(part, arena) for name, part in slots.items()})
+    layers = {name: part.for_decoding() if isinstance(part, LowRank) else part for name, part in adapter.layers.items()}
+    arena = _Arena([p for part in layers.values() for p in part.named().values()])
+    return replace(adapter, layers={name: _copied_into(part, arena) for name, part in layers.items()})
 
 
 class _Arena:
@@ -334,7 +334,7 @@ class _Arena:
         return copy.T if transposed else copy
 
 
-def _copied_into(part: Slot, arena: _Arena) -> Slot:
+def _copied_into(part: LayerAdapter, arena: _Arena) -> LayerAdapter:
     given = {f.name: getattr(part, f.name) for f in fields(part)}
     moved = {
         name: nn.Parameter(arena.copy(value), requires_grad=False)

@@ -217,7 +217,7 @@ class AsyncEngine:
             self._ended
             or now - listener.last_sent >= COALESCE_SECONDS
             or any(output.finish_reason is not None for output in listener.buffered)
-            or not self.engine.scheduler.crowds(listener.tenant)
+            or not self.engine.scheduler.has_backlog(listener.tenant)
         )
 
 

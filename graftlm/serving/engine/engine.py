@@ -103,7 +103,7 @@ class Engine:
         A full queue raises RequestError with `full` set.
         """
         self.check(request)
-        self.scheduler.expect(request.tenant, request.n)
+        self.scheduler.reserve_queue_slots(request.tenant, request.n)
         self._arrivals.append((request, folder))
         self.wake()
 
@@ -129,8 +129,10 @@ class Engine:
                 field="max_tokens",
             )
         self.check_tokens("prompt", request.prompt)
-        if request.n > self.limits.queue:
-            raise RequestError(f"n is {request.n}, and at most {self.limits.queue} answers may wait", field="n")
+        if request.n > self.limits.max_queued_seqs:
+            raise RequestError(
+                f"n is {request.n}, and at most {self.limits.max_queued_seqs} completions may be queued", field="n"
+            )
 
     def check_tokens(self, field: str, ids: Iterable[int]) -> None:
         """Raise RequestError for the first id that is not in this model's vocabulary; `field` holds them."""
@@ -175,7 +177,7 @@ class Engine:
         work = self.scheduler.schedule()
         if work:
             self.counts.prompt_tokens += sum(n for s, n in work if not s.decoding)
-            self.scheduler.count(work, self.counts.steps)
+            self.scheduler.record_step(work, self.counts.steps)
             sequences, states = self.runner.execute_model(work)
             self._sample(sequences, states, outputs)
             # This thread's own time: waiting for a processor or the interpreter is not what its tokens cost.
@@ -232,7 +234,7 @@ class Engine:
                 sequences = self._start(request, folder)
             except Exception as error:
                 # Its own fault, such as a version that was removed since it was found: the others go on.
-                self.scheduler.forget(request.tenant, request.n)
+                self.scheduler.cancel_reservation(request.tenant, request.n)
                 message = str(error) if isinstance(error, GraftError) else f"{type(error).__name__}: {error}"
                 outputs += [
                     RequestOutput(id=request.id, index=i, finish_reason="error", error=message)
@@ -284,7 +286,7 @@ class Engine:
         ready = [sequences[i] for i in rows]
         if len(rows) < len(sequences):
             states = states[torch.tensor(rows, device=states.device)]
-        row_logits = logits(self.base, states, [s.slot for s in ready]).float()  # (n, V)
+        row_logits = logits(self.base, states, [s.adapter_slot for s in ready]).float()  # (n, V)
         for sequence, (token, logprobs) in zip(ready, sampling.sample_all(row_logits, ready)):
             self._append_token(sequence, token, logprobs, outputs)
 

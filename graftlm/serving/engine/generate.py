@@ -157,7 +157,7 @@ def _engine_for(
     longest = max((len(prompt.ids) + limit for prompt, limit in zip(prompts, max_tokens)), default=1)
     adapters = {prompt.adapter for prompt in prompts if prompt.adapter}
     limits = EngineLimits(
-        max_num_seqs=max_num_seqs, queue=len(prompts), cache_tokens=max_num_seqs * (longest + 16),
+        max_num_seqs=max_num_seqs, max_queued_seqs=len(prompts), cache_tokens=max_num_seqs * (longest + 16),
         max_loras=max(1, len(adapters)), adapter_bytes=NO_LIMIT,
     )  # fmt: skip
     return Engine(base, limits, decoding=decoding)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import kernels
-from graftlm.adapters.bank import Bank, LowRank
+from graftlm.adapters.bank import LayerBank, LowRank
 from graftlm.base import fused
 from graftlm.base.attention import UnsupportedAttention, short_windows
 from graftlm.base.context import ForwardContext
@@ -100,7 +100,7 @@ class NativeDecoder:
         shares: list[kernels.Factors | None] = []
         for linear in self.linears:
             bank = linear.bank
-            part = bank.slots.get(slot) if isinstance(bank, Bank) else None
+            part = bank.adapters.get(slot) if isinstance(bank, LayerBank) else None
             if part is None:
                 shares.append(None)
             elif (

@@ -1,4 +1,4 @@
-"""The two ways to run a step's work through the base: packed over a paged KV cache, or in stacks of equally long sequences.
+"""The two ways to run a step's work through the base: packed over a paged KV cache, or in batches of equally long sequences.
 
     work             [(sequence, new tokens), ...] from the scheduler: one token of each sequence in decode, a part of the
                      prompt of each in prefill
@@ -124,7 +124,7 @@ class PagedRunner:
 
     def execute_model(self, work: Work) -> tuple[list[Sequence], Tensor]:
         """One forward pass; returns the sequences in the order of their rows, and each one's last state (n, width)."""
-        work.sort(key=lambda item: (item[0].slot, item[1], item[0].batch_slot))
+        work.sort(key=lambda item: (item[0].adapter_slot, item[1], item[0].batch_slot))
         sequences = [sequence for sequence, _ in work]
         hidden = self._hidden(work)  # (T, width)
         ends: list[int] = []
@@ -149,7 +149,7 @@ class PagedRunner:
         """The states of all new tokens (T, width): by the native decoder where it can, else by the model's own code."""
         lengths = tuple(n for _, n in work)
         computed = tuple(s.num_computed for s, _ in work)
-        batch_slots, slots = [s.batch_slot for s, _ in work], tuple(s.slot for s, _ in work)
+        batch_slots, slots = [s.batch_slot for s, _ in work], tuple(s.adapter_slot for s, _ in work)
         new = [t for s, n in work for t in s.tokens[s.num_computed : s.num_computed + n]]
         ids = torch.tensor(new, device=self.base.device)  # (T,)
         if self.decoder is not None:
@@ -176,7 +176,7 @@ class _Group:
 
 
 class StackedRunner:
-    """Runs a model on stacks of equally long sequences, with its own attention and its own cache."""
+    """Runs a model on batches of equally long sequences, with its own attention and its own cache."""
 
     chunked_prefill = False
 
@@ -237,14 +237,14 @@ class StackedRunner:
             else:
                 fresh[len(sequence.tokens), sequence.request.embed].append(sequence)
         for members in fresh.values():
-            members.sort(key=lambda s: s.slot)
+            members.sort(key=lambda s: s.adapter_slot)
             group = _Group(members, Past(self.base, self.cache) if self.cache is not None else None)
             groups[id(group)] = group
             self._group_of.update((s, group) for s in members)
         done: list[tuple[Sequence, Tensor]] = []
         for group in groups.values():
             done += zip(list(group.sequences), self._run_group(group))
-        done.sort(key=lambda pair: pair[0].slot)
+        done.sort(key=lambda pair: pair[0].adapter_slot)
         return [s for s, _ in done], torch.stack([state for _, state in done])
 
     def _run_group(self, group: _Group) -> Tensor:
@@ -252,8 +252,8 @@ class StackedRunner:
         computed = group.sequences[0].num_computed if group.cache is not None else 0
         length = len(group.sequences[0].tokens) - computed
         ids = torch.tensor([s.tokens[computed:] for s in group.sequences], device=self.base.device)  # (n, L)
-        slots = tuple(s.slot for s in group.sequences)
-        context = ForwardContext(Segments(lengths=(length,) * len(slots), slots=slots, stacked=True))
+        slots = tuple(s.adapter_slot for s in group.sequences)
+        context = ForwardContext(Segments(lengths=(length,) * len(slots), slots=slots, batched=True))
         if group.cache is not None:
             with context, self.base.alone():
                 hidden = group.cache.step(ids)  # (n, L, width)
@@ -272,7 +272,7 @@ ModelRunner = PagedRunner | StackedRunner
 def logits(base: Base, states: Tensor, slots: Sequences[int]) -> Tensor:
     """From states (n, width), each under its slot, to logits (n, V)."""
     context = ForwardContext(Segments(lengths=(1,) * len(states), slots=tuple(slots)))
-    if not base.structure.plain_head:
+    if not base.structure.head_is_plain_matmul:
         return base.logits(states, context)
     with context:
         return base.structure.head(states)

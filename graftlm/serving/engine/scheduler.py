@@ -7,22 +7,22 @@
 4. Where the KV cache is full, the newest sequence is preempted: it waits again, and computes its tokens once more when it is
    admitted.
 
-Several tenants share an engine fairly (`EngineLimits.shared`): none fills the batch or the queue, and a small one does not
-wait for a large one's batch. A step of n tokens takes about a + b n seconds. Where b is next to nothing, as on a GPU, all
-take part in every step. On a CPU twelve tokens take several times as long as one, so a tenant with one answer beside another's
-twelve would decode at a fraction of its speed. So the tenant with the fewest tokens to compute goes first; of the others'
-sequences, one of each tenant in turn and the longest idle first, as many join as it has itself: max-min fairness a step at a
-time. More join where they add little to the step: a SHARE of the time that its own steps take is saved up for them
-(`StepCostModel`). When it has nothing to do the others have all of the engine, in steps no longer than MAX_PREFILL_SECONDS,
-since a new request waits for the end of one.
+Several tenants share an engine fairly (`EngineLimits.multi_tenant`): none fills the batch or the queue, and a small one does
+not wait for a large one's batch. A step of n tokens takes about a + b n seconds. Where b is next to nothing, as on a GPU, all
+take part in every step. On a CPU twelve tokens take several times as long as one, so a tenant with one sequence beside
+another's twelve would decode at a fraction of its speed. So the tenant with the fewest tokens to compute, the smallest tenant,
+goes first; of the others' sequences, one of each tenant in turn and the longest idle first, as many join as the smallest tenant
+has: max-min fairness a step at a time. More join where they add little to the step: EXTRA_TIME_FRACTION of the time that the
+smallest tenant's steps take is saved up for them (`StepCostModel`). When the smallest tenant has nothing to compute, the others
+have all of the engine. A new request waits for the end of a step, so a step with prefill has a target duration,
+MAX_PREFILL_SECONDS.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict, deque
+from collections import Counter, abc, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
 from graftlm.errors import RequestError
@@ -30,13 +30,13 @@ from graftlm.serving.engine.adapter_cache import AdapterCache
 from graftlm.serving.engine.runner import ModelRunner, Work
 from graftlm.serving.engine.sequence import Sequence
 
-SHARE = 0.25
+EXTRA_TIME_FRACTION = 0.25
 """Seconds that others may add for each second of the smallest tenant's own steps."""
 MAX_PREFILL_SECONDS = 0.1
-"""Seconds of a step with prefill; where single tokens take long, those of four of them."""
-MIN_CHUNK = 8
-"""Tokens of a prompt that any step may compute."""
-_REMEMBERED = 50  # steps of about as many tokens that an estimate is the mean of
+"""Target duration of a step with prefill, or four one-token steps if that is longer."""
+MIN_STEP_TOKENS = 8
+"""Lower bound of the token budget of a step with prefill, decode tokens included."""
+_REMEMBERED = 50  # window of the running mean, in steps
 _ENOUGH = 20  # steps before the estimates are used
 _UNLIMITED = 1 << 30
 
@@ -47,8 +47,8 @@ class EngineLimits:
 
     max_num_seqs: int = 16
     """Most sequences in a batch."""
-    queue: int = 256
-    """Most sequences that wait."""
+    max_queued_seqs: int = 256
+    """Most sequences in the queue."""
     max_num_batched_tokens: int = 256
     """Most tokens in one step, prefill and decode together."""
     cache_tokens: int = 16384
@@ -57,7 +57,7 @@ class EngineLimits:
     """Adapters in slots at once."""
     adapter_bytes: int = 4 << 30
     """Memory for adapters: those in slots, and copies of others that were used lately."""
-    shared: bool = False
+    multi_tenant: bool = False
     """Whether tenants share it: then none may take the last quarter of the batch, or more than half of the queue."""
 
 
@@ -164,7 +164,7 @@ class StepCostModel:
             return _UNLIMITED
         a, b = self.cost
         left = max(MAX_PREFILL_SECONDS, 4 * (a + b)) - a
-        return max(int(min(left / b, _UNLIMITED)), MIN_CHUNK) if b > 0 else _UNLIMITED
+        return max(int(min(left / b, _UNLIMITED)), MIN_STEP_TOKENS) if b > 0 else _UNLIMITED
 
     def budget_for_others(self, own: int) -> int:
         """How many tokens others may add now to a step of `own` tokens: as many again, or what is saved up for them."""
@@ -172,7 +172,7 @@ class StepCostModel:
             return own
         a, b = self.cost
         alone = a + b * own
-        self._saved = min(self._saved + SHARE * alone, max(alone, MIN_CHUNK * b))
+        self._saved = min(self._saved + EXTRA_TIME_FRACTION * alone, max(alone, MIN_STEP_TOKENS * b))
         return max(own, min(int(self._saved / b), _UNLIMITED)) if b > 0 else _UNLIMITED
 
     def charge(self, tokens: int) -> None:
@@ -182,8 +182,8 @@ class StepCostModel:
 
 
 def fair_order(running: Iterable[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
-    """Those of the tenant that has the fewest tokens to compute; and the others', one of each tenant in turn, the longest
-    idle first."""
+    """The smallest tenant's sequences, which has the fewest tokens to compute; and the others', one of each tenant in turn, the
+    longest idle first."""
     by_tenant: defaultdict[str, list[Sequence]] = defaultdict(list)
     for sequence in running:
         by_tenant[sequence.request.tenant].append(sequence)
@@ -198,8 +198,8 @@ def fair_order(running: Iterable[Sequence]) -> tuple[list[Sequence], list[Sequen
 
 
 class Scheduler:
-    """The waiting and the running sequences of an engine. `check_room`, `expect`, `crowds` and `num_waiting` may be used from
-    any thread, everything else from the engine's."""
+    """The waiting and the running sequences of an engine. `check_queue_capacity`, `reserve_queue_slots`, `has_backlog` and
+    `num_waiting` may be used from any thread, everything else from the engine's."""
 
     def __init__(self, limits: EngineLimits, runner: ModelRunner, adapter_cache: AdapterCache) -> None:
         self.limits, self.runner, self.adapter_cache = limits, runner, adapter_cache
@@ -207,66 +207,71 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.step_cost = StepCostModel()
         self.num_preempted = 0
-        self._expected: Counter[str] = Counter()  # by tenant: sequences that were let in and are not in the queue yet
-        self._lock = threading.Lock()  # of `waiting` and `_expected`
+        self._reserved: Counter[str] = (
+            Counter()
+        )  # by tenant: sequences that are admitted to the queue and not in it yet
+        self._lock = threading.Lock()  # of `waiting` and `_reserved`
 
     # ---- admission control -----------------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
         """Sequences that wait, or are about to."""
-        return len(self.waiting) + self._expected.total()
+        return len(self.waiting) + self._reserved.total()
 
-    def check_room(self, tenant: str, answers: int = 1, *, in_flight: int = 0) -> None:
-        """Raise RequestError, with `full` set, where so many more answers of a tenant may not wait.
+    def check_queue_capacity(self, tenant: str, num_sequences: int = 1, *, in_flight: int = 0) -> None:
+        """Raise RequestError, with `full` set, where the queue has no room for so many more sequences of a tenant.
 
-        `in_flight` others of the tenant are on their way and not expected yet.
+        `in_flight`: requests of the tenant whose body is not parsed yet.
         """
         with self._lock:
-            self._check_room(tenant, answers, in_flight)
+            self._check_queue_capacity(tenant, num_sequences, in_flight)
 
-    def expect(self, tenant: str, answers: int) -> None:
-        """Keep room for answers that `add` or `forget` will be called for. Raises RequestError as `check_room` does."""
+    def reserve_queue_slots(self, tenant: str, num_sequences: int) -> None:
+        """Keep room for sequences until `add` or `cancel_reservation` is called for them. Raises RequestError as
+        `check_queue_capacity` does."""
         with self._lock:
-            self._check_room(tenant, answers)
-            self._expected[tenant] += answers
+            self._check_queue_capacity(tenant, num_sequences)
+            self._reserved[tenant] += num_sequences
 
-    def _check_room(self, tenant: str, answers: int, in_flight: int = 0) -> None:
+    def _check_queue_capacity(self, tenant: str, num_sequences: int, in_flight: int = 0) -> None:
         waiting = self.num_waiting + in_flight
-        if waiting + answers > self.limits.queue:
+        if waiting + num_sequences > self.limits.max_queued_seqs:
             raise RequestError(
-                f"the queue is full: {waiting} answers wait, the limit is {self.limits.queue}", full=True
+                f"the queue is full: {waiting} completions are waiting, the limit is {self.limits.max_queued_seqs}",
+                full=True,
             )
-        share = max(self.limits.queue // 2, 1)
-        own = in_flight + self.waiting.num_waiting(tenant) + self._expected[tenant]
-        if self.limits.shared and own + answers > share:
+        max_queued_per_tenant = max(self.limits.max_queued_seqs // 2, 1)
+        own = in_flight + self.waiting.num_waiting(tenant) + self._reserved[tenant]
+        if self.limits.multi_tenant and own + num_sequences > max_queued_per_tenant:
             raise RequestError(
-                f"your part of the queue is full: {own} answers wait, the limit for one key is {share}", full=True
+                f"the queue of this API key is full: {own} completions are waiting, the limit is {max_queued_per_tenant}",
+                full=True,
             )
 
-    def crowds(self, tenant: str) -> bool:
-        """Whether a tenant wants more than it gets, on an engine that several share."""
-        return self.limits.shared and self.waiting.num_waiting(tenant) > 0
+    def has_backlog(self, tenant: str) -> bool:
+        """Whether a tenant has queued sequences, on an engine that several tenants share."""
+        return self.limits.multi_tenant and self.waiting.num_waiting(tenant) > 0
 
     # ---- sequences come and go ---------------------------------------------------------------------------------------------
 
-    def add(self, sequences: Sequences[Sequence]) -> None:
-        """Queue sequences that were expected."""
+    def add(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Queue sequences that room was reserved for."""
         tenants = self._tenants
         with self._lock:
             for sequence in sequences:
                 self.waiting.add(sequence, tenants)
-                self._arrived(sequence.request.tenant, 1)
+                self._reservation_used(sequence.request.tenant, 1)
 
-    def forget(self, tenant: str, answers: int) -> None:
-        """Expect answers no more."""
+    def cancel_reservation(self, tenant: str, num_sequences: int) -> None:
+        """Give up the room reserved for sequences that will not come."""
         with self._lock:
-            self._arrived(tenant, answers)
+            self._reservation_used(tenant, num_sequences)
 
-    def _arrived(self, tenant: str, answers: int) -> None:
-        self._expected[tenant] -= answers
-        if not self._expected[tenant]:
-            del self._expected[tenant]
+    def _reservation_used(self, tenant: str, num_sequences: int) -> None:
+        self._reserved[tenant] -= num_sequences
+        if not self._reserved[tenant]:
+            del self._reserved[tenant]
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, and give up the memory and the adapter slot it has."""
@@ -289,8 +294,8 @@ class Scheduler:
         if not self.runner.chunked_prefill:
             return [(sequence, sequence.num_uncomputed) for sequence in self.running]
         budget = self.limits.max_num_batched_tokens
-        prefill_budget = min(budget, self.step_cost.prefill_budget()) if self.limits.shared else budget
-        if not self.limits.shared or len(self._tenants) < 2:
+        prefill_budget = min(budget, self.step_cost.prefill_budget()) if self.limits.multi_tenant else budget
+        if not self.limits.multi_tenant or len(self._tenants) < 2:
             work = self._fill(list(self.running), budget, prefill_budget)
         else:
             first, rest = fair_order(self.running)
@@ -302,8 +307,8 @@ class Scheduler:
             work += others
         return [(s, n) for s, n in work if s.batch_slot >= 0]  # without those preempted meanwhile
 
-    def count(self, work: Work, step: int) -> None:
-        """Note who takes part in a step."""
+    def record_step(self, work: Work, step: int) -> None:
+        """Charge each tenant its tokens and set each sequence's `last_step`."""
         for sequence, n in work:
             self.waiting.count_tokens(sequence.request.tenant, n)
             sequence.last_step = step
@@ -316,7 +321,7 @@ class Scheduler:
             admitted = False
             for tenant in self.waiting.tenants:
                 own = sum(s.request.tenant == tenant for s in self.running)
-                if self.limits.shared and own >= max(limit - max(limit // 4, 1), 1):
+                if self.limits.multi_tenant and own >= max(limit - max(limit // 4, 1), 1):
                     continue
                 if self._admit_one(tenant):
                     admitted = True
@@ -329,15 +334,15 @@ class Scheduler:
         for sequence in self.waiting.waiting_of(tenant):
             first = sequence.first_sibling
             if first is not None and not first.done and first.num_computed < first.prompt_length:
-                continue  # the first answer computes the prompt for all
+                continue  # the first sibling computes the prompt for all
             adapter = sequence.request.adapter
             slot: int | None = 0
             if adapter:
-                slot = self.adapter_cache.acquire_slot(adapter, sequence.times_skipped)
+                slot = self.adapter_cache.acquire_slot(adapter, sequence.num_slot_misses)
                 if slot is None:
-                    sequence.times_skipped += 1
+                    sequence.num_slot_misses += 1
                     continue
-            sequence.slot = slot
+            sequence.adapter_slot = slot
             if not self.runner.admit(sequence):
                 if adapter:
                     self.adapter_cache.release_slot(adapter)
@@ -352,7 +357,7 @@ class Scheduler:
         """A token for each sequence in decode, at most `budget`; what is left of `prefill_budget` for prompts."""
         work: Work = []
         for sequence in sequences:
-            if sequence.decoding and len(work) < budget and self._make_room(sequence, 1):
+            if sequence.decoding and len(work) < budget and self._allocate_kv_or_preempt(sequence, 1):
                 work.append((sequence, 1))
         left = prefill_budget - len(work)
         # Prompts share it, the least served tenant's first, so one long prompt does not hold up the others'.
@@ -360,12 +365,12 @@ class Scheduler:
         order = {tenant: i for i, tenant in enumerate(self.waiting.by_tokens_served(s.request.tenant for s in prefill))}
         for sequence in sorted(prefill, key=lambda s: order[s.request.tenant]):
             new = min(sequence.num_uncomputed, left)
-            if new > 0 and sequence in self.running and self._make_room(sequence, new):
+            if new > 0 and sequence in self.running and self._allocate_kv_or_preempt(sequence, new):
                 work.append((sequence, new))
                 left -= new
         return work
 
-    def _make_room(self, sequence: Sequence, new: int) -> bool:
+    def _allocate_kv_or_preempt(self, sequence: Sequence, new: int) -> bool:
         """Reserve memory for `new` tokens; preempts the newest sequences until there is enough."""
         if sequence.batch_slot < 0:  # it was preempted itself
             return False
@@ -387,5 +392,5 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         if sequence.request.adapter:
             self.adapter_cache.release_slot(sequence.request.adapter)
-        sequence.slot = 0
+        sequence.adapter_slot = 0
         self.runner.release(sequence)

@@ -24,7 +24,8 @@ class Sequence:
         """Tokens whose keys and values are in the KV cache."""
         self.cached_prompt_tokens = 0
         """Tokens of the prompt that were found in the prefix cache."""
-        self.slot = 0
+        self.adapter_slot = 0
+        """The slot of its adapter in the banks while it runs; 0 is the base."""
         self.batch_slot = -1
         """Its row in the tables of the KV cache while it runs, else -1."""
         self.blocks: list[int] = []
@@ -36,8 +37,8 @@ class Sequence:
         self.first_token: float | None = None
         self.last_step = 0
         """The last step that it took part in."""
-        self.times_skipped = 0
-        """How often others were admitted before it because its adapter found no slot."""
+        self.num_slot_misses = 0
+        """How often it was passed over in admission because its adapter found no slot."""
         self.hidden_sum: Tensor | None = None
         """Sum of the hidden states of an `embed` request, (width,) float32."""
         self.aborted = False

@@ -175,7 +175,7 @@ def _adapters(state: ServerState, tenant: Tenant, states: dict[str, Any]) -> dic
         found.append({"name": name.name, "versions": rows})
     load = {
         "running": engine.num_running, "running_limit": engine.limits.max_num_seqs, "waiting": engine.num_waiting,
-        "waiting_limit": engine.limits.queue, "cache_occupied": engine.runner.kv_cache_usage,
+        "waiting_limit": engine.limits.max_queued_seqs, "cache_occupied": engine.runner.kv_cache_usage,
         "generated_tokens": engine.counts.generated_tokens, "prompt_tokens": engine.counts.prompt_tokens,
     }  # fmt: skip
     base = {"name": state.model_registry.base_name, "allowed": tenant.may_use(""), "fingerprint": state.fingerprint}

@@ -47,7 +47,7 @@ class ServerState:
     draining: bool = False
     preloading: bool = False
     in_flight: Counter[str] = field(default_factory=Counter[str])
-    """Requests of each tenant that have arrived and are not parsed yet."""
+    """Requests of each tenant whose body is not parsed yet."""
     grammar_compilers: OrderedDict[int, GrammarCompiler] = field(default_factory=OrderedDict[int, GrammarCompiler])
 
     def grammar_compiler(self, prompts: PromptEncoder) -> GrammarCompiler:

@@ -88,7 +88,7 @@ class _EngineCollector(Collector):
         counts, adapter_cache = engine.counts, engine.adapter_cache.counters
         gauges = (
             ("graft_queue_waiting", "Answers that wait", engine.num_waiting),
-            ("graft_queue_limit", "Most answers that may wait", engine.limits.queue),
+            ("graft_queue_limit", "Most answers that may wait", engine.limits.max_queued_seqs),
             ("graft_running", "Answers in the batch", engine.num_running),
             ("graft_running_limit", "Most answers in a batch", engine.limits.max_num_seqs),
             (

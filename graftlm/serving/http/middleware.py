@@ -89,7 +89,7 @@ class AdmissionControl:
 async def _reject_if_full(state: ServerState, scope: Scope, send: Send, in_flight: int = 0) -> bool:
     """Whether the queue has no room for another request of its tenant beside the `in_flight` ones; then 429 was sent."""
     try:
-        state.async_engine.engine.scheduler.check_room(scope[_TENANT], in_flight=in_flight)
+        state.async_engine.engine.scheduler.check_queue_capacity(scope[_TENANT], in_flight=in_flight)
     except RequestError as error:
         status, headers, body = _rejection(str(error))
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -209,7 +209,7 @@ class ReadThrottle:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # there are as many tenants as keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _TENANT not in scope or not self._state.async_engine.engine.limits.shared:
+        if _TENANT not in scope or not self._state.async_engine.engine.limits.multi_tenant:
             await self._app(scope, receive, send)
             return
         body = [await receive()]
@@ -234,7 +234,7 @@ class ReadThrottle:
                 parsing = False
                 pause = min(PAUSE_FACTOR * (loop.time() - began), MAX_PAUSE_SECONDS)
                 loop.call_later(
-                    pause if self._state.async_engine.engine.scheduler.crowds(tenant) else 0.0, turn.release
+                    pause if self._state.async_engine.engine.scheduler.has_backlog(tenant) else 0.0, turn.release
                 )
 
         scope[PARSED] = parsed

@@ -144,12 +144,12 @@ def plan(config: ServeConfig, base: Base, api_keys: ApiKeys, layers: dict[int, L
     tokens = cache_tokens(base, layers, config.max_num_seqs, config.kv_cache_gb)
     return EngineLimits(
         max_num_seqs=config.max_num_seqs,
-        queue=config.max_queue,
+        max_queued_seqs=config.max_queue,
         max_num_batched_tokens=config.max_num_batched_tokens,
         cache_tokens=tokens,
         max_loras=config.max_loras,
         adapter_bytes=adapters,
-        shared=len(api_keys.tenants) > 1,
+        multi_tenant=len(api_keys.tenants) > 1,
     )
 
 

@@ -61,7 +61,7 @@ def test_every_expert_of_a_stack_is_a_layer_of_its_own(tmp_path: Path) -> None:
     adapter = tiny.adapted(base, rank=2)
     adapter_format.save(base, adapter, tmp_path, {})
     found = measure(tmp_path)
-    slot = adapter.slots["model.layers.0.mlp.experts.down_proj"]
+    slot = adapter.layers["model.layers.0.mlp.experts.down_proj"]
     for expert in range(3):
         A, B = (t.detach().double() for t in slot.factors(expert))  # type: ignore[union-attr]
         values = torch.linalg.svdvals(B @ A)[:2]

@@ -69,11 +69,11 @@ def test_who_waits_too_long_for_a_slot_gets_one_though_others_keep_coming() -> N
         loaded(adapter_cache, digest)
     for digest in ("0", "0", "1"):
         assert adapter_cache.acquire_slot(digest)
-    assert adapter_cache.acquire_slot("2", times_skipped=10_000) is None
+    assert adapter_cache.acquire_slot("2", num_slot_misses=10_000) is None
     assert adapter_cache.acquire_slot("1") is None, "it takes nobody any more"
     assert adapter_cache.acquire_slot("0")
     adapter_cache.release_slot("1")
-    assert adapter_cache.acquire_slot("2", times_skipped=10_001)
+    assert adapter_cache.acquire_slot("2", num_slot_misses=10_001)
 
 
 def test_memory_is_bounded_and_nothing_that_is_held_is_forgotten() -> None:

@@ -107,7 +107,7 @@ def test_a_request_that_cannot_begin_fails_alone(async_engine: AsyncEngine, monk
 
 def test_a_tenant_with_answers_waiting_hears_in_parcels_and_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftlm.serving.engine.async_engine.COALESCE_SECONDS", 60.0)
-    async_engine = AsyncEngine(tiny_engine.engine_of(tiny_engine.base_of(), shared=True))
+    async_engine = AsyncEngine(tiny_engine.engine_of(tiny_engine.base_of(), multi_tenant=True))
 
     async def told(tenant: str) -> list[list[RequestOutput]]:
         return [
@@ -121,7 +121,7 @@ def test_a_tenant_with_answers_waiting_hears_in_parcels_and_misses_nothing(monke
         async_engine.start()  # with both there from the first step on
         return await asyncio.wait_for(asked, 20)
 
-    monkeypatch.setattr(async_engine.engine.scheduler, "crowds", lambda tenant: tenant == "large")
+    monkeypatch.setattr(async_engine.engine.scheduler, "has_backlog", lambda tenant: tenant == "large")
     chunks, single = asyncio.run(both())
     async_engine.close()
     assert [sum(len(p.tokens) for p in news) for news in chunks] == [1, 11], (

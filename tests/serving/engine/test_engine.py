@@ -258,7 +258,7 @@ def test_an_embedding_is_the_mean_of_the_states_before_the_head(architecture: st
 
 
 def test_what_cannot_be_answered_is_refused_with_the_numbers() -> None:
-    engine = tiny_engine.engine_of(tiny_engine.base_of(), queue=3)
+    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_queued_seqs=3)
     refused = [
         (tiny_engine.request([], 3), "the prompt is empty"),
         (tiny_engine.request([5] * 64, 3), "the prompt has 64 tokens, and 64 fit with the answer"),
@@ -270,7 +270,7 @@ def test_what_cannot_be_answered_is_refused_with_the_numbers() -> None:
             tiny_engine.request([5, 99], 3),
             "prompt has the token id 99, and this model's vocabulary has ids from 0 to 82",
         ),
-        (tiny_engine.request([5], 3, n=9), "n is 9, and at most 3 answers may wait"),
+        (tiny_engine.request([5], 3, n=9), "n is 9, and at most 3 completions may be queued"),
     ]
     for one, message in refused:
         with pytest.raises(RequestError, match=message) as caught:
@@ -278,7 +278,7 @@ def test_what_cannot_be_answered_is_refused_with_the_numbers() -> None:
         assert not caught.value.full
     for i in range(3):
         engine.add_request(tiny_engine.request(prompt(4, i), 3))
-    with pytest.raises(RequestError, match="the queue is full: 3 answers wait, the limit is 3") as caught:
+    with pytest.raises(RequestError, match="the queue is full: 3 completions are waiting, the limit is 3") as caught:
         engine.add_request(tiny_engine.request([5], 3))
     assert caught.value.full
     tiny_engine.drain(engine)
@@ -286,11 +286,11 @@ def test_what_cannot_be_answered_is_refused_with_the_numbers() -> None:
 
 
 def test_one_tenant_cannot_fill_a_shared_queue() -> None:
-    engine = tiny_engine.engine_of(tiny_engine.base_of(), queue=8, shared=True)
+    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_queued_seqs=8, multi_tenant=True)
     for _ in range(4):
         engine.add_request(tiny_engine.request([5], 3, tenant="loud"))
     with pytest.raises(
-        RequestError, match="your part of the queue is full: 4 answers wait, the limit for one key is 4"
+        RequestError, match="the queue of this API key is full: 4 completions are waiting, the limit is 4"
     ):
         engine.add_request(tiny_engine.request([5], 3, tenant="loud"))
     engine.add_request(tiny_engine.request([5], 3, tenant="quiet"))

@@ -85,7 +85,7 @@ def test_an_adapter_in_16_bits_is_read_as_it_lies() -> None:
     base = tiny_engine.base_of()
     ours, store = decoder(base), store_of(base)
     adapter = tiny_engine.adapter_of(base, 8)
-    for part in adapter.slots.values():
+    for part in adapter.layers.values():
         assert isinstance(part, LowRank)
         part.A, part.B = (nn.Parameter(t.detach().bfloat16().float(), requires_grad=False) for t in (part.A, part.B))
     adapter = pack_for_decoding(adapter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_engine
 
-from graftlm.serving.engine.scheduler import MIN_CHUNK, FairQueue, StepCostModel, fair_order
+from graftlm.serving.engine.scheduler import MIN_STEP_TOKENS, FairQueue, StepCostModel, fair_order
 from graftlm.serving.engine.sequence import Sequence
 
 
@@ -50,7 +50,7 @@ def test_a_line_keeps_its_order_and_who_was_interrupted_stands_in_front(first: b
 
 
 def test_two_tenants_share_a_busy_engine_whatever_their_numbers() -> None:
-    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_num_seqs=2, queue=200)
+    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_num_seqs=2, max_queued_seqs=200)
     for i in range(60):
         engine.add_request(tiny_engine.request([5 + i % 7, 9, 11], 4, id=f"loud{i}", tenant="loud"))
     for _ in range(3):
@@ -90,14 +90,14 @@ def test_what_is_saved_up_pays_for_no_more_than_a_step_twice_as_long() -> None:
     pace = paced(0.010, 0.002)
     for _ in range(1000):
         pace.budget_for_others(1)
-    assert pace.budget_for_others(1) == MIN_CHUNK, "16 ms, where a step of one token takes 12"
+    assert pace.budget_for_others(1) == MIN_STEP_TOKENS, "16 ms, where a step of one token takes 12"
     assert paced(0.1, 0.001).budget_for_others(1) == 25, "a quarter of 101 ms"
 
 
 def test_a_step_in_which_prompts_are_read_is_as_long_as_somebody_else_may_wait() -> None:
     assert paced(0.010, 0.0021).prefill_budget() == 42, "100 ms"
     assert paced(0.5, 0.11).prefill_budget() == 17, "four steps of one token: 2.4 s"
-    assert paced(0.0, 1.0).prefill_budget() == MIN_CHUNK
+    assert paced(0.0, 1.0).prefill_budget() == MIN_STEP_TOKENS
     assert paced(0.004, 0.0).prefill_budget() > 10**6
     assert StepCostModel().prefill_budget() > 10**6, "nothing is known"
 
@@ -128,7 +128,7 @@ def test_the_tenant_who_wants_least_goes_first_and_the_others_take_turns() -> No
 
 
 def test_beside_a_large_tenant_a_small_one_takes_part_in_every_step_and_neither_starves() -> None:
-    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_num_seqs=8, queue=200, shared=True)
+    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_num_seqs=8, max_queued_seqs=200, multi_tenant=True)
     engine.scheduler.step_cost = paced(0.0, 0.01)  # pyright: ignore[reportPrivateUsage]
     engine.scheduler.step_cost.observe = lambda tokens, seconds: None  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
     for i in range(30):

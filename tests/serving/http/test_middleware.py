@@ -19,7 +19,7 @@ READS = 0.01  # seconds that an answer's request is read
 class Engine:
     """What the door asks of one: room for three, and whether a tenant has answers waiting."""
 
-    limits = SimpleNamespace(shared=True)
+    limits = SimpleNamespace(multi_tenant=True)
 
     @property
     def scheduler(self) -> Engine:
@@ -28,11 +28,11 @@ class Engine:
     def __init__(self, *crowding: str) -> None:
         self.crowding = crowding
 
-    def check_room(self, tenant: str, answers: int = 1, *, in_flight: int = 0) -> None:
-        if in_flight + answers > 3:
-            raise RequestError(f"the queue is full: {in_flight} answers wait, the limit is 3", full=True)
+    def check_queue_capacity(self, tenant: str, num_sequences: int = 1, *, in_flight: int = 0) -> None:
+        if in_flight + num_sequences > 3:
+            raise RequestError(f"the queue is full: {in_flight} completions are waiting, the limit is 3", full=True)
 
-    def crowds(self, tenant: str) -> bool:
+    def has_backlog(self, tenant: str) -> bool:
         return tenant in self.crowding
 
 

@@ -2,9 +2,9 @@
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
 """Low-rank terms routed by token: one launch handles any mixture of adapters and ranks.
 
-Each program takes one tile of tokens with the same slot, finds that slot's matrix by its address, and accumulates in float32.
+Each program takes one tile of tokens with the same factor pair, finds its matrix by its address, and accumulates in float32.
 
-Letters: x (tokens, in), y (tokens, out); a slot's A (r, in) and B (out, r), h (tokens, R) with R >= every r.
+Letters: x (tokens, in), y (tokens, out); a factor pair's A (r, in) and B (out, r), h (tokens, R) with R >= every r.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from graftlm.kernels.triton.programs.dot import dot
 
 @triton.jit
 def tile_of(tiles, pointers, ranks, like, TOKENS: tl.constexpr):
-    """This program's slot, its rank and matrix, the tile's tokens (TOKENS,), and which of them there are."""
+    """This program's factor index, its rank and matrix, the tile's tokens (TOKENS,), and which of them there are."""
     tile = tl.program_id(0)
-    first, last, slot = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    matrix = tl.load(pointers + slot).to(tl.pointer_type(like.dtype.element_ty))
+    factor_index, first, last = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    matrix = tl.load(pointers + factor_index).to(tl.pointer_type(like.dtype.element_ty))
     token = first + tl.arange(0, TOKENS)
-    return slot, tl.load(ranks + slot), matrix, token, token < last
+    return factor_index, tl.load(ranks + factor_index), matrix, token, token < last
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def shrink(
     RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """h[t, :r] = x[t] @ M.T for each tile of tokens, M (r, wide) its slot's A, or B transposed when not RANK_FIRST."""
-    slot, rank, matrix, token, there = tile_of(tiles, pointers, ranks, x, TOKENS)
+    """h[t, :r] = x[t] @ M.T for each tile of tokens, M (r, wide) its factor pair's A, or B transposed when not RANK_FIRST."""
+    factor_index, rank, matrix, token, there = tile_of(tiles, pointers, ranks, x, TOKENS)
     r = tl.arange(0, R)
     total = tl.zeros((TOKENS, R), dtype=tl.float32)
     for begin in range(0, wide, WIDE):
@@ -43,7 +43,7 @@ def shrink(
         columns = tl.load(matrix + place, mask=(w[:, None] < wide) & (r[None, :] < rank), other=0.0)
         total = dot(part, columns, total, UPCAST)
     if SCALED:
-        total = total * tl.load(scales + slot)
+        total = total * tl.load(scales + factor_index)
     inside = there[:, None] & (r[None, :] < h_stride)
     tl.store(h + token[:, None].to(tl.int64) * h_stride + r[None, :], total.to(h.dtype.element_ty), mask=inside)
 
@@ -54,8 +54,8 @@ def expand(
     RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """y[t] += h[t, :r] @ M for each tile of tokens, M (r, wide) its slot's A, or B transposed when not RANK_FIRST."""
-    slot, rank, matrix, token, there = tile_of(tiles, pointers, ranks, h, TOKENS)
+    """y[t] += h[t, :r] @ M for each tile of tokens, M (r, wide) its factor pair's A, or B transposed when not RANK_FIRST."""
+    factor_index, rank, matrix, token, there = tile_of(tiles, pointers, ranks, h, TOKENS)
     r = tl.arange(0, R)
     w = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     h_inside = there[:, None] & (r[None, :] < rank)
@@ -64,7 +64,7 @@ def expand(
     rows = tl.load(matrix + place, mask=(w[None, :] < wide) & (r[:, None] < rank), other=0.0)
     total = dot(part, rows, tl.zeros((TOKENS, WIDE), dtype=tl.float32), UPCAST)
     if SCALED:
-        total = total * tl.load(scales + slot)
+        total = total * tl.load(scales + factor_index)
     inside = there[:, None] & (w[None, :] < wide)
     target = y + token[:, None].to(tl.int64) * y_stride + w[None, :]
     total = total + tl.load(target, mask=inside, other=0.0).to(tl.float32)

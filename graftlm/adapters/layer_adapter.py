@@ -1,4 +1,4 @@
-"""The trained tensors of one adapter on one layer: a slot of a bank.
+"""The trained tensors of one adapter on one layer, as a `LayerBank` holds it.
 
     LowRank           A and B, and DoRA's magnitude
     ModulesToSave     a full copy of the weight (PEFT's `modules_to_save`)
@@ -37,11 +37,11 @@ class LowRank:
     alpha: float
     rank: int
     dropout: float = 0.0
-    key: int = 0
+    dropout_key: int = 0
     """Identifies this layer in the random numbers of dropout."""
     experts: int = 0
     magnitude: nn.Parameter | None = None  # (out,), DoRA's m
-    _ratio: Tensor | None = None
+    _dora_scale: Tensor | None = None
 
     def factors(self, expert: int | None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of the layer, or of one of its experts."""
@@ -73,12 +73,14 @@ class LowRank:
         """A, B and the scale in the form of decoding's kernels."""
         return kernels.Factors(self.A.detach(), self.B.detach(), self.scale)
 
-    def ratio(self, weight: Weight) -> Tensor:
+    def dora_scale(self, weight: Weight) -> Tensor:
         """m / |W + s B A| (out,), for forward passes without gradients; cached, since a server's A and B do not change."""
         assert self.magnitude is not None
-        if self._ratio is None:
-            self._ratio = self.magnitude.detach() / combined_norm(weight, self.A.float(), self.B.float(), self.scale)
-        return self._ratio
+        if self._dora_scale is None:
+            self._dora_scale = self.magnitude.detach() / combined_norm(
+                weight, self.A.float(), self.B.float(), self.scale
+            )
+        return self._dora_scale
 
     def named(self) -> dict[str, nn.Parameter]:
         """The trained tensors, under the names that PEFT gives them."""
@@ -117,7 +119,7 @@ class TrainableTokens:
         return {"token_adapter.trainable_tokens_delta": self.values}
 
 
-Slot = LowRank | ModulesToSave | TrainableTokens
+LayerAdapter = LowRank | ModulesToSave | TrainableTokens
 
 
 def new_low_rank(
@@ -131,7 +133,7 @@ def new_low_rank(
     dora: bool = False,
     seed: int = 0,
 ) -> LowRank:
-    """An untrained slot: A uniform within 1 / sqrt(in), like `nn.Linear`, and B zero, so that it does not change the output.
+    """An untrained adapter of one layer: A uniform within 1 / sqrt(in), like `nn.Linear`; B zero, so the output stays.
 
     A depends on (seed, layer name) only, whatever other layers or trials there are.
     """
@@ -152,7 +154,7 @@ def new_low_rank(
         alpha=alpha,
         rank=rank,
         dropout=dropout,
-        key=hash_words("dropout", name),
+        dropout_key=hash_words("dropout", name),
         experts=experts,
         magnitude=magnitude,
     )
