@@ -16,6 +16,8 @@ has: max-min fairness a step at a time. More join where they add little to the s
 smallest tenant's steps take is saved up for them (`StepCostModel`). When the smallest tenant has nothing to compute, the others
 have all of the engine. A new request waits for the end of a step, so a step with prefill has a target duration,
 MAX_PREFILL_SECONDS.
+
+Prefill always progresses: however many sequences decode, part of a step's token budget is kept for prompts.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ EXTRA_TIME_FRACTION = 0.25
 """Seconds that others may add for each second of the smallest tenant's own steps."""
 MAX_PREFILL_SECONDS = 0.1
 """Target duration of a step with prefill, or four one-token steps if that is longer."""
-MIN_STEP_TOKENS = 8
-"""Lower bound of the token budget of a step with prefill, decode tokens included."""
+MIN_PREFILL_TOKENS = 8
+"""Prompt tokens that a step with prefill may compute beside its decode tokens, however long they take; fewer where the token
+budget is less than twice as large."""
 _REMEMBERED = 50  # window of the running mean, in steps
 _ENOUGH = 20  # steps before the estimates are used
 _UNLIMITED = 1 << 30
@@ -164,7 +167,7 @@ class StepCostModel:
             return _UNLIMITED
         a, b = self.cost
         left = max(MAX_PREFILL_SECONDS, 4 * (a + b)) - a
-        return max(int(min(left / b, _UNLIMITED)), MIN_STEP_TOKENS) if b > 0 else _UNLIMITED
+        return max(int(min(left / b, _UNLIMITED)), MIN_PREFILL_TOKENS) if b > 0 else _UNLIMITED
 
     def budget_for_others(self, own: int) -> int:
         """How many tokens others may add now to a step of `own` tokens: as many again, or what is saved up for them."""
@@ -172,7 +175,7 @@ class StepCostModel:
             return own
         a, b = self.cost
         alone = a + b * own
-        self._saved = min(self._saved + EXTRA_TIME_FRACTION * alone, max(alone, MIN_STEP_TOKENS * b))
+        self._saved = min(self._saved + EXTRA_TIME_FRACTION * alone, max(alone, MIN_PREFILL_TOKENS * b))
         return max(own, min(int(self._saved / b), _UNLIMITED)) if b > 0 else _UNLIMITED
 
     def charge(self, tokens: int) -> None:
@@ -354,14 +357,19 @@ class Scheduler:
         return False
 
     def _fill(self, sequences: list[Sequence], budget: int, prefill_budget: int) -> Work:
-        """A token for each sequence in decode, at most `budget`; what is left of `prefill_budget` for prompts."""
+        """A token for each sequence in decode, at most `budget`; what is left of `prefill_budget` for prompts.
+
+        Prompts get at least MIN_PREFILL_TOKENS of `budget`, or half of it if that is less; of a budget of one token, they get
+        it when the first sequence is a prompt.
+        """
         work: Work = []
-        for sequence in sequences:
-            if sequence.decoding and len(work) < budget and self._allocate_kv_or_preempt(sequence, 1):
-                work.append((sequence, 1))
-        left = prefill_budget - len(work)
-        # Prompts share it, the least served tenant's first, so one long prompt does not hold up the others'.
         prefill = [s for s in sequences if not s.decoding]
+        least = min(MIN_PREFILL_TOKENS, max(budget // 2, not sequences[0].decoding)) if prefill and budget > 0 else 0
+        for sequence in sequences:
+            if sequence.decoding and len(work) < budget - least and self._allocate_kv_or_preempt(sequence, 1):
+                work.append((sequence, 1))
+        left = max(prefill_budget - len(work), least)
+        # Prompts share it, the least served tenant's first, so one long prompt does not hold up the others'.
         order = {tenant: i for i, tenant in enumerate(self.waiting.by_tokens_served(s.request.tenant for s in prefill))}
         for sequence in sorted(prefill, key=lambda s: order[s.request.tenant]):
             new = min(sequence.num_uncomputed, left)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny_engine
 
-from graftlm.serving.engine.scheduler import MIN_STEP_TOKENS, FairQueue, StepCostModel, fair_order
+from graftlm.serving.engine.engine import Engine
+from graftlm.serving.engine.scheduler import MIN_PREFILL_TOKENS, FairQueue, StepCostModel, fair_order
 from graftlm.serving.engine.sequence import Sequence
 
 
@@ -90,14 +91,14 @@ def test_what_is_saved_up_pays_for_no_more_than_a_step_twice_as_long() -> None:
     pace = paced(0.010, 0.002)
     for _ in range(1000):
         pace.budget_for_others(1)
-    assert pace.budget_for_others(1) == MIN_STEP_TOKENS, "16 ms, where a step of one token takes 12"
+    assert pace.budget_for_others(1) == MIN_PREFILL_TOKENS, "16 ms, where a step of one token takes 12"
     assert paced(0.1, 0.001).budget_for_others(1) == 25, "a quarter of 101 ms"
 
 
 def test_a_step_in_which_prompts_are_read_is_as_long_as_somebody_else_may_wait() -> None:
     assert paced(0.010, 0.0021).prefill_budget() == 42, "100 ms"
     assert paced(0.5, 0.11).prefill_budget() == 17, "four steps of one token: 2.4 s"
-    assert paced(0.0, 1.0).prefill_budget() == MIN_STEP_TOKENS
+    assert paced(0.0, 1.0).prefill_budget() == MIN_PREFILL_TOKENS
     assert paced(0.004, 0.0).prefill_budget() > 10**6
     assert StepCostModel().prefill_budget() > 10**6, "nothing is known"
 
@@ -146,3 +147,56 @@ def test_beside_a_large_tenant_a_small_one_takes_part_in_every_step_and_neither_
     assert all(len(ids) == 2 for ids in steps[1:]), "and one of the large one's beside it, as many as it has itself"
     assert len({id for ids in steps for id in ids}) > 4, "in turn"
     assert sum(output == f"loud{i}" for ids in told for output in ids for i in range(30)) > 200
+
+
+# ---- a prompt always progresses -------------------------------------------------------------------------------------
+
+
+def steady(engine: Engine, cost: StepCostModel) -> None:
+    """Let the engine plan by `cost` alone, whatever its steps take."""
+    engine.scheduler.step_cost = cost
+    engine.scheduler.step_cost.observe = lambda tokens, seconds: None  # type: ignore[method-assign]
+
+
+def steps_to_prefill(engine: Engine, id: str) -> int:
+    """Steps until the prompt of request `id` is computed."""
+    for count in range(1, 100):
+        if any(output.id == id for output in engine.step()):
+            return count
+    raise AssertionError("its prompt was not computed")
+
+
+def test_a_prompt_progresses_where_decode_takes_as_long_as_a_step_with_prefill_may() -> None:
+    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_num_seqs=16, multi_tenant=True)
+    steady(engine, paced(0.0, 1.0))
+    for i in range(9):
+        engine.add_request(tiny_engine.request([5 + i % 7], 40, id=f"early{i}"))
+    for _ in range(6):
+        engine.step()
+    assert sum(s.decoding for s in engine.scheduler.running) == 9 > MIN_PREFILL_TOKENS
+    engine.add_request(tiny_engine.request([5] * 20, 4, id="late"))
+    assert steps_to_prefill(engine, "late") == 3, "8, 8 and 4 tokens of its prompt"
+
+
+def test_a_prompt_progresses_where_decode_would_fill_the_token_budget() -> None:
+    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_num_seqs=8, max_num_batched_tokens=6)
+    for i in range(7):
+        engine.add_request(tiny_engine.request([5 + i], 40, id=f"early{i}"))
+    for _ in range(8):
+        engine.step()
+    engine.add_request(tiny_engine.request([5] * 9, 4, id="late"))
+    assert steps_to_prefill(engine, "late") <= 5
+
+
+def test_a_prompt_progresses_beside_a_small_tenant_and_another_ones_decode() -> None:
+    engine = tiny_engine.engine_of(tiny_engine.base_of(), max_num_seqs=12, multi_tenant=True)
+    steady(engine, paced(0.0, 1.0))
+    for i in range(6):
+        engine.add_request(tiny_engine.request([5 + i], 40, id=f"loud{i}", tenant="loud"))
+    for _ in range(4):
+        engine.step()
+    engine.add_request(tiny_engine.request([5], 50, id="small", tenant="small"))
+    engine.step()
+    engine.add_request(tiny_engine.request([5, 6, 7, 8], 4, id="late", tenant="third"))
+    assert steps_to_prefill(engine, "late") <= 30
+    assert any(output.id == "small" for output in engine.step()), "it still decodes"
