@@ -26,7 +26,7 @@ from graftlm.errors import ConfigError, Diverged
 from graftlm.files import atomic_folder
 from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
 from graftlm.training.micro_batch import BatchItem, backward, collate, count_target_tokens, forward, micro_batches
-from graftlm.training.optimizer import clip_factor
+from graftlm.training.optimizer import clip_coefficient
 from graftlm.training.run import make_optimizer, new_adapter_for
 from graftlm.training.run_folder import describe_inputs, manifest_of
 
@@ -111,7 +111,7 @@ class OwnLoop:
         if not torch.isfinite(torch.tensor(norm)):
             self.optimizer.zero_grad()
             raise Diverged(f"the gradient norm is {norm} in step {self.steps + 1}; lower learning_rate")
-        self.optimizer.step(learning_rate, clip_factor(norm, max_grad_norm))
+        self.optimizer.step(learning_rate, clip_coefficient(norm, max_grad_norm))
         self.optimizer.zero_grad()
         self.steps += 1
         return norm

@@ -42,7 +42,7 @@ class ForwardContext:
     segments: Segments
     bf16_matmul: bool = field(default=True, kw_only=True)
     """False: bf16-mixed modules use float32 matmuls, as a canary needs."""
-    head_gradient_last: bool = field(default=False, kw_only=True)
+    defer_tied_head_gradient: bool = field(default=False, kw_only=True)
     """A tied head computes its gradient after the layers' backward, by recomputing its logits, which saves memory."""
     tied: TiedGradient | None = field(default=None, kw_only=True)
     """Set by the embedding for the tied head; the loss takes it."""

@@ -9,7 +9,7 @@ run forward passes at once.
 **A tied head.** The head's gradient dW (V, w) is known before the layers' backward pass (`training/loss.py`); the lookup's, a
 few rows, at its end. Autograd would scatter these rows into a second matrix of zeros and add both. Here the head passes its
 gradient on (`context.TiedGradient`) and the rows are added in place: the lookup's gradient is the sum. To save memory
-(`ForwardContext.head_gradient_last`) the head passes on a function instead, which recomputes its logits and the gradient
+(`ForwardContext.defer_tied_head_gradient`) the head passes on a function instead, which recomputes its logits and the gradient
 after the layers' backward pass, when their activations are free.
 
 Letters: V vocabulary, w width, T tokens.

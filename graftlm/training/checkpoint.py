@@ -79,9 +79,9 @@ def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int) -> Path:
         "target_tokens": trial.target_tokens,
         "evaluations": trial.evaluations,
         "scores": trial.scores,
-        "first": _to_json(trial.first),
-        "last": _to_json(trial.last),
-        "best": _to_json(trial.best),
+        "first": _to_json(trial.first_evaluation),
+        "last": _to_json(trial.last_evaluation),
+        "best": _to_json(trial.best_evaluation),
         **extra,
     }
     remove_leftovers(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
@@ -129,9 +129,11 @@ def remove(run: Path, step: int) -> None:
 
 def write_best(run: Path, trial: Trial) -> None:
     """Write best.json. Raises OSError."""
-    if trial.best is not None:
-        score = {} if trial.best.score is None else {"eval_score": trial.best.score}
-        write_json(run / "best.json", {"step": trial.best.step, "eval_loss": trial.best.loss, **score})
+    if trial.best_evaluation is not None:
+        score = {} if trial.best_evaluation.score is None else {"eval_score": trial.best_evaluation.score}
+        write_json(
+            run / "best.json", {"step": trial.best_evaluation.step, "eval_loss": trial.best_evaluation.loss, **score}
+        )
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
@@ -176,7 +178,9 @@ def load(folder: Path, trial: Trial) -> None:
         trial.step, trial.tokens, trial.target_tokens = (int(state[k]) for k in ("step", "tokens", "target_tokens"))
         trial.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
         trial.scores = [(int(step), float(score)) for step, score in state.get("scores", ())]
-        trial.first, trial.last, trial.best = (_from_json(state[key]) for key in ("first", "last", "best"))
+        trial.first_evaluation, trial.last_evaluation, trial.best_evaluation = (
+            _from_json(state[key]) for key in ("first", "last", "best")
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise RunError(
@@ -214,14 +218,14 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 def restore_best(run: Path, trial: Trial) -> str | None:
     """Put the best step's tensors into `trial`. Where its checkpoint is damaged the last step's stay: returns why."""
-    if trial.best is None or trial.best.step == trial.step:
+    if trial.best_evaluation is None or trial.best_evaluation.step == trial.step:
         return None
-    folder = run / "checkpoints" / f"{trial.best.step:06d}"
+    folder = run / "checkpoints" / f"{trial.best_evaluation.step:06d}"
     problem = find_damage(folder)
     if problem is None:
         load_parameters(folder, trial)
     else:
-        trial.best = trial.last
+        trial.best_evaluation = trial.last_evaluation
     return problem and f"the best step's checkpoint {folder} cannot be used ({problem}); the last step is kept instead"
 
 
@@ -236,7 +240,7 @@ def _folders(run: Path) -> list[Path]:
 def _to_json(evaluation: Evaluation | None) -> Any:
     if evaluation is None:
         return None
-    rows = [[r.row, r.target_tokens, r.loss] for r in evaluation.rows]
+    rows = [[r.row_name, r.target_tokens, r.loss] for r in evaluation.example_losses]
     return {"step": evaluation.step, "rows": rows, "score": evaluation.score}
 
 
@@ -327,7 +331,7 @@ def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdent
         identity.changes.append(change)
         view.note(f"going on with another {change['key']}: {change['was']!r} before, {change['now']!r} from here")
     if "eval_data" in changed:  # losses on other rows cannot be compared with these
-        trial.first = trial.last = trial.best = None
+        trial.first_evaluation = trial.last_evaluation = trial.best_evaluation = None
         trial.evaluations, trial.scores = [], []
     _forget_other_scores(trial, changed)
     view.note(f"going on from {found}")
@@ -340,11 +344,12 @@ def _forget_other_scores(trial: Trial, changed: Sequence[str]) -> None:
     other = {"score", "score_prompts", "score_max_tokens"} & set(changed)
     if other:
         trial.scores = []
-        trial.first, trial.last, trial.best = (
-            None if found is None else replace(found, score=None) for found in (trial.first, trial.last, trial.best)
+        trial.first_evaluation, trial.last_evaluation, trial.best_evaluation = (
+            None if found is None else replace(found, score=None)
+            for found in (trial.first_evaluation, trial.last_evaluation, trial.best_evaluation)
         )
     if "best_by" in changed or (other and trial.best_by == "score"):
-        trial.best = None
+        trial.best_evaluation = None
 
 
 def _flag(key: str) -> str:

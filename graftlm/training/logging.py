@@ -53,14 +53,19 @@ class Recorder(TrainerCallback):
         for tracker in self.trackers:
             tracker.log(result.step, {f"train/{name}": float(value) for name, value in values.items()})
         self.view.on_step_end(trial, result)
-        for note in trial.notes[self._notes :]:
+        for note in trial.warnings[self._notes :]:
             self.view.note(note)
-        self._notes = len(trial.notes)
+        self._notes = len(trial.warnings)
         self.callbacks.step({"step": result.step, "kind": "train", **values})
 
     def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         scores = _scores(trial, evaluation)
-        values = {"eval_loss": evaluation.loss, **scores, "eval_examples": len(evaluation.rows), **_progress(trial)}
+        values = {
+            "eval_loss": evaluation.loss,
+            **scores,
+            "eval_examples": len(evaluation.example_losses),
+            **_progress(trial),
+        }
         self._write({"step": evaluation.step, "kind": "eval", **values})
         for tracker in self.trackers:
             named = {name.replace("eval_", "eval/", 1): value for name, value in scores.items()}

@@ -40,9 +40,9 @@ def _pieces(first: int, last: int, vocabulary: int) -> list[tuple[int, int]]:
     return [(first + count * i // pieces, first + count * (i + 1) // pieces) for i in range(pieces)]
 
 
-def _chunks(slots: Sequence[tuple[int, int, int]], vocabulary: int) -> list[tuple[int, int, int]]:
-    """(slot, first, last) pieces of all slots' rows; a piece never crosses from one slot into the next."""
-    return [(slot, a, b) for slot, first, last in slots for a, b in _pieces(first, last, vocabulary)]
+def _chunks(target_ranges: Sequence[tuple[int, int, int]], vocabulary: int) -> list[tuple[int, int, int]]:
+    """(slot, first, last) pieces of all ranges; a piece never crosses from one slot into the next."""
+    return [(slot, a, b) for slot, first, last in target_ranges for a, b in _pieces(first, last, vocabulary)]
 
 
 def _piece(base: Base, hidden: Tensor, labels: Tensor, slot: int, context: ForwardContext) -> Tensor:
@@ -59,14 +59,14 @@ class _HeadLoss(torch.autograd.Function):
         base: Base,
         labels: Tensor,
         weights: Tensor,
-        slots: Any,
+        target_ranges: Any,
         context: ForwardContext,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (n, w)
         totals: list[Tensor | None] = [None] * len(trained)  # None: no token's loss depends on it
-        for slot, first, last in _chunks(slots, base.structure.vocabulary):
+        for slot, first, last in _chunks(target_ranges, base.structure.vocabulary):
             with torch.enable_grad():
                 part = hidden[first:last].detach().requires_grad_(gradient is not None)
                 loss = _piece(base, part, labels[first:last], slot, context)
@@ -115,7 +115,7 @@ class _PlainHeadLoss(torch.autograd.Function):
         wants_hidden, _, wants_head = ctx.needs_input_grad[:3]
         left = context.take_tied()
         tied = left if wants_hidden and wants_head else None
-        late = tied is not None and context.head_gradient_last
+        late = tied is not None and context.defer_tied_head_gradient
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         dh = torch.empty_like(hidden) if wants_hidden else None  # (n, w)
         dW: Tensor | None = None  # (V, w)
@@ -207,13 +207,13 @@ def weighted_loss(
     hidden: Tensor,
     labels: Tensor,
     weights: Tensor,
-    slots: Sequence[tuple[int, int, int]],
+    target_ranges: Sequence[tuple[int, int, int]],
     context: ForwardContext,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of token losses, with gradients, and each token's loss without; `context` is the micro-batch's.
 
     hidden (n, w) are the states in front of each target token, labels (n,) the tokens, weights (n,) float32;
-    `slots` gives (slot, first, last) over the n rows.
+    `target_ranges` gives (slot, first, last) over the n rows.
     """
     trained = tail_parameters(base) if torch.is_grad_enabled() else []
     head = _plain_head(base, trained)
@@ -222,9 +222,9 @@ def weighted_loss(
             total, losses = _PlainHeadLoss.apply(hidden, head, head.weight, labels, weights, context)  # pyright: ignore
         return total, losses
     if torch.is_grad_enabled():
-        total, losses = _HeadLoss.apply(hidden, base, labels, weights, slots, context, *trained)  # pyright: ignore
+        total, losses = _HeadLoss.apply(hidden, base, labels, weights, target_ranges, context, *trained)  # pyright: ignore
         return total, losses
-    chunks = _chunks(slots, base.structure.vocabulary)
+    chunks = _chunks(target_ranges, base.structure.vocabulary)
     parts = [_piece(base, hidden[a:b], labels[a:b], slot, context) for slot, a, b in chunks]
     losses = torch.cat(parts) if parts else hidden.new_zeros(0)
     return (losses * weights).sum(), losses

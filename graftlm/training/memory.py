@@ -267,7 +267,7 @@ def dry_run(base: Base, trials: Sequence[Trial], memory_estimate: MemoryEstimate
             PeakMemory(base.device, keep=True) as memory, _freed_at_once(trials), working("trying the longest batch"),
         ):  # fmt: skip
             micro_batch = collate(base, memory_estimate.items)
-            loss, _ = forward(base, micro_batch, head_gradient_last=any(t.optimizer.in_backward for t in trials))
+            loss, _ = forward(base, micro_batch, defer_tied_head_gradient=any(t.optimizer.in_backward for t in trials))
             backward(loss)
     except GraftError:
         raise

@@ -33,7 +33,7 @@ class BatchItem:
 
     example: Example
     slot: int
-    rng_key: tuple[int, int]  # (trial seed, draw): what its dropout is keyed by
+    rng_key: tuple[int, int]  # (trial seed, draw index): what its dropout is keyed by
     weight: float  # of each target token's loss
 
 
@@ -46,8 +46,8 @@ class MicroBatch:
     sources: Tensor  # (n,) index of the token in front of each target token
     labels: Tensor  # (n,)
     weights: Tensor  # (n,) float32
-    slots: tuple[tuple[int, int, int], ...]  # (slot, first, last) over the n
-    counts: tuple[int, ...]  # target tokens of each example
+    target_ranges: tuple[tuple[int, int, int], ...]  # (slot, first, last) over the n
+    target_counts: tuple[int, ...]  # target tokens of each example
 
 
 def count_target_tokens(examples: Iterable[Example]) -> int:
@@ -78,13 +78,13 @@ def collate(base: Base, items: Sequence[BatchItem]) -> MicroBatch:
     sources = np.concatenate([start + t for start, t in zip(segments.starts, targets)])
     labels = np.concatenate([item.example.ids[1:][t] for item, t in zip(items, targets)])
     weights = np.concatenate([np.full(len(t), item.weight) for item, t in zip(items, targets)])
-    slots: list[tuple[int, int, int]] = []
+    target_ranges: list[tuple[int, int, int]] = []
     at = 0
     for item, t in zip(items, targets):
-        if slots and slots[-1][0] == item.slot:
-            slots[-1] = (item.slot, slots[-1][1], at + len(t))
+        if target_ranges and target_ranges[-1][0] == item.slot:
+            target_ranges[-1] = (item.slot, target_ranges[-1][1], at + len(t))
         else:
-            slots.append((item.slot, at, at + len(t)))
+            target_ranges.append((item.slot, at, at + len(t)))
         at += len(t)
     device = base.device
     return MicroBatch(
@@ -93,17 +93,17 @@ def collate(base: Base, items: Sequence[BatchItem]) -> MicroBatch:
         sources=torch.from_numpy(sources).to(device),
         labels=torch.from_numpy(labels.astype(np.int64)).to(device),
         weights=torch.from_numpy(weights.astype(np.float32)).to(device),
-        slots=tuple(slots),
-        counts=tuple(len(t) for t in targets),
+        target_ranges=tuple(target_ranges),
+        target_counts=tuple(len(t) for t in targets),
     )
 
 
-def forward(base: Base, micro_batch: MicroBatch, *, head_gradient_last: bool = False) -> tuple[Tensor, Tensor]:
+def forward(base: Base, micro_batch: MicroBatch, *, defer_tied_head_gradient: bool = False) -> tuple[Tensor, Tensor]:
     """The forward pass: the weighted loss (), with gradients where they are on, and each target token's loss (n,)."""
-    context = ForwardContext(micro_batch.segments, head_gradient_last=head_gradient_last)
+    context = ForwardContext(micro_batch.segments, defer_tied_head_gradient=defer_tied_head_gradient)
     hidden = base.hidden(micro_batch.ids, context)  # (T, width)
     return weighted_loss(
-        base, hidden[micro_batch.sources], micro_batch.labels, micro_batch.weights, micro_batch.slots, context
+        base, hidden[micro_batch.sources], micro_batch.labels, micro_batch.weights, micro_batch.target_ranges, context
     )
 
 
@@ -132,7 +132,7 @@ def example_losses(
             micro_batch = collate(base, group)
             _, losses = forward(base, micro_batch)
             at = 0
-            for item, count in zip(group, micro_batch.counts):
+            for item, count in zip(group, micro_batch.target_counts):
                 index = item.rng_key[1]
                 found[index] = ExampleLoss(examples[index].row, count, float(losses[at : at + count].double().sum()))
                 at += count

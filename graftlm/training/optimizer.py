@@ -56,12 +56,12 @@ class AdamW:
         epsilon: float,
         weight_decay: float,
         seed: int = 0,
-        ratios: dict[str, float] | None = None,
+        lr_multipliers: dict[str, float] | None = None,
         eight_bit: bool = False,
         in_backward: bool = False,
         state_device: torch.device | None = None,
     ) -> None:
-        """`weight_decay` applies to matrices only; `ratios` multiplies the learning rate of single parameters.
+        """`weight_decay` applies to matrices only; `lr_multipliers` multiply the learning rate of single parameters.
 
         `eight_bit` holds the moments of parameters of 4096 values and more in 8 bits. `in_backward` says that steps are
         taken by `step_in_backward`. The moments live on `state_device`, or where their parameters are.
@@ -69,7 +69,7 @@ class AdamW:
         self.parameters = parameters
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
         self.seed = seed
-        self.ratios = ratios or {}
+        self.lr_multipliers = lr_multipliers or {}
         self.eight_bit, self.in_backward, self.state_device = eight_bit, in_backward, state_device
         self.steps = 0
         self.moments: dict[str, Moments] = {}
@@ -88,24 +88,24 @@ class AdamW:
         ordered = [self.squares[name] for name in self.parameters if name in self.squares]
         return math.sqrt(math.fsum(torch.stack(ordered).tolist()))  # read from the device once
 
-    def step(self, learning_rate: float, factor: float = 1.0) -> None:
-        """Update every parameter that has a gradient, taken times `factor`."""
+    def step(self, learning_rate: float, clip_coefficient: float = 1.0) -> None:
+        """Update every parameter that has a gradient, taken times `clip_coefficient`."""
         self.steps += 1
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                self._update(name, parameter.grad, learning_rate, factor)
+                self._update(name, parameter.grad, learning_rate, clip_coefficient)
 
     def rate_of(self, name: str, learning_rate: float) -> float:
         """The learning rate of one parameter."""
-        return learning_rate * self.ratios.get(name, 1.0)
+        return learning_rate * self.lr_multipliers.get(name, 1.0)
 
-    def _update(self, name: str, gradient: Tensor, learning_rate: float, factor: float) -> None:
+    def _update(self, name: str, gradient: Tensor, learning_rate: float, clip_coefficient: float) -> None:
         parameter = self.parameters[name]
         if name not in self.moments:
             self.moments[name] = kernels.zero_moments(parameter.numel(), **self._kept(name))
         update = kernels.update_of(
             self.steps, self.rate_of(name, learning_rate), beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon,
-            weight_decay=self.weight_decay if parameter.ndim >= 2 else 0.0, factor=factor,
+            weight_decay=self.weight_decay if parameter.ndim >= 2 else 0.0, factor=clip_coefficient,
             key=(self.seed, name, self.steps),
         )  # fmt: skip
         kernels.adamw_step(parameter, gradient, self.moments[name], update)
@@ -206,16 +206,16 @@ class _Kept(TypedDict):
     pinned: bool
 
 
-def clip_factor(norm: float, limit: float) -> float:
+def clip_coefficient(norm: float, limit: float) -> float:
     """What all gradients are multiplied with so that their common norm is at most `limit`; 1 where that is 0."""
     return limit / norm if limit and norm > limit else 1.0
 
 
 @contextmanager
-def steps_in_backward(
+def in_backward_steps_of(
     trials: Sequence[Trial], token_losses: Tensor, update_checks: Mapping[int, UpdateCheck]
 ) -> Iterator[None]:
-    """Around a backward pass: the trials with `--optimizer-in-backward` take their step in it; of others nothing happens.
+    """Around a backward pass: the trials with `--optimizer-in-backward` take their step in it; for others this is a no-op.
 
     `token_losses` are the micro-batch's; where one is not finite no step is taken. Raises Diverged for a gradient that is not
     finite.

@@ -153,7 +153,7 @@ class Session:
         trouble = checkpoint.restore_best(self.config.out, self.trial)
         if trouble is not None:
             self.view.note(trouble)
-        return self.trial.best.step if self.trial.best is not None else self.trial.step
+        return self.trial.best_evaluation.step if self.trial.best_evaluation is not None else self.trial.step
 
     def _save(self, step: int, name: str = "{}") -> dict[str, Any]:
         description = {**self.description, "steps": step, "changes": self.identity.changes}
@@ -179,11 +179,11 @@ class Session:
             "target_tokens": trial.target_tokens,
             "tokens_per_second": recorder.tokens / recorder.seconds if recorder.seconds else None,
             "train_loss": recorder.loss,
-            "eval_loss_before": trial.first.loss if trial.first else None,
-            "eval_loss_after": trial.best.loss if trial.best else None,
+            "eval_loss_before": trial.first_evaluation.loss if trial.first_evaluation else None,
+            "eval_loss_after": trial.best_evaluation.loss if trial.best_evaluation else None,
             "score": config.score,
-            "eval_score_before": trial.first.score if trial.first else None,
-            "eval_score_after": trial.best.score if trial.best else None,
+            "eval_score_before": trial.first_evaluation.score if trial.first_evaluation else None,
+            "eval_score_after": trial.best_evaluation.score if trial.best_evaluation else None,
             "stop_reason": trial.stop_reason,
         }
 
@@ -361,7 +361,7 @@ def make_optimizer(config: TrainConfig, parameters: dict[str, nn.Parameter], dev
     ratio = config.loraplus_lr_ratio
     return AdamW(
         parameters, beta1=config.beta1, beta2=config.beta2, epsilon=config.epsilon, weight_decay=config.weight_decay,
-        seed=config.seed, ratios={n: ratio for n in parameters if n.endswith(".lora_B.weight")} if ratio != 1 else None,
+        seed=config.seed, lr_multipliers={n: ratio for n in parameters if n.endswith(".lora_B.weight")} if ratio != 1 else None,
         eight_bit=config.optimizer == "adamw-8bit", in_backward=config.optimizer_in_backward,
         state_device=torch.device("cpu") if config.offload_optimizer else None,
     )  # fmt: skip

@@ -240,14 +240,22 @@ def save_result(
 
     Raises OSError, SafetensorError.
     """
-    if trial.first is not None and trial.best is not None:
-        after = {r.row: r for r in trial.best.rows}
+    if trial.first_evaluation is not None and trial.best_evaluation is not None:
+        after = {r.row_name: r for r in trial.best_evaluation.example_losses}
         lines = (
-            {"row": r.row, "target_tokens": r.target_tokens, "loss_before": r.loss, "loss_after": after[r.row].loss}
-            for r in trial.first.rows
+            {
+                "row": r.row_name,
+                "target_tokens": r.target_tokens,
+                "loss_before": r.loss,
+                "loss_after": after[r.row_name].loss,
+            }
+            for r in trial.first_evaluation.example_losses
         )
         write_lines(config.out / "evaluation.jsonl", lines)
-    losses = (trial.first.loss if trial.first else None, trial.best.loss if trial.best else None)
+    losses = (
+        trial.first_evaluation.loss if trial.first_evaluation else None,
+        trial.best_evaluation.loss if trial.best_evaluation else None,
+    )
     manifest = manifest_of(config, encoder, description, *losses)
     if adapter is not None:
         place = config.out / name.format("adapter")

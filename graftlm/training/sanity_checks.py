@@ -96,14 +96,14 @@ class UpdateCheck:
     after it."""
 
     def __init__(
-        self, base: Base, parameters: Mapping[str, nn.Parameter], epsilon: float, *, with_base: bool = True
+        self, base: Base, parameters: Mapping[str, nn.Parameter], epsilon: float, *, check_frozen: bool = True
     ) -> None:
-        """`with_base`: whether it also checks that nothing frozen changes; of trials that begin together one does."""
+        """`check_frozen`: whether it also checks that nothing frozen changes; of trials that begin together one does."""
         self.base, self.parameters, self.epsilon = base, parameters, epsilon
         self.steps = 0
         own = {id(p) for p in parameters.values()}
         frozen = ((name, t) for name, t in _base_tensors(base) if id(t) not in own and not t.requires_grad)
-        self._frozen = {name: checksum(t) for name, t in frozen} if with_base else {}
+        self._frozen = {name: checksum(t) for name, t in frozen} if check_frozen else {}
         self._before = {name: checksum(p) for name, p in parameters.items()}
         self._certain: set[str] = set()
         """Tensors of which some element's change must show."""
@@ -118,20 +118,22 @@ class UpdateCheck:
         """Whether it has observed all the steps that it is for."""
         return self.steps >= STEPS
 
-    def observe_gradients(self, rate: float, ratios: Mapping[str, float], factor: float = 1.0) -> None:
-        """Observe every gradient that is there: `rate` is the step's learning rate, `ratios` multiplies it for single tensors,
-        and clipping multiplies the gradients by `factor`."""
+    def observe_gradients(
+        self, rate: float, lr_multipliers: Mapping[str, float], clip_coefficient: float = 1.0
+    ) -> None:
+        """Observe every gradient that is there: `rate` is the step's learning rate, `lr_multipliers` multiply it for single
+        tensors, and clipping multiplies the gradients by `clip_coefficient`."""
         for name, parameter in self.parameters.items() if not self.done else ():
             if parameter.grad is not None:
-                self.observe_gradient(name, parameter.grad, rate * ratios.get(name, 1.0), factor)
+                self.observe_gradient(name, parameter.grad, rate * lr_multipliers.get(name, 1.0), clip_coefficient)
 
     @torch.no_grad()
-    def observe_gradient(self, name: str, gradient: Tensor, rate: float, factor: float = 1.0) -> None:
-        """Observe one tensor's gradient: `rate` is its own learning rate, clipping multiplies it by `factor`."""
+    def observe_gradient(self, name: str, gradient: Tensor, rate: float, clip_coefficient: float = 1.0) -> None:
+        """Observe one tensor's gradient: `rate` is its own learning rate, clipping multiplies it by `clip_coefficient`."""
         parameter = self.parameters[name]
         flat = parameter.detach().reshape(-1)
         for i, part in enumerate(gradient.detach().reshape(-1).split(_BLOCK)):
-            size = part.abs().float() * factor
+            size = part.abs().float() * clip_coefficient
             if not bool(size.any()):
                 continue
             self._touched.add(name)
@@ -273,7 +275,7 @@ def check_step_is_finite(
 
 def check_eval_is_finite(base: Base, trial: Trial, losses: Sequence[ExampleLoss]) -> None:
     """Raise Diverged, with rows and module, if the loss of an eval row is not finite."""
-    bad = [row.row for row in losses if not math.isfinite(row.loss)]
+    bad = [one.row_name for one in losses if not math.isfinite(one.loss)]
     if not bad:
         return
     first = [(0, i, example) for i, example in enumerate(trial.eval_examples) if example.row == bad[0]]

@@ -1,8 +1,8 @@
 """The training loop: evaluate, step, log, save; `optimizer_step` below is one step, top to bottom.
 
 There is no second loop: one adapter, full training, and a sweep are the same call, with any number of trials on one base.
-In a sweep trials end at different steps and others take their places; what fails in one trial ends that one alone, for no
-number of one depends on another.
+In a sweep trials end at different steps and others take their places. Trials are numerically independent, in bf16-mixed up to
+rounding (docs/design.md). A trial whose loss, gradient norm or eval is not finite can end alone; other errors end the run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from graftlm.training.micro_batch import (
     forward,
     micro_batches,
 )
-from graftlm.training.optimizer import check_one_micro_batch, clip_factor, steps_in_backward
+from graftlm.training.optimizer import check_one_micro_batch, clip_coefficient, in_backward_steps_of
 from graftlm.training.sanity_checks import (
     UpdateCheck,
     check_eval_is_finite,
@@ -46,6 +46,7 @@ class StepResult:
     tokens: int
     target_tokens: int
     seconds: float
+    """Wall time of the joint step up to this trial's update; includes the other trials."""
 
 
 class TrainerCallback:
@@ -56,11 +57,13 @@ class TrainerCallback:
         raise NotImplementedError
 
     def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
-        """A trial's eval rows were measured; `best` says whether their loss was never lower."""
+        """A trial's eval rows were measured. `best`: whether this is the best evaluation so far by `trial.best_by` (loss or
+        score); always False before the first step."""
         raise NotImplementedError
 
     def on_failure(self, trial: Trial, error: TrainingError) -> None:
-        """A trial cannot go on. Raising ends the run; returning ends this trial alone."""
+        """A trial cannot go on: its loss, gradient norm or eval is not finite, or a check of its first steps failed.
+        Raising ends the run; returning ends this trial alone, and a sweep does that for Diverged only."""
         raise error
 
     def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
@@ -75,9 +78,10 @@ class TrainerCallback:
 def train(base: Base, trials: Sequence[Trial], micro_batch_tokens: int, callback: TrainerCallback) -> None:
     """Train every trial, and those that come later, to its last step, or until the callback ends the run.
 
-    Raises what `callback.on_failure` raises of these: TrainingError when a loss or gradient is not finite, for a trained
-    tensor that gets no gradient, and after three steps for one that did not change or a frozen one that did. Raises
-    ConfigError when a trial steps inside the backward pass and a step needs several micro-batches.
+    Raises TrainingError when a loss or gradient is not finite, when a trained tensor gets no gradient, and, after three steps,
+    when a trained tensor is unchanged or a frozen one changed; `callback.on_failure` may let a trial end alone instead. Errors
+    inside the backward pass end the run. Raises ConfigError when a trial steps inside the backward pass and a step needs
+    several micro-batches.
     """
     check_one_micro_batch(base, trials, micro_batch_tokens)
     update_checks: dict[int, UpdateCheck] = {}
@@ -87,8 +91,10 @@ def train(base: Base, trials: Sequence[Trial], micro_batch_tokens: int, callback
         new = [trial for trial in new if not trial.done]
         for i, trial in enumerate(new):
             # The base is the same for all that begin together: one of them checks that it does not change.
-            update_checks[trial.slot] = UpdateCheck(base, trial.parameters, trial.optimizer.epsilon, with_base=i == 0)
-            if trial.wants_evaluation and trial.first is None:
+            update_checks[trial.slot] = UpdateCheck(
+                base, trial.parameters, trial.optimizer.epsilon, check_frozen=i == 0
+            )
+            if trial.evaluation_due and trial.first_evaluation is None:
                 _evaluate(base, trial, micro_batch_tokens, callback)
 
         active = [trial for trial in (*active, *new) if not trial.done]
@@ -98,7 +104,7 @@ def train(base: Base, trials: Sequence[Trial], micro_batch_tokens: int, callback
                 if result is not None:
                     callback.on_step_end(trial, result)
             for trial in active:
-                if trial.wants_evaluation:
+                if trial.evaluation_due:
                     _evaluate(base, trial, micro_batch_tokens, callback)
             if not callback.on_iteration_end(active):
                 return
@@ -121,9 +127,11 @@ def optimizer_step(
     update_checks: Mapping[int, UpdateCheck] | None = None,
     on_failure: OnFailure = _raise,
 ) -> list[StepResult | None]:
-    """One step of every trial, their examples sharing the micro-batches; `update_checks`, by slot, see the first steps.
+    """One step of every trial, their examples sharing the micro-batches; `update_checks`, by slot, observe each trial's first
+    three steps.
 
-    Where `on_failure` lets a trial end alone, there is None in its place and its weights are as they were.
+    Where `on_failure` lets a trial end alone, there is None in its place. Its weights are unchanged, except when
+    `UpdateCheck.after_step` fails. Errors inside the backward pass do not reach `on_failure`.
     """
     started = time.perf_counter()
     update_checks = update_checks or {}
@@ -137,14 +145,14 @@ def optimizer_step(
     nonfinite: list[BatchItem] = []
     for items in micro_batches(base, [item for batch in batches for item in batch.items], micro_batch_tokens):
         micro_batch = collate(base, items)
-        loss, token_losses = forward(base, micro_batch, head_gradient_last=in_backward)  # (), (target tokens,)
-        with steps_in_backward(trials, token_losses, update_checks):  # none but with --optimizer-in-backward
+        loss, token_losses = forward(base, micro_batch, defer_tied_head_gradient=in_backward)  # (), (target tokens,)
+        with in_backward_steps_of(trials, token_losses, update_checks):  # no-op unless --optimizer-in-backward
             backward(loss)
-        for slot, first, last in micro_batch.slots:
+        for slot, first, last in micro_batch.target_ranges:
             loss_sums[slot] += float(token_losses[first:last].sum())
-        nonfinite += nonfinite_items(items, token_losses, micro_batch.counts)
+        nonfinite += nonfinite_items(items, token_losses, micro_batch.target_counts)
 
-    # Clip and step: each trial by its own gradients' norm, at its own learning rate. What fails ends one trial, not all.
+    # Clip and step: each trial by its own gradients' norm, at its own learning rate. A failed check ends one trial.
     results: list[StepResult | None] = []
     for trial, batch in zip(trials, batches):
         mean_loss = loss_sums[trial.slot] / batch.target_tokens
@@ -155,14 +163,10 @@ def optimizer_step(
             check_step_is_finite(base, trial, mean_loss, grad_norm, nonfinite)
             check_gradients_reach_every_tensor(trial)
             if not trial.optimizer.in_backward:
-                factor = clip_factor(grad_norm, trial.max_grad_norm)
-                if update_check is not None:
-                    update_check.observe_gradients(learning_rate, trial.optimizer.ratios, factor)
-                trial.optimizer.step(learning_rate, factor)
-                trial.optimizer.zero_grad()
+                _clip_and_update(trial, grad_norm, learning_rate, update_check)
             trial.step += 1
             if update_check is not None:
-                trial.notes += update_check.after_step(trial.name)
+                trial.warnings += update_check.after_step(trial.name)
         except TrainingError as error:
             _fail(trial, error, on_failure)
             results.append(None)
@@ -173,6 +177,14 @@ def optimizer_step(
         result = StepResult(trial.step, mean_loss, learning_rate, grad_norm, batch.tokens, batch.target_tokens, seconds)
         results.append(result)
     return results
+
+
+def _clip_and_update(trial: Trial, grad_norm: float, learning_rate: float, update_check: UpdateCheck | None) -> None:
+    coefficient = clip_coefficient(grad_norm, trial.max_grad_norm)
+    if update_check is not None:
+        update_check.observe_gradients(learning_rate, trial.optimizer.lr_multipliers, coefficient)
+    trial.optimizer.step(learning_rate, coefficient)
+    trial.optimizer.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -188,19 +200,21 @@ def _draw(trial: Trial) -> _Batch:
     """The next batch of a trial. Its loss is the mean over its target tokens, so each has the weight 1 / their number."""
     drawn = trial.next_examples()
     target_tokens = count_target_tokens(example for _, example in drawn)
-    items = [BatchItem(example, trial.slot, (trial.seed, draw), 1.0 / target_tokens) for draw, example in drawn]
+    items = [
+        BatchItem(example, trial.slot, (trial.seed, draw_index), 1.0 / target_tokens) for draw_index, example in drawn
+    ]
     return _Batch(items, sum(len(example.ids) for _, example in drawn), target_tokens)
 
 
 def _evaluate(base: Base, trial: Trial, micro_batch_tokens: int, callback: TrainerCallback) -> None:
-    rows = tuple(example_losses(base, trial.eval_examples, trial.slot, micro_batch_tokens))
+    losses = tuple(example_losses(base, trial.eval_examples, trial.slot, micro_batch_tokens))
     try:
-        check_eval_is_finite(base, trial, rows)
+        check_eval_is_finite(base, trial, losses)
         score = None if trial.scorer is None else trial.scorer(base, trial.slot)
     except (Diverged, ScoreError) as error:
         _fail(trial, error, callback.on_failure)
         return
-    evaluation = Evaluation(trial.step, rows, score)
+    evaluation = Evaluation(trial.step, losses, score)
     callback.on_evaluate(trial, evaluation, trial.record(evaluation))
 
 

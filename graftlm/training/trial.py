@@ -1,7 +1,7 @@
 """A trial: the parameters of one adapter, or of the whole model, and everything that moves them.
 
 `graft train` runs one; a sweep runs many beside each other on one base. A trial owns its optimizer, learning rate,
-order of examples, clipping and stop, and no generator state: all its randomness follows from (seed, draw, position,
+order of examples, clipping and stop, and no generator state: all its randomness follows from (seed, draw index, position,
 layer).
 """
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExampleLoss:
-    """What the model makes of one evaluation row."""
+    """The loss of one eval row."""
 
-    row: str
+    row_name: str
     target_tokens: int
     loss: float
     """Summed over the row's target tokens."""
@@ -34,17 +34,17 @@ class ExampleLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses on the eval rows at one step, and the score of the answers to their prompts."""
+    """Losses of the eval rows at one step, and the score of the answers to their prompts."""
 
     step: int
-    rows: tuple[ExampleLoss, ...]
+    example_losses: tuple[ExampleLoss, ...]
     score: float | None = None
     """Higher is better; None without a scorer."""
 
     @property
     def loss(self) -> float:
         """Mean loss of a target token, in nats."""
-        return math.fsum(r.loss for r in self.rows) / sum(r.target_tokens for r in self.rows)
+        return math.fsum(r.loss for r in self.example_losses) / sum(r.target_tokens for r in self.example_losses)
 
 
 def name_rows(rows: Sequence[str]) -> str:
@@ -75,16 +75,16 @@ class Trial:
     """Optimizer steps taken."""
     tokens: int = 0
     target_tokens: int = 0
-    first: Evaluation | None = None
-    last: Evaluation | None = None
-    best: Evaluation | None = None
+    first_evaluation: Evaluation | None = None
+    last_evaluation: Evaluation | None = None
+    best_evaluation: Evaluation | None = None
     """The one with the lowest loss, or the highest score, after at least one step."""
     evaluations: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     """(step, loss)."""
     scores: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     """(step, score)."""
-    notes: list[str] = field(default_factory=list[str])
-    """What the loop found that a user should know."""
+    warnings: list[str] = field(default_factory=list[str])
+    """What the first steps' checks found that a user should know."""
     stop_reason: str | None = None
     """Why it ends before its last step; None while it does not."""
 
@@ -99,26 +99,28 @@ class Trial:
         return self.complete or self.stop_reason is not None
 
     @property
-    def wants_evaluation(self) -> bool:
+    def evaluation_due(self) -> bool:
         """Before the first step, every `eval_every` steps, and at the end."""
         if not self.eval_examples or self.stop_reason is not None:
             return False
         return self.step == 0 or self.done or (self.eval_every > 0 and self.step % self.eval_every == 0)
 
     def next_examples(self) -> list[tuple[int, Example]]:
-        """(draw, example) of the batch of the next step; the same until `step` moves on."""
-        return [(draw, self.examples[i]) for draw, i in self.sampler.step(self.step)]
+        """(draw index, example) of the batch of the next step; the same until `step` moves on."""
+        return [(draw_index, self.examples[i]) for draw_index, i in self.sampler.step(self.step)]
 
     def record(self, evaluation: Evaluation) -> bool:
         """Remember an evaluation; returns whether it is the best so far. An evaluation before the first step never is."""
-        self.first = self.first or evaluation
-        self.last = evaluation
+        self.first_evaluation = self.first_evaluation or evaluation
+        self.last_evaluation = evaluation
         self.evaluations.append((evaluation.step, evaluation.loss))
         if evaluation.score is not None:
             self.scores.append((evaluation.step, evaluation.score))
-        better = evaluation.step > 0 and (self.best is None or self._better(evaluation, self.best))
+        better = evaluation.step > 0 and (
+            self.best_evaluation is None or self._better(evaluation, self.best_evaluation)
+        )
         if better:
-            self.best = evaluation
+            self.best_evaluation = evaluation
         return better
 
     @property

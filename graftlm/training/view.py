@@ -100,7 +100,9 @@ class View:
     def training(self, trial: Trial) -> Iterator[None]:
         """The bar of the run."""
         with working("training", trial.sampler.steps, "steps") as self._task:
-            self._task.to(trial.step, note="eval rows first" if trial.wants_evaluation and trial.first is None else "")
+            self._task.to(
+                trial.step, note="eval rows first" if trial.evaluation_due and trial.first_evaluation is None else ""
+            )
             try:
                 yield
             finally:
@@ -114,7 +116,7 @@ class View:
             self._task.to(trial.step, note=f"loss {result.loss:.3f}  {rate:,.0f} tokens/s")
 
     def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
-        base = trial.first.loss if trial.first is not None else evaluation.loss
+        base = trial.first_evaluation.loss if trial.first_evaluation is not None else evaluation.loss
         mark = "  above the base's" if evaluation.loss > base else ""
         if best and (not mark or trial.best_by == "score"):
             mark = "  best so far"

@@ -50,7 +50,7 @@ def test_a_tied_head_and_its_lookup_give_one_gradient_in_the_heads_memory(
     def gradient(*, last: bool = False) -> torch.Tensor:
         weight = base.structure.embedding.weight
         weight.grad = None
-        context = ForwardContext(Segments(lengths=(4,), slots=(0,)), head_gradient_last=last)
+        context = ForwardContext(Segments(lengths=(4,), slots=(0,)), defer_tied_head_gradient=last)
         hidden = base.hidden(ids, context)
         left.append(context.tied)
         total, _ = weighted_loss(base, hidden[:3], labels, torch.full((3,), 1 / 3), ((0, 0, 3),), context)

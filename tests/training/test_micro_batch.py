@@ -31,7 +31,7 @@ def test_examples_are_laid_out_with_what_is_predicted_from_where() -> None:
                     assert micro_batch.sources[at] == start + t - 1
                     assert micro_batch.labels[at] == ids[t]
                     at += 1
-        assert at == len(micro_batch.labels) == sum(micro_batch.counts)
+        assert at == len(micro_batch.labels) == sum(micro_batch.target_counts)
 
 
 def test_an_evaluation_is_each_rows_plain_loss_without_dropout() -> None:
@@ -40,7 +40,7 @@ def test_an_evaluation_is_each_rows_plain_loss_without_dropout() -> None:
     found = example_losses(base, EVAL_ROWS, 0, 17)  # slot 0: the bare base
     model = tiny.plain(base.folder)
     for row, example in zip(found, EVAL_ROWS):
-        assert row.row == example.row
+        assert row.row_name == example.row
         assert row.target_tokens == int(example.loss_mask[1:].sum())
         assert row.loss == pytest.approx(tiny.mean_loss(model, [example]).item() * row.target_tokens, rel=1e-5)
     adapted = example_losses(base, EVAL_ROWS, 1, 17)

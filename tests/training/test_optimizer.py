@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graftlm.kernels import stochastic_round
 from graftlm.kernels.counter_rng import uniform_words
-from graftlm.training.optimizer import AdamW, LRSchedule, clip_factor
+from graftlm.training.optimizer import AdamW, LRSchedule, clip_coefficient
 
 SHAPES = {"matrix": (5, 7), "vector": (11,), "stack": (2, 3, 4)}
 
@@ -57,7 +57,7 @@ def test_a_ratio_multiplies_the_learning_rate_of_its_parameter_alone() -> None:
     plain, tuned = parameters(), parameters()
     before = parameters()
     optimizers = (optimizer(plain, weight_decay=0.0), AdamW(tuned, beta1=0.8, beta2=0.95, epsilon=1e-6,
-                  weight_decay=0.0, ratios={"matrix": 4.0}))  # fmt: skip
+                  weight_decay=0.0, lr_multipliers={"matrix": 4.0}))  # fmt: skip
     for own, mine in zip((plain, tuned), optimizers):
         for name, gradient in gradients(0).items():
             own[name].grad = gradient
@@ -129,8 +129,8 @@ def test_the_gradient_norm_is_that_of_all_gradients_laid_end_to_end() -> None:
 
 
 def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one() -> None:
-    assert clip_factor(3.0, 1.5) == 0.5
-    assert clip_factor(3.0, 3.0) == clip_factor(3.0, 1e6) == clip_factor(3.0, 0.0) == 1.0
+    assert clip_coefficient(3.0, 1.5) == 0.5
+    assert clip_coefficient(3.0, 3.0) == clip_coefficient(3.0, 1e6) == clip_coefficient(3.0, 0.0) == 1.0
     clipped, scaled = parameters(), parameters()
     first, second = optimizer(clipped), optimizer(scaled)
     for name, gradient in gradients(1).items():

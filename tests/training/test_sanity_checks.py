@@ -61,7 +61,7 @@ def test_sound_training_passes_without_a_word_about_tensors(architecture: str, p
     trial = started(base := loaded(architecture, precision))
     train(base, [trial], 1000, tiny.Heard())
     assert trial.step == 4
-    assert not [note for note in trial.notes if "stays as it is" in note]
+    assert not [note for note in trial.warnings if "stays as it is" in note]
 
 
 def test_full_training_in_16_bits_at_a_tiny_rate_is_not_called_broken() -> None:
@@ -125,9 +125,9 @@ def test_experts_that_no_token_reached_are_counted_apart() -> None:
     base = loaded("mixtral")
     trial = tiny.trial(base, tiny.adapted(base), tiny.examples((2,)), steps=3)
     train(base, [trial], 1000, tiny.Heard())
-    (note,) = [note for note in trial.notes if "experts" in note]
+    (note,) = [note for note in trial.warnings if "experts" in note]
     assert "experts got no token in the first 3 steps, the first is expert" in note
-    assert not [note for note in trial.notes if "stays as it is" in note]
+    assert not [note for note in trial.warnings if "stays as it is" in note]
     counted = int(note.split()[0])
     assert 0 < counted < 12
 

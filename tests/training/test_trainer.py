@@ -227,7 +227,7 @@ def test_without_eval_rows_nothing_is_evaluated() -> None:
     trial = started(base, "lora", steps=2)
     callback = Recording()
     train(base, [trial], 100, callback)
-    assert trial.first is None
+    assert trial.first_evaluation is None
     assert all(kind == "step" for kind, _ in callback.events)
 
 
@@ -249,11 +249,11 @@ def test_the_best_evaluation_is_one_of_trained_weights() -> None:
     assert [trial.record(evaluation(step, loss)) for step, loss in ((0, 1.0), (2, 3.0), (4, 2.0), (6, 2.5))] == [
         False, True, True, False,
     ]  # fmt: skip
-    assert trial.first is not None
-    assert trial.best is not None
-    assert trial.last is not None
-    assert (trial.first.step, trial.best.step, trial.last.step) == (0, 4, 6)
-    assert trial.best.loss == pytest.approx(2.0)
+    assert trial.first_evaluation is not None
+    assert trial.best_evaluation is not None
+    assert trial.last_evaluation is not None
+    assert (trial.first_evaluation.step, trial.best_evaluation.step, trial.last_evaluation.step) == (0, 4, 6)
+    assert trial.best_evaluation.loss == pytest.approx(2.0)
 
 
 def test_a_loss_that_is_not_finite_names_its_rows_and_leaves_the_weights() -> None:

@@ -141,7 +141,7 @@ class SessionStarter:
         DoRA's magnitudes come from a norm that is computed twice, so there each trial measures its own.
         """
         trial = session.trial
-        if not trial.wants_evaluation or trial.first is not None or session.config.dora:
+        if not trial.evaluation_due or trial.first_evaluation is not None or session.config.dora:
             return
         key = session.config.data
         if key not in self._before:

@@ -139,7 +139,7 @@ class TrialScheduler(TrainerCallback):
         claim, session, trial = one.claim, one.session, one.session.trial
         facts: dict[str, Any] = {
             "folder": str(claim.folder), "steps": trial.step, "tokens": trial.tokens, "seconds": session.recorder.seconds,
-            "loss_before": trial.first.loss if trial.first else None,
+            "loss_before": trial.first_evaluation.loss if trial.first_evaluation else None,
         }  # fmt: skip
         if trial.stop_reason is None:
             measured = {"peak_memory_bytes": self.memory.bytes, "idle_memory_bytes": self.memory.start}

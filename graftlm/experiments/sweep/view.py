@@ -67,8 +67,10 @@ class SweepView(View):
         """A trial has ended."""
         if trial.stop_reason is not None:
             self.note(f"trial {claim.number:>3}  {trial.stop_reason}")
-        elif trial.best is not None:
-            self.note(f"trial {claim.number:>3}  eval loss {trial.best.loss:.4f} after step {trial.best.step}")
+        elif trial.best_evaluation is not None:
+            self.note(
+                f"trial {claim.number:>3}  eval loss {trial.best_evaluation.loss:.4f} after step {trial.best_evaluation.step}"
+            )
         if self._all is not None:
             if trial.name in self._bars:
                 end(self._bars.pop(trial.name))
