@@ -280,15 +280,15 @@ def performance(results: Results) -> str:
         titles = " | ".join(f"{name}: examples/s | memory" for name in where)
         machines = "; ".join(where.values())
         lines += [
-            f"Relative to TRL, PEFT and bitsandbytes; with AVX-512, to the faster of their float32 and bfloat16 ({machines}):",
+            "Training speed and peak memory as a ratio to TRL+PEFT+bitsandbytes on the same CPU (Llamas of random weights). On "
+            "AVX-512 the baseline is the faster of TRL's float32 and bfloat16 runs, and for memory the smaller "
+            f"({machines}):",
             "",
         ]
         lines += [f"| | {titles} |", "|---|" + "---:|---:|" * len(where)]
         lines += [f"| {name} | {' | '.join(row.get(i, ' | ') for i in where)} |" for name, row in rows.items()]
         lines.append("")
-    lines.append(
-        "[All figures](bench/results/cpu.md) · [how they are measured](docs/performance.md). GPUs: not measured."
-    )
+    lines.append("[All figures](bench/results/cpu.md), [how they are measured](docs/performance.md).")
     return "\n".join(lines)
 
 
