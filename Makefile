@@ -1,6 +1,7 @@
 # make setup   .venv with the package, the command `graft` and the tools of the tests
 # make demo    trains full, LoRA and QLoRA on the bundled base and data
 # make test    lint, types, tests
+# make compat  the contract tests with the oldest, a middle and the newest release of transformers
 # make prove   the long proofs, run by hand and before a release; their figures go to bench/results/proofs.json
 # make bench  speed and memory beside the peers on the CPU, under 20 minutes, with nothing else running
 # make lint | types | unit | format   one of them
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test prove lint types unit format bench docs clean
+.PHONY: setup demo test compat prove lint types unit format bench docs clean
 
 setup: $(READY)
 
@@ -35,6 +36,9 @@ types: setup
 
 unit: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+compat: setup
+	$(BIN)/python tools/compat.py
 
 prove: setup
 	$(BIN)/python -m pytest -m 'prove or measured' --record --timeout 3600

@@ -1,4 +1,4 @@
-"""The fused elementwise operations beside what modelling code composes from PyTorch's: forward and backward, float32.
+"""The fused elementwise operations vs PyTorch's separate ones: forward and backward, float32.
 
 `bench/operations.py` runs these rows; shapes are those of a step of the 30M Llama in `bench/train.py`, and a large vocabulary.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from graftlm import kernels
-from graftlm.base.fused import Rotary, gated, rms_norm
+from graftlm.base.fused_autograd import Rotary, gated, rms_norm
 
 TOKENS, WIDTH, INNER, HEADS, HEAD = 960, 512, 1408, 8, 64
 TRAINED, VOCABULARIES = 600, (8192, 49152)

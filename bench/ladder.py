@@ -12,7 +12,7 @@ so that libraries and kernels are there already:
                     the allocator and the run hold beside them. These are the bytes a parameter.
     e2e             batches of 16 from E2E: seconds a step, the whole peak, and the eval loss after the same steps
 
-No run clips its gradients, for steps inside the backward pass cannot. Optimizer states in the host's memory are the
+No run clips its gradients, since the optimizer step in backward cannot. Optimizer states in the host's memory are the
 ladder's fourth rung and need a GPU: `bench/gpu.py` has them. Nothing else may run meanwhile.
 """
 
@@ -105,23 +105,23 @@ def without_tokens(short: Mapping[str, Any], longer: Mapping[str, Any]) -> float
 
 def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[str, Any]:
     """One run as `graft train` makes it; its peak above what the process had before, and its steps after the watched ones."""
+    from graftlm.commands.train import train
     from graftlm.config import TrainConfig
-    from graftlm.training.pages import release_memory
-    from graftlm.training.run import run
+    from graftlm.training.memory import release_memory
     from graftlm.training.view import View
 
     gc.collect()
     release_memory()  # what an earlier run has freed
-    held_out = {"eval_data": str(folder / "valid.jsonl"), "eval_every": steps} if data == "train" else {}
+    evaluation = {"eval_data": str(folder / "valid.jsonl"), "eval_every": steps} if data == "train" else {}
     with tempfile.TemporaryDirectory() as out:
         config = TrainConfig.build(
             {
                 "model": str(folder / model), "data": [str(folder / f"{data}.jsonl")], "method": "full", "steps": steps,
                 "batch_size": BATCH if data == "train" else 1, "learning_rate": RATES["full"], "lr_scheduler": "constant",
-                "warmup_ratio": 0.0, "max_grad_norm": 0.0, "out": str(Path(out) / "run"), **rung.options, **held_out,
+                "warmup_ratio": 0.0, "max_grad_norm": 0.0, "out": str(Path(out) / "run"), **rung.options, **evaluation,
             }
         )  # fmt: skip
-        summary = run(config, View(quiet=True))
+        summary = train(config, View(quiet=True))
         lines = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
     times = [line["seconds"] for line in lines if line["kind"] == "train"]
     return {
@@ -134,7 +134,7 @@ def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """The rungs as Markdown, the formula beside what was measured."""
+    """The rungs as Markdown, with formula and measurement."""
     lines = [
         "| rung | options | bytes a parameter, formula | measured | peak on E2E, MB | seconds a step | eval loss |",
         "|---|---|---:|---:|---:|---:|---:|",

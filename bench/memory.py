@@ -1,4 +1,4 @@
-"""Memory as `graft plan` predicts it, beside what real runs took: python bench/memory.py
+"""Memory that `graft plan` predicts, compared with measured runs: python bench/memory.py
 
 Each run is planned first, from the model's config alone, and then trained for two steps on this machine's processor, in a
 process of its own; its peak is that of its own memory above what the interpreter had before the run began. Random Llamas of
@@ -65,9 +65,9 @@ class Run:
 
     @property
     def label(self) -> str:
-        said = ", ".join(str(v) if k in ("base_precision", "optimizer") else f"{k.replace('_', ' ')} {v}" if v is not True else
+        given = ", ".join(str(v) if k in ("base_precision", "optimizer") else f"{k.replace('_', ' ')} {v}" if v is not True else
                          k.replace("_", " ") for k, v in self.options.items() if k != "max_grad_norm")  # fmt: skip
-        return f"{self.method}{', ' + said if said else ''}"
+        return f"{self.method}{', ' + given if given else ''}"
 
     @property
     def name(self) -> str:
@@ -176,10 +176,10 @@ def measure(run: Run, model: Path, folder: Path) -> dict[str, Any]:
         "compute_dtype": "float32", "out": str(folder / "run"), **run.options,
     })  # fmt: skip
     summary = train_in_subprocess(config, lambda event: None)
-    said = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))
+    plan = json.loads((folder / "run" / "plan.json").read_text(encoding="utf-8"))
     return {
         "bytes": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
-        "dry_run_bytes": said["dry_run_bytes"],
+        "dry_run_bytes": plan["dry_run_bytes"],
     }
 
 
@@ -192,7 +192,7 @@ def line(figures: dict[str, Any]) -> str:
 
 
 HEAD = """\
-| shape | training | length | batch | tokens a pass | planned MB | measured MB | error |
+| shape | training | length | batch | micro-batch tokens | planned MB | measured MB | error |
 |---|---|---:|---:|---:|---:|---:|---:|
 """
 
@@ -325,11 +325,11 @@ def write(found: list[dict[str, Any]], folder: Path) -> None:
     """The figures as JSON, and as a table."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-    said = summary(found)
-    (folder / "memory.json").write_text(json.dumps({"machine": machine, **said, "results": found}, indent=1) + "\n")
+    totals = summary(found)
+    (folder / "memory.json").write_text(json.dumps({"machine": machine, **totals, "results": found}, indent=1) + "\n")
     table = "".join(f"{line(f)}\n" for f in found)
     (folder / "memory.md").write_text(
-        f"# Memory, planned and measured\n\n    python bench/memory.py\n\n{HEAD}{table}\n{in_words(said)}.\n"
+        f"# Memory, planned and measured\n\n    python bench/memory.py\n\n{HEAD}{table}\n{in_words(totals)}.\n"
     )
 
 

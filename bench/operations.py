@@ -1,8 +1,8 @@
-"""The CPU kernels beside bitsandbytes and dense PyTorch: one run, the sides taking turns, medians.
+"""The CPU kernels vs bitsandbytes and dense PyTorch: one run, the sides taking turns, medians.
 
     python bench/operations.py                              # 4096x4096 float32 on all threads PyTorch takes
     python bench/operations.py --instructions AVX2          # ours held back to a narrower instruction set
-    python bench/operations.py --fused                      # the elementwise operations beside PyTorch's own composition
+    python bench/operations.py --fused                      # the fused elementwise operations vs PyTorch's separate ones
     python bench/operations.py --busy                       # where it cannot run alone
     python bench/operations.py --json bench/results/operations.json
 
@@ -150,7 +150,7 @@ def main() -> None:
     elementwise = fused_section(options, clock)
     print()
     if not options.fused:
-        results = products_section(options, clock)
+        results = matmul_section(options, clock)
     if options.json:
         figures = {
             "size": options.size,
@@ -167,11 +167,11 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def products_section(options: Any, clock: Callable[[], float]) -> list[dict[str, Any]]:
-    """Quantize, dequantize and products with stored weights."""
+def matmul_section(options: Any, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """Quantize, dequantize and matmul with stored weights."""
     results: list[dict[str, Any]] = []
     print(f"{options.size}x{options.size} float32, {torch.get_num_threads()} threads, {kernels.backend()}\n")
-    print("| operation | graft, ms | beside | its ms | faster by | wanted |\n|---|---:|---|---:|---:|---|")
+    print("| operation | graft, ms | compared with | its ms | faster by | wanted |\n|---|---:|---|---:|---:|---|")
     for name, contenders, wanted in rows_of(options.size):
         times = milliseconds(contenders, options.rounds, clock)
         for other in [other for other in times if other != OURS]:

@@ -1,6 +1,6 @@
-"""The same point by transformers + PEFT, with bitsandbytes where it is installed: what `gpu.py` puts beside Graft.
+"""The same point by transformers + PEFT, with bitsandbytes if it is installed, for `gpu.py`.
 
-As their documentation has it: a base in bfloat16, or in NF4 with double quantization and prepared by
+As in their documentation: a base in bfloat16, or in NF4 with double quantization and prepared by
 `prepare_model_for_kbit_training`; LoRA on all linear layers; autocast to bfloat16; AdamW; the gradient's norm clipped to 1;
 `gradient_checkpointing_enable` where it is asked for. Full training holds bfloat16 weights and takes bitsandbytes' 8-bit
 AdamW where it is there, else PyTorch's. Examples are of one length, so nothing is padded on either side.

@@ -4,8 +4,8 @@
     with PeakMemory(base.device) as memory:
         found = train_steps(base, Point(model="7b", method="qlora", sequence=2048, batch=4))
 
-Every token but the first of an example is trained, so the head costs what it costs at most. A batch goes through the model
-in one pass. `in_process` runs a function in a process of its own, with a limit on its time; `scaling.py` and `gpu.py` differ in
+Every token but the first of an example is a target token, so the head costs its maximum. A batch is one micro-batch.
+`in_process` runs a function in a process of its own, with a limit on its time; `scaling.py` and `gpu.py` differ in
 which points they take and what they make of them.
 """
 
@@ -33,18 +33,18 @@ from graftlm.base.loading import Base, load_tokenizer, random_base
 from graftlm.config import Method, Precision, TrainConfig
 from graftlm.data.dataset import Dataset, DatasetPart, Example, make_example
 from graftlm.planning.models import built_in
-from graftlm.training.prepare import make_adapter, make_trial
+from graftlm.training.run import make_adapter, make_trial
 from graftlm.training.sanity_checks import STEPS as WATCHED
 from graftlm.training.trainer import StepResult, TrainerCallback, train
 from graftlm.training.trial import Evaluation, Trial
 
-_HEAVY = ("graftlm.training.prepare", "graftlm.planning.models", "transformers.models.llama.modeling_llama")
+_HEAVY = ("graftlm.training.run", "graftlm.planning.models", "transformers.models.llama.modeling_llama")
 STORED: dict[Method, Precision] = {"full": "bfloat16", "lora": "bfloat16", "qlora": "nf4"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What is trained, and how."""
+    """The model and options of a point."""
 
     model: str
     method: Method
@@ -107,15 +107,15 @@ class Clock(TrainerCallback):
         self.ends: list[float] = [time.perf_counter()]
         self.losses: list[float] = []
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.ends.append(time.perf_counter())
         self.losses.append(result.loss)
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
 
-    def settled(self, trials: Sequence[Trial]) -> bool:
+    def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
         return time.perf_counter() < self.deadline
 
 

@@ -32,7 +32,7 @@ OPTIONS: dict[str, list[str]] = {
 }  # fmt: skip
 KEPT = (
     "name", "method", "trained", "trainable_parameters", "base_precision", "learning_rate", "loss_before", "loss", "losses",
-    "spread", "share", "share_interval", "task_score_before", "task_score", "general_before", "general_after", "saved_bytes",
+    "std", "share", "share_interval", "task_score_before", "task_score", "general_before", "general_after", "saved_bytes",
     "peak_measured", "idle",
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ def table(regime: str, found: dict[str, Any]) -> str:
             share += f" ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
         rows.append(
             f"| {line['name']} | {line['base_precision']} | {line['learning_rate']:g} | {line['loss_before']:.3f} | "
-            f"{line['loss']:.3f} ± {line['spread']:.3f} | {share} |"
+            f"{line['loss']:.3f} ± {line['std']:.3f} | {share} |"
         )
     return "\n".join(rows)
 

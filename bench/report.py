@@ -1,8 +1,8 @@
-"""What the CPU benchmarks found, put beside what was asked for: bars, tables, and the sections of pages that are made of them.
+"""Tables and page sections from the figures of the CPU benchmarks, compared with their targets.
 
-A bar is a figure with what it must reach and what it should. Everything here is a function from `cpu.json` to values or
-text; `suite.py` runs the benchmarks and writes the files. `cpu.json` holds the parts by what products use
-(`suite.instructions`): figures of two kinds of processors never stand in one column.
+A bar is a figure with a required value and a goal. Everything here is a function from `cpu.json` to values or text; `suite.py`
+runs the benchmarks and writes the files. `cpu.json` has the parts by the instruction set of matmuls (`suite.instructions`):
+figures of two kinds of processors are never in one column.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Results = Mapping[str, Parts]
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One figure, and what it must and should reach."""
+    """One figure, its required value and its goal."""
 
     what: str
     measured: float
@@ -32,11 +32,11 @@ class Bar:
     more: bool = True
     """Whether more is better."""
     form: str = "x"
-    """How it is written: `x` for a ratio, `%` for a share, else the unit behind it."""
+    """Its unit: `x` for a ratio, `%` for a share, else the unit's name."""
 
     @property
     def verdict(self) -> str:
-        """`goal reached`, `met`, `missed`; for a figure that has a goal alone `short of the goal`."""
+        """`goal reached`, `met`, `missed`; for a figure with only a goal `short of the goal`."""
         if self.goal is not None and self._reaches(self.goal):
             return "goal reached"
         if self.must is not None:
@@ -53,11 +53,11 @@ class Bar:
             return f"{value:.0%}"
         return f"{value:.2f}x" if self.form == "x" else f"{value:.2f} {self.form}"
 
-    def asked(self, value: float | None) -> str:
+    def bound(self, value: float | None) -> str:
         return "" if value is None else f"{'≥' if self.more else '≤'} {self.written(value)}"
 
 
-# (operation, beside): must, goal as ratios of the other's time to ours
+# (operation, compared with): must, goal as ratios of the other's time to ours
 _KERNELS: dict[tuple[str, str], tuple[float | None, float | None]] = {
     ("NF4 dequantize into a tensor", "bitsandbytes"): (10, 14),
     ("NF4 dequantize into a tensor", "memory copy"): (None, 0.8),
@@ -76,40 +76,40 @@ _NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 def kernel_bars(figures: Mapping[str, Any]) -> list[Bar]:
-    """Speed of the kernels beside bitsandbytes and dense products."""
+    """Speed of the kernels vs bitsandbytes and dense matmuls."""
     found: list[Bar] = []
     for line in figures.get("results", []):
         bound = _KERNELS.get((line["operation"], line["beside"]))
         if bound is not None:
-            what = f"{line['operation']}, speed beside {line['beside']}"
+            what = f"{line['operation']}, speed vs {line['beside']}"
             found.append(Bar(what=what, measured=line["ratio"], must=bound[0], goal=bound[1]))
     return found
 
 
 def train_bars(figures: Mapping[str, Any]) -> list[Bar]:
-    """Speed and memory of training beside TRL, of one shape."""
+    """Speed and memory of training vs TRL, for one shape."""
     shape, results = figures["shape"], figures["results"]
     found: list[Bar] = []
     for method, sides in results.items():
         ours, (their_speed, their_memory), name = sides["graft"], peer(sides), f"{shape.upper()} {_NAMES[method]}"
         must, goal = _SPEED.get(shape, {}).get(method, (None, None))
         ratio = ours["examples_per_second"] / their_speed
-        found.append(Bar(what=f"{name}, examples/s beside TRL", measured=ratio, must=must, goal=goal))
+        found.append(Bar(what=f"{name}, examples/s vs TRL", measured=ratio, must=must, goal=goal))
         if "trl bf16" in sides:
             exact = sides.get("graft float32", ours)["examples_per_second"] / sides["trl"]["examples_per_second"]
-            found.append(Bar(what=f"{name}, examples/s beside TRL, both in float32", measured=exact))
+            found.append(Bar(what=f"{name}, examples/s vs TRL, both in float32", measured=exact))
         packed = sides.get("trl packed")
         if packed is not None:
             ratio = ours["examples_per_second"] / packed["examples_per_second"]
-            found.append(Bar(what=f"{name}, examples/s beside TRL with its packing", measured=ratio))
+            found.append(Bar(what=f"{name}, examples/s vs TRL with its packing", measured=ratio))
         must, goal = _MEMORY.get(shape, (None, None))
         ratio = ours["peak_memory"] / their_memory
-        found.append(Bar(what=f"{name}, peak memory beside TRL", measured=ratio, must=must, goal=goal, more=False))
+        found.append(Bar(what=f"{name}, peak memory vs TRL", measured=ratio, must=must, goal=goal, more=False))
         bare = ours.get("bare_seconds_per_step")
         if bare:
             share = bare / ours["seconds_per_step"]
             wanted = (0.75, 0.9) if shape == "30m" else (None, None)
-            what = f"{name}, bare matrix products' share of a step"
+            what = f"{name}, bare matmuls' share of a step"
             found.append(Bar(what=what, measured=share, must=wanted[0], goal=wanted[1], form="%"))
     if "lora" in results and "qlora" in results and shape == "30m":
         ratio = results["qlora"]["graft"]["seconds_per_step"] / results["lora"]["graft"]["seconds_per_step"]
@@ -120,7 +120,7 @@ def train_bars(figures: Mapping[str, Any]) -> list[Bar]:
 
 
 def scaling_bars(figures: Mapping[str, Any]) -> list[Bar]:
-    """By how much more memory a token costs with a vocabulary 16 times as large."""
+    """Memory per token with a vocabulary 16 times as large, as a ratio."""
     grown = figures.get("growth", [])
     if len(grown) < 2:
         return []
@@ -130,9 +130,9 @@ def scaling_bars(figures: Mapping[str, Any]) -> list[Bar]:
 
 
 def ladder_bars(figures: Mapping[str, Any]) -> list[Bar]:
-    """What the fullest rung of the memory ladder takes."""
+    """Memory of the last rung of the memory ladder."""
     rungs = [rung for rung in figures.get("rungs", []) if rung["name"] == ladder.RUNGS[-1].name]
-    what = f"{figures.get('shape', '').upper()} full, weights + gradients + states of the fullest rung"
+    what = f"{figures.get('shape', '').upper()} full, weights + gradients + states with all options"
     unit = "bytes a parameter"
     return [
         Bar(what=what, measured=rung["bytes_per_parameter"], must=ladder.MUST, more=False, form=unit) for rung in rungs
@@ -153,7 +153,7 @@ def bars_of(name: str, figures: Mapping[str, Any]) -> list[Bar]:
 def bar_table(bars: Sequence[Bar]) -> str:
     lines = ["| figure | must | goal | measured | |", "|---|---:|---:|---:|---|"]
     lines += [
-        f"| {b.what} | {b.asked(b.must)} | {b.asked(b.goal)} | {b.written(b.measured)} | {b.verdict} |" for b in bars
+        f"| {b.what} | {b.bound(b.must)} | {b.bound(b.goal)} | {b.written(b.measured)} | {b.verdict} |" for b in bars
     ]
     return "\n".join(lines)
 
@@ -174,12 +174,10 @@ def train_table(figures: Mapping[str, Any]) -> str:
 
 
 def page(results: Results, figures: str = "cpu.json") -> str:
-    """The page beside the file of `figures`: for each instruction set the bars, both sides' figures, the growth; what failed
-    is named."""
+    """The page for the file of `figures`: for each instruction set the bars, both sides' figures, the growth, and failures."""
     about = (
         f"Written by `make bench` from `{figures}`. Parts ran one after another; nothing else should run meanwhile, which is "
-        "not checked. `trl bf16` is the peer under its own bfloat16; beside TRL means beside the faster, where it ran in both "
-        "types."
+        "not checked. `trl bf16` is TRL with its own bfloat16; where TRL ran in float32 and bfloat16, ratios are to the faster."
     )
     lines = ["# CPU benchmarks", "", about, ""]
     for instructions, parts in results.items():
@@ -188,7 +186,7 @@ def page(results: Results, figures: str = "cpu.json") -> str:
 
 
 def plot(instructions: str) -> str:
-    """The name of the picture of how training grows on one instruction set."""
+    """The file name of the plot of scaling on one instruction set."""
     return f"scaling-{instructions.lower().replace(' ', '-')}.png"
 
 
@@ -220,7 +218,7 @@ def _of_one(parts: Parts, growth: str) -> list[str]:
             lines += [scaling.table(figures["series"]), ""]
             lines += [] if part.get("error") else [f"![growth]({growth})", ""]
         elif name == "kernels":
-            lines += ["| operation | graft, ms | beside | its ms | faster by |", "|---|---:|---|---:|---:|"]
+            lines += ["| operation | graft, ms | compared with | its ms | faster by |", "|---|---:|---|---:|---:|"]
             lines += [
                 f"| {f['operation']} | {f['graft_ms']:.2f} | {f['beside']} | {f['beside_ms']:.2f} | {f['ratio']:.2f}x |"
                 for f in figures["results"]
@@ -238,11 +236,11 @@ def machine(found: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page that is written from the figures, between two marks."""
+    """A section of a page that is generated from the figures, between two marks."""
 
     name: str
     of: Callable[[Results], str]
-    """Its text; empty where there are no figures for it."""
+    """Its text; empty if there are no figures for it."""
 
     @property
     def begin(self) -> str:
@@ -261,7 +259,7 @@ class Section:
 
 
 def performance(results: Results) -> str:
-    """The README's table: speed and memory beside the peers, a pair of columns for each instruction set."""
+    """The README's table: speed and memory relative to the peers, two columns for each instruction set."""
     rows: dict[str, dict[str, str]] = {}
     where: dict[str, str] = {}
     for instructions, parts in results.items():
@@ -282,20 +280,20 @@ def performance(results: Results) -> str:
         titles = " | ".join(f"{name}: examples/s | memory" for name in where)
         machines = "; ".join(where.values())
         lines += [
-            f"Beside TRL, PEFT and bitsandbytes, with AVX-512 the faster of their float32 and bfloat16 ({machines}):",
+            f"Relative to TRL, PEFT and bitsandbytes; with AVX-512, to the faster of their float32 and bfloat16 ({machines}):",
             "",
         ]
         lines += [f"| | {titles} |", "|---|" + "---:|---:|" * len(where)]
         lines += [f"| {name} | {' | '.join(row.get(i, ' | ') for i in where)} |" for name, row in rows.items()]
         lines.append("")
     lines.append(
-        "[All figures](bench/results/cpu.md) · [how they are measured](docs/performance.md). GPUs: unmeasured."
+        "[All figures](bench/results/cpu.md) · [how they are measured](docs/performance.md). GPUs: not measured."
     )
     return "\n".join(lines)
 
 
 def rungs(results: Results) -> str:
-    """The memory ladder's table, and what it was measured on: the newest there is."""
+    """The newest table of the memory ladder, and the machine it was measured on."""
     found = [parts["ladder"] for parts in results.values() if parts.get("ladder", {}).get("figures")]
     if not found:
         return ""
@@ -312,7 +310,7 @@ LADDER = Section("ladder", rungs)
 
 
 def with_section(page: str, section: Section, results: Results | None) -> str:
-    """A page with one section written anew; ValueError where its two marks are not there."""
+    """A page with one section replaced. Raises ValueError if its two marks are missing."""
     before, begin, rest = page.partition(section.begin)
     _, end, after = rest.partition(section.end)
     if not begin or not end:

@@ -1,4 +1,4 @@
-"""The figures of `serve.py` beside their bars, as a table."""
+"""A table of the figures of `serve.py` and their targets."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 
 def table(found: dict[str, Any]) -> str:
-    """Every bar a row: what was measured, the least that must be reached, the goal, and whether it was."""
+    """One row for each target: the measured value, the required value, the goal, and whether it was reached."""
     turns, size, machine = found["turns"], found["size"], found["machine"]
     rows: list[tuple[str, str, str, str, str]] = []
 
     def ratio(what: str, ours: str, other: str, must: float, goal: float, share: bool = False) -> None:
         value = turns[other]["seconds"] / turns[ours]["seconds"]
-        said = (lambda v: f"{v:.0%}") if share else (lambda v: f"{v:g}x")
+        written = (lambda v: f"{v:.0%}") if share else (lambda v: f"{v:g}x")
         figure = f"{value:.0%}" if share else f"{value:.2f}x"
-        speeds = f"{turns[ours]['tokens_per_second']:.1f} beside {turns[other]['tokens_per_second']:.1f} tokens/s"
-        rows.append((what, f"{figure} ({speeds})", said(must), said(goal), _reached(value, must, goal)))
+        speeds = f"{turns[ours]['tokens_per_second']:.1f} vs {turns[other]['tokens_per_second']:.1f} tokens/s"
+        rows.append((what, f"{figure} ({speeds})", written(must), written(goal), _reached(value, must, goal)))
 
     peft, bitsandbytes = "transformers + PEFT", "transformers + PEFT + bitsandbytes"
     ratio(f"8 adapters mixed, batch 8, float32, vs {peft}", "graft float32 mixed", "peer float32 mixed", 4, 6)
@@ -29,7 +29,9 @@ def table(found: dict[str, Any]) -> str:
     if "traffic" in found:
         traffic = found["traffic"]
         few, every = (traffic[k]["tokens_per_second"] for k in ("few", "all"))
-        what = f"{few:.1f} beside {every:.1f} tokens/s; {traffic['few']['swaps']} swaps, {traffic['few']['loads']} from disk"
+        what = (
+            f"{few:.1f} vs {every:.1f} tokens/s; {traffic['few']['swaps']} swaps, {traffic['few']['loads']} from disk"
+        )
         rows.append((
             f"{traffic['store']} adapters in the store, Zipf over {traffic['slots']} slots, vs all resident",
             f"{few / every:.0%} ({what}, in {traffic['requests']} requests)", "70%", "90%", _reached(few / every, 0.7, 0.9),
@@ -46,7 +48,7 @@ def table(found: dict[str, Any]) -> str:
             "1.1", "", _reached(-memory["ratio"], -1.1, -1.1),
         ))  # fmt: skip
     lines = [
-        "# Serving, beside transformers + PEFT + bitsandbytes", "",
+        "# Serving, compared with transformers + PEFT + bitsandbytes", "",
         f"`python bench/serve.py --json bench/results/serve.json`, {found['seconds']:.0f} s, {machine['processor']}, "
         f"{machine['threads']} threads, {machine['kernels']}, {machine['date'][:10]}. A Llama of random weights "
         f"({size['shape']}), prompts of 32 tokens, {size['new']} new ones, whole answers, "

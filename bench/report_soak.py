@@ -1,4 +1,4 @@
-"""What `soak.py` found, as a page; and the two statistics it needs."""
+"""The page of the figures of `soak.py`, and the two statistics it needs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def slope(samples: Sequence[tuple[float, int]]) -> dict[str, float]:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """Everything that was measured, beside what it must be."""
+    """All figures and their required values."""
     run = found.get("soak")
-    pairs = [said for name, said in found.items() if name.startswith("fairness")]
+    pairs = [pair for name, pair in found.items() if name.startswith("fairness")]
     rows = [*(_soak_rows(run) if run else []), *(row for fair in pairs for row in _fair_rows(fair))]
     lines = ["# A server under everything at once", "", "`python bench/soak.py --json bench/results/soak.json`", ""]
     lines += ["| | found | must |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
@@ -49,7 +49,7 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def _soak_rows(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What was found of each bar of the soak."""
+    """The rows of the soak."""
     size, flat, right = run["size"], run["flat"], run["answers"].get("equal to its reference", 0)
     complete = right + run["answers"].get("other than its reference", 0)
     zero = " (holds 0)" if abs(flat["mb_a_minute"]) <= flat["within"] else ""
@@ -66,13 +66,13 @@ def _soak_rows(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _soak(run: Mapping[str, Any]) -> list[str]:
-    """What happened in it."""
+    """Counts and latencies of the soak."""
     size, wait = run["size"], run["first_token_seconds"]
     return [
         f"{size['clients']} clients for {size['seconds']:g} s on the bundled base in float32, {size['slots']} slots for 10 "
         f"adapters of ranks 1 to 33, a batch of {size['running']}, a queue of {size['queue']}; {run['references']} references; "
         f"{_where(run)}.", "",
-        f"{run['tokens']:,} tokens were written. First token after {_ms(wait['p50'])} in the median, {_ms(wait['p99'])} at the "
+        f"{run['tokens']:,} tokens generated. First token after {_ms(wait['p50'])} in the median, {_ms(wait['p99'])} at the "
         f"99th percentile, the wait in the queue included; the slowest /healthz took {_ms(run['slowest_health_seconds'])}.", "",
         *(_counts(title, run[key]) for title, key in (("Answers", "answers"), ("Refusals", "refusals"), ("Deeds", "deeds"))),
         *(["Faults:", "", *(f"- {fault}" for fault in run["faults"]), ""] if run["faults"] else []),
@@ -84,36 +84,36 @@ def _fair_rows(fair: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     p99 = {name: _ms(fair[name]["seconds"]["p99"]) for name in _TURNS}
     return [
         (
-            f"{_base(fair)}: 99th percentile of a tenant that asks {quiet:g} times a second, beside one that asks "
-            f"{loud:g} times",
+            f"{_base(fair)}: 99th percentile of a tenant with {quiet:g} requests a second, beside one with "
+            f"{loud:g}",
             f"{fair['seconds_p99_ratio']:.2f}x ({p99['beside']}, alone {p99['alone']})", "2x",
         ),
         (
-            "the same against the tenant alone while the other's client asks elsewhere, on the same cores",
+            "the same, relative to the tenant alone while the other client's requests go to another process on the same cores",
             f"{fair['elsewhere_p99_ratio']:.2f}x ({p99['beside']}, {p99['elsewhere']})", "",
         ),
     ]  # fmt: skip
 
 
 _TURNS = {
-    "alone": "alone", "elsewhere": "alone, the other's client asks a process that refuses all", "beside": "beside",
+    "alone": "alone", "elsewhere": "alone, while another process refuses the other client's requests", "beside": "beside",
 }  # fmt: skip
 
 
 def _base(fair: Mapping[str, Any]) -> str:
-    """What is served."""
+    """The base that is served."""
     return f"{fair['shape'] + ' of random weights' if fair['shape'] else 'bundled base'}, {fair['precision']}"
 
 
 def _fairness(fair: Mapping[str, Any]) -> list[str]:
     """The two tenants, in full."""
     lines = [f"| {_base(fair)} | median | 99th percentile | most | first token, 99th |", "|---|---|---|---|---|"]
-    for name, said in _TURNS.items():
+    for name, title in _TURNS.items():
         whole = [_ms(fair[name]["seconds"][which]) for which in ("p50", "p99", "most")]
-        lines.append(f"| {said} | {' | '.join(whole)} | {_ms(fair[name]['first']['p99'])} |")
-    said = ", ".join(f"{name} {count:,}" for name, count in sorted(fair["beside"]["statuses"].items()))
+        lines.append(f"| {title} | {' | '.join(whole)} | {_ms(fair[name]['first']['p99'])} |")
+    statuses = ", ".join(f"{name} {count:,}" for name, count in sorted(fair["beside"]["statuses"].items()))
     turns = f"{2 * fair['seconds']:g} s each in two turns; answers of 24 tokens by one of three adapters"
-    return [*lines, "", f"Fairness: {turns}; {_where(fair)}. Statuses beside the loud one: {said}.", ""]
+    return [*lines, "", f"Fairness: {turns}; {_where(fair)}. Statuses beside the loud one: {statuses}.", ""]
 
 
 def _where(part: Mapping[str, Any]) -> str:
@@ -127,5 +127,5 @@ def _ms(seconds: float) -> str:
 
 
 def _counts(title: str, counts: Mapping[str, int]) -> str:
-    said = "; ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-    return f"{title}: {said}.\n"
+    listed = "; ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    return f"{title}: {listed}.\n"

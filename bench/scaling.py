@@ -4,10 +4,9 @@
     python bench/scaling.py --series rank batch
     python bench/scaling.py --json bench/results/scaling.json --plot /tmp/scaling.png
 
-Each point is a process of its own with nothing else running: random weights, random examples of one length, every token
-trained, a batch in one pass. Memory is what the peak lies above the same process before it had a model, so it holds the
-weights (float32), the adapter, its optimizer and the activations. One step warms up, one to
-four count.
+Each point is a process of its own with nothing else running: random weights, random examples of one length, every token a
+target token, a batch in one micro-batch. Memory is what the peak lies above the same process before it had a model, so it
+holds the weights (float32), the adapter, its optimizer and the activations. One step warms up, one to four count.
 
     sequence     128 to 4096 tokens an example; 4096 tokens a step, rank 16
     rank         4 to 256; 8 examples of 256 tokens a step
@@ -29,7 +28,7 @@ from machine import described
 from point import Point, base_of, in_process, llama, train_steps
 
 from graftlm.planning.peak_memory import PeakMemory
-from graftlm.training.pages import mmap_allocations
+from graftlm.training.memory import mmap_allocations
 
 Line = dict[str, Any]
 SECONDS = 60  # of one point
@@ -82,7 +81,7 @@ def bytes_per_token(points: Sequence[Line]) -> float:
 
 
 def growth(found: dict[str, list[Line]]) -> list[Line]:
-    """Bytes a token for each vocabulary, beside what that token's logits alone would take in float32."""
+    """Bytes a token for each vocabulary, and the bytes of its logits alone in float32."""
     points = found.get("vocabulary", [])
     counts = {
         size: {p["tokens_per_step"] for p in points if p["vocabulary"] == size}

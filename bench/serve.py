@@ -1,4 +1,4 @@
-"""Serving beside transformers + PEFT + bitsandbytes: many adapters in one batch, on a 32-bit and on a 4-bit base, in one run.
+"""Serving vs transformers + PEFT + bitsandbytes: many adapters in one batch, on a 32-bit and on a 4-bit base, in one run.
 
     python bench/serve.py --json bench/results/serve.json    # the 135M Llama of the table; writes serve.md beside it
     python bench/serve.py --quick                            # the same in small, to see that it works
@@ -6,10 +6,10 @@
 Every side is a process of its own that keeps its model, and they take turns: round by round each answers the same fresh
 prompts, greedily and to the full length, and the median of the rounds counts. Seconds are those of whole answers, prompts
 included. The peer is set up as its documentation says: `generate(adapter_names=[...])` of a PeftModel,
-BitsAndBytesConfig nf4 with double quantization and float32 products, the cache on. Nothing else may run.
+BitsAndBytesConfig nf4 with double quantization and float32 matmuls, the cache on. Nothing else may run.
 
 Weights are random, so the text means nothing; the adapters are strong enough to change it, and how many answers of both
-sides agree token for token stands beside the speeds. Ours go through the engine as a server's do, HTTP left out.
+sides agree token for token is reported with the speeds. Ours go through the engine as a server's do, HTTP left out.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class Graft:
         self.engine = self._engine(slots=SLOTS)
 
     def _engine(self, **limits: Any) -> Any:
-        from graftlm.serving.engine.engine import Engine, EngineLimits
+        from graftlm.serving.engine.engine import Engine
+        from graftlm.serving.engine.scheduler import EngineLimits
 
         given = {"max_loras": limits.pop("slots"), "adapter_bytes": 16 << 30, "max_num_seqs": SLOTS, **limits}
         return Engine(self.base, EngineLimits(**given))
@@ -129,7 +130,7 @@ class Graft:
 
     def _answer(self, engine: Any, asked: list[tuple[Any, Path | None]]) -> list[list[int]]:
         found: dict[str, list[int]] = {one.id: [] for one, _ in asked}
-        for output in engine.run(asked):
+        for output in engine.generate(asked):
             assert output.finish_reason in (None, "length"), output
             found[output.id] += output.tokens
         return list(found.values())
@@ -140,7 +141,7 @@ class Graft:
         asked = [self._request(ask, new, adapters[i] if adapters else None) for i, ask in enumerate(asks)]
         counts = self.engine.counts
         began = time.perf_counter()
-        news = self.engine.run(asked)
+        news = self.engine.generate(asked)
         first = next(news)
         steps, step_seconds = counts.steps, counts.step_seconds  # after the prompts
         found: dict[str, list[int]] = {one.id: [] for one, _ in asked}
@@ -193,24 +194,24 @@ class Graft:
         small = dict(list(self.small.items())[:resident])
         engine.adapter_cache._load = lambda folder: small[folder.name]
         for name in small:
-            engine.adapter_cache.hold(name, Path(name))
+            engine.adapter_cache.acquire(name, Path(name))
         while engine.adapter_cache.loading:
-            engine.adapter_cache.settle()
+            engine.adapter_cache.collect_loaded()
             time.sleep(0.001)
         names = list(small)
         for name in names:
-            engine.adapter_cache.run(name)
-            engine.adapter_cache.stop(name)
-            engine.adapter_cache.leave(name)
+            engine.adapter_cache.acquire_slot(name)
+            engine.adapter_cache.release_slot(name)
+            engine.adapter_cache.release(name)
         taken: list[float] = []
         for i in range(tries):
             name = names[i * 7 % len(names)]
             began = time.perf_counter()
-            engine.adapter_cache.hold(name, Path(name))
-            engine.adapter_cache.run(name)
+            engine.adapter_cache.acquire(name, Path(name))
+            engine.adapter_cache.acquire_slot(name)
             taken.append(time.perf_counter() - began)
-            engine.adapter_cache.stop(name)
-            engine.adapter_cache.leave(name)
+            engine.adapter_cache.release_slot(name)
+            engine.adapter_cache.release(name)
         changing = self._changing(engine, names, 30)
         engine.close()
         return {"seconds": statistics.median(taken), "change_seconds": changing}
@@ -223,11 +224,11 @@ class Graft:
         for name in names[:: max(len(names) - 1, 1)][:2]:
             request, _ = self._request([1, 2, 3], 1000, None)
             one = Answer(request, 0, self.base.tokenizer, None)
-            engine.adapter_cache.hold(name, Path(name))
-            one.slot = engine.adapter_cache.run(name)
+            engine.adapter_cache.acquire(name, Path(name))
+            one.slot = engine.adapter_cache.acquire_slot(name)
             assert engine.runner.admit(one)
             assert engine.runner.reserve(one, 3 + 3 * tries)
-            engine.runner.run([(one, 3)])
+            engine.runner.execute_model([(one, 3)])
             made.append(one)
         seconds: dict[bool, list[float]] = {False: [], True: []}
         last = None
@@ -235,13 +236,13 @@ class Graft:
             one = made[i // 2 % 2]  # a, a, b, b, ...
             one.tokens.append(1)
             began = time.perf_counter()
-            engine.runner.run([(one, 1)])
+            engine.runner.execute_model([(one, 1)])
             seconds[one is not last].append(time.perf_counter() - began)
             last = one
         for one, name in zip(made, names[:: max(len(names) - 1, 1)][:2]):
             engine.runner.release(one)
-            engine.adapter_cache.stop(name)
-            engine.adapter_cache.leave(name)
+            engine.adapter_cache.release_slot(name)
+            engine.adapter_cache.release(name)
         return statistics.median(seconds[True]) - statistics.median(seconds[False])
 
     def memory(self, count: int) -> dict[str, Any]:

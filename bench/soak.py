@@ -51,9 +51,10 @@ from graftlm.adapters.store import Store
 from graftlm.base.loading import Base, load_base
 from graftlm.config import Precision
 from graftlm.errors import AdapterError, StoreError
-from graftlm.serving.engine.engine import Engine, EngineLimits
+from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.prompts import PromptEncoderCache
 from graftlm.serving.engine.request import Request, SamplingParams
+from graftlm.serving.engine.scheduler import EngineLimits
 
 MODEL, ADMIN = "demo", "soak-admin-key"
 KEYS = ("soak-key-one", "soak-key-two", "soak-key-three")
@@ -187,7 +188,7 @@ def references(base: Base, folders: dict[str, Path], asked: Sequence[Question]) 
                 id=f"{label} {i}", prompt=tuple(prompts.text(question.prompt)), max_tokens=question.max_tokens, adapter=digest,
                 sampling=sampling, stop_ids=prompts.stop_ids, hidden_ids=prompts.hidden_ids, tokenizer=prompts.tokenizer,
             )  # fmt: skip
-            found[label, i] = "".join(output.text for output in engine.run([(request, folder)]))
+            found[label, i] = "".join(output.text for output in engine.generate([(request, folder)]))
     engine.close()
     return found
 

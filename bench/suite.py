@@ -6,7 +6,7 @@
     python bench/suite.py --list
 
 Each runs in a process of its own, with a limit on its time; one that fails is reported, and the rest go on. Nothing else may
-run on the machine. `report.py` says what the figures are held against. What other scripts of this folder measure (serving, the
+run on the machine. `report.py` has the targets. What other scripts of this folder measure (serving, the
 planner's predictions, quality, trust) has commands and pages of its own.
 """
 
@@ -86,7 +86,7 @@ def parts_of(folder: Path) -> list[Part]:
 
 
 def instructions() -> str:
-    """What products use here, PyTorch's and training's: figures of one are kept apart from those of another."""
+    """The instruction set of matmuls here, PyTorch's and training's; figures are kept separately for each."""
     own = default_compute_dtype(torch.device("cpu"), training=True)
     return torch.backends.cpu.get_cpu_capability() + {"bf16-mixed": " BF16", "bfloat16": " AMX"}.get(own, "")
 

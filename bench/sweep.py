@@ -1,4 +1,4 @@
-"""Many trials on one base at once, beside the same trials one after another, with Graft and with TRL + PEFT, in one run.
+"""Many trials on one base at once vs the same trials one after another, with Graft and with TRL + PEFT, in one run.
 
     python bench/sweep.py                          # 8 trials on the 30M Llama and E2E, LoRA; then 1 to 32 trials
     python bench/sweep.py --methods lora qlora --json bench/results/sweep.json
@@ -6,12 +6,12 @@
 Eight trials of ranks 4 to 32 with batches of 8 examples of their own. Sides take turns as in `train.py`; a turn is one
 optimizer step of all eight trials, whichever way it is made:
 
-    together          the passes of all eight together, as `graft sweep` makes them
-    together narrow   the same with passes no longer than one trial's own batch needs
+    together          micro-batches of all eight together, as in `graft sweep`
+    together narrow   the same with micro-batches no larger than one trial's own batch
     apart             the same eight on the same base, one after another: what eight runs of `graft train` do in their steps
     trl               SFTTrainer and PEFT, a process for each rank; a step of each of the eight trials is added up
 
-Time is that of steps; beside it stands that of whole runs of STEPS steps, with what each process takes to its first step:
+Time is that of steps, and of whole runs of STEPS steps including the time of each process to its first step:
 once together, eight times apart and with TRL. Memory is the peak of a process of its own above what it held before
 the base was loaded.
 """
@@ -36,7 +36,7 @@ BATCH = 8
 GROWTH = (1, 2, 4, 8, 16, 32)
 STEPS = 50  # of a whole run
 WIDE = 4096
-"""Tokens of a pass of all trials together, the default of `graft sweep`."""
+"""Tokens in a micro-batch of all trials together, the default of `graft sweep`."""
 
 
 class Turns(pairs.Turns):
@@ -64,9 +64,10 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     from graftlm.config import TrainConfig
     from graftlm.data.sources import named_source
     from graftlm.planning.peak_memory import PeakMemory
-    from graftlm.training.pages import mmap_allocations
-    from graftlm.training.prepare import make_adapter, make_trial, read_data
-    from graftlm.training.trainer import example_losses, optimizer_step
+    from graftlm.training.memory import mmap_allocations
+    from graftlm.training.micro_batch import example_losses
+    from graftlm.training.run import make_adapter, make_trial, read_data
+    from graftlm.training.trainer import optimizer_step
 
     method = work["method"]
     with PeakMemory(torch.device("cpu")) as memory:
@@ -87,7 +88,7 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
         values = [sum(p.numel() for p in trial.parameters.values()) for trial in trials]
         with mmap_allocations(
             width < WIDE and len(trials) > 1
-        ):  # several small passes, as `graft train` and `graft sweep` do
+        ):  # several small micro-batches, as in `graft train` and `graft sweep`
             turns.next()
             for step in range(work["steps"]):
                 if work["side"] == "apart":
@@ -179,13 +180,13 @@ def grow(common: dict[str, Any], method: str, counts: Sequence[int]) -> list[dic
 
 def table(results: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    said = ["| | must | goal | " + " | ".join(results) + " |", "|---|---|---|" + "---:|" * len(results)]
+    rows = ["| | must | goal | " + " | ".join(results) + " |", "|---|---|---|" + "---:|" * len(results)]
 
     def row(label: str, must: str, goal: str, write: Any) -> None:
-        said.append(f"| {label} | {must} | {goal} | " + " | ".join(write(r["eight"]) for r in results.values()) + " |")
+        rows.append(f"| {label} | {must} | {goal} | " + " | ".join(write(r["eight"]) for r in results.values()) + " |")
 
     row(
-        "time, passes of all eight together, vs one after another",
+        "time, micro-batches of all eight together, vs one after another",
         "0.9x",
         "0.75x",
         lambda r: f"{r['time_vs_apart']:.2f}x",
@@ -198,13 +199,18 @@ def table(results: dict[str, Any]) -> str:
         lambda r: f"{r['whole_vs_apart']:.2f}x",
     )
     row("the same vs TRL + PEFT", "", "", lambda r: f"{r['whole_vs_trl']:.2f}x")
-    row("time, one trial's tokens a pass, vs one after another", "", "", lambda r: f"{r['narrow_time_vs_apart']:.2f}x")
+    row(
+        "time, one trial's tokens in a micro-batch, vs one after another",
+        "",
+        "",
+        lambda r: f"{r['narrow_time_vs_apart']:.2f}x",
+    )
     row("the same vs TRL + PEFT", "", "", lambda r: f"{r['narrow_time_vs_trl']:.2f}x")
     row(
-        "peak memory, one trial's tokens a pass, of the bound", "100 %", "",
+        "peak memory, one trial's tokens in a micro-batch, of the bound", "100 %", "",
         lambda r: f"{r['narrow_memory'] / r['memory_bound']:.0%} (of {r['memory_bound'] / 1e6:.0f} MB)",
     )  # fmt: skip
-    row("peak memory, passes of all eight together", "", "", lambda r: f"{r['together_memory'] / 1e6:.0f} MB")
+    row("peak memory, micro-batches of all eight together", "", "", lambda r: f"{r['together_memory'] / 1e6:.0f} MB")
     row("peak memory of one TRL run", "", "", lambda r: f"{r['sides']['trl']['peak_memory'] / 1e6:.0f} MB")
     row(
         "mean eval loss, together / apart / TRL", "", "",
@@ -212,13 +218,13 @@ def table(results: dict[str, Any]) -> str:
     )  # fmt: skip
     for method, found in results.items():
         if found.get("growth"):
-            said += ["", f"Trials at once, {method}, rank 16:", "", "| trials | seconds a step | of each trial | peak memory |",
+            rows += ["", f"Trials at once, {method}, rank 16:", "", "| trials | seconds a step | of each trial | peak memory |",
                      "|---:|---:|---:|---:|"]  # fmt: skip
-            said += [
+            rows += [
                 f"| {g['trials']} | {g['seconds']:.2f} | {g['seconds_per_trial']:.3f} | {g['peak_memory'] / 1e6:.0f} MB |"
                 for g in found["growth"]
             ]
-    return "\n".join(said)
+    return "\n".join(rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -1,19 +1,19 @@
-"""Training beside transformers + PEFT + TRL + bitsandbytes: the same model, data, batch, rank and optimizer, in one run.
+"""Training vs transformers + PEFT + TRL + bitsandbytes: the same model, data, batch, rank and optimizer, in one run.
 
     python bench/train.py                         # 30M Llama on E2E, all three methods
     python bench/train.py --shape 135m --methods lora qlora --packing lora
 
 Each side is a process of its own, and they take turns step by step: one works, the others wait, so a slow moment of the
 machine falls on all of them. The median step counts, after those that warm up (Graft watches its first three). Beside them
-runs a third process that takes nothing but the matrix products of such a step. Nothing else may run meanwhile.
+runs a third process that does only the matmuls of such a step. Nothing else may run meanwhile.
 
-Products run in the type that each side takes by itself on this processor: Graft's default for training, the peer's float32.
+Matmuls have the dtype that each side uses by default on this processor: Graft's default for training, the peer's float32.
 With `--types` both also take part with the other one: Graft in float32 where that is not its default, the peer under its
 own bfloat16 (`bf16=True`).
 
 The peer is set up as its documentation says: SFTTrainer, PEFT on all linear layers, BitsAndBytesConfig nf4 with double
 quantization; padded as it defaults to, and where asked once more with its own packing, alone. Losses on eval rows after
-the same steps stand beside the speeds: speed that changes the training does not count.
+the same steps are reported with the speeds: a speedup that changes the training does not count.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 RATES = {"full": 5e-4, "lora": 2e-3, "qlora": 2e-3}
 BATCH, RANK, ALPHA = 16, 16, 32
-HELD_OUT = 24
+EVAL_ROWS = 24
 WARM_UP = 3  # steps that do not count: Graft watches its first three
 
 
@@ -98,11 +98,11 @@ def make_model(shape: str, folder: Path) -> None:
 
 
 def make_data(folder: Path, steps: int, seed: int = 0) -> dict[str, str]:
-    """The rows of all sides: `steps` batches of E2E, each row seen once, and HELD_OUT others."""
+    """The rows of all sides: `steps` batches of E2E, each row seen once, and EVAL_ROWS others."""
     import random
 
     found: dict[str, str] = {}
-    for name, count in (("train", steps * BATCH), ("valid", HELD_OUT)):
+    for name, count in (("train", steps * BATCH), ("valid", EVAL_ROWS)):
         rows = (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         chosen = random.Random(seed).sample(rows, count)
         (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
@@ -111,8 +111,8 @@ def make_data(folder: Path, steps: int, seed: int = 0) -> dict[str, str]:
 
 
 def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
+    from graftlm.commands.train import train
     from graftlm.config import TrainConfig
-    from graftlm.training.run import run
     from graftlm.training.trainer import StepResult
     from graftlm.training.trial import Trial
     from graftlm.training.view import View
@@ -124,13 +124,13 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
             with super().training(trial):
                 yield
 
-        def stepped(self, trial: Trial, result: StepResult) -> None:
+        def on_step_end(self, trial: Trial, result: StepResult) -> None:
             turns.end() if trial.done else turns.next()
 
     method = work["method"]
     own: dict[str, Any] = {} if method == "full" else {"rank": RANK, "alpha": ALPHA}
     with tempfile.TemporaryDirectory() as out:
-        summary = run(
+        summary = train(
             TrainConfig(
                 model=work["model"], data=(work["train"],), eval_data=work["valid"], method=method,
                 base_precision="float32" if method != "qlora" else "nf4", steps=work["steps"], batch_size=BATCH,
@@ -157,7 +157,7 @@ def rates(turns: Turns, work: dict[str, Any]) -> dict[str, float]:
 
 
 def bare_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
-    """A step's matrix products alone in float32, by PyTorch: every linear layer and the head, forward and back.
+    """A step's matmuls alone in float32, by PyTorch: every linear layer and the head, forward and back.
 
     Shapes are those of the mean step: all tokens through the layers, target tokens through the head. LoRA adds its two narrow
     products and their gradients, full training the gradient of every weight. The data type of the products is float32
@@ -256,11 +256,11 @@ def peer_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
         **found,
         "optimizer_steps": len(turns.seconds),
         "peak_memory": memory.bytes - memory.start,
-        "loss": held_out_loss(trainer.model, work),
+        "loss": eval_loss(trainer.model, work),
     }
 
 
-def held_out_loss(model: Any, work: dict[str, Any]) -> float:
+def eval_loss(model: Any, work: dict[str, Any]) -> float:
     """Mean loss of a target token over the eval rows, one example at a time through the peer's model."""
     import torch
     from transformers import AutoTokenizer

@@ -360,9 +360,9 @@ def train_graft(
     """A run of 6 steps that saves every 2; ends after `stop_at` as a crash would."""
     from rich.console import Console
 
+    from graftlm.commands.train import train
     from graftlm.config import TrainConfig
     from graftlm.training.logging import Recorder
-    from graftlm.training.run import run
     from graftlm.training.view import View
 
     heard = said if said is not None else []
@@ -371,10 +371,10 @@ def train_graft(
         def note(self, text: str) -> None:
             heard.append(text)
 
-    settled = Recorder.settled
+    on_iteration_end = Recorder.on_iteration_end
 
     def crashing(self: Recorder, trials: Any) -> bool:
-        going_on = settled(self, trials)
+        going_on = on_iteration_end(self, trials)
         if self.trial.step == stop_at:
             raise Interrupted
         return going_on
@@ -384,13 +384,13 @@ def train_graft(
         "targets": TARGETS, "learning_rate": RATE, "warmup_ratio": 0.0, "lr_scheduler": "linear", "base_precision": "float32",
         "compute_dtype": "float32", "device": "cpu", "save_every": SAVE, "keep_checkpoints": 3, **changes,
     }  # fmt: skip
-    Recorder.settled = crashing
+    Recorder.on_iteration_end = crashing
     try:
-        run(TrainConfig(**given), Told(Console(quiet=True)))
+        train(TrainConfig(**given), Told(Console(quiet=True)))
     except Interrupted:
         pass
     finally:
-        Recorder.settled = settled
+        Recorder.on_iteration_end = on_iteration_end
     return out
 
 

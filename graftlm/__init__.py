@@ -1,4 +1,4 @@
-"""Graft: fine-tune language models in full, with LoRA or with QLoRA, and know beforehand which of them fits.
+"""Graft: fine-tune language models in full, with LoRA or with QLoRA.
 
     import graftlm as graft
     model = graft.load("demo", base_precision="nf4")

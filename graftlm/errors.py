@@ -8,13 +8,13 @@
     |-- StoreError       a name, version or alias of a store is not there, in use, or damaged
     |-- RequestError     a request to a server or its engine cannot be answered as asked
     |-- RunError         a run folder is in use, damaged, or belongs to another run
-    `-- TrainingError    training itself cannot go on (a trained tensor without a gradient, a process that died)
+    `-- TrainingError    training cannot continue (a trained tensor without a gradient, a process that died)
         `-- Diverged     a loss or gradient is not finite
 
-    Stopped              no error: a run was asked to stop, and left a checkpoint
+    Stopped              not an error: a run was stopped by a signal and has written a checkpoint
 
-Raise these for what a user can mend; use `assert` for what only a developer can break. The command line prints a
-GraftError without a traceback and exits with 2.
+Raise these for problems that a user can fix; use `assert` for bugs. The command line prints a GraftError without a traceback
+and exits with 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Iterable
 
 
 class GraftError(Exception):
-    """Base of every error that a user of Graft can mend."""
+    """Base class of every error that a user can fix."""
 
 
 class ConfigError(GraftError):
@@ -48,7 +48,7 @@ class StoreError(GraftError):
 
 
 class RequestError(GraftError):
-    """A request cannot be answered as asked; `full` where it could be later, when fewer wait. `field` names what is wrong."""
+    """A request cannot be answered; `full` if a retry may succeed when the queue is shorter. `field` is the wrong field."""
 
     def __init__(self, message: str, *, full: bool = False, field: str | None = None) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class RunError(GraftError):
 
 
 class TrainingError(GraftError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class Diverged(TrainingError):
@@ -68,7 +68,7 @@ class Diverged(TrainingError):
 
 
 class Stopped(Exception):
-    """A run was asked to stop by a signal and left a checkpoint; the message says how to go on."""
+    """A run was stopped by a signal and has written a checkpoint; the message says how to continue."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)

@@ -1,8 +1,8 @@
-"""Writing files so that a crash leaves the old ones or the new ones, never half of one.
+"""Atomic writes: after a crash the old files or the new ones are there, never parts of them.
 
-A folder is written under a temporary name beside its place; its files are flushed to the disk, then a manifest with the size
-and checksum of every file is written, then the folder itself is flushed and renamed. So a folder with a manifest that fits is
-whole, and one that was cut off at any moment is either not there or says what it lacks.
+A folder is written under a temporary name beside its target; its files are flushed to disk, then a manifest with the size and
+checksum of every file is written, then the folder is flushed and renamed. So a folder whose manifest matches is complete, and
+after an interruption the folder is missing or its manifest shows what is damaged.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def cache_folder() -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one piece: to a temporary file, flushed, renamed. Raises OSError, and then leaves what was there."""
+    """Write JSON atomically: to a temporary file, flushed, renamed. Raises OSError; the old file is then unchanged."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece: to a temporary file, flushed, renamed. Raises OSError, and then leaves what was there."""
+    """Write a file atomically: to a temporary file, flushed, renamed. Raises OSError; the old file is then unchanged."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
@@ -60,49 +60,49 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def atomic_folder(place: Path, *, manifest: bool = False) -> Iterator[Path]:
-    """Give a temporary folder to write into; on success it replaces `place`, else it is removed.
+def atomic_folder(target: Path, *, manifest: bool = False) -> Iterator[Path]:
+    """A temporary folder to write into; it replaces `target` on success, else it is removed.
 
-    Raises what the writing raised, OSError among it; `place` is then as it was before.
+    Raises what the block raises, or OSError; `target` is then unchanged.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         for file in files:
-            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-            _flush(file)
+            file.chmod(0o666 & ~_umask())  # safetensors gives permissions to the owner alone
+            flush(file)
         if manifest:
             entries = {str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
             write_json(temporary / MANIFEST, {"files": entries})
         for folder in {temporary, *(file.parent for file in files)}:
-            _flush(folder)
-        _put(temporary, place)
-        _flush(place.parent)
+            flush(folder)
+        _put(temporary, target)
+        flush(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _put(temporary: Path, place: Path) -> None:
-    if not place.exists():
-        temporary.rename(place)
+def _put(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
         return
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    place.rename(old)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
     try:
-        temporary.rename(place)
+        temporary.rename(target)
     except BaseException:
-        old.rename(place)
+        old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
+def flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -111,14 +111,14 @@ def _flush(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The permissions this process takes away from new files; it can only be read by setting it."""
+    """The umask of this process; it can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left half-written in a folder; nobody else may be writing there."""
+    """Remove temporary files of killed processes from a folder; no other process may be writing there."""
     for left in folder.glob(".*"):
         if not _LEFT.fullmatch(left.name):
             continue
@@ -130,7 +130,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest, or None when every file is as it was written."""
+    """What is wrong with a folder that has a manifest, or None if every file matches it."""
     try:
         entries = read_json(folder / MANIFEST, RunError)["files"]
         written = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}

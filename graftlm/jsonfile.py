@@ -1,8 +1,7 @@
-"""JSON that somebody else may have written, read within limits: nothing else in Graft parses JSON.
+"""Read untrusted JSON within limits; all JSON in Graft is parsed here.
 
-Python's own parser ends in a RecursionError for deep nesting and in a bare ValueError for a number of thousands of digits,
-and of a key that is there twice it keeps the last without a word. Here all of these are ValueErrors that say what was
-found, where, and what the limit is.
+Python's own parser raises RecursionError for deep nesting and a bare ValueError for a number of thousands of digits, and
+silently keeps the last value of a duplicate key. Here all of these are ValueErrors with what was found, where, and the limit.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from graftlm.errors import GraftError
 
 MAX_JSON_BYTES = 32 << 20
 MOST_TOKENIZER_BYTES = 256 << 20
-"""A tokenizer.json; that of Gemma 3, with 262,144 tokens, has 33 MB."""
+"""Largest tokenizer.json; that of Gemma 3, with 262,144 tokens, has 33 MB."""
 MOST_DEPTH = 100
-"""Lists and objects within each other. Tool schemas and model configs have about ten."""
+"""Most nested lists and objects. Tool schemas and model configs have about ten."""
 MOST_DIGITS = 300
-"""Digits of a whole number: what a float can still hold (1.8e308), so that no later division overflows."""
+"""Most digits in an integer: those of the largest float (1.8e308), so that no later division overflows."""
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text of at most 100 levels and 300 digits a number, without duplicate keys.
 
-    Raises json.JSONDecodeError, with the place, for what is no JSON or over a limit; ValueError for a key that is there
-    twice, and for bytes that are no Unicode.
+    Raises json.JSONDecodeError, with the position, for invalid JSON or a limit; ValueError for a duplicate key, and for bytes
+    that are not Unicode.
     """
     text = data.decode(json.detect_encoding(data)) if isinstance(data, bytes) else data
     try:
@@ -42,8 +41,17 @@ def parse_json(data: bytes | str) -> Any:
     return value
 
 
+def duplicate_key(data: bytes) -> str | None:
+    """The first key that an object of a JSON text has twice; the text is one that another parser has read already."""
+    try:
+        json.loads(data, object_pairs_hook=_unique)
+    except _DuplicateKey as error:
+        return error.key
+    return None
+
+
 class RowParser:
-    """Parses one value after another out of a longer JSON text, within the same limits."""
+    """Parses consecutive values of a longer JSON text, within the same limits."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -71,7 +79,7 @@ def read_json(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTE
 
 
 def read_json_value(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file of at most `most` bytes. Raises the given error, which names the file and the place."""
+    """The value in a JSON file of at most `most` bytes. Raises the given error, which names the file and the position."""
     try:
         size = path.stat().st_size
         if size > most:
@@ -84,11 +92,17 @@ def read_json_value(path: Path, raises: type[GraftError], *, most: int = MAX_JSO
         raise raises(f"{path} is not JSON ({error}); it is damaged") from None
 
 
+class _DuplicateKey(ValueError):
+    def __init__(self, key: str) -> None:
+        super().__init__(f"'{key}' is there twice")
+        self.key = key
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' is there twice")
+        seen: set[str] = set()
+        raise _DuplicateKey(next(name for name, _ in pairs if name in seen or seen.add(name)))
     return found
 
 
@@ -99,7 +113,7 @@ def _whole(digits: str) -> int:
 
 
 def _shallow(value: Any) -> bool:
-    """Whether a value has at most `MOST_DEPTH` levels; looked at level by level, without recursion."""
+    """Whether a value has at most `MOST_DEPTH` levels; checked level by level, without recursion."""
     level = [value]
     for _ in range(MOST_DEPTH):
         level = [

@@ -1,11 +1,11 @@
-"""Progress of what takes longer than a moment: said here, from wherever the work is done, and drawn in one place.
+"""Progress of long operations: reported from anywhere, drawn in one place.
 
     with working("reading data", total=size, unit="bytes") as task:
         task.to(done)
 
-A command switches the drawing on with `shown()`; elsewhere (in a library's caller, in tests, in the children of `graft
-compare`) the calls do nothing. In a terminal the tasks that go on are bars on standard error that vanish at their end. Where
-standard error is a file or a pipe there are no bars: a line of the innermost task comes after ten seconds, then every thirty.
+A command turns drawing on with `shown()`; elsewhere (from Python, in tests, in the child processes of `graft compare`) the
+calls do nothing. In a terminal, tasks are progress bars on standard error that disappear at their end. If standard error is a
+file or a pipe, the innermost task prints a line after ten seconds, then every thirty.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SOON, FIRST_LINE, LINES = 0.4, 10.0, 30.0
 
 @dataclass(eq=False)
 class Task:
-    """Something that goes on."""
+    """A running operation."""
 
     what: str
     total: float | None = None
@@ -36,7 +36,7 @@ class Task:
     _moved: Callable[[Task], None] | None = field(default=None, repr=False)
 
     def to(self, done: float, total: float | None = None, note: str | None = None) -> None:
-        """Say how far it is; `note` stands behind the numbers."""
+        """Report progress; `note` is shown after the numbers."""
         self.done = done
         self.total = self.total if total is None else total
         self.note = self.note if note is None else note
@@ -45,7 +45,7 @@ class Task:
 
     @property
     def counted(self) -> str:
-        """How far it is, in words: `1,024 of 3,000 rows`."""
+        """The progress as text: `1,024 of 3,000 rows`."""
         if self.unit == "bytes":
             whole = f" of {self.total / 1e6:,.1f}" if self.total else ""
             return f"{self.done / 1e6:,.1f}{whole} MB"
@@ -56,13 +56,13 @@ class Task:
 
     @property
     def line(self) -> str:
-        """All of it on one line."""
+        """The task on one line."""
         parts = [part for part in (self.counted, self.note, f"{time.monotonic() - self.began:.0f} s") if part]
         return f"{self.what}: {', '.join(parts)}"
 
 
 class Display(Protocol):
-    """What draws tasks."""
+    """A display that draws tasks."""
 
     def begin(self, task: Task) -> None: ...
 
@@ -75,7 +75,7 @@ _displays: list[Display] = []  # the last one draws
 
 
 def begin(what: str, total: float | None = None, unit: Unit = "", *, done: float = 0) -> Task:
-    """Say that something goes on now, until `end`; `working` does both."""
+    """Start a task; `end` ends it, and `working` does both."""
     task = Task(what, total, unit, done)
     if _displays:
         display = _displays[-1]
@@ -85,14 +85,14 @@ def begin(what: str, total: float | None = None, unit: Unit = "", *, done: float
 
 
 def end(task: Task) -> None:
-    """Say that it goes on no more."""
+    """End a task."""
     if _displays:
         _displays[-1].end(task)
 
 
 @contextmanager
 def working(what: str, total: float | None = None, unit: Unit = "") -> Iterator[Task]:
-    """Say what goes on within."""
+    """Report the block as a task."""
     task = begin(what, total, unit)
     try:
         yield task
@@ -102,7 +102,7 @@ def working(what: str, total: float | None = None, unit: Unit = "") -> Iterator[
 
 @contextmanager
 def shown(display: Display | None = None) -> Iterator[None]:
-    """Draw the tasks that begin within: in a terminal as bars, else as lines."""
+    """Draw the tasks of the block: in a terminal as bars, else as lines."""
     chosen: Display = display or (_Bars() if _terminal() else _Lines())
     _displays.append(chosen)
     try:
@@ -121,7 +121,7 @@ def _terminal() -> bool:
 
 
 class _Drawn:
-    """Tasks, and a thread that looks at them while there are any."""
+    """Tasks, and a thread that draws them while there are any."""
 
     period = 0.1
 
@@ -147,7 +147,7 @@ class _Drawn:
             self.gone(task)
 
     def close(self) -> None:
-        """Draw no more."""
+        """Stop drawing."""
         with self.lock:
             self._wake.set()
             for task in list(self.tasks):
@@ -166,7 +166,7 @@ class _Drawn:
 
 
 class _Lines(_Drawn):
-    """A line now and then of the task that began last."""
+    """Prints a line for the newest task from time to time."""
 
     period = 0.5
 
@@ -190,7 +190,7 @@ class _Lines(_Drawn):
 
 
 class _Bars(_Drawn):
-    """Bars of all tasks that go on, the one that began last at the bottom."""
+    """Draws a bar for each task, the newest at the bottom."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,10 +201,10 @@ class _Bars(_Drawn):
         now = time.monotonic()
         for task in self.tasks:
             if task not in self._bars and now - task.began >= SOON:
-                self._bars[task] = self._open().add_task("", total=task.total, what=task.what, said="", left="")
+                self._bars[task] = self._open().add_task("", total=task.total, what=task.what, text="", left="")
         for task, bar in self._bars.items():
-            said = " ".join(part for part in (task.counted, task.note) if part)
-            self._live.update(bar, completed=task.done, total=task.total, said=said)
+            text = " ".join(part for part in (task.counted, task.note) if part)
+            self._live.update(bar, completed=task.done, total=task.total, text=text)
 
     def gone(self, task: Task) -> None:
         bar = self._bars.pop(task, None)
@@ -229,7 +229,7 @@ class _Bars(_Drawn):
 
             columns = (
                 SpinnerColumn(), TextColumn("{task.fields[what]}", markup=False), BarColumn(bar_width=20),
-                TextColumn("{task.fields[said]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
             )  # fmt: skip
             self._live = Progress(*columns, console=Console(stderr=True), transient=True)
             self._live.start()

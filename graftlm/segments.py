@@ -7,11 +7,11 @@ Examples of different lengths are laid end to end in one row of tokens, never pa
     lengths     4         4         2            attention sees one segment; positions restart in each
     slots       1         1         2            which adapter of the bank each segment uses (0: the bare base)
 
-Training packs examples into it, serving packs the prompts and the next tokens of many requests into it; attention and
-the bank of adapters read it from the pass's context (`base/context.py`).
+Training packs examples into it, serving the prompts and next tokens of many requests; attention and the bank of adapters read
+it from the context of the forward pass (`base/context.py`).
 
-Two orders make it cheap to read: segments of one slot stand together (one range of rows per adapter), and within a slot
-those of one length (one attention call per run of equal lengths).
+Segments are sorted by slot (one range of rows per adapter), and within a slot by length (one attention call per run of equal
+lengths).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from graftlm.kernels.counter_rng import hash_words
 
 
 class KVCache(Protocol):
-    """Where the keys and values of the segments' pasts are kept (`base.keyvalues` implements it)."""
+    """The KV cache of the segments (`base.kv_cache` implements it)."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None,
@@ -38,20 +38,20 @@ class KVCache(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """A ragged batch laid end to end; all tuples have one entry a segment."""
+    """A packed batch; all tuples have one entry for each segment."""
 
     lengths: tuple[int, ...]
     """New tokens of each segment."""
     slots: tuple[int, ...]
-    """The adapter slot of each segment; 0 is the bare base."""
+    """The adapter slot of each segment; 0 is the base alone."""
     cached: tuple[int, ...] = ()
-    """Tokens of each segment's past that a key-value cache already holds; empty means none."""
+    """Number of each segment's tokens that are in the KV cache already; empty means none."""
     kv_cache: KVCache | None = None
-    """That cache; None where every segment starts afresh."""
+    """The KV cache; None if no segment has cached tokens."""
     streams: tuple[tuple[int, int], ...] = ()
-    """(trial seed, draw) of each segment: the key of its random numbers; empty where nothing is random."""
+    """(trial seed, draw) of each segment: the key of its random numbers; empty without dropout."""
     stacked: bool = False
-    """True when the model sees (examples, length) with its own attention instead of (1, tokens) with ours."""
+    """True if the input is (examples, length) with the model's own attention instead of (1, tokens) with ours."""
 
     def __post_init__(self) -> None:
         assert len(self.lengths) == len(self.slots)
@@ -104,7 +104,7 @@ class Segments:
             return self
         if not self.stacked or not rows or rows % count:
             raise ModelError(
-                f"a layer of this model gets {rows} rows in a pass of {self.tokens} tokens and {count} examples, so an "
+                f"a layer of this model gets {rows} rows in a micro-batch of {self.tokens} tokens and {count} examples, so an "
                 "adapter on it cannot tell whose they are; leave it out with --targets, such as attention or mlp"
             )
         spread: dict[int, Segments] = self.__dict__.setdefault("_of_rows", {})

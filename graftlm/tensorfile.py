@@ -1,6 +1,6 @@
 """Headers of safetensors files that somebody else may have written, read with suspicion.
 
-A safetensors file is 8 bytes that say how long its header is, the header (JSON: each tensor's type, shape and place), and
+A safetensors file is 8 bytes that say how long its header is, the header (JSON: each tensor's dtype, shape and position), and
 the tensors. Every number in it is only a claim. So each is held against the file's real size and against a limit before
 anything of that size is allocated, and nothing here, or behind it, ever unpickles.
 """

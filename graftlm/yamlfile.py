@@ -22,9 +22,9 @@ _DIGITS = 300
 
 
 def read_yaml(path: Path, raises: type[GraftError], *, secret: bool = False) -> Any:
-    """The value in a YAML (or JSON) file of at most 1 MB. Raises the given error, which names the file and the place.
+    """The value in a YAML (or JSON) file of at most 1 MB. Raises the given error, which names the file and the position.
 
-    What is said of a `secret` file quotes nothing of it, where YAML's own messages show the line.
+    Errors about a `secret` file quote nothing of it, while YAML's own messages show the line.
     """
     try:
         size = path.stat().st_size

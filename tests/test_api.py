@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx2 as httpx
 import pytest
 
 import graftlm as graft
@@ -408,19 +413,6 @@ def test_a_sweep_gives_its_best_trial(tmp_path: Path) -> None:
     assert "<pre" in found._repr_html_()
 
 
-def test_a_comparison_is_asked_of_the_command_with_rows_as_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from graftlm.commands import compare as command
-
-    asked: list[Any] = []
-    monkeypatch.setattr(command, "compare", lambda config, view: asked.append(config))
-    graft.compare("demo", ROWS, seeds=1, out=tmp_path / "which", quiet=True)
-    (config,) = asked
-    assert (config.seeds, config.out) == (1, tmp_path / "which")
-    assert [json.loads(line) for line in Path(config.data[0]).read_text().splitlines()] == ROWS
-
-
 def test_a_merged_model_is_the_base_with_the_adapter(model: graft.Model, run: graft.Run, tmp_path: Path) -> None:
     done = graft.merge(model, run, tmp_path / "merged", unmeasured=True)
     assert done["out"] == str(tmp_path / "merged")
@@ -446,3 +438,45 @@ def test_a_model_that_is_deleted_gives_its_memory_back() -> None:
     before, held, after = map(int, found.split())
     assert after < 1.05 * before
     assert held - after > 0.5 * 12.9e6 / 4096
+
+
+def test_serve_answers_until_a_signal_and_leaves_the_interpreter_as_it_was() -> None:
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found: list[Any] = []
+
+    def client() -> None:
+        """In the main thread the server runs, as in a notebook: that is where Ctrl-C arrives."""
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+                end = time.monotonic() + 60
+                while time.monotonic() < end:
+                    with contextlib.suppress(httpx.TransportError):
+                        if http.get("/readyz").status_code == 200:
+                            break
+                    time.sleep(0.02)
+                body = {"model": "demo", "prompt": "Describe", "max_tokens": 3, "temperature": 0}
+                found.append(http.post("/v1/completions", json=body).json())
+        except Exception as error:
+            found.append(error)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    interval, handler = sys.getswitchinterval(), signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert graft.serve("demo", port=port, device="cpu", kv_cache_gb=0.05, max_num_seqs=2) is None
+    thread.join()
+    (answer,) = found
+    assert not isinstance(answer, Exception), answer
+    assert answer["usage"]["completion_tokens"] == 3
+    assert (sys.getswitchinterval(), signal.getsignal(signal.SIGINT)) == (interval, handler)
+
+
+def test_serve_for_vllm_exports_and_returns_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftlm.commands import serve as command
+
+    monkeypatch.setattr(command, "export_for_vllm", lambda config, note: {"command": f"vllm serve {config.model}"})
+    assert graft.serve("demo", store=tmp_path, engine="vllm", out=tmp_path / "out") == {"command": "vllm serve demo"}

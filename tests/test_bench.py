@@ -65,33 +65,33 @@ def test_each_figure_gets_the_verdict_that_its_bounds_give() -> None:
     parts = _results()["AVX2"]
     bars = {b.what: b.verdict for n in ("kernels", "train-30m") for b in report.bars_of(n, parts[n]["figures"])}
     assert bars == {
-        "NF4 quantize, speed beside bitsandbytes": "met",
-        "30M LoRA, examples/s beside TRL": "goal reached",
-        "30M LoRA, examples/s beside TRL with its packing": "",
-        "30M LoRA, peak memory beside TRL": "goal reached",
-        "30M LoRA, bare matrix products' share of a step": "met",
-        "30M QLoRA, examples/s beside TRL": "missed",
-        "30M QLoRA, peak memory beside TRL": "missed",
-        "30M QLoRA, bare matrix products' share of a step": "missed",
+        "NF4 quantize, speed vs bitsandbytes": "met",
+        "30M LoRA, examples/s vs TRL": "goal reached",
+        "30M LoRA, examples/s vs TRL with its packing": "",
+        "30M LoRA, peak memory vs TRL": "goal reached",
+        "30M LoRA, bare matmuls' share of a step": "met",
+        "30M QLoRA, examples/s vs TRL": "missed",
+        "30M QLoRA, peak memory vs TRL": "missed",
+        "30M QLoRA, bare matmuls' share of a step": "missed",
         "30M QLoRA, time of a step over our LoRA's": "missed",
     }
 
 
-def test_beside_the_peer_is_beside_the_better_of_its_two_types() -> None:
+def test_a_ratio_to_the_peer_is_to_the_better_of_its_two_dtypes() -> None:
     sides = {"graft": _side(40.0, 5e8), "graft float32": _side(24.0, 5e8), "trl": _side(8.0, 1e9),
              "trl bf16": _side(10.0, 8e8)}  # fmt: skip
     assert training.peer(sides) == (10.0, 8e8)
     assert training.peer({name: sides[name] for name in ("graft", "trl")}) == (8.0, 1e9)
     bars = {bar.what: bar.measured for bar in report.train_bars({"shape": "30m", "results": {"lora": sides}})}
-    assert bars["30M LoRA, examples/s beside TRL"] == 4.0
-    assert bars["30M LoRA, examples/s beside TRL, both in float32"] == 3.0
-    assert bars["30M LoRA, peak memory beside TRL"] == 0.625
+    assert bars["30M LoRA, examples/s vs TRL"] == 4.0
+    assert bars["30M LoRA, examples/s vs TRL, both in float32"] == 3.0
+    assert bars["30M LoRA, peak memory vs TRL"] == 0.625
 
 
-def test_figures_of_two_processors_stand_in_columns_of_their_own() -> None:
+def test_figures_of_two_processors_are_in_columns_of_their_own() -> None:
     results = {**_results(), "AVX512 BF16": {"train-30m": _results()["AVX2"]["train-30m"]}}
     assert "| 30M LoRA | 3.6x | 0.40x | 3.6x | 0.40x |" in report.README.written(results)
-    assert report.page(results).count("30M LoRA, examples/s beside TRL |") == 2
+    assert report.page(results).count("30M LoRA, examples/s vs TRL |") == 2
 
 
 def test_a_bound_that_is_just_reached_is_reached() -> None:
@@ -166,7 +166,7 @@ def test_a_benchmark_that_takes_too_long_is_ended_with_its_children(
     assert "figures" not in found
 
 
-def test_what_a_benchmark_had_measured_when_it_was_ended_is_kept_and_said_to_be_unfinished(
+def test_what_a_benchmark_had_measured_when_it_was_ended_is_kept_and_marked_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite.Part, "command", property(lambda part: [part.script]))
@@ -229,7 +229,7 @@ def test_a_side_works_only_in_its_turn_and_its_last_one_ends_with_it(tmp_path: P
     assert all(0.04 <= s < 5 for side in found.values() for s in side["seconds"])
 
 
-def test_a_side_that_fails_is_said(tmp_path: Path) -> None:
+def test_a_side_that_fails_is_reported(tmp_path: Path) -> None:
     script = tmp_path / "side.py"
     script.write_text("import sys\nsys.exit('no such model')\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="trl failed:\nno such model"):
@@ -325,7 +325,7 @@ def _dies() -> Iterator[int]:
     os._exit(7)
 
 
-def test_a_process_that_dies_or_takes_too_long_is_said() -> None:
+def test_a_process_that_dies_or_takes_too_long_is_reported() -> None:
     heard: list[int] = []
     with pytest.raises(TimeoutError, match="not done after"):
         heard.extend(point.in_process(_sleeps, [], 4, "forkserver"))

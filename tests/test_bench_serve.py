@@ -34,7 +34,7 @@ def test_every_bar_is_a_row_with_its_verdict() -> None:
     assert [row.split("|")[-2].strip() for row in rows[1:]] == [
         "goal", "must", "missed", "must", "must", "must", "must", "must",
     ]  # fmt: skip
-    assert "6.50x (128.0 beside 19.7 tokens/s)" in rows[1]
+    assert "6.50x (128.0 vs 19.7 tokens/s)" in rows[1]
     assert "90%" in rows[6]
 
 

@@ -29,7 +29,7 @@ from graftlm.adapters.merge_drift import Drift
 from graftlm.base.loading import Base
 from graftlm.commands import merge as merging
 from graftlm.config import TrainConfig
-from graftlm.training import checkpoint, resume
+from graftlm.training import checkpoint
 from graftlm.training import optimizer as optimizers
 from graftlm.training.logging import Recorder
 
@@ -70,15 +70,15 @@ class Bench:
         return test_merge_command.run_on_four_bits(Path(tempfile.mkdtemp(dir=self.place.parent)))
 
     def stop_after(self, step: int) -> None:
-        settled = getattr(Recorder.settled, "plain", Recorder.settled)
+        on_iteration_end = getattr(Recorder.on_iteration_end, "plain", Recorder.on_iteration_end)
 
         def stopping(recorder: Recorder, trials: Any) -> bool:
             if recorder.trial.step == step:
                 recorder.stopped = 15
-            return settled(recorder, trials)
+            return on_iteration_end(recorder, trials)
 
-        stopping.plain = settled  # type: ignore[attr-defined]
-        self.patch.setattr(Recorder, "settled", stopping)
+        stopping.plain = on_iteration_end  # type: ignore[attr-defined]
+        self.patch.setattr(Recorder, "on_iteration_end", stopping)
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ CHECKPOINT = (
     ),
     Bug(
         "checkpoint", "--resume takes whatever options it gets",
-        set_to(resume, "_FREE", set(TrainConfig.model_fields)),
+        set_to(checkpoint, "_FREE", set(TrainConfig.model_fields)),
         lambda b: test_resume.test_going_on_with_another_option_is_refused_with_both_values(
             b.place, b.stop_after, {"batch_size": 4}, "batch-size was 5, now 4"
         ),
@@ -344,7 +344,7 @@ MERGE = (
         "merge", "TIES counts weights in the vote on the sign",
         around(merge, "combine", lambda real: lambda updates, weights, how: real(
             [w * u for u, w in zip(updates, weights)], [1.0] * len(weights), how)),
-        lambda b: test_combine.test_ties_is_pefts_on_whole_updates(0.5, b.three),
+        lambda b: test_combine.test_ties_is_pefts_on_full_updates(0.5, b.three),
     ),
     Bug(
         "merge", "what DARE keeps is not made larger", 

@@ -85,6 +85,6 @@ def test_a_hub_id_is_ascii() -> None:
     assert not is_hub_id("owner/name١")
 
 
-def test_what_is_refused_is_said_with_the_characters_that_are_allowed() -> None:
+def test_an_error_names_the_characters_that_are_allowed() -> None:
     with pytest.raises(GraftError, match="A to Z, a to z, 0 to 9"):
         parse("good@١")

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from graftlm.commands.train import train
 from graftlm.config import CompareConfig, Config, ServeConfig, SweepConfig, TrainConfig
 from graftlm.serving.http.api_keys import read_api_keys
-from graftlm.training.run import run
 from graftlm.training.view import View
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def test_a_training_example_trains(name: str, tmp_path: Path) -> None:
             "eval_data": str(tmp_path / "eval.jsonl"), "device": "cpu",
         },
     )  # fmt: skip
-    summary = run(config, View(Console(file=io.StringIO())))
+    summary = train(config, View(Console(file=io.StringIO())))
     assert summary["steps"] == 2
     result = tmp_path / "run" / ("model" if name == "full" else "adapter")
     assert list(result.glob("*.safetensors"))

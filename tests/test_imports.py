@@ -56,6 +56,11 @@ def test_a_room_imports_only_rooms_below_it(file: Path) -> None:
             assert FLOORS.index(room) <= own, f"{file.name} imports {name}, which lies above it"
 
 
+def test_the_engine_knows_nothing_of_http() -> None:
+    for file in (PACKAGE / "serving" / "engine").rglob("*.py"):
+        assert "graftlm.serving.http" not in file.read_text(encoding="utf-8"), file
+
+
 def test_training_and_serving_never_import_each_other() -> None:
     for room, other in (("training", "serving"), ("serving", "training")):
         for file in (PACKAGE / room).rglob("*.py"):

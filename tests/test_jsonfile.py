@@ -12,7 +12,7 @@ import pytest
 from graftlm import jsonfile, yamlfile
 from graftlm.config import PlanConfig, TrainConfig
 from graftlm.errors import ConfigError, RunError
-from graftlm.jsonfile import RowParser, parse_json, read_json
+from graftlm.jsonfile import RowParser, duplicate_key, parse_json, read_json
 from graftlm.yamlfile import read_yaml
 
 PACKAGE = Path(__file__).parents[1] / "graftlm"
@@ -148,7 +148,7 @@ def test_aliases_and_merges_within_the_limits_mean_what_they_mean(tmp_path: Path
         "key: *hunter2",
     ],
 )
-def test_what_is_said_of_a_file_of_secrets_quotes_nothing_of_it(text: str, tmp_path: Path) -> None:
+def test_an_error_about_a_file_of_secrets_quotes_nothing_of_it(text: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -176,3 +176,8 @@ def test_a_wrong_value_is_shown_shortened() -> None:
 
 def test_the_limit_of_digits_is_what_a_float_holds() -> None:
     assert float(int("9" * jsonfile.MOST_DIGITS)) < float("inf")
+
+
+def test_the_first_duplicate_key_of_a_text_is_found_at_any_depth() -> None:
+    assert duplicate_key(b'[{"a": 1}, {"a": {"b": 1, "c": 2, "b": 1}, "a": 3}]') == "b"
+    assert duplicate_key(b'{"a": {"a": {"a": ["a", "a"]}}}') is None

@@ -25,8 +25,10 @@ from graftlm.adapters.store import Store
 from graftlm.adapters.store.lineage import lineage
 from graftlm.adapters.store.remote import Remote
 from graftlm.base.loading import load_base
+from graftlm.commands.generate import generate
 from graftlm.commands.merge import merge
 from graftlm.commands.push_pull import pull, push
+from graftlm.commands.train import train
 from graftlm.config import (
     ExportConfig,
     GenerateConfig,
@@ -38,9 +40,7 @@ from graftlm.config import (
 )
 from graftlm.errors import AdapterError, DataError, GraftError, ModelError, RunError, Stopped
 from graftlm.files import sha256
-from graftlm.serving.engine.generate import generate_text
 from graftlm.training.logging import Recorder
-from graftlm.training.run import run
 from graftlm.training.view import View
 
 PACKAGE = Path(__file__).parents[1] / "graftlm"
@@ -114,7 +114,7 @@ def test_an_adapter_folder(tmp_path: Path, acting: bytes, mark: Path, which: str
     ways: list[Callable[[], Any]] = [
         lambda: adapter_format.inspect_folder(place),
         lambda: adapter_format.load(load_base(model, device="cpu"), place),
-        lambda: generate_text(GenerateConfig(model=model, adapter=place, prompt="a")),
+        lambda: generate(GenerateConfig(model=model, adapter=place, prompt="a")),
         lambda: tiny_run.train(tmp_path, from_adapter=str(place), rank=None, alpha=None),
         lambda: Store(tmp_path / "store").publish(place, "x"),
         lambda: import_adapter(
@@ -211,7 +211,7 @@ def test_a_model_folder(tmp_path: Path, acting: bytes, mark: Path, spoil: Callab
         lambda: load_base(str(place), device="cpu"),
         lambda: tiny_run.train(tmp_path, model=str(place)),
         lambda: tiny_run.train(tmp_path, model=str(place), method="full", out=str(tmp_path / "full")),
-        lambda: generate_text(GenerateConfig(model=str(place), prompt="a")),
+        lambda: generate(GenerateConfig(model=str(place), prompt="a")),
         lambda: merge(MergeConfig(model=str(place), out=tmp_path / "merged", gguf=tmp_path / "m.gguf")),
     ]
     for way in ways:
@@ -244,14 +244,14 @@ def test_a_data_file(tmp_path: Path, acting: bytes, mark: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_checkpoint(tmp_path: Path, acting: bytes, mark: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    settled = Recorder.settled
+    on_iteration_end = Recorder.on_iteration_end
 
     def stopping(self: Recorder, trials: Any) -> bool:
         self.stopped = 15
-        return settled(self, trials)
+        return on_iteration_end(self, trials)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "settled", stopping)
+        patch.setattr(Recorder, "on_iteration_end", stopping)
         with pytest.raises(Stopped):
             tiny_run.train(tmp_path, eval_data=None)
     place = tmp_path / "run" / "checkpoints" / "000001"
@@ -268,10 +268,10 @@ def test_a_checkpoint(tmp_path: Path, acting: bytes, mark: Path, monkeypatch: py
 def test_a_config_file_of_options(tmp_path: Path, acting: bytes, mark: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(acting)
     with pytest.raises(GraftError):
-        run(TrainConfig.read(tmp_path / "run.yaml", {}), View(quiet=True))
+        train(TrainConfig.read(tmp_path / "run.yaml", {}), View(quiet=True))
     (tmp_path / "run.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{mark}']\n")
     with pytest.raises(GraftError):
-        run(TrainConfig.read(tmp_path / "run.yaml", {}), View(quiet=True))
+        train(TrainConfig.read(tmp_path / "run.yaml", {}), View(quiet=True))
     assert not mark.exists()
 
 

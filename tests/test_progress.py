@@ -41,7 +41,7 @@ class Recorder:
             self.open.remove(task)
 
 
-def test_nothing_is_drawn_unless_a_command_asks_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_drawn_unless_a_command_turns_it_on(capsys: pytest.CaptureFixture[str]) -> None:
     before = threading.active_count()
     with working("reading", 3, "rows") as task:
         task.to(2)
@@ -49,7 +49,7 @@ def test_nothing_is_drawn_unless_a_command_asks_for_it(capsys: pytest.CaptureFix
     assert capsys.readouterr() == ("", "")
 
 
-def test_tasks_are_told_to_the_display_that_is_shown_and_end_with_an_error_too() -> None:
+def test_tasks_are_reported_to_the_display_and_end_with_an_error_too() -> None:
     display = Recorder()
     with shown(display):
 
@@ -81,7 +81,7 @@ def test_tasks_are_told_to_the_display_that_is_shown_and_end_with_an_error_too()
         (Task("x"), ""),
     ],
 )
-def test_how_far_a_task_is_is_said_in_words(task: Task, said: str) -> None:
+def test_the_progress_of_a_task_as_text(task: Task, said: str) -> None:
     assert task.counted == said
 
 

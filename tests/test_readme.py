@@ -75,7 +75,5 @@ def test_every_file_of_the_tree_is_there() -> None:
         assert len(line.split()) > 1, f"{name} has no phrase"
 
 
-def test_every_link_of_the_pages_leads_somewhere() -> None:
-    for page, text in zip([ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], PAGES):
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def test_the_readme_has_at_most_700_words() -> None:
+    assert len(README.split()) <= 700

@@ -15,7 +15,7 @@ batches = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=30
 
 @given(batches, st.integers(1, 90), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_every_document_is_packed_once_within_the_budget(
+def test_every_example_is_packed_once_within_the_budget(
     examples: list[tuple[int, int]], budget: int, equal: bool
 ) -> None:
     lengths, slots = [n for n, _ in examples], [s for _, s in examples]
@@ -62,7 +62,7 @@ def test_a_tokens_key_depends_on_its_trial_draw_and_position_alone() -> None:
     assert cached.positions.tolist() == [4, 5]
 
 
-def test_a_layer_with_other_rows_than_tokens_shares_them_out_by_document() -> None:
+def test_a_layer_with_other_rows_than_tokens_divides_them_by_example() -> None:
     stack = Segments(lengths=(3, 3, 3, 3), slots=(1, 1, 0, 2), streams=((5, 0), (5, 1), (5, 2), (5, 3)), stacked=True)
     assert stack.of_rows(12) is stack
     assert stack.of_rows(20).slot_ranges == ((1, 0, 10), (0, 10, 15), (2, 15, 20))
@@ -70,5 +70,5 @@ def test_a_layer_with_other_rows_than_tokens_shares_them_out_by_document() -> No
     assert len(set(stack.of_rows(20).token_keys.tolist())) == 20
     packed = Segments(lengths=(3, 5), slots=(1, 2))
     for segments, rows in ((stack, 13), (stack, 0), (packed, 16)):
-        with pytest.raises(ModelError, match=rf"gets {rows} rows in a pass of {segments.tokens} tokens"):
+        with pytest.raises(ModelError, match=rf"gets {rows} rows in a micro-batch of {segments.tokens} tokens"):
             segments.of_rows(rows)

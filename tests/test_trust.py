@@ -52,6 +52,5 @@ def test_the_page_says_what_the_canary_allows() -> None:
     for line in ("the same precision | 0.001", "float32 and bfloat16 | 0.1", "int8 and one of these | 0.15"):
         assert f"| {line} |" in page
     assert f"| nf4 and any other | {canary._FOUR_BITS} |" in page  # pyright: ignore[reportPrivateUsage]
-    products = canary._PRODUCTS  # pyright: ignore[reportPrivateUsage]
-    assert f"`f` is {products['float32']} where products run in float32" in page
-    assert f"and {products['bfloat16']} where they run in bfloat16" in page
+    by_dtype = canary._DTYPE_TOLERANCE  # pyright: ignore[reportPrivateUsage]
+    assert f"`f` is {by_dtype['float32']} with float32 matmuls and {by_dtype['bfloat16']} with bfloat16" in page

@@ -121,8 +121,11 @@ def wide() -> Path:
 
 
 def plain(place: Path | str) -> PreTrainedModel:
-    """A folder as plain transformers loads it, in float32."""
-    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    """A folder as plain transformers loads it, in float32; with attention that caps its scores where the config says so."""
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # before 5.21 transformers chooses sdpa, which drops the cap
+    return model
 
 
 def examples(lengths: Sequence[int] = (9, 4, 12, 9, 7), seed: int = 0) -> tuple[Example, ...]:
@@ -202,12 +205,12 @@ class Heard(TrainerCallback):
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def stepped(self, trial: Any, result: Any) -> None:
+    def on_step_end(self, trial: Any, result: Any) -> None:
         self.losses.append(result.loss)
 
-    def evaluated(self, trial: Any, evaluation: Any, best: bool) -> None: ...
+    def on_evaluate(self, trial: Any, evaluation: Any, best: bool) -> None: ...
 
-    def settled(self, trials: Any) -> bool:
+    def on_iteration_end(self, trials: Any) -> bool:
         return True
 
 

@@ -12,8 +12,9 @@ import tiny
 
 from graftlm.adapters.attach import Adapter, detach
 from graftlm.base.loading import Base, load_base
-from graftlm.serving.engine.engine import Engine, EngineLimits
+from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.request import Request, RequestOutput
+from graftlm.serving.engine.scheduler import EngineLimits
 
 RANKS = (1, 3, 8, 16, 33, 64)
 _numbers = itertools.count()
@@ -64,7 +65,7 @@ def ask(
     for i in itertools.count():
         if waiting and join(i):
             one = waiting.pop(0)
-            engine.submit(one, Path(one.adapter) if one.adapter else None)
+            engine.add_request(one, Path(one.adapter) if one.adapter else None)
         if not waiting and not engine.busy:
             return found
         outputs = engine.step()

@@ -16,8 +16,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from graftlm.commands.train import train as train_command
 from graftlm.config import TrainConfig
-from graftlm.training.run import run
 from graftlm.training.view import View
 
 SPECIAL = ("<pad>", "<s>", "</s>")
@@ -111,7 +111,7 @@ def heard(place: Path, **changes: Any) -> tuple[dict[str, Any], str]:
     """Run `options`; returns the summary and what a person would have read."""
     text = StringIO()
     config = TrainConfig.build({k: v for k, v in options(place, **changes).items() if v is not None})
-    summary = run(config, View(Console(file=text, width=100)))
+    summary = train_command(config, View(Console(file=text, width=100)))
     return summary, text.getvalue()
 
 

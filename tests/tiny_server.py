@@ -93,10 +93,13 @@ class Loopback:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def says(self, model: str, key: str | None = None, **given: Any) -> str:
+        response = self.answer(model, key, **given)
+        response.raise_for_status()
+        return response.json()["choices"][0]["text"]
+
+    def answer(self, model: str, key: str | None = None, **given: Any) -> httpx.Response:
         with self.client(key) as client:
-            answer = client.post("/v1/completions", json=asked(model, **given))
-        answer.raise_for_status()
-        return answer.json()["choices"][0]["text"]
+            return client.post("/v1/completions", json=asked(model, **given))
 
 
 def asked(model: str, prompt: Any = "3: ", **given: Any) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Which layers an adapter adapts, and putting it on and off a base.
+"""Select the layers that an adapter adapts, and attach it to a base or detach it.
 
-    layers = choose(base, ("all-linear",))           # every pattern must match something
+    layers = select_layers(base, ("all-linear",))    # every pattern must match something
     adapter = new_adapter(base, layers, plan, seed)
     attach(base, adapter, slot=1); ...; detach(base, slot=1)
 
-An adapter is a plain object: a name for each trained tensor, and the numbers of its formula. Attaching puts its tensors
-into the banks of the stored layers under a slot number; the base's own tensors are never touched.
+An adapter is a plain object: its trained tensors by name, and the numbers of its formula. Attaching puts its tensors into the
+banks of the stored layers under a slot number; the base's own tensors are never changed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from graftlm.adapters.bank import Bank, EmbeddingBank, LowRank, ModulesToSave, Slot, TrainableTokens, new_low_rank
+from graftlm.adapters.bank import Bank, EmbeddingBank
 from graftlm.adapters.patterns import matches, refused_by_peft
+from graftlm.adapters.slots import LowRank, ModulesToSave, Slot, TrainableTokens, new_low_rank
 from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredLinear, StoredStack
@@ -34,7 +35,7 @@ _EXPERTS_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan:
-    """What an adapter is made of, apart from where it sits; the fields are PEFT's under plainer names."""
+    """The hyperparameters of an adapter; the fields are those of PEFT's LoraConfig."""
 
     rank: int
     alpha: float
@@ -43,28 +44,28 @@ class AdapterPlan:
     dora: bool = False
     ranks: dict[str, int] = field(default_factory=dict[str, int])  # pattern -> rank
     alphas: dict[str, float] = field(default_factory=dict[str, float])
-    modules_to_save: tuple[str, ...] = ()  # modules trained whole
+    modules_to_save: tuple[str, ...] = ()  # modules trained in full
     trainable_tokens: tuple[int, ...] = ()  # ids whose embedding rows are trained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Origin:
-    """What the loader knows of an adapter that came from files."""
+    """Where an adapter was loaded from."""
 
     folder: Path
     digest: str
-    """Names it by content, 64 hexadecimal digits."""
+    """Identifies it by content, 64 hexadecimal digits."""
     manifest: dict[str, Any] | None
     """`graft.json`; None for PEFT's own."""
     tokenizer: PreTrainedTokenizerBase | None
-    """Its own tokenizer, where it was trained with one."""
+    """Its own tokenizer, if it was trained with one."""
     notes: tuple[str, ...]
-    """What is other than in training and allowed, and what could not be checked: to be shown."""
+    """For the user: allowed differences from training, and what could not be checked."""
 
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter's tensors, by the name of the layer each slot sits on, and the plan they were made from."""
+    """One adapter's slots by layer name, and the plan they were made from."""
 
     plan: AdapterPlan
     slots: dict[str, Slot]
@@ -81,7 +82,7 @@ class Adapter:
 
     @property
     def count(self) -> int:
-        """Trained values."""
+        """Number of trained values."""
         return sum(p.numel() for p in self.parameters().values())
 
     @property
@@ -91,7 +92,7 @@ class Adapter:
 
 
 def adaptable(base: Base) -> dict[str, Stored]:
-    """The layers that a low-rank adapter can sit on, by the name PEFT knows them by; the head is not among them."""
+    """The layers that can have a low-rank adapter, by PEFT's names; the head is excluded."""
     head = base.structure.head
     found: dict[str, Stored] = {}
     for name, module in base.stored().items():
@@ -101,11 +102,11 @@ def adaptable(base: Base) -> dict[str, Stored]:
 
 
 def as_target_parameters(base: Base, names: Sequence[str]) -> list[str]:
-    """Those of the adapted layers that PEFT's format names as parameters, which take neither dropout nor DoRA.
+    """The adapted layers that are PEFT's `target_parameters`; these support neither dropout nor DoRA.
 
-    A stack and a router's weight are parameters to PEFT. And in a mixture it takes some module names for the experts of
-    transformers 4 and rewrites them, those of dense layers too (`_convert_peft_config_moe`); named as parameters they
-    keep their meaning, and their tensors the same keys.
+    Stacks of experts and router weights are parameters to PEFT. In a mixture PEFT also takes some module names for the
+    experts of transformers 4 and rewrites them, even on dense layers (`_convert_peft_config_moe`); as parameters they keep
+    their names and their tensors' keys.
     """
     stored = base.stored()
     mixture = any(isinstance(module, StoredStack) for module in stored.values())
@@ -116,14 +117,14 @@ def as_target_parameters(base: Base, names: Sequence[str]) -> list[str]:
 
 
 def notes_for_peft(base: Base, layers: Collection[str]) -> list[str]:
-    """What to say of layers that PEFT refuses to adapt: that they are left out, or that it will not read the adapter."""
+    """Notes about layers that PEFT refuses to adapt: they are left out, or PEFT will refuse the adapter."""
     kind = type(base.model).__name__
     names = [name for name in adaptable(base) if refused_by_peft(kind, name)]
     adapted = [name for name in names if name in layers]
     if adapted:
         return [
-            f"PEFT takes no adapter on out_proj of a {kind}, such as {adapted[0]}: Graft trains, serves and merges this "
-            "one, and PEFT will refuse its files"
+            f"PEFT refuses adapters on out_proj of a {kind}, such as {adapted[0]}: Graft trains, serves and merges this "
+            "one, but PEFT will refuse its files"
         ]
     if names:
         return [
@@ -135,7 +136,7 @@ def notes_for_peft(base: Base, layers: Collection[str]) -> list[str]:
 def select_layers(base: Base, targets: Sequence[str]) -> list[str]:
     """Layer names for `all-linear`, `attention`, `mlp` or patterns; ConfigError for a pattern that matches nothing.
 
-    The three words leave out what PEFT refuses to adapt; a pattern that names it takes it.
+    The three words leave out layers that PEFT refuses to adapt; a pattern that names such a layer includes it.
     """
     layers = list(adaptable(base))
     kind = type(base.model).__name__
@@ -152,7 +153,7 @@ def select_layers(base: Base, targets: Sequence[str]) -> list[str]:
             ends = {name.rpartition(".")[2] for name in layers} | {"all-linear", "attention", "mlp"}
             head = base.structure.head_name
             if matches(head, target):
-                raise ConfigError(f"target '{target}' is the output head; train it whole with --modules-to-save head")
+                raise ConfigError(f"target '{target}' is the output head; train it in full with --modules-to-save head")
             not_converted = [f"{name} ({why})" for name, why in base.not_converted.items() if matches(name, target)]
             if not_converted:
                 raise ConfigError(f"target '{target}' cannot be adapted: {not_converted[0]}")
@@ -164,7 +165,7 @@ def select_layers(base: Base, targets: Sequence[str]) -> list[str]:
 
 
 def in_attention(model: nn.Module, name: str) -> bool:
-    """Whether a layer lies within an attention module, told by the classes of the modules around it."""
+    """Whether a layer is part of an attention module, by the class names of the modules around it."""
     path = name.split(".")
     for end in range(len(path) - 1, 0, -1):
         kind = type(model.get_submodule(".".join(path[:end]))).__name__.lower()
@@ -174,7 +175,7 @@ def in_attention(model: nn.Module, name: str) -> bool:
 
 
 def resolve_modules_to_save(base: Base, names: Sequence[str]) -> list[str]:
-    """Full names of modules to train whole: `embeddings`, `head`, or patterns over these two."""
+    """Full names of the modules to train in full: `embeddings`, `head`, or patterns over these two."""
     structure = base.structure
     found: list[str] = []
     for name in names:
@@ -189,17 +190,17 @@ def resolve_modules_to_save(base: Base, names: Sequence[str]) -> list[str]:
         if structure.head_name in hits and not isinstance(structure.head, Stored):
             raise ConfigError(
                 f"modules-to-save '{name}': the head of this model is a {type(structure.head).__name__}, which computes more "
-                "than a linear layer, so an adapter cannot hold its own; leave it out, or take --method full"
+                "than a linear layer, so an adapter cannot hold a copy of it; leave it out, or take --method full"
             )
         found.extend(h for h in hits if h not in found)
     return found
 
 
 def new_adapter(base: Base, layers: Sequence[str], plan: AdapterPlan, seed: int) -> Adapter:
-    """An untrained adapter that leaves the base's output as it is.
+    """An untrained adapter; it does not change the base's output.
 
-    Raises ConfigError for a rank or alpha pattern that matches none of the layers, and for dropout or DoRA on what
-    PEFT's format keeps as a parameter.
+    Raises ConfigError for a rank or alpha pattern that matches none of the layers, and for dropout or DoRA on a layer that
+    PEFT's format has as a parameter.
     """
     stored = adaptable(base)
     for patterns, what in ((plan.ranks, "rank-pattern"), (plan.alphas, "alpha-pattern")):
@@ -211,8 +212,8 @@ def new_adapter(base: Base, layers: Sequence[str], plan: AdapterPlan, seed: int)
     if odd and (plan.dropout or plan.dora):
         what = "dropout" if plan.dropout else "dora"
         raise ConfigError(
-            f"{what} does not work on '{odd[0]}': stacked experts, their routers, and layers of a mixture that are named "
-            f"like experts are parameters to PEFT, which then takes no {what}; leave {what} out, or take --targets attention"
+            f"{what} does not work on '{odd[0]}': stacked experts, their routers, and layers of a mixture with names "
+            f"like experts are parameters to PEFT, without {what} there; leave {what} out, or take --targets attention"
         )
     slots: dict[str, Slot] = {}
     for name in layers:
@@ -238,12 +239,12 @@ def new_adapter(base: Base, layers: Sequence[str], plan: AdapterPlan, seed: int)
 
 
 def _of_pattern(name: str, patterns: dict[str, Any], default: Any) -> Any:
-    """The value of the first pattern that names the layer."""
+    """The value of the first pattern that matches the layer."""
     return next((value for pattern, value in patterns.items() if matches(name, pattern)), default)
 
 
 def attach(base: Base, adapter: Adapter, slot: int = 1) -> None:
-    """Put an adapter's tensors into the banks under a slot number; slot 0 is the bare base and stays free."""
+    """Put an adapter's tensors into the banks under a slot number; slot 0 is the base without an adapter."""
     assert slot > 0
     with _changing:
         _attach(base, adapter, slot)
@@ -251,7 +252,7 @@ def attach(base: Base, adapter: Adapter, slot: int = 1) -> None:
 
 
 _changing = threading.Lock()
-"""Held while banks change: a server checks one adapter in one thread while another takes its slot."""
+"""Held while banks change: a server may check one adapter in one thread and attach another in a second thread."""
 
 
 def _attach(base: Base, adapter: Adapter, slot: int) -> None:
@@ -273,7 +274,7 @@ def _attach(base: Base, adapter: Adapter, slot: int) -> None:
 
 
 def detach(base: Base, slot: int = 1) -> None:
-    """Take the adapter in `slot` off every layer."""
+    """Remove the adapter in `slot` from every layer."""
     with _changing:
         for module in base.stored().values():
             bank = module.bank
@@ -305,7 +306,7 @@ def _embedding_bank(embedding: StoredEmbedding) -> EmbeddingBank:
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """How many layers of one kind are adapted."""
+    """Number of adapted layers of one kind."""
 
     kind: str
     adapted: int

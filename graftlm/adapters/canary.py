@@ -1,19 +1,19 @@
-"""Whether an adapter still does what it did when it was saved: the words it is asked in, and the logits it gives.
+"""Check that an adapter behaves as it did when it was saved: the same token ids, and nearly the same logits.
 
-Fingerprint and checksums say that the files are the same. They do not see a chat template that was edited, another
-`rope_theta` in the base's config, a library that computes otherwise, or a kernel that is wrong on this machine. So the
-manifest keeps two samples of behaviour that cost one small forward pass to take again:
+Fingerprint and checksums show that the files are the same. They do not show an edited chat template, another `rope_theta` in
+the base's config, a library that computes something else, or a kernel that is wrong on this machine. So the manifest has two
+samples of behaviour, which cost one small forward pass to check:
 
 **Golden ids**: a fixed chat and a fixed text as token ids, and the tokens that end an answer.
 
-**Canary**: logits behind a few prompts, through the bare base and through the adapter. Of each row of logits z (V,), its mean
-taken off since softmax does not see it, K numbers are kept: P z with P (K, V) of +-1 / sqrt(K) by a fixed hash. Distances
-survive such a projection (Johnson and Lindenstrauss 1984; Achlioptas 2003, theorem 1.1), so with 4 prompts and K = 16 the
-relative distance of two sets of logits is known within about a tenth of itself from 64 numbers.
+**Canary**: the last logits of a few prompts, with the base alone and with the adapter. Each row of logits z (V,), minus its
+mean (softmax ignores it), is projected to K numbers: P z with P (K, V) of +-1 / sqrt(K) by a fixed hash. Such a projection
+preserves distances (Johnson and Lindenstrauss 1984; Achlioptas 2003, theorem 1.1): with 4 prompts and K = 16, 64 numbers give
+the relative distance of two sets of logits to within about 10 % of itself.
 
-    d(x, y) = |x - y| / |y|        y as the manifest keeps it, x as it is now
+    d(x, y) = |x - y| / |y|        y in the manifest, x now
 
-Letters: N prompts, L tokens in each, V vocabulary, K kept numbers.
+Letters: N prompts, L tokens in each, V vocabulary, K numbers of a projection.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from graftlm.segments import Segments
 PROMPTS, LENGTH, KEPT = 4, 12, 16
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 SCRATCH = 1 << 30
-"""The slot in which an adapter is tried; nobody else uses it."""
+"""The slot in which an adapter is checked; nothing else uses it."""
 
 TEXT = (
     "Grafted 3 scions (cv. 'Golden Noble'), 17.5 cm each:\n\n\tÅse's α-test\u2003costs 1,250 €; "
@@ -50,22 +50,22 @@ CHAT: tuple[Message, ...] = (
     {"role": "user", "content": "Why? "},
 )
 
-# How far apart two precisions of one base may lie, t below; measured by `bench/trust.py`, with room.
+# Tolerance t between two precisions of one base; measured by `bench/trust.py`, with a margin.
 _TOLERANCE = {
     frozenset({"float32"}): 1e-3, frozenset({"bfloat16"}): 1e-3, frozenset({"int8"}): 1e-3, frozenset({"nf4"}): 1e-3,
     frozenset({"float32", "bfloat16"}): 0.1, frozenset({"float32", "int8"}): 0.15, frozenset({"bfloat16", "int8"}): 0.15,
 }  # fmt: skip
 _FOUR_BITS = 0.6
-_PRODUCTS = {"float32": 3e-4, "bfloat16": 0.1, "bf16-mixed": 0.1}
-"""How far apart the same precision may lie through the order of sums alone, f below, by the compute dtype. A base
-of `bf16-mixed` takes its canary in float32."""
+_DTYPE_TOLERANCE = {"float32": 3e-4, "bfloat16": 0.1, "bf16-mixed": 0.1}
+"""Tolerance f of the same precision, for another order of summation, by compute dtype. With `bf16-mixed` the canary is
+computed in float32."""
 
 
 # ------------------------------------------------------------------------------------------------------- golden ids
 
 
 def golden(encoder: Encoder) -> dict[str, Any]:
-    """The fixed chat and text as ids, and the stop tokens; the chat is None where the template takes no such chat."""
+    """The fixed chat and text as ids, and the stop tokens; the chat is None if the template rejects it."""
     try:
         chat = encoder.prompt(CHAT)
     except DataError:
@@ -74,14 +74,14 @@ def golden(encoder: Encoder) -> dict[str, Any]:
 
 
 def check_golden(name: str, expected: Mapping[str, Any], encoder: Encoder, *, chats: bool) -> None:
-    """Raise AdapterError where the tokenizer, or for an adapter of chats the template, renders what is fixed otherwise."""
+    """Raise AdapterError if the tokenizer, or for an adapter of chats the template, gives other ids than in training."""
     found = golden(encoder)
     for key, what in (("text", "tokenizer"), ("chat", "chat template"), ("stop", "stop tokens")):
         if found[key] == expected[key] or (key != "text" and not chats):
             continue
         if key == "stop":
             raise AdapterError(
-                f"{name} was trained with an answer ending at tokens {expected['stop']}, here it ends at {found['stop']}; "
+                f"{name} was trained with stop tokens {expected['stop']}, here they are {found['stop']}; "
                 "use the tokenizer and template it was trained with"
             )
         raise AdapterError(
@@ -102,7 +102,7 @@ def _difference(expected: Sequence[int] | None, found: Sequence[int] | None) -> 
 
 
 def prompts(base: Base, text: Sequence[int]) -> list[list[int]]:
-    """N prompts of L ids: the fixed text's own, then ids drawn by a hash from all that the base has."""
+    """N prompts of L ids: first the fixed text, then ids drawn by a hash from the whole vocabulary."""
     limit = base.structure.max_positions
     length = min(LENGTH, limit) if limit else LENGTH
     vocabulary = base.structure.vocabulary
@@ -114,9 +114,9 @@ def prompts(base: Base, text: Sequence[int]) -> list[list[int]]:
 
 @torch.no_grad()
 def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> tuple[list[float], list[float]]:
-    """What is kept of the logits behind N prompts of one length: of the bare base, and of the adapter; N K numbers each.
+    """The projected logits of N prompts of one length: of the base alone, and with the adapter; N K numbers each.
 
-    One forward pass of 2 N L tokens, the adapter in a slot of its own for so long; products in `base.activation_dtype`.
+    One forward pass of 2 N L tokens in `base.activation_dtype`, with the adapter in a slot of its own.
     """
     lengths = tuple(len(ids) for ids in given)
     attach(base, adapter, slot=SCRATCH)
@@ -137,7 +137,7 @@ def summaries(base: Base, adapter: Adapter, given: Sequence[Sequence[int]]) -> t
 
 
 def _project(logits: Tensor) -> Tensor:
-    """logits (n, V) -> (n, K), as the head of this file says."""
+    """logits (n, V) -> (n, K), as the module's docstring says."""
     centred = (logits - logits.mean(dim=1, keepdim=True)).double()
     words = uniform_words(logits.shape[1], "canary directions", device=logits.device)  # (V,)
     bits = (words[:, None] >> torch.arange(KEPT, device=logits.device)) & 1  # (V, K)
@@ -149,7 +149,7 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def distance(found: Sequence[float], expected: Sequence[float]) -> float:
-    """d(found, expected); infinite where one holds what is not finite or they are not of one length."""
+    """d(found, expected); infinite if a value is not finite or the lengths differ."""
     if len(found) != len(expected):
         return math.inf
     top = math.dist(found, expected)
@@ -158,14 +158,14 @@ def distance(found: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def check_finite(name: str, base: Base, adapter: Adapter) -> None:
-    """Raise AdapterError for an adapter whose logits are not finite: all that can be known of one without a manifest."""
+    """Raise AdapterError for an adapter whose logits are not finite: the only check without a manifest."""
     _, on = summaries(base, adapter, prompts(base, ()))
     if not all(map(math.isfinite, on)):
         raise AdapterError(f"{name}: its logits are not finite; its tensors or its alpha are too large")
 
 
 def take(base: Base, adapter: Adapter, text: Sequence[int]) -> dict[str, Any]:
-    """The canary as the manifest keeps it, taken with one forward pass; `text` (ids) gives the first prompt.
+    """The canary for the manifest, from one forward pass; `text` (ids) gives the first prompt.
 
     Raises AdapterError for logits that are not finite.
     """
@@ -174,7 +174,7 @@ def take(base: Base, adapter: Adapter, text: Sequence[int]) -> dict[str, Any]:
     if not all(map(math.isfinite, (*bare, *on))):
         raise AdapterError("the adapter's logits are not finite; it is not saved")
     tolerance = {kind: _tolerance(base.precision, kind) for kind in PRECISIONS}
-    return {"prompts": given, "base": bare, "adapter": on, "tolerance": tolerance, "products": _products(base)}
+    return {"prompts": given, "base": bare, "adapter": on, "tolerance": tolerance, "products": _canary_dtype(base)}
 
 
 def _tolerance(trained: Precision, here: Precision) -> float:
@@ -182,26 +182,26 @@ def _tolerance(trained: Precision, here: Precision) -> float:
 
 
 def check_kept(name: str, kept: Mapping[str, Any], trained: Precision) -> None:
-    """Raise AdapterError where a manifest asks for a canary that lets more pass than Graft's own would."""
+    """Raise AdapterError if a manifest allows more tolerance than Graft's own."""
     for kind in PRECISIONS:
         most = _tolerance(trained, kind)
         if kept["tolerance"].get(kind, most) > most:
             raise AdapterError(
                 f"{name}: canary.tolerance.{kind} is {kept['tolerance'][kind]:g}, and between {trained} and {kind} at most "
-                f"{most:g} is taken; it is damaged, or of a newer graftlm"
+                f"{most:g} is allowed; it is damaged, or from a newer graftlm"
             )
 
 
-def _products(base: Base) -> ComputeDtype:
-    """The type in which a base's canary is taken."""
+def _canary_dtype(base: Base) -> ComputeDtype:
+    """The compute dtype of a base's canary."""
     return "float32" if base.compute_dtype == "bf16-mixed" else base.compute_dtype
 
 
 def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trained: Mapping[str, Any]) -> float:
-    """Take the canary again and hold it against what the manifest kept; returns d of the adapter's logits.
+    """Compute the canary and compare it with the manifest's; returns d of the adapter's logits.
 
-    With y the logits, D the adapter's part of them (y minus the bare base's), t the tolerance of this precision and f the
-    one of the compute dtype: the bare base's must lie within (t + f) |y|, D within t |D| + f |y|. Raises AdapterError.
+    With y the logits, D the adapter's part of them (y minus the base's), t the tolerance of this precision and f that of the
+    compute dtype: the base's logits must be within (t + f) |y|, D within t |D| + f |y|. Raises AdapterError.
     """
     given: list[list[int]] = kept["prompts"]
     limit = base.structure.max_positions or LENGTH
@@ -215,27 +215,29 @@ def check(name: str, base: Base, adapter: Adapter, kept: Mapping[str, Any], trai
         )
     if max(map(max, given)) >= base.structure.vocabulary:
         last = base.structure.vocabulary - 1
-        raise AdapterError(f"{name}: the canary asks for token {max(map(max, given))}, this base's last one is {last}")
+        raise AdapterError(f"{name}: the canary has token {max(map(max, given))}, this base's last one is {last}")
     bare, on = summaries(base, adapter, given)
     if not len(kept["base"]) == len(kept["adapter"]) == len(on):
         raise AdapterError(
             f"{name}: the canary keeps {len(kept['adapter'])} numbers, expected {len(on)}; it is damaged"
         )
     t = kept["tolerance"].get(base.precision, _tolerance(trained["precision"], base.precision))
-    f = max(_PRODUCTS[_products(base)], _PRODUCTS[kept.get("products") or trained_compute_dtype(trained)])
+    f = max(
+        _DTYPE_TOLERANCE[_canary_dtype(base)], _DTYPE_TOLERANCE[kept.get("products") or trained_compute_dtype(trained)]
+    )
     off = distance(bare, kept["base"])
     if not off <= t + f:
         raise AdapterError(
-            f"{name}: the canary failed on the base alone: its logits are {off:.2%} off those of training, {t + f:.2%} are "
+            f"{name}: the canary failed on the base alone: its logits differ by {off:.2%} from training, {t + f:.2%} are "
             f"allowed in {base.precision}. The weights are the same, so compare its config.json and the versions of "
             f"transformers and torch with those of training"
         )
     size = math.hypot(*kept["adapter"])
     part, then = ([a - b for a, b in zip(x, y)] for x, y in ((on, bare), (kept["adapter"], kept["base"])))
     error, allowed = math.dist(part, then), t * math.hypot(*then) + f * size
-    if not error <= allowed or not math.isfinite(error):  # neither is an answer, not even to a manifest's own infinity
+    if not error <= allowed or not math.isfinite(error):  # also for a manifest that holds infinity itself
         raise AdapterError(
-            f"{name}: the canary failed: what the adapter adds to the logits is off by {error / size:.2%} of their size, "
+            f"{name}: the canary failed: what the adapter adds to the logits differs by {error / size:.2%} of their norm, "
             f"{allowed / size:.2%} are allowed in {base.precision}. It is not applied as it was trained; report this with "
             "the versions of graftlm, transformers and torch"
         )

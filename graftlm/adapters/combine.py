@@ -1,14 +1,14 @@
-"""Several adapters' updates of one weight made into one.
+"""Combine several adapters' updates of one weight.
 
-    linear        W + sum of w_i U_i                                    U_i is what adapter i changes, s B A for LoRA
+    linear        W + sum of w_i U_i                                    U_i is adapter i's update, s B A for LoRA
     ties          W + the mean, over those that agree on the sign, of w_i trim(U_i)        TIES (Yadav et al. 2023)
     dare-linear   W + sum of w_i drop(U_i)                              DARE (Yu et al. 2024)
     dare-ties     W + the mean, over those that agree, of w_i drop(U_i)
 
-`trim` keeps the share `density` of largest values, `drop` keeps each value with probability `density` and divides it by that;
-the sign that wins is the sign of the sum of what is left, before the weights, as PEFT has it. All of it is done on the updates
-themselves, the task vectors of both papers: PEFT's `linear`, `ties` and `dare_*` work on A and B apart, whose product then
-holds terms of one adapter's A with another's B; equal to these here are its `cat` and `*_svd` at full rank.
+`trim` keeps the share `density` of largest values, `drop` keeps each value with probability `density` and divides it by that.
+The elected sign is the sign of the sum of the remaining values, before the weights, as in PEFT. All operations are on the
+updates themselves, the task vectors of both papers. PEFT's `linear`, `ties` and `dare_*` work on A and B separately, so that
+B A also has terms of one adapter's A with another's B; its `cat` and `*_svd` at full rank equal ours.
 
 Letters: n rows of a weight W (out, in).
 """
@@ -27,7 +27,7 @@ from graftlm.kernels.counter_rng import hash_words, keep_mask
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """How updates are added."""
+    """How updates are combined."""
 
     kind: Combine = "linear"
     density: float = 1.0
@@ -35,7 +35,7 @@ class MergeRecipe:
 
 
 def threshold(update: Tensor, density: float) -> float:
-    """The least absolute value that is among the `density` share of largest ones in U (out, in); infinite for none."""
+    """The smallest absolute value among the `density` share of largest ones in U (out, in); infinite if there are none."""
     count = int(density * update.numel())
     if count == 0:
         return float("inf")
@@ -45,7 +45,7 @@ def threshold(update: Tensor, density: float) -> float:
 
 
 def dropped(update: Tensor, density: float, seed: int, key: tuple[str, int, int], first: int) -> Tensor:
-    """drop(U) for n rows of U from row `first` on: which values stay depends on seed, weight, expert, adapter and place."""
+    """drop(U) for n rows of U from row `first` on; the mask depends on seed, weight, expert, adapter and position."""
     if density >= 1:
         return update
     rows = torch.arange(first, first + len(update), dtype=torch.int32)
@@ -54,11 +54,11 @@ def dropped(update: Tensor, density: float, seed: int, key: tuple[str, int, int]
 
 
 def combine(updates: Sequence[Tensor], weights: Sequence[float], kind: Combine) -> Tensor:
-    """Updates (n, in), already trimmed or dropped, with their weights -> what is added to W, (n, in)."""
+    """Updates (n, in), already trimmed or dropped, with their weights -> the update to add to W, (n, in)."""
     stacked = torch.stack(list(updates))  # (k, n, in)
     weighted = stacked * torch.tensor(weights, dtype=stacked.dtype)[:, None, None]
     if kind in ("linear", "dare-linear"):
         return weighted.sum(0)
     elected = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)  # (n, in)
-    agree = stacked.sign() == elected  # (k, n, in); a value that was taken away has no sign and never agrees
+    agree = stacked.sign() == elected  # (k, n, in); a trimmed or dropped value has sign 0 and never agrees
     return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)

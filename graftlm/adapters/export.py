@@ -1,12 +1,12 @@
-"""A version as a plain folder for others: PEFT's form as it is, or made fit for vLLM, or refused with the reason.
+"""Export a version as a plain PEFT folder, or converted for vLLM.
 
-What vLLM's loader (`vllm/lora/peft_helper.py`, `lora_model.py`) does with an adapter, and what is done about it here:
+What vLLM's loader (`vllm/lora/peft_helper.py`, `lora_model.py`) supports, and what the export does:
 
     one lora_alpha / r for all modules, patterns ignored     per-module scales go into B, then alpha = r
-    ranks up to a --max-lora-rank of 8, 16, ... 256          all padded with zeros to the least of these that holds them
-    no DoRA, no modules_to_save, no token rows, no bias      refused: they are no low-rank update; merge instead
-    the checkpoint's module names, experts one by one        a stack's A and B are taken apart, expert by expert
-    stacks that the checkpoint holds as stacks               PEFT's nested form, which it reads for these models
+    ranks up to a --max-lora-rank of 8, 16, ... 256          all padded with zeros to the least of these that fits
+    no DoRA, no modules_to_save, no token rows, no bias      refused: they are not low-rank updates; merge instead
+    the checkpoint's module names, experts one by one        a stack's A and B are split by expert
+    stacks that the checkpoint stores as stacks              PEFT's nested form, which vLLM reads for these models
 
 Letters: r rank, R padded rank, E experts.
 """
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter
-from graftlm.adapters.bank import LowRank
 from graftlm.adapters.patterns import refused_by_peft
 from graftlm.adapters.peft_tensors import PREFIX, tensor_prefixes
+from graftlm.adapters.slots import LowRank
 from graftlm.adapters.store import open_adapter
 from graftlm.base.meta_base import MetaBase, load_meta_base
 from graftlm.base.modules import StoredStack
@@ -37,8 +37,8 @@ from graftlm.files import atomic_folder, write_json
 from graftlm.jsonfile import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256)
-# Of the architectures that transformers has, those for which vLLM's list of supported models (read in November 2026) has
-# no LoRA; others that it does not list at all are noted, since it may run them by transformers' code.
+# Architectures of transformers for which vLLM's list of supported models (read in November 2026) has no LoRA. Architectures
+# that are not listed at all get a note, since vLLM may run them through transformers.
 _WITHOUT_LORA = {
     "BloomForCausalLM", "DbrxForCausalLM", "FalconForCausalLM", "FalconMambaForCausalLM", "FlexOlmoForCausalLM",
     "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "Jais2ForCausalLM", "MambaForCausalLM",
@@ -50,21 +50,21 @@ _WITHOUT_LORA = {
 def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | None = None) -> dict[str, Any]:
     """Write a version for PEFT or vLLM; returns what `--json` prints. Raises GraftError, and then nothing is written.
 
-    `opened` is the version where it was found already.
+    `opened` is the version if it has been opened already.
     """
     out = config.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already; name a folder that is not")
+        raise ConfigError(f"{out} is there already; name a new folder")
     found = opened or open_adapter(config.version, config.store, config.base)
     folder = found.path
-    said = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
+    summary = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
     if config.for_ == "peft":
         _readable(found)
-        with atomic_folder(out) as place:
+        with atomic_folder(out) as temporary:
             for name in found.files:
-                shutil.copyfile(folder / name, place / name)
+                shutil.copyfile(folder / name, temporary / name)
         rank, alpha = found.config["r"], float(found.config["lora_alpha"])
-        return {**said, "rank": rank, "alpha": alpha, "tensors": len(found.tensors), "notes": []}
+        return {**summary, "rank": rank, "alpha": alpha, "tensors": len(found.tensors), "notes": []}
     name = (
         config.model
         or ((found.manifest or {}).get("base") or {}).get("name")
@@ -75,27 +75,27 @@ def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | 
     base = load_meta_base(name, trust_remote_code=config.trust_remote_code)
     adapter = adapter_format.load(base, found)
     made = for_vllm(base, adapter)
-    with atomic_folder(out) as place:
-        save_file(made.tensors, place / adapter_format.TENSORS, metadata={"format": "pt"})
-        write_json(place / adapter_format.CONFIG, made.config)
+    with atomic_folder(out) as temporary:
+        save_file(made.tensors, temporary / adapter_format.TENSORS, metadata={"format": "pt"})
+        write_json(temporary / adapter_format.CONFIG, made.config)
         for file in found.files:
             if "token" in file or file in ("chat_template.jinja", "vocab.json", "merges.txt"):
-                shutil.copyfile(folder / file, place / file)
-        _check(base, adapter, place)
+                shutil.copyfile(folder / file, temporary / file)
+        _check(base, adapter, temporary)
     return {
-        **said, "rank": made.config["r"], "alpha": float(made.config["lora_alpha"]), "tensors": len(made.tensors),
+        **summary, "rank": made.config["r"], "alpha": float(made.config["lora_alpha"]), "tensors": len(made.tensors),
         "notes": made.notes,
     }  # fmt: skip
 
 
 def _readable(found: adapter_format.AdapterFolder) -> None:
-    """Raise AdapterError for an adapter on layers that PEFT refuses."""
+    """Raise AdapterError for an adapter on layers that PEFT refuses to adapt."""
     kind = str(((found.manifest or {}).get("base") or {}).get("architecture"))
     layers = (name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in found.tensors)
     odd = next((layer for layer in layers if refused_by_peft(kind, layer)), None)
     if odd is not None:
         raise AdapterError(
-            f"{found.path} adapts '{odd}', and PEFT takes no adapter on out_proj of a {kind}; train without it "
+            f"{found.path} adapts '{odd}', and PEFT refuses adapters on out_proj of a {kind}; train without it "
             "(--targets all-linear leaves it out), or merge the adapter: graft merge"
         )
 
@@ -110,7 +110,7 @@ class VllmAdapter:
 
 
 def for_vllm(base: MetaBase, adapter: Adapter) -> VllmAdapter:
-    """An adapter as vLLM serves it: one rank, one scale, the checkpoint's names. Raises AdapterError with the reason."""
+    """Convert an adapter for vLLM: one rank, one scale, the checkpoint's names. Raises AdapterError with the reason."""
     slots = _servable(base, adapter)
     most = max(slot.rank for slot in slots.values())
     rank = next((r for r in RANKS if r >= most), 0)
@@ -121,7 +121,7 @@ def for_vllm(base: MetaBase, adapter: Adapter) -> VllmAdapter:
     scales = {slot.scale for slot in slots.values()}
     common = scales.pop() if len(scales) == 1 else 1.0
     alpha = common * rank
-    if alpha != int(alpha):  # vLLM's field is a whole number
+    if alpha != int(alpha):  # vLLM's field is an integer
         common, alpha = 1.0, float(rank)
     tensors: dict[str, Tensor] = {}
     for layer, slot in slots.items():
@@ -138,12 +138,12 @@ def for_vllm(base: MetaBase, adapter: Adapter) -> VllmAdapter:
     }  # fmt: skip
     notes = [f"serve it with: vllm serve {base.name} --enable-lora --max-lora-rank {rank}"]
     if any(n.endswith((".gate", ".router")) for n in names):
-        notes.append("it adapts a mixture's router, which takes a vLLM whose router layer has LoRA")
+        notes.append("it adapts a mixture's router; this needs a vLLM version with LoRA on the router layer")
     return VllmAdapter(config, tensors, notes)
 
 
 def _servable(base: MetaBase, adapter: Adapter) -> dict[str, LowRank]:
-    """The adapter's layers, all of them low-rank. Raises AdapterError for what vLLM does not compute."""
+    """The adapter's low-rank layers. Raises AdapterError for slots that vLLM does not support."""
     kind = type(base.plain).__name__
     if kind in _WITHOUT_LORA:
         raise AdapterError(f"vLLM has no LoRA for {kind}; serve it merged: {_merge(base, adapter)}")
@@ -151,13 +151,13 @@ def _servable(base: MetaBase, adapter: Adapter) -> dict[str, LowRank]:
     for layer, slot in adapter.slots.items():
         why = None
         if not isinstance(slot, LowRank):
-            why = f"'{layer}' is trained whole or by rows, and vLLM serves low-rank updates only"
+            why = f"'{layer}' is trained in full or by token rows, and vLLM serves low-rank updates only"
         elif slot.magnitude is not None:
-            why = "it is a DoRA, whose magnitude is no low-rank update"
+            why = "it is a DoRA adapter, whose magnitude is not a low-rank update"
         elif base.forms[base.parameter_of(layer)].transposed and not isinstance(base.stored().get(layer), StoredStack):
             why = f"'{layer}' is a transposed layer (Conv1D), which vLLM does not adapt"
         elif layer == base.structure.head_name and base.tied:
-            why = "it adapts a head that shares its matrix with the embedding, which vLLM keeps as one"
+            why = "it adapts a head that is tied to the embedding, and vLLM keeps them tied"
         if why is not None:
             raise AdapterError(
                 f"the adapter cannot be served by vLLM: {why}; merge it into a model: {_merge(base, adapter)}"
@@ -168,13 +168,13 @@ def _servable(base: MetaBase, adapter: Adapter) -> dict[str, LowRank]:
 
 
 def _merge(base: MetaBase, adapter: Adapter) -> str:
-    """The command that merges it instead."""
+    """The command that merges the adapter instead."""
     folder = adapter.origin.folder if adapter.origin is not None else "ADAPTER"
     return shlex.join(["graft", "merge", "--model", base.name, "--adapter", str(folder), "--out", "merged"])
 
 
 def _named(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:
-    """(module's name in the checkpoint, A (R, in), B (out, R)) of a layer; of a stack one for each of its tensors."""
+    """(module name in the checkpoint, A (R, in), B (out, R)) of a layer; for a stack, one for each of its tensors."""
     parameter = base.parameter_of(layer)
     spans = base.spans()[parameter]
     form = base.forms[parameter]
@@ -182,31 +182,31 @@ def _named(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[st
         name = spans[0].tensor
         if len(spans) > 1 or base.checkpoint.tensors[name].shape != form.shape:
             raise AdapterError(
-                f"'{layer}' is put together from other layers of the checkpoint, and vLLM knows only those"
+                f"'{layer}' is assembled from other layers of the checkpoint, and vLLM adapts only those"
             )
         A, B = _padded(*slot.factors(None), rank)
         return [(name.removesuffix(".weight"), A, B)]
     if len(base.checkpoint.tensors[spans[0].tensor].shape) == 3:
         return [_nested(base, layer, slot, rank, layers)]
     parts: dict[str, list[Tensor]] = {}
-    narrow: dict[str, Tensor] = {}
+    factors_A: dict[str, Tensor] = {}
     for span in spans:
         expert, first = divmod(span.row, form.out)
         pair = _padded(*slot.factors(expert), rank)
         name = span.tensor.removesuffix(".weight")
-        narrow[name] = pair[0]
+        factors_A[name] = pair[0]
         parts.setdefault(name, []).append(pair[1][first : first + span.count])
-    return [(name, narrow[name], torch.cat(pieces)) for name, pieces in parts.items()]
+    return [(name, factors_A[name], torch.cat(pieces)) for name, pieces in parts.items()]
 
 
 def _nested(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[str]) -> tuple[str, Tensor, Tensor]:
-    """A stack that the checkpoint holds as one, in PEFT's nested form, padded expert by expert."""
+    """A stack that the checkpoint stores as one tensor, in PEFT's nested form, padded expert by expert."""
     module = layer.rpartition(".")[0]
     both = [n for n in base.stored() if n.rpartition(".")[0] == module and isinstance(base.stored()[n], StoredStack)]
     missing = [n for n in both if n not in layers]
     if missing:
         raise AdapterError(
-            f"'{layer}' is adapted and '{missing[0]}' is not; vLLM takes all stacks of a mixture, or none"
+            f"'{layer}' is adapted and '{missing[0]}' is not; vLLM needs adapters on all stacks of a mixture, or on none"
         )
     pairs = [_padded(*slot.factors(e), rank) for e in range(slot.experts)]
     A = torch.cat([a for a, _ in pairs])  # (E R, in)
@@ -215,7 +215,7 @@ def _nested(base: MetaBase, layer: str, slot: LowRank, rank: int, layers: list[s
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) with zeros up to rank R: their product is the same."""
+    """A (r, in) and B (out, r) padded with zeros to rank R; B A stays the same."""
     more = rank - A.shape[0]
     below, beside = A.new_zeros(more, A.shape[1]), B.new_zeros(B.shape[0], more)
     return torch.cat([A.detach(), below]), torch.cat([B.detach(), beside], dim=1)
@@ -223,7 +223,7 @@ def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _check(base: MetaBase, adapter: Adapter, folder: Path) -> None:
-    """Read what was written as vLLM does, and hold every update against the adapter's own, on random vectors."""
+    """Read the written files as vLLM does, and compare every update with the adapter's own on random vectors."""
     config = read_json(folder / adapter_format.CONFIG, AdapterError)
     named = load_file(folder / adapter_format.TENSORS)
     scale, rank = config["lora_alpha"] / config["r"], config["r"]

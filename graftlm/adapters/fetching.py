@@ -1,8 +1,7 @@
-"""Adapters that somebody else trained: fetched, checked on their base as far as that is possible, and published.
+"""Import PEFT adapters: fetch, check on their base, and publish.
 
-PEFT's folder says which base it was trained on by a name only. Here the adapter is put on that base once, with every check
-that the loader has, and written again in our form: with the base's fingerprint and a canary, so that from now on it is
-used on this base or not at all.
+A PEFT folder identifies its base only by name. The import loads the adapter on that base once, with all checks of the loader,
+and saves it in our format with the base's fingerprint and a canary, so that it can only be used on this base.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ WANTED = (
     adapter_format.CONFIG, adapter_format.TENSORS, MANIFEST, "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
-"""Files of an adapter, as patterns: what is fetched of a hub's repository."""
+"""Files of an adapter, as patterns: the files to download from a hub repository."""
 
 
 def import_adapter(config: ImportConfig) -> tuple[Version, bool, list[str]]:
@@ -38,7 +37,7 @@ def import_adapter(config: ImportConfig) -> tuple[Version, bool, list[str]]:
     found = adapter_format.inspect_folder(folder)
     if found.manifest is not None:
         version, new = store.publish(folder, config.name, note=config.note, origin=config.source)
-        return version, new, [f"it has a {MANIFEST} of ours, so it was published as it is"]
+        return version, new, [f"it has a {MANIFEST}, so it was published as it is"]
     model = config.model or found.config.get("base_model_name_or_path")
     if not isinstance(model, str) or not model:
         raise ConfigError(f"{config.source} does not say on which base it was trained; name it with --model")
@@ -54,14 +53,14 @@ def import_adapter(config: ImportConfig) -> tuple[Version, bool, list[str]]:
         "method": "qlora" if base.precision == "nf4" else "lora",
         "imported": {"source": config.source, "digest": found.digest, "peft_version": found.config.get("peft_version")},
     }
-    with tempfile.TemporaryDirectory() as place:
-        adapter_format.save(base, adapter, Path(place), about)
-        version, new = store.publish(Path(place), config.name, note=config.note, origin=config.source)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter_format.save(base, adapter, Path(folder), about)
+        version, new = store.publish(Path(folder), config.name, note=config.note, origin=config.source)
     return version, new, list(adapter.origin.notes)
 
 
 def fetch(source: str, revision: str | None = None, beside: Sequence[str] = ()) -> Path:
-    """The folder of an adapter: a directory, or a hub id, downloaded without pickles, with the files named in `beside`.
+    """The folder of an adapter: a directory, or a hub id, downloaded without pickles, and with the files in `beside`.
 
     Raises AdapterError.
     """
@@ -79,13 +78,13 @@ def fetch(source: str, revision: str | None = None, beside: Sequence[str] = ()) 
         raise AdapterError(
             f"no adapter '{source}' on the hub; check its spelling, or log in if it is private"
         ) from None
-    except Exception as error:  # the client passes on what its HTTP library and its storage raise
+    except Exception as error:  # the client raises errors of its HTTP library and its storage
         raise AdapterError(
-            f"adapter '{source}' is not a directory here and the hub did not give it: {reason(error)}"
+            f"adapter '{source}' is not a directory here and could not be downloaded from the hub: {reason(error)}"
         ) from None
 
 
 def _own_precision(model: str, trust_remote_code: bool) -> Precision:
-    """The 16- or 32-bit type of a checkpoint."""
+    """The 16- or 32-bit precision of a checkpoint."""
     kind = getattr(load_config(resolve(model, trust_remote_code), trust_remote_code).get_text_config(), "dtype", None)
     return "bfloat16" if kind in (torch.bfloat16, torch.float16) else "float32"

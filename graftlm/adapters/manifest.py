@@ -1,17 +1,17 @@
-"""What `graft.json` says of an adapter, and the digest that names an adapter by its content.
+"""`graft.json`, the manifest of an adapter, and the digest that identifies an adapter by its content.
 
     digest      over everything below, and so, through `files`, over every byte of the folder
-    files       each other file's bytes and SHA-256
+    files       size and SHA-256 of each other file
     base        name, fingerprint of the source checkpoint's tensors, precision trained on
-    formula     the entries of PEFT's config that decide what is computed: rank, alpha, targets, ...
-    tensors     each tensor's shape and type
+    formula     the entries of PEFT's config that change the result: rank, alpha, targets, ...
+    tensors     each tensor's shape and dtype
     golden      token ids of a fixed chat and a fixed text, and the tokens that end an answer
-    canary      prompts, a summary of the logits with the adapter on, and how far others may be from it
+    canary      prompts, projected logits with and without the adapter, and the tolerances
     lineage     digests of the adapters that this one was made from
     data, method, seed, steps, template, tokenizer_digest, evaluation, versions
 
 The digest is SHA-256 over the manifest as canonical JSON (sorted keys, no spaces) without the digest itself. A PEFT folder
-has no manifest; its digest is taken over what `files` would say.
+has no manifest; its digest is that of its `files` entry.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _Ids = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
 
 
 def _day(text: str) -> str:
-    datetime.date.fromisoformat(text)  # ValueError for one that no calendar has
+    datetime.date.fromisoformat(text)  # ValueError for an invalid date
     return text
 
 
@@ -65,7 +65,7 @@ class _Base(_Section):
     compute_dtype: Annotated[
         ComputeDtype,
         BeforeValidator(lambda value: former_value("compute_dtype", value)),
-        Field(validation_alias=AliasChoices("compute_dtype", "compute")),  # as it was called before
+        Field(validation_alias=AliasChoices("compute_dtype", "compute")),  # its former name
     ]
 
 
@@ -86,7 +86,7 @@ class _Golden(_Section):
 
 
 _Logits = list[Annotated[float, Field(ge=-3.5e38, le=3.5e38, allow_inf_nan=False)]]
-"""What float32 can hold, so that no sum over them overflows."""
+"""Values in float32's range, so that no sum over them overflows."""
 
 
 class _Canary(_Section):
@@ -95,7 +95,7 @@ class _Canary(_Section):
     adapter: _Logits
     tolerance: dict[Precision, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     products: ComputeDtype | None = None
-    """In which type they were taken; None, of manifests before this entry: in that of training."""
+    """The compute dtype of the canary; None in older manifests: that of training."""
 
 
 class _Trained(_Section):
@@ -122,7 +122,7 @@ class _Lineage(_Section):
 
 
 class _Manifest(_Section):
-    """The entries that Graft itself relies on; the others are for people."""
+    """The entries that Graft reads; the others are for people."""
 
     format: Annotated[int, Field(ge=1)]
     digest: Digest
@@ -139,7 +139,7 @@ class _Manifest(_Section):
 
 
 def trained_compute_dtype(base: Mapping[str, Any]) -> ComputeDtype:
-    """In which type the matmuls of training ran; `base` is that entry of a manifest."""
+    """The compute dtype of training; `base` is that entry of a manifest."""
     return former_value("compute_dtype", base.get("compute_dtype", base.get("compute")))
 
 
@@ -154,14 +154,14 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 
 def file_entries(files: list[Path]) -> dict[str, dict[str, Any]]:
-    """What `files` says of these: bytes and SHA-256 by name."""
+    """The `files` entry of these files: size and SHA-256 by name."""
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(files)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """An adapter's manifest, its entries checked and not yet held against the folder; None where there is none (PEFT's own).
+    """An adapter's manifest with its entries validated, not yet compared with the folder; None if there is none (PEFT).
 
-    Raises AdapterError that names the entry which is missing or of another kind, and for a manifest from the future.
+    Raises AdapterError for a missing or malformed entry, naming it, and for a newer format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -184,7 +184,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise AdapterError(f"{path} holds a number that is not finite; it is damaged") from None
     odd = [name for name in found["files"] if not _FILE_NAME.fullmatch(name) or name == MANIFEST]
     if odd:
-        raise AdapterError(f"{path} lists a file named {odd[0]!r}, which is no plain file name; it is damaged")
+        raise AdapterError(f"{path} lists a file named {odd[0]!r}, which is not a plain file name; it is damaged")
     return found
 
 

@@ -1,12 +1,12 @@
-"""Adapters added to their base's weights: what each tensor of the checkpoint becomes.
+"""Merge adapters into their base's weights, tensor by tensor of the checkpoint.
 
     W' = round(W + s B A)                          LoRA; in float32 from the pristine W, rounded once
     W' = round(m / |W + s B A| (W + s B A))        DoRA, row by row
-    W' = round(V)                                  a module trained whole, or rows of it
+    W' = round(V)                                  a module trained in full, or rows of it
 
-W is the checkpoint's own (`original`), or what the base was stored as while the adapter was trained (`dequantized`); then
-every stored layer is written as it was stored, adapted or not, since that is the model that was trained. Everything goes
-by blocks of rows, so that no more than one tensor in its final type and a few blocks are in memory.
+W is the checkpoint's own weight (`original`), or the weight as the base stored it in training (`dequantized`). With the latter
+every stored layer is written dequantized, adapted or not, since that is the model that was trained. Tensors are processed in
+blocks of rows, so that memory holds one tensor in its final dtype and a few blocks.
 
 Letters: n rows of a block; W (out, in), or a stack (E, out, in) whose rows count through all experts.
 """
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from graftlm.adapters.attach import Adapter
-from graftlm.adapters.bank import LowRank, ModulesToSave, Slot, TrainableTokens
 from graftlm.adapters.combine import MergeRecipe, combine, dropped, threshold
+from graftlm.adapters.slots import LowRank, ModulesToSave, Slot, TrainableTokens
 from graftlm.base.checkpoint_layout import RowSpan, names_of
 from graftlm.base.meta_base import MetaBase
 from graftlm.base.modules import StoredLinear
@@ -33,23 +33,23 @@ from graftlm.errors import AdapterError, ModelError
 from graftlm.kernels import Int8, Nf4, Weight
 
 _BLOCK = 1 << 19
-"""Most values of a block: 2 MB in float32, of which about ten are in memory at a time."""
+"""Most values in a block: 2 MB in float32; about ten blocks are in memory at a time."""
 
 
 @dataclass
 class Rounding:
-    """How much of the updates survived the type that they were written in."""
+    """How much of the updates was lost to rounding when they were written."""
 
     wanted: float = 0.0
     """Sum of squares of the updates."""
     lost: float = 0.0
-    """Sum of squares of what rounding took from them."""
+    """Sum of squares of the rounding errors."""
     changed: int = 0
     unmoved: int = 0
-    """Of the values that an update should change, those that stayed what the base's rounded value is."""
+    """Number of values that an update should change and that rounded to the base's value."""
 
     def add(self, base: Tensor, merged: Tensor, dtype: torch.dtype) -> None:
-        """Count a block: base and merged (n, in) in float32, and the type they are rounded to."""
+        """Count a block: base and merged (n, in) in float32, and the dtype they are rounded to."""
         update = merged - base
         written = merged.to(dtype).float() - base.to(dtype).float()
         hit = update != 0
@@ -66,7 +66,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """An adapter and the weight it is added with."""
+    """An adapter and its merge weight."""
 
     adapter: Adapter
     weight: float = 1.0
@@ -74,7 +74,7 @@ class WeightedAdapter:
 
 @dataclass
 class Merger:
-    """What a base's tensors become with adapters added to them."""
+    """Computes a base's tensors with adapters merged into them."""
 
     base: MetaBase
     adapters: Sequence[WeightedAdapter]
@@ -83,7 +83,7 @@ class Merger:
     rounding: Rounding = field(default_factory=Rounding)
 
     def __post_init__(self) -> None:
-        """Sort the adapters' parts by weight. Raises AdapterError for a part that no weight can hold."""
+        """Group the adapters' slots by weight. Raises AdapterError for a slot that cannot be merged into any weight."""
         base = self.base
         self.parts: dict[str, list[tuple[int, Slot]]] = {}
         embedding, head = (f"{n}.weight" for n in (base.structure.embedding_name, base.structure.head_name))
@@ -95,7 +95,7 @@ class Merger:
                         f"'{layer}' has no weight of its own in the checkpoint, so nothing can be merged"
                     )
                 self.parts.setdefault(parameter, []).append((index, slot))
-                # As `attach` has it: rows of a tied embedding are the head's too, a whole embedding is not.
+                # As in `attach`: rows of a tied embedding are the head's too, a full copy of the embedding is not.
                 shared = (
                     base.tied and isinstance(slot, TrainableTokens) and isinstance(base.structure.head, StoredLinear)
                 )
@@ -105,7 +105,7 @@ class Merger:
             (i, id(s)) for i, s in self.parts.get(head, [])
         ]
         self.unties = base.tied and not same
-        """Whether embedding and head share a tensor in the base and cannot any longer."""
+        """Whether embedding and head are tied in the base and no longer can be."""
         self.embedding, self.head = embedding, head
         if base.tied and not self.unties:
             self.parts.pop(head, None)
@@ -124,19 +124,19 @@ class Merger:
                 for span in spans:
                     self._by_tensor.setdefault(span.tensor, []).append(span)
 
-    # ---- what becomes of a tensor ------------------------------------------------------------------------------------
+    # ---- merged tensors ----------------------------------------------------------------------------------------------
 
     def touches(self, weight: str) -> bool:
-        """Whether a weight may be written otherwise than it is in the checkpoint."""
+        """Whether a weight may differ from the checkpoint's after merging."""
         return weight in self.parts or (self.onto != "original" and self._precisions[weight] != "float32")
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor of the checkpoint as it becomes, in its own layout."""
+        """A merged tensor of the checkpoint, in its own layout."""
         spans = self._by_tensor.get(name)
         old = self.base.checkpoint.read(name)
         if spans is None:
             return old.to(dtype) if old.is_floating_point() else old
-        # What no span covers keeps its value.
+        # Rows outside the spans keep their values.
         whole = sum(s.count for s in spans) * self.base.forms[spans[0].weight].shape[-1] == old.numel()
         new = torch.empty(old.shape, dtype=dtype) if whole else old.to(dtype, copy=True)
         for span in spans:
@@ -154,7 +154,7 @@ class Merger:
         return new
 
     def weight(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """A weight as it becomes, (out, in) or (E, out, in), whatever tensors of the checkpoint it lies in."""
+        """A merged weight, (out, in) or (E, out, in), from whichever tensors of the checkpoint hold it."""
         form = self.base.forms[parameter]
         if self.base.tied and parameter == self.head:
             spans = [
@@ -170,7 +170,7 @@ class Merger:
         return new.view(form.shape)
 
     def source_dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor in the checkpoint. Raises ModelError for one that torch does not compute with."""
+        """The dtype of a tensor in the checkpoint. Raises ModelError for one that torch cannot compute with."""
         kind = self.base.checkpoint.tensors[name].dtype
         dtype = dtype_of(kind)
         if dtype is None:
@@ -198,7 +198,7 @@ class Merger:
             yield row, rows.float()
 
     def _compressed(self, weight: str) -> Nf4 | Int8 | None:
-        """The weight as the base stores it in 4 or 8 bits; None where it keeps 16 or 32, or where that is not asked."""
+        """The weight as the base stores it in 4 or 8 bits; None if it is stored in 16 or 32 bits, or for `original`."""
         precision = self._precisions[weight]
         if self.onto == "original" or precision not in ("nf4", "int8"):
             return None
@@ -206,9 +206,7 @@ class Merger:
             form = self.base.forms[weight]
             spans = self.spans[weight]
             dense = self.base.checkpoint.read(spans[0].tensor)
-            if (
-                spans[0].by_column or tuple(dense.shape) != form.shape
-            ):  # transposed, or put together from several tensors
+            if spans[0].by_column or tuple(dense.shape) != form.shape:  # transposed, or assembled from several tensors
                 dense = torch.empty(form.rows, form.shape[-1], dtype=dense.dtype)
                 for span in spans:
                     dense[span.row : span.row + span.count] = self.base.checkpoint.rows(span)
@@ -218,14 +216,14 @@ class Merger:
         return found
 
     def _forget(self, tensor: str) -> None:
-        """Let go of the stored forms of weights whose last tensor has been made."""
+        """Free the stored forms of weights whose last tensor has been computed."""
         for span in self._by_tensor.pop(tensor, []):
             left = any(s.weight == span.weight for spans in self._by_tensor.values() for s in spans)
             if not left:
                 self._stored.pop(span.weight, None)
 
     def _rounded(self, weight: str, row: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Base rows (n, in) with everything added, in the type they are written in."""
+        """Merged rows (n, in) in the dtype they are written in."""
         merged = self.merged(weight, row, rows)
         if dtype != torch.float32 and weight in self.parts:
             self.rounding.add(rows, merged, dtype)
@@ -233,7 +231,7 @@ class Merger:
 
     @torch.no_grad()
     def merged(self, weight: str, row: int, rows: Tensor) -> Tensor:
-        """Base rows (n, in) in float32, from row number `row` of the weight on, with every adapter's part added."""
+        """Merged rows (n, in) in float32, from base rows that start at row `row` of the weight."""
         parts = self.parts.get(weight)
         if not parts:
             return rows
@@ -255,7 +253,7 @@ class Merger:
         return rows + combine(updates, weights, self.recipe.kind)
 
     def _cut(self, weight: str, index: int, slot: Slot, expert: int | None) -> float:
-        """Where TIES trims an adapter's update of a weight, or of one expert of a stack: found on the whole of it, once."""
+        """The threshold at which TIES trims an adapter's update of a weight, or of one expert of a stack; computed once."""
         key = (weight, -1 if expert is None else expert, index)
         if key not in self._cuts:
             form = self.base.forms[weight]
@@ -270,7 +268,7 @@ class Merger:
 
 
 def applied(slot: Slot, rows: Tensor, expert: int | None, first: int) -> Tensor:
-    """Rows `first ..` of W (n, in) in float32 as they are with one adapter's part on them."""
+    """Rows `first ..` of W (n, in) in float32 with one slot applied."""
     last = first + len(rows)
     if isinstance(slot, ModulesToSave):
         return slot.weight[first:last].float()
@@ -294,14 +292,14 @@ def low_rank_rows(slot: LowRank, expert: int | None, first: int, last: int) -> T
 
 
 def update_of(slot: Slot, rows: Tensor, expert: int | None, first: int) -> Tensor:
-    """What one adapter's part changes of rows `first ..` of W, (n, in)."""
+    """The update that one slot makes to rows `first ..` of W, (n, in)."""
     if isinstance(slot, LowRank) and slot.magnitude is None:
         return low_rank_rows(slot, expert, first, first + len(rows))
     return applied(slot, rows, expert, first) - rows
 
 
 def _rows_of(stored: Nf4 | Int8, out: int, row: int, count: int) -> Tensor:
-    """Rows of a weight in its compressed form, in float32; they lie within one expert of a stack."""
+    """Rows of a quantized weight in float32; all within one expert of a stack."""
     if len(stored.shape) == 3:
         expert, row = divmod(row, out)
         stored = stored[expert]

@@ -1,10 +1,10 @@
-"""How far a merged model is from the live one, base and adapter apart: measured on eval rows, before anything is written.
+"""How far a merged model is from the live one (base and adapter, not merged), measured on eval rows before writing.
 
-    relative difference   |z - z'| / |z|      logits z (n, V) of the live model and z' of the merged one, the mean of each row
-                                              taken off both, since softmax does not see it; n target tokens of all rows
-    agreement             share of the n where the likeliest token is the same one
+    relative difference   |z - z'| / |z|      logits z (n, V) of the live model and z' of the merged one, each row minus its
+                                              mean, since softmax ignores it; n target tokens of all rows
+    agreement             share of the n with the same most likely token
 
-A merged model is measured as it would be read back: its weights are rounded to the type they are written in, or stored in 4
+A merged model is measured as it would be loaded: its weights are rounded to the dtype they are written in, or quantized to 4
 bits again, and put into a base in memory.
 """
 
@@ -26,12 +26,12 @@ from graftlm.progress import working
 from graftlm.segments import Segments
 
 _MOST_BYTES = 1 << 30
-"""Most memory that the live model's logits may take; rows beyond it are not measured."""
+"""Most memory for the live model's logits; further rows are not measured."""
 
 
 @dataclass(frozen=True)
 class EvalRow:
-    """An eval row: its ids (L,), and the positions in front of its target tokens (n,)."""
+    """An eval row: its ids (L,), and the positions before its target tokens (n,)."""
 
     ids: Tensor
     before: Tensor
@@ -39,7 +39,7 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class LiveLogits:
-    """What the live model says of each row."""
+    """The live model's logits of each row."""
 
     rows: tuple[EvalRow, ...]
     logits: tuple[Tensor, ...]  # each (n, V), float32, on the CPU
@@ -53,7 +53,7 @@ class LiveLogits:
 
 @dataclass(frozen=True)
 class Drift:
-    """What a merged model says of the same rows."""
+    """How far a merged model's logits of the same rows are from the live model's."""
 
     onto: str
     loss: float
@@ -65,7 +65,7 @@ class Drift:
 
 
 def limit_rows(rows: Sequence[EvalRow], vocabulary: int, most: int) -> list[EvalRow]:
-    """The first rows whose logits fit into memory, at most `most`."""
+    """The first rows whose logits fit in memory, at most `most`."""
     kept: list[EvalRow] = []
     held = 0
     for row in rows[:most]:
@@ -85,7 +85,7 @@ def logits_of(base: Base, slot: int, row: EvalRow) -> Tensor:
 
 
 def measure_live(base: Base, slot: int, rows: Sequence[EvalRow]) -> LiveLogits:
-    """The live model on all rows."""
+    """Compute the live model's logits of all rows."""
     with working("measuring the live model", len(rows), "rows") as task:
         logits: list[Tensor] = []
         for row in rows:
@@ -100,7 +100,7 @@ def _loss(rows: Sequence[EvalRow], logits: Sequence[Tensor]) -> float:
 
 
 def compare(base: Base, onto: str, live: LiveLogits) -> Drift:
-    """A merged model, bare, beside the live one."""
+    """Compare a merged model with the live one."""
     apart = size = 0.0
     same = 0
     found: list[Tensor] = []
@@ -118,7 +118,7 @@ def compare(base: Base, onto: str, live: LiveLogits) -> Drift:
 
 @torch.no_grad()
 def load_merged_weights(base: Base, merger: Merger, dtype: torch.dtype) -> None:
-    """Give a loaded base the weights that merging would write, in `dtype`; its 4-bit layers store them again."""
+    """Load the merged weights in `dtype` into a base in memory; its 4-bit layers quantize them again."""
     names = {"weight" if n == "" else n: m for n, m in base.model.named_modules()}
     for parameter in merger.base.forms:
         if parameter in (merger.embedding, merger.head) or not merger.touches(parameter):

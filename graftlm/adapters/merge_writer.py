@@ -1,6 +1,6 @@
-"""A merged model as a folder that plain transformers loads: the base's own files, adapters added shard by shard.
+"""Write a merged model as a folder that plain transformers loads: the base's files, with adapters merged shard by shard.
 
-The shards keep the names and the order that they have in the base. The folder appears whole or not at all.
+The shards keep the base's names and order. The folder is created atomically.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class MergeResult:
     bytes: int = 0
     shards: list[str] = field(default_factory=list[str])
     dtypes: dict[str, int] = field(default_factory=dict[str, int])
-    """How many tensors are of which type."""
+    """Number of tensors of each dtype."""
 
 
 def write_merged_model(
     merger: Merger, out: Path, manifest: dict[str, Any], *, save_dtype: torch.dtype | None = None
 ) -> MergeResult:
-    """Write the merged model; `manifest` becomes its `graft.json`, with the rounding that was measured on the way.
+    """Write the merged model; `manifest` becomes its `graft.json`, with the measured rounding added.
 
-    `save_dtype` is the type of all floating tensors, default each one's own. Raises AdapterError or ModelError for what
-    cannot be written as asked, and OSError; then there is nothing at `out`.
+    `save_dtype` is the dtype of all floating tensors, default each one's own. Raises AdapterError or ModelError if the model
+    cannot be written this way, and OSError; `out` is then not created.
     """
     plan = _Plan(merger, save_dtype)
     written = MergeResult(out)
@@ -58,7 +58,7 @@ def write_merged_model(
     with atomic_folder(out) as folder, working("writing the merged model", size, "bytes") as task:
         _copy_files(merger, folder)
         _write_config(merger, folder, plan)
-        places: dict[str, str] = {}
+        file_of: dict[str, str] = {}
         for file, specs in plan.files.items():
             task.to(written.bytes, note=file)
 
@@ -69,39 +69,39 @@ def write_merged_model(
 
             written.bytes += write_tensors(folder / file, specs, value)
             written.shards.append(file)
-            places.update(dict.fromkeys(specs, file))
+            file_of.update(dict.fromkeys(specs, file))
             for spec in specs.values():
                 kind = str(spec.dtype).removeprefix("torch.")
                 written.dtypes[kind] = written.dtypes.get(kind, 0) + 1
         if len(plan.files) > 1 or list(plan.files) != ["model.safetensors"]:
-            write_index(folder, places, sum(total(s.values()) for s in plan.files.values()))
+            write_index(folder, file_of, sum(total(s.values()) for s in plan.files.values()))
         write_json(folder / "graft.json", {**manifest, "rounding": rounding_of(merger)})
         _same_tensors(folder, plan)
     return written
 
 
 def rounding_of(merger: Merger) -> dict[str, Any]:
-    """What rounding took from the updates, for `--json` and the manifest."""
+    """The share of the updates that rounding lost, for `--json` and the manifest."""
     found = merger.rounding
     return {"lost": found.share, "unmoved": found.unmoved / found.changed if found.changed else 0.0}
 
 
 def _same_tensors(folder: Path, plan: _Plan) -> None:
-    """What lies on the disk is what was planned: names, types and shapes of every shard, read back."""
+    """Check the written shards: names, dtypes and shapes are those that were planned."""
     found = Checkpoint(folder)
     planned = {n: tuple(s.shape) for specs in plan.files.values() for n, s in specs.items()}
     assert {n: t.shape for n, t in found.tensors.items()} == planned
 
 
 class _Plan:
-    """Which file holds which tensors, and how each comes to be."""
+    """Which tensors each file holds, and how each is computed."""
 
     def __init__(self, merger: Merger, save_dtype: torch.dtype | None) -> None:
         self.merger, self.save_dtype = merger, save_dtype
         base = merger.base
         self.bnb_nf4 = self._four_bits() if merger.onto == "requantized" else set[str]()
         self._pending: dict[str, Tensor] = {}
-        self._of: dict[str, str] = {}  # a tensor of a 4-bit form -> the weight it belongs to
+        self._of: dict[str, str] = {}  # tensor of a 4-bit weight -> the weight
         self.files: dict[str, dict[str, TensorSpec]] = {}
         dropped = set(merger.head_copies) if not merger.unties else set[str]()
         for name, place in base.checkpoint.place.items():
@@ -120,12 +120,12 @@ class _Plan:
             self.files[file][merger.head] = TensorSpec(self.dtype(beside), base.forms[merger.head].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that a tensor is written in."""
+        """The dtype that a tensor is written in."""
         own = self.merger.source_dtype(name)
         return self.save_dtype if self.save_dtype is not None and own.is_floating_point else own
 
     def value(self, name: str) -> Tensor:
-        """A tensor as it is written."""
+        """The value to write for a tensor."""
         merger = self.merger
         if name in self._pending:
             return self._pending.pop(name)
@@ -140,7 +140,7 @@ class _Plan:
         return merger.tensor(name, self.dtype(name))
 
     def _four_bits(self) -> set[str]:
-        """The tensors that are stored in NF4 again. Raises AdapterError where no file of transformers' holds that."""
+        """The tensors to quantize to NF4 again. Raises AdapterError for one that transformers could not load in 4 bits."""
         base = self.merger.base
         if base.precision != "nf4":
             raise AdapterError(
@@ -155,14 +155,14 @@ class _Plan:
             simple = len(spans) == 1 and not form.transposed and len(form.shape) == 2
             if not simple or base.checkpoint.tensors[spans[0].tensor].shape != form.shape:
                 raise AdapterError(
-                    f"'{weight}' is not a plain linear layer of the checkpoint, and no 4-bit file holds such a one; "
+                    f"'{weight}' is not a plain linear layer of the checkpoint, and only those can be written in 4 bits; "
                     "take --onto dequantized"
                 )
             found.add(spans[0].tensor)
         return found
 
     def kept_modules(self) -> list[str]:
-        """The linear modules that stay in 16 or 32 bits in a 4-bit model."""
+        """The linear modules of a 4-bit model that stay in 16 or 32 bits."""
         base = self.merger.base
         four = {w.removesuffix(".weight") for w, (_, p) in base.stored_forms().items() if p == "nf4"}
         linears = {n for n, m in base.plain.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -171,7 +171,7 @@ class _Plan:
 
 
 def _copy_files(merger: Merger, folder: Path) -> None:
-    """The base's files beside its weights; the tokenizer is the adapters' own where they were trained with one."""
+    """Copy the base's files other than weights; the tokenizer is the adapters' own if they were trained with one."""
     source = merger.base.folder
     for pattern in _COPIED:
         for file in source.glob(pattern):
@@ -185,7 +185,7 @@ def _copy_files(merger: Merger, folder: Path) -> None:
 
 
 def tokenizer_folder(merger: Merger) -> Path | None:
-    """The folder of the adapters' own tokenizer. Raises AdapterError where they have different ones."""
+    """The folder of the adapters' own tokenizer. Raises AdapterError if they have different ones."""
     found: dict[str, Path] = {}
     for given in merger.adapters:
         origin = given.adapter.origin
@@ -199,7 +199,7 @@ def tokenizer_folder(merger: Merger) -> Path | None:
 
 
 def _write_config(merger: Merger, folder: Path, plan: _Plan) -> None:
-    """The base's `config.json` with what is another thing now: the type, the tie, the quantization."""
+    """Write the base's `config.json` with changed dtype, tied embeddings and quantization."""
     config = read_json(merger.base.folder / "config.json", ModelError)
     parts = [config, *(v for v in config.values() if isinstance(v, dict) and "model_type" in v)]
     for part in parts:

@@ -1,9 +1,9 @@
-"""Patterns that name layers: our own options' globs, and the regular expressions of PEFT's configs.
+"""Patterns that match layer names: globs in Graft's options, and regular expressions in PEFT's configs.
 
-Somebody else may have written an `adapter_config.json`, and Python's `re` backtracks: on one name `(.*)*(.*)*(.*)*x` takes
-it years, and nothing can stop it. So patterns of files run in RE2 (Cox 2007, "Regular Expression Matching Can Be Simple And
-Fast"), in time linear in the name, and the patterns of one file together have a bound. PEFT uses Python's `re`, so whatever
-the two would not read alike is refused.
+An `adapter_config.json` is untrusted, and Python's `re` backtracks: matching one name with `(.*)*(.*)*(.*)*x` takes years and
+cannot be interrupted. So patterns of files run in RE2 (Cox 2007, "Regular Expression Matching Can Be Simple And Fast"), in time
+linear in the name, and their total size in one file is bounded. PEFT uses Python's `re`, so patterns that the two engines read
+differently are refused.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import re2
 from graftlm.errors import AdapterError
 
 MOST_NAMES, MOST_EXPRESSIONS = 100_000, 2_000
-"""In one file, plain names and others: a rank and an alpha for each layer of the largest models are about 1,800."""
+"""Plain names and patterns in one file: a rank and an alpha for each layer of the largest models are about 1,800."""
 MOST_CHARACTERS = 1 << 18  # of all expressions
 MOST_INSTRUCTIONS = 1 << 17
-"""Of all expressions of one file together. A name takes RE2 40 ns for each of them at most, on one core."""
-_MEMORY_BYTES = 1 << 22  # of one compiled pattern
-# What re.escape makes of a name, or a name without dots: needs no engine.
+"""RE2 instructions of all expressions in one file. A name takes at most 40 ns for each, on one core."""
+_MEMORY_BYTES = 1 << 22  # memory of one compiled pattern
+# The output of re.escape for a name, or a name without dots: compared as text.
 _LITERAL = re.compile(r"(?:[A-Za-z0-9_]|\\[.\-])+")
 _UNLIKE = {
     "{,": "'{,n}', which engines read in two ways; write {0,n}",
@@ -33,21 +33,21 @@ _UNLIKE = {
     "(?P=": "a backreference", "(?(": "a condition", "(?>": "an atomic group", "(?#": "a comment",
 }  # fmt: skip
 
-# PEFT 0.21 puts no LoRA on these in these models, whose kernels on a GPU read the weights beside the module.
+# PEFT 0.21 refuses LoRA on these layers of these models, since their GPU kernels read the weights without calling the module.
 _REFUSED_BY_PEFT = {
     "FalconH1ForCausalLM", "FalconMambaForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM", "NemotronHForCausalLM",
 }  # fmt: skip
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether an option's pattern names a layer: the whole name, its end after a dot, or a glob with * ? [ ] over it all."""
+    """Whether an option's pattern matches a layer: its full name, its end after a dot, or a glob with * ? [ ]."""
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return named_by(name, pattern)
 
 
 def named_by(name: str, end: str) -> bool:
-    """Whether `end` is a module's whole name or the end of it after a dot, as PEFT matches the entries of its lists."""
+    """Whether `end` is a module's full name or its end after a dot, as PEFT matches the entries of its lists."""
     return name == end or name.endswith("." + end)
 
 
@@ -65,7 +65,7 @@ class Expressions:
     def compile(self, key: str, text: str, form: str = "{}") -> Any:
         """`form` with `text`, the value of `key`, put into it: an RE2 expression whose `match` and `fullmatch` take bytes.
 
-        Raises AdapterError for what is no regular expression, what RE2 has not, and what goes beyond the bounds.
+        Raises AdapterError for an invalid regular expression, one that RE2 does not support, and one beyond the bounds.
         """
         self._expressions += 1
         self._bound(key, text)
@@ -74,7 +74,7 @@ class Expressions:
         options.max_mem, options.log_errors, options.never_capture = _MEMORY_BYTES, False, "(?P<" not in form
         try:
             if not odd:
-                re.compile(text)  # PEFT's reading: what only RE2 knows is refused
+                re.compile(text)  # PEFT's engine: syntax of RE2 alone is refused
                 re.compile(form.format(text))
             found = None if odd else re2.compile(form.format(text).encode(), options)
         except re2.error as error:
@@ -84,8 +84,8 @@ class Expressions:
             raise AdapterError(f"{self._where}: {key} {text[:200]!r} is not a regular expression: {why}") from None
         if found is None:
             raise AdapterError(
-                f"{self._where}: {key} {text[:200]!r} holds {odd}. Patterns of a file are matched by RE2, which never "
-                f"backtracks and does without; write the names of the layers instead: {_plain(key)}"
+                f"{self._where}: {key} {text[:200]!r} holds {odd}. Patterns in a file are matched by RE2, which does not "
+                f"support this; write the names of the layers instead: {_plain(key)}"
             )
         self._instructions += found.programsize
         self._bound(key, "")
@@ -106,14 +106,14 @@ class Expressions:
         return found
 
     def ends(self, key: str, entries: Sequence[str]) -> Callable[[str], bool]:
-        """Whether a list has a module's name, or the end of it after a dot: how PEFT reads its lists."""
+        """A function that says whether a list has a module's name, or its end after a dot, as PEFT does."""
         self._names += len(entries)
         self._bound(key, "")
         known = frozenset(entries)
         return lambda name: not known.isdisjoint(_ends(name))
 
     def whole(self, key: str, text: str, form: str = "{}") -> Callable[[str], bool]:
-        """Whether an expression fits all of a name."""
+        """A function that says whether an expression matches a full name."""
         fits = self.compile(key, text, form).fullmatch
         return lambda name: fits(name.encode()) is not None
 
@@ -126,7 +126,7 @@ class Expressions:
         ):  # fmt: skip
             if count > most:
                 raise AdapterError(
-                    f"{self._where}: up to an entry of {key} it holds {count:,} {what}, and at most {most:,} are read; "
+                    f"{self._where}: up to an entry of {key} it holds {count:,} {what}, at most {most:,} are allowed; "
                     f"write the names of the layers instead: {_plain(key)}"
                 )
 
@@ -142,7 +142,7 @@ def _ends(name: str) -> list[str]:
 
 
 class Values:
-    """What `rank_pattern` or `alpha_pattern` gives each layer: the value of the first pattern that fits."""
+    """The values of `rank_pattern` or `alpha_pattern`: each layer gets the value of the first pattern that matches."""
 
     def __init__(self) -> None:
         self.names: dict[str, tuple[int, Any]] = {}  # plain name -> number of the pattern, its value
@@ -154,7 +154,7 @@ class Values:
         return self._first(key, [self.names[end] for end in _ends(key) if end in self.names], default)
 
     def of_place(self, place: str, default: Any) -> Any:
-        """The same without a base, for the place of a layer's tensors: that of a stack is its module's, or below it."""
+        """The same without a base, from the prefix of a layer's tensors; that of a stack is its module's, or below it."""
         module = re.sub(r"(\.base_layer)+$", "", place)
         found = [self.names[end] for end in _ends(module) if end in self.names]
         return self._first(module, [*found, *([self.within[module]] if module in self.within else [])], default)

@@ -1,8 +1,8 @@
-"""Sorting an adapter's tensors into the slots of a base: every tensor has its place and its shape, every target its tensors.
+"""Assign an adapter's tensors to the slots of a base.
 
-PEFT names a tensor by the layer it sits on. For stacked experts it nests parameter wrappers: of n adapted stacks in one
-module the first one's tensors lie below n - 1 times `base_layer.`, the last one's below none. What fits nowhere, is missing,
-or has another shape than the config says is an error that names it; nothing is ever left out in silence.
+PEFT names a tensor by its layer. For stacked experts it nests parameter wrappers: of n adapted stacks in one module the first
+one's tensors are below n - 1 times `base_layer.`, the last one's below none. A tensor that fits no layer, is missing, or has
+another shape than the config says is an error that names it; no tensor is ignored.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.adapters.attach import Adapter, AdapterPlan, adaptable
-from graftlm.adapters.bank import LowRank, ModulesToSave, Slot, TrainableTokens, scale_of
 from graftlm.adapters.manifest import CONFIG
+from graftlm.adapters.slots import LowRank, ModulesToSave, Slot, TrainableTokens, scale_of
 from graftlm.adapters.targets import Targets, applied, key_of, layers
 from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredStack
@@ -26,15 +26,15 @@ from graftlm.errors import AdapterError, nearest
 from graftlm.kernels.counter_rng import hash_words
 
 MOST_ALPHA = 1_000_000
-"""Of ranks and alphas: what a file may multiply its own numbers by."""
+"""The largest rank and alpha that a file may have."""
 PREFIX = "base_model.model."
 _ROWS = "token_adapter.trainable_tokens_delta"
 _OF_VOCABULARY = ("weight", _ROWS)
-"""What only the embedding and the head have: a weight of their own, or some rows of it."""
+"""Tensors that only the embedding and the head have: a full weight, or some rows of it."""
 
 
 def _stack_groups(base: Base, names: list[str]) -> dict[str, list[str]]:
-    """The adapted stacks of each experts module, in the order in which the module holds them."""
+    """The adapted stacks of each experts module, in the module's order."""
     stored = adaptable(base)
     groups: dict[str, list[str]] = defaultdict(list)
     for name in stored:  # in the model's order
@@ -44,7 +44,7 @@ def _stack_groups(base: Base, names: list[str]) -> dict[str, list[str]]:
 
 
 def tensor_prefixes(base: Base, names: list[str]) -> dict[str, str]:
-    """Where PEFT keeps each adapted layer's tensors: layer name -> path in front of `lora_A.weight`."""
+    """PEFT's prefix of each adapted layer's tensors: layer name -> path before `lora_A.weight`."""
     places = {name: name for name in names}
     for module, stacks in _stack_groups(base, names).items():
         for index, name in enumerate(stacks):
@@ -53,10 +53,10 @@ def tensor_prefixes(base: Base, names: list[str]) -> dict[str, str]:
 
 
 def assign_tensors(base: Base, folder: Path, config: dict[str, Any], named: dict[str, Tensor]) -> Adapter:
-    """Sort the tensors into slots; every one must have its place and its shape. Raises AdapterError."""
+    """Make slots of the tensors. Raises AdapterError for a tensor that fits no layer or has the wrong shape."""
     stored = layers(base)
     targets = Targets(config, f"{folder}/{CONFIG}")
-    modules, parameters, why_not = applied(base, targets)
+    modules, parameters, no_slot_reason = applied(base, targets)
     saved = {
         key: _trained(base, folder, key, config.get(key)) for key in ("modules_to_save", "trainable_token_indices")
     }
@@ -87,7 +87,9 @@ def assign_tensors(base: Base, folder: Path, config: dict[str, Any], named: dict
                 f"{folder}: a low-rank adapter on '{name}' is not supported; its rows can be trained instead"
             )
         elif name not in modules and name not in parameters:
-            raise AdapterError(f"{folder}: it holds tensors of '{name}', and {why_not(name)}; PEFT would not load them")
+            raise AdapterError(
+                f"{folder}: it holds tensors of '{name}', and {no_slot_reason(name)}; PEFT would not load them"
+            )
         else:
             key = key_of(name, stored[name], name in parameters)
             slots[name] = _low_rank(base, folder, targets, plan, name, key, stored[name], parts)
@@ -98,7 +100,7 @@ def assign_tensors(base: Base, folder: Path, config: dict[str, Any], named: dict
 def _grouped(
     base: Base, folder: Path, named: Mapping[str, Tensor], adapted: list[str], saved: Collection[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each layer by their last name. Raises AdapterError for one that has no place on this base."""
+    """The tensors of each layer by the last part of their names. Raises AdapterError for one that fits no layer."""
     whole = {base.structure.embedding_name, base.structure.head_name}
     places = {place: name for name, place in tensor_prefixes(base, adapted).items()}
     places.update({name: name for name in whole})
@@ -134,7 +136,7 @@ def _placed(base: Base, tensor: Tensor) -> nn.Parameter:
 
 
 def _positive(folder: Path, config: Mapping[str, Any], key: str) -> float:
-    """A number of the config that must be above zero and one that somebody may have trained with."""
+    """A number of the config that must be above zero and plausible."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST_ALPHA:
         raise AdapterError(
@@ -152,11 +154,11 @@ def _rank(folder: Path, config: Mapping[str, Any]) -> int:
 
 
 def _check_copy(base: Base, folder: Path, name: str, weight: Tensor) -> None:
-    """PEFT saves the embedding and the head beside an adapter that touches them; an unchanged copy says nothing new."""
+    """PEFT saves the embedding and the head with an adapter that changes them; an unchanged copy is accepted."""
     own: Any = base.model.get_submodule(name).weight
     if weight.shape != own.shape or not torch.equal(weight.to(own.device, own.dtype), own.detach()):
         raise AdapterError(
-            f"{folder}: tensor '{name}.weight' is another one than this base's, and modules_to_save does not name it"
+            f"{folder}: tensor '{name}.weight' differs from this base's, and modules_to_save does not name it"
         )
 
 
@@ -164,7 +166,7 @@ def _whole(base: Base, folder: Path, name: str, weight: Tensor) -> ModulesToSave
     if name == base.structure.head_name and not isinstance(base.structure.head, Stored):
         raise AdapterError(
             f"{folder}: '{name}' is a {type(base.structure.head).__name__}, which computes more than a linear layer; "
-            "Graft does not take one from an adapter"
+            "Graft cannot load it from an adapter"
         )
     own: Any = base.model.get_submodule(name).weight
     if weight.shape != own.shape:
@@ -224,9 +226,9 @@ def _low_rank(
 
 
 def _trained(base: Base, folder: Path, key: str, value: Any) -> dict[str, Any]:
-    """Embedding or head by full name, where `modules_to_save` or `trainable_token_indices` names it, and its indices.
+    """Embedding or head by full name, if `modules_to_save` or `trainable_token_indices` names it, and its indices.
 
-    PEFT (`_set_trainable`) takes every module whose name ends with an entry; plain indices mean the embedding.
+    PEFT (`_set_trainable`) matches every module whose name ends with an entry; plain indices mean the embedding.
     """
     structure = base.structure
     if isinstance(value, list) and value and isinstance(value[0], int):
@@ -236,10 +238,10 @@ def _trained(base: Base, folder: Path, key: str, value: Any) -> dict[str, Any]:
         hits = [name for name, _ in base.model.named_modules(remove_duplicate=False) if name.endswith(module)]
         odd = next((name for name in hits if name not in (structure.embedding_name, structure.head_name)), None)
         if not hits or odd is not None:
-            also = f"; it means '{odd}' too" if hits else ""
+            also = f"; it matches '{odd}' too" if hits else ""
             raise AdapterError(
-                f"{folder}/{CONFIG}: {key} '{module}' is neither this base's embedding nor its head{also}; Graft trains and "
-                "reads no other module whole"
+                f"{folder}/{CONFIG}: {key} '{module}' is neither this base's embedding nor its head{also}; Graft supports "
+                "only these two"
             )
         found.update({name: value[module] if isinstance(value, dict) else () for name in hits})
     return found
@@ -262,7 +264,7 @@ def _complete(folder: Path, expected: set[str], saved: Mapping[str, dict[str, An
 
 
 def _refuse_tying(base: Base, folder: Path, config: Mapping[str, Any], whole: Collection[str]) -> None:
-    """With `ensure_weight_tying` PEFT lets a tied head follow the embedding that an adapter trains; ours stays as it is."""
+    """Refuse `ensure_weight_tying`: PEFT then ties the head to the adapter's embedding, and ours stays the base's."""
     tied = getattr(base.structure.head, "weight", None) is base.structure.embedding.weight
     if config.get("ensure_weight_tying") and tied and base.structure.embedding_name in whole:
         raise AdapterError(

@@ -1,13 +1,13 @@
-"""Which layers an `adapter_config.json` names, read exactly as PEFT 0.21 reads it.
+"""The layers that an `adapter_config.json` targets, exactly as PEFT 0.21 reads it.
 
-    target_modules       a list: whole names, or their ends after a dot; a string: `all-linear`, or a regular expression
-    exclude_modules      the same two forms, and they win
-    modules_to_save      ends of names; regular expressions where they keep layers from being targets
-    layers_to_transform  numbers of layers, for ends in the list alone; layers_pattern says behind which name the number is
-    target_parameters    a list of parameters' names or ends: stacks, and weights of layers that PEFT would rename
+    target_modules       a list: full names, or their ends after a dot; a string: `all-linear`, or a regular expression
+    exclude_modules      the same two forms; they override target_modules
+    modules_to_save      ends of names; as regular expressions they exclude layers from the targets
+    layers_to_transform  layer numbers, for a list of ends only; layers_pattern is the name before the number
+    target_parameters    a list of parameter names or their ends: stacks, and weights of layers that PEFT would rename
 
-What PEFT leaves out is no part of the adapter, whatever the file of tensors holds; what it puts an adapter on must have its
-tensors. `Targets` reads the config alone, so a folder can be checked without a base; `applied` lays it on one.
+A layer that PEFT leaves out is not part of the adapter, even if the file has tensors for it; a targeted layer must have its
+tensors. `Targets` needs the config alone, so a folder can be checked without a base; `applied` matches it with a base.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _FUSED = "gate_up_proj"
 
 
 def layers(base: Base) -> dict[str, Stored]:
-    """Every layer whose tensors a file may hold: the adaptable ones, and the head, which PEFT adapts when it is named."""
+    """Every layer that a file may have tensors for: the adaptable ones, and the head, which PEFT adapts if it is named."""
     head = base.structure.head
     return {**adaptable(base), **({base.structure.head_name: head} if isinstance(head, Stored) else {})}
 
 
 def key_of(name: str, layer: Stored, parameter: bool) -> str:
-    """What PEFT matches patterns against: a module's name, or for a target parameter the parameter's."""
+    """The name that PEFT matches patterns with: the module's, or the parameter's for a target parameter."""
     return f"{name}.weight" if parameter and not isinstance(layer, StoredStack) else name
 
 
 class Targets:
-    """The entries of a config that name layers; `where` begins every error. Raises AdapterError for what PEFT refuses."""
+    """The entries of a config that name layers; `where` begins every error. Raises AdapterError for entries PEFT refuses."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.where = where
@@ -60,13 +60,13 @@ class Targets:
         self.numbers: list[int] = [] if given is None else given if isinstance(given, list) else [given]
         if config.get("target_modules") is None and not self.parameters:
             raise AdapterError(
-                f"{where}: target_modules is missing, and PEFT then takes a list of its own for each architecture; name them"
+                f"{where}: target_modules is missing, and PEFT then uses a list of its own for each architecture; name them"
             )
         if isinstance(self.modules, str) and given is not None:
-            raise AdapterError(f"{where}: layers_to_transform takes target_modules that are a list, as PEFT has it")
+            raise AdapterError(f"{where}: layers_to_transform needs target_modules that are a list, as in PEFT")
         behind = config.get("layers_pattern") or []
         if behind and (given is None or isinstance(self.modules, str)):
-            raise AdapterError(f"{where}: layers_pattern takes layers_to_transform and a list, as PEFT has it")
+            raise AdapterError(f"{where}: layers_pattern needs layers_to_transform and a list, as in PEFT")
         self._target = _form(expressions, "target_modules", self.modules if not self.every else [])
         self._excluded = _form(expressions, "exclude_modules", config.get("exclude_modules") or [])
         self._saved = [
@@ -81,14 +81,14 @@ class Targets:
         self.alphas = expressions.values("alpha_pattern", config.get("alpha_pattern"))
 
     def left_out(self, name: str, linear: bool) -> str | None:
-        """Why PEFT puts no adapter on a module (`check_target_module_exists`); None where it does."""
+        """Why PEFT does not adapt a module (`check_target_module_exists`); None if it does."""
         if self._excluded(name):
             return "exclude_modules names it"
         saved = next((entry for entry, fits in self._saved if fits(name)), None)
         if saved is not None:
             return f"modules_to_save names it with '{saved}'"
         if self.every:
-            return None if linear else "all-linear does not mean it"
+            return None if linear else "all-linear does not include it"
         if not self._target(name):
             return f"target_modules {_short(self.modules)} does not name it"
         if not self.numbers or name in self.modules:
@@ -99,7 +99,7 @@ class Targets:
         return f"layers_to_transform {_short(self.numbers)} leaves its layer out"
 
     def listed(self, modules: list[str]) -> Targets:
-        """The same with another list of target_modules."""
+        """A copy with another list of target_modules."""
         other = copy(self)
         other.modules, other.every = modules, False
         other._target = _form(Expressions(self.where), "target_modules", modules)
@@ -120,7 +120,7 @@ def _short(value: Any) -> str:
 def applied(base: Base, targets: Targets) -> tuple[set[str], set[str], Callable[[str], str]]:
     """The layers that PEFT adapts as modules, those that it adapts as parameters, and why it leaves a layer out.
 
-    Raises AdapterError where the config names what takes no adapter, one layer in both ways, or nothing at all.
+    Raises AdapterError if the config names a layer that cannot be adapted, one layer in both ways, or no layer.
     """
     modules, parameters = _renamed(base, targets)
     known = layers(base)
@@ -136,7 +136,7 @@ def applied(base: Base, targets: Targets) -> tuple[set[str], set[str], Callable[
             as_modules.add(name)
         else:
             raise AdapterError(
-                f"{targets.where}: target_modules {_short(targets.modules)} names '{name}' too, and Graft puts no adapter on "
+                f"{targets.where}: target_modules {_short(targets.modules)} names '{name}' too, and Graft cannot adapt "
                 f"it: {base.not_converted.get(name) or f'it is a {type(module).__name__}'}"
             )
     wanted = Expressions(targets.where).ends("target_parameters", parameters)
@@ -147,7 +147,7 @@ def applied(base: Base, targets: Targets) -> tuple[set[str], set[str], Callable[
     odd = sorted(as_parameters - known.keys())
     if odd:
         raise AdapterError(
-            f"{targets.where}: target_parameters {_short(parameters)} names '{odd[0]}', on which Graft puts no adapter"
+            f"{targets.where}: target_parameters {_short(parameters)} names '{odd[0]}', which Graft cannot adapt"
         )
     both = sorted(as_modules & as_parameters)
     if both:
@@ -161,16 +161,16 @@ def applied(base: Base, targets: Targets) -> tuple[set[str], set[str], Callable[
             f"layer of this base{nearest(first, ends)} it has: {', '.join(sorted(ends))}. Is it another architecture's adapter?"
         )
 
-    def why_not(name: str) -> str:
+    def no_slot_reason(name: str) -> str:
         if isinstance(known.get(name), StoredStack) or name not in reasons:
             return f"target_parameters {_short(parameters)} does not name it"
         return reasons[name]
 
-    return as_modules, as_parameters, why_not
+    return as_modules, as_parameters, no_slot_reason
 
 
 def _modules(base: Base) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that the model has without Graft: stacks and what is stored within routers are parameters there."""
+    """The modules that the model has without Graft; stacks and stored layers inside routers are parameters there."""
     for name, module in base.model.named_modules():
         if name and not isinstance(module, StoredStack) and not name.endswith(".stored"):
             yield name, module

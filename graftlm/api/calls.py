@@ -7,14 +7,13 @@ that TRL, PEFT, Axolotl and LLaMA-Factory have for them. An option that does not
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftlm import progress, terminal
 from graftlm.api.model import Model, folder_of, method_for
@@ -30,11 +29,15 @@ from graftlm.config import (
     TrainConfig,
 )
 from graftlm.data.check import DataReport
-from graftlm.data.in_memory import is_named, names_of, source_of
-from graftlm.data.sources import Source
+from graftlm.data.in_memory import names_of, source_of
 from graftlm.errors import ConfigError, Stopped
-from graftlm.files import write_text
+from graftlm.experiments.row_files import row_file
 from graftlm.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from graftlm.experiments.compare.results import Comparison
+    from graftlm.experiments.sweep.results import SweepResult
+    from graftlm.planning.plan import PlanReport
 
 Built = TypeVar("Built", bound=Config)
 SEARCHED = {"learning-rate": "1e-4..1e-2", "rank": "4..32"}
@@ -72,7 +75,7 @@ def train(
 
     sources, eval_source = source_of(data, ROWS), None if eval_data is None else source_of(eval_data, EVAL_ROWS)
     values: dict[str, Any] = {
-        "model": model.name if isinstance(model, Model) else str(model),
+        "model": _name_of(model),
         "data": names_of(data) if sources is None else (ROWS,),
         "eval_data": EVAL_ROWS if eval_source is not None else None if eval_data is None else _one(eval_data),
         "out": None if out is None else Path(out),
@@ -89,10 +92,17 @@ def train(
         base=model.base if isinstance(model, Model) else None, sources=None if sources is None else [sources],
         eval_source=eval_source, callbacks=(heard := _Heard(), *callbacks), save_when_stopped=True,
     )  # fmt: skip
+    with _run_of(model, config, heard), _drawn(quiet):
+        command(config, View(quiet=quiet), given)
+    return Run.open(config.out)
+
+
+@contextmanager
+def _run_of(model: Any, config: TrainConfig, heard: _Heard) -> Iterator[None]:
+    """Around a run: one that Ctrl-C ends is a result, and a loaded model that is trained in full is another afterwards."""
     ended = False
     try:
-        with _drawn(quiet):
-            command(config, View(quiet=quiet), given)
+        yield
         ended = True
     except Stopped as stopped:
         ended = True
@@ -106,7 +116,6 @@ def train(
                 model.became(Run.open(config.out))
             elif heard.steps or config.optimizer_in_backward or config.resume:
                 model.spoiled(config.out)
-    return Run.open(config.out)
 
 
 class _Heard(Callback):
@@ -120,7 +129,7 @@ class _Heard(Callback):
 
 def _on_loaded(model: Model, named: dict[str, Any]) -> dict[str, Any]:
     """The options of a run on a loaded model. Raises ConfigError for what was chosen when it was loaded."""
-    model._usable()  # pyright: ignore[reportPrivateUsage]
+    model.check_usable()
     found = {"method": method_for(model), **named}
     loaded: dict[str, Any] = {
         "base_precision": model.base_precision, "device": model.device,
@@ -146,16 +155,19 @@ def _on_loaded(model: Model, named: dict[str, Any]) -> dict[str, Any]:
     return {**found, "base_precision": model.base_precision, "compute_dtype": dtype}
 
 
-def plan(*models: str | Path, data: Any = (), **options: Any) -> Any:
+def plan(*models: Model | str | Path, data: Any = None, **options: Any) -> PlanReport:
     """What full, LoRA and QLoRA would take for each model: a PlanReport, which prints as a table.
 
-    `models` are directories, hub ids, `demo`, or built-in shapes such as "llama-3.1-8b"; options are those of `graft plan`, as
-    `gpu`, `memory`, `rank`, `max_length` (tokens). No weight is read. Sizes are in bytes, times in seconds. Raises GraftError.
+    `models` are directories, hub ids, `demo`, built-in shapes such as "llama-3.1-8b", or loaded models; `data` as `train` takes
+    them; options are those of `graft plan`, as `gpu`, `memory`, `rank`, `max_length` (tokens). No weight is read, except to
+    measure how far the data are from a small base. Sizes are in bytes, times in seconds. Raises GraftError.
     """
     from graftlm.commands.plan import plan as command
 
-    names = () if data is None or len(data) == 0 else names_of(_refuse_rows(data, "plan"))
-    return command(PlanConfig.build({"models": tuple(map(str, models)), "data": names, **options}))
+    rows = None if data is None else source_of(data, ROWS)
+    names = () if data is None else names_of(data) if rows is None else (ROWS,)
+    values = {"models": tuple(map(_name_of, models)), "data": names, **options}
+    return command(PlanConfig.build(values), None if rows is None else [rows])
 
 
 def check(data: Any, *, model: Model | str | Path, eval_data: Any = None, **options: Any) -> DataReport:
@@ -168,7 +180,7 @@ def check(data: Any, *, model: Model | str | Path, eval_data: Any = None, **opti
 
     rows, eval_rows = source_of(data, ROWS), None if eval_data is None else source_of(eval_data, EVAL_ROWS)
     values = {
-        "model": model.name if isinstance(model, Model) else str(model),
+        "model": _name_of(model),
         "data": names_of(data) if rows is None else (ROWS,),
         "eval_data": None if eval_data is None or eval_rows is not None else _one(eval_data),
         **options,
@@ -176,38 +188,54 @@ def check(data: Any, *, model: Model | str | Path, eval_data: Any = None, **opti
     return check_data(CheckConfig.build(values), None if rows is None else [rows], eval_rows)
 
 
-def compare(model: str | Path, data: Any, *, eval_data: Any = None, quiet: bool = False, **options: Any) -> Any:
+def compare(
+    model: Model | str | Path, data: Any, *, eval_data: Any = None, quiet: bool = False, **options: Any
+) -> Comparison:
     """Train full, LoRA and QLoRA on the same rows, each run in a process of its own: a Comparison with its `verdict`.
 
-    Data as `train` takes them; options are those of `graft compare`, `out` (default runs/compare) its folder, and the same
-    call goes on with what is there. Raises GraftError, and Stopped on Ctrl-C, after which it can go on.
+    `model` is a name or a loaded model, data as `train` takes them. Options are those of `graft compare`, `out` (default
+    runs/compare) its folder, and the same call goes on with what is there. A loaded model gives its name, device and compute
+    dtype, and stays as it is: every run loads the base anew, since its peak memory is one of the things compared. Raises
+    GraftError, and Stopped on Ctrl-C, after which it can go on.
     """
     from graftlm.commands.compare import compare as command
     from graftlm.experiments.compare.view import CompareView
 
-    config = _on_files(CompareConfig, _name(model, "compare"), data, eval_data, options)
+    named = CompareConfig.named(options)
+    if isinstance(model, Model):
+        model.check_usable()
+        loaded = {"device": model.config.device, "trust_remote_code": model.config.trust_remote_code}
+        named = {**loaded, "compute_dtype": model.config.compute_dtype, **named}
+    config, files = _on_files(CompareConfig, {"model": _name_of(model), **named}, data, eval_data)
     with _drawn(quiet):
-        return command(config, CompareView(terminal.console(stderr=True, quiet=quiet)))
+        return command(config, CompareView(terminal.console(stderr=True, quiet=quiet)), files)
 
 
-def sweep(model: str | Path, data: Any, *, eval_data: Any = None, quiet: bool = False, **options: Any) -> Any:
+def sweep(
+    model: Model | str | Path, data: Any, *, eval_data: Any = None, quiet: bool = False, **options: Any
+) -> SweepResult:
     """Search settings, many trials at once on one base: a SweepResult with `best`, the trial of the lowest eval loss.
 
-    Data as `train` takes them; options are those of `graft sweep`, as `search={"rank": "4..32"}` (default learning-rate and
-    rank) and `trials`. Needs the extra `sweep`. Raises GraftError, and Stopped on Ctrl-C, after which it can go on.
+    `model` is a loaded model, whose base the trials share and which is unchanged afterwards, or a name, which is loaded for
+    this sweep. Data as `train` takes them; options are those of `graft sweep`, as `search={"rank": "4..32"}` (default
+    learning-rate and rank) and `trials`. Needs the extra `sweep`. Raises GraftError, and Stopped on Ctrl-C, after which it can
+    go on.
     """
-    from graftlm.experiments.sweep.view import SweepView
-
     try:
         from graftlm.commands.sweep import sweep as command
+        from graftlm.experiments.sweep.view import SweepView
     except ModuleNotFoundError as error:
         raise ConfigError(f"graft.sweep needs {error.name}; install it with: pip install 'graftlm[sweep]'") from None
 
     named = SweepConfig.named(options)
     search = {name: space for name, space in SEARCHED.items() if name.replace("-", "_") not in named}
-    config = _on_files(SweepConfig, _name(model, "sweep"), data, eval_data, {"search": search, **named})
+    named = {"search": search, **named}
+    if isinstance(model, Model):
+        named = _on_loaded(model, named)
+    config, files = _on_files(SweepConfig, {"model": _name_of(model), **named}, data, eval_data)
+    view = SweepView(terminal.console(stderr=True, quiet=quiet))
     with _drawn(quiet):
-        return command(config, SweepView(terminal.console(stderr=True, quiet=quiet)))
+        return command(config, view, base=model.base if isinstance(model, Model) else None, rows=files)
 
 
 def merge(model: Model | str | Path, adapter: Any, out: str | Path, **options: Any) -> Any:
@@ -220,12 +248,14 @@ def merge(model: Model | str | Path, adapter: Any, out: str | Path, **options: A
 
     adapters = adapter if isinstance(adapter, list | tuple) else [adapter]
     names = [str(folder_of(one)) if isinstance(one, Run) else str(one) for one in adapters]
-    name = model.name if isinstance(model, Model) else str(model)
-    return command(MergeConfig.build({"model": name, "adapter": names, "out": Path(out), **options}))
+    return command(MergeConfig.build({"model": _name_of(model), "adapter": names, "out": Path(out), **options}))
 
 
-def serve(model: str | Path, **options: Any) -> None:
-    """Serve a base with all of its adapters over HTTP until a signal; options are those of `graft serve`. Raises GraftError."""
+def serve(model: str | Path, **options: Any) -> Any:
+    """Serve a base with all of its adapters over HTTP until a signal; options are those of `graft serve`.
+
+    With `engine="vllm"` the adapters are exported instead: a dict with the `vllm serve` command. Raises GraftError.
+    """
     from graftlm.commands.serve import serve as command
 
     console = terminal.console(stderr=True, soft_wrap=True)
@@ -233,19 +263,17 @@ def serve(model: str | Path, **options: Any) -> None:
     def note(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
-    config = ServeConfig.build({"model": _name(model, "serve"), **options})
-    command(config, note, lambda url, summary: note(f"ready      {url}"))
+    if isinstance(model, Model):
+        raise ConfigError(f"graft.serve loads the base itself, for answering; give '{model.name}', its name")
+    config = ServeConfig.build({"model": str(model), **options})
+    return command(config, note, lambda url, summary: note(f"ready      {url}"))
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def _name(model: Any, call: str) -> str:
-    if isinstance(model, Model):
-        raise ConfigError(
-            f"graft.{call} loads the base in processes or a precision of its own; give '{model.name}', its name"
-        )
-    return str(model)
+def _name_of(model: Model | str | Path) -> str:
+    return model.name if isinstance(model, Model) else str(model)
 
 
 def _one(data: Any) -> str:
@@ -255,32 +283,22 @@ def _one(data: Any) -> str:
     return names[0]
 
 
-def _refuse_rows(data: Any, call: str) -> Any:
-    if not is_named(data):
-        raise ConfigError(
-            f"graft.{call} reads data from files and hub ids; write the rows to a .jsonl file and give its name"
-        )
-    return data
-
-
-def _on_files(kind: type[Built], model: str, data: Any, eval_data: Any, options: dict[str, Any]) -> Built:
-    """A config whose data are files, as other processes need them; rows in memory are written beside its folder."""
-    values: dict[str, Any] = kind.named({"model": model, **options})
+def _on_files(kind: type[Built], values: dict[str, Any], data: Any, eval_data: Any) -> tuple[Built, dict[Path, str]]:
+    """A config whose data are files, and the text of those files that are to be written: rows in memory."""
     out = Path(values.get("out") or kind.model_fields["out"].default)
-    values["data"] = names_of(data) if is_named(data) else (str(_written(source_of(data, ROWS), out)),)
+    files: dict[Path, str] = {}
+
+    def named(given: Any, name: str) -> tuple[str, ...]:
+        source = source_of(given, name)
+        if source is None:
+            return names_of(given)
+        file, files[file] = row_file(source, out)
+        return (str(file),)
+
+    values = {**values, "data": named(data, ROWS)}
     if eval_data is not None:
-        named = is_named(eval_data)
-        values["eval_data"] = _one(eval_data) if named else str(_written(source_of(eval_data, EVAL_ROWS), out))
-    return kind.build(values)
-
-
-def _written(source: Source | None, out: Path) -> Path:
-    assert source is not None
-    assert source.rows is not None
-    place = out.parent / f"{out.name}-{source.path}.jsonl"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(place, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in source.rows))
-    return place
+        values["eval_data"] = _one(named(eval_data, EVAL_ROWS))
+    return kind.build(values), files
 
 
 def _fresh_folder(model: str) -> Path:

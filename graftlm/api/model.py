@@ -19,7 +19,9 @@ from graftlm.api.own_loop import SLOT, Batch, OwnLoop, refuse_other_options
 from graftlm.api.run import Run
 from graftlm.base.caches import Decoding, prove_decoding
 from graftlm.base.chat import Encoder
-from graftlm.base.loading import Base, load_base
+from graftlm.base.loading import Base, checkpoint_precision, load_base
+from graftlm.base.shared_base import computing_in
+from graftlm.commands.generate import sampling_of
 from graftlm.config import GenerateConfig, Precision, TrainConfig
 from graftlm.config.load import LoadConfig
 from graftlm.data.dataset import load as load_rows
@@ -27,11 +29,8 @@ from graftlm.data.in_memory import names_of, source_of
 from graftlm.data.sources import named_source, token_limit
 from graftlm.errors import ConfigError, ModelError
 from graftlm.formatting import count, size
-from graftlm.serving.engine.generate import Question, answer_all, checkpoint_precision, prompt_ids
-from graftlm.serving.engine.prompts import PromptEncoder, PromptEncoderCache
-from graftlm.serving.engine.request import SamplingParams
-from graftlm.training.pages import release_memory
-from graftlm.training.shared_base import computing_in
+from graftlm.serving.engine.generate import encode_prompts, generate_all
+from graftlm.training.memory import release_memory
 
 Messages = Sequence[Mapping[str, Any]]
 AdapterName = Run | str | Path
@@ -130,7 +129,7 @@ class Model:
         takes the likeliest token each time), `top_p`, `seed`, `system`, `format` (auto, chat or text). Raises ConfigError,
         AdapterError, StoreError, DataError.
         """
-        self._usable()
+        self.check_usable()
         one = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(part, Mapping) for part in prompts))
         asked: list[Any] = [prompts] if one else list(prompts)
         if not asked:
@@ -138,19 +137,12 @@ class Model:
         config = _generation(self.name, options)
         adapters = _each(adapter, len(asked))
         opened = {id(a): self._opened(a, store) for a in adapters if a is not None}
+        folders = [None if a is None else opened[id(a)] for a in adapters]
         with computing_in(self.base, self.config.compute_dtype, training=False):
             self._decoding = self._decoding or prove_decoding(self.base)
-            book = PromptEncoderCache(self.base, config.format)
-            questions: list[Question] = []
-            for prompt, name in zip(asked, adapters):
-                found = None if name is None else opened[id(name)]
-                style = book.base if found is None else book.of(found.digest, found.path, lambda f=found: f.manifest)
-                ids = _prompt_ids(style, prompt, config.system)
-                where = ("", None) if found is None else (found.digest, found.path)
-                questions.append(Question(ids, style.encoder, *where))
-            sampling = SamplingParams(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
-            answers = answer_all(
-                self.base, questions, max_tokens=config.max_tokens, sampling=sampling, decoding=self._decoding
+            encoded = encode_prompts(self.base, asked, folders, style=config.format, system=config.system)
+            answers = generate_all(
+                self.base, encoded, max_tokens=config.max_tokens, sampling=sampling_of(config), decoding=self._decoding
             )
         texts = [answer.text for answer in answers]
         return texts[0] if one else texts
@@ -167,7 +159,7 @@ class Model:
         `lora_dropout`, `dora`, ..., `seed`, `beta1`, `beta2`, `epsilon`, `weight_decay`, `loraplus_lr_ratio`.
         Raises ConfigError.
         """
-        self._usable()
+        self.check_usable()
         named = TrainConfig.named(options)
         known = TrainConfig.model_fields
         refuse_other_options([name for name in named if name in known])
@@ -223,7 +215,7 @@ class Model:
         return self._adapter().save(Path(folder), self.name)
 
     def _adapter(self) -> OwnLoop:
-        self._usable()
+        self.check_usable()
         if self._own is None:
             self.new_adapter()
         assert self._own is not None
@@ -231,7 +223,8 @@ class Model:
 
     # ---- what training does to it --------------------------------------------------------------------------------------
 
-    def _usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise ModelError where a full training was broken off and left weights that belong to no model."""
         if self._damage is not None:
             raise ModelError(self._damage)
 
@@ -287,12 +280,3 @@ def _each(adapter: Any, prompts: int) -> list[AdapterName | None]:
             f"there are {prompts} prompts and {len(found)} adapters; give one adapter, or one for each prompt"
         )
     return found
-
-
-def _prompt_ids(style: PromptEncoder, prompt: Any, system: str | None) -> list[int]:
-    if isinstance(prompt, str):
-        return prompt_ids(style, prompt, system)
-    messages = [dict(message) for message in prompt]
-    if system is not None and (not messages or messages[0].get("role") != "system"):
-        messages.insert(0, {"role": "system", "content": system})
-    return style.chat(messages)

@@ -25,10 +25,10 @@ from graftlm.data.dataset import Dataset, Example
 from graftlm.errors import ConfigError, Diverged
 from graftlm.files import atomic_folder
 from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
-from graftlm.training.optimizer import AdamW, clip_factor
-from graftlm.training.prepare import untrained
-from graftlm.training.result import about, manifest_of
-from graftlm.training.trainer import BatchItem, collate, forward, go_back, micro_batches
+from graftlm.training.micro_batch import BatchItem, backward, collate, count_target_tokens, forward, micro_batches
+from graftlm.training.optimizer import clip_factor
+from graftlm.training.run import make_optimizer, new_adapter_for
+from graftlm.training.run_folder import describe_inputs, manifest_of
 
 SLOT = 2
 """Of the caller's adapter; a run on the same base has 1, engines take higher ones."""
@@ -68,15 +68,10 @@ class OwnLoop:
     def __init__(self, base: Base, config: TrainConfig) -> None:
         """`config` describes the adapter, as for a run. Raises ConfigError."""
         self.base, self.config = base, config
-        self.adapter: Adapter = untrained(base, config)
+        self.adapter: Adapter = new_adapter_for(base, config)
         attach(base, self.adapter, SLOT)
         self.parameters = self.adapter.parameters()
-        ratio = config.loraplus_lr_ratio
-        self.optimizer = AdamW(
-            self.parameters, beta1=config.beta1, beta2=config.beta2, epsilon=config.epsilon,
-            weight_decay=config.weight_decay, seed=config.seed, eight_bit=config.optimizer == "adamw-8bit",
-            ratios={n: ratio for n in self.parameters if n.endswith(".lora_B.weight")} if ratio != 1 else None,
-        )  # fmt: skip
+        self.optimizer = make_optimizer(config, self.parameters, base.device)
         self.shown = 0
         self.steps = 0
         self._last: Batch | None = None
@@ -86,14 +81,14 @@ class OwnLoop:
 
         Raises Diverged for a loss that is not finite; the gradients are then gone.
         """
-        weight = 1.0 / sum(int(example.loss_mask[1:].sum()) for example in batch.examples)
+        weight = 1.0 / count_target_tokens(batch.examples)
         seed = self.config.seed
-        work = [BatchItem(e, SLOT, (seed, self.shown + i), weight) for i, e in enumerate(batch.examples)]
+        items = [BatchItem(e, SLOT, (seed, self.shown + i), weight) for i, e in enumerate(batch.examples)]
         total = 0.0
         with torch.enable_grad():
-            for group in micro_batches(self.base, work, micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS):
+            for group in micro_batches(self.base, items, micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS):
                 loss, losses = forward(self.base, collate(self.base, group))
-                go_back(loss)
+                backward(loss)
                 total += float(losses.double().sum())
         self.shown += len(batch)
         mean = total * weight
@@ -129,8 +124,8 @@ class OwnLoop:
         config = self.config.model_copy(
             update={"model": name, "train_on": batch.train_on, "template_date": batch.encoder.date}
         )
-        facts = about(config, self.base, batch.encoder, batch.dataset, None)
-        manifest = manifest_of(config, batch.encoder, {**facts, "steps": self.steps, "changes": []}, None, None)
+        description = describe_inputs(config, self.base, batch.encoder, batch.dataset, None)
+        manifest = manifest_of(config, batch.encoder, {**description, "steps": self.steps, "changes": []}, None, None)
         with atomic_folder(folder) as place:
             adapter_format.save(self.base, self.adapter, place, manifest)
         return folder

@@ -9,18 +9,11 @@ from typing import Any
 
 from graftlm.config.aliases import renamed, renamed_summary
 from graftlm.errors import RunError
-from graftlm.experiments.reports.plots import HEIGHT, WIDTH, Figure, Scale
+from graftlm.experiments.reports import charts
+from graftlm.experiments.reports.charts import Line, loss_chart
 from graftlm.formatting import size
 from graftlm.jsonfile import read_json
-from graftlm.training.result import SO_FAR
-from graftlm.training.run_folder import SUMMARY, read_metrics
-
-_STYLE = (
-    ".graft-run text{font:11px sans-serif;fill:currentColor}.graft-run .end{text-anchor:end}"
-    ".graft-run .middle{text-anchor:middle}.graft-run .grid,.graft-run .axis{stroke:currentColor;opacity:.2}"
-    ".graft-run .line{fill:none;stroke-width:1.5}.graft-run .c0{stroke:#2b6cb0;opacity:.6}"
-    ".graft-run .c1{stroke:#c05621;stroke-width:2}"
-)
+from graftlm.training.run_folder import SO_FAR, SUMMARY, read_metrics
 
 
 class Run:
@@ -132,23 +125,15 @@ class Run:
         if self.stopped:
             facts.append(("state", "stopped; resume=True goes on with it"))
         rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in facts)
-        return f'<div class="graft-run"><style>{_STYLE}</style><table>{rows}</table>{self._curve()}</div>'
+        return f"<div><table>{rows}</table>{self._curve()}</div>"
 
     def _curve(self) -> str:
-        """The loss by step: of each batch thin, of the eval rows thick."""
+        """Loss by step: of training batches faint and smoothed, of the eval set strong."""
         lines = self.metrics
-        train = [(float(m["step"]), float(m["loss"])) for m in lines if m.get("kind") == "train"]
-        evals = [(float(m["step"]), float(m["eval_loss"])) for m in lines if m.get("kind") == "eval"]
-        points = [*train, *evals]
-        if len(points) < 2:
+        train = [(int(m["step"]), float(m["loss"])) for m in lines if m.get("kind") == "train"]
+        evals = [(int(m["step"]), float(m["eval_loss"])) for m in lines if m.get("kind") == "eval"]
+        if len(train) + len(evals) < 2:
             return ""
-        low, high = min(y for _, y in points), max(y for _, y in points)
-        last = max(x for x, _ in points)
-        x = Scale(0.0, last, 60, WIDTH - 10)
-        y = Scale(low, high if high > low else low + 1, HEIGHT - 38, 12)
-        figure = Figure("loss by step")
-        figure.axes(x, y, "step", "loss, nats a token")
-        for series, name in ((train, "c0"), (evals, "c1")):
-            if len(series) > 1:
-                figure.line([(x(step), y(loss)) for step, loss in series], name)
-        return f'<div style="max-width:{WIDTH}px">{figure.svg()}</div>'
+        drawn = [Line(charts.smoothed(train), "c0 faint"), Line(evals, "c1", dots=True)]
+        svg = loss_chart("loss by step", [line for line in drawn if line.points])
+        return charts.in_notebook(svg, "Line with dots: eval loss. Faint line: training batches, smoothed.")

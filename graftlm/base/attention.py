@@ -1,13 +1,13 @@
 """Attention over segments, and the checks that decide whether a model may use it.
 
-Queries, keys and values of a whole pass come as one row of tokens. On a CPU each run of equally long segments is one call
-of PyTorch's fused attention, on a GPU all segments are one call of its variable-length kernel. No token sees another
-example and nothing is padded. transformers hands us (1, heads, T, head width) and wants (1, T, heads, head width) back.
+Queries, keys and values of a micro-batch are one row of tokens. On a CPU each run of equally long segments is one call of
+PyTorch's fused attention, on a GPU all segments are one call of its variable-length kernel. No token attends to another example
+and nothing is padded. transformers gives (1, heads, T, head width) and expects (1, T, heads, head width).
 
-A model is switched to it only after three checks on its actual weights (`may_pack`): the same logits as its own attention
-alone, no token sees a later one, no example sees another. Some models ignore a registered attention, some mix tokens
-elsewhere (convolutions, state spaces), some turn positions into a bias of their own; they fail a check and keep their own
-attention on stacks of equally long examples, which needs no padding either.
+A model uses it only after three checks on its actual weights (`may_pack`): the logits equal those of its own attention on one
+example, no token attends to a later one, no example attends to another. Some models ignore a registered attention, some mix
+tokens elsewhere (convolutions, state spaces), some use position biases of their own. They fail a check and keep their own
+attention on batches of equally long examples, which need no padding either.
 
 Letters: T tokens, n segments of a run, L their length, H heads, K key-value heads, D head width.
 """
@@ -37,18 +37,18 @@ from graftlm.segments import Segments
 if TYPE_CHECKING:
     from graftlm.base.loading import Base
 
-ATTENTION = "graft_segments"  # the name that transformers knows ours by
+ATTENTION = "graft_segments"  # its name in transformers' registry
 
-# Keywords that do not change what is computed here: the mask and the cache are ours, positions are already in q and k.
+# Keywords that do not change the result here: mask and cache are ours, and positions are already in q and k.
 _IGNORED = {
-    "attention_mask", "cache_position", "is_causal", "layer_idx", "num_items_in_batch", "output_attentions",
+    "attention_mask", "cache", "cache_position", "is_causal", "layer_idx", "num_items_in_batch", "output_attentions",
     "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
     "return_dict", "use_cache", "logits_to_keep", "deterministic",
 }  # fmt: skip
 
 
 class UnsupportedAttention(Exception):
-    """A model asks for attention that ours does not compute; it then keeps its own."""
+    """A model needs attention that ours does not support; it then keeps its own."""
 
 
 def segment_attention(
@@ -65,40 +65,37 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each current segment: q (1, H, T, D), k and v (1, K, T, D) -> (1, T, H, D).
 
-    Refuses, with UnsupportedAttention, every keyword that it does not know and that is not None: one that changes the
-    mathematics must not be dropped in silence.
+    Raises UnsupportedAttention for every unknown keyword that is not None, since it may change the result.
     """
-    pass_segments = context.current().segments
-    if pass_segments.stacked:
-        raise UnsupportedAttention("packed segments; this pass is a stack")
+    segments = context.current().segments
+    if segments.stacked:
+        raise UnsupportedAttention("packed segments; this micro-batch is a stack")
     unknown = [name for name, given in others.items() if given is not None and name not in _IGNORED]
     if unknown:
         raise UnsupportedAttention(f"attention keyword '{unknown[0]}'")
     if dropout:
         raise UnsupportedAttention("attention dropout")
-    if query.shape[2] != pass_segments.tokens or key.shape[2] != pass_segments.tokens:
-        raise UnsupportedAttention(f"{query.shape[2]} queries for {pass_segments.tokens} tokens")
+    if query.shape[2] != segments.tokens or key.shape[2] != segments.tokens:
+        raise UnsupportedAttention(f"{query.shape[2]} queries for {segments.tokens} tokens")
     groups = query.shape[1] // key.shape[1]
-    # The batch is one row; an index would fill zeros around its gradient.
+    # The batch dimension is 1; indexing it would pad the gradient with zeros.
     q, k, v = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))  # (T, H or K, D)
-    if pass_segments.kv_cache is not None:
+    if segments.kv_cache is not None:
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise UnsupportedAttention("a number for each layer (layer_idx)")
-        return pass_segments.kv_cache.attend(layer, q, k, v, scaling, sliding_window, softcap).unsqueeze(0), None
+        return segments.kv_cache.attend(layer, q, k, v, scaling, sliding_window, softcap).unsqueeze(0), None
     if softcap is None and _has_varlen(q):
-        return _varlen(q, k, v, pass_segments, groups, scaling, sliding_window).unsqueeze(0), None
+        return _varlen(q, k, v, segments, groups, scaling, sliding_window).unsqueeze(0), None
     if softcap is None and kernels.has_segment_attention(q):
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _SegmentAttention.apply(
-            q, k, v, (*pass_segments.starts, pass_segments.tokens), scale, sliding_window or 0
-        )
+        out = _SegmentAttention.apply(q, k, v, (*segments.starts, segments.tokens), scale, sliding_window or 0)
         assert isinstance(out, Tensor)
         return out.unsqueeze(0), None
-    runs = pass_segments.equal_runs
+    runs = segments.equal_runs
     sizes = [count * length for _, count, length in runs]
     out: list[Tensor] = []
-    # One split, whose backward is one concatenation; a slice each would fill a whole row of zeros for every run.
+    # One split, whose backward is one concatenation; slices would allocate a full row of zeros for every run.
     for (_, count, length), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
         run = [t.unflatten(0, (count, length)).transpose(1, 2) for t in parts]  # (n, heads, L, D)
         y = causal(run[0], run[1], run[2], groups, scaling, sliding_window, softcap)  # (n, H, L, D)
@@ -124,7 +121,7 @@ class _SegmentAttention(torch.autograd.Function):
 
 @cache
 def _varlen_call() -> tuple[Any, bool]:
-    """PyTorch's variable-length attention, and whether it takes windows (it did not always); (None, False) without it."""
+    """PyTorch's variable-length attention, and whether it supports windows; (None, False) without it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -160,7 +157,7 @@ def _varlen(
 def causal(
     q: Tensor, k: Tensor, v: Tensor, groups: int, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """q (n, H, L, D), k and v (n, K, M, D) with H = K groups and M >= L -> (n, H, L, D): the last L of M positions ask."""
+    """q (n, H, L, D), k and v (n, K, M, D) with H = K groups and M >= L -> (n, H, L, D); queries are the last L of M."""
     length, total = q.shape[2], k.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (n, H, M, D)
@@ -169,10 +166,10 @@ def causal(
     if window is None and softcap is None and length in (1, total):
         return F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=length > 1)
     at = torch.arange(total, device=q.device)
-    asks = at[total - length :]
-    allowed = asks[:, None] >= at[None, :]  # (L, M)
+    queries_at = at[total - length :]
+    allowed = queries_at[:, None] >= at[None, :]  # (L, M)
     if window is not None:
-        allowed &= asks[:, None] - at[None, :] < window
+        allowed &= queries_at[:, None] - at[None, :] < window
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling)
     scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # (n, H, L, L)
@@ -199,9 +196,9 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
 
 @contextmanager
 def short_windows(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Cut every attention window and chunk down to `length` tokens for a while, so that short examples are longer than it.
+    """Shorten every attention window and chunk to `length` tokens within the block, so that short examples exceed it.
 
-    A model that applies its window only through the mask, which our attention does not read, shows itself then.
+    This detects a model that applies its window only through the mask, which our attention does not read.
     """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     changed: list[tuple[Any, str, int]] = []
@@ -231,7 +228,7 @@ def position_dependent_rotary(config: Any) -> str | None:
     return None
 
 
-# ---- may a model use it? ---------------------------------------------------------------------------------------------
+# ---- checks -----------------------------------------------------------------------------------------------------------
 
 
 def may_pack(
@@ -241,11 +238,11 @@ def may_pack(
     *,
     exact: bool = True,
 ) -> tuple[bool, str]:
-    """Run the three checks; returns whether the model may use our attention, and the reason when it may not.
+    """Run the three checks; returns whether the model may use our attention, and the reason if not.
 
-    `own(ids (1, L))` gives the untouched model's logits (L, vocabulary) for one example, `packed(ids (1, T), segments)`
-    those with our attention, (T, vocabulary). Logits count as the same when their relative distance is below 1e-3 where
-    matmuls are in float32 (`exact`), and below 0.15 in 16 bits.
+    `own(ids (1, L))` gives the original model's logits (L, vocabulary) for one example, `packed(ids (1, T), segments)` those
+    with our attention, (T, vocabulary). Logits count as equal if their relative distance is below 1e-3 with float32 matmuls
+    (`exact`), and below 0.15 in 16 bits.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, 24), generator=generator)
@@ -261,15 +258,15 @@ def may_pack(
         if found.shape != expected.shape or differ(found[:13], expected[:13]):
             return False, "its logits change under packed attention"
         if differ(found[13:], expected[13:]):
-            return False, "a packed example sees its neighbour"
+            return False, "a packed example attends to its neighbour"
         later = ids.clone()
         later[0, 12] = (later[0, 12] + 1) % vocabulary
         if differ(packed(later, two)[:12], expected[:12]):
-            return False, "a token sees a later one"
+            return False, "a token attends to a later one"
         other = ids.clone()
         other[0, :13] = (other[0, :13] + 7) % vocabulary
         if differ(packed(other, two)[13:], expected[13:]):
-            return False, "a packed example sees its neighbour"
+            return False, "a packed example attends to its neighbour"
     except torch.OutOfMemoryError:
         raise
     except UnsupportedAttention as error:
@@ -280,10 +277,10 @@ def may_pack(
 
 
 def may_stack(own: Callable[[Tensor], Tensor], vocabulary: int, *, exact: bool = True) -> str:
-    """Whether a model runs on stacks of equally long examples with its own attention; returns why it may not, or nothing.
+    """Check a model on batches of equally long examples with its own attention; returns the reason if it fails, or "".
 
-    `own(ids (n, L))` gives logits (n, L, vocabulary). An example must get what it gets alone, and no token may see a later
-    one: a model that reads both ways (BERT without `is_decoder`) has no next-token loss, and nothing to decode.
+    `own(ids (n, L))` gives logits (n, L, vocabulary). An example must get the same logits as alone, and no token may attend
+    to a later one: a bidirectional model (BERT without `is_decoder`) has no next-token loss and cannot decode.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (2, 13), generator=generator)
@@ -291,11 +288,11 @@ def may_stack(own: Callable[[Tensor], Tensor], vocabulary: int, *, exact: bool =
         expected = own(ids)  # (2, 13, vocabulary)
         for i in range(2):
             if distance(own(ids[i : i + 1])[0], expected[i]) >= tolerance(exact=exact):
-                return "a example changes with the others in its stack"
+                return "an example's logits depend on the others in its batch"
         later = ids.clone()
         later[:, 8:] = (later[:, 8:] + 7) % vocabulary
         if distance(own(later)[:, :8], expected[:, :8]) >= tolerance(exact=exact):
-            return "a token sees later ones"
+            return "a token attends to later ones"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model's own code raises
@@ -304,7 +301,7 @@ def may_stack(own: Callable[[Tensor], Tensor], vocabulary: int, *, exact: bool =
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|; infinite where that is no number, or the shapes differ."""
+    """|found - expected| / |expected|; infinite if that is not finite, or the shapes differ."""
     if found.shape != expected.shape:
         return math.inf
     a, b = found.float(), expected.float()
@@ -313,18 +310,18 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(*, exact: bool) -> float:
-    """The distance at which logits no longer count as the same, with matmuls in float32 (`exact`) or in 16 bits.
+    """The distance above which logits count as different, with matmuls in float32 (`exact`) or in 16 bits.
 
-    Rounding adds up with depth (measured at 0.03 over 16 layers in bfloat16), a leak of random tokens is of order 1.
+    Rounding errors grow with depth (measured: 0.03 over 16 layers in bfloat16), attention to wrong tokens gives about 1.
     """
     return 1e-3 if exact else 0.15
 
 
 @torch.no_grad()
 def choose_attention(base: Base) -> None:
-    """Switch to our attention if the three checks pass on these weights; else keep the model's own, and say why.
+    """Use our attention if the three checks pass on these weights; else keep the model's own, with the reason.
 
-    Raises ModelError for a model whose own attention does not do either.
+    Raises ModelError for a model whose own attention fails its check too.
     """
     own = base.original_attention = base.model.config._attn_implementation
     base.packs, base.no_packing_reason = _may_pack(base, own)
@@ -355,9 +352,9 @@ def _may_pack(base: Base, own: str) -> tuple[bool, str]:
 
 @torch.no_grad()
 def prove_stacks(base: Base) -> None:
-    """Raise ModelError unless the base gives an example of a stack, with its own attention, what it gives it alone.
+    """Raise ModelError unless an example in a batch gets the same logits as alone, with the base's own attention.
 
-    What holds here can be trained on, and decoded at worst by running the whole text for every token.
+    Such a base can be trained, and it can decode at least by running the whole text for every token.
     """
     with original_attention(base):
         why = may_stack(
@@ -367,14 +364,14 @@ def prove_stacks(base: Base) -> None:
         reads = getattr(base.model.config, "is_decoder", None) is False
         raise ModelError(
             f"{type(base.model).__name__} can neither be trained nor generated with: {why}. "
-            + ("In its config.json is_decoder is false; a causal language model has true there. " if reads else "")
-            + "Graft takes models that predict each token from those before it"
+            + ("Its config.json has is_decoder false; a causal language model has true. " if reads else "")
+            + "Graft needs models that predict each token from those before it"
         )
 
 
 @contextmanager
 def original_attention(base: Base) -> Iterator[None]:
-    """A base on the attention that it came with, for a while."""
+    """Use the base's own attention within the block."""
     before = base.model.config._attn_implementation
     set_attention(base.model, base.original_attention)
     try:
@@ -384,6 +381,6 @@ def original_attention(base: Base) -> Iterator[None]:
 
 
 def _stack_logits(base: Base, ids: Tensor) -> Tensor:
-    """The logits (n, L, vocabulary) of examples (n, L), by the attention that is switched on."""
+    """The logits (n, L, vocabulary) of examples (n, L), with the current attention."""
     passing = ForwardContext(Segments(lengths=(ids.shape[1],) * len(ids), slots=(0,) * len(ids), stacked=True))
     return base.logits(base.hidden(ids.reshape(-1).to(base.device), passing), passing).view(*ids.shape, -1)

@@ -1,6 +1,6 @@
-"""An NF4 weight as bitsandbytes keeps it in a file, which plain transformers loads back bit by bit.
+"""An NF4 weight in bitsandbytes' file format, which plain transformers loads bit-identically.
 
-    X.weight                                     (ceil(n / 2), 1) uint8      two values a byte, the first in the high half
+    X.weight                                     (ceil(n / 2), 1) uint8      two values a byte, the first in the high nibble
     X.weight.absmax                              (b,) uint8                  block scales, quantized again
     X.weight.nested_absmax                       (g,) float32                their scales
     X.weight.quant_map, .nested_quant_map        (16,), (256,) float32       the two codes
@@ -24,11 +24,11 @@ from graftlm.kernels import Nf4
 from graftlm.kernels.reference import DYNAMIC_CODE, NF4_CODE
 from graftlm.kernels.stored import BLOCK, GROUP
 
-_STATE = 256  # bytes of the JSON, filled up with spaces: a file's header says sizes before anything is computed
+_STATE = 256  # bytes of the JSON, padded with spaces: a file's header has the sizes before the values are computed
 
 
 def specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-    """Types and shapes of what stands in a file for the weight `name` of (out, in)."""
+    """Dtypes and shapes of the tensors that a file has for the weight `name` of (out, in)."""
     n = math.prod(shape)
     blocks = -(-n // BLOCK)
     return {
@@ -42,7 +42,7 @@ def specs(name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
 
 
 def tensors(name: str, weight: Nf4, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of `specs`; `dtype` is what transformers upcasts the weight to."""
+    """The tensors of `specs`; `dtype` is the dtype that transformers dequantizes the weight to."""
     state: dict[str, Any] = {
         "quant_type": "nf4", "blocksize": BLOCK, "dtype": str(dtype).removeprefix("torch."), "shape": list(weight.shape),
         "nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": float(weight.offset),
@@ -60,7 +60,7 @@ def tensors(name: str, weight: Nf4, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def config(not_converted: list[str], compute_dtype: torch.dtype) -> Mapping[str, Any]:
-    """The `quantization_config` that makes transformers load it; `not_converted` are the modules that are not in 4 bits."""
+    """The `quantization_config` for transformers; `not_converted` are the modules that are not in 4 bits."""
     return {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),

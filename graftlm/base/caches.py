@@ -1,14 +1,14 @@
-"""How a base decodes: over KV caches in blocks, over its class's own cache, or over the whole text for every token.
+"""How a base decodes: with paged KV caches, with its class's own cache, or by running the whole text for every token.
 
-    way = prove_decoding(base)      the first of the three whose logits are those of the whole text, on the actual weights
+    way = prove_decoding(base)      the first of the three whose logits equal those of the whole text, on the actual weights
     past = Past(base, way.cache)    one group of sequences of equal length
     hidden = past.step(ids)         (n, L) -> (n, L, width): the prompts first, then one token of each sequence
-    past.keep([0, 2])               the sequences that go on
+    past.keep([0, 2])               continue with these sequences
 
-Recurrent and hybrid models keep states of convolutions and scans, some in a class of their own (MiniMax, DeepSeek V4, xLSTM).
-The model makes its cache itself when it is asked for one and given none, so it is of the class that it wants. Rows leave
-a cache by indexing every tensor in it that has a row for each sequence: transformers' own `batch_select_indices` is missing
-or forgets a part in several of these classes.
+Recurrent and hybrid models cache states of convolutions and scans, some in a class of their own (MiniMax, DeepSeek V4, xLSTM).
+The model creates its cache itself if it gets none, so the cache has the right class. Rows are removed by indexing every tensor
+in the cache that has a row for each sequence: transformers' own `batch_select_indices` is missing or incomplete in several of
+these classes.
 
 Letters: n sequences, L new tokens of each, V vocabulary.
 """
@@ -30,29 +30,30 @@ from graftlm.base.kv_cache import LayerKVSpec, check_kv_cache
 from graftlm.base.loading import Base
 from graftlm.segments import Segments
 
-ARGUMENTS = ("past_key_values", "cache_params", "state")
-"""What the bodies of transformers' models call their cache, given and returned; Mamba and xLSTM the second, RWKV the third."""
+ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
+"""The cache's argument and output names in transformers' models: the first since 5.24, before that the second; the third for
+Mamba and xLSTM, the last for RWKV."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How a body is asked for its cache."""
+    """How a body takes its cache and returns it."""
 
     argument: str
-    """The argument that takes the cache, and the field of the output that gives it back."""
+    """The argument for the cache, and the output field with the updated cache."""
     positions: bool
-    """Whether it is told the positions of the new tokens; MiniMax counts them by its first layer, which may keep none."""
+    """Whether it gets the positions of the new tokens; MiniMax counts them in its first layer's cache, which may be empty."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """The way a base was proven to decode, and why not a faster one."""
+    """The verified way in which a base decodes, and why not a faster one."""
 
     layers: dict[int, LayerKVSpec]
-    """What each layer keeps of a token, where KV caches in blocks work; else empty."""
+    """Each layer's KV cache, if paged KV caches work; else empty."""
     why_not_blocks: str = ""
     cache: Asking | None = None
-    """How the class's own cache is used; None where it is not."""
+    """How the class's own cache is used; None if it is not."""
     why_not_cache: str = ""
 
     @property
@@ -61,7 +62,7 @@ class Decoding:
 
 
 class Past:
-    """The cache of one group of sequences of equal length, as the model's own class makes and fills it."""
+    """The model's own cache for one group of sequences of equal length."""
 
     def __init__(self, base: Base, asking: Asking) -> None:
         self._body, self._asking = base.structure.body, asking
@@ -69,7 +70,7 @@ class Past:
         self._rows = self._done = 0
 
     def step(self, ids: Tensor) -> Tensor:
-        """ids (n, L) behind what is cached -> hidden states (n, L, width). Raises TypeError where no cache comes back."""
+        """ids (n, L) after the cached tokens -> hidden states (n, L, width). Raises TypeError if no cache is returned."""
         argument = self._asking.argument
         given: dict[str, Any] = {} if self._cache is None else {argument: self._cache}
         rows, length = ids.shape
@@ -84,18 +85,18 @@ class Past:
         return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Continue with these rows only."""
         if self._cache is not None:
             self._cache = _rows_of(self._cache, self._rows, list(rows), {})
         self._rows = len(rows)
 
 
 def _rows_of(value: Any, count: int, rows: list[int], seen: dict[int, Any]) -> Any:
-    """`value` with the given rows of every tensor that has `count` of them; containers and cache objects are changed."""
+    """`value` with the given rows of every tensor that has `count` rows; containers and cache objects change in place."""
     if isinstance(value, Tensor):
         if value.ndim == 0 or len(value) != count:
             return value
-        if id(value) not in seen:  # DeepSeek's keys are its values
+        if id(value) not in seen:  # DeepSeek's keys and values are one tensor
             seen[id(value)] = value, value[torch.tensor(rows, device=value.device)]
         return seen[id(value)][1]
     if isinstance(value, dict):
@@ -116,7 +117,7 @@ def _rows_of(value: Any, count: int, rows: list[int], seen: dict[int, Any]) -> A
 
 
 def prove_decoding(base: Base) -> Decoding:
-    """The fastest way in which a base decodes and gives the logits of the whole text without a cache.
+    """The fastest way of decoding that gives the same logits as the whole text without a cache.
 
     Raises ModelError, with what failed, for a base that cannot decode at all.
     """
@@ -124,17 +125,16 @@ def prove_decoding(base: Base) -> Decoding:
     if layers:
         return Decoding(layers)
     cache, why_not_cache = may_cache(base)
-    if cache is None and base.packs:  # otherwise that was proven when it was loaded
+    if cache is None and base.packs:  # otherwise this was checked when the base was loaded
         prove_stacks(base)
     return Decoding({}, why_not_blocks, cache, why_not_cache)
 
 
 @torch.no_grad()
 def may_cache(base: Base) -> tuple[Asking | None, str]:
-    """How the class's own cache is used, where decoding with it gives the logits of the whole text.
+    """How the class's own cache is used, if decoding with it gives the logits of the whole text; else None and the reason.
 
-    Otherwise None, and the reason. Three texts are decoded together, from prompts longer and shorter than any convolution
-    of a mixer; one of them ends early.
+    Three texts are decoded together, from prompts longer and shorter than any convolution of a mixer; one of them ends early.
     """
     parameters = inspect.signature(base.structure.body.forward).parameters
     argument = next((name for name in ARGUMENTS if name in parameters), None)
@@ -144,23 +144,23 @@ def may_cache(base: Base) -> tuple[Asking | None, str]:
     for positions in (True, False) if base.structure.takes_positions else (False,):
         asking = Asking(argument, positions)
         with original_attention(base), short_windows(base.model, 5):
-            found = _why_not(base, asking)
+            found = _cache_fault(base, asking)
         if not found:
             return asking, ""
         why = why or found
     return None, why
 
 
-def _why_not(base: Base, asking: Asking) -> str:
+def _cache_fault(base: Base, asking: Asking) -> str:
     try:
         groups = [_Texts(base, asking, prompt) for prompt in (9, 2)]
-        # In turns: RecurrentGemma keeps states in its modules, where one group overwrites another's.
+        # Alternately: RecurrentGemma keeps states in its modules, where one group would overwrite another's.
         apart = max(group.step() for _ in range(_STEPS) for group in groups)
         if apart >= tolerance(exact=base.compute_dtype == "float32"):
             return f"its cache changes its logits (by {apart:.2g})"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the model's own code raises only means that its cache does not work here
+    except Exception as error:  # the model's own code may raise anything: its cache does not work here
         return f"its cache fails ({type(error).__name__}: {str(error).strip()[:120]})"
     return ""
 
@@ -179,7 +179,7 @@ class _Texts:
         self.kv_cache, self.going, self.done = Past(base, asking), [0, 1, 2], 0
 
     def step(self) -> float:
-        """Decode one step; returns the largest relative distance of its logits from those of the whole texts."""
+        """Decode one step; returns the largest relative distance between its logits and those of the whole texts."""
         if self.done == self.prompt + 2:
             self.going = [0, 2]
             self.kv_cache.keep(self.going)

@@ -1,14 +1,14 @@
-"""From messages to token ids, and which of them are trained. Training, generation and serving all encode here.
+"""From messages to token ids and their loss mask. Training, generation and serving all encode here.
 
-A row becomes a text with character ranges that the model is to write (base/template.py finds them for chats; for a
-prompt with its completion it is the completion, for plain text everything). The text is tokenized as a whole and the
-ranges are carried over to tokens by the fast tokenizer's offsets, never by looking for token ids: an end token that is
-also the padding token is still learnt.
+A row becomes a text with the character ranges that the model is to generate (`template.py` finds them for chats; of a prompt
+with its completion it is the completion, of plain text everything). The whole text is tokenized, and the ranges are mapped to
+tokens by the fast tokenizer's offsets, not by searching for token ids: an end token that is also the padding token is still a
+target.
 
-At generation the model is given the prompt alone, so the prompt's tokens must be the same in training. Where a token of
-the whole text reaches over the border between prompt and answer, the two sides are tokenized apart.
+In generation the model gets the prompt alone, so the prompt must have the same tokens in training. If a token spans the border
+between prompt and answer, the two sides are tokenized separately.
 
-`trained[t]` says that token t is a target of the loss. Token 0 never is, since nothing comes before it to predict it.
+`loss_mask[t]` says that token t is a target of the loss. Token 0 never is, since no token before it predicts it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from graftlm.errors import ConfigError, DataError, ModelError
 __all__ = ["DATE", "PLAIN_TEMPLATE", "Encoded", "Encoder", "Marked", "Message", "TrainOn"]
 
 DATE = "2026-01-01"
-"""The date that chat templates print, unless told otherwise."""
+"""The default date for chat templates."""
 
 TrainOn = Literal["all-assistant", "last-assistant"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """One example as the model reads it."""
+    """One example: token ids and loss mask."""
 
     ids: NDArray[np.int32]  # (tokens,)
     loss_mask: NDArray[np.bool_]  # (tokens,)
@@ -48,8 +48,8 @@ class Encoded:
 class Encoder:
     """Encodes chats, prompts with completions, and texts for one tokenizer.
 
-    `train_on`: train every assistant turn, or only the last one. `date`: the ISO date that chat templates print.
-    Raises ModelError for a tokenizer without offsets or without an end token, ConfigError for a date that is none.
+    `train_on`: train on every assistant message, or only the last one. `date`: the ISO date for chat templates.
+    Raises ModelError for a tokenizer without offsets or without an end token, ConfigError for an invalid date.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Encoder:
     ) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
-                f"the tokenizer {type(tokenizer).__name__} gives no character offsets (it is a slow one), so which "
-                "tokens belong to an answer is not known. Use a model with a tokenizer.json, or convert it: "
+                f"the tokenizer {type(tokenizer).__name__} gives no character offsets (it is a slow tokenizer), so the "
+                "tokens of an answer cannot be found. Use a model with a tokenizer.json, or convert it: "
                 "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
         if train_on not in ("all-assistant", "last-assistant"):
@@ -86,29 +86,29 @@ class Encoder:
 
     @property
     def template(self) -> str:
-        """The chat template in use: the tokenizer's, or the plain one where it has none."""
+        """The chat template in use: the tokenizer's, or the plain one if it has none."""
         return self._template.source
 
     @property
     def template_digest(self) -> str:
-        """Names the template in use by content; with the date, it decides how messages become text."""
+        """Identifies the template by content; with the date, it determines how messages become text."""
         both = [self._template.source, self._tool_template.source]
         return hashlib.blake2b("\0".join(dict.fromkeys(both)).encode(), digest_size=16).hexdigest()
 
     @property
     def tokenizer_digest(self) -> str:
-        """Names the tokenizer by content, 32 hexadecimal digits."""
+        """Identifies the tokenizer by content, 32 hexadecimal digits."""
         self._tokenize([])  # without the truncation and padding that a tokenizer.json may carry
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how the template was read, found so far."""
+        """Notes for the user about the template, so far."""
         return tuple(dict.fromkeys((*self._template.notes, *self._tool_template.notes)))
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens at which an answer is over: the end token, and what the template ends a last turn with."""
+        """The stop tokens: the end token, and the tokens with which the template ends a last turn."""
         stops = {self._eos_id}
         for template in (self._template, self._tool_template):
             for text in template.stop_strings():
@@ -118,50 +118,50 @@ class Encoder:
     # ------------------------------------------------------------------------------------------------ one row
 
     def chat(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:
-        """A conversation; the assistant's turns are trained, their end tokens included. Raises DataError."""
+        """Encode a conversation; targets are the assistant's turns with their end tokens. Raises DataError."""
         return self.encode([self.mark_chat(messages, tools)])[0]
 
     def completion(self, prompt: str, completion: str) -> Encoded:
-        """A prompt and what follows it; the completion and the end token are trained."""
+        """Encode a prompt and its completion; targets are the completion and the end token."""
         return self.encode([self.mark_completion(prompt, completion)])[0]
 
     def text(self, text: str) -> Encoded:
-        """A text of which every token is trained, the end token included."""
+        """Encode a text; every token is a target, the end token included."""
         return self.encode([self.mark_text(text)])[0]
 
     def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        """The tokens that ask for the next assistant turn. Raises DataError."""
+        """The tokens of a conversation with the generation prompt. Raises DataError."""
         text = self._template_for(tools).render(messages, tools, prompt=True)
         return list(self._tokenize([text])[0].ids)
 
     def prompt_text(self, prompt: str) -> list[int]:
-        """The tokens of a raw prompt, as `completion` begins."""
+        """The tokens of a plain prompt, the same as in `completion`."""
         ids = list(self._tokenize([prompt])[0].ids)
         return [*self._missing_lead(ids), *ids]
 
     # ------------------------------------------------------------------------------------------------ many rows
 
     def same_text(self, messages: Sequence[Message], others: Sequence[Message], tools: Tools | None = None) -> bool:
-        """Whether two conversations are the same text. Raises DataError."""
+        """Whether two conversations render to the same text. Raises DataError."""
         template = self._template_for(tools)
         return template.render(messages, tools) == template.render(others, tools)
 
     def mark_chat(
         self, messages: Sequence[Message], tools: Tools | None = None, *, masked: Collection[int] = ()
     ) -> Marked:
-        """The text of a conversation and the ranges to train; no message whose place is `masked`. Raises DataError."""
+        """The text of a conversation and its target ranges, without messages whose index is in `masked`. Raises DataError."""
         if not messages:
             raise DataError("a conversation needs at least one message")
         last_only = self.train_on == "last-assistant"
         return self._template_for(tools).mark(messages, tools, masked=masked, last_only=last_only)
 
     def mark_completion(self, prompt: str, completion: str) -> Marked:
-        """A prompt and its completion as one text, the completion to be trained."""
+        """A prompt and its completion as one text; the target range is the completion."""
         text = prompt + completion
         return Marked(text, ((len(prompt), len(text)),), bos=True, eos=True)
 
     def mark_text(self, text: str) -> Marked:
-        """A text, all of it to be trained."""
+        """A text; the target range is all of it."""
         return Marked(text, ((0, len(text)),), bos=True, eos=True)
 
     def encode(self, rows: Sequence[Marked]) -> list[Encoded]:
@@ -193,7 +193,7 @@ class Encoder:
         return self._tokenize([text[start:end] for start, end in pairwise(cuts)])
 
     def _tokenize(self, texts: Sequence[str]) -> list[Encoding]:
-        # A tokenizer.json may ask for truncation or padding; a training row wants neither.
+        # A tokenizer.json may turn on truncation or padding; examples need neither.
         if self._backend.truncation is not None:
             self._backend.no_truncation()
         if self._backend.padding is not None:
@@ -201,7 +201,7 @@ class Encoder:
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
     def _leading_ids(self) -> list[int]:
-        """The tokens that the tokenizer itself puts before any text."""
+        """The tokens that the tokenizer adds before any text."""
         plain = self._backend.encode("a", add_special_tokens=False).ids
         full = self._backend.encode("a", add_special_tokens=True).ids
         for start in range(len(full) - len(plain) + 1):
@@ -232,12 +232,12 @@ class Encoder:
         return self._tool_template if tools else self._template
 
 
-# The next four take offsets as the tokenizer gives them. White space that a token begins with may be missing from its
-# offsets (`trim_offsets`), so a token is taken to begin where the one before it ends.
+# The next four use the tokenizer's offsets. Leading white space of a token may be missing from its offsets (`trim_offsets`),
+# so a token is taken to begin where the one before it ends.
 
 
 def _first_at(encoding: Encoding, position: int, length: int) -> int | None:
-    """The first token that holds the character at `position`, or else the next character that any token holds."""
+    """The first token that contains the character at `position`, or else the next character that any token contains."""
     for at in range(position, length):
         token = encoding.char_to_token(at)
         if token is not None:
@@ -253,7 +253,7 @@ def _reach(encoding: Encoding) -> int:
 
 
 def _reaches_over(encoding: Encoding, border: int) -> bool:
-    """Whether one token holds characters on both sides of `border`."""
+    """Whether a token has characters on both sides of `border`."""
     token = _first_at(encoding, border, _reach(encoding))
     if token is None:
         return False
@@ -273,7 +273,7 @@ def _reaches_over(encoding: Encoding, border: int) -> bool:
 
 
 def _locate(offsets: Sequence[int], position: int) -> int:
-    """The piece that holds `position`."""
+    """The piece that contains `position`."""
     piece = len(offsets) - 1
     while offsets[piece] > position:
         piece -= 1
@@ -290,7 +290,7 @@ def _token_at(pieces: Sequence[Encoding], offsets: Sequence[int], start: int) ->
 
 
 def _token_after(pieces: Sequence[Encoding], offsets: Sequence[int], end: int) -> int:
-    """The token after a range that ends at `end`; a token that reaches over the end belongs to the range."""
+    """The token after a range that ends at `end`; a token that spans the end belongs to the range."""
     piece = _locate(offsets, end)
     before = sum(len(p) for p in pieces[:piece])
     encoding = pieces[piece]

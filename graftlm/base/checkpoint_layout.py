@@ -1,12 +1,12 @@
-"""Where the values of a model's weights lie in its checkpoint: which rows of which tensor of which file.
+"""Where a model's weights are in its checkpoint: which rows of which tensor of which file.
 
-A checkpoint's tensors are not always the model's: experts lie one by one and are stacked, a gate and an up projection are
-joined, names have changed since. transformers converts while it loads. To write a checkpoint back in its own form, the
-same conversion is run once on row numbers in place of rows: what comes out says where each row of a weight was taken from.
+A checkpoint's tensors are not always the model's: separate experts are stacked, gate and up projections are joined, names
+have changed. transformers converts them while it loads. To write a checkpoint in its own layout, the same conversion runs
+once on row numbers instead of rows; the result says which tensor each row of a weight comes from.
 
-    span      rows `first .. first + count` of a tensor  are  rows `row .. row + count` of a weight
-    rows      of W (out, in) its out; of a stack (E, out, in) all of them, expert by expert
-    across    the tensor keeps W transposed (Conv1D), so its rows are columns
+    span        rows `first .. first + count` of a tensor  are  rows `row .. row + count` of a weight
+    rows        of W (out, in) its out; of a stack (E, out, in) all of them, expert by expert
+    by_column   the tensor has W transposed (Conv1D), so its rows are columns
 """
 
 # pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false
@@ -48,7 +48,7 @@ from graftlm.tensorfile import TensorInfo, read_header
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """A weight as the model holds it: W (out, in) or (E, out, in), and whether its parameter keeps it transposed."""
+    """A weight in the model: W (out, in) or (E, out, in), and whether its parameter is transposed."""
 
     shape: tuple[int, ...]
     transposed: bool = False
@@ -64,7 +64,7 @@ class WeightLayout:
 
 @dataclass(frozen=True)
 class RowSpan:
-    """Some rows of a weight, and where they lie; it never crosses from one expert to the next."""
+    """Some rows of a weight, and where they are in the checkpoint; all within one expert."""
 
     weight: str
     row: int
@@ -78,7 +78,7 @@ class Checkpoint:
     """The tensors of a model folder's safetensors files, read in place, or of the GGUF file that it stands for, as float32."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the headers. Raises ModelError for files that are missing, damaged, or hold one tensor twice."""
+        """Read the headers. Raises ModelError for files that are missing, damaged, or have one tensor twice."""
         self.folder = folder
         self.files = weight_files(folder)
         self.tensors: dict[str, TensorInfo] = {}
@@ -100,7 +100,7 @@ class Checkpoint:
         self._open: dict[Path, Any] = {}
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it lies in its file: its pages belong to the file, no memory of this process is taken.
+        """A tensor, memory-mapped from its file, which takes no memory of this process.
 
         One of a GGUF file is dequantized to float32, which takes memory for this one tensor.
         """
@@ -112,7 +112,7 @@ class Checkpoint:
         return self._open[file].get_tensor(name)
 
     def rows(self, span: RowSpan) -> Tensor:
-        """The rows of a span, (count, in), as a view where the tensor's layout allows one."""
+        """The rows of a span, (count, in), as a view if the tensor's layout allows it."""
         tensor, last = self.read(span.tensor), span.first + span.count
         if not span.by_column:
             return tensor.reshape(-1, tensor.shape[-1])[span.first : last]
@@ -122,14 +122,14 @@ class Checkpoint:
         return tensor[expert, :, first : first + span.count].T
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._open.clear()
 
 
 def names_of(model: Any, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
-    """Each tensor's parameter, as transformers' loader finds it: tensor -> (parameter, converter's pattern or None).
+    """Each tensor's parameter, as in transformers' loader: tensor -> (parameter, converter's pattern or None).
 
-    Tensors that the architecture has no use for are left out.
+    Tensors that the architecture does not use are left out.
     """
     renamings, converters = _mapping(model)
     prefix, known = model.base_model_prefix, model.state_dict()
@@ -154,7 +154,7 @@ def _mapping(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
 def spans_of(
     model: Any, shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, WeightLayout], folder: Path | str
 ) -> dict[str, list[RowSpan]]:
-    """For each weight, by its parameter's name, the spans that its rows come from, in their order.
+    """For each weight, by its parameter's name, the spans that its rows come from, in order.
 
     `model` may be on the meta device, `shapes` are the checkpoint's tensors. Raises ModelError for a weight that is missing,
     or whose conversion does more than move rows.
@@ -188,7 +188,7 @@ def spans_of(
                 break
         else:
             raise ModelError(
-                f"{folder}: '{parameter}' is put together in another way than by moving rows, so it cannot be written "
+                f"{folder}: '{parameter}' is converted in another way than by moving rows, so it cannot be written "
                 "back; please report this architecture"
             )
     missing = sorted(forms.keys() - found.keys())
@@ -201,7 +201,7 @@ def _converted(
     model: Any, step: WeightConverter, parameter: str, groups: Mapping[str, list[str]],
     shapes: Mapping[str, tuple[int, ...]], by_column: bool,
 ) -> dict[str, tuple[Tensor, list[tuple[str, int]]]]:  # fmt: skip
-    """A converter run on row numbers: parameter -> (its row numbers, where each tensor's numbers begin)."""
+    """Run a converter on row numbers: parameter -> (its row numbers, where each tensor's numbers begin)."""
     run = deepcopy(step)
     starts: list[tuple[str, int]] = []
     start = 0
@@ -224,7 +224,7 @@ def _converted(
 def _spans(
     weight: str, form: WeightLayout, numbers: Tensor, starts: list[tuple[str, int]], by_column: bool
 ) -> list[RowSpan] | None:
-    """Row numbers as spans; None where they are not exactly this weight's rows."""
+    """Row numbers as spans; None if they are not exactly this weight's rows."""
     if numbers.numel() != form.rows or numbers.dtype != torch.int64:
         return None
     flat = numbers.flatten().tolist()
@@ -245,9 +245,9 @@ def _spans(
 
 
 def mixture_of_v4(model: PreTrainedModel) -> str | None:
-    """The mixture after whose transformers 4 form PEFT rewrites a config for this model: `mixtral`, `qwen2_moe`, or None.
+    """The mixture for which PEFT rewrites transformers 4 names in a config: `mixtral`, `qwen2_moe`, or None.
 
-    As `_convert_peft_config_moe` of PEFT 0.21 finds it.
+    The same as in `_convert_peft_config_moe` of PEFT 0.21.
     """
     kind = str(getattr(model.config, "model_type", ""))
     known = {**_MODEL_TO_CONVERSION_PATTERN, "mixtral": "mixtral"}

@@ -1,13 +1,13 @@
-"""What a forward pass knows beside its input, for modules whose signature is not ours.
+"""The context of a forward pass: its segments and options, for modules whose signature is not ours.
 
     context = ForwardContext(segments)
-    hidden = base.hidden(ids, context)          # holds while the layers run
+    hidden = base.hidden(ids, context)          # active while the layers run
     with context: ...                           # the same, for code that calls modules itself
 
-`nn.Linear` takes no keyword arguments, so a stored linear, its bank of adapters, the attention and the embedding read the
-active context of their thread. A thread has one only while a pass of its own runs: there is no default, and a thread never
-sees another's. So a server may check one adapter in one thread while it answers in another. Activation checkpointing runs a
-layer again under the context that its first run had (`structure.py`), in whatever thread autograd does that.
+`nn.Linear` takes no keyword arguments, so stored linears, their banks of adapters, attention and embedding read the active
+context of their thread. A thread has one only during a forward pass: there is no default, and threads do not share it, so a
+server may check an adapter in one thread while it decodes in another. Activation checkpointing recomputes a layer under the
+context of its first forward pass (`structure.py`), in whatever thread autograd uses.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from graftlm.segments import Segments
 
 
 class TiedGradient:
-    """What a head leaves for the lookup of its matrix: nothing yet, its gradient, or how to make that (`embedding.py`)."""
+    """A tied head's gradient for the embedding: none yet, the gradient, or a function that computes it (`embedding.py`)."""
 
     def __init__(self) -> None:
         self.gradient: Tensor | None = None
         self.make: Callable[[], Tensor] | None = None
 
     def take(self) -> Tensor | None:
-        """The head's gradient, or None where it has left none; nothing is kept."""
+        """The head's gradient, or None if there is none; it is not kept here."""
         gradient, make = self.gradient, self.make
         self.gradient = self.make = None
         return gradient if make is None else make()
@@ -37,22 +37,22 @@ class TiedGradient:
 
 @dataclass(eq=False)
 class ForwardContext:
-    """One micro-batch's routing and options; made where it begins, and active between `__enter__` and `__exit__`."""
+    """The routing and options of one micro-batch; active between `__enter__` and `__exit__`."""
 
     segments: Segments
     bf16_matmul: bool = field(default=True, kw_only=True)
-    """False: modules that multiply in bfloat16 keep to float32. A canary is taken so."""
+    """False: bf16-mixed modules use float32 matmuls, as a canary needs."""
     head_gradient_last: bool = field(default=False, kw_only=True)
-    """A tied head makes its weight's gradient when the layers have run back, from its logits once more: less memory."""
+    """A tied head computes its gradient after the layers' backward, by recomputing its logits, which saves memory."""
     tied: TiedGradient | None = field(default=None, kw_only=True)
-    """Left by the embedding of this pass for the head that shares its matrix; the loss takes it."""
+    """Set by the embedding for the tied head; the loss takes it."""
 
     def over(self, segments: Segments) -> ForwardContext:
-        """The same options over other segments, for the rows of a pass that its head sees."""
+        """The same options with other segments, for the rows that the head gets."""
         return replace(self, segments=segments, tied=None)
 
     def take_tied(self) -> TiedGradient | None:
-        """What the embedding left, once."""
+        """What the embedding has set; None from the second call on."""
         tied, self.tied = self.tied, None
         return tied
 
@@ -77,13 +77,13 @@ def _stack() -> list[ForwardContext]:
 
 
 def active() -> ForwardContext | None:
-    """The context of the pass that runs in this thread, or None outside of one."""
+    """The context of this thread's forward pass, or None outside of one."""
     stack = _stack()
     return stack[-1] if stack else None
 
 
 def current() -> ForwardContext:
-    """The context of the pass that runs in this thread. Raises RuntimeError outside of one."""
+    """The context of this thread's forward pass. Raises RuntimeError outside of one."""
     stack = _stack()
     if not stack:
         raise RuntimeError(

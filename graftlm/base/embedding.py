@@ -1,16 +1,16 @@
-"""The input embedding: rows in the type that the layers compute in, an adapter's own rows, and one gradient with a tied head.
+"""The input embedding: rows in the compute dtype, an adapter's own rows, and one gradient with a tied head.
 
     StoredEmbedding(ids (...,)) -> (..., w)
 
-It stands where the model's embedding was and shares its tensors. What the class does to a row behind the lookup (Gemma's
-scale) is the class's own code, run on a private view of the module that holds other rows: the shared module is never
-written to, so passes of several threads may run at once.
+It replaces the model's embedding and shares its tensors. What the class does after the lookup (Gemma's scale) is the class's
+own code, run on a private view of the module with other rows: the shared module is never written to, so several threads may
+run forward passes at once.
 
-**A tied head.** The head has its gradient dW (V, w) before the backward pass begins (`training/loss.py`); the lookup has a
-handful of rows at its end. Left to autograd, the rows are made into a second matrix of zeros to be added to the first. Here
-the head hands its own over (`context.TiedGradient`) and the rows are added in place: the lookup's gradient is that of both.
-Where memory counts more than time (`ForwardContext.head_gradient_last`) the head hands over how to make it instead, and it
-is made when the layers have run back and their activations are gone: its logits are computed once more.
+**A tied head.** The head's gradient dW (V, w) is known before the layers' backward pass (`training/loss.py`); the lookup's, a
+few rows, at its end. Autograd would scatter these rows into a second matrix of zeros and add both. Here the head passes its
+gradient on (`context.TiedGradient`) and the rows are added in place: the lookup's gradient is the sum. To save memory
+(`ForwardContext.head_gradient_last`) the head passes on a function instead, which recomputes its logits and the gradient
+after the layers' backward pass, when their activations are free.
 
 Letters: V vocabulary, w width, T tokens.
 """
@@ -31,28 +31,28 @@ from graftlm.base.context import TiedGradient
 
 
 class RowBank(Protocol):
-    """What an embedding asks of the adapters on it (`adapters.bank` implements it)."""
+    """The adapters on an embedding (`adapters.bank` implements it)."""
 
     def __call__(self, ids: Tensor, output: Tensor, embedding: StoredEmbedding) -> Tensor: ...
 
 
 class StoredEmbedding(nn.Module):
-    """The model's own embedding, whose rows leave in `activation_dtype`; `bank` puts adapters' rows in."""
+    """The model's own embedding with rows cast to `activation_dtype`; `bank` inserts adapters' rows."""
 
     weight: nn.Parameter
 
     def __init__(self, original: nn.Module, activation_dtype: torch.dtype) -> None:
         super().__init__()
-        # One set of tensors: moving or replacing a tensor here does it there too.
+        # Shared parameters: moving or replacing a tensor here does so in the original too.
         self._parameters, self._buffers = original._parameters, original._buffers
         self._non_persistent_buffers_set = original._non_persistent_buffers_set
-        self.__dict__["original"] = original  # no child: its tensors would be named twice
+        self.__dict__["original"] = original  # not a child, or its tensors would be listed twice
         self.__dict__["head"] = None
         self.activation_dtype = activation_dtype
         self.bank: RowBank | None = None
 
     def tie(self, head: nn.Module | None) -> None:
-        """Name the head; while it has the same weight as this embedding, the two share one gradient in training."""
+        """Set the head; while it has the same weight as this embedding, the two share one gradient in training."""
         self.__dict__["head"] = head
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class StoredEmbedding(nn.Module):
         return rows if bank is None else bank(ids, rows, self)
 
     def _own_rows(self, ids: Tensor) -> Tensor:
-        """The rows are upcast before the class scales them: Gemma rounds its scale to the type of the weight."""
+        """The rows, upcast before the class scales them: Gemma rounds its scale to the dtype of the weight."""
         weight: Tensor = self.weight
         original: Any = self.__dict__["original"]
         if weight.dtype == self.activation_dtype:
@@ -82,9 +82,9 @@ class StoredEmbedding(nn.Module):
         )  # fmt: skip
 
     def scaled(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """Other `rows` (n, w), indexed by `ids`, through what the class does behind its lookup -> (*ids.shape, w).
+        """Other `rows` (n, w), indexed by `ids`, with the class's own code after the lookup -> (*ids.shape, w).
 
-        Its padding index does not come along: it only stops a gradient, and would name another row here.
+        The padding index is not used: it only stops a gradient, and would be another row here.
         """
         original: Any = self.__dict__["original"]
         view: Any = object.__new__(type(original))
@@ -102,15 +102,15 @@ class StoredEmbedding(nn.Module):
 
 
 class _Lookup(torch.autograd.Function):
-    """weight (V, w), ids (T,) -> rows (T, w) in `wide`."""
+    """weight (V, w), ids (T,) -> rows (T, w) in `dtype`."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, wide: torch.dtype, tied: TiedGradient
+        ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, dtype: torch.dtype, tied: TiedGradient
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.shape, ctx.type, ctx.padding, ctx.tied = weight.shape, weight.dtype, padding, tied
-        return F.embedding(ids, weight).to(wide)
+        return F.embedding(ids, weight).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
@@ -118,7 +118,7 @@ class _Lookup(torch.autograd.Function):
         which, place = ids.unique(return_inverse=True)  # (u,), (T,)
         rows = torch.zeros(len(which), ctx.shape[1]).index_add_(0, place, dy.float())  # (u, w)
         if ctx.padding is not None:
-            rows[which == ctx.padding] = 0  # as PyTorch's own has it
+            rows[which == ctx.padding] = 0  # as in PyTorch's own
         total = ctx.tied.take()
         if total is None:
             total = torch.zeros(ctx.shape, dtype=ctx.type)
@@ -126,8 +126,8 @@ class _Lookup(torch.autograd.Function):
         return total, None, None, None, None
 
 
-def look_up(weight: Tensor, ids: Tensor, padding: int | None, wide: torch.dtype, tied: TiedGradient) -> Tensor:
-    """weight (V, w), ids (T,) -> rows (T, w) in `wide`; on a CPU. Whatever `tied` then holds is in the weight's gradient."""
-    rows = _Lookup.apply(weight, ids, padding, wide, tied)
+def look_up(weight: Tensor, ids: Tensor, padding: int | None, dtype: torch.dtype, tied: TiedGradient) -> Tensor:
+    """weight (V, w), ids (T,) -> rows (T, w) in `dtype`; on a CPU. The weight's gradient includes that of `tied`."""
+    rows = _Lookup.apply(weight, ids, padding, dtype, tied)
     assert isinstance(rows, Tensor)
     return rows

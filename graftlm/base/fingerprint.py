@@ -1,8 +1,8 @@
-"""What base is this, by content: a digest over the tensors of its source checkpoint.
+"""The fingerprint of a base: a digest over the tensors of its source checkpoint.
 
-It depends on the tensors' names, types, shapes and bytes, and on nothing else: neither on the folder's name and place, nor
-on how the checkpoint is cut into files, nor on the precision in which Graft stores it. Reading 14 GB takes a while, so
-the digest of a folder is cached in the user's cache folder by each file's path, size and time.
+It depends only on the tensors' names, dtypes, shapes and bytes, not on the folder's path, the sharding, or the precision in
+which Graft stores the base. Reading 14 GB takes a while, so the fingerprint is cached in the user's cache folder by each
+file's path, size and time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _CHUNK = 1 << 22
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a model folder: the safetensors files that its index names, else all of them, or the
-    GGUF file that it stands for.
+    """The files with the weights of a model folder: the safetensors files in its index, else all of them, or the GGUF file
+    that it stands for.
 
     Raises ModelError for an index that is damaged, names a file that is missing, or one outside of the folder.
     """
@@ -42,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
         odd = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if odd:
             raise ModelError(
-                f"{index} names '{odd[0]}', which is no safetensors file of this folder; nothing else is read"
+                f"{index} names '{odd[0]}', which is not a safetensors file in this folder; only those are read"
             )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -63,9 +63,9 @@ def tensors_in(file: Path) -> dict[str, TensorInfo]:
 
 
 def tensor_digests(file: Path, task: Task | None = None) -> Iterator[tuple[str, str]]:
-    """(tensor name, digest over its type, shape and bytes) of each tensor, read as a stream. Raises ModelError.
+    """(tensor name, digest over its dtype, shape and bytes) of each tensor, read as a stream. Raises ModelError.
 
-    `task` hears how many bytes were read.
+    `task` gets the number of bytes read, as progress.
     """
     header = tensors_in(file)
     with file.open("rb") as stream:
@@ -85,9 +85,9 @@ def tensor_digests(file: Path, task: Task | None = None) -> Iterator[tuple[str, 
 
 
 def fingerprint(folder: Path) -> str:
-    """The base's identity, 64 hexadecimal digits; raises ModelError for files that are missing, damaged or cut short."""
+    """The base's fingerprint, 64 hexadecimal digits. Raises ModelError for files that are missing, damaged or truncated."""
     files = weight_files(folder)
-    # The time of the last change of a file's entry (ctime) counts too: a copy that keeps the old date cannot keep that.
+    # ctime is part of the key too: a copy can preserve mtime but not ctime.
     stats = [(file.resolve(), file.stat()) for file in files]
     key_parts = [f"{path}|{s.st_size}|{s.st_mtime_ns}|{s.st_ctime_ns}" for path, s in stats]
     key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()
@@ -103,5 +103,5 @@ def fingerprint(folder: Path) -> str:
         entry.parent.mkdir(parents=True, exist_ok=True)
         write_text(entry, result)
     except OSError:
-        pass  # a cache that cannot be written costs time, nothing else
+        pass  # without a cache it takes longer, nothing else
     return result

@@ -1,9 +1,8 @@
-"""What a chat template may call while it renders, with a fixed date, and the plain template of models that bring none.
+"""The Jinja environment of chat templates, with a fixed date, and the plain template for models without one.
 
-The same functions and filters as under transformers (tests compare the texts), in Jinja's sandbox. transformers offers
-no way to fix the date: values passed to a template are reduced to plain data there, so that a `strftime_now` of ours
-would arrive as a string. What stands between `{% generation %}` and `{% endgeneration %}` comes out between two marks,
-which `unmark` takes out again.
+It has the same functions and filters as transformers (tests compare the texts), in Jinja's sandbox. transformers cannot fix the
+date: it reduces values passed to a template to plain data, so a `strftime_now` of ours would become a string. The text between
+`{% generation %}` and `{% endgeneration %}` is rendered between two marks, which `unmark` removes.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ PLAIN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '### Assistant:\\n' }}{%- endif %}
 """
-"""The template of a model that brings none: headings, the text, and the tokenizer's own end token after each answer."""
+"""The template of a model without one: headings, the text, and the tokenizer's end token after each answer."""
 
 # Unicode reserves these two code points for use inside a program; they are never text.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -50,7 +49,7 @@ MARKS = re.compile(f"[{OPEN}{CLOSE}]")
 
 
 def unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Take the generation marks out of a rendered text; return it with the ranges between them."""
+    """Remove the generation marks from a rendered text; returns it with the ranges between them."""
     if OPEN not in text:
         return text, []
     clean: list[str] = []
@@ -69,7 +68,7 @@ def unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: what the block writes is put between two marks."""
+    """`{% generation %}`: puts the block's output between two marks."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja reads it from the class)
 
@@ -99,7 +98,7 @@ def _namespace(*pairs: Any, **values: Any) -> _Namespace:
 
 
 def environment(strftime: Callable[[str], str]) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """A sandbox with what templates expect; `strftime` is what `strftime_now` calls."""
+    """A sandbox with the functions that templates expect; `strftime_now` calls `strftime`."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -1,18 +1,19 @@
-"""Keys and values that decoding keeps, in blocks, so that sequences of any lengths share one pass.
+"""The paged KV cache, with which sequences of any lengths share one forward pass.
 
-    store.keys[layer]      (positions, K, D)    positions = blocks of `block` positions each
-    a sequence             3 -> 0 -> 7          the blocks that hold its tokens, in order: its row of `tables`
+    cache.keys[layer]      (positions, K, D)    positions = blocks of `block` positions each
+    a sequence             3 -> 0 -> 7          the blocks of its tokens, in order: its row of `tables`
 
-All memory is taken when the store is made; a sequence that grows takes a free block, one that ends gives its blocks back,
-and two sequences that begin with the same tokens may hold the same full blocks (vLLM's paged attention, Kwon et al.
-2023, with blocks as plain rows). Who holds which block is the engine's business (`serving/engine/kv_cache.py`); here is
-what one pass does: write the new tokens' keys and values, then answer each segment over its own past. Single tokens are
-answered all at once by a kernel that reads the blocks where they lie; longer segments gather their past.
+All memory is allocated at the start. A sequence that grows takes a free block, one that ends frees its blocks, and sequences
+with the same first tokens may share full blocks (vLLM's paged attention, Kwon et al. 2023, with blocks as plain rows). The
+engine assigns the blocks (`serving/engine/kv_cache.py`). This file has the forward pass: write the new tokens' keys and
+values, then compute each segment's attention over its cached tokens and its own. A kernel computes all single-token segments
+at once from the blocks; for longer segments the cached keys and values are gathered.
 
-`layer_kv_specs` finds what each layer keeps by watching one pass, and `check_kv_cache` decides on the actual weights
-whether a model gives the same logits with a past in blocks as without one.
+`layer_kv_specs` finds each layer's shapes by recording one forward pass, and `check_kv_cache` checks on the actual weights
+that a model gives the same logits with the cache as without.
 
-Letters: T tokens of a pass, n segments, L new tokens and M tokens of a segment, H heads, K key-value heads, D head width.
+Letters: T tokens of a micro-batch, n segments, L new tokens and M tokens of a segment, H heads, K key-value heads, D head
+width.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from graftlm.segments import Segments
 
 @dataclass(frozen=True)
 class LayerKVSpec:
-    """What one layer keeps of a token."""
+    """The heads and widths of one layer's keys and values."""
 
     key_heads: int
     width: int
@@ -41,12 +42,12 @@ class LayerKVSpec:
 
     @property
     def values(self) -> int:
-        """Numbers a token."""
+        """Values for each token."""
         return self.key_heads * (self.width + self.value_width)
 
 
 class PagedKVCache:
-    """The memory of every layer's keys and values, and the blocks of each of `batch_slots` sequences."""
+    """Every layer's keys and values, and the block table of each of `batch_slots` sequences."""
 
     def __init__(
         self, layers: dict[int, LayerKVSpec], *, blocks: int, block: int, batch_slots: int, max_blocks: int, dtype: torch.dtype,
@@ -61,7 +62,7 @@ class PagedKVCache:
         self.values = {i: memory(kept.key_heads, kept.value_width) for i, kept in layers.items()}
         self.tables = torch.zeros(
             batch_slots, max_blocks, dtype=torch.long
-        )  # on the CPU: the engine writes it, passes copy it
+        )  # on the CPU: the engine writes it, forward passes copy it
         self.device = device
 
     @property
@@ -70,15 +71,15 @@ class PagedKVCache:
 
 
 def bytes_per_token(layers: dict[int, LayerKVSpec], dtype: torch.dtype) -> int:
-    """Bytes that one token keeps in all layers."""
+    """Bytes of one token in the KV cache, all layers."""
     return sum(kept.values for kept in layers.values()) * dtype.itemsize
 
 
 class PagedAttention:
-    """One pass over a store: segment i belongs to the sequence in batch slot `batch_slots[i]`, `segments.cached[i]`
-    tokens of it are kept.
+    """One forward pass with a cache: segment i belongs to the sequence in batch slot `batch_slots[i]`, which has
+    `segments.cached[i]` cached tokens.
 
-    Made before the segments, which name it as their `kv_cache`; `start` is told them.
+    Created before the segments, which have it as their `kv_cache`; `start` gets the segments.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class PagedAttention:
             mine = tables if len(single) == len(lengths) else tables[torch.tensor(single)]
             self.singles = kernels.DecodeAttention(first.to(device), visible.to(device), mine.to(device), block)
         self.only_singles = len(single) == len(lengths)
-        self.fresh: list[tuple[int, int, int]] = []  # (first token, segments, length) of runs without a past
+        self.fresh: list[tuple[int, int, int]] = []  # (first token, segments, length) of runs without cached tokens
         self.longer: list[tuple[int, int, Tensor]] = []  # (first token, length, rows of all its tokens)
         several = [i for i, n in enumerate(lengths) if n > 1]
         afresh = [i for i in several if pasts[i] == 0]
@@ -134,7 +135,7 @@ class PagedAttention:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Keep k (T, K, D) and v (T, K, V), and answer q (T, H, D) -> (T, H, V)."""
+        """Cache k (T, K, D) and v (T, K, V), and compute attention for q (T, H, D) -> (T, H, V)."""
         keys, values = self.store.keys[layer], self.store.values[layer]
         keys.index_copy_(0, self.rows, k.to(keys.dtype))
         values.index_copy_(0, self.rows, v.to(values.dtype))
@@ -163,18 +164,18 @@ class PagedAttention:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """How one layer wants its attention computed."""
+    """The parameters of one layer's attention."""
 
     scale: float
     window: int
-    """Keys that a query sees; 0 for all before it."""
+    """Window: number of keys for each query; 0 for all before it."""
     softcap: float
     """0 for none."""
 
 
 @dataclass
 class _Recorder:
-    """A past that keeps nothing and notes what it is given; answers as if there were none."""
+    """A KV cache that stores nothing and records what it gets; attention runs without cached tokens."""
 
     seen: dict[int, LayerKVSpec] = field(default_factory=dict[int, LayerKVSpec])
     attention_specs: dict[int, AttentionSpec] = field(default_factory=dict[int, AttentionSpec])
@@ -200,15 +201,15 @@ class _Recorder:
 
 
 def layer_kv_specs(base: Base) -> dict[int, LayerKVSpec]:
-    """What each layer keeps of a token, seen in one short pass.
+    """The shapes of each layer's keys and values, recorded in one short forward pass.
 
-    Raises UnsupportedAttention where layers cannot be told apart.
+    Raises UnsupportedAttention if the layers cannot be distinguished.
     """
     return _watch(base).seen
 
 
 def attention_specs(base: Base) -> dict[int, AttentionSpec]:
-    """How each layer wants its attention, seen in one short pass. Raises as `layer_kv_specs` does."""
+    """The parameters of each layer's attention, recorded in one short forward pass. Raises as `layer_kv_specs` does."""
     return _watch(base).attention_specs
 
 
@@ -218,15 +219,15 @@ def _watch(base: Base) -> _Recorder:
     segments = Segments(lengths=(3,), slots=(0,), kv_cache=watch)
     base.hidden(torch.arange(3, device=base.device) % base.structure.vocabulary, ForwardContext(segments))
     if watch.twice or not watch.seen:
-        raise UnsupportedAttention("one number for each layer that keeps keys and values")
+        raise UnsupportedAttention("a different number (layer_idx) for each layer with a KV cache")
     return watch
 
 
 @torch.no_grad()
 def check_kv_cache(base: Base) -> tuple[dict[int, LayerKVSpec], str]:
-    """What each layer keeps, where a past in blocks gives the logits of no past; else nothing, and the reason it does not.
+    """Each layer's shapes, if the paged KV cache gives the same logits as no cache; else {} and the reason.
 
-    Two texts grow in steps of several tokens and of one, side by side, over blocks out of order.
+    Two texts grow together in steps of several tokens and of one, over blocks out of order.
     """
     if not base.packs:
         return {}, base.no_packing_reason
@@ -252,14 +253,14 @@ def check_kv_cache(base: Base) -> tuple[dict[int, LayerKVSpec], str]:
                     expected = whole[i][done[i] : done[i] + step[i]]
                     apart = distance(found[i], expected)
                     if apart >= tolerance(exact=base.compute_dtype == "float32"):
-                        return {}, f"a past in blocks changes its logits (by {apart:.2g})"
+                        return {}, f"a paged KV cache changes its logits (by {apart:.2g})"
                 done = [a + n for a, n in zip(done, step)]
     except UnsupportedAttention as error:
         return {}, f"it needs {error}"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the model's own code raises
-        return {}, f"a past in blocks fails in it ({type(error).__name__}: {str(error).strip()[:120]})"
+    except Exception as error:  # the model's own code may raise anything
+        return {}, f"a paged KV cache fails in it ({type(error).__name__}: {str(error).strip()[:120]})"
     return layers, ""
 
 

@@ -1,11 +1,11 @@
-"""From a name to a base model that can be trained on: found, checked, streamed into its precision, and understood.
+"""Load a base model: find it, check it, stream its weights into the stored precision, and find its parts.
 
     base = load_base("Qwen/Qwen3-0.6B", precision="nf4")
     context = ForwardContext(segments)
     base.hidden(ids, context)          # the layers
     base.logits(hidden, context)       # the head, for a few tokens
 
-Weights are read from safetensors only. Nothing is unpickled, and no code of the model's runs unless it is asked for.
+Weights are read from safetensors only. Nothing is unpickled, and the model's own code runs only with --trust-remote-code.
 """
 
 # pyright: reportPrivateUsage=false
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from graftlm import demo, kernels
-from graftlm.base.attention import choose_attention, position_dependent_rotary
+from graftlm.base.attention import choose_attention, position_dependent_rotary, set_attention
 from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint, weight_files
 from graftlm.base.fused import FusedCounts, fuse
@@ -36,6 +36,7 @@ from graftlm.base.quantizer import load_dequantized, stream_checkpoint
 from graftlm.base.random_init import random_model, random_stored_model
 from graftlm.base.structure import ModelStructure
 from graftlm.base.surgery import Replacements, convert_model
+from graftlm.base.transformers_versions import is_known_type, missing_class, own_attention
 from graftlm.config import ComputeDtype, Precision
 from graftlm.errors import ModelError
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
@@ -54,7 +55,7 @@ class Base:
     """A base model in a chosen precision, ready for adapters or for full training."""
 
     name: str
-    """What the user called it; a label."""
+    """The name that the user gave; a label."""
     folder: Path
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -69,17 +70,17 @@ class Base:
     """Whether it runs on packed segments; otherwise on stacks of equally long examples."""
     no_packing_reason: str = ""
     original_attention: str = "sdpa"
-    """The attention it came with."""
+    """The attention implementation of the loaded model."""
     random: bool = False
-    """Whether its weights are fresh instead of the folder's."""
+    """Whether its weights are random instead of the folder's."""
     notes: list[str] = field(default_factory=list[str])
     keeps_state: bool = False
-    """Whether the model's own code writes to its modules in a pass (RecurrentGemma's states, frequencies of longrope)."""
+    """Whether the model's own code writes to its modules in forward (RecurrentGemma's states, frequencies of longrope)."""
     one_pass: AbstractContextManager[object] = field(default_factory=threading.RLock)
     adapter_changes: int = 0
-    """Counts attached and detached adapters: what was read of their slots holds until it is another number."""
+    """Number of times an adapter was attached or detached: data cached from the slots is valid while it stays the same."""
     fused: FusedCounts = field(default_factory=FusedCounts)
-    """How many of its norms, gated products and rotations run as one pass each."""
+    """How many of its norms, gated activations and rotations run as fused operations."""
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +92,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The base's identity by content; `random` for fresh weights, which have no checkpoint."""
+        """The base's identity by content; `random` for random weights, which have no checkpoint."""
         return "random" if self.random else fingerprint(self.folder)
 
     def hidden(self, ids: Tensor, context: ForwardContext) -> Tensor:
@@ -100,15 +101,15 @@ class Base:
             return self.structure.hidden(ids, context)
 
     def alone(self) -> AbstractContextManager[object]:
-        """Held while the body runs: one pass at a time, in a model whose own code keeps state of a pass in its modules."""
+        """A lock around the body for a model whose own code writes to its modules: one forward pass at a time."""
         return self.one_pass if self.keeps_state else nullcontext()
 
     def logits(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """(n, width) laid out as the context's segments -> (n, vocabulary), with all that the class does after its layers."""
+        """(n, width) laid out as the context's segments -> (n, vocabulary), by the class's own code after its layers."""
         return self.structure.logits(hidden, context)
 
     def train_all(self) -> dict[str, nn.Parameter]:
-        """Let every parameter take a gradient, except those that the model's class never trains; returns them by name."""
+        """Set `requires_grad` on every parameter that the model's class trains; returns them by name."""
         found: dict[str, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():
             if name not in self.fixed:
@@ -201,19 +202,29 @@ def _bounded(file: Path, values: dict[str, Any]) -> None:
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's config; ModelError for one that transformers cannot read, or that is no causal language model's."""
+    values = read_json(folder / "config.json", ModelError)
+    own = values.get("auto_map")
+    own_code = isinstance(own, dict) and bool({"AutoConfig", "AutoModelForCausalLM"} & own.keys())
+    hint = "; if you trust this model's own code, add --trust-remote-code" if own_code and not trust_remote_code else ""
+    known = not isinstance(values.get("model_type"), str) or is_known_type(values["model_type"])
+    if not known and not (own_code and trust_remote_code):
+        raise ModelError(f"{folder}/config.json is not understood: {missing_class(values)}{hint}")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a value of another kind than expected leads to
-        hint = "" if trust_remote_code else "; if you trust this model's own code, add --trust-remote-code"
         raise ModelError(f"{folder}/config.json is not understood: {_one_line(error)}{hint}") from None
     if not hasattr(config.get_text_config(), "to_dict"):
         raise ModelError(f"{folder}/config.json: text_config is {config.get_text_config()!r:.80}, expected an object")
     if not has_causal_model(config, trust_remote_code):
-        raise ModelError(
-            f"{folder}: transformers has no causal language model of type '{config.model_type}'; Graft trains models that "
-            "AutoModelForCausalLM loads"
-        )
+        raise ModelError(f"{folder}: {missing_class({**values, 'model_type': config.model_type})}{hint}")
     return config
+
+
+def checkpoint_precision(model: str, trust_remote_code: bool = False) -> Precision:
+    """The 16- or 32-bit type that a checkpoint is stored in. Raises ModelError."""
+    folder = resolve(model, trust_remote_code)
+    kind = getattr(load_config(folder, trust_remote_code).get_text_config(), "dtype", None)
+    return "bfloat16" if kind in (torch.bfloat16, torch.float16) else "float32"
 
 
 def has_causal_model(config: Any, trust_remote_code: bool) -> bool:
@@ -264,7 +275,7 @@ def default_device(asked: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def _memory_explained(name: str, precision: Precision, device: torch.device) -> Iterator[None]:
-    """Say what to do when a device is too small for a base."""
+    """Raise ModelError with the way out if a base does not fit into a device's memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -287,8 +298,7 @@ def load_base(
 ) -> Base:
     """Find, check and load a base model.
 
-    The storage `precision` is the user's, `compute_dtype` the hardware's for `training` or elsewhere unless given.
-    Raises ModelError.
+    `compute_dtype` defaults to the hardware's, for `training` or otherwise. Raises ModelError.
     """
     place = default_device(device)
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
@@ -332,10 +342,9 @@ def random_base(
     seed: int = 0,
     training: bool = False,
 ) -> Base:
-    """A base of a config's architecture and size without a checkpoint, for measuring: random weights made on the device.
+    """A base with random weights of a config's architecture and size, for measurements; created on the device.
 
-    Each weight is brought into its stored form as it is made, so 70 billion values in nf4 need 36 GB and no more.
-    Raises ModelError.
+    Each weight is quantized as it is created, so 70 billion values in nf4 need 36 GB. Raises ModelError.
     """
     place = default_device(device)
     name = f"random {config.model_type}"
@@ -356,7 +365,11 @@ def _understood(
     random: bool,
     notes: list[str],
 ) -> Base:
-    """A model over stored weights as a base: its parts found, its attention chosen."""
+    """Make a base of a model with stored weights: find its parts and choose its attention."""
+    implementation, note = own_attention(model)
+    if note:
+        set_attention(model, implementation)
+        notes.append(note)
     base = Base(
         name=name,
         folder=folder,
@@ -396,9 +409,9 @@ def _quantization_of(folder: Path) -> str | None:
 
 @torch.no_grad()
 def _keeps_state(base: Base) -> bool:
-    """Whether a pass leaves anything in the model's modules that was not there before, tried on two lengths."""
+    """Whether a forward pass changes anything in the model's modules, tested with two lengths."""
     if position_dependent_rotary(base.model.config) is not None:
-        return True  # only texts longer than the model was first trained on show it
+        return True  # it only happens with texts longer than the original context
     before: list[list[dict[str, int]]] = []
     for length in (3, 5):
         before.append(_attributes(base.model))
@@ -408,7 +421,7 @@ def _keeps_state(base: Base) -> bool:
 
 
 def _attributes(model: nn.Module) -> list[dict[str, int]]:
-    """Which object each attribute and buffer of each module is: two of these differ where something was written between."""
+    """The id of each attribute and buffer of each module; it differs after something was assigned."""
     return [
         {name: id(value) for name, value in (*vars(module).items(), *module._buffers.items())}
         for module in model.modules()

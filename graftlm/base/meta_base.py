@@ -1,7 +1,7 @@
-"""A base without its weights: every name and shape, and of the values only embedding and head, read in place.
+"""A base without its weights: every name and shape, and the values of embedding and head alone, memory-mapped.
 
-What an adapter fits onto, and what its tensors are called, can be said from a model's `config.json` and the headers of its
-files. So merging and exporting a 70B model takes no memory for it. A skeleton cannot run: it has no logits.
+A model's `config.json` and the headers of its files are enough to match an adapter's tensors with its layers. So merging and
+exporting with a 70B model takes no memory for the model. A meta base cannot run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from graftlm.errors import ModelError
 
 
 class MetaStructure(ModelStructure):
-    """Where head and embedding are, and nothing that has to be run to be known."""
+    """Head and embedding of a model, found without running it."""
 
     def __init__(self, model: Any) -> None:
-        """Raises ModelError for a model without a head or an embedding that can be found."""
+        """Raises ModelError if head or embedding cannot be found."""
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if head is None or embedding is None:
@@ -40,25 +40,25 @@ class MetaStructure(ModelStructure):
 
 @dataclass
 class MetaBase(Base):
-    """A base on the meta device, and where its weights lie in the checkpoint."""
+    """A base on the meta device, and where its weights are in the checkpoint."""
 
     checkpoint: Checkpoint = field(kw_only=True)
     forms: dict[str, WeightLayout] = field(kw_only=True)
     """Each matrix that an adapter may change, by its parameter's name: stored layers, head, embedding."""
     plain: Any = field(kw_only=True)
-    """The untouched model of transformers, on the meta device."""
+    """The original model of transformers, on the meta device."""
 
     @property
     def device(self) -> torch.device:
-        """Where an adapter's tensors go: the weights themselves are nowhere."""
+        """The device of an adapter's tensors; the base's weights are on none."""
         return torch.device("cpu")
 
     def parameter_of(self, layer: str) -> str:
-        """The parameter that a layer's weight is: `….q_proj` -> `….q_proj.weight`, a stack is one itself."""
+        """The parameter of a layer's weight: `….q_proj` -> `….q_proj.weight`; a stack is a parameter itself."""
         return layer if layer in self.forms else f"{layer}.weight"
 
     def stored_forms(self) -> dict[str, tuple[WeightLayout, Precision]]:
-        """The weights that are kept in a stored form, with the precision of each: embedding and head are not among them."""
+        """The weights with a stored form, and the precision of each; embedding and head are excluded."""
         found: dict[str, tuple[WeightLayout, Precision]] = {}
         for name, module in self.stored().items():
             parameter = self.parameter_of(name.removesuffix(".stored"))
@@ -67,7 +67,7 @@ class MetaBase(Base):
         return found
 
     def spans(self) -> dict[str, list[RowSpan]]:
-        """Where each of `forms` lies in the checkpoint; a tied head is left out."""
+        """Where each of `forms` is in the checkpoint; a tied head is left out."""
         tied = self.tied
         head = f"{self.structure.head_name}.weight"
         forms = {n: f for n, f in self.forms.items() if not (tied and n == head)}
@@ -81,7 +81,7 @@ class MetaBase(Base):
 
 
 def load_meta_base(name: str, *, precision: Precision = "float32", trust_remote_code: bool = False) -> MetaBase:
-    """Find a base and lay out its names and shapes as `load_base` would; raises ModelError as that does."""
+    """Find a base and its names and shapes as `load_base` would. Raises ModelError as it does."""
     folder = resolve(name, trust_remote_code)
     config = load_config(folder, trust_remote_code)
     checkpoint = Checkpoint(folder)
@@ -122,7 +122,7 @@ def _empty(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _fill(base: MetaBase) -> None:
-    """Give embedding and head their values, in place: an adapter's copies of them are held against these."""
+    """Load the values of embedding and head, to compare an adapter's copies with them."""
     wanted = {f"{base.structure.embedding_name}.weight", f"{base.structure.head_name}.weight"}
     for name, (parameter, _) in names_of(base.plain, base.checkpoint.tensors).items():
         if parameter in wanted:

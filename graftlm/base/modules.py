@@ -1,12 +1,12 @@
-"""One stored weight, in any precision, that may carry a bank of adapters.
+"""One stored weight, in any precision, optionally with a bank of adapters.
 
     StoredLinear      y = x W^T + b      W (out, in): nn.Linear, Conv1D (transposed), a router's weight, the head
     StoredStack       y = x W[e]^T       W (experts, out, in): the stacked weights of a mixture
 
-A module of the original model is replaced by one of these; its modelling code stays. `weight` is a Parameter when dense
-(trained when `requires_grad`), and plain codes and scales when compressed. Products run in the type of their input; a
-stored weight is upcast for one product at a time and, in the backward pass, once more, so that only its stored form stays
-in memory. `bank` is set by `adapters.attach`, and knows which tokens use which adapter.
+These replace modules of the original model; its modelling code stays. `weight` is a Parameter if dense (trained if
+`requires_grad`), and plain codes and scales if compressed. A matmul has the dtype of its input. The stored weight is upcast for
+one matmul at a time, and again in backward, so that only its stored form stays in memory. `adapters.attach` sets `bank`, which
+knows the adapter of each token.
 
 Letters: T tokens, `in`, `out` features.
 """
@@ -30,7 +30,7 @@ Range = tuple[int, int, int]
 
 
 class LinearBank(Protocol):
-    """What a stored module asks of the adapters on it (`adapters.bank` implements it)."""
+    """The adapters on a stored module (`adapters.bank` implements it)."""
 
     def __call__(
         self,
@@ -43,10 +43,10 @@ class LinearBank(Protocol):
     ) -> Tensor: ...
 
 
-class _Product(torch.autograd.Function):
-    """x (T, in) times W (out, in) transposed, gradient to x, and to W where W is dense and trained.
+class _StoredMatmul(torch.autograd.Function):
+    """x W^T for x (T, in) and W (out, in); gradients to x, and to W if it is dense and trained.
 
-    Unlike autograd's own record it keeps the stored form, never the upcast copy.
+    Saves the stored form for backward, while autograd would save the upcast copy.
     """
 
     @staticmethod
@@ -68,10 +68,10 @@ class _Product(torch.autograd.Function):
         return dx, dw, None, None
 
 
-def product(x: Tensor, weight: Weight, bias: Tensor | None = None, bf16_matmul: bool = False) -> Tensor:
-    """x (T, in) with W (out, in) in any stored form -> (T, out), in x's type; gradients to x and to a trained W.
+def stored_matmul(x: Tensor, weight: Weight, bias: Tensor | None = None, bf16_matmul: bool = False) -> Tensor:
+    """x W^T + bias: x (T, in) and W (out, in) in any stored form -> (T, out) in x's dtype; gradients to x and a trained W.
 
-    `bf16_matmul` takes the products in bfloat16 where the processor has instructions for that (`kernels.has_bf16_matmul`).
+    `bf16_matmul`: bfloat16 inputs and float32 accumulation, on processors that have it (`kernels.has_bf16_matmul`).
     """
     if not torch.is_grad_enabled() and (not isinstance(weight, Tensor) or kernels.is_few_rows(x)):
         y = kernels.matmul(x, weight, bf16_matmul)
@@ -79,15 +79,15 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None, bf16_matmul: 
     if isinstance(weight, Tensor):
         if weight.dtype == x.dtype and not kernels.has_fast_matmul(x, bf16_matmul):
             return F.linear(x, weight, bias)
-        y = _Product.apply(x, weight, None, bf16_matmul)
+        y = _StoredMatmul.apply(x, weight, None, bf16_matmul)
     else:
-        y = _Product.apply(x, None, weight, bf16_matmul)
+        y = _StoredMatmul.apply(x, None, weight, bf16_matmul)
     assert isinstance(y, Tensor)
     return y if bias is None else y + bias.to(y.dtype)
 
 
 class Stored(nn.Module):
-    """A weight in its stored form; dense ones are the Parameter `weight`, compressed ones stand in `compressed`."""
+    """A weight in its stored form: the Parameter `weight` if dense, `compressed` if not."""
 
     weight: nn.Parameter | None
 
@@ -95,20 +95,20 @@ class Stored(nn.Module):
         super().__init__()
         self.shape = shape
         self.precision: Precision = precision
-        self.transposed = transposed  # the original module keeps this weight transposed
+        self.transposed = transposed  # the original module has this weight transposed
         self.compressed: Any = None
-        self.bf16_mixed = False  # products in bfloat16 of a stream in float32: `compute_dtype` is mixed
+        self.bf16_mixed = False  # the compute dtype is bf16-mixed
         self.bank: LinearBank | None = None
         self.register_parameter("weight", None)
 
     @property
     def dense(self) -> nn.Parameter | None:
-        """The weight as it is stored, where that is dense: `weight` may be the handle that the model's own code reads."""
+        """The dense weight, or None; `weight` may be a handle that the model's own code reads."""
         return self._parameters["weight"]
 
     @property
     def bf16_matmul(self) -> bool:
-        """Whether products are taken in bfloat16, here and now."""
+        """Whether the matmul is in bfloat16 in the current context."""
         if not self.bf16_mixed:
             return False
         active = context.active()
@@ -120,15 +120,14 @@ class Stored(nn.Module):
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     def set_weight(self, original: Tensor) -> None:
-        """Take the weight in the original module's layout and bring it into the stored form.
+        """Convert a weight in the original module's layout to the stored form.
 
-        Works in place of the old value; the largest temporary is one copy of the tensor. Raises ValueError for a shape
-        that is not this module's.
+        Replaces the old value; the largest temporary is one copy of the tensor. Raises ValueError for a wrong shape.
         """
         weight = original.detach()
         weight = weight.transpose(-1, -2) if self.transposed else weight
         if tuple(weight.shape) != self.shape:
-            raise ValueError(f"weight of shape {tuple(weight.shape)} where {self.shape} is expected")
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {self.shape}")
         if self.precision in ("int8", "nf4"):
             self.compressed = quantize(weight, self.precision)
         else:
@@ -137,7 +136,7 @@ class Stored(nn.Module):
             self.register_parameter("weight", nn.Parameter(dense.contiguous(), requires_grad=False))
 
     def tie(self, other: Stored) -> None:
-        """Take the weight of another module, which stays one: these layers are tied."""
+        """Share the weight of another module: these layers are tied."""
         self.compressed = other.compressed
         self.register_parameter("weight", other.dense)
 
@@ -160,7 +159,7 @@ class Stored(nn.Module):
         return nbytes(self.value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
-        """Move compressed tensors along with the module; their types are part of the format and stay."""
+        """Move compressed tensors with the module; their dtypes are part of the format and do not change."""
         super()._apply(fn, recurse)
         if self.compressed is not None:
             probe = next(iter(self.compressed.tensors().values()))
@@ -189,9 +188,9 @@ class StoredLinear(Stored):
 
     def forward(self, x: Tensor, bias: bool = True) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (T, in)
-        bank = self.bank  # another thread may take it off meanwhile
+        bank = self.bank  # another thread may detach it meanwhile
         value, added = self.value, self.bias if bias else None
-        y = product(rows, value, added, self.bf16_matmul) if bank is None else bank(rows, self, value, added)
+        y = stored_matmul(rows, value, added, self.bf16_matmul) if bank is None else bank(rows, self, value, added)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -206,24 +205,24 @@ class StoredStack(Stored):
         self.experts, self.out_features, self.in_features = shape
 
     def of_expert(self, expert: int, x: Tensor, rows: Tensor) -> Tensor:
-        """x (t, in), the tokens that expert `expert` got, with `rows` (t,) their ascending indices in the pass -> (t, out)."""
+        """x (t, in), the tokens that expert `expert` got, with `rows` (t,) their ascending indices in the micro-batch -> (t,
+        out)."""
         weight = self.value[expert]
         bank = self.bank
         if bank is not None:
             return bank(x, self, weight, None, expert, rows)
-        return product(x, weight, None, self.bf16_matmul)
+        return stored_matmul(x, weight, None, self.bf16_matmul)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in={self.in_features}, out={self.out_features}, {self.precision}"
 
 
 class WeightHandle:
-    """Stands where a model's own code reads a stored weight, and looks like a dense weight in the compute dtype.
+    """Replaces a stored weight that a model's own code reads, and acts like a dense weight in the compute dtype.
 
-    `F.linear(x, weight)` and `weight @ x` become calls of the stored linear, so its stored form, its adapters and its
-    gradient come along: routers multiply like that inside their own forward, Mamba's mixers skip their `dt_proj`. Whatever
-    else is done with it gets the weight upcast, which no adapter changes. `dtype` is what the model's code may cast its
-    input to, so it is never that of the stored form.
+    `F.linear(x, weight)` and `weight @ x` become calls of the stored linear, with its adapters and its gradient: routers
+    multiply like that in their own forward, and Mamba's mixers with the weight of `dt_proj`. Any other operation gets the
+    upcast weight without adapters. `dtype` is the compute dtype, since the model's code may cast its input to it.
     """
 
     def __init__(self, linear: StoredLinear, dtype: torch.dtype) -> None:
@@ -240,12 +239,12 @@ class WeightHandle:
 
     @property
     def tensor(self) -> Tensor:
-        """The weight itself, dense, in the original module's layout; a trained one gets its gradient through it."""
+        """The dense weight in the original module's layout; gradients flow to a trained weight."""
         weight = dequantize(self.linear.value, self.dtype)
         return weight.transpose(-1, -2) if self.linear.transposed else weight
 
     def to(self, *args: Any, **kwargs: Any) -> WeightHandle:
-        """Type changes happen at the matmul; the handle stays."""
+        """Returns the handle: casts happen in the matmul."""
         return self
 
     type = to

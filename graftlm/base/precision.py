@@ -1,15 +1,15 @@
-"""How a weight is stored, and what that costs.
+"""Stored precisions of weights, and the default compute dtype.
 
     float32    32 bits a value
     bfloat16   16 bits
     int8        8 bits and one float32 scale a row (absmax)
     nf4         4.127 bits: 16 quantiles, blocks of 64, each block's absmax in 8 bits (Dettmers et al. 2023)
 
-Storage is the user's choice, the compute dtype is the hardware's: a CPU without bfloat16 instructions multiplies
-bfloat16 about seven times slower than float32, PyTorch on one with AVX-512's about twice slower. So there 16-bit and
-4-bit weights are upcast to float32 for each product. Our own products do use AVX-512's: `bf16-mixed` rounds both sides of a
-product to bfloat16 and sums in float32, 1.4 to 1.6 times as fast for a step of training, which is where it is the default.
-Serving keeps float32: its products of few rows wait for the weights to be read, whatever they are multiplied in.
+The user chooses the precision, the hardware the compute dtype: in bfloat16 a matmul is about seven times slower than in
+float32 on a CPU without bfloat16 instructions, and about twice slower in PyTorch with AVX-512. So there 16-bit and 4-bit
+weights are upcast to float32 for each matmul. Our own matmul uses AVX-512 BF16: `bf16-mixed` rounds both inputs to bfloat16
+and accumulates in float32, which makes a training step 1.4 to 1.6 times as fast and is the default for training. Serving
+keeps float32: a matmul of few rows is bound by reading the weights, whatever the dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16-mixed": to
 
 
 def quantize(weight: Tensor, precision: Precision) -> Weight:
-    """Bring a float tensor, (out, in) or stacked (experts, out, in), into its stored form."""
+    """Convert a float tensor, (out, in) or stacked (experts, out, in), to its stored form."""
     if precision == "nf4":
         return kernels.nf4_quantize(weight)
     if precision == "int8":
@@ -43,29 +43,29 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def nbytes(weight: Weight) -> int:
-    """Bytes that the stored form takes."""
+    """Bytes of the stored form."""
     return weight.numel() * weight.element_size() if isinstance(weight, Tensor) else weight.nbytes
 
 
 def embedding_precision(precision: Precision) -> Precision:
-    """How embeddings and the output head are stored when the linear layers are stored in `precision`: never below 16 bits."""
+    """The precision of embeddings and head if the linear layers have `precision`: at least 16 bits."""
     return "float32" if precision == "float32" else "bfloat16"
 
 
 @cache
 def _cpu_multiplies_bfloat16_faster() -> bool:
     if platform.machine() in ("arm64", "aarch64"):
-        return False  # some do; products in float32 are right everywhere
+        return False  # some do; float32 is correct on all
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    # PyTorch's bfloat16 products with AVX-512 alone reach about half of float32's rate (measured); AMX's do not fall short.
+    # PyTorch's bfloat16 matmul reaches about half of float32's rate with AVX-512 (measured), and more with AMX.
     return "amx_bf16" in flags
 
 
 def default_compute_dtype(device: torch.device, *, training: bool = False) -> ComputeDtype:
-    """The type in which `device` multiplies fastest without losing what is needed, in training or elsewhere."""
+    """The fastest dtype on `device` that is precise enough, for training or otherwise."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     if device.type != "cpu":

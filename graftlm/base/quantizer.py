@@ -1,7 +1,7 @@
-"""A checkpoint read tensor by tensor, each brought into its stored form at once.
+"""Read a checkpoint tensor by tensor and convert each to its stored form at once.
 
-It goes through transformers' own extension point for quantizers, so that the renaming and stacking it does for each
-architecture comes along. Checkpoints that are quantized already are dequantized by transformers first.
+It uses transformers' extension point for quantizers, and so its renaming and stacking for each architecture. Checkpoints that
+are quantized already are first dequantized by transformers.
 """
 
 # The types of transformers' internals are partial: the checks that only restate that are off.
@@ -40,7 +40,7 @@ from graftlm.errors import ModelError
 
 @register_quantization_config("graft")
 class StoredFormConfig(QuantizationConfigMixin):
-    """Tells transformers' loader that our quantizer takes the weights; never written to a file."""
+    """Selects our quantizer in transformers' loader; never written to a file."""
 
     def __init__(self, precision: Precision = "float32", activation_dtype: torch.dtype = torch.float32) -> None:
         self.quant_method = "graft"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -49,11 +49,11 @@ class StoredFormConfig(QuantizationConfigMixin):
 
 
 class _StoreOp(ConversionOps):
-    """Takes one finished tensor (renamed, split or stacked as the architecture wants) into its stored module."""
+    """Stores one finished tensor (renamed, split or stacked for the architecture) in its module."""
 
     def __init__(self, replacements: dict[str, Stored]) -> None:
         self.replacements = replacements
-        self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (name, found, asked for)
+        self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (name, found, expected)
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Tensor]:
@@ -73,12 +73,14 @@ class _StoreOp(ConversionOps):
 
 @register_quantizer("graft")
 class StoredFormQuantizer(HfQuantizer):
-    """Brings each weight into its stored form as soon as the loader has it, so that only one is ever there in full."""
+    """Converts each weight to its stored form as soon as it is read, so that only one is in memory in full."""
 
     requires_calibration = False
     quantization_config: StoredFormConfig
     replacements: Replacements
     store_op: _StoreOp
+    shapes: dict[str, tuple[int, ...]]
+    """What the config makes of each parameter; before 5.23 transformers lets a quantizer's model have others."""
 
     @property
     def quantized_element_size(self) -> float | None:
@@ -88,6 +90,7 @@ class StoredFormQuantizer(HfQuantizer):
         precision, activation_dtype = self.quantization_config.precision, self.quantization_config.activation_dtype
         self.replacements = find_replacements(model, precision)
         self.store_op = _StoreOp(self.replacements.all())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         keep = DTYPES[embedding_precision(precision)]
         head, embedding = head_and_embedding(model)
         taken = set(self.store_op.replacements)
@@ -99,9 +102,16 @@ class StoredFormQuantizer(HfQuantizer):
                 wanted = keep
             else:
                 wanted = small_dtype(model, name.rpartition(".")[0], owner, precision, activation_dtype)
-            if parameter.dtype != wanted:  # the loader casts a tensor to the type that waits for it
+            if parameter.dtype != wanted:  # the loader casts a tensor to the dtype of its parameter
                 parameter.data = parameter.data.to(wanted)
         return model
+
+    def misshapen(self, model: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """The parameters that were loaded in a shape that the config does not give them: name, found, asked for."""
+        now = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in self.store_op.replacements}
+        return [
+            (name, shape, self.shapes[name]) for name, shape in now.items() if shape != self.shapes.get(name, shape)
+        ]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.store_op.replacements
@@ -120,10 +130,10 @@ class StoredFormQuantizer(HfQuantizer):
 def stream_checkpoint(
     path: str, precision: Precision, activation_dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, Replacements, list[str]]:
-    """Load a model folder tensor by tensor into its stored form; also returns the tensors that the architecture has no use for.
+    """Load a model folder tensor by tensor into its stored form; also returns the tensors that the architecture does not use.
 
-    Memory at the peak: the final form, plus the largest tensor in the checkpoint's type and once more while converted.
-    Raises ModelError for missing, unexpected-in-shape or unreadable tensors.
+    Peak memory: the final form plus the largest tensor twice, in the checkpoint's dtype and converted. Raises ModelError for
+    tensors that are missing, unreadable or of the wrong shape.
     """
     report = LoadReport()
     try:
@@ -145,14 +155,14 @@ def stream_checkpoint(
         ) from None
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # transformers says so when parts of a joined or stacked weight do not fit together
+    except RuntimeError as error:  # raised by transformers if parts of a joined or stacked weight do not match
         raise ModelError(
             f"{path}: the tensors do not fit the model's config; {report.fault or first_line(error)}"
         ) from None
     model, info = loaded
     quantizer: StoredFormQuantizer = model.hf_quantizer
     replacements = quantizer.replacements
-    info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.store_op.mismatched}
+    info["mismatched_keys"] = {*info["mismatched_keys"], *quantizer.store_op.mismatched, *quantizer.misshapen(model)}
     _share_tied(model, replacements, info["missing_keys"])
     _check_loaded(info, replacements, path)
     unused = sorted(info["unexpected_keys"])
@@ -165,7 +175,7 @@ def stream_checkpoint(
 
 
 def _share_tied(model: PreTrainedModel, replacements: Replacements, missing: set[str]) -> None:
-    """Give layers that share their weights by the class's own ties, as Zamba's blocks do, one stored form."""
+    """Share one stored form between layers that the class ties, as Zamba's blocks."""
     stored = replacements.all()
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in stored and source in stored and stored[name].dense is None and stored[name].compressed is None:
@@ -191,9 +201,9 @@ def _check_loaded(info: Any, replacements: Replacements, path: str) -> None:
 
 
 def load_dequantized(path: str, method: str, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a checkpoint that is already quantized as a plain 16-bit model, by transformers' own dequantization.
+    """Load a checkpoint that is already quantized as a plain 16-bit model, dequantized by transformers.
 
-    Raises ModelError, by name, for kinds that cannot be brought back.
+    Raises ModelError for methods that cannot be dequantized.
     """
     if method in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
         extra: dict[str, Any] = {}
@@ -203,8 +213,8 @@ def load_dequantized(path: str, method: str, trust_remote_code: bool) -> PreTrai
         extra = {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
     else:
         raise ModelError(
-            f"{path} is already quantized with '{method}', which Graft does not undo; "
-            "take the 16-bit original of this model (bitsandbytes, fp8 and mxfp4 checkpoints are read)"
+            f"{path} is already quantized with '{method}', which Graft cannot dequantize; "
+            "take the 16-bit original of this model (bitsandbytes, fp8 and mxfp4 checkpoints are supported)"
         )
     try:
         with quiet():
@@ -212,7 +222,7 @@ def load_dequantized(path: str, method: str, trust_remote_code: bool) -> PreTrai
                 path, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True, **extra
             )
             model = model.dequantize() if not extra else model
-            # What it was is forgotten, so that it is saved as a plain model.
+            # Remove the quantization config, so that it is saved as a plain model.
             model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
             model.hf_quantizer = None
             return model
@@ -221,4 +231,4 @@ def load_dequantized(path: str, method: str, trust_remote_code: bool) -> PreTrai
             f"{path}: its weights cannot be read ({first_line(error)}); download the model again"
         ) from None
     except ImportError as error:
-        raise ModelError(f"{path} is quantized with '{method}', and undoing that needs a package: {error}") from None
+        raise ModelError(f"{path} is quantized with '{method}', and dequantizing it needs a package: {error}") from None

@@ -1,4 +1,4 @@
-"""Models with random weights: whole and plain, or each weight in its stored form as soon as it is made."""
+"""Models with random weights: dense, or with each weight converted to its stored form as it is created."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def random_model(config: Any, seed: int, trust_remote_code: bool) -> PreTrainedM
 def random_stored_model(
     config: Any, precision: Precision, activation_dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[PreTrainedModel, Replacements]:
-    """A model of `config` with random weights that are made on `device`, each brought into its stored form at once.
+    """A model of `config` with random weights that are created on `device`, each converted to its stored form at once.
 
-    It is built without storage first; then one module after another gets weights from its class's own initialization. So
-    of a model of any size one weight at a time is there in full (float32).
+    It is built on the meta device; then one module after another gets weights from its class's own initialization, so that one
+    weight at a time is in memory in full (float32).
     """
     with torch.device("meta"):
         model: Any = random_model(config, seed, trust_remote_code=False)

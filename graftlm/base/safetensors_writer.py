@@ -1,7 +1,7 @@
-"""Safetensors files written one tensor at a time, so that a file may be larger than memory.
+"""Write safetensors files one tensor at a time, so that a file may be larger than memory.
 
-The header comes first in the format and is known beforehand: names, types and shapes. Then each tensor is asked for, written
-and forgotten.
+The header, which comes first in the file, is known beforehand: names, dtypes and shapes. Then each tensor is computed, written
+and freed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that will be written: its type and shape."""
+    """A tensor that will be written: its dtype and shape."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -38,12 +38,12 @@ class TensorSpec:
 
 
 def dtype_of(name: str) -> torch.dtype | None:
-    """Safetensors' name of a type -> torch's; None for one that torch does not compute with (8-bit floats and below)."""
+    """Safetensors' name of a dtype -> torch's; None for one that torch cannot compute with (8-bit floats and below)."""
     return _TYPES.get(name)
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """A tensor's bytes as they lie in memory."""
+    """A tensor's bytes in memory."""
     flat = tensor.detach().contiguous().reshape(-1)
     numbers: Any = flat.view(torch.uint8).numpy()
     return memoryview(numbers)
@@ -59,7 +59,7 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[
         }  # fmt: skip
         place += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, spec in specs.items():
@@ -72,7 +72,7 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[
 
 
 def write_index(folder: Path, places: Mapping[str, str], total_bytes: int) -> None:
-    """Say which file holds which tensor, as transformers reads it."""
+    """Write the index of tensor names to files in transformers' format."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

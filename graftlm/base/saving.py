@@ -1,4 +1,4 @@
-"""A base as transformers would save it: the weights under its names and in its layout, and the plain model folder."""
+"""Save a base as transformers would: the weights with its names and layout, and the plain model folder."""
 
 # pyright: reportPrivateUsage=false
 
@@ -15,7 +15,7 @@ from graftlm.base.transformers_log import quiet
 
 
 def dense_state_dict(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every weight under transformers' own name and in its layout, tied copies left out, as dense `dtype` tensors."""
+    """Every weight with transformers' name and layout as a dense `dtype` tensor, without tied copies."""
     state: dict[str, Tensor] = {}
     stored = {name: module for name, module in model.named_modules() if isinstance(module, Stored)}
     seen: set[int] = set()
@@ -30,11 +30,11 @@ def dense_state_dict(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Te
         if bias is not None:
             state[f"{name}.bias"] = bias.detach().to(dtype)
     owned = {f"{name}.{key}" for name in stored for key in ("weight", "bias")}
-    for name, parameter in model.named_parameters():  # tied parameters come once, under their first name
+    for name, parameter in model.named_parameters():  # tied parameters are listed once, with their first name
         if name in owned:
             continue
         if id(parameter) in seen:
-            # The embedding of a tied head: the embedding's name is the one that is saved.
+            # Of a tied head and embedding, the embedding's name is saved.
             for key in [k for k, s in stored.items() if s.dense is parameter]:
                 state.pop(f"{key}.weight", None)
         state[name] = parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()

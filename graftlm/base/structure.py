@@ -1,6 +1,6 @@
-"""Where the parts of a causal language model are: body, head, embedding, layers; and each half run on its own.
+"""The parts of a causal language model: body, head, embedding, layers. Body and head can run separately.
 
-structure.hidden(ids, context)     the body alone over segments
+structure.hidden(ids, context)     the body over segments
 structure.logits(hidden)           the model's own code from there on, for a few tokens at a time
 """
 
@@ -31,7 +31,7 @@ from graftlm.errors import ModelError
 
 
 class _BodyOutput(dict[str, Any]):
-    """What a body returns, with nothing in it but the hidden states we give; any other field reads as None."""
+    """A body's output with the given hidden states; all other fields are None."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__(last_hidden_state=hidden)
@@ -50,7 +50,7 @@ class _BodyOutput(dict[str, Any]):
 
 
 class _Given(nn.Module):
-    """Stands in for a model's body and returns hidden states that are already there."""
+    """Replaces a model's body and returns given hidden states."""
 
     def __init__(self, body: nn.Module, hidden: Tensor) -> None:
         super().__init__()
@@ -68,9 +68,9 @@ class _Given(nn.Module):
 
 
 class _ReadHead(nn.Module):
-    """A stored head as the model's own code sees it: Mamba casts its input to the type of the head's weight first.
+    """A stored head for the model's own code: Mamba first casts its input to the dtype of the head's weight.
 
-    Our own code needs the head's parameter itself, so unlike other stored layers it has no handle in that place.
+    Our own code needs the head's parameter itself, so unlike other stored layers it has no `WeightHandle`.
     """
 
     def __init__(self, head: StoredLinear, activation_dtype: torch.dtype) -> None:
@@ -89,7 +89,7 @@ def _stored(model: nn.Module) -> list[Stored]:
 def _with(module: nn.Module, path: Sequence[str], other: nn.Module) -> Any:
     """A module that shares everything with `module` but has `other` at `path`.
 
-    The model itself is not changed: another thread may run it, or look for its layers, at the same time.
+    The model itself does not change: another thread may run it at the same time.
     """
     own: Any = module
     copy = object.__new__(type(module))
@@ -100,10 +100,10 @@ def _with(module: nn.Module, path: Sequence[str], other: nn.Module) -> Any:
 
 
 def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward whose inputs alone are kept; the backward pass runs it again. Its randomness is counter-based."""
+    """A layer's forward that saves its inputs alone and is recomputed in backward; its random numbers are counter-based."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    passing = context.current()  # autograd may run it again in a thread of its own
+    passing = context.current()  # autograd may recompute it in another thread
 
     def run(*args: Any) -> Any:
         with passing:
@@ -113,10 +113,10 @@ def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class ModelStructure:
-    """Where the parts of a causal language model are: body, head, embedding, layers."""
+    """The parts of a causal language model: body, head, embedding, layers."""
 
     def __init__(self, model: PreTrainedModel, activation_dtype: torch.dtype) -> None:
-        """Find the parts and prove that body and head together give the untouched logits; ModelError when not.
+        """Find the parts and check that body and head together give the model's logits. Raises ModelError if not.
 
         `activation_dtype` is the dtype of the hidden states.
         """
@@ -124,7 +124,7 @@ class ModelStructure:
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = head_and_embedding(model)
         self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
-        self.embedding: Any = embedding  # a StoredEmbedding, once the model is installed
+        self.embedding: Any = embedding  # a StoredEmbedding after `replace_modules`
         self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         config: Any = model.config.get_text_config()
         self.vocabulary = int(head.weight.shape[0])
@@ -140,14 +140,14 @@ class ModelStructure:
         return self.model.get_submodule(self.head_name)
 
     def _readable(self) -> Any:
-        """The model with a head whose weight its own code may read."""
+        """The model with a head whose weight the model's own code can read."""
         head = self.head
         if not isinstance(head, StoredLinear):
             return self.model
         return _with(self.model, self.head_name.split("."), _ReadHead(head, self._compute))
 
     def tail_modules(self) -> list[nn.Module]:
-        """Every module outside the body: what turns its hidden states into logits, the head among them."""
+        """Every module outside the body, which together turn hidden states into logits, including the head."""
         body, found, waiting = self.body, list[nn.Module](), list[nn.Module]([self.model])
         while waiting:
             module = waiting.pop()
@@ -157,16 +157,16 @@ class ModelStructure:
 
     @torch.no_grad()
     def _has_plain_head(self) -> bool:
-        """Whether logits are the head's product and nothing else: no soft cap, no scale, no bias, no other layer."""
+        """Whether the logits are the head's matmul and nothing else: no soft cap, scale, bias or other layer."""
         head = self.head
         if not isinstance(head, StoredLinear) or head.weight is None or head.bias is not None:
             return False
         generator = torch.Generator().manual_seed(0)
-        for scale in (1.0, 100.0):  # a soft cap shows itself at large logits
+        for scale in (1.0, 100.0):  # a soft cap changes large logits
             hidden = torch.randn(1, 2, head.in_features, generator=generator).mul_(scale)
             hidden = hidden.to(device=head.weight.device, dtype=self._kind)
-            found, product = self.logits(hidden), head(hidden)[0]
-            if found.dtype != product.dtype or not torch.equal(found, product):
+            found, expected = self.logits(hidden), head(hidden)[0]
+            if found.dtype != expected.dtype or not torch.equal(found, expected):
                 return False
         return True
 
@@ -187,7 +187,7 @@ class ModelStructure:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # Whatever the model's own code raises: in float32 it has the weights that transformers gives it.
+            # The model's own code may raise anything: in float32 it has the weights that transformers gives it.
             plain = all(s.dense is not None and s.dense.dtype == self._compute for s in _stored(self.model))
             way_out = "please report this architecture"
             raise ModelError(
@@ -216,7 +216,7 @@ class ModelStructure:
                 found = self.logits(reached[name])
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # any failure only means that this candidate is not the body
+            except Exception:  # this candidate is not the body
                 continue
             if found.shape == expected[0].shape and torch.allclose(found, expected[0], rtol=1e-4, atol=1e-4):
                 return name, self.body
@@ -241,8 +241,8 @@ class ModelStructure:
     def logits(self, hidden: Tensor, passing: ForwardContext | None = None) -> Tensor:
         """From hidden states (n, width) or (1, n, width) to logits (n, vocabulary), by the model's own code.
 
-        The class's forward runs with its body replaced by the states we have, so soft caps and scales come along. The
-        context's segments lay out the n rows; a head with adapters needs it.
+        The class's forward runs with its body replaced by the given states, so soft caps and scales are applied. The context's
+        segments are those of the n rows; a head with adapters needs it.
         """
         states = hidden if hidden.ndim == 3 else hidden[None]
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
@@ -251,9 +251,9 @@ class ModelStructure:
             return stand_in(input_ids=ids, use_cache=False).logits[0]
 
     def checkpoint_layers(self, on: bool) -> int:
-        """Keep only the inputs of each layer and run it again in the backward pass; returns how many layers do."""
+        """Turn activation checkpointing of the layers on or off; returns the number of layers."""
         for layer in self.layers:
-            # Not through transformers' switch: that works in training mode only, in which OPT's layers draw dropout.
+            # Not with transformers' own: that needs training mode, in which OPT's layers apply dropout.
             layer.__dict__.pop("forward", None)
             if on:
                 layer.forward = partial(_run_again, layer.forward)

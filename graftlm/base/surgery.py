@@ -1,11 +1,11 @@
-"""Which parts of a transformers model are replaced by stored ones (`modules.py`), and the replacing itself.
+"""Replace modules of a transformers model by stored ones (`modules.py`).
 
     find_replacements(model, precision)     decide: linear layers, routers, stacked experts; what stays, and why
-    replace_modules(model, ...)             put them in their places; returns what was replaced
+    replace_modules(model, ...)             replace them; returns what was replaced
     convert_model(model, ...)               both, for a model that is in memory already
 
-`quantizer.py` fills the replacements while it reads a checkpoint, `random_init.py` with random weights. What is fused
-afterwards is in `fused.py`.
+`quantizer.py` fills the replacements while it reads a checkpoint, `random_init.py` with random weights. `fused.py` then fuses
+norms, gated activations and rotations.
 """
 
 # The types of transformers' internals are partial: the checks that only restate that are off.
@@ -36,14 +36,14 @@ _LINEAR_CLASSES = {"Linear", "Conv1D", "FalconLinear"}  # y = x W + b and nothin
 
 @dataclass
 class Replacements:
-    """The stored modules that will replace parts of a model, by the name of the parameter each one takes."""
+    """The stored modules that will replace modules of a model, by the name of each one's parameter."""
 
     linears: dict[str, StoredLinear] = field(default_factory=dict[str, StoredLinear])  # "….q_proj.weight"
     routers: dict[str, StoredLinear] = field(default_factory=dict[str, StoredLinear])  # "….gate.weight"
     stacks: dict[str, StoredStack] = field(default_factory=dict[str, StoredStack])  # "….experts.gate_up_proj"
     not_converted: dict[str, str] = field(default_factory=dict[str, str])  # module name -> why it stays as it is
     fixed: set[str] = field(default_factory=set[str])
-    """Parameters that the model's class itself never trains: biases that balance experts, tables of positions."""
+    """Parameters that the model's class itself never trains: biases that balance experts, position tables."""
 
     def all(self) -> dict[str, Stored]:
         return {**self.linears, **self.routers, **self.stacks}
@@ -76,7 +76,7 @@ def find_replacements(model: PreTrainedModel, precision: Precision) -> Replaceme
             _find_routers(found, model.get_submodule(name.rpartition(".")[0]), name, module, precision)
         elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
             found.not_converted[name] = (
-                f"{type(module).__name__} holds stacked weights outside of transformers' experts interface"
+                f"{type(module).__name__} has stacked weights outside of transformers' experts interface"
             )
     if not found.linears and not found.stacks:
         raise ModelError(f"{type(model).__name__} has no linear layer that Graft can store or adapt")
@@ -106,7 +106,7 @@ def _find_stacks(found: Replacements, name: str, experts: nn.Module, precision: 
 
 def _find_routers(found: Replacements, parent: nn.Module, name: str, experts: nn.Module, precision: Precision) -> None:
     """The routers beside a mixture's experts, in the module that holds both."""
-    # A router is a thousandth of the model and decides who computes: it keeps 16 or 32 bits.
+    # A router is a thousandth of the model and selects the experts: it keeps 16 or 32 bits.
     kept: Precision = precision if precision in DTYPES else embedding_precision(precision)
     for child_name, child in parent.named_children():
         weight = child._parameters.get("weight")
@@ -118,26 +118,26 @@ def _find_routers(found: Replacements, parent: nn.Module, name: str, experts: nn
 
 
 def _is_stacked(module: nn.Module) -> bool:
-    """Whether a module holds an expert mixture's stacked weights behind transformers' experts interface."""
+    """Whether a module has a mixture's stacked expert weights behind transformers' experts interface."""
     return hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
 
 
 def convert_model(
     model: PreTrainedModel, precision: Precision, activation_dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Replacements]:
-    """Bring a model that is already in memory (random, or dequantized) into stored form, module by module."""
+    """Convert a model that is in memory (random, or dequantized) to stored form, module by module."""
     replaced = replace_modules(model, find_replacements(model, precision), precision, activation_dtype)
     return freeze(model), replaced
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Frozen and in evaluation mode: the model's own dropout draws from a generator's state, so it stays off."""
+    """Freeze a model in evaluation mode: its own dropout depends on a generator's state, so it stays off."""
     model.requires_grad_(False)
     model.eval()
     config: Any = model.config
     config.use_cache = False
     if getattr(config, "rescale_every", 0):
-        # RWKV would halve its weights in place for float16, and halve its states to match: the same logits.
+        # RWKV would halve its weights in place for float16 and its states to match, with the same logits.
         model.__dict__["graft_rescale_every"], config.rescale_every = config.rescale_every, 0
     return model
 
@@ -145,10 +145,9 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 def replace_modules(
     model: PreTrainedModel, replacements: Replacements, precision: Precision, activation_dtype: torch.dtype
 ) -> Replacements:
-    """Put the stored modules in their places; those without a value yet take it from the module they replace.
+    """Replace modules by the stored ones; a stored module without a value takes it from the module it replaces.
 
-    Returns what was replaced. A router that turns out not to go through its stored layer keeps its own weight, and is
-    listed among what is not converted.
+    Returns what was replaced. A router that does not use its stored layer keeps its own weight, and is in `not_converted`.
     """
     for name, stored in replacements.all().items():
         if stored.dense is None and stored.compressed is None:
@@ -174,7 +173,7 @@ def replace_modules(
 def _replace_linears(model: PreTrainedModel, linears: dict[str, StoredLinear], activation_dtype: torch.dtype) -> None:
     for name, stored in linears.items():
         path = name.removesuffix(".weight")
-        stored.bias = model.get_submodule(path).bias  # loaded into the module that is replaced
+        stored.bias = model.get_submodule(path).bias  # loaded into the replaced module
         stored.__dict__["weight"] = WeightHandle(stored, activation_dtype)
         _replace(model, path, stored)
 
@@ -192,7 +191,7 @@ def _replace_stacks(model: PreTrainedModel, stacks: dict[str, StoredStack]) -> N
 def _replace_routers(
     model: PreTrainedModel, routers: dict[str, StoredLinear], activation_dtype: torch.dtype
 ) -> dict[str, str]:
-    """Give each router its stored weight; returns those that do not multiply with it, which keep their own, and why."""
+    """Give each router its stored weight; returns those that do not use it, which keep their own, with the reason."""
     refused: dict[str, str] = {}
     for name, stored in routers.items():
         path = name.removesuffix(".weight")
@@ -209,7 +208,7 @@ def _replace_routers(
 
 
 def _cast_small(model: PreTrainedModel, kept: set[int], precision: Precision, activation_dtype: torch.dtype) -> None:
-    """Cast norms, biases and position tables to their type; `kept`: the ids of head and embedding, which have their own."""
+    """Cast norms, biases and position tables; `kept`: the ids of head and embedding, which have dtypes of their own."""
     for name, module in model.named_modules():
         if id(module) in kept or isinstance(module, Stored):
             continue
@@ -228,10 +227,10 @@ def _replace_head(model: PreTrainedModel, head: nn.Linear, embedding: StoredEmbe
     linear = StoredLinear((head.weight.shape[0], head.weight.shape[1]), embedding_precision(precision), head.bias)
     if head.weight.dtype != keep and not head.weight.is_meta:
         shared = embedding.weight is head.weight
-        narrowed = nn.Parameter(head.weight.detach().to(keep), requires_grad=False)
-        linear.weight = narrowed
+        downcast_weight = nn.Parameter(head.weight.detach().to(keep), requires_grad=False)
+        linear.weight = downcast_weight
         if shared:
-            embedding.weight = narrowed
+            embedding.weight = downcast_weight
     else:
         linear.weight = head.weight
     _replace(model, head_name, linear)
@@ -239,7 +238,7 @@ def _replace_head(model: PreTrainedModel, head: nn.Linear, embedding: StoredEmbe
 
 
 def _router_fault(router: nn.Module, stored: StoredLinear, activation_dtype: torch.dtype) -> str | None:
-    """None where a router's own forward sends its matmul through the stored layer; else what is known of why it does not."""
+    """None if a router's own forward calls the stored layer; else the reason, as far as it is known."""
     called: list[bool] = []
     hook = stored.register_forward_hook(lambda *_: called.append(True))
     try:
@@ -253,7 +252,7 @@ def _router_fault(router: nn.Module, stored: StoredLinear, activation_dtype: tor
 
 
 def _kept_by_class(model: PreTrainedModel, parameter: str) -> bool:
-    """Whether the model's class wants a parameter in float32 whatever the rest is, and handles that in its own code."""
+    """Whether the model's class keeps a parameter in float32 with any dtype, and its code handles that."""
     names = (*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()))
     return any(part in names for part in parameter.split("."))
 
@@ -261,10 +260,11 @@ def _kept_by_class(model: PreTrainedModel, parameter: str) -> bool:
 def small_dtype(
     model: PreTrainedModel, name: str, module: nn.Module, precision: Precision, activation_dtype: torch.dtype
 ) -> torch.dtype:
-    """The type of norms, biases and position tables, thousandths of the model: that of the compute dtype.
+    """The dtype of norms, biases and position tables, thousandths of the model: the compute dtype.
 
-    A base stored in float32 keeps them in float32 whatever products run in, since full training would lose every small
-    update of a norm's weight near 1; only where a module holds other modules too, its code may mix types, and they follow.
+    A base stored in float32 keeps them in float32 with any compute dtype, since full training in bfloat16 would lose every
+    small update of a norm's weight near 1. In a module that has submodules, whose code may mix dtypes, they get the compute
+    dtype.
     """
     if any(_kept_by_class(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)):
         return torch.float32
@@ -273,8 +273,8 @@ def small_dtype(
 
 
 def _work_in(module: nn.Module, inner: torch.dtype, outer: torch.dtype) -> None:
-    """Let a small module compute in its own type: what comes in is upcast, what goes out narrowed again."""
-    if "graft_types" in module.__dict__:  # it holds two such parameters
+    """Let a small module compute in its own dtype: its input is upcast, its output downcast."""
+    if "graft_types" in module.__dict__:  # it has two such parameters
         return
     module.__dict__["graft_types"] = (inner, outer)
 
@@ -294,7 +294,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _replace_embedding(model: PreTrainedModel, embedding: nn.Module, activation_dtype: torch.dtype) -> StoredEmbedding:
-    """Embeddings leave in the compute dtype, so that the residual stream has it too; wherever the model holds one."""
+    """Replace the embedding wherever the model has it; its output, and so the residual stream, has the compute dtype."""
     stored = StoredEmbedding(embedding, activation_dtype)
     for module in list(model.modules()):
         for name, child in module._modules.items():
@@ -311,7 +311,7 @@ def _set_experts(model: PreTrainedModel) -> None:
 
 
 def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """A mixture's experts over stored weights: each expert gets its tokens, in order, with whom they belong to.
+    """A mixture's experts over stored weights: each expert gets its tokens in order, with their indices.
 
     hidden (T, in), top_k_index and top_k_weights (T, k) -> (T, in). Registered with transformers' experts interface.
     """

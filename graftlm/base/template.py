@@ -1,17 +1,16 @@
-"""A chat template turns messages into one text; this file finds which characters of that text the model itself writes.
+"""Find the characters of a rendered chat that the model itself generates.
 
-Two ways lead there. Some templates say it: what stands between `{% generation %}` and `{% endgeneration %}` is the
-model's. For all others the text T of a row is compared with a skeleton (`template_skeleton.py`): the same conversation
-rendered once more (`template_render.py`) with every content replaced by a sentinel, a word that occurs nowhere else. The
-skeleton shows where each content went, so that T must be its literal parts with the contents put back, exactly; a
-template that drops, shortens or moves a message is thereby caught on the very row where it happens. An assistant turn
-(`template_turns.py`) then begins where the generation prompt ends (so that an empty `<think></think>` block, the content
-and the tool calls are learnt, the header is not), and ends after the end-of-turn marker, which is what follows the turn
-both when it is the last one and when another turn comes after it.
+Some templates mark them: the text between `{% generation %}` and `{% endgeneration %}` is the model's. For all others the
+text T of a row is compared with a skeleton (`template_skeleton.py`): the same conversation rendered (`template_render.py`)
+with every content replaced by a sentinel, a word that occurs nowhere else. T must be exactly the skeleton's literal parts
+with the contents put back, so a template that drops, shortens or moves a message is detected on the row where it happens. An
+assistant turn (`template_turns.py`) begins where the generation prompt ends, so that an empty `<think></think>` block, the
+content and the tool calls are targets and the header is not. It ends after the end-of-turn marker: the text that follows the
+turn both when it is the last one and when another turn follows.
 
-Prefixes of the conversation are rendered only to find these two borders, never to cut T: templates such as Qwen3's drop
-the thinking of earlier turns, so that a prefix's text is not a prefix of T. A skeleton depends on roles, tools and tool
-calls but not on contents, so a file of alike conversations needs one.
+Prefixes of the conversation are rendered only to find these two borders, never to cut T: templates such as Qwen3's drop the
+thinking of earlier turns, so that a prefix's text is not a prefix of T. A skeleton depends on roles, tools and tool calls but
+not on contents, so one skeleton serves all conversations of the same form.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """A text and the character ranges of it that the model writes.
+    """A text and the character ranges that the model generates.
 
-    `bos`: put the tokenizer's own first tokens before it (a chat template writes them itself). `eos`: the end token
-    follows the last range, as a target token, unless the text ends with it already.
+    `bos`: add the tokenizer's own first tokens (a chat template writes them itself). `eos`: add the end token after the last
+    range, as a target token, unless the text ends with it already.
     """
 
     text: str
@@ -46,10 +45,9 @@ class Marked:
 class Template:
     """One chat template, with the tokenizer's special tokens and the date it may print.
 
-    `source`: the Jinja text. `variables`: what the template sees besides the messages (`bos_token`, `eos_token`, ...).
-    `specials`: strings that are single tokens, among which an end-of-turn marker is looked for. `date`: ISO date that
-    `strftime_now` and `date_string` give, so that the same row has the same tokens on every day.
-    Raises ModelError where the template is not valid Jinja.
+    `source`: the Jinja text. `variables`: the template's variables besides the messages (`bos_token`, `eos_token`, ...).
+    `specials`: strings that are single tokens; an end-of-turn marker is one of them. `date`: ISO date for `strftime_now` and
+    `date_string`, so that a row has the same tokens on every day. Raises ModelError if the template is not valid Jinja.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str], specials: Iterable[str], date: str) -> None:
@@ -64,11 +62,11 @@ class Template:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how this template was read."""
+        """Notes for the user about this template."""
         return self.renderer.notes
 
     def render(self, messages: Sequence[Message], tools: Tools | None = None, *, prompt: bool = False) -> str:
-        """The text of a conversation; `prompt` adds what asks the model for the next turn. Raises DataError."""
+        """The text of a conversation; `prompt` adds the generation prompt. Raises DataError."""
         return self.renderer.render(messages, tools, prompt=prompt)
 
     def mark(
@@ -79,10 +77,10 @@ class Template:
         masked: Collection[int] = (),
         last_only: bool = False,
     ) -> Marked:
-        """The text of a conversation and the ranges that the model writes, but in messages whose places are `masked`.
+        """The text of a conversation and the ranges that the model generates, without messages with an index in `masked`.
 
-        `last_only`: only the last assistant message, if it is not masked. Raises DataError where the template leaves
-        out or changes something of the conversation, with what it did and the way out.
+        `last_only`: only the last assistant message, if it is not masked. Raises DataError if the template leaves out or
+        changes a part of the conversation, with what it did and the way out.
         """
         for index, message in enumerate(messages):
             for name in ("content", "reasoning_content"):
@@ -95,8 +93,8 @@ class Template:
         apart = [_thinking_apart(message) for message in prepared]
         if apart == prepared:
             return self._mark(prepared, tools, masked, last_only)
-        # Thinking written inside the content: a template that writes thinking is given it as thinking, and one that
-        # takes contents apart is given them apart.
+        # Thinking inside the content: pass it as thinking to a template that writes thinking, and separately to a template that
+        # separates them itself.
         forms = (apart, prepared) if self._skeletons.writes_thinking else (prepared, apart)
         try:
             return self._mark(forms[0], tools, masked, last_only)
@@ -129,11 +127,11 @@ class Template:
         return Marked(text, _not_empty(spans))
 
     def stop_strings(self) -> list[str]:
-        """The special tokens at which the model's turn is over: what follows a last turn, plain or a tool call."""
+        """The special tokens that end the model's turn: those after a last turn, plain or a tool call."""
         return self._turns.stop_strings()
 
     def _marks_hold_the_end(self) -> bool:
-        """Whether the template has generation marks that hold the end of the turn, without which none is learnt."""
+        """Whether the template's generation marks include the end of the turn, which must be a target."""
         answer = probe_text(1)
         try:
             conversation = [message_of("user", probe_text(0)), message_of("assistant", answer)]
@@ -158,7 +156,7 @@ def _not_empty(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Ranges that touch, as one."""
+    """Join adjacent ranges."""
     joined: list[Span] = []
     for start, end in spans:
         if joined and joined[-1][1] == start:

@@ -1,7 +1,7 @@
-"""A chat template as a function: messages in, one text out, in the form that this template reads.
+"""Render messages with a chat template, in the form that the template expects.
 
-Templates differ in what they take: contents as text or as lists of parts, tool arguments as objects or as JSON text, a
-missing content or one that is None. `TemplateRenderer` learns a template's form once, by trying.
+Templates expect contents as text or as lists of parts, tool arguments as objects or as JSON text, a missing content or None.
+`TemplateRenderer` finds a template's form once, by trying.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Tools = Sequence[Mapping[str, Any]]
 class TemplateRenderer:
     """A compiled template; the arguments are those of `template.Template`.
 
-    `special` finds the tokenizer's special tokens in a text, `notes` is what the user should know of this template.
-    Raises ModelError where the template is not valid Jinja.
+    `special` finds the tokenizer's special tokens in a text, `notes` has notes for the user about this template.
+    Raises ModelError if the template is not valid Jinja.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str], specials: Iterable[str], date: str) -> None:
@@ -50,21 +50,21 @@ class TemplateRenderer:
         self.special = re.compile("|".join(map(re.escape, known)) or "(?!)")
         self.parts = False  # contents as lists of {"type": "text"} (templates of vision models)
         self._arguments_as_text = False  # tool calls' arguments as JSON text (templates that concatenate them)
-        self._null_content = False  # beside tool calls, a content that is None instead of missing
+        self._null_content = False  # with tool calls, content None instead of missing
         self._probe_forms()
 
     def render(self, messages: Sequence[Message], tools: Tools | None = None, *, prompt: bool = False) -> str:
-        """The text of a conversation; `prompt` adds what asks the model for the next turn. Raises DataError."""
+        """The text of a conversation; `prompt` adds the generation prompt. Raises DataError."""
         return MARKS.sub("", self.render_marked(self.prepare(messages), tools, prompt))
 
     def render_marked(self, messages: Sequence[Message], tools: Tools | None, prompt: bool) -> str:
-        """`messages` as `prepare` gives them; the generation marks are left in."""
+        """The text with its generation marks, of `messages` from `prepare`."""
         hint = ""
         if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
             hint = ". It may not know tool calls: use a model whose template does, or write them into the contents"
         try:
             return self._compiled.render(
-                # A template may not write to its caller's messages, and the sandbox keeps it from doing so.
+                # A template must not change the messages; the sandbox prevents it.
                 messages=[_for_template(message, self.parts) for message in messages],
                 tools=list(tools) if tools else None,
                 documents=None,
@@ -73,7 +73,7 @@ class TemplateRenderer:
             )
         except jinja2.UndefinedError as error:
             raise DataError(
-                f"the model's chat template asks for something this conversation lacks: {error}{hint}"
+                f"the model's chat template needs something this conversation lacks: {error}{hint}"
             ) from error
         except jinja2.TemplateError as error:
             raise DataError(f"the model's chat template refuses this conversation: {error}{hint}") from error
@@ -82,7 +82,7 @@ class TemplateRenderer:
             raise DataError(f"the model's chat template fails on this conversation ({name}: {error}){hint}") from error
 
     def prepare(self, messages: Sequence[Message]) -> list[Message]:
-        """Drop empty keys (a missing key is what templates test for) and bring tool arguments into the asked form."""
+        """Drop empty keys, since templates test for missing ones, and convert tool arguments to the template's form."""
         prepared: list[Message] = []
         for message in messages:
             kept = {key: value for key, value in message.items() if value is not None}
@@ -96,7 +96,7 @@ class TemplateRenderer:
         return prepared
 
     def _probe_forms(self) -> None:
-        """Learn in which form this template reads contents and tool arguments, by trying."""
+        """Find the template's form of contents and tool arguments, by trying."""
         user, answer = probe_text(0), probe_text(1)
         conversation: list[Message] = [message_of("user", user), message_of("assistant", answer)]
         for parts in (False, True):
@@ -114,7 +114,7 @@ class TemplateRenderer:
         self._null_content = self._arguments_as_text = False
 
     def attempt(self, messages: Sequence[Message], tools: Tools | None = None, *, prompt: bool = False) -> str | None:
-        """The text of a conversation, or None where the template refuses it."""
+        """The text of a conversation, or None if the template refuses it."""
         try:
             return self.render(messages, tools, prompt=prompt)
         except DataError:
@@ -139,7 +139,7 @@ def probe_call() -> Message:
 
 
 def _with_arguments(call: Message, as_text: bool) -> Message:
-    """A tool call with its arguments as an object (Hugging Face's form), or as JSON text where a template needs it."""
+    """A tool call with its arguments as an object (Hugging Face's form), or as JSON text if the template needs it."""
     call = copy.deepcopy(call)
     function = call.get("function", call)
     arguments = function.get("arguments")
@@ -155,7 +155,7 @@ def _with_arguments(call: Message, as_text: bool) -> Message:
 
 
 def _for_template(message: Message, parts: bool) -> Message:
-    """The message as a template reads it: thinking under both of its names, the content as parts where asked."""
+    """The message in the template's form: thinking under both of its names, the content optionally as parts."""
     shown = dict(message)
     if shown.get("reasoning_content") is not None:
         shown = {"thinking": shown["reasoning_content"], **shown}

@@ -1,7 +1,7 @@
 """A conversation's skeleton: its text with every content replaced by a sentinel, a word that occurs nowhere else.
 
-It shows where each content goes, so that a row's text must be the skeleton's literal parts with the contents put back.
-It depends on roles, tools and tool calls but not on contents, so a file of alike conversations needs one.
+It shows where each content goes: a row's text must be the skeleton's literal parts with the contents put back. It depends on
+roles, tools and tool calls but not on contents, so one skeleton serves all conversations of the same form.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEPT = 1024  # skeletons
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One piece of a message's text that a sentinel stands for."""
+    """One piece of a message's text that a sentinel replaces."""
 
     message: int
     name: str  # "content" or "reasoning_content"
@@ -37,26 +37,26 @@ class Skeleton:
     fields: tuple[int, ...]  # index into the row's fields, in the order of the text
     turns: tuple[Turn, ...]  # in skeleton positions
     blocks: tuple[int, ...]  # for templates with marks: the message that each marked block belongs to
-    ending: str  # text to append after the last turn, where the template leaves its end marker out
-    eos: bool  # no end marker is known at all: the tokenizer's end token must follow
+    ending: str  # text to append after the last turn, if the template omits its end marker
+    eos: bool  # no end marker is known: the tokenizer's end token is appended
 
 
 class SkeletonCache:
-    """The skeletons of one template. `marks`: whether its generation marks say what the model writes."""
+    """The skeletons of one template. `marks`: whether its generation marks are used."""
 
     def __init__(self, renderer: TemplateRenderer, turns: TurnFinder, marks: bool) -> None:
         self._renderer, self._turns, self._marks = renderer, turns, marks
         self._skeletons: OrderedDict[str, Skeleton] = OrderedDict()
 
     def skeleton(self, messages: list[Message], tools: Tools | None) -> tuple[Skeleton, list[Field]]:
-        """The skeleton of a conversation's form (kept for the next row of that form), and the row's own fields."""
+        """The skeleton of a conversation's form (cached for the next row of that form), and the row's own fields."""
         fields: list[Field] = []
         bare: list[Message] = []
         for index, message in enumerate(messages):
             bones = dict(message)
             for name in ("content", "reasoning_content"):
                 value = message.get(name)
-                if isinstance(value, str) and value.strip():  # white space alone stays: templates treat it as nothing
+                if isinstance(value, str) and value.strip():  # white space alone stays: templates ignore it
                     bones[name] = f"qz7{len(fields):06d}7zq"
                     fields.append(Field(index, name, value))
             bare.append(bones)
@@ -158,12 +158,12 @@ class SkeletonCache:
 
 
 def align(text: str, skeleton: Skeleton, fields: Sequence[Field]) -> list[int]:
-    """Put the contents back into the skeleton; where each literal part starts in `text`. Raises DataError."""
+    """Match `text` with the skeleton and its contents; returns where each literal part starts. Raises DataError."""
     literals, order = skeleton.literals, skeleton.fields
     furthest = 0
 
     def place(index: int, at: int) -> list[int] | None:
-        # literal `index` stands at `at`; then field, then the rest.
+        # Literal `index` is at `at`; then its field, then the rest.
         nonlocal furthest
         furthest = max(furthest, index)  # what fails from here on is the text before or of field `index`
         if not text.startswith(literals[index], at):
@@ -189,11 +189,11 @@ def align(text: str, skeleton: Skeleton, fields: Sequence[Field]) -> list[int]:
             f"the chat template changes {where}: it does not write {shortened(value)} as it is. "
             "Take out what the template treats specially (its own tags, thinking inside the content)"
         )
-    raise DataError("the chat template adds text after the conversation that depends on what it says")
+    raise DataError("the chat template adds text after the conversation that depends on its contents")
 
 
 def moved(position: int, skeleton: Skeleton, starts: Sequence[int]) -> int:
-    """A position in a literal part of the skeleton, as the position of the same character in the row's text."""
+    """Map a position in a literal part of the skeleton to the same character in the row's text."""
     at = 0
     for literal, start in zip(skeleton.literals, starts, strict=True):
         if at <= position <= at + len(literal):
@@ -225,7 +225,7 @@ def _is_assistant(messages: Sequence[Message], index: int) -> bool:
 
 
 def _forms(value: str) -> list[str]:
-    """The forms in which templates write a content: as it is, stripped, or as JSON."""
+    """The forms in which templates write a content: unchanged, stripped, or as JSON."""
     stripped = (value, value.strip(), value.strip("\n"), value.lstrip(), value.rstrip())
     stripped += (value.lstrip("\n"), value.rstrip("\n"))
     escaped = (json.dumps(form, ensure_ascii=plain)[1:-1] for form in stripped[:2] for plain in (False, True))
@@ -233,7 +233,7 @@ def _forms(value: str) -> list[str]:
 
 
 def _check_calls(index: int, message: Message, written: str) -> None:
-    """Refuse a turn whose calls are not all written: it would teach nothing, or an untrue answer."""
+    """Refuse a turn whose tool calls are not all written: the model would learn a wrong answer."""
     names = [str(call.get("function", call).get("name")) for call in message.get("tool_calls") or []]
     for name in names:
         if written.count(name) < names.count(name):

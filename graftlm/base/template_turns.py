@@ -1,6 +1,6 @@
 """Where an assistant's turn begins and ends in a rendered conversation: after the generation prompt, and with its end marker.
 
-Both are found by rendering prefixes of the conversation and comparing what they have in common with the whole.
+Both are found by rendering prefixes of the conversation and comparing them with the full text.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from functools import cached_property
 from graftlm.base.template_render import Message, TemplateRenderer, Tools, message_of, probe_call, probe_text, shortened
 from graftlm.errors import DataError
 
-# What a header is compared by: a tag with the white space after it, or the words up to the next tag. Comparing by
-# character instead would take `<t` as common to `<think>` and `<tool_call>`.
+# The unit of comparing headers: a tag with the white space after it, or the words up to the next tag. Comparing by character
+# would take `<t` as common to `<think>` and `<tool_call>`.
 _UNIT = re.compile(r"<[^<>\s]*>\s*|\[[^\[\]\s]*\]\s*|[^<\[]+|.", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a sentinel stands in a rendered skeleton."""
+    """The position of a sentinel in a rendered skeleton."""
 
     start: int
     end: int
@@ -37,7 +37,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class RenderedSkeleton:
-    """A conversation whose contents are sentinels, and its text with the place of each."""
+    """A conversation whose contents are sentinels, its text, and the position of each sentinel."""
 
     messages: Sequence[Message]
     tools: Tools | None
@@ -53,10 +53,10 @@ class TurnFinder:
         self._attempt = renderer.attempt
 
     def turn(self, rendered: RenderedSkeleton, index: int, previous_end: int) -> tuple[Turn, str, bool]:
-        """The borders of the assistant turn messages[index], which begins behind `previous_end`.
+        """The borders of the assistant turn messages[index], which begins after `previous_end`.
 
-        Also what must be appended if it is the last, and whether the end token must follow. Raises DataError where the
-        borders cannot be told.
+        Also returns the text to append if it is the last, and whether the end token must follow. Raises DataError if the
+        borders cannot be found.
         """
         messages, text, places = rendered.messages, rendered.text, rendered.places
         own = [place for place in places if place.message == index]
@@ -89,23 +89,23 @@ class TurnFinder:
     def _start(
         self, rendered: RenderedSkeleton, index: int, anchor: Place | None, first_own: int, previous_end: int
     ) -> int:
-        """Where the turn begins: after the generation prompt, as far as the turn really begins with it."""
+        """The start of the turn: after the part of the generation prompt that the turn begins with."""
         before, tools, text = rendered.messages[:index], rendered.tools, rendered.text
         region = anchor.end if anchor else 0
         sentinel = text[anchor.start : anchor.end] if anchor else ""
-        asked = self._attempt(before, tools, prompt=True) if index else None
-        unasked = self._attempt(before, tools) if index else None
-        if asked is not None and unasked is not None:
-            asked_tail, unasked_tail = _after(asked, sentinel), _after(unasked, sentinel)
-            if asked_tail is not None and unasked_tail is not None:
-                common = _common(asked_tail, text[region:first_own])
-                added = _common(asked_tail, unasked_tail)
-                begins = common > added or (common == len(asked_tail) and common >= added)
+        prompted = self._attempt(before, tools, prompt=True) if index else None
+        unprompted = self._attempt(before, tools) if index else None
+        if prompted is not None and unprompted is not None:
+            prompted_tail, unprompted_tail = _after(prompted, sentinel), _after(unprompted, sentinel)
+            if prompted_tail is not None and unprompted_tail is not None:
+                common = _common(prompted_tail, text[region:first_own])
+                added = _common(prompted_tail, unprompted_tail)
+                begins = common > added or (common == len(prompted_tail) and common >= added)
                 if begins and region + common >= previous_end:
-                    # Some templates ask for no new header after a tool's reply, and then write one all the same.
+                    # Some templates have no generation prompt after a tool's reply, but still write a header.
                     again = text.startswith(self._header, region + common) if self._header else False
                     return region + common + (len(self._header) if again else 0)
-        # The first message has no prompt before it, and some templates cannot render a lone system message.
+        # The first message has no prompt before it, and some templates cannot render a system message alone.
         header = self._header
         found = text.rfind(header, max(region, previous_end), first_own) if header else -1
         if found >= 0:
@@ -121,15 +121,15 @@ class TurnFinder:
     @cached_property
     def _header(self) -> str:
         """The generation prompt after a plain question."""
-        asked = self._attempt([message_of("user", probe_text(0))], prompt=True)
-        unasked = self._attempt([message_of("user", probe_text(0))])
-        if asked is None or unasked is None:
+        prompted = self._attempt([message_of("user", probe_text(0))], prompt=True)
+        unprompted = self._attempt([message_of("user", probe_text(0))])
+        if prompted is None or unprompted is None:
             return ""
-        asked, unasked = _after(asked, probe_text(0)) or "", _after(unasked, probe_text(0)) or ""
-        return asked[_common(asked, unasked) :]
+        prompted, unprompted = _after(prompted, probe_text(0)) or "", _after(unprompted, probe_text(0)) or ""
+        return prompted[_common(prompted, unprompted) :]
 
     def _end_within(self, rendered: RenderedSkeleton, index: int, tail: int, after: int, own: Sequence[Place]) -> int:
-        """Where a turn ends that others follow: what stands after it both there and where it is the last turn."""
+        """The end of a turn that others follow: after the text that follows it both there and as the last turn."""
         text, message = rendered.text, rendered.messages[index]
         rest, calls = text[tail:after], bool(message.get("tool_calls"))
         alone = self._attempt(rendered.messages[: index + 1], rendered.tools)
@@ -150,8 +150,8 @@ class TurnFinder:
         return tail + len(rest[:length].rstrip())
 
     def _length_of_calls(self, message: Message, alone: str, rest: str) -> int:
-        """How far the calls of a message reach into `rest`; `alone` is the text that ends with them. 0 if they do not."""
-        # The longest end of the shorter text that occurs here too: containment shrinks with the suffix, so halving finds it.
+        """Length of a message's tool calls at the start of `rest`; `alone` is a text that ends with them. 0 if none."""
+        # The longest suffix of `alone` that occurs here too, by binary search: shorter suffixes of a match match too.
         low, high = 0, len(alone)
         while low < high:
             middle = (low + high + 1) // 2
@@ -170,7 +170,7 @@ class TurnFinder:
         return length
 
     def _end_marker(self, rest: str, calls: bool) -> int | None:
-        """End of the first special token in what follows a content (in what follows a call: of the known marker)."""
+        """End of the first special token after a content, or of the known marker after a tool call."""
         if not calls:
             found = self._renderer.special.search(rest)
             return found.end() if found else None
@@ -187,12 +187,12 @@ class TurnFinder:
 
     @cached_property
     def _ends_bare(self) -> bool:
-        """Whether the template writes nothing after the last turn (GLM: a turn is over when the next role begins)."""
+        """Whether the template writes nothing after the last turn (GLM: the next role ends a turn)."""
         text = self._attempt([message_of("user", probe_text(0)), message_of("assistant", probe_text(1))])
         return text is not None and not (_after(text, probe_text(1)) or "").strip()
 
     def _ending(self, calls: bool, tools: Tools | None) -> str:
-        """What ends a turn within a conversation, for templates that leave it out at the end; empty if nothing does."""
+        """The text that ends a turn within a conversation, for templates that omit it at the end; else empty."""
         question, answer = message_of("user", probe_text(0)), message_of("assistant", probe_text(1))
         if calls:
             turn = {"role": "assistant", "tool_calls": [probe_call()]}
@@ -210,7 +210,7 @@ class TurnFinder:
         return found[0] if found else ""
 
     def stop_strings(self) -> list[str]:
-        """The special tokens at which the model's turn is over: what follows a last turn, plain or a tool call."""
+        """The special tokens that end the model's turn: those after a last turn, plain or a tool call."""
         stops = self._final_specials
         if self._ends_bare and (ending := self._ending(False, None)):
             stops = [ending]
@@ -225,7 +225,7 @@ class TurnFinder:
 
 
 def _after(text: str, sentinel: str) -> str | None:
-    """What follows the last `sentinel`; all of it for an empty one; None where it is missing."""
+    """The text after the last `sentinel`; the full text for an empty one; None if it is missing."""
     if not sentinel:
         return text
     at = text.rfind(sentinel)
@@ -240,7 +240,7 @@ def _between(text: str | None, left: str, right: str) -> str:
 
 
 def _common(left: str, right: str) -> int:
-    """Characters of `left` that `right` begins with, counted in whole units (tags, words)."""
+    """Length of the common prefix, in whole units (tags, words)."""
     at = 0
     for unit in _UNIT.findall(left):
         if not right.startswith(unit, at):

@@ -1,4 +1,4 @@
-"""What transformers says: its log and its bars kept off the terminal, its errors in a line."""
+"""Keep transformers' log and progress bars off the terminal, and shorten its errors to a line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' own bars and load reports stay off the user's terminal; what matters is raised as an error."""
+    """Silence transformers' progress bars and load reports; problems are raised as errors."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
 
 
 class LoadReport(logging.Handler):
-    """Keeps what transformers reports about a load, which it says in its log only, off the user's terminal."""
+    """Captures transformers' load report, which it only logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -39,7 +39,7 @@ class LoadReport(logging.Handler):
 
     @property
     def fault(self) -> str:
-        """What went wrong with the first weight that could not be put together, in transformers' own words."""
+        """transformers' message about the first weight that could not be converted."""
         return next((line for line in self.text.splitlines() if line.startswith("Error: ")), "").removeprefix("Error: ")
 
     def __enter__(self) -> None:
@@ -59,7 +59,7 @@ def first_line(error: Any) -> str:
 
 
 def fails_in_the_model(error: BaseException) -> bool:
-    """Whether an error comes from a model's own code, transformers' or trusted remote code, and not from ours below it."""
+    """Whether an error comes from the model's code (transformers, or trusted remote code) and not from Graft's."""
     inner = ""
     trace = error.__traceback__
     while trace is not None:

@@ -1,8 +1,8 @@
-"""The command line: arguments -> config -> one call. No logic of its own.
+"""The command line: arguments -> config -> one call, without logic of its own.
 
-Options are made from the config classes, so a flag, a key of a YAML file and a line of the documentation are one
-thing. Results go to standard output, everything else to standard error; `--json` makes the result one JSON object, and into a
-pipe goes plain text (`terminal.py`). Exit status: 0 done, 2 something the user can mend, 128 + n stopped by signal n.
+Arguments and options are made from the config classes, which also make the YAML keys and the documentation. Results go to
+standard output, everything else to standard error; `--json` prints the result as one JSON object, and a pipe gets plain text
+(`terminal.py`). Exit status: 0 done, 2 an error that the user can fix, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 from graftlm import __version__
 from graftlm.cli.app import app
 
-# Each module joins its commands to the application as it is imported; help lists them in this order.
+# Each module adds its commands to the application on import; help lists them in this order.
 from graftlm.cli import train, generate, serve, chat, check, plan, compare, sweep, adapters, merge, demo as demo  # isort: skip
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -42,8 +42,8 @@ def root(
 def main() -> None:
     """The command `graft`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Threads that wait for each other by spinning are up to 20 times slower on a machine that does other work as well.
-    # A server's steps are a few milliseconds with short pauses between: there a thread that sleeps is woken too late.
+    # Threads that wait by spinning are up to 20 times slower on a machine that does other work as well.
+    # A server's steps take a few milliseconds with short pauses: there a sleeping thread wakes up too late.
     if sys.argv[1:2] != ["serve"]:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()

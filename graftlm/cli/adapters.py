@@ -9,7 +9,7 @@ from graftlm.cli.app import Json, app, options, print_json, starting
 from graftlm.terminal import console
 
 group = typer.Typer(
-    help="Keep adapters: names, numbered versions that never change, aliases, rollback, sharing.",
+    help="Store adapters: names, immutable numbered versions, aliases, rollback, sharing.",
     no_args_is_help=True,
     epilog="Example:  graft adapters publish runs/first --name formal",
     rich_markup_mode="rich",
@@ -17,14 +17,14 @@ group = typer.Typer(
 app.add_typer(group, name="adapters")
 
 
-def _said(text: str) -> None:
+def _print(text: str) -> None:
     console(soft_wrap=True).print(text, highlight=False, markup=False)
 
 
 @group.command(epilog='Example:  graft adapters publish runs/first --name formal --note "three epochs"')
-@options(configs.PublishConfig, positional="source")
+@options(configs.PublishConfig)
 def publish(config: configs.PublishConfig, json: Json = False) -> None:
-    """Publish a run's adapter as the next version of a name; it never changes again."""
+    """Publish a run's adapter as the next version of a name. A version never changes."""
     with starting():
         from graftlm.commands.adapters import publish
 
@@ -32,11 +32,11 @@ def publish(config: configs.PublishConfig, json: Json = False) -> None:
     if json:
         print_json({**version.to_json(), "new": new})
     else:
-        _said(f"published {version.label}  {version.digest[:12]}" if new else f"{version.label} holds this already")
+        _print(f"published {version.label}  {version.digest[:12]}" if new else f"{version.label} holds this already")
 
 
 @group.command("list", epilog="Examples:\n\ngraft adapters list\n\ngraft adapters list formal")
-@options(configs.ListConfig, positional="name")
+@options(configs.ListConfig)
 def list_(config: configs.ListConfig, json: Json = False) -> None:
     """List the names of a store, or the versions of one name."""
     from graftlm.adapters.store import tables as view
@@ -55,9 +55,9 @@ def list_(config: configs.ListConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Example:  graft adapters show formal@prod")
-@options(configs.ShowConfig, positional="version")
+@options(configs.ShowConfig)
 def show(config: configs.ShowConfig, json: Json = False) -> None:
-    """Show where a version comes from: base, data, config, losses before and after, parents."""
+    """Show a version's base, data, config, losses before and after, and parents."""
     from graftlm.adapters.store import tables as view
     from graftlm.commands.adapters import show
 
@@ -69,9 +69,9 @@ def show(config: configs.ShowConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Example:  graft adapters diff formal@1 formal@2")
-@options(configs.DiffConfig, positional=("first", "second"))
+@options(configs.DiffConfig)
 def diff(config: configs.DiffConfig, json: Json = False) -> None:
-    """Compare two versions: config, plan of tensors, losses, and how far the weights of each layer are apart."""
+    """Compare two versions: config, tensors, losses, and the distance of each layer's weights."""
     with starting():
         from graftlm.adapters.store import tables as view
         from graftlm.commands.adapters import diff
@@ -86,7 +86,7 @@ def diff(config: configs.DiffConfig, json: Json = False) -> None:
 @group.command(epilog="Example:  graft adapters verify")
 @options(configs.VerifyConfig)
 def verify(config: configs.VerifyConfig, json: Json = False) -> None:
-    """Read every byte of every version and hold it against what was published; exit status 2 for a difference."""
+    """Check every byte of every version against what was published; exit status 2 for a difference."""
     with starting():
         from graftlm.adapters.store import tables as view
         from graftlm.commands.adapters import verify
@@ -100,14 +100,14 @@ def verify(config: configs.VerifyConfig, json: Json = False) -> None:
         })  # fmt: skip
     else:
         for path in cleaned:
-            _said(f"removed {path}")
+            _print(f"removed {path}")
         view.print_check(console(), check, config.store)
     if check.faults:
         raise SystemExit(2)
 
 
 @group.command(epilog="Example:  graft adapters alias formal prod 1")
-@options(configs.AliasConfig, positional=("name", "alias", "version"))
+@options(configs.AliasConfig)
 def alias(config: configs.AliasConfig, json: Json = False) -> None:
     """Point an alias at a version."""
     from graftlm.commands.adapters import alias
@@ -117,26 +117,26 @@ def alias(config: configs.AliasConfig, json: Json = False) -> None:
     if json:
         print_json({"name": config.name, "alias": config.alias, "before": before, "now": now})
     elif now is None:
-        _said(f"{label} is gone; it pointed at {before}")
+        _print(f"{label} is gone; it pointed at {before}")
     else:
-        _said(f"{label} -> {now}" + (f", before {before}" if before not in (None, now) else ""))
+        _print(f"{label} -> {now}" + (f", before {before}" if before not in (None, now) else ""))
 
 
 @group.command(epilog="Example:  graft adapters rollback formal prod")
-@options(configs.RollbackConfig, positional=("name", "alias"))
+@options(configs.RollbackConfig)
 def rollback(config: configs.RollbackConfig, json: Json = False) -> None:
-    """Point an alias at what it pointed at before."""
+    """Point an alias back at its previous version."""
     from graftlm.commands.adapters import rollback
 
     before, now = rollback(config)
     if json:
         print_json({"name": config.name, "alias": config.alias, "before": before, "now": now})
     else:
-        _said(f"{config.name}@{config.alias} -> {now}, before {before}")
+        _print(f"{config.name}@{config.alias} -> {now}, before {before}")
 
 
 @group.command(epilog="Example:  graft adapters remove formal@1")
-@options(configs.RemoveConfig, positional="version")
+@options(configs.RemoveConfig)
 def remove(config: configs.RemoveConfig, json: Json = False) -> None:
     """Remove a version; refused while an alias points at it."""
     from graftlm.commands.adapters import remove
@@ -145,13 +145,13 @@ def remove(config: configs.RemoveConfig, json: Json = False) -> None:
     if json:
         print_json({"version": version.label, "digest": version.digest, "content_removed": gone})
     else:
-        _said(f"removed {version.label}" + ("" if gone else "; another version has its content, which stays"))
+        _print(f"removed {version.label}" + ("" if gone else "; another version has its content, which stays"))
 
 
 @group.command("import", epilog="Example:  graft adapters import ./their-lora --name theirs --model Qwen/Qwen3-0.6B")
-@options(configs.ImportConfig, positional="source")
+@options(configs.ImportConfig)
 def import_(config: configs.ImportConfig, json: Json = False) -> None:
-    """Bring in an adapter of PEFT's, a folder or a hub id, once it has passed the checks on its base."""
+    """Import a PEFT adapter, a folder or a hub id, after checking it on its base."""
     with starting():
         from graftlm.commands.adapters import import_
 
@@ -159,15 +159,15 @@ def import_(config: configs.ImportConfig, json: Json = False) -> None:
     if json:
         print_json({**version.to_json(), "new": new, "notes": notes})
     else:
-        _said(f"imported {version.label}  {version.digest[:12]}" if new else f"{version.label} holds this already")
+        _print(f"imported {version.label}  {version.digest[:12]}" if new else f"{version.label} holds this already")
         for note in notes:
             console(stderr=True, soft_wrap=True).print(f"note: {note}", highlight=False, markup=False)
 
 
 @group.command(epilog="Example:  graft adapters export formal@prod ./for-vllm --for vllm")
-@options(configs.ExportConfig, positional=("version", "out"))
+@options(configs.ExportConfig)
 def export(config: configs.ExportConfig, json: Json = False) -> None:
-    """Write a version as a plain PEFT folder, or made fit for vLLM."""
+    """Write a version as a plain PEFT folder, or converted for vLLM."""
     with starting():
         from graftlm.commands.adapters import export
 
@@ -175,7 +175,7 @@ def export(config: configs.ExportConfig, json: Json = False) -> None:
     if json:
         print_json(done)
     else:
-        _said(f"wrote {done['out']}: rank {done['rank']}, alpha {done['alpha']:g}, {done['tensors']:,} tensors")
+        _print(f"wrote {done['out']}: rank {done['rank']}, alpha {done['alpha']:g}, {done['tensors']:,} tensors")
         for note in done["notes"]:
             console(stderr=True, soft_wrap=True).print(f"note: {note}", highlight=False, markup=False)
 
@@ -183,9 +183,9 @@ def export(config: configs.ExportConfig, json: Json = False) -> None:
 @group.command(
     epilog="Examples:\n\ngraft adapters push s3://bucket/adapters formal@1\n\ngraft adapters push owner/name formal@prod"
 )
-@options(configs.PushConfig, positional=("place", "versions"))
+@options(configs.PushConfig)
 def push(config: configs.PushConfig, json: Json = False) -> None:
-    """Copy versions to an object store, a folder, or the Hugging Face hub."""
+    """Upload versions to an object store, a folder, or the Hugging Face hub."""
     with starting():
         from graftlm.commands.push_pull import push as send
 
@@ -194,15 +194,15 @@ def push(config: configs.PushConfig, json: Json = False) -> None:
         print_json(done)
     else:
         for line in done["versions"]:
-            _said(f"{'pushed' if line['new'] else 'there already:'} {line['version']}  {line['digest'][:12]}")
+            _print(f"{'pushed' if line['new'] else 'there already:'} {line['version']}  {line['digest'][:12]}")
 
 
 @group.command(
     epilog="Examples:\n\ngraft adapters pull s3://bucket/adapters\n\ngraft adapters pull owner/name --name theirs"
 )
-@options(configs.PullConfig, positional=("place", "versions"))
+@options(configs.PullConfig)
 def pull(config: configs.PullConfig, json: Json = False) -> None:
-    """Copy versions from an object store, a folder, or the hub; each is checked by its digest before it is there."""
+    """Download versions from an object store, a folder, or the hub; each is checked by its digest."""
     with starting():
         from graftlm.commands.push_pull import pull as fetch
 
@@ -211,4 +211,4 @@ def pull(config: configs.PullConfig, json: Json = False) -> None:
         print_json(done)
     else:
         for line in done["versions"]:
-            _said(f"{'pulled' if line['new'] else 'here already:'} {line['version']}  {line['digest'][:12]}")
+            _print(f"{'pulled' if line['new'] else 'here already:'} {line['version']}  {line['digest'][:12]}")

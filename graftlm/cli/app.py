@@ -1,4 +1,4 @@
-"""The application that every command joins, and what commands share: flags from configs, errors, JSON."""
+"""The typer application, and what all commands share: arguments and flags from configs, errors, JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -18,11 +18,11 @@ from typer.core import TyperGroup
 from graftlm import progress, terminal
 from graftlm.config import Config
 from graftlm.config.answers import ANSWERS
-from graftlm.config.fields import flag_name
+from graftlm.config.fields import flag_name, is_argument
 from graftlm.config.translate import foreign_names
 from graftlm.errors import GraftError, Stopped
 
-# Help and the errors of the command line itself are typer's, which frames them; into a pipe they go plain, as all else.
+# typer draws boxes around help and usage errors; in a pipe they are plain text, like all other output.
 with contextlib.suppress(ImportError):
     from typer import rich_utils
 
@@ -30,7 +30,7 @@ with contextlib.suppress(ImportError):
 
 
 class _Root(TyperGroup):
-    """An option of another program is answered with what to write here."""
+    """The root command: an option of another program is answered with what to write instead."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -44,7 +44,7 @@ class _Root(TyperGroup):
 
 
 def _hyphens(flag: str) -> str:
-    """`--batch_size` is `--batch-size`; the dashes in front are not passed."""
+    """Take `--batch_size` as `--batch-size`; click calls this without the leading dashes."""
     return flag.replace("_", "-")
 
 
@@ -73,25 +73,22 @@ def _flag_type(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def options(
-    config_class: type[Config], *, positional: str | Sequence[str] = (), file: bool = False
-) -> Callable[[Any], Any]:
-    """Give a command one flag for each field of a config; the command gets the built config and its own arguments.
+def options(config_class: type[Config]) -> Callable[[Any], Any]:
+    """Give a command an argument or a flag for each field of a config; it gets the built config and its own arguments.
 
-    `positional` names fields that are given without a flag, in their order; `file` adds an optional YAML file in front.
+    A config that `takes_file` adds an optional YAML file as the first argument.
     """
-    places = (positional,) if isinstance(positional, str) else tuple(positional)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters: list[inspect.Parameter] = []
         keyword = inspect.Parameter.KEYWORD_ONLY
-        if file:
-            given = Annotated[
-                Path | None, typer.Argument(help="YAML file of options; flags win over it", show_default=False)
-            ]
+        if config_class.takes_file:
+            argument = typer.Argument(
+                help="YAML file of options; flags override it", metavar="FILE", show_default=False
+            )
+            given = Annotated[Path | None, argument]
             parameters.append(inspect.Parameter("config_file", keyword, annotation=given, default=None))
-        fields = config_class.model_fields
-        for name, spec in [*((n, fields[n]) for n in places), *((n, f) for n, f in fields.items() if n not in places)]:
+        for name, spec in sorted(config_class.model_fields.items(), key=lambda item: not is_argument(item[1])):
             kind, repeated = _flag_type(spec.annotation)
             wanted: Any = list[kind] | None if repeated else kind | None
             extra: Any = spec.json_schema_extra or {}
@@ -100,16 +97,17 @@ def options(
                 text = f"{text} [dim]\\[{' | '.join(map(str, get_args(_plain(spec.annotation))))}][/dim]"
             shown = spec.default
             if not spec.is_required() and shown not in (None, False, "", (), {}):
-                default = ", ".join(map(str, shown)) if isinstance(shown, tuple) else shown
-                text = f"{text} [dim]\\[default: {default}][/dim]"
-            if name in places:
-                info: Any = typer.Argument(help=text, show_default=False)
+                shown = ", ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+                text = f"{text} [dim]\\[default: {shown}][/dim]"
+            if is_argument(spec):
+                info: Any = typer.Argument(help=text, metavar=name.upper(), show_default=False)
             else:
                 flag = f"--{flag_name(name)}"
                 flag = f"{flag}/--no-{flag_name(name)}" if kind is bool else flag
                 info = typer.Option(flag, help=text, show_default=False, rich_help_panel=extra.get("group") or None)
-            needed = name in places and spec.is_required()
-            wanted, default = (kind, inspect.Parameter.empty) if needed and not repeated else (wanted, None)
+            default: Any = None
+            if is_argument(spec) and spec.is_required():
+                wanted, default = list[kind] if repeated else kind, inspect.Parameter.empty
             parameters.append(inspect.Parameter(name, keyword, annotation=Annotated[wanted, info], default=default))
         parameters += _foreign(config_class)
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
@@ -135,7 +133,7 @@ def options(
 
 
 def _foreign(config_class: type[Config]) -> list[inspect.Parameter]:
-    """Hidden flags for the names that options have elsewhere, and had before; `Config.read` knows what they mean."""
+    """Hidden flags for the names of other programs and former names; `Config.read` translates them."""
     found: list[inspect.Parameter] = []
     for name, switch in foreign_names(config_class.model_fields, config_class.command()).items():
         flag = f"--{flag_name(name)}"
@@ -154,7 +152,7 @@ def _plain(annotation: Any) -> Any:
 
 
 class errors:
-    """Prints what a user can mend without a traceback, and sets the exit status."""
+    """Print errors that a user can fix without a traceback, and set the exit status."""
 
     def __enter__(self) -> None:
         return None
@@ -185,7 +183,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 
 
 def starting() -> AbstractContextManager[progress.Task]:
-    """Around a command's imports: PyTorch and transformers take seconds, and from a cold disk more."""
+    """Show progress during a command's imports: PyTorch and transformers take seconds, from a cold disk more."""
     return progress.working("starting")
 
 

@@ -8,9 +8,9 @@ from graftlm.config import CheckConfig
 
 
 @app.command(epilog="Example:  graft check train.jsonl --model Qwen/Qwen3-0.6B --eval-data valid.jsonl")
-@options(CheckConfig, positional="data")
+@options(CheckConfig)
 def check(config: CheckConfig, json: Json = False) -> None:
-    """Read every row and show what would be trained on, before anything is."""
+    """Read every row and show what training would read: examples, lengths, target tokens, and bad rows."""
     with starting():
         from graftlm.commands.check import check_data
 

@@ -12,9 +12,9 @@ from graftlm.config import CompareConfig
     "graft compare --model demo --data demo --eval-data demo --steps 80 --learning-rate full=1e-3,lora=1e-2,qlora=1e-2\n\n"
     "graft compare --model demo --data demo --methods lora,lora:rank=64,full --metric rouge-l"
 )
-@options(CompareConfig, file=True)
+@options(CompareConfig)
 def compare(config: CompareConfig, json: Json = False) -> None:
-    """Train full, LoRA and QLoRA on the same rows with several seeds, and say which is worth its cost, if that can be told."""
+    """Train full, LoRA and QLoRA on the same rows with several seeds, and recommend one, if the data can show it."""
     with starting():
         from graftlm.commands.compare import compare
         from graftlm.experiments.compare.view import CompareView

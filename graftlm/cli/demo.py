@@ -17,7 +17,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the comparison and the voices.")] = Path("runs/demo"),
     json: Json = False,
 ) -> None:
-    """Plan, compare full, LoRA and QLoRA for real on the bundled base, and teach it three voices as adapters."""
+    """Plan, compare full, LoRA and QLoRA on the bundled base, and train three voices as adapters."""
     with errors(), progress.shown():
         with starting():
             from graftlm.commands.demo import demonstrate

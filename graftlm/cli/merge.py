@@ -14,7 +14,7 @@ from graftlm.config import MergeConfig
 )
 @options(MergeConfig)
 def merge(config: MergeConfig, json: Json = False) -> None:
-    """Add adapters to their base's weights: a plain model folder, and if asked a GGUF file."""
+    """Merge adapters into their base's weights: a plain model folder, and optionally a GGUF file."""
     with starting():
         from graftlm.adapters.store import tables as view
         from graftlm.commands.merge import MergeRefused

@@ -11,9 +11,9 @@ from graftlm.config import PlanConfig
     epilog="Examples:\n\ngraft plan llama-2-7b llama-2-13b llama-2-70b\n\ngraft plan Qwen/Qwen3-8B --gpu rtx-4090\n\n"
     "graft plan demo --data train.jsonl --max-length 0 --batch-size 16"
 )
-@options(PlanConfig, positional="models")
+@options(PlanConfig)
 def plan(config: PlanConfig, json: Json = False) -> None:
-    """Say what full, LoRA and QLoRA would take, where each fits and which to choose, from a config alone."""
+    """Predict memory and time of full, LoRA and QLoRA from a config alone, and recommend one."""
     with starting():
         from graftlm.commands.plan import plan
 

@@ -14,24 +14,16 @@ from graftlm.config import ServeConfig
     "graft serve --model Qwen/Qwen3-0.6B --base-precision nf4 --store ./adapters --adapter formal@prod --api-keys keys.yaml\n\n"
     "graft serve --model Qwen/Qwen3-0.6B --store ./adapters --engine vllm --out ./exported"
 )
-@options(ServeConfig, file=True)
+@options(ServeConfig)
 def serve(config: ServeConfig, json: Json = False) -> None:
-    """Serve one base with all of its adapters over OpenAI's HTTP interface, each request with its own."""
+    """Serve one base with all of its adapters over OpenAI's API; each request names its adapter."""
     console = terminal.console(stderr=True, soft_wrap=True)
 
     def note(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
     with starting():
-        from graftlm.commands.serve import export, serve
-
-    if config.engine == "vllm":
-        found = export(config, note)
-        if json:
-            print_json(found)
-        else:
-            print(found["command"])
-        return
+        from graftlm.commands.serve import serve
 
     def ready(url: str, summary: dict[str, Any]) -> None:
         if json:
@@ -39,4 +31,8 @@ def serve(config: ServeConfig, json: Json = False) -> None:
             return
         note(f"ready      {url}   (a page to try adapters on; OpenAI's interface under {url}/v1)")
 
-    serve(config, note, ready)
+    exported = serve(config, note, ready)
+    if exported is not None and json:
+        print_json(exported)
+    elif exported is not None:
+        print(exported["command"])

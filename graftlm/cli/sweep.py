@@ -15,7 +15,7 @@ _RUN = "run"
 
 
 class _RunByDefault(TyperGroup):
-    """`graft sweep ...` runs one; only the name of another command, `graft sweep show`, means that command."""
+    """`graft sweep ...` runs a sweep, except for `graft sweep show`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:
@@ -24,7 +24,7 @@ class _RunByDefault(TyperGroup):
 
 
 group = typer.Typer(
-    cls=_RunByDefault, help="Search settings: many trials trained at once on one base.", rich_markup_mode="rich"
+    cls=_RunByDefault, help="Search options: many trials trained at once on one base.", rich_markup_mode="rich"
 )
 app.add_typer(group, name="sweep")
 
@@ -38,9 +38,9 @@ app.add_typer(group, name="sweep")
     "graft sweep sweep.yaml --storage sqlite:///sweep.db      the same command elsewhere joins in\n\n"
     "graft sweep show runs/sweep",
 )
-@options(SweepConfig, file=True)
+@options(SweepConfig)
 def run(config: SweepConfig, json: Json = False) -> None:
-    """Search settings: many trials trained at once on one base. `graft sweep show DIR` prints what was found."""
+    """Search options: many trials trained at once on one base. `graft sweep show DIR` prints the result."""
     with starting():
         from graftlm.commands.sweep import sweep
         from graftlm.experiments.sweep.view import SweepView
@@ -54,7 +54,7 @@ def run(config: SweepConfig, json: Json = False) -> None:
 
 
 @group.command(epilog="Examples:\n\ngraft sweep show runs/sweep\n\ngraft sweep show runs/sweep --json")
-@options(ShowSweepConfig, positional="folder")
+@options(ShowSweepConfig)
 def show(config: ShowSweepConfig, json: Json = False) -> None:
     """Show the trials of a sweep, best first, and write its report again."""
     from graftlm.commands.sweep import show

@@ -10,7 +10,7 @@ from graftlm.config import TrainConfig
     epilog="Examples:\n\ngraft train --model demo --data demo --out runs/first\n\n"
     "graft train --model Qwen/Qwen3-0.6B --data train.jsonl --method qlora --out runs/q\n\ngraft train run.yaml"
 )
-@options(TrainConfig, file=True)
+@options(TrainConfig)
 def train(config: TrainConfig, json: Json = False) -> None:
     """Fine-tune a base model: all of it, or an adapter on a frozen 16-bit (lora) or 4-bit (qlora) base."""
     with starting():

@@ -1,8 +1,7 @@
-"""`graft chat`: a conversation in the terminal, with one answerer or with two side by side.
+"""`graft chat`: a conversation in the terminal, with a base or an adapter, or with two of them side by side.
 
-Each side has its own conversation: what it answered is what it is asked with next. One engine serves both, so the base is in
-memory once. Models that know texts only are given each line alone. What cannot be answered on one side is said there, and
-is no part of its conversation.
+Each side has its own conversation, with its own answers in it. One engine serves both, so the base is in memory once. A model
+of plain texts gets each line alone. A side that fails shows its error, and the line is no part of its conversation.
 """
 
 from __future__ import annotations
@@ -22,51 +21,54 @@ from rich.text import Text
 
 from graftlm import terminal
 from graftlm.adapters.peft_format import AdapterFolder
-from graftlm.adapters.store import open_adapter
 from graftlm.base.caches import prove_decoding
-from graftlm.base.loading import Base, load_base
+from graftlm.commands.generate import load_with_adapters, sampling_of
 from graftlm.config import ChatConfig
 from graftlm.errors import ConfigError, GraftError
-from graftlm.serving.engine.engine import Engine, EngineLimits
-from graftlm.serving.engine.generate import checkpoint_precision
+from graftlm.serving.engine.engine import Engine
+from graftlm.serving.engine.generate import NO_LIMIT, AdapterPrompt, stream
+from graftlm.serving.engine.kv_cache import cache_tokens
 from graftlm.serving.engine.prompts import PromptEncoder, PromptEncoderCache
-from graftlm.serving.engine.request import Request, SamplingParams
-from graftlm.serving.memory import cache_tokens
+from graftlm.serving.engine.scheduler import EngineLimits
 
 BASE = "base"
 
 
 @dataclass
 class Side:
-    """One answerer, and its conversation."""
+    """A base or an adapter, and its conversation."""
 
     label: str
-    prompts: PromptEncoder
+    encoder: PromptEncoder
     digest: str = ""
     folder: Path | None = None
     messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
-    def ask(self, line: str) -> list[int]:
-        """The tokens of the conversation with a new line; texts know no conversation. Raises DataError."""
-        if self.prompts.style == "text":
+    def encode(self, line: str) -> list[int]:
+        """The tokens of the conversation with a new line; a model of texts gets the line alone. Raises DataError."""
+        if self.encoder.style == "text":
             system = [str(m["content"]) for m in self.messages if m["role"] == "system"]
-            return self.prompts.text("\n".join([*system, line]))
-        return self.prompts.chat([*self.messages, {"role": "user", "content": line}])
+            return self.encoder.text("\n".join([*system, line]))
+        return self.encoder.chat([*self.messages, {"role": "user", "content": line}])
 
-    def answered(self, line: str, answer: str) -> None:
-        """Take a line and its answer into the conversation."""
+    def add_turn(self, line: str, answer: str) -> None:
+        """Add a line and its answer to the conversation."""
         self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
-def _side(label: str, found: AdapterFolder | None, book: PromptEncoderCache, messages: list[dict[str, Any]]) -> Side:
+def _side(
+    label: str, found: AdapterFolder | None, encoders: PromptEncoderCache, messages: list[dict[str, Any]]
+) -> Side:
     if found is None:
-        return Side(label, book.base, messages=messages)
-    return Side(label, book.of(found.digest, found.path, lambda: found.manifest), found.digest, found.path, messages)
+        return Side(label, encoders.base, messages=messages)
+    return Side(
+        label, encoders.of(found.digest, found.path, lambda: found.manifest), found.digest, found.path, messages
+    )
 
 
 @dataclass
 class SideAnswer:
-    """What a side has said to a line so far."""
+    """A side's answer to a line so far."""
 
     text: str = ""
     tokens: int = 0
@@ -75,59 +77,43 @@ class SideAnswer:
 
 
 class Conversation:
-    """A base with its sides, ready to be asked line by line."""
+    """A base with its sides, ready for lines."""
 
     def __init__(self, config: ChatConfig) -> None:
         """Load the base and find the adapters. Raises GraftError."""
         self.config = config
         names = [config.adapter or BASE, *([config.beside] if config.beside else [])]
-        found = [None if name == BASE else open_adapter(name, config.store, model=config.model) for name in names]
-        trained = [given.manifest["base"]["precision"] for given in found if given and given.manifest]
-        precision = config.base_precision or (
-            trained[0] if trained else checkpoint_precision(config.model, config.trust_remote_code)
-        )
-        self.base: Base = load_base(
-            config.model, precision=precision, compute_dtype=config.compute_dtype, device=config.device,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
-        book = PromptEncoderCache(self.base, config.format)
+        self.base, found = load_with_adapters(config, [None if name == BASE else name for name in names])
+        encoders = PromptEncoderCache(self.base, config.format)
         decoding = prove_decoding(self.base)
         limits = EngineLimits(
-            max_num_seqs=2, cache_tokens=cache_tokens(self.base, decoding.layers, max_num_seqs=2), max_loras=2
-        )
+            max_num_seqs=2, cache_tokens=cache_tokens(self.base, decoding.layers, max_num_seqs=2), max_loras=2,
+            adapter_bytes=NO_LIMIT,
+        )  # fmt: skip
         self.engine = Engine(self.base, limits, decoding=decoding)
         system = [{"role": "system", "content": config.system}] if config.system else []
-        self.sides = [_side(name, given, book, list(system)) for name, given in zip(names, found)]
-        self._asked = 0
+        self.sides = [_side(name, given, encoders, list(system)) for name, given in zip(names, found)]
 
     def ask(self, line: str) -> Iterator[list[SideAnswer]]:
         """Answer a line on every side; yields all answers whenever one has grown. Raises GraftError."""
         answers = [SideAnswer() for _ in self.sides]
-        self._asked += 1
-        config = self.config
-        sampling = SamplingParams(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
-        questions: list[tuple[Request, Path | None]] = []
-        for at, side in enumerate(self.sides):
-            ids = side.ask(line)
-            most = min(config.max_tokens, self.engine.runner.most_tokens - len(ids))
+        prompts = [AdapterPrompt(s.encode(line), s.encoder.encoder, s.digest, s.folder) for s in self.sides]
+        limit = self.engine.runner.max_model_len
+        max_tokens = [min(self.config.max_tokens, limit - len(prompt.ids)) for prompt in prompts]
+        for prompt, most in zip(prompts, max_tokens):
             if most < 1:
                 raise ConfigError(
-                    f"the conversation has {len(ids)} tokens, and {self.engine.runner.most_tokens} fit; begin anew with /new"
+                    f"the conversation has {len(prompt.ids)} tokens, and {limit} fit; begin anew with /new"
                 )
-            request = Request(
-                id=f"{self._asked}.{at}", prompt=tuple(ids), max_tokens=most, adapter=side.digest, sampling=sampling,
-                stop_ids=side.prompts.stop_ids, hidden_ids=side.prompts.hidden_ids, tokenizer=side.prompts.tokenizer,
-            )  # fmt: skip
-            questions.append((request, side.folder))
-        for output in self.engine.run(questions):
-            answer = answers[int(output.id.rpartition(".")[2])]
+        for output in stream(self.engine, prompts, max_tokens, sampling_of(self.config)):
+            answer = answers[int(output.id)]
             answer.text += output.text
             answer.tokens += len(output.tokens)
             answer.finish_reason, answer.error = output.finish_reason or "", output.error
             yield answers
         for side, answer in zip(self.sides, answers):
             if not answer.error:
-                side.answered(line, answer.text)
+                side.add_turn(line, answer.text)
 
     def forget(self) -> None:
         """Begin anew."""

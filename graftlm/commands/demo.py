@@ -19,16 +19,17 @@ from rich.console import Console
 from rich.text import Text
 
 from graftlm import demo, terminal
+from graftlm.commands.compare import compare
+from graftlm.commands.plan import plan
 from graftlm.config import CompareConfig, PlanConfig, TrainConfig
 from graftlm.errors import RunError
-from graftlm.experiments.compare.run import compare
 from graftlm.experiments.compare.view import CompareView
 from graftlm.experiments.subprocess_run import train_in_subprocess
 from graftlm.files import write_json
+from graftlm.formatting import duration, size
 from graftlm.jsonfile import parse_json, read_json
-from graftlm.planning.plan import PlanReport, plan_for
+from graftlm.planning.plan import PlanReport
 from graftlm.training.run_folder import LOCK, locked
-from graftlm.training.view import size
 
 BATCH, RANK = 16, 16
 # Found by `graft compare` on this base and data, without --learning-rate.
@@ -62,7 +63,7 @@ def _demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     view = CompareView(console)
     console.rule("plan", align="left")
-    report = plan_for(PlanConfig(models=("demo",), data=("demo",), batch_size=BATCH, rank=RANK, max_length=0))
+    report = plan(PlanConfig(models=("demo",), data=("demo",), batch_size=BATCH, rank=RANK, max_length=0))
     for line in plan_lines(report):
         view.say(line)
     console.rule("compare", align="left")
@@ -80,7 +81,7 @@ def _demonstrate(steps: int, out: Path, console: Console) -> dict[str, Any]:
     show_answers(console, prompt, answers)
     seconds = time.perf_counter() - started
     view.say(
-        f"Done in {seconds:.0f} s. The report, with plots, is {out}/compare/report.html. Ask a voice yourself:\n\n"
+        f"Done in {duration(seconds)}. The report, with plots, is {out}/compare/report.html. Ask a voice yourself:\n\n"
         f"  graft generate --model demo --adapter {adapters['terse']} --prompt "
         "$'Describe this product.\\nname: Copper Wren\\nkind: kettle\\ncolour: red\\nprice: $30\\nDescription:'\n\n"
         "and your own model and data:\n\n"

@@ -4,11 +4,11 @@ The command line, the YAML file, the documentation (`docs/options.md`) and `conf
 these classes. A config is frozen and checked where it is built; an unknown key is refused with the nearest known one.
 
     TrainConfig      graft train       which base, which data, what is trained, how
-    GenerateConfig   graft generate    a prompt through a base and, if asked, an adapter
+    GenerateConfig   graft generate    a prompt through a base and optionally an adapter
     ServeConfig      graft serve       a base and all of its adapters over HTTP
     ChatConfig       graft chat        two answers side by side in the terminal
-    CheckConfig      graft check       what would be trained on, before anything is
-    PlanConfig       graft plan        what a run would take, before it is started
+    CheckConfig      graft check       the examples that training would read
+    PlanConfig       graft plan        memory and time of a run, before it is started
     CompareConfig    graft compare     full, LoRA and QLoRA side by side on one's own model and data
     SweepConfig      graft sweep       many trials on one base at once
     MergeConfig      graft merge       adapters merged into their base: a plain model, or a GGUF file

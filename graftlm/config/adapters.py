@@ -16,57 +16,60 @@ class _InStore(Config):
 
 class _OfBase(_InStore):
     base: str | None = option(
-        None, "base of the name, where several have it: the first digits of its fingerprint, or what it is called"
+        None,
+        "base of the adapter, where adapters of several bases share a name: its name, or the first digits of its fingerprint",
     )
 
 
 class PublishConfig(_InStore):
     """Options of `graft adapters publish`."""
 
-    source: Path = option(..., "folder of a run, or of an adapter")
-    name: str = option(..., "name to publish under; versions are counted for each name")
+    source: Path = option(..., "folder of a run, or of an adapter", argument=True)
+    name: str = option(..., "name to publish under; each name counts its own versions")
     note: str = option("", "a line about this version")
-    parents: Names = option((), "versions that it was made from, beside those its manifest names")
+    parents: Names = option((), "versions it was made from, besides those in its manifest")
 
 
 class ListConfig(_OfBase):
     """Options of `graft adapters list`."""
 
-    name: str | None = option(None, "one name, with each of its versions; default one line for each name")
+    name: str | None = option(None, "list the versions of this name; default one line for each name", argument=True)
 
 
 class ShowConfig(_OfBase):
     """Options of `graft adapters show`."""
 
-    version: str = option(..., "version, such as formal@1, formal@prod, or formal for the newest")
+    version: str = option(..., "version, such as formal@1, formal@prod, or formal for the newest", argument=True)
 
 
 class DiffConfig(_OfBase):
     """Options of `graft adapters diff`."""
 
-    first: str = option(..., "version to compare from")
-    second: str = option(..., "version to compare with")
+    first: str = option(..., "version to compare from", argument=True)
+    second: str = option(..., "version to compare with", argument=True)
 
 
 class VerifyConfig(_OfBase):
     """Options of `graft adapters verify`."""
 
-    clean: bool = option(False, "also remove contents that no name has, and what dead writers left")
+    clean: bool = option(
+        False, "also remove contents that no version refers to, and temporary files of interrupted commands"
+    )
 
 
 class AliasConfig(_OfBase):
     """Options of `graft adapters alias`."""
 
-    name: str = option(..., "name of the adapter")
-    alias: str = option(..., "alias, such as prod")
-    version: int | None = option(None, "number of the version to point it at", ge=1)
-    delete: bool = option(False, "take the alias away")
+    name: str = option(..., "name of the adapter", argument=True)
+    alias: str = option(..., "alias, such as prod", argument=True)
+    version: int | None = option(None, "number of the version to point it at", ge=1, argument=True)
+    delete: bool = option(False, "delete the alias")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.delete and self.version is not None:
             raise ValueError(
-                f"--delete takes {self.name}@{self.alias} away, so it takes no number; leave {self.version} out"
+                f"--delete removes the alias {self.name}@{self.alias}, so it takes no number; leave {self.version} out"
             )
         return self
 
@@ -74,20 +77,20 @@ class AliasConfig(_OfBase):
 class RollbackConfig(_OfBase):
     """Options of `graft adapters rollback`."""
 
-    name: str = option(..., "name of the adapter")
-    alias: str = option(..., "alias to point at what it pointed at before")
+    name: str = option(..., "name of the adapter", argument=True)
+    alias: str = option(..., "alias to point back at its previous version", argument=True)
 
 
 class RemoveConfig(_OfBase):
     """Options of `graft adapters remove`."""
 
-    version: str = option(..., "version by its number, such as formal@1")
+    version: str = option(..., "version by its number, such as formal@1", argument=True)
 
 
 class ImportConfig(_InStore):
     """Options of `graft adapters import`."""
 
-    source: str = option(..., "adapter of PEFT's: a folder, or a hub id")
+    source: str = option(..., "PEFT adapter: a folder, or a hub id", argument=True)
     name: str = option(..., "name to publish under")
     model: str | None = option(None, "base it was trained on; default the one that its adapter_config.json names")
     base_precision: Precision | None = option(
@@ -101,25 +104,27 @@ class ImportConfig(_InStore):
 class ExportConfig(_OfBase):
     """Options of `graft adapters export`."""
 
-    version: str = option(..., "version in the store, or the folder of an adapter")
-    out: Path = option(..., "folder to write; it must not be there yet, or be empty")
-    for_: Literal["peft", "vllm"] = option("peft", "who will read it; what cannot be served there is refused")
-    model: str | None = option(None, "base whose config.json names the layers, for vllm; default what the adapter says")
+    version: str = option(..., "version in the store, or the folder of an adapter", argument=True)
+    out: Path = option(..., "folder to write; it must be new or empty", argument=True)
+    for_: Literal["peft", "vllm"] = option("peft", "format to write; an adapter that vLLM cannot serve is refused")
+    model: str | None = option(
+        None, "base whose config.json names the layers, for vllm; default the one in the adapter's manifest"
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
 class PushConfig(_OfBase):
     """Options of `graft adapters push`."""
 
-    place: str = option(..., "s3://bucket/path (or another fsspec address), a hub id, or a folder")
-    versions: Names = option((), "versions to push; default all, and for a hub id exactly one")
-    private: bool = option(False, "make a new repository of the hub private")
+    place: str = option(..., "s3://bucket/path (or another fsspec address), a hub id, or a folder", argument=True)
+    versions: Names = option((), "versions to push; default all, and for a hub id exactly one", argument=True)
+    private: bool = option(False, "create the hub repository as private")
 
 
 class PullConfig(_InStore):
     """Options of `graft adapters pull`."""
 
-    place: str = option(..., "s3://bucket/path (or another fsspec address), a hub id, or a folder")
-    versions: Names = option((), "versions to pull; default all")
-    name: str | None = option(None, "name to take it under here, for one version; default the name it has there")
+    place: str = option(..., "s3://bucket/path (or another fsspec address), a hub id, or a folder", argument=True)
+    versions: Names = option((), "versions to pull; default all", argument=True)
+    name: str | None = option(None, "name to store it under, for one version; default its name at the source")
     revision: str | None = option(None, "branch, tag or commit of a hub id")

@@ -1,11 +1,11 @@
-"""Other names of options: those of TRL, PEFT, Axolotl, LLaMA-Factory and vLLM, and those that Graft's own options had before.
+"""Other names of options: those of TRL, PEFT, Axolotl, LLaMA-Factory and vLLM, and former names of Graft's own options.
 
-    FORMER    today's field of each name that Graft itself had; `renamed` reads files that were written under them
-    ALIASES   a foreign name -> the field it means here, with its value translated
-    ANSWERS   (answers.py) a foreign name that has no field here -> what to write instead
+    FORMER    former name -> today's field; `renamed` reads files that were written with former names
+    ALIASES   foreign name -> the field it means here, with its value translated
+    ANSWERS   (answers.py) foreign name without a field here -> what to write instead
 
-A line copied from one of these programs is taken, or it is answered. What Graft does anyhow, or what changes no number, is
-dropped (`harmless`); everything else that has no counterpart is refused with the way out. Nothing is ever ignored.
+A line copied from one of these programs either works or is refused with what to write instead. A value that asks for what Graft
+does anyway, or that does not change the result, is dropped (`harmless`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMER_FIGURES: dict[str, str] = {
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a file on disk under today's names and with today's values; what has no other name stays as it is."""
+    """Options of a file on disk under today's names and with today's values; other names are left as they are."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         field = FORMER.get(name, name)
@@ -64,7 +64,7 @@ def renamed_summary(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _LeftOut:
-    """Marks a value that asks for what happens when the option is not given."""
+    """Marks a value that means the same as not giving the option."""
 
 
 LEFT_OUT = _LeftOut()
@@ -77,11 +77,11 @@ class Alias:
 
     field: str
     translate: Translate | None = None
-    """The value here; LEFT_OUT for the default. Raises ValueError with what to write instead."""
+    """Translate the value; LEFT_OUT for the default. Raises ValueError with what to write instead."""
     commands: Collection[str] = ()
-    """Where the name means this; everywhere if empty."""
+    """The commands in which the name means this; all if empty."""
     switch: bool = False
-    """Whether it is true or false, so that its flag takes no value."""
+    """Whether the option is boolean, so that its flag takes no value."""
 
 
 def _truth(value: Any) -> bool:
@@ -108,7 +108,7 @@ def _when(true: Any = LEFT_OUT, false: Any = LEFT_OUT) -> Translate:
 
 
 def _among(known: Mapping[str, Any], way_out: str) -> Translate:
-    """Named values; others are answered with `way_out`."""
+    """Translate the `known` values; raise ValueError with `way_out` for others."""
 
     def translate(value: Any) -> Any:
         name = str(value).strip().lower()
@@ -140,7 +140,7 @@ def _share(value: Any) -> Any:
         return LEFT_OUT
     if 0 < share < 1:
         return f"{share * 100:g}%"
-    raise ValueError(f"{value} rows cannot be asked for; give a share such as --eval-data 5%, or a file of eval rows")
+    raise ValueError(f"a number of rows ({value}) is not supported; give a share such as --eval-data 5%, or a file")
 
 
 def _one_file(value: Any) -> Any:
@@ -148,7 +148,7 @@ def _one_file(value: Any) -> Any:
         return value
     paths = _paths(value)
     if len(paths) != 1:
-        raise ValueError(f"there is one eval file, found {len(paths)}; join them")
+        raise ValueError(f"expected one eval file, found {len(paths)}; join them")
     return paths[0]
 
 
@@ -169,7 +169,7 @@ def _paths(value: Any) -> Any:
         path = rest.pop("path", None)
         kind = rest.pop("type", None)
         if isinstance(kind, str) and kind.split(".")[0] not in _ROW_TYPES:
-            raise ValueError(f"type '{kind}' is not read; rows have messages, prompt and completion, or text")
+            raise ValueError(f"type '{kind}' is not supported; rows have messages, prompt and completion, or text")
         if rest.pop("split", "train") != "train":
             raise ValueError("only the rows of `split: train` are read from a hub id; give the file instead")
         rest.pop("ds_type", None)
@@ -196,7 +196,7 @@ def _at_least_one(way_out: str) -> Translate:
 def _half(value: Any) -> Any:
     if _truth(value):
         raise ValueError(
-            "float16 is not trained in here, for want of range; leave it out, or take --compute-dtype bfloat16"
+            "training in float16 is not supported, since its range is too small; leave it out, or take --compute-dtype bfloat16"
         )
     return LEFT_OUT
 
@@ -218,7 +218,9 @@ def _resume(value: Any) -> Any:
     try:
         return True if _truth(value) else LEFT_OUT
     except ValueError:
-        raise ValueError("--resume goes on from the newest checkpoint of --out; give --resume, and no path") from None
+        raise ValueError(
+            "--resume continues from the newest checkpoint in --out; give --resume without a path"
+        ) from None
 
 
 def _checkpointing(value: Any) -> Any:
@@ -226,7 +228,7 @@ def _checkpointing(value: Any) -> Any:
 
 
 def _bf16(value: Any) -> Any:
-    """true asks for what the hardware does best anyhow: matmuls in bfloat16 where they are faster."""
+    """true asks for what Graft does anyway: bfloat16 matmuls where they are faster."""
     return LEFT_OUT if str(value).lower() == "auto" or _truth(value) else "float32"
 
 

@@ -1,7 +1,7 @@
 """Options of TRL, PEFT, Axolotl, LLaMA-Factory and vLLM that have no field here, and what to write instead.
 
-Values that ask for what happens anyhow, or that change no number, are `harmless` and dropped; every other is refused with
-the answer. Names that do mean a field are in `aliases.py`.
+Values that ask for what Graft does anyway, or that do not change the result, are `harmless` and dropped; all others are refused
+with the answer. Names that mean a field are in `aliases.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class OptionAnswer:
 
     text: str
     harmless: Collection[Any] | None = ()
-    """Values that are dropped, since they ask for what happens anyhow; None: every value."""
+    """Values that are dropped, since they ask for what Graft does anyway; None: every value."""
 
 
 _TEMPLATE = "the chat template is the tokenizer's own; for another one put chat_template.jinja into the model's folder"
@@ -25,13 +25,13 @@ _COLUMNS = (
     "columns are recognized by their names: messages; prompt and completion; text. Rename the column, or see "
     "`graft check FILE` for what was recognized"
 )
-_PACKED = "examples are always packed end to end without padding, and never see each other; leave it out"
-_FUSED = "attention, norms, MLP and loss are fused where that is proven; leave it out"
+_PACKED = "examples are always packed without padding, and never attend to each other; leave it out"
+_FUSED = "attention, norms, MLP and loss are fused where the result is verified to be the same; leave it out"
 _LOADED = "rows are tokenized once, in this process, and drawn in a seeded order; leave it out"
 _BASE_AS_IS = "the base is loaded as its own config.json says; change that file"
 _EVAL_MEMORY = "--micro-batch-tokens bounds memory in training and in evaluation; leave it out"
-_INITIAL = "A begins at random and B at zero; initial values made from the base's weights are not there; leave it out"
-_BEST = "the step with the lowest eval loss is what is saved; leave it out"
+_INITIAL = "A starts random and B at zero; initialization from the base's weights is not supported; leave it out"
+_BEST = "the step with the lowest eval loss is saved; leave it out"
 _LOGGED = "every step is in metrics.jsonl, and --track adds tensorboard, wandb or mlflow; leave it out"
 _NAMED = "set it in the environment: WANDB_PROJECT, WANDB_ENTITY, MLFLOW_EXPERIMENT_NAME; a run is named after --out"
 _PUBLISHED = "after the run: graft adapters publish OUT --name NAME, then graft adapters push OWNER/NAME NAME"
@@ -64,7 +64,7 @@ ANSWERS: dict[str, OptionAnswer] = {
     **_each(
         "roles_to_train train_on_eos train_on_eot",
         OptionAnswer(
-            "the assistant's turns are trained, the token that ends a turn included; take --train-on all-assistant or "
+            "the loss counts the assistant's messages and the token that ends each; take --train-on all-assistant or "
             "last-assistant",
             ("turn", "all", "assistant", None),
         ),
@@ -77,7 +77,7 @@ ANSWERS: dict[str, OptionAnswer] = {
     ),
     **_each(
         "shuffle_dataset shuffle_merged_datasets",
-        OptionAnswer("rows are drawn in an order of --seed; leave it out", _YES),
+        OptionAnswer("rows are shuffled by --seed; leave it out", _YES),
     ),
     "dataloader_drop_last": OptionAnswer("an epoch has every row; leave it out", _NO),
     "max_samples": OptionAnswer("the whole file is read; give a smaller one"),
@@ -93,10 +93,10 @@ ANSWERS: dict[str, OptionAnswer] = {
         "bnb_4bit_use_double_quant double_quantization",
         OptionAnswer("NF4 is stored with double quantization here; leave it out", _YES),
     ),
-    "bnb_config_kwargs": OptionAnswer("say --base-precision nf4 or int8 instead"),
-    **_each("tf32 bf16_full_eval", OptionAnswer("--compute-dtype says in which type matmuls run; leave it out", None)),
+    "bnb_config_kwargs": OptionAnswer("give --base-precision nf4 or int8 instead"),
+    **_each("tf32 bf16_full_eval", OptionAnswer("--compute-dtype is the matmul dtype; leave it out", None)),
     "fp16_full_eval": OptionAnswer(
-        "--compute-dtype says in which type matmuls run, and float16 is none of them; leave it out", _NO
+        "--compute-dtype is the matmul dtype, and float16 is not supported; leave it out", _NO
     ),
     **_each(
         "attn_implementation flash_attn flash_attention flash_attention_2 use_flash_attention_2 sdp_attention "
@@ -130,7 +130,7 @@ ANSWERS: dict[str, OptionAnswer] = {
         ),
     ),
     **_each(
-        "bias lora_bias", OptionAnswer("an adapter has no biases here; --modules-to-save trains whole modules", _NO)
+        "bias lora_bias", OptionAnswer("adapters have no biases here; --modules-to-save trains whole modules", _NO)
     ),
     **_each("task_type", OptionAnswer("Graft trains causal language models", ("CAUSAL_LM", None))),
     **_each("peft_type", OptionAnswer("adapters are LoRA here", ("LORA", None))),
@@ -186,7 +186,7 @@ ANSWERS: dict[str, OptionAnswer] = {
     ),
     "average_tokens_across_devices": OptionAnswer("the loss is the mean over the target tokens of a whole step", _YES),
     "loss_type": OptionAnswer("the loss is the mean over the target tokens of a whole step", ("nll", None)),
-    "gradient_checkpointing_kwargs": OptionAnswer("say --activation-checkpointing", None),
+    "gradient_checkpointing_kwargs": OptionAnswer("give --activation-checkpointing", None),
     "overwrite_output_dir": OptionAnswer(
         "a folder that holds a run is never overwritten; take another --out, or --resume", _NO
     ),
@@ -198,9 +198,9 @@ ANSWERS: dict[str, OptionAnswer] = {
     ),
     **_each(
         "do_eval eval_on_start",
-        OptionAnswer("the base is measured first, and whenever --eval-every says; leave it out", None),
+        OptionAnswer("the base is evaluated first, then every --eval-every steps; leave it out", None),
     ),
-    "eval_delay": OptionAnswer("the base is always measured first; leave it out", (0, None)),
+    "eval_delay": OptionAnswer("the base is always evaluated first; leave it out", (0, None)),
     "save_strategy": OptionAnswer(
         "give --save-every N; the best step is always kept", ("steps", "no", "best", False, None)
     ),
@@ -239,7 +239,7 @@ ANSWERS: dict[str, OptionAnswer] = {
     "do_predict": OptionAnswer("generate from the adapter with graft generate", _NO),
     **_each(
         "rl reward_model ref_model pref_beta rlhf_type",
-        OptionAnswer("graft train is supervised fine-tuning; training on preferences is not there", (None,)),
+        OptionAnswer("graft train is supervised fine-tuning; preference training is not supported", (None,)),
     ),
     **_each(
         "load_in_4bit load_in_8bit quantization_bit",
@@ -252,7 +252,7 @@ ANSWERS: dict[str, OptionAnswer] = {
     "max_cpu_loras": OptionAnswer("adapters in memory are bounded by bytes, not by number: --adapter-memory-gb"),
     **_each(
         "enable_lora max_lora_rank lora_dtype fully_sharded_loras lora_extra_vocab_size",
-        OptionAnswer("adapters of any rank are served beside each other; leave it out", None),
+        OptionAnswer("adapters of any rank are served together; leave it out", None),
     ),
     "lora_modules": OptionAnswer(
         "put the adapter into a store, and serve that: graft adapters import DIR --name NAME, then --store"

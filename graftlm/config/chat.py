@@ -21,16 +21,20 @@ class ChatConfig(Config):
     """Options of `graft chat`."""
 
     model: str = option(..., "base model: a directory, a hub id, or `demo`")
-    adapter: str | None = option(None, "who answers: a version such as formal@prod, or a folder; default the base")
-    beside: str | None = option(None, "who answers beside it: another one, or `base`")
-    store: Path = option(Path("adapters"), "folder of the store that versions are looked up in")
+    adapter: str | None = option(
+        None, "adapter that answers: a version such as formal@prod, or a folder; default the base"
+    )
+    beside: str | None = option(None, "second adapter, shown side by side with the first, or `base`")
+    store: Path = option(Path("adapters"), "store of named adapters")
     system: str | None = option(None, "system message in front of the conversation")
     format: Literal["auto", "chat", "text"] = option(
-        "auto", "chat puts messages through the chat template; auto follows what was trained"
+        "auto", "chat applies the chat template; auto does what the adapter was trained with"
     )
-    max_tokens: int = option(256, "most tokens of an answer", ge=1)
+    max_tokens: int = option(256, "most tokens in an answer", ge=1)
     temperature: float = temperature_option()
-    top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
+    top_p: float = option(
+        1.0, "nucleus sampling: sample from the likeliest tokens that together have this probability", gt=0, le=1
+    )
     seed: int = option(0, "seed of sampling", ge=0)
     base_precision: Precision | None = option(
         None, "how the base is stored; default what the adapter was trained on, else the checkpoint's own type"

@@ -12,17 +12,17 @@ from graftlm.config.fields import ISO_DATE, Config, Sources, option, refuse_eval
 class CheckConfig(Config):
     """Options of `graft check`."""
 
-    data: Sources = option(..., "data to check: FILE[:weight], a hub id, or `demo`")
+    data: Sources = option(..., "data to check: FILE[:weight], a hub id, or `demo`", argument=True)
     model: str = option(..., "base model whose tokenizer and template are used")
     eval_data: str | None = option(None, "eval data, checked for overlap with the training data")
     train_on: Literal["all-assistant", "last-assistant"] = option(
-        "all-assistant", "which assistant turns of a chat are trained"
+        "all-assistant", "which messages of a chat the loss counts"
     )
     max_length: int | None = option(None, "length limit in tokens; default the model's longest position", ge=2)
     overlong: Literal["error", "drop", "truncate"] = option(
         "error", "what training will do with an example over the limit"
     )
-    template_date: str = option("2026-01-01", "the date that a chat template is told", pattern=ISO_DATE)
+    template_date: str = option("2026-01-01", "date given to the chat template, YYYY-MM-DD", pattern=ISO_DATE)
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
     @model_validator(mode="after")

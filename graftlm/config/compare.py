@@ -1,7 +1,7 @@
-"""Options of `graft compare`, and what one line of a comparison is.
+"""Options of `graft compare`, and its variants.
 
-A variant is a method with options of its own: `lora`, `qlora`, `lora:rank=64`, `lora:targets=attention+mlp:rank=32`. What all
-share (data, order, batch, steps) cannot be a variant's own, or the comparison would compare something else.
+A variant is a method with options of its own: `lora`, `qlora`, `lora:rank=64`, `lora:targets=attention+mlp:rank=32`. Data,
+order, batch size and steps are the same for all variants, so that only the method differs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _rates(value: Any) -> Any:
 
 
 def shared(name: str, group: str | None = None) -> Any:
-    """An option that means what it means to `graft train`: same default, limits and help."""
+    """An option of `graft train` with the same default, limits and help."""
     field = TrainConfig.model_fields[name]
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     own = option(field.default, field.description or "", group=group or str(extra.get("group", "")))
@@ -58,17 +58,17 @@ def shared(name: str, group: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a comparison."""
+    """One method with its options: a line of the comparison."""
 
     name: str
-    """As it was written, `lora:rank=64`."""
+    """The text that was given, such as `lora:rank=64`."""
     method: Method
     own: dict[str, Any]
     """Options that differ from the comparison's."""
 
     @property
     def folder(self) -> str:
-        """Its name as a folder's."""
+        """The name of its folder."""
         return re.sub(r"[^A-Za-z0-9=._-]", "-", self.name)
 
     @property
@@ -76,7 +76,7 @@ class Variant:
         return self.method != "full"
 
 
-# A variant's own options: what is trained and how, never on what or for how long.
+# Options that a variant may set: what is trained and how, but not the data or the number of steps.
 _OWN_GROUPS = ("adapter", "optimization", "memory and speed")
 _NEVER_OWN = {"trainable_tokens", "epochs", "steps", "batch_size", "seed"}
 
@@ -121,6 +121,8 @@ def parse_variant(text: str) -> Variant:
 class CompareConfig(Config):
     """Options of `graft compare`."""
 
+    takes_file = True
+
     # The base, and what is compared on it
     model: str = shared("model")
     compute_dtype: ComputeDtype | None = shared("compute_dtype")
@@ -128,27 +130,36 @@ class CompareConfig(Config):
     device: str | None = shared("device")
     methods: Names = option(
         ("full", "lora", "qlora"),
-        "what to compare: full, lora, qlora, each with options of its own if wanted, such as lora:rank=64",
+        "methods to compare: full, lora, qlora, optionally with options such as lora:rank=64",
         group="comparison",
     )
-    seeds: int = option(3, "runs of each method; one cannot tell chance from merit", group="comparison", ge=1, le=50)
+    seeds: int = option(
+        3, "runs of each method; one seed cannot separate a difference from noise", group="comparison", ge=1, le=50
+    )
     learning_rate: Annotated[dict[str, float], BeforeValidator(_rates)] = option(
-        {}, "learning rates as METHOD=RATE,...; those left out are searched for", group="comparison"
+        {}, "learning rates as METHOD=RATE,...; the others are searched for", group="comparison"
     )
     search_steps: int | None = option(
-        None, "steps of each run of the search; default a quarter of the run's, 20 to 100", group="comparison", ge=1
+        None,
+        "steps of each run in the learning-rate search; default a quarter of a run's, 20 to 100",
+        group="comparison",
+        ge=1,
     )
     margin: float = option(
-        2.0, "percent of the best gain that a cheaper method may be behind", group="comparison", gt=0, le=100
+        2.0,
+        "percent of the best method's gain that a cheaper method may lose and still be recommended",
+        group="comparison",
+        gt=0,
+        le=100,
     )
     cost: Annotated[Cost, _known("cost", get_args(Cost))] = option(
-        "memory", "what makes a method cheap: peak memory, saved size, or training time", group="comparison"
+        "memory", "cost by which methods are ranked: peak memory, saved size, or training time", group="comparison"
     )
     metric: Annotated[Metric, _known("metric", get_args(Metric))] | None = option(
-        None, "task score on eval prompts: exact-match, bleu or rouge-l; the last two need the extra `compare`",
+        None, "task metric on eval prompts: exact-match, bleu or rouge-l; the last two need the extra `compare`",
         group="comparison",
     )  # fmt: skip
-    metric_prompts: int = option(50, "most eval prompts answered for the metric", group="comparison", ge=1)
+    metric_prompts: int = option(50, "most eval prompts generated for the metric", group="comparison", ge=1)
     general_data: str = option(
         "general", "text on which forgetting is measured: a file, `general` for the bundled one, or `none`",
         group="comparison",
@@ -164,7 +175,7 @@ class CompareConfig(Config):
     overlong: Literal["error", "drop", "truncate"] = shared("overlong")
     template_date: str = shared("template_date")
 
-    # What the methods share
+    # Shared by all methods
     rank: int = shared("rank")
     alpha: float | None = shared("alpha")
     lora_dropout: float = shared("lora_dropout")
@@ -180,7 +191,9 @@ class CompareConfig(Config):
     activation_checkpointing: bool = shared("activation_checkpointing")
 
     # The comparison's own folder
-    out: Path = option(Path("runs/compare"), "folder of the comparison; the same command goes on with it", group="run")
+    out: Path = option(
+        Path("runs/compare"), "folder of the comparison; the same command continues an unfinished one", group="run"
+    )
     eval_every: int | None = shared("eval_every")
     save_every: int | None = shared("save_every")
 
@@ -191,7 +204,7 @@ class CompareConfig(Config):
             raise ValueError("methods is empty; name at least one of full, lora, qlora")
         twice = [name for name in self.methods if self.methods.count(name) > 1]
         if twice:
-            raise ValueError(f"methods names '{twice[0]}' twice; a comparison has each once")
+            raise ValueError(f"methods names '{twice[0]}' twice; name each once")
         variants = self.variants
         folders = [v.folder for v in variants]
         clash = [v.name for v in variants if folders.count(v.folder) > 1]
@@ -209,18 +222,18 @@ class CompareConfig(Config):
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """What is compared, in the order given. Raises ConfigError."""
+        """The variants, in the order given. Raises ConfigError."""
         return tuple(parse_variant(text) for text in self.methods)
 
     def given_rate(self, variant: Variant) -> float | None:
-        """The learning rate that was given for a variant: its own, its name's, its method's, or one for all."""
+        """The learning rate given for a variant: in its own options, by its name, by its method, or for all."""
         if "learning_rate" in variant.own:
             return plain_number(str(variant.own["learning_rate"]))
         names = (variant.name, variant.method, "")
         return next((self.learning_rate[name] for name in names if name in self.learning_rate), None)
 
     def training(self, variant: Variant, *, seed: int, rate: float | None, out: Path, **changes: Any) -> TrainConfig:
-        """One training of the comparison, as `graft train` would be asked for it. Raises ConfigError."""
+        """The TrainConfig of one run of the comparison. Raises ConfigError."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _PASSED}
         if variant.adapter:
             values.update({name: getattr(self, name) for name in _ADAPTER})

@@ -1,14 +1,15 @@
-"""What the options of all commands share: the base class, and the types that several of them use."""
+"""What all config classes share: their base class, `option` for a field, and the types that several of them use."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from graftlm.config.translate import translated
 from graftlm.errors import ConfigError, nearest
@@ -20,8 +21,7 @@ ComputeDtype = Literal["float32", "bfloat16", "bf16-mixed"]
 COMPUTE_DTYPE_NAMES: dict[ComputeDtype, str] = {
     "float32": "float32", "bfloat16": "bfloat16", "bf16-mixed": "bfloat16 summed in float32",
 }  # fmt: skip
-"""How a message names the type of products."""
-
+"""How a message names the dtype of matmuls."""
 
 ISO_DATE = "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
 _NUMBER = re.compile(r"\s*[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|nan)\s*", re.IGNORECASE | re.ASCII)
@@ -68,7 +68,7 @@ def _one_or_many(value: Any) -> Any:
 
 
 def refuse_eval_weight(eval_data: str | None) -> None:
-    """Eval rows are each read once, so a weight as training data have it (`FILE:2`) would do nothing."""
+    """Refuse a weight on eval data (`FILE:2`): each eval row is read once, so the weight would do nothing."""
     path, colon, weight = (eval_data or "").rpartition(":")
     number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", weight, re.IGNORECASE)
     if colon and number and not Path(eval_data or "").exists():
@@ -76,16 +76,16 @@ def refuse_eval_weight(eval_data: str | None) -> None:
 
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-5, 100.0
-"""Below the first the likeliest token is taken, as at 0 (vLLM's bound); above the second nothing is left to choose by."""
+"""Below the first, decoding is greedy (vLLM's bound); above the second, the distribution is nearly uniform."""
 
 
 def refuse_unused_sampling_options(temperature: float, given: set[str]) -> None:
-    """At temperature 0 nothing is drawn, so an option of drawing (`given` are the fields that were) would do nothing."""
+    """Refuse `top_p` and `seed` among the fields that were `given`: at temperature 0 decoding is greedy and ignores them."""
     for name in ("top_p", "seed"):
         if temperature < LEAST_TEMPERATURE and name in given:
             raise ValueError(
-                f"--{name.replace('_', '-')} is for sampling, and temperature {temperature:g} takes the likeliest token each "
-                "time; give --temperature, such as 0.7, or leave it out"
+                f"--{name.replace('_', '-')} is for sampling, and temperature {temperature:g} is greedy decoding; "
+                "give --temperature, such as 0.7, or leave it out"
             )
 
 
@@ -100,6 +100,8 @@ class Config(BaseModel):
     """What all configs share: frozen, no unknown keys, hyphens and underscores both read, and aliases."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    takes_file: ClassVar[bool] = False
+    """Whether the command reads a YAML file of options, `graft train run.yaml`."""
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> Self:
@@ -119,12 +121,12 @@ class Config(BaseModel):
             for problem in error.errors():
                 where = "-".join(str(p) for p in problem["loc"][:1]).rstrip("_").replace("_", "-")
                 message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
-                missing = problem["type"] == "missing"
-                said = missing or problem["type"] == "value_error"  # our own messages name what they found
-                found = f", found {_short(problem['input'])}" if where and not said else ""
-                lines.append(
-                    f"{where}: required, give --{where}" if missing else f"{where}: {message}{found}".strip(": ")
-                )
+                if problem["type"] == "missing":
+                    lines.append(f"{where}: required, give {cls._written(str(problem['loc'][0]))}")
+                    continue
+                own_message = problem["type"] == "value_error"  # it names what it found
+                found = f", found {_short(problem['input'])}" if where and not own_message else ""
+                lines.append(f"{where}: {message}{found}".strip(": "))
             raise ConfigError("\n".join(lines)) from None
 
     @classmethod
@@ -154,6 +156,12 @@ class Config(BaseModel):
         """What the command is called: `train` of TrainConfig."""
         return cls.__name__.removesuffix("Config").lower()
 
+    @classmethod
+    def _written(cls, name: str) -> str:
+        """How a field is given on the command line: `--data`, or `DATA...`."""
+        field = cls.model_fields[name]
+        return metavar(name, field) if is_argument(field) else f"--{flag_name(name)}"
+
     def to_json(self) -> dict[str, Any]:
         """Every option, resolved, as plain JSON values."""
         return self.model_dump(mode="json")
@@ -169,12 +177,25 @@ def flag_name(field: str) -> str:
     return field.rstrip("_").replace("_", "-")
 
 
-def option(default: Any, help: str, *, group: str = "", **limits: Any) -> Any:
-    """A field with its help text and the group it is listed under."""
-    return Field(default, description=help, json_schema_extra={"group": group}, **limits)
+def option(default: Any, help: str, *, group: str = "", argument: bool = False, **limits: Any) -> Any:
+    """A field with its help text and the group it is listed under; an `argument` is given on the command line by position."""
+    return Field(default, description=help, json_schema_extra={"group": group, "argument": argument}, **limits)
+
+
+def is_argument(field: FieldInfo) -> bool:
+    """Whether a field is given on the command line by its position, without a flag."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("argument"))
+
+
+def metavar(name: str, field: FieldInfo) -> str:
+    """How a usage line shows an argument: `DATA...` if it may be repeated, in brackets if it may be left out."""
+    shown = name.upper() if field.is_required() else f"[{name.upper()}]"
+    plain = next((a for a in get_args(field.annotation) if a is not type(None)), field.annotation)
+    return f"{shown}..." if tuple in (get_origin(field.annotation), get_origin(plain)) else shown
 
 
 def temperature_option() -> Any:
     """The temperature of sampling."""
-    help = "0 takes the likeliest token each time, and so does less than 0.00001"
+    help = "sampling temperature; 0, or less than 0.00001, is greedy decoding"
     return option(0.0, help, ge=0, le=MOST_TEMPERATURE)

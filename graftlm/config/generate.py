@@ -26,11 +26,13 @@ class GenerateConfig(Config):
     prompt: str = option(..., "what to answer; `-` reads standard input")
     system: str | None = option(None, "system message in front of a chat prompt")
     format: Literal["auto", "chat", "text"] = option(
-        "auto", "chat puts the prompt through the chat template; auto follows what the adapter was trained on"
+        "auto", "chat applies the chat template; auto does what the adapter was trained with"
     )
-    max_tokens: int = option(128, "most tokens to write", ge=1)
+    max_tokens: int = option(128, "most tokens to generate", ge=1)
     temperature: float = temperature_option()
-    top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability", gt=0, le=1)
+    top_p: float = option(
+        1.0, "nucleus sampling: sample from the likeliest tokens that together have this probability", gt=0, le=1
+    )
     seed: int = option(0, "seed of sampling", ge=0)
     base_precision: Precision | None = option(
         None, "how the base is stored; default what the adapter was trained on, else the checkpoint's own type"

@@ -1,4 +1,4 @@
-"""Options of `graft.load`, the Python way to a loaded base."""
+"""Options of `graft.load` in Python."""
 
 from __future__ import annotations
 

@@ -20,49 +20,55 @@ class MergeConfig(Config):
     adapter: Names = option(
         (), "adapters as A,B:0.3: each a folder or a version in the store, with its weight; default weight 1"
     )
-    out: Path = option(..., "folder to write; it must not be there yet, or be empty")
+    out: Path = option(..., "folder to write; it must be new or empty")
     store: Path | None = option(None, "store of named adapters; default ./adapters")
 
     onto: Onto | None = option(
         None,
-        "what the adapter is added to: the checkpoint's weights, those as they were stored in training, or those and "
-        "stored so again (bitsandbytes NF4); default dequantized for an adapter trained on int8 or nf4, else original",
+        "weights to add the adapter to: `original` the checkpoint's; `dequantized` as they were stored in training; "
+        "`requantized` the same, written as bitsandbytes NF4; default dequantized for an adapter trained on int8 or nf4, "
+        "else original",
         group="target",
     )
     save_precision: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "type of the written weights; default each tensor's own in the checkpoint", group="target"
+        None, "dtype of the written weights; default each tensor's dtype in the checkpoint", group="target"
     )
     gguf: Path | None = option(
         None, "also write the merged model as one GGUF file for llama.cpp and Ollama", group="target"
     )
-    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = option("bf16", "type of the matrices in it", group="target")
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = option(
+        "bf16", "type of the matrices in the GGUF file", group="target"
+    )
 
     combine: Combine = option(
         "linear",
-        "how several adapters are added: by weight, or by TIES or DARE on their updates",
+        "how several adapters are combined: linear (weighted sum), TIES or DARE on their updates",
         group="several adapters",
     )
     density: float | None = option(
-        None, "share of each update that TIES or DARE keeps", group="several adapters", gt=0, le=1
+        None, "share of each update's values that TIES or DARE keeps", group="several adapters", gt=0, le=1
     )
-    seed: int = option(0, "seed of what DARE drops", group="several adapters", ge=0, lt=1 << 31)
+    seed: int = option(0, "seed of the values that DARE drops", group="several adapters", ge=0, lt=1 << 31)
 
     eval_data: str | None = option(
         None,
-        "eval rows to measure the drift on: a file, a hub id, or `demo`; default those of the run that trained it",
+        "eval data to measure the drift on: a file, a hub id, or `demo`; default that of the training run",
         group="drift",
     )
-    eval_rows: int = option(32, "most rows that are measured", group="drift", ge=1)
+    eval_rows: int = option(32, "most rows to measure", group="drift", ge=1)
     max_drift: float | None = option(
-        None, "highest relative difference to the live model's logits; above it nothing is written", group="drift", gt=0
+        None,
+        "highest relative difference from the logits of base and adapter; above it nothing is written",
+        group="drift",
+        gt=0,
     )
-    unmeasured: bool = option(False, "write without measuring", group="drift")
+    unmeasured: bool = option(False, "write without measuring the drift", group="drift")
 
     compute_dtype: ComputeDtype | None = option(
-        None, "type in which the measured models run; default by hardware", group="drift"
+        None, "matmul dtype while measuring; default by hardware", group="drift"
     )
     device: str | None = option(
-        None, "cpu, cuda, ... for measuring; default the first GPU, else the CPU", group="drift"
+        None, "device for measuring: cpu, cuda, ...; default the first GPU, else the CPU", group="drift"
     )
     trust_remote_code: bool = option(False, "run Python code that comes with the model", group="drift")
 
@@ -79,11 +85,11 @@ class MergeConfig(Config):
         if not pruned and self.density is not None:
             raise ValueError("--density is for --combine ties, dare-linear or dare-ties; linear keeps everything")
         if "seed" in self.model_fields_set and not self.combine.startswith("dare"):
-            raise ValueError(f"--seed is for what DARE drops, and --combine is {self.combine}; leave it out")
+            raise ValueError(f"--seed is for DARE, and --combine is {self.combine}; leave it out")
         if self.unmeasured and (self.max_drift is not None or self.eval_data is not None):
             raise ValueError("--unmeasured excludes --max-drift and --eval-data; give one or the other")
         if self.max_drift is not None and not pairs:
-            raise ValueError("--max-drift is for an adapter; without one nothing drifts")
+            raise ValueError("--max-drift needs an adapter to compare with; give --adapter, or leave it out")
         if self.gguf is None and "gguf_type" in self.model_fields_set:
             raise ValueError("--gguf-type is for --gguf FILE; give the file, or leave it out")
         if self.gguf is None and not pairs:

@@ -1,8 +1,8 @@
-"""`docs/options.md`, made from the config classes: every option of every command with its type, default and meaning.
+"""`docs/options.md`, made from the config classes: usage, arguments and options of every command.
 
     python -m graftlm.config.options_page > docs/options.md
 
-A test sees that the file in the repository is what this prints.
+A test checks that the file in the repository is what this prints.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graftlm import config as configs
 from graftlm.config import CheckConfig, Config, GenerateConfig, MergeConfig, TrainConfig
 from graftlm.config.aliases import ALIASES
 from graftlm.config.answers import ANSWERS
-from graftlm.config.fields import flag_name
+from graftlm.config.fields import flag_name, is_argument, metavar
 from graftlm.config.translate import JOINT
 
 COMMANDS: tuple[tuple[str, type[Config]], ...] = (
@@ -52,25 +52,28 @@ _HEAD = """\
 
 Made by `python -m graftlm.config.options_page` from the classes in `graftlm/config/`; change them there.
 
-An option is a flag (`--learning-rate 5e-4`) or a line of a YAML file (`learning-rate: 5e-4`, or `learning_rate`):
-`graft train run.yaml` reads one, and flags win over it. A list is given as `a,b`, by repeating the flag, or as a YAML
-list; a mapping as `NAME=VALUE,...` or a YAML mapping. An option that does not exist is an error.
+Arguments are given by position, options as flags (`--learning-rate 5e-4`). A command with `[FILE]` in its usage line
+also reads options from a YAML file: `graft train run.yaml` with lines such as `learning-rate: 5e-4` (or
+`learning_rate`). Flags override the file. A list is given as `a,b`, by repeating the flag, or as a YAML list; a mapping
+as `NAME=VALUE,...` or a YAML mapping. An option that does not exist is an error. Most commands also take `--json`,
+which prints the result as one JSON object.
 """
 
 _OTHER = """
-# Names of other programs
+# Names in other programs
 
-A line of a configuration of TRL, PEFT, Axolotl or LLaMA-Factory, and a flag of vLLM, may be written as it is there, with its
-values; so may the names that Graft's own options had before. An option that is given under two names is refused.
+Options of TRL, PEFT, Axolotl, LLaMA-Factory and vLLM are accepted under their own names and with their own values, and
+so are former names of Graft's options. An option that is given under two names is refused.
 
 """
 _ANSWERED = """
-Names that have no option here are answered with what to write instead, and dropped where they ask for what happens anyhow:
+Other options of these programs have no counterpart. If the value asks for what Graft does anyway, the option is
+dropped; otherwise the error says what to write instead. These are known:
 """
 
 
 def type_name(annotation: Any) -> str:
-    """What may be given, in words: `full` / `lora`, number, list."""
+    """The values that an option takes, in words: `full` / `lora`, number, list."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_name(inner[0])
@@ -94,7 +97,7 @@ def limits(field: FieldInfo) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """The default as it would be written; a dash where the text says what it is or nothing is meant."""
+    """The default as a user would write it; a dash where the help text gives the default or there is none."""
     if field.is_required():
         return "required"
     value = field.default
@@ -109,26 +112,39 @@ def options_markdown() -> str:
     """The whole page."""
     parts = [_HEAD]
     for command, config in COMMANDS:
-        parts.append(f"\n## {command}\n")
-
-        def group_of(item: tuple[str, FieldInfo]) -> str:
-            extra = item[1].json_schema_extra
-            return str(extra.get("group", "")) if isinstance(extra, dict) else ""
-
-        for group, fields in groupby(config.model_fields.items(), group_of):
-            parts.append(f"\n### {group.capitalize()}\n\n" if group else "\n")
-            parts.append("| option | value | default | meaning |\n|---|---|---|---|\n")
-            for name, field in fields:
-                flag = f"`--{flag_name(name)}`"
-                kind = type_name(field.annotation) + limits(field)
-                parts.append(
-                    f"| {flag} | {kind} | {default_text(field)} | {field.description} |\n".replace("\\", "\\\\")
-                )
+        arguments = {name: field for name, field in config.model_fields.items() if is_argument(field)}
+        flags = {name: field for name, field in config.model_fields.items() if not is_argument(field)}
+        parts.append(f"\n## {command}\n\nUsage: `{usage(command, config)}`\n")
+        if arguments:
+            parts.append("\n### Arguments\n\n| argument | value | default | meaning |\n|---|---|---|---|\n")
+            parts += [_row(f"`{name.upper()}`", field) for name, field in arguments.items()]
+        for group, fields in groupby(flags.items(), lambda item: _group_of(item[1])):
+            parts.append(
+                f"\n### {group.capitalize() or 'Options'}\n\n| option | value | default | meaning |\n|---|---|---|---|\n"
+            )
+            parts += [_row(f"`--{flag_name(name)}`", field) for name, field in fields]
     return "".join([*parts, *_other_names()])
 
 
+def usage(command: str, config: type[Config]) -> str:
+    """The usage line: `graft check [OPTIONS] DATA...`."""
+    file = ["[FILE]"] if config.takes_file else []
+    arguments = [metavar(name, field) for name, field in config.model_fields.items() if is_argument(field)]
+    return " ".join([command, "[OPTIONS]", *file, *arguments])
+
+
+def _group_of(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    return str(extra.get("group", "")) if isinstance(extra, dict) else ""
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    kind = type_name(field.annotation) + limits(field)
+    return f"| {name} | {kind} | {default_text(field)} | {field.description} |\n".replace("\\", "\\\\")
+
+
 def _other_names() -> list[str]:
-    """What options are called in TRL, PEFT, Axolotl, LLaMA-Factory and vLLM, and were called before."""
+    """The sections on names of TRL, PEFT, Axolotl, LLaMA-Factory and vLLM, and on former names."""
     named: dict[str, list[str]] = {}
     for name, meanings in ALIASES.items():
         for alias in meanings:
@@ -140,7 +156,7 @@ def _other_names() -> list[str]:
     ]
     return [
         _OTHER,
-        "| name there | option |\n|---|---|\n",
+        "| accepted name | option |\n|---|---|\n",
         *lines,
         _ANSWERED,
         ", ".join(f"`{name}`" for name in ANSWERS),

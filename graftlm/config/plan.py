@@ -15,38 +15,36 @@ Goal = Literal["balanced", "quality", "cost", "inference"]
 class PlanConfig(Config):
     """Options of `graft plan`."""
 
-    models: Sources = option((), "models: a directory, a hub id, `demo`, or a built-in shape such as llama-2-70b")
-    model: str | None = option(None, "one model, as the other commands name it; the same as without --model")
+    models: Sources = option(
+        (), "models: a directory, a hub id, `demo`, or a built-in shape such as llama-2-70b", argument=True
+    )
+    model: str | None = option(None, "one model; the same as giving it as an argument")
 
-    # What it would run on
+    # Hardware
     gpu: str | None = option(
-        None, "card to plan for, such as rtx-4090 or h100; default this machine's", group="hardware"
+        None, "GPU to plan for, such as rtx-4090 or h100; default this machine's", group="hardware"
     )
-    memory: str | None = option(None, "plan for a card of this memory instead, such as 24GB", group="hardware")
-    price_per_hour: float | None = option(
-        None, "what an hour of the card costs, in any currency", group="hardware", gt=0
-    )
+    memory: str | None = option(None, "plan for a GPU with this memory instead, such as 24GB", group="hardware")
+    price_per_hour: float | None = option(None, "price of a GPU hour, in any currency", group="hardware", gt=0)
 
-    # What would be trained
+    # The run
     data: Sources = option(
-        (), "training data: rows and tokens are counted, and the base is asked how far they are", group="run"
+        (), "training data: rows and tokens are counted, and the base's loss on them is measured", group="run"
     )
-    max_length: int = option(2048, "tokens of the longest example; 0 takes the data's own", group="run", ge=0)
+    max_length: int = option(2048, "tokens in the longest example; 0 takes it from --data", group="run", ge=0)
     batch_size: int = option(1, "examples in one optimizer step", group="run", ge=1)
-    micro_batch_tokens: int | None = option(None, "most tokens in one forward pass; default 4096", group="run", ge=1)
+    micro_batch_tokens: int | None = option(None, "most tokens in one micro-batch; default 4096", group="run", ge=1)
     activation_checkpointing: bool = option(False, "plan with activation checkpointing", group="run")
     rank: int = option(16, "rank of the adapters", group="run", ge=1)
     targets: Names = option(("all-linear",), "all-linear, attention, mlp, or layers' names", group="run")
-    epochs: float = option(1.0, "passes over the data", group="run", gt=0)
+    epochs: float = option(1.0, "epochs", group="run", gt=0)
 
-    # What the advice should weigh
-    goal: Goal = option(
-        "balanced", "what matters most: quality to the last point, cost, or the speed of inference", group="advice"
-    )
-    variants: int = option(1, "how many adapted versions will be served beside each other", group="advice", ge=1)
+    # Advice
+    goal: Goal = option("balanced", "what to optimize for: quality, cost, or inference speed", group="advice")
+    variants: int = option(1, "number of fine-tuned versions that will be served together", group="advice", ge=1)
     ask_base: Literal["auto", "yes", "no"] = option(
         "auto",
-        "measure the base's own loss on the data; auto where its weights are here and that takes seconds",
+        "measure the base's loss on the data; auto does so if its weights are on this machine and it takes seconds",
         group="advice",
     )
     trust_remote_code: bool = option(False, "run Python code that comes with the model", group="advice")

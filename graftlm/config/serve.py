@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from graftlm.config.fields import ComputeDtype, Config, Names, Precision, flag_name, option
 
-# What the printed command can say to vLLM, or is ours in making it.
+# Options that the printed vllm command can express, or that only affect the export.
 _FOR_VLLM = frozenset(
     {
         "model",
@@ -30,6 +30,8 @@ _FOR_VLLM = frozenset(
 class ServeConfig(Config):
     """Options of `graft serve`."""
 
+    takes_file = True
+
     model: str = option(..., "base model: a directory, a hub id, or `demo`", group="base")
     base_precision: Precision | None = option(
         None, "how the base is stored; default the checkpoint's own type", group="base"
@@ -39,56 +41,55 @@ class ServeConfig(Config):
     trust_remote_code: bool = option(False, "run Python code that comes with the model", group="base")
 
     store: Path | None = option(
-        None, "folder of the store of adapters; all of this base's are served", group="adapters"
+        None, "folder of the adapter store; all adapters of this base are served", group="adapters"
     )
-    adapter: Names = option(
-        (), "versions to have in memory before requests are taken, such as formal@prod", group="adapters"
-    )
-    max_loras: int = option(16, "adapters that can be at work at once", group="adapters", ge=1, le=4096)
+    adapter: Names = option((), "versions to load before accepting requests, such as formal@prod", group="adapters")
+    max_loras: int = option(16, "most adapters in one batch", group="adapters", ge=1, le=4096)
     adapter_memory_gb: float | None = option(
-        None, "memory for adapters in use and copies of others, in GB (10^9 bytes); default a quarter of what is free",
+        None, "memory for loaded adapters, in GB (10^9 bytes); default a quarter of the free memory",
         group="adapters", gt=0, allow_inf_nan=False,
     )  # fmt: skip
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all", group="server")
     port: int = option(8000, "port to listen on; 0 for any free one", group="server", ge=0, le=65535)
     api_keys: Path | None = option(
-        None, "file of API keys and what each may use; without one the server is open", group="server"
+        None, "file of API keys and their permissions; without it the server accepts every request", group="server"
     )
     format: Literal["auto", "chat", "text"] = option(
-        "auto", "chat puts conversations through the chat template; auto follows what was trained", group="server"
+        "auto", "chat applies the chat template; auto does what the adapter was trained with", group="server"
     )
     drain_seconds: float = option(
-        30.0, "seconds that answers may take to end after SIGTERM", group="server", ge=0, allow_inf_nan=False
+        30.0, "seconds that running requests have to finish after SIGTERM", group="server", ge=0, allow_inf_nan=False
     )
 
     max_prompt_tokens: int | None = option(
-        None, "longest prompt; default what fits with its answer", group="bounds", ge=1
+        None, "longest prompt, in tokens; default what fits in the context with the output", group="bounds", ge=1
     )
     max_output_tokens: int | None = option(
-        None, "longest answer; default what fits behind its prompt", group="bounds", ge=1
+        None, "longest output, in tokens; default what fits in the context after the prompt", group="bounds", ge=1
     )
-    max_body_mb: float = option(4.0, "largest body of a request, in MB", group="bounds", gt=0, allow_inf_nan=False)
+    max_body_mb: float = option(4.0, "largest request body, in MB", group="bounds", gt=0, allow_inf_nan=False)
     request_timeout: float = option(
-        300.0, "longest time of a request, waiting included", group="bounds", gt=0, allow_inf_nan=False
+        300.0, "longest time of a request in seconds, including the queue", group="bounds", gt=0, allow_inf_nan=False
     )
-    max_queue: int = option(256, "most answers that wait; beyond it is 429", group="bounds", ge=1)
+    max_queue: int = option(256, "most requests in the queue; beyond it the server returns 429", group="bounds", ge=1)
 
-    max_num_seqs: int = option(16, "most answers in a batch", group="memory and speed", ge=1, le=4096)
+    max_num_seqs: int = option(16, "most sequences in a batch", group="memory and speed", ge=1, le=4096)
     max_num_batched_tokens: int = option(
-        256, "most tokens in one step of the engine, prompts and answers together", group="memory and speed", ge=1
+        256, "most tokens in one engine step, prefill and decode together", group="memory and speed", ge=1
     )
     kv_cache_gb: float | None = option(
-        None, "memory for keys and values, in GB; default what all running answers can need, at most a quarter of what is free",
+        None, "memory for the KV cache, in GB; default what --max-num-seqs sequences can need, at most a quarter of the free "
+        "memory",
         group="memory and speed", gt=0, allow_inf_nan=False,
     )  # fmt: skip
 
     engine: Literal["embedded", "vllm"] = option(
         "embedded",
-        "vllm checks and exports the adapters for vLLM, and prints the command that serves them",
+        "embedded serves here; vllm exports the adapters and prints the `vllm serve` command",
         group="engine",
     )
-    out: Path = option(Path("vllm-adapters"), "folder for what is exported for vLLM", group="engine")
+    out: Path = option(Path("vllm-adapters"), "folder of the adapters exported for vLLM", group="engine")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -102,22 +103,21 @@ class ServeConfig(Config):
             raise ValueError("out: it is for --engine vllm only; leave it out")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max-num-batched-tokens: {self.max_num_batched_tokens} are too few for a batch of "
-                f"{self.max_num_seqs}, each of which writes one a step"
+                f"max-num-batched-tokens: {self.max_num_batched_tokens} are too few for a batch of {self.max_num_seqs}, since "
+                "each sequence decodes one token a step"
             )
         return self
 
     def _fits_vllm(self) -> None:
-        """Raise ValueError for what the command for vLLM could not carry."""
+        """Raise ValueError for options that the printed vllm command cannot express."""
         if self.api_keys is not None:
             raise ValueError(
-                "api-keys: vLLM has one --api-key for everything, so it cannot keep to who may use which adapter; "
+                "api-keys: vLLM has one --api-key for everything and no permissions for each adapter; "
                 "leave it out, and put a gateway in front that checks keys"
             )
         if self.base_precision == "int8":
             raise ValueError("base-precision: vLLM does not store a base as int8; take bfloat16, float32 or nf4")
         for name in sorted(self.model_fields_set - _FOR_VLLM):
             raise ValueError(
-                f"{flag_name(name)}: it is an option of the embedded engine, and the command for vLLM has no place for it; "
-                "leave it out"
+                f"{flag_name(name)}: it is an option of the embedded engine, without a counterpart in vLLM; leave it out"
             )

@@ -2,10 +2,10 @@
 
     rank=4..64                 a whole number within a range        learning-rate=1e-5..1e-2      a number
     lora-dropout=0..0.2:0.05        in steps of 0.05                     targets=attention|all-linear  one of these
-    data=a.jsonl|a.jsonl+b.jsonl:0.5                                `+` joins what belongs to one choice
+    data=a.jsonl|a.jsonl+b.jsonl:0.5                                `+` joins the items of one choice
 
-Trials that are trained together share one base, one way of reading data and one way of running passes; everything else may be
-each trial's own. What is not searched is an ordinary option of `graft train` and the same for all.
+Trials that are trained together share the base, the way data is read, and the micro-batches. Everything else may differ between
+trials. Options that are not searched are those of `graft train`, the same for all trials.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ SEARCHED = (
     "seed",
     "data",
 )
-"""What each trial may have of its own."""
+"""Options that may differ between trials."""
 _LISTS = ("targets", "data")
 _BY_RATIO = 4.0
-"""A range that starts above zero and spans this factor is searched by its logarithm."""
+"""A range that starts above zero and spans at least this factor is searched on a log scale."""
 
 Sampler = Literal["tpe", "random", "grid"]
 Pruner = Literal["none", "asha", "hyperband"]
@@ -75,12 +75,12 @@ class Range:
 
     @property
     def log(self) -> bool:
-        """Whether what counts is the ratio of two values, not their difference."""
+        """Whether the range is searched on a log scale."""
         return self.step is None and self.low > 0 and self.high / self.low >= _BY_RATIO
 
     @property
     def values(self) -> tuple[Value, ...] | None:
-        """All of them; None where there is no end of them."""
+        """All values of the range; None if there are infinitely many."""
         if self.whole:
             return tuple(range(int(self.low), int(self.high) + 1, int(self.step or 1)))
         if self.step is None:
@@ -96,20 +96,20 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values; those of options that are lists as they were written, `attention+mlp`."""
+    """A list of values; an item of a list option is kept as written, `attention+mlp`."""
 
     values: tuple[Value, ...]
 
 
 Space = dict[str, Range | Choice]
-"""What is searched, by field of `TrainConfig`."""
+"""The search space: field of `TrainConfig` -> range or choices."""
 
 
 def read_space(pairs: dict[str, str]) -> Space:
     """Read `{option: range or choices}`.
 
     Raises ConfigError for an option that does not exist (with the nearest name) or cannot vary within one sweep, for a
-    range that is empty or turned round, and for a value that the option does not take.
+    range that is empty or reversed, and for a value that the option does not take.
     """
     return {name: found for text, spec in pairs.items() for name, found in [_entry(text, str(spec))]}
 
@@ -120,11 +120,11 @@ def _entry(text: str, spec: str) -> tuple[str, Range | Choice]:
     flag = flag_name(name)
     known = [flag_name(field) for field in SEARCHED]
     if name not in TrainConfig.model_fields:
-        raise ConfigError(f"search: unknown option '{text}'{nearest(flag, known)} searched can be: {', '.join(known)}")
+        raise ConfigError(f"search: unknown option '{text}'{nearest(flag, known)} searchable: {', '.join(known)}")
     if name not in SEARCHED:
         raise ConfigError(
-            f"search: '{flag}' is the same for all trials of a sweep, which share one base and one way of running; give it as "
-            f"--{flag}, and start another sweep for another value. Searched can be: {', '.join(known)}"
+            f"search: '{flag}' is the same for all trials of a sweep, which share one base and its micro-batches; give it "
+            f"as --{flag}, and start another sweep for another value. Searchable: {', '.join(known)}"
         )
     if not spec.strip():
         raise ConfigError(f"search: '{flag}' has no values; give {flag}=LOW..HIGH or {flag}=A|B")
@@ -160,7 +160,7 @@ def _range(name: str, flag: str, spec: str) -> Range:
             raise ConfigError(f"search: the step of '{flag}={spec}' must be above 0, found {step:g}")
     if low > high:
         raise ConfigError(
-            f"search: the range of '{flag}' is turned round, {low:g} to {high:g}; write {high_text}..{low_text}"
+            f"search: the range of '{flag}' is reversed, {low:g} to {high:g}; write {high_text}..{low_text}"
         )
     if low == high or (step is not None and low + step > high):
         raise ConfigError(f"search: the range '{flag}={spec}' holds one value alone; give it as --{flag} {low_text}")
@@ -168,15 +168,15 @@ def _range(name: str, flag: str, spec: str) -> Range:
 
 
 def _checked(name: str, flag: str, text: str) -> Value:
-    """A value in the option's own type and within its limits; ConfigError else."""
+    """A value in the option's type and within its limits. Raises ConfigError."""
     field = TrainConfig.model_fields[name]
     kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation  # pyright: ignore
     adapter: TypeAdapter[Value] = TypeAdapter(kind)
     try:
         return adapter.validate_python(text)
     except ValidationError as error:
-        said = error.errors()[0]["msg"].replace("Input should", "must")
-        raise ConfigError(f"search: {flag} {said}, found '{text}'") from None
+        message = error.errors()[0]["msg"].replace("Input should", "must")
+        raise ConfigError(f"search: {flag} {message}, found '{text}'") from None
 
 
 def _pairs(value: Any) -> Any:
@@ -204,22 +204,24 @@ def _pairs(value: Any) -> Any:
 class SweepConfig(Config):
     """Options of `graft sweep`."""
 
+    takes_file = True
+
     # The sweep
     search: Annotated[dict[str, str], BeforeValidator(_pairs)] = option(
-        {}, "what is searched: OPTION=LOW..HIGH[:STEP] or OPTION=A|B, separated by commas", group="sweep"
+        {}, "search space: OPTION=LOW..HIGH[:STEP] or OPTION=A|B, separated by commas", group="sweep"
     )
-    trials: int = option(16, "trials in all, of every worker together", group="sweep", ge=1, le=100_000)
-    sampler: Sampler = option("tpe", "how the next trial is chosen", group="sweep")
-    pruner: Pruner = option("none", "how poor trials are ended early", group="sweep")
+    trials: int = option(16, "number of trials, over all workers", group="sweep", ge=1, le=100_000)
+    sampler: Sampler = option("tpe", "Optuna sampler that chooses the next trial", group="sweep")
+    pruner: Pruner = option("none", "Optuna pruner that ends poor trials early", group="sweep")
     at_once: int | None = option(
         None, "most trials trained at once; default as many as memory holds, at most 8", group="sweep", ge=1
     )
     storage: str | None = option(
-        None, "where the search is kept: a journal file, sqlite:///FILE or postgresql://...; default a journal in --out",
+        None, "Optuna storage: a journal file, sqlite:///FILE or postgresql://...; default a journal in --out",
         group="sweep",
     )  # fmt: skip
-    name: str | None = option(None, "the sweep's name in its storage; default that of --out", group="sweep")
-    search_seed: int = option(0, "seed of the search itself", group="sweep", ge=0, lt=1 << 31)
+    name: str | None = option(None, "name of the study in the storage; default the name of --out", group="sweep")
+    search_seed: int = option(0, "seed of the sampler", group="sweep", ge=0, lt=1 << 31)
     publish: str | None = option(None, "publish the best adapter under this name when the sweep is done", group="sweep")
     store: Path = option(Path("adapters"), "store to publish in", group="sweep")
 
@@ -234,14 +236,14 @@ class SweepConfig(Config):
     # Data
     data: Sources = option((), "training data, as `graft train` takes it; may be searched", group="data")
     eval_data: str = option(
-        "10%", "eval data by which trials are judged: a file, `demo`, or a share of the training rows", group="data"
+        "10%", "eval data that ranks the trials: a file, `demo`, or a share of the training rows", group="data"
     )
     train_on: Literal["all-assistant", "last-assistant"] = shared("train_on")
     max_length: int | None = shared("max_length")
     overlong: Literal["error", "drop", "truncate"] = shared("overlong")
     template_date: str = shared("template_date")
 
-    # What is not searched
+    # Options that are not searched
     rank: int = shared("rank")
     alpha: float | None = shared("alpha")
     rank_stabilized: bool = shared("rank_stabilized")
@@ -268,7 +270,7 @@ class SweepConfig(Config):
     activation_checkpointing: bool = shared("activation_checkpointing")
 
     # The sweep's own folder
-    out: Path = option(Path("runs/sweep"), "folder of the sweep; the same command goes on with it", group="run")
+    out: Path = option(Path("runs/sweep"), "folder of the sweep; the same command continues it", group="run")
     eval_every: int | None = shared("eval_every")
     save_every: int | None = shared("save_every")
     keep_checkpoints: int = shared("keep_checkpoints")
@@ -277,7 +279,7 @@ class SweepConfig(Config):
     def _consistent(self) -> Self:
         if self.method == "full":
             raise ValueError(
-                "method full trains the base itself, and trials that share a base cannot; take lora or qlora, or compare full "
+                "method full trains the base itself, which the trials of a sweep share; take lora or qlora, or compare full "
                 "runs with graft compare"
             )
         refuse_eval_weight(self.eval_data)
@@ -290,7 +292,7 @@ class SweepConfig(Config):
             raise ValueError(f"--{flag} is given and searched; leave one of the two out")
         lengths = [name for name in ("steps", "epochs") if name in space or getattr(self, name) is not None]
         if len(lengths) > 1:
-            raise ValueError("give or search steps or epochs, not both: each says how long a trial is")
+            raise ValueError("give or search steps or epochs, not both: each sets the length of a trial")
         if "data" not in space and not self.data:
             raise ValueError("data: required, give --data, or search it: --search data=a.jsonl|b.jsonl")
         if "data" in space and self.eval_data.strip().endswith("%"):
@@ -315,24 +317,24 @@ class SweepConfig(Config):
 
     @property
     def space(self) -> Space:
-        """What is searched. Raises ConfigError."""
+        """The search space. Raises ConfigError."""
         return read_space(self.search)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes it this sweep and no other: all but where it lies, how long it goes on and how it is run."""
+        """The options that define the sweep: all but its folder, its number of trials and how it is run."""
         return {name: value for name, value in self.to_json().items() if name not in _FREE}
 
     def training(self, own: dict[str, Value], *, out: Path, resume: bool = False) -> TrainConfig:
-        """One trial, as `graft train` would be asked for it; `own` holds what is searched. Raises ConfigError."""
+        """The TrainConfig of one trial; `own` holds its searched values. Raises ConfigError."""
         values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields if name in _PASSED}
         values.update({n: str(v).split("+") if n in _LISTS else v for n, v in own.items()})
         values.update(out=out, resume=resume)
         try:
             return TrainConfig.build({n: v for n, v in values.items() if v is not None and v != ()})
         except ConfigError as error:
-            said = ", ".join(f"{flag_name(n)}={v}" for n, v in own.items())
-            raise ConfigError(f"a trial with {said} could not be trained: {error}") from None
+            searched = ", ".join(f"{flag_name(n)}={v}" for n, v in own.items())
+            raise ConfigError(f"a trial with {searched} could not be trained: {error}") from None
 
 
 _PASSED = set(SweepConfig.model_fields) & set(TrainConfig.model_fields) - {"out", "store"}  # both a sweep's own
@@ -345,9 +347,9 @@ _FREE = {
 class ShowSweepConfig(Config):
     """Options of `graft sweep show`."""
 
-    folder: Path = option(..., "folder of a sweep", group="sweep")
+    folder: Path = option(..., "folder of a sweep", argument=True)
     storage: str | None = option(
-        None, "where its search is kept, if the folder does not say so (an address with a password)", group="sweep"
+        None, "its Optuna storage, if the folder does not name it (an address with a password)", group="sweep"
     )
 
 

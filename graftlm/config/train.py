@@ -27,6 +27,8 @@ from graftlm.errors import nearest
 class TrainConfig(Config):
     """Options of `graft train`."""
 
+    takes_file = True
+
     # The base and the method
     model: str = option(..., "base model: a directory, a hub id, or `demo` for the bundled one", group="base")
     method: Method = option("lora", "what is trained: full, lora, or qlora (lora on an nf4 base)", group="base")
@@ -35,17 +37,19 @@ class TrainConfig(Config):
     )
     compute_dtype: ComputeDtype | None = option(
         None,
-        "matmul dtype; bf16-mixed: bfloat16 inputs, float32 accumulation and activations, on CPUs with AVX-512 BF16 and the "
-        "default there; elsewhere bfloat16 where it is fastest, else float32",
+        "matmul dtype; bf16-mixed: bfloat16 inputs, float32 accumulation and activations (CPUs with AVX-512 BF16, the default "
+        "there); default elsewhere bfloat16 where it is fastest, else float32",
         group="base",
     )
     init: Literal["pretrained", "random"] = option(
-        "pretrained", "random starts full training from fresh weights of the model's config", group="base"
+        "pretrained",
+        "random initializes the weights instead of loading them, for training from scratch with --method full",
+        group="base",
     )
     trust_remote_code: bool = option(False, "run Python code that comes with the model", group="base")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; default the first GPU, else the CPU", group="base")
     save_precision: Literal["float32", "bfloat16"] | None = option(
-        None, "type of the saved model of a full run; default the precision it was trained in", group="base"
+        None, "dtype of the model that a full run saves; default the precision it was trained in", group="base"
     )
 
     # Data
@@ -58,7 +62,7 @@ class TrainConfig(Config):
         None, "eval data: a file, `demo`, or a share of the training rows such as 5%", group="data"
     )
     train_on: Literal["all-assistant", "last-assistant"] = option(
-        "all-assistant", "which assistant turns of a chat are trained", group="data"
+        "all-assistant", "which messages of a chat the loss counts", group="data"
     )
     max_length: int | None = option(
         None, "length limit in tokens; default the model's longest position", group="data", ge=2
@@ -67,13 +71,13 @@ class TrainConfig(Config):
         "error", "what happens to an example over the limit", group="data"
     )
     template_date: str = option(
-        "2026-01-01", "the date that a chat template is told, YYYY-MM-DD", group="data", pattern=ISO_DATE
+        "2026-01-01", "date given to the chat template, YYYY-MM-DD", group="data", pattern=ISO_DATE
     )
 
     # The adapter
     from_adapter: Path | None = option(
-        None, "adapter to go on training, instead of a new one: a folder, or a version in the store such as formal@prod; "
-        "rank, alpha and targets are then its own",
+        None, "adapter to continue training instead of a new one: a folder, or a version in the store such as formal@prod; "
+        "it sets rank, alpha and targets",
         group="adapter",
     )  # fmt: skip
     store: Path | None = option(
@@ -92,12 +96,12 @@ class TrainConfig(Config):
     rank_pattern: Ranks = option({}, "rank of the layers that a pattern names, as PATTERN=RANK", group="adapter")
     alpha_pattern: Alphas = option({}, "alpha of the layers that a pattern names, as PATTERN=ALPHA", group="adapter")
     modules_to_save: Names = option(
-        (), "modules trained whole beside the adapter: `embeddings`, `head`, or their names", group="adapter"
+        (), "modules trained in full beside the adapter: `embeddings`, `head`, or their names", group="adapter"
     )
     trainable_tokens: Tokens = option(
         (),
-        "a token whose embedding row is trained, taken as it is, commas and spaces too; repeat for several; "
-        "new ones are added where the matrix has room",
+        "token whose embedding row is trained, read literally including commas and spaces; repeat for several; "
+        "new tokens are added if the matrix has unused rows",
         group="adapter",
     )
 
@@ -106,15 +110,15 @@ class TrainConfig(Config):
         None, "peak learning rate; default 2e-4 for lora and qlora, 2e-5 for full", group="optimization", gt=0
     )
     loraplus_lr_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+)", group="optimization", gt=0)
-    lr_scheduler: Literal["cosine", "linear", "constant"] = option("cosine", "after the warm-up", group="optimization")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "learning rate after the warmup", group="optimization"
+    )
     warmup_ratio: float = option(
         0.03, "share of the steps over which the learning rate rises", group="optimization", ge=0, lt=1
     )
-    epochs: float | None = option(
-        None, "passes over the data; default 1 when steps is not given", group="optimization", gt=0
-    )
+    epochs: float | None = option(None, "epochs; default 1 if --steps is not given", group="optimization", gt=0)
     steps: int | None = option(None, "optimizer steps, instead of epochs", group="optimization", ge=1)
-    batch_size: int = option(16, "examples in one optimizer step; this decides the result", group="optimization", ge=1)
+    batch_size: int = option(16, "examples in one optimizer step", group="optimization", ge=1)
     weight_decay: float = option(0.0, "decoupled weight decay, on matrices only", group="optimization", ge=0)
     beta1: float = option(0.9, "AdamW's decay of the mean", group="optimization", ge=0, lt=1)
     beta2: float = option(0.999, "AdamW's decay of the mean square", group="optimization", ge=0, lt=1)
@@ -125,43 +129,48 @@ class TrainConfig(Config):
         group="optimization",
     )
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0 turns it off", group="optimization", ge=0)
-    seed: int = option(0, "the one seed of order, initial A and dropout", group="optimization", ge=0, lt=1 << 31)
+    seed: int = option(
+        0, "seed of the order of rows, the initial A and dropout", group="optimization", ge=0, lt=1 << 31
+    )
 
     # Memory and speed: no effect on the result
     micro_batch_tokens: int | None = option(
-        None, "most tokens in one forward pass; memory and speed only; default 4096, or less where this machine's memory "
-        "asks for it", group="memory and speed", ge=1,
+        None, "most tokens in one micro-batch; changes memory and speed, not the result; default 4096, or less if this machine "
+        "has too little memory", group="memory and speed", ge=1,
     )  # fmt: skip
     activation_checkpointing: bool = option(
-        False, "run layers again in the backward pass instead of keeping their activations", group="memory and speed"
+        False, "recompute activations in the backward pass instead of storing them", group="memory and speed"
     )
 
     optimizer_in_backward: bool = option(
-        False, "update each tensor as soon as its gradient is there, and free that; needs --max-grad-norm 0 and steps of one "
-        "pass", group="memory and speed",
+        False, "update each tensor as soon as its gradient is computed, and free the gradient; needs --max-grad-norm 0 and one "
+        "micro-batch a step", group="memory and speed",
     )  # fmt: skip
     offload_optimizer: bool = option(
-        False, "GPU only: keep the optimizer's states in the host's memory", group="memory and speed"
+        False, "GPU only: keep the optimizer states in host memory", group="memory and speed"
     )
 
     # The run
     out: Path = option(..., "run folder to write", group="run")
-    resume: bool = option(False, "go on from the newest valid checkpoint in --out", group="run")
+    resume: bool = option(False, "continue from the newest valid checkpoint in --out", group="run")
     allow_change: Names = option(
-        (), "with --resume, go on although this option, `data` or `model` is another than before; repeat for several",
+        (), "with --resume, continue although this option, `data` or `model` has changed; repeat for several",
         group="run",
     )  # fmt: skip
     eval_every: int | None = option(
-        None, "evaluate every N steps; default at most ten times, a quarter of the time", group="run", ge=1
+        None,
+        "evaluate every N steps; default at most ten evaluations in at most a quarter of the time",
+        group="run",
+        ge=1,
     )
     early_stopping: int | None = option(
-        None, "end the run when the eval loss has not fallen for N evaluations in a row; the best step is what is saved",
+        None, "stop when the eval loss has not improved in N evaluations; the best step is saved",
         group="run", ge=1,
     )  # fmt: skip
     save_every: int | None = option(
         None, "write a checkpoint every N steps; default only when stopped", group="run", ge=1
     )
-    keep_checkpoints: int = option(2, "newest checkpoints kept beside the best", group="run", ge=1)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep besides the best", group="run", ge=1)
     track: Names = option((), "also log to tensorboard, wandb, mlflow", group="run")
 
     @model_validator(mode="after")
@@ -192,7 +201,7 @@ class TrainConfig(Config):
                     raise ValueError(f"--{name} is for an adapter and method full has none; leave it out, or take lora")
         if self.from_adapter is not None:
             if self.method == "full":
-                raise ValueError("--from-adapter goes on training an adapter, found method full; take lora or qlora")
+                raise ValueError("--from-adapter continues training an adapter, found method full; take lora or qlora")
             given = [name for name in _FORMULA if name in self.model_fields_set]
             if given:
                 flag = given[0].replace("_", "-")
@@ -238,7 +247,7 @@ class TrainConfig(Config):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Every option as plain JSON values; null where it is for a new adapter, and there is none."""
+        """Every option as plain JSON values; those of a new adapter are null if there is none."""
         values = super().to_json()
         if self.method == "full":
             values.update(dict.fromkeys(_ADAPTER_ONLY))
@@ -268,12 +277,12 @@ class TrainConfig(Config):
 
 
 OFFLOAD_ON_CPU = (
-    "--offload-optimizer moves the optimizer's states from a GPU to the host's memory, and in a run on the CPU they already "
-    "are there; leave it out"
+    "--offload-optimizer moves the optimizer states from a GPU to host memory, and in a run on the CPU they already are there; "
+    "leave it out"
 )
 _FORMULA = (
     "rank", "alpha", "rank_stabilized", "lora_dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",
     "trainable_tokens",
 )  # fmt: skip
-"""What an adapter is made of."""
+"""Options that define an adapter."""
 _ADAPTER_ONLY = (*_FORMULA, "loraplus_lr_ratio", "from_adapter", "store")

@@ -1,8 +1,7 @@
-"""Options as they were given, under this program's names or another's, to today's fields.
+"""Translate options, under Graft's names or another program's, to fields.
 
-`translated` does it for all options of one command at once, since some mean something together only: a batch per device and
-the passes that are accumulated, a number of warm-up steps and the steps of the run. The names are in `aliases.py` and
-`answers.py`.
+`translated` does it for all options of a command at once, since some have a meaning only together: the batch size per device
+and the gradient accumulation steps, the warmup steps and the steps of the run. The names are in `aliases.py` and `answers.py`.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ JOINT: dict[str, str] = {
     "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
     "warmup_steps": "warmup_ratio", "eval_steps": "eval_every", "save_steps": "save_every",
 }  # fmt: skip
-"""Foreign names whose meaning follows from two, and the field that they come to."""
+"""Foreign names whose value follows from two options, and their field."""
 
 
 def foreign_names(fields: Collection[str], command: str) -> dict[str, bool]:
-    """Every name of another program, or of before, that a command with these fields takes; whether it is a switch."""
+    """The foreign and former names that a command with these fields takes, each with whether it is a switch."""
     found = {name: alias.switch for name in ALIASES if (alias := alias_of(name, fields, command)) is not None}
     joint = {
         name: False for name, field in JOINT.items() if field in fields and name not in fields and command in TRAINING
@@ -42,7 +41,7 @@ def foreign_names(fields: Collection[str], command: str) -> dict[str, bool]:
 
 
 def alias_of(name: str, fields: Collection[str], command: str) -> Alias | None:
-    """What a foreign name means for a command with these fields; None where it is none of the known."""
+    """The alias that a name is for a command with these fields; None if it is not known."""
     if name in fields:
         return None
     found = ALIASES.get(name, ())
@@ -52,17 +51,16 @@ def alias_of(name: str, fields: Collection[str], command: str) -> Alias | None:
 def translated(
     values: Mapping[str, Any], fields: Collection[str], command: str, beside: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Options by today's fields, from names with hyphens or underscores and from aliases; values that are None
-    are left out.
+    """Options by field, from names with hyphens or underscores and from aliases; None values are left out.
 
-    `beside` holds options (by field) that are given elsewhere, for values that follow from two. A name that neither the
-    command nor this table knows stays as it is, for `Config.build` to refuse. Raises ConfigError for an option that is given
-    twice, and for what is answered.
+    `beside` holds options (by field) that are given elsewhere, for values that follow from two. An unknown name is kept, for
+    `Config.build` to refuse. Raises ConfigError for an option that is given twice, and for one that has an answer instead of a
+    field.
     """
     taken = (*fields, *foreign_names(fields, command), *ANSWERS)
     values = {k: v for k, v in values.items() if v is not None or _underscored(k, fields) not in taken}
     found: dict[str, Any] = {}
-    said: dict[str, str] = {}
+    names: dict[str, str] = {}
     plain = {_underscored(key, fields): (str(key), value) for key, value in values.items()}
     plain = _joined(plain, values, fields, command, beside)
     for name, (key, value) in plain.items():
@@ -81,8 +79,8 @@ def translated(
         if value is LEFT_OUT:
             continue
         if field in found:
-            raise ConfigError(_twice(key, said[field], field))
-        found[field], said[field] = value, key
+            raise ConfigError(_twice(key, names[field], field))
+        found[field], names[field] = value, key
     return found
 
 
@@ -168,13 +166,13 @@ def _batch(plain: _Given) -> _Given:
 
 
 def _lengths(plain: _Given, options: Mapping[str, Any]) -> _Given:
-    """What is said in steps or in shares of them, and max_steps, which wins over epochs as in transformers."""
+    """Options in steps or in shares of a run, and max_steps, which overrides epochs as in transformers."""
     found = dict(plain)
     steps = options.get("steps")
     if "max_steps" in found:
         key, value = found["max_steps"]
         try:
-            steps = steps or (None if (asked := STEPS(value)) is LEFT_OUT else asked)
+            steps = steps or (None if (limit := STEPS(value)) is LEFT_OUT else limit)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from None
         if steps is not None:
@@ -195,20 +193,20 @@ def _lengths(plain: _Given, options: Mapping[str, Any]) -> _Given:
 def _in_steps(key: str, field: str, value: Any, steps: Any) -> Any:
     flag = f"--{field.replace('_', '-')}"
     try:
-        asked = number(value)
+        amount = number(value)
         total = None if steps is None else number(steps)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
     if field == "warmup_ratio":
-        if asked < 1:
-            return asked
+        if amount < 1:
+            return amount
         if total is None:
             raise ConfigError(
                 f"{key} {value}: a number of steps needs --steps beside it; or give {flag}, the share of the run"
             )
-        return asked / total
-    if asked >= 1:
-        return int(asked) if asked == int(asked) else asked
+        return amount / total
+    if amount >= 1:
+        return int(amount) if amount == int(amount) else amount
     if total is None:
         raise ConfigError(f"{key} {value}: a share of the run needs --steps beside it; or give {flag} N")
-    return max(1, round(asked * total)) if asked > 0 else None
+    return max(1, round(amount * total)) if amount > 0 else None

@@ -1,8 +1,8 @@
-"""`graft check`: what would be trained on, before anything is.
+"""`graft check`: the examples that training would read.
 
-Every row is read and tokenized as training would, and the findings are one value, a Report: how many rows, tokens and
-target tokens, how long the examples are, which rows are bad or too long, which occur twice or in both training and
-validation data, and two rows with the target tokens in colour. The report writes itself as JSON or to a terminal.
+Every row is read and tokenized as in training. The result is a `DataReport`: the numbers of rows, tokens and target tokens, the
+lengths of examples, the rows that are bad or too long, duplicates, rows in both training and eval data, and two rows with their
+target tokens in colour. It renders as JSON or in a terminal.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LengthBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPiece:
-    """A stretch of an example's text, trained or not."""
+    """A piece of an example's text, in the loss or not."""
 
     text: str
     in_loss: bool
@@ -44,7 +44,7 @@ class TextPiece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExamplePreview:
-    """An example row as pieces of text; `tokens` may be more than what is shown."""
+    """An example as pieces of text; `tokens` counts all of it, even if the text is cut."""
 
     row: str
     tokens: int
@@ -54,7 +54,7 @@ class ExamplePreview:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class DataReport:
-    """What `graft check` found."""
+    """The result of `graft check`."""
 
     rows: int
     tokens: int
@@ -71,8 +71,8 @@ class DataReport:
     duplicates: int  # rows beyond the first of their kind
     duplicate_rows: tuple[tuple[str, ...], ...]  # the first 20 groups, at most 4 rows of each
     eval_rows: int
-    overlap: int  # validation rows that are also training rows
-    overlap_rows: tuple[tuple[str, str], ...]  # (validation row, training row), the first 20
+    overlap: int  # eval rows that are also training rows
+    overlap_rows: tuple[tuple[str, str], ...]  # (eval row, training row), the first 20
     faults: int
     fault_rows: tuple[str, ...]  # the first 20
     previews: tuple[ExamplePreview, ...]
@@ -83,7 +83,7 @@ class DataReport:
 
     @property
     def good(self) -> bool:
-        """Whether training would start: no bad row, and no row too long unless such rows are dropped or cut."""
+        """Whether training would start: no bad row, and no row too long unless such rows are dropped or truncated."""
         return self.faults == 0 and (self.overlong == 0 or self.when_overlong != "error")
 
     def to_json(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class DataReport:
         self._render_list(console, "bad rows", self.faults, self.fault_rows)
         for shown in self.previews:
             how, before, after = ("in green", "", "") if console.color_system else ("between {+ and +}", "{+", "+}")
-            title = f"{shown.row}: {shown.tokens:,} tokens, {shown.target_tokens:,} trained ({how})"
+            title = f"{shown.row}: {shown.tokens:,} tokens, {shown.target_tokens:,} target tokens ({how})"
             console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
             text = Text()
             for piece in shown.pieces:
@@ -228,7 +228,7 @@ def _two(examples: Sequence[Example]) -> Sequence[Example]:
 
 
 def _shown(example: Example, encoder: Encoder) -> ExamplePreview:
-    """Stretches of trained and other tokens, each decoded as a whole so that multi-token characters stay whole."""
+    """Runs of target and other tokens, each decoded together so that characters of several tokens are complete."""
     loss_mask = example.loss_mask[:_PREVIEW_TOKENS]  # (shown,)
     borders = [0, *(int(at) + 1 for at in np.flatnonzero(loss_mask[1:] != loss_mask[:-1])), len(loss_mask)]
     pieces: list[TextPiece] = []

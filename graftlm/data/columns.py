@@ -1,7 +1,7 @@
-"""Which format a row has, told by its columns, and what to write instead where it has none.
+"""Find a row's format from its columns, or say which columns to rename.
 
-A later row of another format than the file's first is a fault: a half-renamed column would otherwise pass as data of
-another kind. Columns that no format has (an id, a source) are reported as not used (`unused.py`).
+A row of another format than the file's first row is a fault: a column that was only renamed in some rows would otherwise be
+read as another kind of data. Columns of no format (an id, a source) are reported as not used (`unused.py`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ OPTIONAL: dict[Format, tuple[str, ...]] = {
 KNOWN = tuple(dict.fromkeys(name for names in (*NEEDED.values(), *OPTIONAL.values()) for name in names))
 _EXPECTED = "messages, prompt + completion, instruction + output, or text"
 SHOWN = 20
-"""Faults listed in one error."""
+"""Most faults listed in one error."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as it was read."""
+    """A row before it is parsed."""
 
     row: str  # "train.jsonl:17"
     columns: dict[str, Any]
@@ -45,7 +45,7 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with one row, and how to mend it."""
+    """What is wrong with one row, and how to fix it."""
 
     row: str
     field: str
@@ -60,7 +60,7 @@ class Fault:
         return f"{self.row}: {self.field}: {self.found}{expected}{mend}"
 
 
-# What other programs and data sets call the columns of a question and its answer, likeliest first.
+# Names of the question and answer columns in other programs and data sets, most common first.
 _QUESTIONS = (
     "question", "query", "instruction", "prompt", "input", "user", "human", "problem", "source", "context", "article",
     "example", "dialogue",
@@ -74,7 +74,7 @@ _CONVERSATIONS = ("conversations", "conversation", "dialog", "dialogue", "chat",
 
 
 def _renaming(columns: dict[str, Any]) -> str | None:
-    """Which columns to rename to what, told by what the names mean elsewhere; None where none of them is known."""
+    """How to rename the columns, from their meaning in other programs; None if no name is known."""
     plain = {name.strip().lower(): name for name in reversed(list(columns))}
     for name in _CONVERSATIONS:
         if isinstance(columns.get(plain.get(name, "")), list):
@@ -107,7 +107,7 @@ def _renamed(question: str, to: str, answer: str, end: str) -> str:
 
 
 def refuse(faults: Sequence[Fault]) -> DataError:
-    """One error for all faults: up to 20 in full, the rest counted."""
+    """One error for all faults: up to 20 in full, and the number of others."""
     rows = len({fault.row for fault in faults})
     lines = [f"{rows} row{'s' if rows != 1 else ''} cannot be trained on; nothing was trained:"]
     lines += [f"  {fault}" for fault in faults[:SHOWN]]
@@ -117,18 +117,18 @@ def refuse(faults: Sequence[Fault]) -> DataError:
 
 
 def columns_of(form: Format) -> tuple[str, ...]:
-    """The columns that a format has: those it needs, then those it may have."""
+    """A format's columns: the required ones, then the optional ones."""
     return (*NEEDED[form], *OPTIONAL[form])
 
 
 def format_of(raw: RawRow) -> Format | Fault:
-    """Which format a row's columns are, or the fault that says which column to rename to what."""
+    """The format of a row's columns, or a fault that says how to rename them."""
     columns = raw.columns
     for form, needed in NEEDED.items():
         if all(name in columns for name in needed):
             return form
     others = [name for name in columns if name not in KNOWN]
-    for needed in NEEDED.values():  # one of two columns is there, and the other one is misspelt
+    for needed in NEEDED.values():  # one of two columns is there, and the other is misspelt
         have = [name for name in needed if name in columns]
         lacking = next((name for name in needed if name not in columns), "")
         close = difflib.get_close_matches(lacking, others, n=1, cutoff=0.7) if have else []
@@ -151,7 +151,7 @@ def format_of(raw: RawRow) -> Format | Fault:
 
 @functools.lru_cache
 def misspelt(name: str, known: tuple[str, ...]) -> str | None:
-    """The known name that `name` is a slip of the pen away from."""
+    """The known name that `name` is a misspelling of, or None."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return close[0] if close else None
 
@@ -161,6 +161,6 @@ def _names(columns: dict[str, Any]) -> str:
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """A value as JSON writes it, shortened."""
+    """A value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= limit else text[: limit - 3] + "..."

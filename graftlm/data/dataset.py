@@ -1,9 +1,8 @@
-"""From sources to examples: token ids, which of them are trained, and where the row stands.
+"""From sources to examples: token ids, loss mask, and the row's position in its file.
 
-Everything is read and tokenized before anything is trained, and all faults of all rows are reported at once. A
-example's digest is taken over what the model sees of it (its tokens and which are trained), so equal rows have equal
-digests wherever they stand; duplicates, overlaps and the validation split are found by it. The data set's digest names
-all of it in its order, weights included.
+Everything is read and tokenized before training starts, and all faults of all rows are reported at once. An example's digest
+covers its token ids and loss mask, so equal rows have equal digests in any file; duplicates, overlaps and the eval split are
+found by it. The data set's digest covers all examples in order, and the weights.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from graftlm.errors import ConfigError, DataError
 from graftlm.progress import working
 
 Overlong = Literal["error", "drop", "truncate"]
-_BATCH = 1024  # rows tokenized at a time: enough to keep the tokenizer's threads busy
-_BATCH_CHARACTERS = 1_000_000  # and at most so many characters, or progress would stand still in long rows
+_BATCH = 1024  # rows tokenized at a time, enough for the tokenizer's threads
+_BATCH_CHARACTERS = 1_000_000  # and at most so many characters, so that progress moves in long rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One row as the model reads it."""
+    """One row after template and tokenizer."""
 
     ids: NDArray[np.int32]  # (tokens,)
-    loss_mask: NDArray[np.bool_]  # (tokens,): which tokens are targets of the loss
+    loss_mask: NDArray[np.bool_]  # (tokens,): whether each token is a target
     row: str  # "train.jsonl:17"
-    digest: str  # of ids and trained, 32 hexadecimal digits
+    digest: str  # of ids and loss mask, 32 hexadecimal digits
 
     @property
     def tokens(self) -> int:
@@ -53,7 +52,7 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class DatasetPart:
-    """The examples of one source; an epoch sees each of them `weight` times."""
+    """The examples of one source; an epoch has each of them `weight` times."""
 
     name: str
     weight: float
@@ -62,13 +61,13 @@ class DatasetPart:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of all sources, with what was left out."""
+    """The examples of all sources, and what was left out."""
 
     parts: tuple[DatasetPart, ...]
     kinds: Mapping[Kind, int]  # rows of each kind, as read
     dropped: int = 0  # rows left out because they were too long
     truncated: int = 0  # rows shortened
-    notes: tuple[str, ...] = ()  # what of the rows is not used
+    notes: tuple[str, ...] = ()  # parts of rows that are not used
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -89,12 +88,12 @@ class Dataset:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """Tokens in the longest example."""
         return max((example.tokens for part in self.parts for example in part.examples), default=0)
 
     @cached_property
     def digest(self) -> str:
-        """Names the data by content: every example in order, and every source's weight; not the sources' names."""
+        """Identifies the data by content: every example in order, and every source's weight; not the sources' names."""
         total = hashlib.blake2b(digest_size=16)
         for part in self.parts:
             total.update(f"part {part.weight!r} {len(part.examples)}\n".encode())
@@ -105,13 +104,13 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadResult:
-    """Everything that reading the sources gave, good and bad: what `load` trains on and `graft check` reports."""
+    """The examples and faults of all sources, for `load` and `graft check`."""
 
     parts: tuple[DatasetPart, ...]
     kinds: Mapping[Kind, int]
     faults: tuple[Fault, ...]
     notes: tuple[str, ...] = ()
-    """What of the rows is not used."""
+    """Parts of rows that are not used."""
 
 
 def load(
@@ -123,8 +122,8 @@ def load(
 ) -> Dataset:
     """Read and tokenize every row of every source.
 
-    `max_tokens`: most tokens of an example; what happens to a longer one is `overlong`. An example that has no trained
-    token left after cutting is dropped. Raises DataError with up to 20 bad rows, or where no row is left.
+    `max_tokens`: most tokens in an example; `overlong` says what happens to longer ones. An example without a target token
+    after truncation is dropped. Raises DataError with up to 20 bad rows, or if no row is left.
     """
     if max_tokens is not None and max_tokens < 2:
         raise ConfigError(f"max_tokens is {max_tokens}; an example needs at least 2 tokens, one to predict the other")
@@ -184,16 +183,16 @@ def read_examples(sources: Sequence[Source], encoder: Encoder) -> ReadResult:
 
 
 def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Part off about `fraction` of the examples for validation, by their digests.
+    """Split off about `fraction` of the examples as the eval set, by their digests.
 
-    An example's side depends on its content alone: it stays when rows are added or moved, and equal rows stay together.
-    Raises ConfigError for a fraction that is none, DataError where one side would be empty.
+    An example's side depends on its content alone: it does not change when rows are added or moved, and equal rows are on the
+    same side. Raises ConfigError for an invalid fraction, DataError if one side would be empty.
     """
     if not 0 < fraction < 1:
-        raise ConfigError(f"the validation share is {fraction:g}; expected a number between 0 and 1, such as 0.05 (5%)")
+        raise ConfigError(f"the eval share is {fraction:g}; expected a number between 0 and 1, such as 0.05 (5%)")
 
     def in_eval(example: Example) -> bool:
-        # The digest read as a number in [0, 1). Rehashed, so that the sides of other uses of the digest do not align.
+        # The digest as a number in [0, 1), hashed again so that this split is independent of other uses of the digest.
         rehashed = hashlib.blake2b(bytes.fromhex(example.digest), digest_size=8, person=b"validation").digest()
         return int.from_bytes(rehashed, "big") < fraction * 2**64
 
@@ -210,8 +209,8 @@ def split(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     if not train.rows or not valid.rows:
         empty = "training" if not train.rows else "validation"
         raise DataError(
-            f"a validation share of {fraction:.3g} leaves no row for {empty} ({dataset.rows} rows, sides chosen by "
-            "content). Choose another share, or give validation rows as a file of their own with --eval-data"
+            f"an eval share of {fraction:.3g} leaves no row for {empty} ({dataset.rows} rows, sides chosen by "
+            "content). Choose another share, or give eval rows as a file with --eval-data"
         )
     return train, valid
 
@@ -224,7 +223,7 @@ def make_example(row: str, ids: NDArray[np.int32], loss_mask: NDArray[np.bool_])
 
 
 def _batches(rows: Sequence[ParsedRow]) -> Iterator[Sequence[ParsedRow]]:
-    """Rows in order, as many as are tokenized at a time."""
+    """Rows in order, in batches for the tokenizer."""
     begin = characters = 0
     for place, row in enumerate(rows):
         length = _characters(row)

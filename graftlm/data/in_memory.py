@@ -1,7 +1,7 @@
-"""Rows that are in memory: lists of dicts, data frames, datasets; read as a file's rows are, and named by their index.
+"""Rows in memory: lists of dicts, data frames, datasets. They are read like a file's rows, and identified by their index.
 
-sources_of(rows, "rows")      [Source(path="rows", rows=...)]; a fault says `rows[17]: ...`
-sources_of("a.jsonl", ...)    None: a name, which the config takes
+source_of(rows, "rows")       Source(path="rows", rows=...); a fault says `rows[17]: ...`
+source_of("a.jsonl", ...)     None: a path, which the config takes
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _EXPECTED = (
 
 
 def is_named(data: Any) -> bool:
-    """Whether data are named, by a path or a hub id or several, instead of being there."""
+    """Whether data are given as one or several paths or hub ids."""
     if isinstance(data, str | Path):
         return True
     return isinstance(data, list | tuple) and len(data) > 0 and all(isinstance(part, str | Path) for part in data)
 
 
 def names_of(data: Any) -> tuple[str, ...]:
-    """Named data as a config takes them."""
+    """Paths or hub ids in the form of a config."""
     return (str(data),) if isinstance(data, str | Path) else tuple(str(part) for part in data)
 
 
 def source_of(data: Any, name: str) -> Source | None:
-    """Rows in memory as a source that messages call `name`; None for data that are named. Raises DataError."""
+    """Rows in memory as a source with `name` in messages; None for paths and hub ids. Raises DataError."""
     if is_named(data):
         return None
     rows = _rows(data, name)
@@ -49,7 +49,7 @@ def _rows(data: Any, name: str) -> list[Any]:
                 f"{name} are a {kind.__name__} of {', '.join(map(str, data))}; give one of them: data['train']"
             )
         raise DataError(f"{name} are one {kind.__name__}; {_EXPECTED}")
-    if callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):  # pandas, which need not be installed
+    if callable(getattr(data, "to_dict", None)) and hasattr(data, "columns"):  # pandas, which may not be installed
         return [{str(key): _plain(value) for key, value in row.items()} for row in data.to_dict("records")]
     if isinstance(data, Iterable) and not isinstance(data, bytes):
         return [_plain(dict(row)) if isinstance(row, Mapping) else row for row in data]
@@ -57,7 +57,7 @@ def _rows(data: Any, name: str) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and numbers of NumPy as Python's own; NaN, NA and NaT are how a data frame says that a cell is empty."""
+    """NumPy's arrays and numbers as Python's own; NaN, NA and NaT, a data frame's empty cells, as None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType"):

@@ -1,7 +1,7 @@
-"""A data file as lines of UTF-8: opened, gunzipped, recoded from UTF-16, and cut at line feeds, in bounded memory.
+"""Read a data file as lines of UTF-8, from plain text, gzip or UTF-16, in bounded memory.
 
-Lines end with a line feed only, since JSON strings may hold the other line ends of Unicode. A line of more than 8 MB is
-passed over and named: as one example it would have about two million tokens.
+Lines end with a line feed only, since JSON strings may contain the other line separators of Unicode. A line of more than 8 MB
+is skipped and reported: as one example it would have about two million tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _MARKS = {
 }  # fmt: skip
 
 Moved = Callable[[int], None]
-"""Called with the bytes of a file that have been read so far, as they lie on the disk."""
+"""Called with the number of bytes read from the file so far, before decompression."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlong:
-    """A line that was passed over."""
+    """A line that was skipped."""
 
     bytes: int
 
@@ -37,10 +37,10 @@ class Overlong:
 def lines(
     path: Path, name: str, moved: Moved | None = None, *, most: int = MOST_ROW_BYTES
 ) -> Iterator[bytes | Overlong]:
-    """The lines of a file in UTF-8, with their line feeds. Raises DataError for broken gzip or UTF-16."""
+    """The lines of a file in UTF-8, with their line feeds. Raises DataError for invalid gzip or UTF-16."""
     with path.open("rb") as disk:
         stream = _stream(disk, path, name)
-        read = told = 0
+        read = reported = 0
         while True:
             try:
                 line = stream.readline(most + 1)
@@ -64,8 +64,8 @@ def lines(
                     f"{name} cannot be read as gzip ({error}); write it again, or take .gz off its name"
                 ) from error
             read += size
-            if moved is not None and read - told >= _STEP:
-                told = read
+            if moved is not None and read - reported >= _STEP:
+                reported = read
                 moved(disk.tell())
 
 
@@ -78,10 +78,10 @@ SIZE_MEND = "split the text into several rows"
 
 
 def not_utf8(line: bytes, error: UnicodeDecodeError, name: str) -> tuple[str, str]:
-    """What stands in a line that is no UTF-8, and the command that mends the file."""
+    """What is wrong in a line that is not UTF-8, and the command that converts the file."""
     around = line[max(0, error.start - 10) : error.start + 10]
     found = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line is no UTF-8: {around!r}"
-    # 0x80 to 0x9f are controls in Latin-1, and quotes, dashes and the euro in Windows' code page.
+    # 0x80 to 0x9f are control characters in Latin-1, and quotes, dashes and the euro sign in Windows-1252.
     kind = "WINDOWS-1252" if any(0x80 <= byte <= 0x9F for byte in line) else "LATIN1"
     return found, f"convert the file, such as: iconv -f {kind} -t UTF-8 {name} > NEW_FILE"
 
@@ -105,7 +105,7 @@ def _stream(disk: io.BufferedReader, path: Path, name: str) -> Any:
 
 
 class _Recoded(io.RawIOBase):
-    """A stream in another coding of Unicode, read as UTF-8."""
+    """A stream in another Unicode encoding, read as UTF-8."""
 
     def __init__(self, stream: Any, coding: str) -> None:
         self._stream = stream

@@ -1,14 +1,15 @@
-"""A raw row becomes a typed example, or a list of faults that a person can mend.
+"""Parse a raw row into a typed row, or a list of faults.
 
-Four formats are known by their columns (`columns.py`); the first row of a file decides which one the file has:
+The first row's columns decide a file's format (`columns.py`):
 
-    messages                       a conversation                                     -> Chat
-    instruction, output [, input]  a task: one user message, one answer               -> Chat
-    prompt, completion             two texts -> Completion; two lists of messages     -> Chat, completion trained
-    text                           everything is trained                              -> Text
+    messages                       a conversation                                     -> ChatRow
+    instruction, output [, input]  a user message and its answer                      -> ChatRow
+    prompt, completion             two texts                                          -> CompletionRow
+                                   two lists of messages                              -> ChatRow, completion in the loss
+    text                           everything in the loss                             -> TextRow
 
-A conversation may have `tools`, and a `system` column in place of a system message; a task also the `history` before it.
-What a row holds beyond that is reported as not used (`unused.py`), unless it looks like a misspelt name.
+A conversation may have `tools`, and a `system` column instead of a system message; `instruction` rows may also have a
+`history`. Other columns are reported as not used (`unused.py`), unless they look like misspelt names.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ _THINKING = ("thinking", "reasoning")
 
 @dataclass(frozen=True, slots=True)
 class ChatRow:
-    """A conversation; all assistant messages may be trained but those whose places are `masked`."""
+    """A conversation; assistant messages whose index is in `masked` are not in the loss."""
 
     row: str
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     masked: frozenset[int] = frozenset()
     dropped: tuple[str, ...] = ()
-    """Keys of the row's messages that no template is given."""
+    """Keys of the row's messages that are not passed to the template."""
     kind: Kind = "chat"
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
-    """A prompt, and the text to be trained."""
+    """A prompt, and its completion, which is in the loss."""
 
     row: str
     prompt: str
@@ -65,7 +66,7 @@ class CompletionRow:
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
-    """A text to be trained as a whole."""
+    """A text, all of it in the loss."""
 
     row: str
     text: str
@@ -76,7 +77,7 @@ ParsedRow = ChatRow | CompletionRow | TextRow
 
 
 def parse(raw: RawRow, form: Format) -> ParsedRow | list[Fault]:
-    """A row of a file of this format, as an example, or everything that is wrong with it."""
+    """Parse a row of this format; returns the row, or all of its faults."""
     reader = _Reader(raw)
     missing = [name for name in NEEDED[form] if name not in raw.columns]
     if missing:
@@ -98,7 +99,7 @@ def parse(raw: RawRow, form: Format) -> ParsedRow | list[Fault]:
 
 
 class _Reader:
-    """One row being read, and its faults so far."""
+    """Parses one row and collects its faults."""
 
     def __init__(self, raw: RawRow) -> None:
         self.row = raw.row
@@ -110,7 +111,7 @@ class _Reader:
         self.faults.append(Fault(self.row, field, found, expected, mend))
 
     def refuse_unheard(self) -> None:
-        """Refuse columns that change how a row is meant, and that Graft does not follow."""
+        """Refuse columns that would change the meaning of a row and are not supported."""
         if self.columns.get("chat_template_kwargs"):
             value = shown(self.columns["chat_template_kwargs"])
             mend = "remove the column, or put what it switches into the chat template itself (chat_template.jinja)"
@@ -123,7 +124,7 @@ class _Reader:
                 self.fault(name, shown(self.columns[name]), "no such column beside plain texts", mend)
 
     def chat(self, messages: Sequence[Message], masked: Iterable[int] = ()) -> ChatRow:
-        """The example of these messages, with the row's system message in front, and without those of weight 0."""
+        """A conversation of these messages, with the row's system message first; messages of weight 0 are masked."""
         out = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         places = {*masked, *(i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") == 0)}
         system = self.columns.get("system")
@@ -176,10 +177,10 @@ class _Reader:
         return self.chat([*self.history(), *({"role": role, "content": text} for role, text in turns)])
 
     def history(self) -> list[Message]:
-        """Earlier turns of a task, as pairs of what was asked and answered."""
+        """Earlier turns, as pairs of question and answer."""
         value = self.columns.get("history")
         if isinstance(value, str) and value.strip():
-            with contextlib.suppress(ValueError):  # said below
+            with contextlib.suppress(ValueError):  # reported below
                 value = parse_json(value)
         if not value:
             return []
@@ -253,7 +254,7 @@ class _Reader:
                 self.fault(f"{field}.{other}", "beside 'reasoning_content'", "one of the two", "remove one")
             elif other in message:
                 message["reasoning_content"] = message.pop(other)
-        if "function_call" in message:  # as OpenAI wrote a call before there were several
+        if "function_call" in message:  # OpenAI's older form, with one call
             if "tool_calls" in message:
                 self.fault(f"{field}.function_call", "beside 'tool_calls'", "one of the two", "remove one")
             message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
@@ -275,12 +276,12 @@ class _Reader:
             if not calls:
                 self.fault(f"{field}.content", "missing", "a text", 'add "content": "..."')
         else:
-            # An empty answer would train the end token alone; an empty system or tool text is harmless.
+            # An empty answer would have the end token as its only target; an empty system or tool text is harmless.
             message["content"] = self.text(f"{field}.content", content, empty=role != "assistant" or bool(calls))
         return message
 
     def weight(self, field: str, role: str, message: Message) -> None:
-        """OpenAI's mark of an assistant message that is read and not trained: weight 0; 1 says what holds anyway."""
+        """OpenAI's `weight` of an assistant message: 0 excludes it from the loss, 1 is the default."""
         weight = message.get("weight", 1)
         if type(weight) not in (int, float) or weight not in (0, 1):
             self.fault(field, shown(weight), "0 (read, not trained) or 1 (trained)", "write 0 or 1, or remove it")
@@ -289,7 +290,7 @@ class _Reader:
             self.fault(field, f"1 in a message of role '{role}'", "0: only assistants' messages are trained", mend)
 
     def parts(self, field: str, parts: list[Any]) -> str:
-        """Contents as lists of parts, of which only texts can be trained on."""
+        """Content as a list of parts; only text parts are supported."""
         texts: list[str] = []
         for index, part in enumerate(parts):
             if isinstance(part, str):
@@ -331,7 +332,7 @@ class _Reader:
         elif older:
             self.fault("functions", shown(older), "a list of function descriptions", "rename it to 'tools'")
         if isinstance(value, str) and value.strip():
-            try:  # the usual way to keep tools in a table of fixed columns
+            try:  # tables with fixed columns usually store tools as JSON
                 value = parse_json(value)
             except ValueError:
                 self.fault("tools", shown(value), "a list of tool descriptions", "write it as a JSON list")

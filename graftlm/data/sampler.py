@@ -1,10 +1,10 @@
-"""Which example comes when: a fixed sequence of draws, from sizes, weights and a seed alone.
+"""The order of examples: a fixed sequence of draws that depends on sizes, weights and a seed alone.
 
     draw      0  1  2  3 | 4  5  6  7 | 8 ...          step k takes draws k * batch_size onwards
     example  9  2  7  4 | 0  3  ...                   every epoch is a new shuffle of all examples
 
-A source of weight w shows each of its examples w times an epoch; the fraction is another sample each epoch. A draw's
-number names its dropout, so nothing about the past has to be remembered to go on from any step.
+An epoch has each example of a source of weight w w times; the fractional part is another sample each epoch. A draw's number is
+the key of its dropout, so a run can resume from any step without saved state.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class Sampler:
         return [(draw, self.example(draw)) for draw in range(first, last)]
 
     def example(self, draw: int) -> int:
-        """The example that a draw shows."""
+        """The example of a draw."""
         length = epoch_length(self.sizes, self.weights)
         epoch, place = divmod(draw, length)
         return int(_epoch(self.sizes, self.weights, self.seed, epoch)[place])
 
     def epoch(self, step: int) -> float:
-        """How many epochs of draws the first `step` steps are."""
+        """Number of epochs in the first `step` steps."""
         length = epoch_length(self.sizes, self.weights)
         return min(step * self.batch_size, self.draws) / length if length else 0.0
 
 
 def epoch_length(sizes: Sequence[int], weights: Sequence[float]) -> int:
-    """Draws in one epoch: each source's examples times its weight, rounded, at least one of a source that has any."""
+    """Draws in one epoch: each source's examples times its weight, rounded, at least one if the source has any."""
     return sum(_share(size, weight) for size, weight in zip(sizes, weights))
 
 
@@ -65,7 +65,7 @@ def make_sampler(
     epochs: float | None,
     steps: int | None,
 ) -> Sampler:
-    """An order over `steps` full batches, or over `epochs` (one where neither is given)."""
+    """A sampler over `steps` full batches, or over `epochs` (1 if neither is given)."""
     length = epoch_length(sizes, weights)
     if steps is not None:
         draws = steps * batch_size

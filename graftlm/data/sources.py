@@ -1,11 +1,10 @@
-"""Where rows come from: files (JSONL, JSON, CSV, Parquet, gzipped or not), dataset folders and datasets of the hub.
+"""Sources of rows: files (JSONL, JSON, CSV, Parquet, gzipped or not), dataset folders and datasets of the hub.
 
-Every row carries where it stands, as `file:line`, so that whatever is wrong with it later can be found with an editor.
-That is why JSONL, JSON and CSV are read line by line (`lines.py`, `tables.py`); folders and the hub are read through
-`datasets`, whose rows are counted instead.
+Every row has its position, `file:line`, for messages about it. So JSONL, JSON and CSV are read line by line (`lines.py`,
+`tables.py`); folders and the hub are read through `datasets`, and their rows are numbered.
 
-A source is written `PATH[:weight]`; a hub dataset is `owner/name` or `owner/name@split`. The weight says how many times
-an epoch sees each of its rows.
+A source is given as `PATH[:weight]`; a hub dataset is `owner/name` or `owner/name@split`. The weight is how many times each row
+is used in an epoch.
 """
 
 from __future__ import annotations
@@ -37,22 +36,22 @@ from graftlm.jsonfile import RowParser, parse_json
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MOST_FILE_BYTES = 4 << 30
-"""Of a .json file, which is read as a whole; other formats have no limit."""
+"""Largest .json file, which is read in one piece; other formats have no limit."""
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.\[\]:%+-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One place that rows come from."""
+    """A file, folder, hub dataset or list in memory that rows come from."""
 
     path: str  # a file, a folder, or a hub id; `@split` included
-    weight: float = 1.0  # times an epoch sees each row
+    weight: float = 1.0  # uses of each row in an epoch
     rows: Sequence[Any] | None = field(default=None, repr=False, compare=False)
-    """The rows themselves, where they are in memory; `path` is then what messages call them."""
+    """The rows if they are in memory; `path` is then their name in messages."""
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Read `PATH[:weight]`. Raises DataError where the weight is no positive number."""
+        """Read `PATH[:weight]`. Raises DataError if the weight is not a positive number."""
         head, colon, tail = text.rpartition(":")
         if (
             not colon
@@ -71,13 +70,13 @@ class Source:
 
 
 def named_source(text: str, part: demo.Split) -> Source:
-    """A source as the user names it: `FILE[:weight]`, a hub id, or a bundled set such as `demo`."""
+    """A source that the user gave: `FILE[:weight]`, a hub id, or a bundled set such as `demo`."""
     source = Source.parse(text)
     return Source(path=demo.resolve_data(source.path, part), weight=source.weight)
 
 
 def share(text: str | None) -> float | None:
-    """The fraction that `5%` means; None for anything else. Raises ConfigError for a share that is no number."""
+    """The fraction of a share such as `5%`; None for anything else. Raises ConfigError for an invalid share."""
     if text is None or not text.strip().endswith("%"):
         return None
     try:
@@ -86,17 +85,19 @@ def share(text: str | None) -> float | None:
         raise ConfigError(f"eval-data '{text}' is not a share; give one such as 5%, or a file") from None
 
 
-def token_limit(asked: int | None, positions: int | None) -> int | None:
-    """Most tokens of an example: what is asked, else the model's longest position. Raises ConfigError when it cannot be."""
-    if asked and positions and asked > positions:
-        raise ConfigError(f"max-length is {asked}, and this model's longest position is {positions}; take at most that")
-    return asked or positions or None
+def token_limit(requested: int | None, positions: int | None) -> int | None:
+    """Most tokens in an example: `requested`, else the model's longest position. Raises ConfigError if it is above that."""
+    if requested and positions and requested > positions:
+        raise ConfigError(
+            f"max-length is {requested}, and this model's longest position is {positions}; take at most that"
+        )
+    return requested or positions or None
 
 
 def read(source: Source, moved: Moved | None = None) -> Iterator[RawRow | Fault]:
-    """The rows of a source in order; a line without a row comes as a Fault. Raises DataError for the source itself.
+    """The rows of a source in order, with a Fault for a line that is not a row. Raises DataError for the source itself.
 
-    `moved` hears how many bytes of a file have been read, out of `size_of(source)`.
+    `moved` is called with the number of bytes read so far, out of `size_of(source)`.
     """
     path = Path(source.path).expanduser()
     if source.rows is not None:
@@ -134,15 +135,15 @@ def _format(path: Path) -> str | None:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a name that is no file here is a dataset's id on the hub: `name` or `owner/name`, dots allowed."""
+    """Whether a name that is not a file here is a dataset id on the hub: `name` or `owner/name`, dots allowed."""
     path = Path(text)
     looks_like_a_file = _format(path) is not None or path.suffix in (".gz", ".txt", ".md", ".yaml", ".zip")
     if path.exists() or looks_like_a_file or _HUB.fullmatch(text) is None:
         return False
     if "/" not in text and path.suffix:
-        return False  # data.jsn is a slip of the keyboard, not a dataset
+        return False  # data.jsn is a misspelt file, not a dataset
     parent = path.parent
-    return str(parent) == "." or not parent.is_dir()  # a folder of that name here means that a file was meant
+    return str(parent) == "." or not parent.is_dir()  # if the folder exists, a file was meant
 
 
 def _missing(path: Path, name: str) -> DataError:
@@ -288,7 +289,7 @@ def _read_dataset(name: str) -> Iterator[RawRow | Fault]:
         path, split = name, ""
     try:
         rows: Any = datasets.load_dataset(path, split=split or "train")
-    except Exception as error:  # the library raises whatever its parts raise; the user needs one sentence
+    except Exception as error:  # the library may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"'{name}' is no file here, and as a dataset it cannot be loaded ({reason[:200]}). "
@@ -299,7 +300,7 @@ def _read_dataset(name: str) -> Iterator[RawRow | Fault]:
 
 
 def _bounded(where: str, row: Any) -> RawRow | Fault:
-    """A row of Arrow's, if its texts are not over the limit together."""
+    """A row from Arrow, or a Fault if its texts together exceed the limit."""
     size, level = 0, [row]
     while level:
         size += sum(len(value) for value in level if isinstance(value, str | bytes))
@@ -311,7 +312,7 @@ def _bounded(where: str, row: Any) -> RawRow | Fault:
 
 
 def _without_nothing(value: Any) -> Any:
-    """Arrow gives every row all keys of all rows; those that are None here were not in the row."""
+    """Drop None values: Arrow gives every row all keys of all rows."""
     if isinstance(value, dict):
         return {str(key): _without_nothing(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""CSV and its kin: what stands between the columns is found from the header, and each row carries the line it begins on."""
+"""Read CSV and similar tables: the delimiter is found from the header, and each row has the number of its first line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftlm.jsonfile import parse_json
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _EXCEL = re.compile(r"sep=(.)\s*")
-"""A first line by which Excel is told what stands between columns."""
+"""A first line that tells Excel the delimiter."""
 
 
 def read_csv(path: Path, name: str, moved: Moved | None = None) -> Iterator[RawRow | Fault]:
@@ -30,9 +30,9 @@ def read_csv(path: Path, name: str, moved: Moved | None = None) -> Iterator[RawR
         return
     if first is None:
         return
-    told = _EXCEL.fullmatch(first)
-    delimiter = told[1] if told else delimiter_of(first)
-    if not told:
+    excel = _EXCEL.fullmatch(first)
+    delimiter = excel[1] if excel else delimiter_of(first)
+    if not excel:
         text.back(first)
     reader = csv.reader(text, strict=True, delimiter=delimiter)
     header: list[str] | None = None
@@ -63,7 +63,7 @@ def read_csv(path: Path, name: str, moved: Moved | None = None) -> Iterator[RawR
 
 
 def delimiter_of(header: str) -> str:
-    """What stands between the columns: what makes the header a known format, else what makes it most columns."""
+    """The delimiter: the one that makes the header a known format, else the one that gives the most columns."""
     found = {mark: next(csv.reader([header], delimiter=mark), []) for mark in _DELIMITERS}
     for mark, cells in found.items():
         columns = {cell.strip(): "" for cell in cells}
@@ -79,7 +79,7 @@ class _Unreadable(Exception):
 
 
 class _Text:
-    """The lines of a file as text, counted, their bytes summed up for the row that they belong to."""
+    """The lines of a file as text, with line numbers and the number of bytes of the current row."""
 
     def __init__(self, path: Path, name: str, moved: Moved | None) -> None:
         self.name = name
@@ -92,7 +92,7 @@ class _Text:
         return self
 
     def back(self, line: str) -> None:
-        """Put a line back in front."""
+        """Put a line back to be read again."""
         self._waiting.append(line)
         self.number -= 1
 
@@ -116,7 +116,7 @@ class _Text:
         except UnicodeDecodeError as error:
             found, mend = not_utf8(line, error, self.name)
             raise _Unreadable(Fault(where, "line", found, "UTF-8", mend)) from None
-        if "\r" in text.rstrip("\r\n"):  # line ends of old: csv takes them apart only as lines of their own
+        if "\r" in text.rstrip("\r\n"):  # carriage returns as line ends: csv needs separate lines
             parts = re.findall(r"[^\r\n]*(?:\r\n?|\n|$)", text)
             self._waiting += [part for part in reversed(parts) if part]
             return self._waiting.pop()
@@ -124,7 +124,7 @@ class _Text:
 
 
 def _with_lists(cells: dict[str, str]) -> dict[str, Any]:
-    """A row of CSV, its columns of messages and tools read as the JSON they hold; an answer `[1, 2]` stays a text."""
+    """A CSV row with its columns of messages and tools parsed as JSON; an answer such as `[1, 2]` stays text."""
     row: dict[str, Any] = dict(cells)
     for group, kind in (
         (("messages",), dict),
@@ -139,7 +139,7 @@ def _with_lists(cells: dict[str, str]) -> dict[str, Any]:
 
 
 def _listed(cell: str, kind: type) -> list[Any] | None:
-    """The list of objects, or of lists, that a cell holds as JSON, or None."""
+    """The list of objects, or of lists, in a cell's JSON, or None."""
     if not cell.lstrip().startswith("["):
         return None
     try:

@@ -1,8 +1,8 @@
-"""What rows hold and training does not see: columns of no format, and keys of messages that no chat template writes.
+"""Parts of rows that are not used: columns of no format, and keys of messages that the chat template does not write.
 
-Nothing of a row is passed over in silence. What is counted here is said once, in `graft check` and when training begins.
-Whether a template writes a key (`name`, `tool_call_id`, the `id` of a call) is found by rendering the row with it and
-without it; a key that makes no difference in the first sixteen rows that have it is reported.
+They are reported once, by `graft check` and at the start of training. Whether a template writes a key (`name`,
+`tool_call_id`, the `id` of a call) is found by rendering the row with and without it; a key that makes no difference in the
+first sixteen rows that have it is reported.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from graftlm.errors import DataError
 _TRIES = 16
 _SHOWN = 12
 _WRITTEN = ("role", "content", "reasoning_content", "tool_calls")
-"""Keys that a template leaves out only with an error (`base/template.py`)."""
+"""Keys whose omission by a template is an error (`base/template.py`)."""
 _OF_CALLS = "tool_calls[]."
 
 
 class Unused:
-    """Collects, source by source, what is not used."""
+    """Collects unused columns and keys by source."""
 
     def __init__(self) -> None:
         self._columns: dict[str, dict[str, None]] = {}
@@ -33,14 +33,14 @@ class Unused:
         self._written: set[str] = set()
 
     def columns(self, source: str, raw: RawRow, form: Format) -> None:
-        """Take note of a row's columns that its format does not have."""
+        """Record a row's columns that its format does not have."""
         used = columns_of(form)
         for name, value in raw.columns.items():
             if name not in used and value not in (None, "", [], {}):
                 self._columns.setdefault(source, {})[name] = None
 
     def keys(self, parsed: ChatRow, encoder: Encoder) -> None:
-        """Take note of the keys of a conversation's messages that its template does not write."""
+        """Record the keys of a conversation's messages that its template does not write."""
         self._dropped |= dict.fromkeys(parsed.dropped)
         for key in dict.fromkeys(key for message in parsed.messages for key in _keys(message)):
             if key in self._written or self._without_effect[key] >= _TRIES:
@@ -48,7 +48,7 @@ class Unused:
             without = [_without(message, key) for message in parsed.messages]
             try:
                 same = encoder.same_text(parsed.messages, without, parsed.tools)
-            except DataError:  # the template cannot do without it
+            except DataError:  # the template needs it
                 same = False
             if same:
                 self._without_effect[key] += 1
@@ -57,7 +57,7 @@ class Unused:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One sentence a source for columns, one for keys."""
+        """One sentence for the columns of each source, and one for keys."""
         notes = [f"{source}: columns not used: {_listed(names)}" for source, names in self._columns.items()]
         keys = [*self._dropped, *(key for key in self._without_effect if key not in self._written)]
         if keys:

@@ -27,7 +27,7 @@ _PACKAGES = {"bleu": "sacrebleu", "rouge-l": "rouge_score"}
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """A eval prompt as the model reads it, and every answer that the data have for it."""
 
     row: str
@@ -42,7 +42,7 @@ def check_metric(metric: Metric) -> None:
         raise ConfigError(f"--metric {metric} needs a package that is not there: pip install 'graftlm[compare]'")
 
 
-def check_fits(metric: Metric, questions: Sequence[Question], rows: int) -> None:
+def check_fits(metric: Metric, questions: Sequence[EvalPrompt], rows: int) -> None:
     """Raise ConfigError where `metric` says nothing about answers like these; `rows` are the eval rows in all."""
     if not questions:
         raise ConfigError(

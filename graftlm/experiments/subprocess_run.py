@@ -1,10 +1,11 @@
-"""A training run, or a measurement, in a process of its own: its peak memory is its own and nothing of it stays behind.
+"""A training run, or scoring, in its own process: its peak memory is its own and nothing of it stays behind.
 
-The parent writes the config as JSON to the child's standard input; the child answers with one JSON object a line:
+The parent writes the config as JSON to the standard input of `commands/subprocess_main.py`, which answers with one JSON object
+a line:
 
     {"event": "step", "step": 3, "steps": 60, "loss": 2.1, "tokens": 1500}      after every optimizer step
-    {"event": "scored", "out": "..."}                                           after every model that was measured
-    {"event": "note", "text": "..."}                                            what a person might want to know
+    {"event": "scored", "out": "..."}                                           after every model that was scored
+    {"event": "note", "text": "..."}                                            for the person who started it
     {"event": "done", "summary": {...}}
     {"event": "error", "kind": "DataError", "message": "..."}   or   {"event": "stopped", "signal": 15, "message": "..."}
 
@@ -21,40 +22,42 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any
 
 from graftlm import errors
 from graftlm.config import TrainConfig
-from graftlm.errors import GraftError, Stopped, TrainingError
-from graftlm.experiments.compare import scoring
+from graftlm.errors import Stopped, TrainingError
+from graftlm.experiments.compare.scoring import ScoringRequest
 from graftlm.jsonfile import parse_json
 
 OnEvent = Callable[[dict[str, Any]], None]
-_THIS = [sys.executable, "-m", "graftlm.experiments.subprocess_run"]
+_CHILD = [sys.executable, "-m", "graftlm.commands.subprocess_main"]
 
 
 def train_in_subprocess(config: TrainConfig, on_event: OnEvent) -> dict[str, Any]:
     """Run a training in another process; returns its summary, or raises the GraftError or Stopped that ended it."""
-    return run_subprocess([*_THIS, "train"], json.dumps(config.to_json()), on_event)
+    return run_subprocess([*_CHILD, "train"], json.dumps(config.to_json()), on_event)
 
 
-def score_in_subprocess(request: scoring.ScoringRequest, on_event: OnEvent) -> None:
-    """Measure trained models on one base in another process; raises the GraftError that ended it."""
-    run_subprocess([*_THIS, "score"], json.dumps(asdict(request)), on_event)
+def score_in_subprocess(request: ScoringRequest, on_event: OnEvent) -> None:
+    """Score trained models on one base in another process; raises the GraftError that ended it."""
+    run_subprocess([*_CHILD, "score"], json.dumps(asdict(request)), on_event)
 
 
-def run_subprocess(command: list[str], question: str, on_event: OnEvent) -> dict[str, Any]:
-    """Start a process, write `question` to its standard input and hear its answers up to the last, as
-    `train_in_subprocess` says."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+def run_subprocess(command: list[str], request: str, on_event: OnEvent) -> dict[str, Any]:
+    """Start a process, write `request` to its standard input and read its events up to the last; returns the summary.
+
+    Raises what `train_in_subprocess` does, and TrainingError with the last lines of its standard error where it died.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=os.environ
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ
         )
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it ended before it read: its status is said below
-                child.stdin.write(question)
+            with contextlib.suppress(BrokenPipeError):  # it ended before it read: its status is reported below
+                child.stdin.write(request)
                 child.stdin.close()
             for line in child.stdout:
                 event = parse_json(line)
@@ -68,56 +71,11 @@ def run_subprocess(command: list[str], question: str, on_event: OnEvent) -> dict
                     raise kind(event["message"])
                 on_event(event)
             status = child.wait()
-            said.seek(0)
-            last = said.read().strip().splitlines()[-3:]
+            log.seek(0)
+            last = log.read().strip().splitlines()[-3:]
             raise TrainingError(f"the training process ended with status {status}: {' | '.join(last) or 'no message'}")
         finally:
             if child.poll() is None:
                 child.terminate()
                 child.wait()
             child.stdout.close()
-
-
-def main(source: TextIO, answers: TextIO, task: str = "train") -> None:
-    """The child: read a config and train, or read a request and score; answer."""
-
-    def answer(**event: Any) -> None:
-        answers.write(json.dumps(event) + "\n")
-        answers.flush()
-
-    try:
-        if task == "train":
-            answer(event="done", summary=_train(TrainConfig.build(parse_json(source.read())), answer))
-        else:
-            scoring.measure(
-                scoring.read_request(parse_json(source.read())), lambda out: answer(event="scored", out=out)
-            )
-            answer(event="done", summary={})
-    except Stopped as stopped:
-        answer(event="stopped", signal=stopped.signal_number, message=str(stopped))
-    except GraftError as error:
-        answer(event="error", kind=type(error).__name__, message=str(error))
-
-
-def _train(config: TrainConfig, answer: Callable[..., None]) -> dict[str, Any]:
-    from rich.console import Console
-
-    from graftlm.training.run import run
-    from graftlm.training.trainer import StepResult
-    from graftlm.training.trial import Trial
-    from graftlm.training.view import View
-
-    class Told(View):
-        def note(self, text: str) -> None:
-            answer(event="note", text=text)
-
-        def stepped(self, trial: Trial, result: StepResult) -> None:
-            answer(event="step", step=result.step, steps=trial.sampler.steps, loss=result.loss, tokens=result.tokens)
-
-    return run(config, Told(Console(quiet=True)))
-
-
-if __name__ == "__main__":
-    channel = sys.stdout
-    sys.stdout = sys.stderr  # whatever a library prints must not get between the answers
-    main(sys.stdin, channel, sys.argv[1])

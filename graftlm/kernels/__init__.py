@@ -1,21 +1,21 @@
-"""The only code that knows hardware: one function for each operation, the best backend for the device behind it.
+"""One function for each operation, with the best backend for the device. No other package has hardware-specific code.
 
     nf4_quantize  nf4_dequantize                                a weight in 4 bits
     int8_quantize int8_dequantize                               a weight in 8 bits
     dequantize                                                  either of them
-    matmul        matmul_t        weight_gradient               products with a weight, dense or stored
+    matmul        matmul_t        weight_gradient               matmuls with a weight, dense or stored
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
-    low_rank_routed  low_rank_routed_backward                   each range of tokens its adapter
-    lora_linear   lora_linear_backward                              both at once: x W^T and the adapters' products
-    few           add_routed      attend_rows                   what decoding runs on, one by one
-    stacks        Stack                                         all layers of a model in one call: `native/layers.py`
-    rms_norm      gated           rotary                        elementwise operations and their backwards: `fused.py`
-    cross_entropy_in_place                                      losses, and logits turned into their gradient
-    adamw_step    sum_of_squares                                the optimizer's step of one parameter, a gradient's size
+    low_rank_routed  low_rank_routed_backward                   each range of tokens with its own adapter
+    lora_linear   lora_linear_backward                          x W^T and the adapters' low-rank terms together
+    is_few_rows   add_routed      attend_rows                   the operations of decoding, one by one
+    has_decoder_stack  DecoderStack                             all layers of a model in one call: `native/layers.py`
+    rms_norm      gated           rotary                        fused elementwise operations and their backwards: `fused.py`
+    cross_entropy_in_place                                      losses, and logits overwritten by their gradient
+    adamw_step    sum_of_squares                                the optimizer step of one parameter, a gradient's norm
 
-`reference.py` is the truth; `native/` (C, for CPUs) and `triton/` (GPUs) are checked against it once, at first use, and
-left aside with one warning when they are missing or wrong. `backend(device)` says which one is used and why. Nothing
-here records gradients: callers wrap these in their own autograd functions.
+`reference.py` defines the results; `native/` (C, for CPUs) and `triton/` (GPUs) are compared with it once, at first use, and
+not used, with one warning, if they are missing or differ. `backend(device)` says which one is used and why. These functions
+record no gradients: callers wrap them in autograd functions.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ __all__ = [
 ]  # fmt: skip
 
 
-FLOATS = tuple(native.TYPES)  # what the faster backends know
+FLOATS = tuple(native.TYPES)  # dtypes of the faster backends
 
 _PANEL_BYTES, _PANEL_ROWS = 1 << 18, 64
-"""How much of a weight's gradient is made at once in the compute dtype where another is wanted; and its fewest rows."""
+"""Size of a weight gradient's panel in the compute dtype if the gradient has another dtype; and its fewest rows."""
 
 
 def backend(device: torch.device | str = "cpu") -> str:
@@ -117,7 +117,7 @@ def backend(device: torch.device | str = "cpu") -> str:
 
 
 def nf4_quantize(weight: Tensor) -> Nf4:
-    """Quantize a float tensor of any shape to NF4 with double quantization, bit for bit as bitsandbytes does."""
+    """Quantize a float tensor of any shape to NF4 with double quantization, bit-identical to bitsandbytes."""
     if native.usable("nf4_quantize", weight):
         return native.nf4_quantize(weight)
     return reference.nf4_quantize(weight)
@@ -126,7 +126,7 @@ def nf4_quantize(weight: Tensor) -> Nf4:
 def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """The weight as a dense tensor: each value computed in float32, then rounded once to `dtype`.
 
-    `out`, contiguous and of the weight's shape, takes the result in its own type; `dtype` is then left aside.
+    `out`, contiguous and of the weight's shape, takes the result in its own dtype; `dtype` is then ignored.
     """
     dtype = dtype if out is None else out.dtype
     if dtype in FLOATS and native.usable("nf4_dequantize", weight.packed):
@@ -144,7 +144,7 @@ def int8_quantize(weight: Tensor) -> Int8:
 def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """The weight as a dense tensor: each value computed in float32, then rounded once to `dtype`.
 
-    `out`, contiguous and of the weight's shape, takes the result in its own type; `dtype` is then left aside.
+    `out`, contiguous and of the weight's shape, takes the result in its own dtype; `dtype` is then ignored.
     """
     dtype = dtype if out is None else out.dtype
     if dtype in FLOATS and native.usable("int8_dequantize", weight.values):
@@ -160,19 +160,19 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def has_fast_matmul(x: Tensor, bf16_matmul: bool = False) -> bool:
-    """Whether we have a (`bf16_matmul`) matrix product of our own for x (rows, in), faster than PyTorch's on this processor."""
+    """Whether our own matmul (with `bf16_matmul`: in bfloat16) is faster than PyTorch's for x (rows, in) on this processor."""
     return native.has_fast_matmul(x, bf16_matmul)
 
 
 def has_bf16_matmul() -> bool:
-    """Whether this CPU's products of float32 tensors can be `bf16_matmul`: both sides rounded to bfloat16, sums in float32."""
+    """Whether this CPU supports `bf16_matmul`: float32 inputs rounded to bfloat16, accumulation in float32."""
     return native.has_bf16_matmul()
 
 
 def matmul(x: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
     """x (..., in) with W (out, in) dense or stored -> x @ W.T (..., out), in x's type.
 
-    `bf16_matmul`, here and below: see `has_bf16_matmul`. Where it is false, products are those of x's type.
+    `bf16_matmul`, here and below: see `has_bf16_matmul`. If false, the matmul has x's dtype.
     """
     for fast in (native,) if isinstance(weight, Tensor) else (native, triton):
         if fast.usable("matmul", x):
@@ -191,7 +191,7 @@ def matmul_t(dy: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
 def weight_gradient(dy: Tensor, x: Tensor, bf16_matmul: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """dy (rows, out), x (rows, in) -> dy^T x (out, in): the gradient of `matmul` to a dense W.
 
-    In `dtype`, the type of dy where that is left out; where it is another one, no more than a panel exists in the wider one.
+    In `dtype`, default dy's; if it is another one, only one panel at a time exists in dy's dtype.
     """
     if dtype in (None, dy.dtype):
         own = native.has_fast_matmul(dy, bf16_matmul)
@@ -204,16 +204,16 @@ def weight_gradient(dy: Tensor, x: Tensor, bf16_matmul: bool = False, dtype: tor
 
 
 def has_segment_attention(q: Tensor) -> bool:
-    """Whether we have attention over segments of our own for these heads, q (T, H, D), faster than PyTorch's."""
+    """Whether our own attention over segments is faster than PyTorch's for these heads, q (T, H, D)."""
     return native.has_segment_attention(q)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention within each segment: q (T, H, D), k and v (T, K, D) -> (T, H, D), and what the backward wants.
+    """Causal attention within each segment: q (T, H, D), k and v (T, K, D) -> (T, H, D), and the log-sums for backward.
 
-    `ends` (n + 1) are the segments' first tokens and T; `window` is how many keys a query sees, 0 all before it.
+    `ends` (n + 1) are the segments' first tokens and T; `window` is the number of keys for each query, 0 for all before it.
     """
     return (native if has_segment_attention(q) else reference).attention(q, k, v, ends, scale, window)
 
@@ -229,7 +229,7 @@ def attention_backward(
 
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y (tokens, out) += scale * (x A^T) B^T in place; returns h (tokens, r), which `low_rank_backward` wants back."""
+    """y (tokens, out) += scale * (x A^T) B^T in place; returns h (tokens, r) for `low_rank_backward`."""
     return (native if native.takes(x) else reference).low_rank(y, x, A, B, scale)
 
 
@@ -243,7 +243,7 @@ def low_rank_backward(
 def lora_linear(
     x: Tensor, weight: Weight, routing: Routing, bf16_matmul: bool = False
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """x (tokens, in) -> x W^T and, on each range of tokens, its slot's low-rank product (tokens, out); h of each range."""
+    """x (tokens, in) -> x W^T plus, on each range of tokens, its slot's low-rank term (tokens, out); also h of each range."""
     one = routing.only(len(x))
     if one is not None and native.has_fast_matmul(x, bf16_matmul):
         y, h = native.lora_linear(x, weight, *one, bf16_matmul)
@@ -314,7 +314,7 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
 
 
 def is_few_rows(x: Tensor) -> bool:
-    """Whether `matmul` with a dense weight is faster for x (rows, in) than PyTorch's own: a few rows, as in decoding."""
+    """Whether `matmul` with a dense weight is faster than PyTorch's for x (rows, in): few rows, as in decoding."""
     return native.is_few_rows(x)
 
 
@@ -324,9 +324,9 @@ def has_decoder_stack(device: torch.device) -> bool:
 
 
 def add_routed(y: Tensor, x: Tensor, routes: DecodeRouting) -> None:
-    """y (tokens, out) += s (x A^T) B^T in place, each range of tokens its own; `routes` is made once for many passes.
+    """y (tokens, out) += s (x A^T) B^T in place, each range of tokens with its own; `routes` is reused for many steps.
 
-    Nothing is recorded or returned for a backward pass: this is `low_rank_routed` for decoding.
+    This is `low_rank_routed` for decoding: nothing is saved or returned for a backward pass.
     """
     if not native.add_routed(y, x, routes):
         low_rank_routed(y, x, routes.routing)
@@ -345,7 +345,7 @@ def attend_rows(
 ) -> None:
     """out[rows] (T, H, V) = attention of the single tokens q[rows] (T, H, D), each over its own sequence's past and itself.
 
-    keys (positions, K, D) and values (positions, K, V) hold blocks; `of` says which rows, how much each sees, and its blocks.
+    keys (positions, K, D) and values (positions, K, V) are in blocks; `of` has the rows, their lengths and their blocks.
     """
     same = q.dtype == keys.dtype == values.dtype == torch.float32 and q.stride(2) == 1 and out.is_contiguous()
     if same and native.usable("rows", q):

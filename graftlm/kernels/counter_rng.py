@@ -1,7 +1,7 @@
-"""Random numbers from a counter, not from a generator's state.
+"""Counter-based random numbers, without the state of a generator.
 
-A number is a hash of what it is for: (trial seed, draw, position, module, feature). So nothing has to be saved to
-resume, and it does not matter in which order, in how many pieces, or beside whom it is computed. `mix` is Wellons'
+A number is a hash of its use: (trial seed, draw, position, module, feature). So resuming needs no saved state, and the order of
+computation, the split into micro-batches and other trials do not matter. `mix` is Wellons'
 `lowbias32` (https://nullprogram.com/blog/2018/07/31/), a bijection of 32-bit words with an avalanche bias of 0.17.
 """
 
@@ -30,11 +30,11 @@ def mix(words: torch.Tensor) -> torch.Tensor:
 
 
 def keep_mask(token_keys: torch.Tensor, module_key: int, features: int, dropout: float) -> torch.Tensor:
-    """Which features of which tokens survive dropout, as a boolean (tokens, features); each is kept with 1 - dropout.
+    """The dropout mask, boolean (tokens, features); each feature is kept with probability 1 - dropout.
 
-    `token_keys` (tokens,) int32 names the tokens, `module_key` the layer.
+    `token_keys` (tokens,) int32 identify the tokens, `module_key` the layer.
     """
-    # Hashed before the layer's key comes in: were the key added, two layers with keys close by would share columns.
+    # Hashed before the layer's key is combined: if it were added first, layers with close keys would share columns.
     columns = mix(torch.arange(features, dtype=torch.int32, device=token_keys.device)) ^ (module_key & 0x7FFFFFFF)
     words = mix(mix(token_keys)[:, None] ^ mix(columns)[None, :])  # (tokens, features)
     threshold = int(dropout * (1 << 32)) - (1 << 31)
@@ -42,19 +42,19 @@ def keep_mask(token_keys: torch.Tensor, module_key: int, features: int, dropout:
 
 
 def uniform_words(count: int, *key: int | str, first: int = 0, device: torch.device | None = None) -> torch.Tensor:
-    """`count` 32-bit words for a named purpose, those from number `first` on, (count,) int32."""
+    """`count` 32-bit words for a key, from number `first` on, (count,) int32."""
     start, turn = word_keys(*key)
     index = torch.arange(first, first + count, dtype=torch.int64, device=device)
     return mix(mix((index + start).to(torch.int32)) ^ turn)
 
 
 def word_keys(*key: int | str) -> tuple[int, int]:
-    """What `uniform_words` adds to a word's number, and what it turns its hash with; the first counts modulo 2^32."""
+    """The number that `uniform_words` adds to a word's index (modulo 2^32), and the one that it XORs with its hash."""
     return hash_words(*key) * 0x9E3779B1, hash_words("words", *key)
 
 
 def uniform(shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
-    """Numbers in [0, 1) for a named purpose, float32 of `shape`, 24 random bits each."""
+    """Numbers in [0, 1) for a key, float32 of `shape`, 24 random bits each."""
     count = 1
     for n in shape:
         count *= n

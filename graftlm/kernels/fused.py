@@ -1,12 +1,12 @@
-"""Elementwise operations of a network as one pass each, for the CPU in C and for GPUs by liger-kernel where it is installed.
+"""Fused elementwise operations, in C on the CPU and by liger-kernel, if installed, on GPUs.
 
-    rms_norm   rms_norm_backward     keeps 1 / rms(x) of each row
-    gated      gated_backward        SwiGLU and GeGLU; keeps gate and up
+    rms_norm   rms_norm_backward     saves 1 / rms(x) of each row
+    gated      gated_backward        SwiGLU and GeGLU; saves gate and up
     rotary     rotary_backward       queries and keys together
-    cross_entropy_in_place           losses, and logits turned into their gradient
+    cross_entropy_in_place           losses, and logits overwritten by their gradient
 
-`fuses(device, dtype)` says whether there is anything faster than PyTorch's own composition of them; `reference_fused.py` is
-the truth and does the work where there is not. As elsewhere here nothing records gradients.
+`has_fused_ops(device, dtype)` says whether they are faster than PyTorch's separate operations; otherwise `reference_fused.py`,
+which defines the results, is used. No gradients are recorded here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from graftlm.kernels.reference_fused import Gate
 
 
 def has_fused_ops(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether these operations are faster here than composed from PyTorch's."""
+    """Whether these operations are faster here than PyTorch's separate operations."""
     if device.type == "cuda":
         return liger.usable(device)
     return dtype in TWO_TYPES and native.usable("fused", torch.empty(0, dtype=dtype, device=device))

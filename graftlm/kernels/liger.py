@@ -1,7 +1,7 @@
-"""Elementwise operations on a GPU: liger-kernel's, behind the signatures of `reference_fused.py`, where it is installed.
+"""Fused elementwise operations on a GPU by liger-kernel, with the signatures of `reference_fused.py`.
 
-Liger (Hsu et al. 2024, "Liger Kernel") is imported at first use. Some of its functions overwrite what they are given; here
-only tensors of our own are. What is asked for with another float type than it knows is for the reference.
+Liger (Hsu et al. 2024, "Liger Kernel") is imported at first use. Some of its functions overwrite their inputs, so they get
+copies. Dtypes that it does not support go to the reference.
 """
 
 # Liger publishes no types.
@@ -21,12 +21,12 @@ from graftlm.kernels import reference_fused as reference
 from graftlm.kernels.reference_fused import Gate
 from graftlm.kernels.self_check import SelfCheck, close, sample
 
-WIDEST_NORM = 65536  # values of a row that one of its programs holds
-_CASTING = {0.0: "llama", 1.0: "gemma"}  # how it rounds: w times the rounded x r, or all in float32
+WIDEST_NORM = 65536  # largest row of one of its programs
+_CASTING = {0.0: "llama", 1.0: "gemma"}  # its rounding: w times the rounded x r, or all in float32
 
 
 def usable(device: torch.device) -> bool:
-    """Whether liger-kernel is installed and has once given the reference's answers on this kind of device."""
+    """Whether liger-kernel is installed and has passed its check on this kind of device."""
     return device.type == "cuda" and _installed() and self_check.allows("fused", device)
 
 
@@ -86,7 +86,7 @@ def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> lis
     from liger_kernel.ops.rope import rope_backward, rope_forward
 
     tokens, period = len(parts[0]), len(cos)
-    # (batch, heads, tokens of one, D), of our own: they are turned in place
+    # (batch, heads, tokens of one, D), copies: Liger rotates in place
     q, k = (
         x.clone(memory_format=torch.contiguous_format).unflatten(0, (tokens // period, period)).transpose(1, 2)
         for x in (parts[0], parts[-1])
@@ -101,10 +101,12 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | Non
     if not len(labels):
         return logits.new_empty(0, dtype=torch.float32)
     least, most = (int(number) for number in torch.aminmax(labels))
-    if least < 0 or most >= logits.shape[-1]:  # Liger passes over a label of its own, and only asserts that others fit
+    if (
+        least < 0 or most >= logits.shape[-1]
+    ):  # Liger ignores one label of its own, and only asserts that others are in range
         raise IndexError(f"a label is not in 0 .. {logits.shape[-1] - 1}")
-    # In float32, since it returns losses in the logits' type. It differentiates what asks for a gradient, in place; a copy
-    # that it makes of logits with gaps would not ask.
+    # In float32, since it returns losses in the logits' dtype. It writes gradients in place if the input requires them; a copy
+    # of logits with gaps would not require them.
     wide = logits.detach().float().contiguous().requires_grad_(weights is not None)
     with torch.no_grad():
         losses, _, _, _, slopes = cross_entropy_forward(wide, labels, None, -100, 0.0, 0.0, "none", None, False)

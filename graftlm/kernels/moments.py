@@ -1,4 +1,4 @@
-"""The two moments that AdamW keeps of a parameter, in 32 or in 8 bits, as plain tensors.
+"""The two moments of AdamW for a parameter, in 32 or in 8 bits, as plain tensors.
 
     float32    4 bytes a value and moment
     8 bits     one code a value and moment, and one float32 scale for each block of 256: 1.016 bytes
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 MOMENT_BLOCK = 256  # values that share one scale
-SMALL = 4096  # parameters with fewer values keep float32 moments: they cost nothing, and norms and biases are delicate
+SMALL = 4096  # parameters with fewer values keep float32 moments, which are small; norms and biases need them
 ZERO_MEAN_CODE = 127  # the signed code that stands for 0
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """m and v of one parameter; the scales are there when they are held in 8 bits."""
+    """m and v of one parameter; the scales are set if they are in 8 bits."""
 
     mean: Tensor  # (n,) float32, or uint8: codes of the signed dynamic type
     square: Tensor  # (n,) float32, or uint8: codes of the unsigned dynamic type
@@ -47,7 +47,7 @@ class Moments:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def check(self, count: int) -> None:
-        """Raise ValueError where these are no moments of `count` values: read from a file, they may be anything."""
+        """Raise ValueError unless these are moments of `count` values, since they may come from a file."""
         blocks = -(-count // MOMENT_BLOCK)
         eight_bit = self.eight_bit
         kind, size = (torch.uint8, blocks) if eight_bit else (torch.float32, None)
@@ -64,7 +64,7 @@ class Moments:
 
 
 def zero_moments(count: int, *, eight_bit: bool, device: torch.device, pinned: bool = False) -> Moments:
-    """Moments of a parameter of `count` values that has not had a step yet; `pinned` memory a GPU can reach by itself."""
+    """Moments of a parameter of `count` values before its first step, optionally in `pinned` memory for a GPU."""
 
     def made(size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)

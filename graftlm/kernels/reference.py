@@ -1,4 +1,4 @@
-"""Every kernel in readable PyTorch: the truth that the faster backends are tested against, on any device.
+"""Every kernel in readable PyTorch, on any device: the reference for the faster backends.
 
 **NF4** (Dettmers et al. 2023, "QLoRA"). Weights of a network are close to normally distributed, so the 16 values that
 a 4-bit code can stand for are 16 quantiles of a normal distribution scaled to [-1, 1]. Each block of 64 weights is
@@ -11,7 +11,7 @@ reciprocal in whole blocks but dividing in the last part block, which of two equ
 through which it finds a dynamic code.
 
 Letters: n values, b blocks of 64, g groups of 256 blocks, r rank; x (tokens, in), W (out, in), y (tokens, out),
-A (r, in), B (out, r). Whatever is called `matmul_t` multiplies with W as it is: the gradient of `x @ W.T` to x.
+A (r, in), B (out, r). `matmul_t` multiplies with W untransposed: the gradient of `x @ W.T` to x.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
-# ---- products with a weight --------------------------------------------------------------------------------
+# ---- matmul with a weight ----------------------------------------------------------------------------------
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -214,11 +214,11 @@ def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype)
 
 
-# ---- low-rank products --------------------------------------------------------------------------------------------
+# ---- low-rank terms ------------------------------------------------------------------------------------------------
 
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y (tokens, out) += scale * (x A^T) B^T in place; returns what `low_rank_backward` wants, (tokens, r): here x A^T."""
+    """y (tokens, out) += scale * (x A^T) B^T in place; returns x A^T (tokens, r) for `low_rank_backward`."""
     h = x @ A.to(x.dtype).T  # (tokens, r)
     y.addmm_(h.to(y.dtype), B.to(y.dtype).T, alpha=scale)
     return h
@@ -274,7 +274,7 @@ def low_rank_routed_backward(
     return dA, dB
 
 
-# ---- attention of single tokens over keys and values kept in blocks -------------------------------------------------
+# ---- attention of single tokens over a paged KV cache --------------------------------------------------------------
 
 
 def attend_rows(
@@ -302,7 +302,7 @@ def attend_rows(
     seen = at[None] < visible[:, None]  # (n, most)
     if window:
         seen &= at[None] >= visible[:, None] - window
-    places = torch.where(seen, places, places[:, :1])  # behind a sequence's end stand blocks that are nobody's
+    places = torch.where(seen, places, places[:, :1])  # blocks after a sequence's end are not its own
     groups = q.shape[1] // keys.shape[1]
     k, v = (t[places].transpose(1, 2).repeat_interleave(groups, dim=1) for t in (keys, values))  # (n, H, most, D)
     scores = (q[rows][:, :, None] @ k.to(q.dtype).transpose(-1, -2)) * scale  # (n, H, 1, most)
@@ -320,7 +320,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float
     """Causal attention within each segment: q (T, H, D), k and v (T, K, D) with H a multiple of K -> out (T, H, D).
 
     `ends` (n + 1) are the segments' first tokens and T; `window` is how many keys a query sees, itself the last, 0 all.
-    Also returns the logarithm of each query's sum of exponentials (T, H), which the backward wants.
+    Also returns the logarithm of each query's sum of exponentials (T, H), for the backward.
     """
     out, sums = torch.empty_like(q), q.new_empty(q.shape[:2])
     for first, last in pairwise(ends):

@@ -1,4 +1,4 @@
-"""One step of AdamW over one parameter in readable PyTorch: the truth for `native/adamw.c`, on any device.
+"""One step of AdamW over one parameter in readable PyTorch, on any device: the reference for `native/adamw.c`.
 
     g = factor * gradient                                     factor: what clipping asks for
     m = beta1 m + (1 - beta1) g                               (Kingma and Ba 2015)
@@ -7,15 +7,16 @@
 
     decay = 1 - learning rate * weight decay;  rate = learning rate / (1 - beta1^t);  fix = 1 / sqrt(1 - beta2^t)
 
-Everything is float32, and every operation above rounds by itself, so that each machine and the C kernel give the same bits.
+Everything is float32, and every operation above is rounded separately, so that all machines and the C kernel give the same
+bits.
 
 **A bfloat16 parameter** is rounded to one of its two neighbours at random, in proportion to how near each is (stochastic
 rounding): rounding to the nearest would lose every update smaller than 1/512 of the weight.
 
-**Moments in 8 bits** are upcast, used and rounded back, again at random. To the nearest code, as they were published,
-v would change by 0.1 % a step and the gap between two codes is 0.7 % to 140 %: it would stand still while gradients grow,
-and a mean whose gradient has ended would never decay. What is above zero in v never becomes zero, for that would make
-the next update m / epsilon. The random bits come from a counter: nothing has to be saved.
+**Moments in 8 bits** are upcast, updated and rounded back, also stochastically. With rounding to the nearest code, as
+published, v would stay constant while gradients grow, since it changes by 0.1 % a step and the gap between two codes is 0.7 %
+to 140 %, and a mean without further gradients would never decay. A positive value in v never becomes zero, which would make
+the next update m / epsilon. The random bits are counter-based and need no saved state.
 
 Letters: n values, b blocks of 256.
 """
@@ -41,7 +42,7 @@ OTHER_BITS = 0x2545F491  # turns a value's random word into a second one, for it
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """A dynamic 8-bit type as what it takes to find a share's place among its magnitudes by arithmetic.
+    """A dynamic 8-bit type, with the tables to find a share's position among its magnitudes by arithmetic.
 
     The magnitudes are 0, then seven decades of S = 1, 2, 4, ... 64 (signed) or 2, 4, ... 128 (unsigned) equally spaced
     values, then 1. A share x in decade d has the place `(x - starts[d]) * density[d + 1]` behind the decade's first value;
@@ -103,7 +104,7 @@ MEAN, SQUARE = Code.of(DYNAMIC_CODE), Code.of(dynamic_code(signed=False))
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The numbers of one step of one parameter, as the formula above has them."""
+    """The scalars of one step of one parameter, in the formula above."""
 
     beta1: float
     beta2: float
@@ -113,7 +114,7 @@ class Update:
     fix: float
     factor: float = 1.0
     key: tuple[int | str, ...] = ()
-    """What the random bits are for: (seed, name of the parameter, step)."""
+    """The key of the random bits: (seed, name of the parameter, step)."""
 
 
 def update_of(
@@ -130,8 +131,8 @@ def update_of(
 def stochastic_round(value: Tensor, words: Tensor) -> Tensor:
     """Round float32 to bfloat16 up or down in proportion to the distance; `words` (numel,) int32 are the random bits.
 
-    A bfloat16 is the upper half of a float32: adding 16 random bits to the lower half and cutting it off carries into
-    the upper half with exactly that probability.
+    A bfloat16 is the upper half of a float32: adding 16 random bits to the lower half and truncating it carries into the upper
+    half with exactly that probability.
     """
     bits = value.contiguous().view(torch.int32)
     raised = (bits + (words.view(value.shape) & 0xFFFF)) & -65536
@@ -152,7 +153,7 @@ def _split(values: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (padded / divisor[:, None]).view(-1)[: len(values)]
 
 
-def narrow_mean(mean: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_mean(mean: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """mean (n,) float32 -> codes (n,) uint8 of the signed type, scale (b,); `words` (n,) int32 are random."""
     scale, shares = _split(mean)
     index = MEAN.pick(shares, words & 0x7FFF)
@@ -161,7 +162,7 @@ def narrow_mean(mean: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     return (ZERO_MEAN_CODE + signed).to(torch.uint8), scale
 
 
-def narrow_square(square: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_square(square: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """square (n,) float32, none negative -> codes (n,) uint8 of the unsigned type, scale (b,)."""
     scale, shares = _split(square)
     index = SQUARE.pick(shares, (words >> 17) & 0x7FFF)
@@ -169,13 +170,13 @@ def narrow_square(square: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moments_in(moments: Moments, eight_bit: bool, key: tuple[int | str, ...]) -> Moments:
-    """The same moments in 8 bits, or in float32; `key` is what the random bits are for."""
+    """The same moments in 8 bits, or in float32; `key` is the key of the random bits."""
     if moments.eight_bit == eight_bit:
         return moments
     if eight_bit:
         words = uniform_words(len(moments.mean), *key, device=moments.device)
-        mean, mean_scale = narrow_mean(moments.mean, words)
-        square, square_scale = narrow_square(moments.square, words)
+        mean, mean_scale = quantize_mean(moments.mean, words)
+        square, square_scale = quantize_square(moments.square, words)
         return Moments(mean, square, mean_scale, square_scale)
     assert moments.mean_scale is not None
     assert moments.square_scale is not None
@@ -241,8 +242,8 @@ def _slab(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update,
     if moments.eight_bit:
         assert words is not None
         other = mix(words ^ OTHER_BITS)
-        new["mean"], new["mean_scale"] = narrow_mean(m, other)
-        new["square"], new["square_scale"] = narrow_square(v, other)
+        new["mean"], new["mean_scale"] = quantize_mean(m, other)
+        new["square"], new["square_scale"] = quantize_square(v, other)
     for name, tensor in moments.tensors().items():
         tensor.copy_(new[name], non_blocking=True)
 
@@ -262,7 +263,7 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     return total
 
 
-# ---- what the checks of the faster backends are made of -----------------------------------------------------------
+# ---- checks of the faster backends --------------------------------------------------------------------------------
 
 
 def agrees(step: Callable[[Tensor, Tensor, Moments, Update], None], device: torch.device) -> bool:

@@ -1,7 +1,7 @@
-"""What stands between a network's matrix products, in readable PyTorch: the truth for the fused kernels, on any device.
+"""The operations between a network's matmuls in readable PyTorch, on any device: the reference for the fused kernels.
 
-Every function computes in float32 and rounds its result once to the type of its input. Backward passes take what the forward
-was given and little else, so that autograd has little to keep.
+Every function computes in float32 and rounds its result once to the dtype of its input. Backward functions need the inputs of
+forward and little else, so that autograd saves little.
 
 Letters: x (rows, n), w (n,), r (rows,) = 1 / rms(x), g gate, u up, c cosine, s sine, V vocabulary.
 """
@@ -53,7 +53,7 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate = "silu") ->
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first values of every head by its token's angles (Su et al. 2021): (a, b) -> (a c - b s, b c + a s).
+    """Rotate the first values of every head by its token's angles (Su et al. 2021): (a, b) -> (a c - b s, b c + a s).
 
     x (tokens, heads, D); cos and sin (period, rotary_dim) with rotary_dim <= D, token t using row t % period; a and b
     are the halves of the rotated values, the rest stays.
@@ -67,7 +67,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of `rotary` to x: (da, db) = (dy_a c_a + dy_b s_b, dy_b c_b - dy_a s_a), turned back."""
+    """The gradient of `rotary` to x: (da, db) = (dy_a c_a + dy_b s_b, dy_b c_b - dy_a s_a)."""
     rotary_dim, times = cos.shape[-1], len(dy) // max(len(cos), 1)
     c, s = (t.float().repeat(times, 1)[:, None] for t in (cos, sin))
     front = dy[..., :rotary_dim].float()

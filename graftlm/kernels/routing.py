@@ -1,4 +1,4 @@
-"""Which tokens of a pass use which adapter on one layer: what the routed low-rank products take."""
+"""Which tokens of a micro-batch use which adapter on one layer, for the routed kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 Range = tuple[int, int, int]
 """(first token, one past the last token, slot)."""
 Slots = Sequence[Tensor | None]
-"""Each slot's A or B; None where a slot leaves this layer as it is (slot 0, the bare base)."""
+"""Each slot's A or B; None if a slot does not adapt this layer (slot 0, the base alone)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Disjoint ranges of tokens, and by slot A (r, in), B (out, r), of any rank, and the scale of their product."""
+    """Disjoint ranges of tokens, and by slot A (r, in), B (out, r), of any rank, and the scale of B A."""
 
     ranges: Sequence[Range]
     A: Slots

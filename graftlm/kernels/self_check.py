@@ -1,8 +1,8 @@
-"""A fast kernel is used only after it has once given the reference's answer, on the machine at hand.
+"""A fast kernel is used only after it has given the reference's result on this machine.
 
-A backend lists its operations, each with a check: a small, odd-shaped comparison that returns whether the answers
-agree. The first time an operation is wanted on a kind of device its check runs. An operation that is missing, fails or
-differs is left aside for the life of the process, with one warning for each backend; the reference does its work.
+A backend lists its operations, each with a check: a small, odd-shaped comparison that returns whether the results agree. The
+check runs before the first use of an operation on a kind of device. An operation that is missing, fails or differs is not
+used in this process, with one warning for each backend; the reference is used instead.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Check = Callable[[torch.device], bool]
 
 
 class SelfCheck:
-    """Which operations of the backend called `what` may run; `ready` returns why none may, or an empty string."""
+    """Which operations of the backend called `what` can run; `ready` returns why none can, or an empty string."""
 
     def __init__(self, what: str, ready: Callable[[], str], checks: Mapping[str, Check]) -> None:
         self.what = what
-        self.reason = ""  # why something was left aside, the last one
+        self.reason = ""  # why an operation is not used, the last one
         self._ready = ready
         self._checks = checks
         self._passed: dict[tuple[str, str], bool] = {}
@@ -64,7 +64,7 @@ class SelfCheck:
         return False
 
 
-# ---- what checks are made of --------------------------------------------------------------------------------------
+# ---- parts of checks ----------------------------------------------------------------------------------------------
 
 
 def sample(*shape: int, step: float = 0.7, sizes: int = 1, device: torch.device | None = None) -> Tensor:
@@ -75,6 +75,6 @@ def sample(*shape: int, step: float = 0.7, sizes: int = 1, device: torch.device 
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
-    """Whether the difference is at most `tolerance` of what is wanted, by norms; false where something is not a number."""
+    """Whether the relative difference is at most `tolerance`, by norms; False for values that are not finite."""
     found, wanted = found.float(), wanted.float()
     return bool(((found - wanted).norm() <= tolerance * wanted.norm()).item())

@@ -3,8 +3,8 @@
     Nf4    4.127 bits a value: 4-bit codes in blocks of 64, each block with an 8-bit scale, 256 scales with one float32
     Int8   8 bits a value and one float32 scale for each row
 
-Neither is a tensor subclass: a form is a few tensors and a shape, so it can be saved, moved and counted with nothing
-but its fields. Slices along the first dimension share those tensors (`weight[3]` of stacked experts costs nothing).
+Neither is a tensor subclass: a form is a few tensors and a shape, so saving, moving and counting need only its fields. Slices
+along the first dimension share those tensors (`weight[3]` of stacked experts copies nothing).
 
 Letters: n values in a weight, b = ceil(n / 64) blocks, g = ceil(b / 256) groups of blocks.
 """

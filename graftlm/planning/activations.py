@@ -1,6 +1,6 @@
 """What a forward pass leaves for the backward pass: the tensors that each module saves, as a table.
 
-Every entry is one line: which module, how many values per token. The table says what this implementation keeps
+Every entry is one line: which module, how many values per token. The table holds what this implementation saves
 (`base/modules.py`, `adapters/bank.py`, `base/fused.py`, `base/attention.py`), not what a model needs in theory; a test runs
 every architecture and compares with what autograd really saved.
 
@@ -30,35 +30,35 @@ class Workload:
     """Tokens of its longest example."""
     examples: int = 1
     micro_batches: int = 1
-    """Passes of one optimizer step."""
+    """Micro-batches of one optimizer step."""
     small: bool = False
-    """Whether its micro-batches are of fewer tokens than the default, as asked or because the machine has no more memory."""
+    """Whether its micro-batches have fewer tokens than the default, by choice or for lack of memory."""
 
     @property
     def mmap_allocations(self) -> bool:
-        """Whether large tensors of a step are mmap-backed on a processor (`training/pages.py`): a third more time."""
+        """Whether large tensors of a step are mmap-backed on a processor (`training/memory.py`): a third more time."""
         return self.small and self.micro_batches > 1
 
     @property
     def squares(self) -> int:
-        """About the sum of the squared lengths: what attention's matrices have, where they are written out."""
+        """About the sum of the squared lengths: the values of attention's score matrices, where they are materialized."""
         return self.tokens * self.longest
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedActivations:
-    """Bytes that autograd keeps of a pass."""
+    """Bytes that autograd saves in the forward pass of a micro-batch."""
 
     layer: int
-    """Of all that one repeated layer saves, the largest one."""
+    """Of one layer."""
     layers: int
-    """Of all repeated layers together."""
+    """Of all layers together."""
     inputs: int
-    """Of the layers' inputs alone: what activation checkpointing keeps of them."""
+    """Of the layers' inputs alone: what activation checkpointing saves."""
     outside: int
-    """Of what stands in front of the layers and behind them."""
+    """Of the modules before and after the layers."""
     behind: int
-    """Of what stands behind them alone: it is gone when their backward pass begins."""
+    """Of the modules after the layers alone: freed when the layers' backward pass begins."""
 
 
 def saved_activations(
@@ -70,7 +70,7 @@ def saved_activations(
     fused: bool,
     shares_keys: bool = False,
 ) -> SavedActivations:
-    """What autograd keeps of a pass, layer by layer.
+    """What autograd saves in the forward pass of a micro-batch.
 
     `fused`: norms and gated products run as one operation each. `shares_keys`: attention reads keys and values as they are,
     where several heads of queries share one of theirs (`kernels/native/attention.c`); elsewhere they are repeated for each.
@@ -90,7 +90,7 @@ def saved_activations(
     unsaved = 0 if setting.full else int(_in_front(shape, adapter_shape, c, fused, shares_keys) * load.tokens)
     behind = sum(_norm(n, setting.full, c, fused) * n.count for n in shape.norms if not n.inside) * load.tokens
     front = (8 + 2 * shape.rotary * c) * load.tokens  # the token ids; cosines and sines of the positions
-    if not setting.full:  # in front of the first adapter nothing asks for a gradient
+    if not setting.full:  # before the first adapter nothing requires a gradient
         front -= (
             sum(_norm(n, False, c, fused) for n in shape.norms if n.inside and n.width == shape.width) * load.tokens
         )
@@ -140,7 +140,7 @@ def _parallel(shape: ModelShape) -> bool:
 
 
 def _in_front(shape: ModelShape, adapter_shape: AdapterShape, c: int, fused: bool, shares_keys: bool) -> float:
-    """Of the first layer, what stands behind its first norm and in front of its first adapter: nothing there asks for a
+    """Of the first layer, what lies between its first norm and its first adapter: nothing there requires a
     gradient, so nothing of it is saved. Most with `--targets mlp`: all of that layer's attention."""
 
     def carry(weights: Sequence[Weights]) -> bool:
@@ -186,7 +186,7 @@ def _attention(shape: ModelShape, c: int, shares_keys: bool) -> int:
 
 
 def _written_out(shape: ModelShape, load: Workload, c: int) -> int:
-    """Scores of whole examples where no fused kernel computes them: H L^2, and as many again under a soft cap."""
+    """Score matrices of whole examples where no fused kernel computes them: H L^2, and as many again under a soft cap."""
     times = 2 if shape.softcapped else 0 if shape.packs else 1
     return times * shape.heads * load.squares * c - bool(times) * shape.heads * FLOAT32 * load.tokens
 

@@ -1,6 +1,6 @@
-"""What to do, with the reasons: a method and its numbers as sentences that quote the user's own.
+"""Advice with its reasons: a method and its settings, as sentences with the user's own numbers.
 
-Rules, and where they are from:
+The rules and their sources:
 
     method        LoRA unless there is a reason. Full where the data are far from the base or very many, it fits, and one
                   model is served. QLoRA where 16-bit weights do not fit, or cost decides (Dettmers et al. 2023).
@@ -31,7 +31,7 @@ _RATE, _RATE_WIDTH = 2e-4, 4096  # of an adapter on a model of that width
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What advice is given from."""
+    """What the advice is based on."""
 
     case: PlanCase
     rows: int = 0
@@ -44,7 +44,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What to take, why, and what would change it."""
+    """A method and its settings, the reasons, and what would change them."""
 
     setting: TrainingSetting | None
     """None where nothing fits."""
@@ -78,7 +78,7 @@ class Advice:
 
 
 def advise(facts: Facts) -> Advice:
-    """Advice from facts; says what it was not told."""
+    """Advice from facts; it says which facts are missing."""
     reasons: list[str] = []
     setting, cards = _method(facts, reasons)
     if setting is None:

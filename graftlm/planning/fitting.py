@@ -1,4 +1,4 @@
-"""What fits where: cards for a need, one or several; the largest batch and length for a card; and what to change.
+"""What fits where: cards for a requirement, one or several; the largest batch and length for a card; and what to change.
 
 On several cards weights, gradients and optimizer states are split, each layer gathered when it runs (FSDP: Zhao et al.
 2023); activations, logits and workspace stay whole on each. `graft train` itself runs on one card.
@@ -78,7 +78,7 @@ def smallest_card(found: MemoryRequirement) -> Card | None:
 
 
 def largest_batch(case: PlanCase, setting: TrainingSetting) -> int:
-    """Most examples of the asked length that one micro-batch can hold; 0 where not one fits."""
+    """Most examples of the given length that one micro-batch can hold; 0 where not one fits."""
     load = case.load
 
     def at(count: int) -> bool:
@@ -132,7 +132,7 @@ class Change:
 def changes(case: PlanCase, setting: TrainingSetting) -> list[Change]:
     """What makes a training fit that does not, cheapest first: each alone if one is enough, else one on top of the other.
 
-    The order is by what a change costs: nothing but a little speed, then a third more time, then precision, then length,
+    In order of cost: a little speed, then a third more time, then precision, then length,
     then cards.
     """
     done: list[Change] = []

@@ -58,7 +58,7 @@ class Card:
     bandwidth: float = 0.0
     """Bytes a second; 0 where unknown."""
     float32: float = 0.0
-    """FLOP a second of matrix products; 0 where unknown."""
+    """FLOP a second of matmuls; 0 where unknown."""
     bfloat16: float = 0.0
     """The same in bfloat16; 0 where it has none."""
     bf16_mixed: float = 0.0
@@ -66,7 +66,7 @@ class Card:
     here: bool = False
     """Whether it is this machine's."""
     fused_dequant: bool = False
-    """Whether its products read weights as they are stored, so that no upcast copy is made (`kernels/native/gemm.c`)."""
+    """Whether its matmuls read weights as they are stored, so that no upcast copy is made (`kernels/native/gemm.c`)."""
 
     @property
     def usable(self) -> int:
@@ -84,7 +84,7 @@ class Card:
 
     @property
     def rate(self) -> float:
-        """FLOP a second of training's products; 0 where unknown."""
+        """FLOP a second of training's matmuls; 0 where unknown."""
         return self.bf16_mixed or (self.bfloat16 if self.compute_dtype == "bfloat16" else self.float32)
 
     @property
@@ -153,7 +153,7 @@ def memory_bytes(text: str) -> int:
 
 
 def local(device: str | None = None) -> Card:
-    """This machine: the GPU that a run would take, else the processor. PyTorch is asked only where there may be a GPU."""
+    """This machine: the GPU that a run would take, else the processor. PyTorch is imported only where there may be a GPU."""
     if device is None or device.startswith("cuda"):
         found = _gpu(device)
         if found is not None:
@@ -206,7 +206,7 @@ def _bf16_mixed_is_default() -> bool:
     flags = _cpuinfo()
     if "avx512_bf16" not in flags or "amx_bf16" in flags:
         return False
-    from graftlm import kernels as kernels  # PyTorch is asked only where the answer depends on it
+    from graftlm import kernels as kernels  # PyTorch is imported only where the answer depends on it
 
     return kernels.has_bf16_matmul()
 

@@ -1,4 +1,4 @@
-"""Bytes: what each part of a training takes, and when the most of them are there at once.
+"""Bytes: what each part of a training takes, and when most of them are in memory at once.
 
     weights      the base as it is stored             adapters     A, B and whole modules, in float32
     gradients    of what is trained                   optimizer    AdamW's two moments
@@ -39,10 +39,10 @@ UPDATE_BYTES = 40  # of temporaries for each of them
 # tensors).
 RUNTIME_BYTES = 10_000_000
 # glibc gives tensors of 32 MB and more mmap-backed allocations; smaller ones share a heap, in which gaps stay between
-# tensors that live long. Measured over runs of bench/memory.py as a share of what a pass keeps there: 0.28 to 0.43. A
-# product of gate and up that nobody saves leaves one of its own size in each layer besides: it is freed between tensors
+# tensors that live long. Measured over runs of bench/memory.py as a share of what a forward pass saves there: 0.28 to 0.43. A
+# product of gate and up that is not saved leaves a hole of its own size in each layer besides: it is freed between tensors
 # that stay, and does not fit in there again. There are none where every large tensor is mmap-backed
-# (`training/pages.py`).
+# (`training/memory.py`).
 HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.30
 
 Device = Literal["cuda", "cpu", "mps"]
@@ -161,11 +161,11 @@ def logit_bytes(
     fused_dequant: bool = False,
     late: bool = False,
 ) -> int:
-    """A chunk of logits; the body's states, those of the target tokens, and their gradients; what the head's products take.
+    """A chunk of logits; the body's states, those of the target tokens, and their gradients; what the head's matmuls take.
 
     Logits of a plain head become their own gradient in place (`training/loss.py`); through a soft cap or a scale autograd
     keeps them, their upcast copy and probabilities, and makes their gradient: four times. The head is upcast for its
-    products where it is stored in another type than they run in. Where it is trained its gradient is made a chunk at a
+    matmuls where it is stored in another dtype than they run in. Where it is trained its gradient is made a chunk at a
     time: of several the sum so far is there too. `late`: it is made at another moment.
     """
     c = 2 if setting.compute_dtype == "bfloat16" else 4
@@ -204,7 +204,7 @@ def _saves_product(shape: ModelShape, setting: TrainingSetting, adapter_shape: A
 
 def upcast_bytes(shape: ModelShape, setting: TrainingSetting, device: Device, *, fused_dequant: bool = False) -> int:
     """One weight upcast to the compute dtype: whole on a GPU (`kernels/triton`) and where it is stored in 16 bits, a panel of
-    a compressed one on a processor, and none where products read weights as they are stored (`fused_dequant`:
+    a compressed one on a processor, and none where matmuls read weights as they are stored (`fused_dequant`:
     `native/gemm.c`)."""
     if setting.precision == setting.compute_dtype or (device == "cpu" and fused_dequant):
         return 0
@@ -349,8 +349,10 @@ def _mmap_allocations(setting: TrainingSetting, load: Workload) -> bool:
 def _with_holes(
     shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShape, load: Workload, parts: MemoryParts, gradients: int
 ) -> MemoryParts:  # fmt: skip
-    """With what glibc's heap holds between the tensors of a pass, as long as these are small enough to live there: `gradients`
-    are those of the step before, whose places between the optimizer's states the pass has to fit into."""
+    """With what glibc's heap holds between the tensors of a forward pass, as long as these are small enough to live there.
+
+    `gradients` are those of the step before, whose places between the optimizer's states the tensors have to fit into.
+    """
     c = 2 if setting.compute_dtype == "bfloat16" else 4
     widths = (shape.width, shape.attention_width, shape.inner_width)
     small = sum(w for w in widths if w * c * load.tokens < HEAP_LIMIT) / sum(widths)

@@ -1,4 +1,4 @@
-"""From what a user calls a model to its shape: a built-in name, a directory, `demo`, or a hub id.
+"""From the name that a user gives to a model's shape: a built-in name, a directory, `demo`, or a hub id.
 
     shape = find("llama-2-70b").shape
 
@@ -41,11 +41,10 @@ _WITHOUT_EFFECT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model to plan for."""
+class NamedModel:
+    """A model to plan for: what the user called it, and its shape."""
 
     name: str
-    """What the user called it."""
     shape: ModelShape
     folder: Path | None = None
     """Where its files are, if they are here."""
@@ -62,22 +61,22 @@ def built_in() -> dict[str, dict[str, Any]]:
     return found
 
 
-def find(name: str, *, trust_remote_code: bool = False) -> Model:
+def find(name: str, *, trust_remote_code: bool = False) -> NamedModel:
     """The model of a name; ModelError with the nearest known names when there is none, or its config does not do."""
     short = _built_in_name(name)
     if short is not None:
         shapes = read_json(_HERE / "shapes.json", ModelError)
-        return Model(name=short, shape=ModelShape.from_json(shapes[short]))
+        return NamedModel(name=short, shape=ModelShape.from_json(shapes[short]))
     place = Path(demo.resolve_model(name)).expanduser()
     if place.is_dir():
         values = _read(place / "config.json")
-        return Model(name=name, shape=_shape(values, name, trust_remote_code, place), folder=place)
+        return NamedModel(name=name, shape=_shape(values, name, trust_remote_code, place), folder=place)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"unknown model '{name}'{nearest(name.lower(), [*built_in(), 'demo'])} Give a directory, a hub id (owner/name), or "
             f"one of: {', '.join(built_in())}"
         )
-    return Model(name=name, shape=_shape(_read(_fetched(name)), name, trust_remote_code))
+    return NamedModel(name=name, shape=_shape(_read(_fetched(name)), name, trust_remote_code))
 
 
 def _built_in_name(name: str) -> str | None:
@@ -126,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def digest(config: dict[str, Any]) -> str:
-    """Names a config by what decides its shape."""
+    """Digest of the parts of a config that decide its shape."""
     kept = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
     text = json.dumps([_FORMAT, version("transformers"), kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -160,7 +159,7 @@ _NEEDED = {
 
 
 def _refuse_incomplete(values: dict[str, Any], name: str) -> None:
-    """transformers fills in what a config does not say, and would plan for another model without a word."""
+    """transformers fills in what a config does not say, so the plan would be for another model."""
     for what, names in _NEEDED.items():
         if not any(n in values for n in names):
             raise ModelError(

@@ -1,11 +1,10 @@
-"""How far data are from a base: its own loss on them, beside the loss that it expects.
+"""How far data are from a base: its loss on them, beside its predictive entropy.
 
-A model that is at home in a text is as surprised by it expects to be: averaged over text from its own distribution,
-its loss -log p(token) is the entropy H of what it predicts. What the loss is above H is surprise that the model did not
-reckon with, and it is read where nothing is to be learned: on the prompts. A new voice over known prompts is near (the
-loss on the answers says how much there is to learn); prompts of an unknown kind are far.
+On in-distribution text a model's mean loss, -log p(token), equals the entropy H of its predictions; the excess over H measures
+domain shift. It is measured on the prompts, which are not trained on. A new style of answers to familiar prompts is near (the
+loss on the answers says how much there is to learn); prompts of an unfamiliar kind are far.
 
-Both are in nats per token. `asking.py` measures them.
+Both are in nats a token. `domain_shift.py` measures them.
 """
 
 from __future__ import annotations
@@ -14,26 +13,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 SAMPLE_TOKENS = 8192  # enough for a mean that is right to a few hundredths
-NEAR, FAR = 0.5, 1.0  # nats of surprise; the bundled base: its own products -0.05, held-out tasks 0.3, E2E 2.3
+NEAR, FAR = 0.5, 1.0  # nats of excess loss; the bundled base: product descriptions -0.05, unseen tasks 0.3, E2E 2.3
 FEW_PROMPT_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainShift:
-    """What a base makes of data that it was not tuned on."""
+    """Loss and entropy of a base on data that it was not tuned on."""
 
     answer_loss: float
     """Of the target tokens."""
     prompt_loss: float
-    """Of the tokens that are read and not trained; of all of them where hardly any is untrained."""
+    """Of the tokens that are not targets; of all tokens where nearly all are."""
     prompt_entropy: float
-    """What the base expects that loss to be."""
+    """Mean entropy of the predictions of those tokens."""
     rows: int
     tokens: int
 
     @property
     def excess_loss(self) -> float:
-        """Loss above what the base expects."""
+        """Loss minus entropy."""
         return self.prompt_loss - self.prompt_entropy
 
     @property

@@ -1,22 +1,21 @@
-"""`graft plan`: from names to a plan for each model, as values.
+"""A plan as values: for a model on a card, what each method takes, where it fits, and advice.
 
-    plan_for(config)  ->  Report: for each model its shape, what each method takes, where it fits, and advice
+    plan_model(model, card, config, dataset)  ->  ModelPlan          PlanReport: the card, and a plan for each model
 
-No weight is read, unless the base is asked how far the data are from it, which takes a small model seconds.
+`commands/plan.py` finds the models and reads the data; nothing is read here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm import terminal
 from graftlm.config import PlanConfig
-from graftlm.errors import ConfigError, ModelError
+from graftlm.errors import ConfigError
 from graftlm.formatting import duration
-from graftlm.planning import hardware, known
 from graftlm.planning.activations import Workload
 from graftlm.planning.advice import Advice, Facts, advise
 from graftlm.planning.fitting import (
@@ -32,10 +31,10 @@ from graftlm.planning.fitting import (
 from graftlm.planning.hardware import Card
 from graftlm.planning.memory import MemoryRequirement
 from graftlm.planning.method import METHODS, TrainingSetting
-from graftlm.planning.models import Model, built_in, find
-from graftlm.planning.perplexity import SAMPLE_TOKENS, DomainShift
+from graftlm.planning.models import NamedModel
+from graftlm.planning.perplexity import DomainShift
+from graftlm.planning.quoted_figures import QuotedFigure, quoted_figures
 from graftlm.planning.timing import EFFICIENCY, StepTime, step_time
-from graftlm.progress import working
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MICRO_BATCH_TOKENS = 4096
 """What `graft train` takes where memory allows."""
-QUICK_SECONDS = 20.0  # the base is asked without being told to when that takes less
 SOME_TOKENS, DAY = 1_000_000, 86_400.0
 
 
@@ -61,7 +59,7 @@ class MethodPlan:
     smallest: Card | None
     """The smallest known card that it fits."""
     batch: int
-    """Most examples of the asked length in one micro-batch."""
+    """Most examples of the planned length in one micro-batch."""
     length: int
     """Most tokens of one example."""
     time: StepTime | None
@@ -89,12 +87,12 @@ class MethodPlan:
 class ModelPlan:
     """Everything about one model."""
 
-    model: Model
+    model: NamedModel
     case: PlanCase
     rows: tuple[MethodPlan, ...]
     advice: Advice
     facts: Facts
-    known: tuple[known.Answer, ...]
+    quoted: tuple[QuotedFigure, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -122,7 +120,7 @@ class ModelPlan:
             "domain_shift": None if self.facts.domain_shift is None else self.facts.domain_shift.to_json(),
             "methods": [row.to_json() for row in self.rows],
             "advice": self.advice.to_json(),
-            "known": [answer.to_json() for answer in self.known],
+            "known": [answer.to_json() for answer in self.quoted],
             "notes": list(self.notes),
         }
 
@@ -158,7 +156,7 @@ class PlanReport:
         return {"card": card, "plans": plans}
 
     def _epochs(self, plan: ModelPlan) -> dict[str, Any] | None:
-        """Seconds, and cost, of the asked epochs with each method."""
+        """Seconds, and cost, of `--epochs` with each method."""
         if not plan.facts.rows:
             return None
         found: dict[str, Any] = {}
@@ -169,33 +167,29 @@ class PlanReport:
         return found
 
     def seconds(self, plan: ModelPlan, row: MethodPlan) -> float | None:
-        """How long the asked epochs take."""
+        """How long `--epochs` take."""
         if row.time is None or not plan.facts.tokens:
             return None
         return plan.facts.tokens * self.epochs / row.time.tokens_per_second
 
     def cost(self, seconds: float, cards: int) -> float | None:
-        """What they cost."""
+        """What so many seconds on so many cards cost."""
         return None if self.price_per_hour is None else seconds / 3600 * self.price_per_hour * cards
 
 
-def plan_for(config: PlanConfig) -> PlanReport:
-    """Plan every model of the config. Raises GraftError for what is asked and not there."""
-    card = _card(config)
-    plans = tuple(_plan(find(name, trust_remote_code=config.trust_remote_code), card, config) for name in config.models)
-    return PlanReport(card=card, plans=plans, epochs=config.epochs, price_per_hour=config.price_per_hour)
+def plan_model(
+    model: NamedModel,
+    card: Card,
+    config: PlanConfig,
+    dataset: Dataset | None = None,
+    domain_shift: DomainShift | None = None,
+    notes: Sequence[str] = (),
+) -> ModelPlan:
+    """What each method takes of a model on a card; with a dataset for its examples, without for `--max-length`.
 
-
-def _card(config: PlanConfig) -> Card:
-    if config.gpu is not None:
-        return hardware.card(config.gpu)
-    with working("looking at this machine"):
-        return hardware.local() if config.memory is None else hardware.from_memory(config.memory)
-
-
-def _plan(model: Model, card: Card, config: PlanConfig) -> ModelPlan:
-    notes: list[str] = []
-    dataset = _read(model, config, notes) if config.data else None
+    `notes` are those of reading the data. Raises ConfigError for a length that the model has no positions for.
+    """
+    notes = list(notes)
     load = _load(model, config, dataset, notes)
     fused = card.kind == "cpu" or find_spec("liger_kernel") is not None
     case = PlanCase(shape=model.shape, targets=config.targets, rank=config.rank, load=load, card=card, fused=fused)
@@ -204,7 +198,7 @@ def _plan(model: Model, card: Card, config: PlanConfig) -> ModelPlan:
         rows=0 if dataset is None else dataset.rows,
         tokens=0 if dataset is None else dataset.tokens,
         target_tokens=0 if dataset is None else dataset.target_tokens,
-        domain_shift=None if dataset is None else _measure_domain_shift(model, config, dataset, notes),
+        domain_shift=domain_shift,
         goal=config.goal,
         variants=config.variants,
     )
@@ -216,18 +210,18 @@ def _plan(model: Model, card: Card, config: PlanConfig) -> ModelPlan:
     if not fused:
         notes.append(
             "Planned without the extra `gpu` (liger-kernel), which is not installed here: with it norms and gated products are "
-            "one operation each, and a pass keeps less."
+            "one operation each, and less is saved for backward."
         )
     rows = tuple(_row(case, s, config) for s in METHODS if not (s.offload_optimizer and card.kind != "cuda"))
     notes += _slow(rows, card)
     return ModelPlan(
         model=model, case=case, rows=rows, advice=advise(facts), facts=facts,
-        known=tuple(known.answers(model.name, case)), notes=tuple(notes),
+        quoted=tuple(quoted_figures(model.name, case)), notes=tuple(notes),
     )  # fmt: skip
 
 
 def _slow(rows: tuple[MethodPlan, ...], card: Card) -> list[str]:
-    """A word where a machine would take days for what is little data."""
+    """A note where a machine would take days for little data."""
     lora = next(row for row in rows if row.requirement.setting.key == "lora")
     seconds = 0.0 if lora.time is None else SOME_TOKENS / lora.time.tokens_per_second
     if seconds < DAY:
@@ -266,10 +260,7 @@ def _row(case: PlanCase, setting: TrainingSetting, config: PlanConfig) -> Method
     )
 
 
-# ---- the data --------------------------------------------------------------------------------------------------------
-
-
-def _load(model: Model, config: PlanConfig, dataset: Dataset | None, notes: list[str]) -> Workload:
+def _load(model: NamedModel, config: PlanConfig, dataset: Dataset | None, notes: list[str]) -> Workload:
     """The heaviest micro-batch: as many of the longest examples as a micro-batch holds."""
     length = config.max_length or (dataset.longest if dataset is not None else 0)
     if dataset is not None:
@@ -291,65 +282,3 @@ def _load(model: Model, config: PlanConfig, dataset: Dataset | None, notes: list
         tokens=tokens, target_tokens=max(1, round(share * (tokens - together))), longest=length, examples=together,
         micro_batches=-(-config.batch_size // together), small=most_tokens < DEFAULT_MICRO_BATCH_TOKENS,
     )  # fmt: skip
-
-
-def _folder(model: Model) -> Path | None:
-    """Where the model's own files are: its directory, or the hub's cache."""
-    if model.folder is not None:
-        return model.folder
-    name = built_in()[model.name]["hub"] if model.name in built_in() else model.name
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _read(model: Model, config: PlanConfig, notes: list[str]) -> Dataset:
-    """The data through the model's own tokenizer; through the bundled one where that is not here, which makes more tokens."""
-    from graftlm import demo
-    from graftlm.base.chat import Encoder
-    from graftlm.base.loading import load_tokenizer
-    from graftlm.data.dataset import load
-    from graftlm.data.sources import named_source
-
-    folder = _folder(model)
-    try:
-        tokenizer = load_tokenizer(folder, config.trust_remote_code) if folder is not None else None
-    except ModelError:
-        tokenizer = None
-    if tokenizer is None:
-        tokenizer = load_tokenizer(Path(demo.resolve_model("demo")))
-        notes.append(
-            f"The tokenizer of {model.name} is not here: tokens are counted by the bundled one, whose 4,096 tokens make "
-            "about a third more of them. A directory or a hub id with a tokenizer counts them right."
-        )
-    dataset = load([named_source(text, "train") for text in config.data], Encoder(tokenizer))
-    notes += dataset.notes
-    return dataset
-
-
-def _measure_domain_shift(model: Model, config: PlanConfig, dataset: Dataset, notes: list[str]) -> DomainShift | None:
-    """The base's own loss on the data, where its weights are here and asking is quick, or wanted."""
-    from graftlm.base.fingerprint import weight_files
-
-    folder = _folder(model)
-    here = folder is not None and bool(weight_files(folder))
-    if config.ask_base == "no" or (not here and config.ask_base == "auto"):
-        return None
-    if folder is None or not here:
-        raise ModelError(f"ask-base yes: the weights of {model.name} are not here; give a directory that holds them")
-    machine = hardware.local()
-    seconds = 2.0 * model.shape.parameters * SAMPLE_TOKENS / (machine.rate * EFFICIENCY[machine.kind] or 1e12)
-    wide = 4 * model.shape.parameters
-    if config.ask_base == "auto" and (seconds > QUICK_SECONDS or wide > machine.usable):
-        notes.append(
-            f"The base was not asked about the data: reading would take about {seconds:.0f} s (--ask-base yes does it)."
-        )
-        return None
-    from graftlm.base.loading import load_base
-    from graftlm.planning.asking import measure_domain_shift, sample_examples
-
-    base = load_base(str(folder), precision="bfloat16", trust_remote_code=config.trust_remote_code)
-    limit = base.structure.max_positions or dataset.longest
-    examples = [d for d in dataset.examples if d.tokens <= limit]
-    return measure_domain_shift(base, sample_examples(examples)) if examples else None

@@ -1,4 +1,4 @@
-"""A plan as a person reads it: a table for each model, what fits where, and the advice."""
+"""A plan in the terminal: for each model the memory, what fits where, and the advice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logit
 _JOINED = {
     "weights": ("weights",),
     "trained": ("adapters", "gradients", "optimizer"),
-    "pass": ("activations", "logits", "workspace", "runtime"),
+    "activations": ("activations", "logits", "workspace", "runtime"),
 }
 _WIDE = 140  # characters that every part in a column of its own takes
 
@@ -31,9 +31,9 @@ def render(report: PlanReport, console: Console) -> None:
     for plan in report.plans:
         console.print()
         _model(plan, report, console)
-    if any(plan.known for plan in report.plans):
+    if any(plan.quoted for plan in report.plans):
         console.print()
-        _known(report, console)
+        _quoted(report, console)
 
 
 def _model(plan: ModelPlan, report: PlanReport, console: Console) -> None:
@@ -81,7 +81,7 @@ def _memory(plan: ModelPlan, card: Card, where: Console) -> None:
             ]
         )  # fmt: skip
     note = (
-        "trained: adapters, gradients and optimizer; pass: activations, logits and workspace; checkpointed: the peak with "
+        "trained: adapters, gradients and optimizer; activations: with logits and workspace; checkpointed: the peak with "
         "--activation-checkpointing. A terminal of 140 characters shows every part."
     )
     where.print()
@@ -162,15 +162,15 @@ def _indented(text: str, by: int, style: str = "") -> Padding:
     return Padding(Text(text, style=style), (0, 0, 0, by))
 
 
-def _known(report: PlanReport, console: Console) -> None:
-    """The numbers that everybody quotes, beside ours."""
+def _quoted(report: PlanReport, console: Console) -> None:
+    """The figures that are usually quoted, beside ours."""
     columns = [Column("quoted"), Column("ours", right=True), Column(), Column("under", words=True)]
     rows: list[list[Cell]] = []
     before = ""
     for plan in report.plans:
-        for answer in plan.known:
+        for answer in plan.quoted:
             style = "" if answer.verdict == "holds" else "green" if "lower" in answer.verdict else "yellow"
             quoted = "" if answer.claim.what == before else answer.claim.what
             before = answer.claim.what
             rows.append([quoted, size(answer.ours * 1e9), Text(answer.verdict, style=style), answer.claim.under])
-    table(console, columns, rows, title="the numbers that everybody quotes, on a GPU")
+    table(console, columns, rows, title="figures that are usually quoted, on a GPU")

@@ -94,7 +94,7 @@ class ModelShape:
     softcapped: bool
     """Whether attention's scores go through a soft cap, which no fused kernel computes."""
     plain_head: bool
-    """Whether logits are the head's product and nothing else, so that they become their own gradient in place."""
+    """Whether logits are the head's matmul and nothing else, so that they become their own gradient in place."""
     experts_per_token: int
     packs: bool
     """Whether examples are expected to run packed with our attention, rather than in stacks with the model's own."""

@@ -1,6 +1,6 @@
 """How long a step takes: a roofline of what is computed and what is moved (Williams et al. 2009).
 
-    seconds of a pass = max(FLOP / (rate x EFFICIENCY), bytes / (bandwidth x BANDWIDTH_REACHED))
+    seconds of a micro-batch = max(FLOP / (rate x EFFICIENCY), bytes / (bandwidth x BANDWIDTH_REACHED))
 
 Rates are those of the data sheets, and training reaches a part of them; which part is stated here, and printed with the
 plan. It is an estimate to compare methods and cards by, within about a factor of two; memory is predicted, time is estimated.
@@ -22,7 +22,7 @@ EFFICIENCY = {"cuda": 0.40, "cpu": 0.45, "mps": 0.35}
 """Part of the sheet's rate that a whole training step reaches."""
 BANDWIDTH_REACHED = 0.75
 HOST_BANDWIDTH = 20e9  # bytes a second between a GPU and the host's memory (PCIe 4, 16 lanes)
-_TOUCHED = 4  # times that a saved activation is written or read in a pass forward and back
+_TOUCHED = 4  # times that a saved activation is written or read, forward and backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ def flop(shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShap
     """FLOP of one micro-batch forward and back.
 
     A matrix of P values takes 2 P a token forward, 2 P for the gradient of its input, and 2 P for its own where it is
-    trained (Kaplan et al. 2020, section 2.1); an adapter's A and B take 6 r (in + out). Layers that are run again are one
-    more pass forward. Attention takes 4 a L / 2 a token forward, and 2.5 times that back (Dao 2023). Only target tokens
+    trained (Kaplan et al. 2020, section 2.1); an adapter's A and B take 6 r (in + out). Recomputed layers are one
+    more forward pass. Attention takes 4 a L / 2 a token forward, and 2.5 times that back (Dao 2023). Only target tokens
     meet the head.
     """
     active = sum(

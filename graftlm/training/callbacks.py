@@ -1,4 +1,4 @@
-"""What may hear a run and end it: one's own `Callback`, and `EarlyStopping`, which is one.
+"""Callbacks of a run, which can also end it: `Callback` to derive from, and `EarlyStopping`.
 
     class Printer(Callback):
         def on_step(self, metrics):
@@ -18,7 +18,7 @@ from graftlm.errors import ConfigError
 
 
 class Callback:
-    """Hears one run. Override what is of use; returning False, or calling `stop`, ends the run after the current step."""
+    """Called during a run. Override what you need; returning False, or calling `stop`, ends the run after the current step."""
 
     stop_reason: str | None = None
     """Why it asked the run to stop; None while it did not."""
@@ -62,12 +62,12 @@ class EarlyStopping(Callback):
         self.stop_reason = None
         self._best, self._waited = float("inf"), 0
         for step, loss in evaluations:
-            self._hear(step, loss)
+            self._observe(step, loss)
 
     def on_evaluate(self, metrics: Mapping[str, Any]) -> None:
-        self._hear(int(metrics["step"]), float(metrics["eval_loss"]))
+        self._observe(int(metrics["step"]), float(metrics["eval_loss"]))
 
-    def _hear(self, step: int, loss: float) -> None:
+    def _observe(self, step: int, loss: float) -> None:
         if loss < self._best - self.min_delta:
             self._best, self._waited = loss, 0
             return
@@ -77,12 +77,12 @@ class EarlyStopping(Callback):
 
 
 class Callbacks:
-    """Several callbacks of one run, told in their order."""
+    """Several callbacks of one run, called in order."""
 
     callbacks: tuple[Callback, ...]
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
-        """Raises ConfigError for what is no callback."""
+        """Raises ConfigError for anything that is not a Callback."""
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 hint = "; give an instance of it" if isinstance(callback, type) else ""
@@ -98,15 +98,15 @@ class Callbacks:
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         for callback in self.callbacks:
-            _heed(callback, callback.on_step(metrics))
+            _stop_if_false(callback, callback.on_step(metrics))
 
     def evaluate(self, metrics: Mapping[str, Any]) -> None:
         for callback in self.callbacks:
-            _heed(callback, callback.on_evaluate(metrics))
+            _stop_if_false(callback, callback.on_evaluate(metrics))
 
     def save(self, folder: Path) -> None:
         for callback in self.callbacks:
-            _heed(callback, callback.on_save(folder))
+            _stop_if_false(callback, callback.on_save(folder))
 
     def end(self, summary: Mapping[str, Any]) -> None:
         for callback in self.callbacks:
@@ -114,10 +114,10 @@ class Callbacks:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the first of them that did so asked the run to stop."""
+        """The reason of the first of them that asked the run to stop."""
         return next((c.stop_reason for c in self.callbacks if c.stop_reason is not None), None)
 
 
-def _heed(callback: Callback, answer: bool | None) -> None:
+def _stop_if_false(callback: Callback, answer: bool | None) -> None:
     if answer is False and callback.stop_reason is None:
         callback.stop()

@@ -1,11 +1,16 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
+"""Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON; and who may go on.
 
     checkpoints/000040/  trainable.safetensors  optimizer.safetensors  state.json  manifest.json
     best.json            which step had the lowest eval loss
 
-There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is whole or not there
+There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is complete or not there
 (see `files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete: what stays
 is the newest `keep` and, for each of these, the best step as it was known then.
+
+A run is identified by its options by value, and its base, data and first adapter by content (`RunIdentity`). A
+checkpoint keeps these; a run that goes on with others is refused with both values, unless each is named with
+`--allow-change`. What was changed, and at which step, stays with the checkpoints after it, in the metrics, and in the
+manifest of the result.
 """
 
 from __future__ import annotations
@@ -13,9 +18,10 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,15 +29,28 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from graftlm import kernels
+from graftlm.adapters.attach import Adapter
+from graftlm.base.loading import Base
 from graftlm.base.safetensors_writer import TensorSpec, write_tensors
-from graftlm.errors import Diverged, RunError
+from graftlm.config import ComputeDtype, TrainConfig
+from graftlm.config.aliases import FORMER, renamed
+from graftlm.data.dataset import Dataset
+from graftlm.errors import ConfigError, Diverged, RunError, nearest
 from graftlm.files import atomic_folder, find_damage, remove_leftovers, write_json
 from graftlm.jsonfile import read_json
 from graftlm.tensorfile import read_header
 from graftlm.training.trial import Evaluation, ExampleLoss, Trial
 
+if TYPE_CHECKING:
+    from graftlm.training.view import View
+
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 _MOST_STATE_BYTES = 1 << 30  # it holds three numbers for each eval row
+# Options that change neither what is trained nor the numbers, so a run may go on with others.
+_FREE = {
+    "activation_checkpointing", "allow_change", "device", "keep_checkpoints", "offload_optimizer", "optimizer_in_backward",
+    "out", "resume", "save_every", "save_precision", "micro_batch_tokens", "track", "trust_remote_code",
+}  # fmt: skip
 
 
 def finite(tensor: Tensor) -> bool:
@@ -39,11 +58,11 @@ def finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or math.isfinite(float(kernels.sum_of_squares(tensor)))
 
 
-def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint of `trial` after its current step, `said` beside it (JSON); keeps the newest `keep` and the best.
+def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint of `trial` after its current step, with `extra` in its state; keeps the newest `keep` and the best.
 
-    Raises OSError or SafetensorError where it cannot be written (`runfolder.writing` says it in words), and Diverged for a
-    tensor that is not finite; the older checkpoints are then as they were.
+    Raises OSError or SafetensorError where it cannot be written (see `run_folder.writing`), and Diverged for a tensor
+    that is not finite; the older checkpoints are then as they were.
     """
     place = run / "checkpoints" / f"{trial.step:06d}"
     tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
@@ -60,14 +79,14 @@ def save(run: Path, trial: Trial, said: Mapping[str, Any], keep: int) -> Path:
         "first": _to_json(trial.first),
         "last": _to_json(trial.last),
         "best": _to_json(trial.best),
-        **said,
+        **extra,
     }
     remove_leftovers(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
     with atomic_folder(place, manifest=True) as folder:
         _write(folder / TRAINABLE, tensors)
         _write(folder / OPTIMIZER, states)
         write_json(folder / STATE, state)
-    name_best(run, trial)
+    write_best(run, trial)
     _remove_old(run, trial.step, keep)
     return place
 
@@ -83,15 +102,15 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _remove_old(run: Path, step: int, keep: int) -> None:
-    """Take away what the checkpoint of `step`, just written, has made needless.
+    """Remove what the checkpoint of `step`, just written, has replaced.
 
-    Later ones are of a future that was given up: damaged, and passed over when the run went on from an earlier one.
+    Later ones are of a future that was given up: damaged, and skipped when the run went on from an earlier one.
     """
     found = _folders(run)
     kept = [folder for folder in found if int(folder.name) <= step][-keep:]
     wanted = {folder.name for folder in kept}
     for folder in kept:
-        with contextlib.suppress(RunError, KeyError, TypeError):  # a damaged one has no wishes
+        with contextlib.suppress(RunError, KeyError, TypeError):  # a damaged one keeps nothing
             wanted.add(f"{read_state(folder)['best']['step']:06d}")
     for folder in found:
         if folder.name not in wanted:
@@ -99,20 +118,20 @@ def _remove_old(run: Path, step: int, keep: int) -> None:
 
 
 def remove(run: Path, step: int) -> None:
-    """Take away the checkpoint of a step, and the folder of checkpoints when it was the only one."""
+    """Remove the checkpoint of a step, and the folder of checkpoints when it was the only one."""
     shutil.rmtree(run / "checkpoints" / f"{step:06d}", ignore_errors=True)
     with contextlib.suppress(OSError):  # it holds others
         (run / "checkpoints").rmdir()
 
 
-def name_best(run: Path, trial: Trial) -> None:
+def write_best(run: Path, trial: Trial) -> None:
     """Write best.json. Raises OSError."""
     if trial.best is not None:
         write_json(run / "best.json", {"step": trial.best.step, "eval_loss": trial.best.loss})
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, or None when none was ever written; and what is wrong with newer ones.
+    """The newest checkpoint that is complete, or None when none was ever written; and what is wrong with newer ones.
 
     Raises RunError when there are some and every one is damaged.
     """
@@ -127,8 +146,8 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def whereabouts(run: Path) -> str:
-    """Which checkpoint a run that has failed would go on from, as the end of a sentence."""
+def describe_newest(run: Path) -> str:
+    """The checkpoint that a failed run would go on from, as the end of a sentence."""
     try:
         found, _ = newest(run)
     except RunError as error:
@@ -137,7 +156,7 @@ def whereabouts(run: Path) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's numbers and what was said beside them. Raises RunError."""
+    """A checkpoint's numbers, and the `extra` it was saved with. Raises RunError."""
     state = read_json(folder / STATE, RunError, most=_MOST_STATE_BYTES)
     if "trained_tokens" in state:  # as it was called before
         state["target_tokens"] = state.pop("trained_tokens")
@@ -188,7 +207,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise RunError(f"{file} cannot be read: {error}") from None
 
 
-def take_best(run: Path, trial: Trial) -> str | None:
+def restore_best(run: Path, trial: Trial) -> str | None:
     """Put the best step's tensors into `trial`. Where its checkpoint is damaged the last step's stay: returns why."""
     if trial.best is None or trial.best.step == trial.step:
         return None
@@ -221,3 +240,105 @@ def _from_json(value: Any) -> Evaluation | None:
     return Evaluation(
         value["step"], tuple(ExampleLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"])
     )
+
+
+# ---- going on with a run ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunIdentity:
+    """What makes a run this run, and what of it was changed on the way."""
+
+    values: dict[str, Any]
+    """Options by value; `model`, `data`, `eval_data` and `from_adapter` by digest."""
+    changes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """What --allow-change accepted: step, key, was, now."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        return {"identity": self.values, "changes": self.changes}
+
+
+def identify(
+    resolved: dict[str, Any], base: Base, adapter: Adapter | None, dataset: Dataset, eval_dataset: Dataset | None
+) -> RunIdentity:
+    """The identity of a run, from its resolved options and what they led to."""
+    origin = adapter.origin if adapter is not None else None
+    by_content = {
+        "model": base.fingerprint,
+        "data": dataset.digest,
+        "eval_data": eval_dataset.digest if eval_dataset else None,
+        "from_adapter": origin.digest if origin else None,
+    }
+    return RunIdentity({**{name: value for name, value in resolved.items() if name not in _FREE}, **by_content})
+
+
+def compute_dtype_of(config: TrainConfig) -> ComputeDtype | None:
+    """The compute dtype of a run: the one asked for, else, where it goes on, the one it began with.
+
+    None leaves it to the processor; so does a dtype that this one does not have, and `resume_from_checkpoint` then reports
+    the difference.
+    """
+    if config.compute_dtype is not None or not config.resume:
+        return config.compute_dtype
+    found, _ = newest(config.out)
+    began = None if found is None else renamed(read_state(found).get("identity") or {}).get("compute_dtype")
+    return None if began == "bf16-mixed" and not kernels.has_bf16_matmul() else began
+
+
+def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdentity, view: View) -> bool:
+    """Put the newest complete checkpoint into `trial`; False where none was ever written.
+
+    Raises RunError when there are some and none is complete, and for options, data or a base that are not the same any more;
+    ConfigError for an --allow-change that names nothing.
+    """
+    allowed = _allowed(config.allow_change, identity)
+    found, damaged = newest(config.out)
+    for problem in damaged:
+        view.note(f"passed over the damaged checkpoint {problem}")
+    if found is None:
+        view.note("no checkpoint was written yet; starting from the beginning")
+        return False
+    state = read_state(found)
+    before = renamed(state.get("identity") or {})
+    changed = [key for key, value in identity.values.items() if before.get(key) != value]
+    refused = [key for key in changed if key not in allowed]
+    if refused:
+        differences = "; ".join(
+            f"{_flag(key)} was {before.get(key)!r}, now {identity.values[key]!r}" for key in refused
+        )
+        flags = " ".join(f"--allow-change {_flag(key)}" for key in refused)
+        raise RunError(
+            f"{found} belongs to another run: {differences}. Take the same options, another --out, or accept it with {flags}"
+        )
+    load(found, trial)
+    identity.changes[:] = [*(state.get("changes") or [])]
+    for key in changed:
+        change = {"step": trial.step, "key": _flag(key), "was": before.get(key), "now": identity.values[key]}
+        identity.changes.append(change)
+        view.note(f"going on with another {change['key']}: {change['was']!r} before, {change['now']!r} from here")
+    if "eval_data" in changed:  # losses on other rows cannot be compared with these
+        trial.first = trial.last = trial.best = None
+        trial.evaluations = []
+    view.note(f"going on from {found}")
+    return True
+
+
+def _flag(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _field(name: str) -> str:
+    field = name.replace("-", "_")
+    return FORMER.get(field, field)
+
+
+def _allowed(names: Sequence[str], identity: RunIdentity) -> set[str]:
+    known = [_flag(key) for key in identity.values]
+    for name in names:
+        if _flag(_field(name)) not in known:
+            raise ConfigError(
+                f"--allow-change {name}: a run is not told apart by that{nearest(_flag(name), known)} "
+                f"known: {', '.join(sorted(known))}"
+            )
+    return {_field(name) for name in names}

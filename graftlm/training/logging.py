@@ -1,25 +1,30 @@
-"""What is heard and kept of a run while it goes on: metrics, trackers, checkpoints, the progress bar, and signals."""
+"""What is logged and saved of a run while it goes on: metrics, trackers, checkpoints, the progress bar, and signals.
+
+Trackers (TensorBoard, Weights & Biases, MLflow) are imported only where `--track` names them.
+"""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 from graftlm.config import TrainConfig
+from graftlm.errors import ConfigError
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks
-from graftlm.training.resume import RunIdentity
+from graftlm.training.checkpoint import RunIdentity
 from graftlm.training.run_folder import MetricsFile, writing
-from graftlm.training.trackers import Tracker
 from graftlm.training.trainer import StepResult, TrainerCallback
 from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.view import View
 
 
 class Recorder(TrainerCallback):
-    """Hears the loop and writes. Raises RunError where it cannot."""
+    """Writes what the loop reports of one trial. Raises RunError where it cannot."""
 
     def __init__(
         self, config: TrainConfig, trial: Trial, identity: RunIdentity, view: View, metrics: MetricsFile,
@@ -36,7 +41,7 @@ class Recorder(TrainerCallback):
         self._saved = -1
         self._notes = 0
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
         self.tokens += result.tokens
         self.seconds += result.seconds
         self.loss = result.loss
@@ -47,22 +52,22 @@ class Recorder(TrainerCallback):
         self._write({"step": result.step, "kind": "train", **values})
         for tracker in self.trackers:
             tracker.log(result.step, {f"train/{name}": float(value) for name, value in values.items()})
-        self.view.stepped(trial, result)
+        self.view.on_step_end(trial, result)
         for note in trial.notes[self._notes :]:
             self.view.note(note)
         self._notes = len(trial.notes)
         self.callbacks.step({"step": result.step, "kind": "train", **values})
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         values = {"eval_loss": evaluation.loss, "eval_examples": len(evaluation.rows), **_progress(trial)}
         self._write({"step": evaluation.step, "kind": "eval", **values})
         for tracker in self.trackers:
             tracker.log(evaluation.step, {"eval/loss": evaluation.loss})
         self._improved = best and evaluation.step > 0
-        self.view.evaluated(trial, evaluation, best)
+        self.view.on_evaluate(trial, evaluation, best)
         self.callbacks.evaluate({"step": evaluation.step, "kind": "eval", **values, "best": best})
 
-    def settled(self, trials: Sequence[Trial]) -> bool:
+    def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
         self.save_due()
         if self.stopped is not None and not self.trial.done:
             self.event("stopped", signal=self.stopped)
@@ -95,11 +100,11 @@ class Recorder(TrainerCallback):
         self._write({"step": self.trial.step, "kind": "event", "event": name, **values})
 
     def stopping(self) -> str:
-        """What somebody who asks the run to stop is told."""
+        """The answer to a signal that asks the run to stop."""
         return "saving the result first" if self.trial.done else "stopping after this step"
 
     def close(self) -> None:
-        """Nothing more will be heard."""
+        """Close the metrics and the trackers: nothing more follows."""
         self.metrics.close()
         for tracker in self.trackers:
             tracker.close()
@@ -116,32 +121,100 @@ def _progress(trial: Trial) -> dict[str, float]:
 
 
 class Stoppable(Protocol):
-    """What may be asked to stop."""
+    """What a signal can ask to stop."""
 
     stopped: int | None
-    """The signal that asked; to be heeded after the step."""
+    """The signal that asked; the run stops after the step."""
 
     def stopping(self) -> str: ...
 
 
 @contextmanager
-def signals(asked: Stoppable, say: Callable[[str], None]) -> Iterator[None]:
+def signals(run: Stoppable, note: Callable[[str], None]) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the run after the current step, or once its result is saved; a second Ctrl-C at once."""
 
     def ask(number: int, frame: Any) -> None:
-        if asked.stopped is not None and number == signal.SIGINT:
+        if run.stopped is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.stopped = number
-        say(asked.stopping() + ("; once more to stop at once" if number == signal.SIGINT else ""))
+        run.stopped = number
+        note(run.stopping() + ("; once more to stop at once" if number == signal.SIGINT else ""))
 
     before: dict[int, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, ask)
     except ValueError:
-        pass  # not the main thread: signals are somebody else's
+        pass  # not the main thread: signals belong to another
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# ---- trackers --------------------------------------------------------------------------------------------------------
+
+
+class Tracker(Protocol):
+    """Receives numbers by name at a step."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, out: Path, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(out / "tensorboard"))
+        self.writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandB:
+    def __init__(self, out: Path, config: dict[str, Any]) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self.run: Any = wandb.init(project="graft", name=out.name, dir=str(out), config=config)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class _MLflow:
+    def __init__(self, out: Path, config: dict[str, Any]) -> None:
+        import mlflow  # pyright: ignore[reportMissingImports]
+
+        self.mlflow: Any = mlflow
+        mlflow.start_run(run_name=out.name)
+        mlflow.log_params(config)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.mlflow.log_metrics({name.replace("/", "."): value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ConfigError with the install command for a tracker whose package is not there; imports nothing."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"--track {name} needs its package: pip install {name}")
+
+
+_KNOWN = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+
+
+def open_trackers(names: Sequence[str], out: Path, config: dict[str, Any]) -> list[Tracker]:
+    """The asked trackers, each of which `check_trackers` has found."""
+    return [_KNOWN[name](out, config) for name in names]

@@ -3,10 +3,10 @@
     L = sum over target tokens t of weight[t] * -log softmax(head(hidden[t - 1]))[id[t]]
 
 With weight = 1 / (target tokens of the whole optimizer step) the gradient does not depend on how the step's examples
-were split into passes. Each chunk's gradient is taken at once, in the forward pass, and its logits freed, so memory is
+were split into micro-batches. Each chunk's gradient is taken at once, in the forward pass, and its logits freed, so memory is
 linear in tokens and not in tokens times vocabulary (the idea of Liger-Kernel's fused linear cross entropy).
 
-Where the logits are the head's product and nothing else, and the head carries no adapter, the logits of a chunk become
+Where the logits are the head's matmul and nothing else, and the head carries no adapter, the logits of a chunk become
 their own gradient in place. Elsewhere autograd runs through the model's own code, whatever that does to its logits.
 
 Letters: n target tokens, w width, V vocabulary.
@@ -34,7 +34,7 @@ CHUNK_LOGITS = 1 << 23  # values of logits that exist at once: 32 MB in float32
 
 def _pieces(first: int, last: int, vocabulary: int) -> list[tuple[int, int]]:
     """(first, last) pieces of rows whose logits may exist at once, all of about one size: a short one would cost its own
-    pass over the head."""
+    matmul with the head."""
     count = last - first
     pieces = -(-count // max(16, CHUNK_LOGITS // vocabulary))
     return [(first + count * i // pieces, first + count * (i + 1) // pieces) for i in range(pieces)]
@@ -84,9 +84,8 @@ class _HeadLoss(torch.autograd.Function):
                 if own is not None:
                     total = totals[i]
                     totals[i] = own.float() if total is None else total + own
-        own_types = (
-            None if t is None else t.to(p.dtype) for t, p in zip(totals, trained)
-        )  # held until the pass is over
+        # In their parameters' types: they are kept until the backward pass is over.
+        own_types = (None if t is None else t.to(p.dtype) for t, p in zip(totals, trained))
         ctx.save_for_backward(*([gradient] if gradient is not None else []), *own_types)
         ctx.with_hidden = gradient is not None
         ctx.mark_non_differentiable(losses)
@@ -128,7 +127,7 @@ class _PlainHeadLoss(torch.autograd.Function):
             if wants_head and not late:
                 dW = _added(dW, logits, hidden, first, head)
             del logits  # before the next chunk's are made: else there would be two at once
-        ctx.save_for_backward(dh, None if dW is None else dW.to(W.dtype))  # held until the whole pass is over
+        ctx.save_for_backward(dh, None if dW is None else dW.to(W.dtype))  # kept until the backward pass is over
         ctx.tied, ctx.later = tied, (hidden.detach(), head, labels, weights, context) if late else None
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -211,7 +210,7 @@ def weighted_loss(
     slots: Sequence[tuple[int, int, int]],
     context: ForwardContext,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of token losses, with gradients, and each token's loss without; `context` is the pass's own.
+    """The weighted sum of token losses, with gradients, and each token's loss without; `context` is the micro-batch's.
 
     hidden (n, w) are the states in front of each target token, labels (n,) the tokens, weights (n,) float32;
     `slots` gives (slot, first, last) over the n rows.

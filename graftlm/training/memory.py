@@ -1,17 +1,34 @@
-"""Before the first step: what the run will take, and one pass over its longest batch to see that it does.
+"""Memory: an estimate for the run, a dry run over its longest batch before the first step, and how memory is given back.
 
-    estimate(...)     the plan of `graft plan`, for this run: its base, its adapter, its examples, this machine
-    dry_run(...)    forward and back once over the heaviest pass there can be; nothing of it stays
+    estimate(...)           the plan of `graft plan`, for this run: its base, its adapter, its examples, this machine
+    dry_run(...)            forward and backward once over the heaviest micro-batch there can be; nothing of it stays
+    mmap_allocations(...)   large tensors in mappings of their own, so that freed memory goes back to the system
 
-So memory runs out here or not at all, with the way out said, and a run of hours does not end in its middle. The pass leaves
-weights, optimizer and random numbers as they were: gradients are freed, and randomness has no state.
+So memory runs out here or not at all, with a message that names the way out, and a run of hours does not end in its
+middle. The dry run leaves weights, optimizer and random numbers as they were: gradients are freed, and randomness has
+no state.
+
+**mmap-backed allocations.** glibc keeps freed memory in a heap and cuts it up for what comes next; small objects settle
+in the gaps, and a gap of just a tensor's size does not take the same tensor again, since its address has to be a
+multiple of 64. Where tensors are freed and made again many times between others that stay, as when activations are
+recomputed in the backward pass, the heap grows to several times what lives in it (measured: 577 MB where 231 MB lived).
+It also keeps up to 64 MB at its end. Gradients that are freed one by one as the optimizer steps inside the backward
+pass leave the same gaps. A tensor with a mapping of its own gives its pages back at once; the system fills each new
+page with zeros for that, which costs time (a third more for a step of a 30M model), so it is done where memory was
+asked for: with `--activation-checkpointing`, `--optimizer-in-backward`, and where micro-batches are made small
+(`planning.activations.Workload.mmap_allocations`).
+
+LARGE_BYTES is small because weights of half a megabyte are not: with a limit of 1 MB the heap grew by 26 MB over four steps of
+a 30M model that steps inside its backward pass, with 128 kB by 9 MB, with 64 or 32 kB not at all, at the same speed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,11 +54,16 @@ from graftlm.planning.peak_memory import PeakMemory
 from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
 from graftlm.planning.shapes import ModelShape
 from graftlm.progress import working
-from graftlm.training.trainer import BatchItem, collate, forward, go_back, micro_batches
+from graftlm.training.micro_batch import BatchItem, backward, collate, count_target_tokens, forward, micro_batches
 from graftlm.training.trial import Trial
 
 MIN_MICRO_BATCH_TOKENS = 256
 TOO_MUCH = 1.15  # a plan this far above what the machine has is refused untried: predictions are right within a tenth
+
+LARGE_BYTES = 1 << 16
+_KEPT_AT_THE_END = 1 << 20  # free bytes that the heap may keep behind its last block
+_HEAP_AGAIN = 32 << 20  # what glibc itself raises its limit to, once large blocks have been freed
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +72,13 @@ class MemoryEstimate:
 
     micro_batch_tokens: int
     load: Workload
-    """Its heaviest pass."""
+    """Its heaviest micro-batch."""
     requirement: MemoryRequirement | None
     """None where the model's shape could not be counted."""
     card: Card
     case: PlanCase | None
-    work: tuple[BatchItem, ...]
-    """The heaviest pass itself."""
+    items: tuple[BatchItem, ...]
+    """The heaviest micro-batch itself."""
 
     @property
     def dry_run_bytes(self) -> int | None:
@@ -104,11 +126,11 @@ def estimate(
     longest = max(d.tokens for trial in trials for d in trial.examples)
     sizes = [config.micro_batch_tokens] if config.micro_batch_tokens else _sizes(longest)
     if config.optimizer_in_backward and not config.micro_batch_tokens:
-        sizes = sizes[:1]  # its steps are of one pass
+        sizes = sizes[:1]  # its steps are one micro-batch
     fused = base.fused.norms > 0
     found: MemoryEstimate | None = None
     for tokens in sizes:
-        work, load = _heaviest(base, trials, tokens)
+        items, load = _heaviest(base, trials, tokens)
         load = replace(load, small=tokens < DEFAULT_MICRO_BATCH_TOKENS)
         took = case = None
         if shape is not None:
@@ -126,7 +148,7 @@ def estimate(
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = MemoryEstimate(
-            micro_batch_tokens=tokens, load=load, requirement=took, card=card, case=case, work=tuple(work)
+            micro_batch_tokens=tokens, load=load, requirement=took, card=card, case=case, items=tuple(items)
         )
         if took is None or took.training <= card.usable:
             break
@@ -135,7 +157,7 @@ def estimate(
 
 
 def _sizes(longest: int) -> list[int]:
-    """Tokens of a pass to try: what is fast, and halves of it down to the longest example."""
+    """Tokens of a micro-batch to try: what is fast, and halves of it down to the longest example."""
     found = [DEFAULT_MICRO_BATCH_TOKENS]
     while found[-1] // 2 >= max(longest, MIN_MICRO_BATCH_TOKENS):
         found.append(found[-1] // 2)
@@ -161,7 +183,7 @@ def _setting(config: TrainConfig, base: Base) -> TrainingSetting:
 
 
 def _adapted(base: Base, adapters: Sequence[Adapter]) -> AdapterShape:
-    """What is really there, layer by layer. Of several adapters the larger at each kind: a token passes one of them."""
+    """What is really there, layer by layer. Of several adapters the larger at each kind: a token uses one of them."""
     found = NO_ADAPTER
     for adapter in adapters:
         one = _counted(base, adapter)
@@ -190,23 +212,22 @@ def _counted(base: Base, adapter: Adapter) -> AdapterShape:
 
 
 def _heaviest(base: Base, trials: Sequence[Trial], micro_batch_tokens: int) -> tuple[list[BatchItem], Workload]:
-    """The heaviest pass that a step can make: of a batch of each trial's longest examples."""
-    work = [w for trial in trials for w in _longest_batch(trial)]
-    groups = micro_batches(base, work, micro_batch_tokens)
+    """The heaviest micro-batch that a step can make: of a batch of each trial's longest examples."""
+    items = [item for trial in trials for item in _longest_batch(trial)]
+    groups = micro_batches(base, items, micro_batch_tokens)
     found = max(groups, key=lambda group: _weight(group, base.packs))
-    counts = [int(w.example.loss_mask[1:].sum()) for w in found]
-    lengths = [w.example.tokens for w in found]
+    lengths = [item.example.tokens for item in found]
     return found, Workload(
-        tokens=sum(lengths), target_tokens=sum(counts), longest=max(lengths), examples=len(found), micro_batches=len(groups)
+        tokens=sum(lengths), target_tokens=count_target_tokens(item.example for item in found), longest=max(lengths),
+        examples=len(found), micro_batches=len(groups),
     )  # fmt: skip
 
 
 def _longest_batch(trial: Trial) -> list[BatchItem]:
     """The longest examples that can meet in one batch of a trial."""
     sampler = trial.sampler
-    again = sampler.draws > epoch_length(
-        sampler.sizes, sampler.weights
-    )  # a batch may reach from one epoch into the next
+    # A batch may reach from one epoch into the next.
+    again = sampler.draws > epoch_length(sampler.sizes, sampler.weights)
     chosen: list[int] = []
     at = 0
     for count, weight in zip(sampler.sizes, sampler.weights):
@@ -216,56 +237,55 @@ def _longest_batch(trial: Trial) -> list[BatchItem]:
         at += count
     chosen = sorted(chosen, key=lambda i: (-trial.examples[i].tokens, -trial.examples[i].target_tokens, i))
     chosen = chosen[: sampler.batch_size]
-    trained = sum(int(trial.examples[i].loss_mask[1:].sum()) for i in chosen)
-    return [
-        BatchItem(trial.examples[i], trial.slot, (trial.seed, draw), 1.0 / trained) for draw, i in enumerate(chosen)
-    ]
+    weight = 1.0 / count_target_tokens(trial.examples[i] for i in chosen)
+    return [BatchItem(trial.examples[i], trial.slot, (trial.seed, draw), weight) for draw, i in enumerate(chosen)]
 
 
 def _weight(group: Sequence[BatchItem], packs: bool) -> tuple[int, int]:
-    """What makes a pass heavy: its tokens, where attention writes its scores out the squares of its lengths; target tokens."""
-    lengths = [w.example.tokens for w in group]
-    return sum(lengths) if packs else sum(n * n for n in lengths), sum(w.example.target_tokens for w in group)
+    """What makes a micro-batch heavy: its tokens, or the squares of its lengths where attention stores its scores; then its
+    target tokens."""
+    lengths = [item.example.tokens for item in group]
+    return sum(lengths) if packs else sum(n * n for n in lengths), sum(item.example.target_tokens for item in group)
 
 
 # ---- the dry run -----------------------------------------------------------------------------------------------------
 
 
 def dry_run(base: Base, trials: Sequence[Trial], memory_estimate: MemoryEstimate) -> int:
-    """Run the heaviest pass forward and back; returns the bytes in use at its peak, as `PeakMemory` counts them.
+    """Run the heaviest micro-batch forward and backward; returns the bytes in use at its peak, as `PeakMemory` counts them.
 
     Raises TrainingError, with what to change, where the plan is far beyond the machine, or memory runs out, and ModelError
-    where the model's own code fails: some run forward and refuse to go back.
+    where the model's own code fails: some run forward and cannot run backward.
     """
     refuse(memory_estimate)
     if memory_estimate.load.micro_batches > 1:
         for trial in trials:
             for parameter in () if trial.optimizer.in_backward else trial.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)  # what the micro-batches in front of it have left
+                parameter.grad = torch.zeros_like(parameter)  # what the micro-batches before it have left
     try:
         with (
             PeakMemory(base.device, keep=True) as memory, _freed_at_once(trials), working("trying the longest batch"),
         ):  # fmt: skip
-            micro_batch = collate(base, memory_estimate.work)
-            total, _ = forward(base, micro_batch, head_gradient_last=any(t.optimizer.in_backward for t in trials))
-            go_back(total)
+            micro_batch = collate(base, memory_estimate.items)
+            loss, _ = forward(base, micro_batch, head_gradient_last=any(t.optimizer.in_backward for t in trials))
+            backward(loss)
     except GraftError:
         raise
     except Exception as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+        message = next(iter(str(error).splitlines()), type(error).__name__)
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-            isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", said, re.IGNORECASE)
+            isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", message, re.IGNORECASE)
         )
         if not full and fails_in_the_model(error):
             raise ModelError(
-                f"{type(base.model).__name__} cannot be trained as asked: its own code fails in a pass forward and back "
-                f"({type(error).__name__}: {said[:200]}); take another model, or report this architecture"
+                f"{type(base.model).__name__} cannot be trained as asked: its own code fails in a forward and backward pass "
+                f"({type(error).__name__}: {message[:200]}); take another model, or report this architecture"
             ) from error
         if not full:
             raise
         raise TrainingError(
-            f"memory runs out in a pass of {memory_estimate.load.tokens:,} tokens, before the first step ({said[:160]})."
-            f"{_way_out(memory_estimate)}"
+            f"memory runs out in a micro-batch of {memory_estimate.load.tokens:,} tokens, before the first step "
+            f"({message[:160]}).{_way_out(memory_estimate)}"
         ) from None
     finally:
         for trial in trials:
@@ -275,7 +295,7 @@ def dry_run(base: Base, trials: Sequence[Trial], memory_estimate: MemoryEstimate
 
 @contextmanager
 def _freed_at_once(trials: Sequence[Trial]) -> Iterator[None]:
-    """With the optimizer inside the backward pass no gradient stays; here each is dropped without a step."""
+    """With the optimizer inside the backward pass no gradient stays; here each is freed without a step."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
@@ -309,5 +329,42 @@ def _way_out(memory_estimate: MemoryEstimate) -> str:
     if memory_estimate.case is None or memory_estimate.requirement is None:
         return " Lower --micro-batch-tokens, or take --activation-checkpointing"
     found = changes(memory_estimate.case, memory_estimate.requirement.setting)
-    said = "; ".join(f"{change.text} ({size(change.peak)})" for change in found)
-    return f" Cheapest first: {said}" if said else " Take a smaller model, or a larger machine"
+    listed = "; ".join(f"{change.text} ({size(change.peak)})" for change in found)
+    return f" Cheapest first: {listed}" if listed else " Take a smaller model, or a larger machine"
+
+
+# ---- memory given back -----------------------------------------------------------------------------------------------
+
+
+def glibc(name: str) -> Callable[..., int] | None:
+    """One of glibc's own functions; None with another C library."""
+    try:
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018  (only glibc has it)
+        return library[name]
+    except (OSError, AttributeError):
+        return None
+
+
+def release_memory() -> None:
+    """Give what nobody uses any more back to the system: objects that only refer to each other, and what the heap holds
+    free, the gaps between living tensors too."""
+    gc.collect()
+    trim = glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def mmap_allocations(wanted: bool) -> Iterator[bool]:
+    """While open and `wanted`, blocks of LARGE_BYTES and more are mmap-backed; yields whether they are."""
+    set_option = glibc("mallopt") if wanted else None
+    if set_option is None or not set_option(_MMAP_THRESHOLD, LARGE_BYTES):
+        yield False
+        return
+    set_option(_TRIM_THRESHOLD, _KEPT_AT_THE_END)
+    try:
+        yield True
+    finally:
+        set_option(_MMAP_THRESHOLD, _HEAP_AGAIN)
+        set_option(_TRIM_THRESHOLD, 2 * _HEAP_AGAIN)

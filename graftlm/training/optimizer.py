@@ -1,4 +1,4 @@
-"""AdamW over named parameters, where its states live and when it steps; the norm for clipping; the learning rate's schedule.
+"""AdamW over named parameters; gradient clipping; steps inside the backward pass; the learning rate's schedule.
 
 What one step does to one parameter is `kernels.adamw_step`, and `kernels/reference_adamw.py` has its formula. Memory
 of full training, in bytes a parameter beyond activations, comes down a ladder:
@@ -8,25 +8,40 @@ of full training, in bytes a parameter beyond activations, comes down a ladder:
     m and v in 8 bits                                         2 + 2 + 2.03
     each parameter's step as soon as its gradient is there    2 + ~0 + 2.03
     m and v in the host's memory (GPU)                        2 + ~0 + 0
+
+**Steps inside the backward pass** (`--optimizer-in-backward`): each tensor is updated as soon as its gradient is
+complete, which is then freed, so no more than a few gradients exist at once. The price: the norm of all gradients is
+known only when the last one is gone, so nothing can be clipped by it, and a step is one micro-batch, for a second one
+would meet weights that have moved already.
+
+What is promised about numbers that are not finite: the loss is checked before the backward pass begins, and where it is not
+finite nothing is updated. A gradient that is not finite stops the run with its tensor's name before that tensor is touched;
+the tensors between it and the loss have had their step by then. Nothing of that step is written to disk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from graftlm import kernels
+from graftlm.base.loading import Base
+from graftlm.errors import ConfigError, Diverged
 from graftlm.kernels import Moments
 from graftlm.kernels.moments import SMALL
+from graftlm.segments import pack
+from graftlm.training.sanity_checks import UpdateCheck
+from graftlm.training.trial import Trial, name_rows
 
 GradientHook = Callable[[str, Tensor, float], None]
-"""Told of a parameter's name, its gradient and its learning rate, before its update."""
+"""Called with a parameter's name, its gradient and its learning rate, before its update."""
 
 
 class AdamW:
@@ -49,7 +64,7 @@ class AdamW:
         """`weight_decay` applies to matrices only; `ratios` multiplies the learning rate of single parameters.
 
         `eight_bit` holds the moments of parameters of 4096 values and more in 8 bits. `in_backward` says that steps are
-        taken by `stepping`. The moments live on `state_device`, or where their parameters are.
+        taken by `step_in_backward`. The moments live on `state_device`, or where their parameters are.
         """
         self.parameters = parameters
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
@@ -64,7 +79,7 @@ class AdamW:
     # ---- a step of all parameters ----
 
     def gradient_norm(self) -> float:
-        """The 2-norm over all gradients, summed in float64 in a fixed order; after `stepping`, over those it has used."""
+        """The 2-norm over all gradients, summed in float64 in a fixed order; after `step_in_backward`, over those it used."""
         if not self.in_backward:
             gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
             self.squares = {name: kernels.sum_of_squares(gradient) for name, gradient in gradients.items()}
@@ -116,8 +131,8 @@ class AdamW:
     # ---- steps inside the backward pass ----
 
     @contextmanager
-    def stepping(
-        self, learning_rate: float, refusal: Callable[[str], Exception], heard: GradientHook | None = None
+    def step_in_backward(
+        self, learning_rate: float, refusal: Callable[[str], Exception], on_gradient: GradientHook | None = None
     ) -> Iterator[None]:
         """While open, a backward pass updates each parameter as soon as its gradient is complete, and frees it.
 
@@ -137,8 +152,8 @@ class AdamW:
                     raise refusal(name)
                 assert name not in self.squares, f"'{name}' got a gradient twice in one step"
                 self.squares[name] = square
-                if heard is not None:
-                    heard(name, gradient, self.rate_of(name, learning_rate))
+                if on_gradient is not None:
+                    on_gradient(name, gradient, self.rate_of(name, learning_rate))
                 self._update(name, gradient, learning_rate, 1.0)
 
             return take
@@ -194,6 +209,65 @@ class _Kept(TypedDict):
 def clip_factor(norm: float, limit: float) -> float:
     """What all gradients are multiplied with so that their common norm is at most `limit`; 1 where that is 0."""
     return limit / norm if limit and norm > limit else 1.0
+
+
+@contextmanager
+def steps_in_backward(
+    trials: Sequence[Trial], token_losses: Tensor, update_checks: Mapping[int, UpdateCheck]
+) -> Iterator[None]:
+    """Around a backward pass: the trials with `--optimizer-in-backward` take their step in it; of others nothing happens.
+
+    `token_losses` are the micro-batch's; where one is not finite no step is taken. Raises Diverged for a gradient that is not
+    finite.
+    """
+    stepping = [trial for trial in trials if trial.optimizer.in_backward]
+    with ExitStack() as stack:
+        if stepping and bool(torch.isfinite(token_losses).all()):
+            for trial in stepping:
+                check = update_checks.get(trial.slot)
+                on_gradient = check.observe_gradient if check is not None and not check.done else None
+                learning_rate = trial.schedule(trial.step)
+                stack.enter_context(
+                    trial.optimizer.step_in_backward(learning_rate, partial(_not_finite, trial), on_gradient)
+                )
+        yield
+
+
+def _not_finite(trial: Trial, name: str) -> Diverged:
+    shown = name_rows([example.row for _, example in trial.next_examples()])
+    return Diverged(
+        f"{trial.name}: the gradient of '{name}' is not finite at step {trial.step + 1} on rows {shown}. "
+        "Lower --learning-rate, or look at these rows; tensors behind it had their step already, so --resume goes on from the "
+        "last checkpoint"
+    )
+
+
+def check_one_micro_batch(base: Base, trials: Sequence[Trial], micro_batch_tokens: int) -> None:
+    """Raise ConfigError if a trial steps inside the backward pass and a step of `trials` needs several micro-batches."""
+    if not any(trial.optimizer.in_backward for trial in trials):
+        return
+    most, worst = 0, ""
+    for step in range(min(t.step for t in trials), max(t.sampler.steps for t in trials)):
+        active = [t for t in trials if t.step <= step < t.sampler.steps]
+        lengths = [len(t.examples[i].ids) for t in active for _, i in t.sampler.step(step)]
+        if sum(lengths) <= most or len(lengths) == 1:
+            continue
+        groups = pack(lengths, [0] * len(lengths), micro_batch_tokens, equal_lengths=not base.packs)
+        if len(groups) > 1:
+            most = sum(lengths)
+            worst = f"step {step + 1} needs {len(groups)}: its {len(lengths)} examples hold {most:,} tokens"
+    if not worst:
+        return
+    batch = " + ".join(str(t.sampler.batch_size) for t in trials)
+    way_out = (
+        f"--micro-batch-tokens {most}, which is enough for every step, a smaller --batch-size"
+        if base.packs
+        else "--batch-size 1, for this model runs on examples of one length"
+    )
+    raise ConfigError(
+        f"--optimizer-in-backward updates the weights in a step's only micro-batch, and {worst}, with --batch-size {batch} and "
+        f"--micro-batch-tokens {micro_batch_tokens}. Give {way_out}, or leave --optimizer-in-backward out"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The run folder: what a run was asked, with what, on what, and what came out.
+"""The run folder: what a run was asked, with what data, on what machine, and its result.
 
 config.json        every option, resolved        plan.json       bytes and time, and what was measured
 environment.json   versions, hardware, dates     data.json       digest, rows, tokens, target tokens, template date
@@ -25,13 +25,24 @@ import torch
 from safetensors import SafetensorError
 
 from graftlm import __version__, kernels
+from graftlm.adapters import peft_format as adapter_format
+from graftlm.adapters.attach import Adapter
+from graftlm.base.chat import Encoder
+from graftlm.base.loading import Base
+from graftlm.base.precision import DTYPES
+from graftlm.base.saving import save_model
+from graftlm.config import TrainConfig
+from graftlm.data.dataset import Dataset
 from graftlm.errors import RunError
-from graftlm.files import write_json, write_text
+from graftlm.files import atomic_folder, write_json, write_text
 from graftlm.jsonfile import parse_json
 from graftlm.training import checkpoint
+from graftlm.training.trial import Trial
 
 LOCK = ".running"
 SUMMARY = "summary.json"
+SO_FAR = "{}-so-far"
+"""What the result of an interrupted run is called: `adapter-so-far` or `model-so-far`."""
 
 
 def environment() -> dict[str, Any]:
@@ -58,7 +69,7 @@ def environment() -> dict[str, Any]:
 def check_free(out: Path, resume: bool) -> None:
     """Refuse an output folder that already holds something, unless its run is to go on; and a run that has ended.
 
-    To be asked while the folder is `locked`, so that nobody else fills it meanwhile.
+    Call it while the folder is `locked`, so that no other process fills it meanwhile.
     """
     filled = out.is_dir() and any(entry.name != LOCK for entry in out.iterdir())
     known_run = (out / "config.json").is_file()
@@ -112,12 +123,12 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Say what is left of a run that cannot be written any more: RunError instead of OSError and SafetensorError."""
+    """Raise RunError, with the checkpoint to go on from, instead of the OSError or SafetensorError of a failed write."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{out} could not be written to ({error}); {checkpoint.whereabouts(out)}. "
+            f"{out} could not be written to ({error}); {checkpoint.describe_newest(out)}. "
             "Make room, and go on with the same command and --resume"
         ) from None
 
@@ -138,7 +149,7 @@ class MetricsFile:
         self._stream.flush()
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be flushed has been said where it was written
+        with suppress(OSError):  # what could not be flushed was reported where it was written
             self._stream.close()
 
 
@@ -173,17 +184,87 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-__all__ = [
-    "LOCK",
-    "SUMMARY",
-    "MetricsFile",
-    "check_free",
-    "environment",
-    "locked",
-    "read_evaluation",
-    "read_lines",
-    "read_metrics",
-    "write_json",
-    "write_lines",
-    "writing",
-]
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+def describe_inputs(
+    config: TrainConfig, base: Base, encoder: Encoder, dataset: Dataset, eval_dataset: Dataset | None
+) -> dict[str, Any]:
+    """What the run folder and the result's manifest say about data and base."""
+
+    def describe(data: Dataset) -> dict[str, Any]:
+        return {
+            "sources": [{"name": p.name, "weight": p.weight, "rows": len(p.examples)} for p in data.parts],
+            "rows": data.rows, "tokens": data.tokens, "target_tokens": data.target_tokens, "longest": data.longest,
+            "dropped": data.dropped, "truncated": data.truncated, "formats": dict(data.kinds), "digest": data.digest,
+        }  # fmt: skip
+
+    return {
+        "data": {
+            "train": describe(dataset),
+            "eval": None if eval_dataset is None else describe(eval_dataset),
+            "template_date": config.template_date,
+            "template_digest": encoder.template_digest,
+            "train_on": config.train_on,
+        },
+        "base": {
+            "name": config.model,
+            "fingerprint": base.fingerprint,
+            "precision": base.precision,
+            "compute_dtype": base.compute_dtype,
+            "architecture": type(base.model).__name__,
+            "parameters": base.parameters,
+        },
+    }
+
+
+def manifest_of(
+    config: TrainConfig, encoder: Encoder, description: dict[str, Any], before: float | None, after: float | None
+) -> dict[str, Any]:
+    """How a result was made, for its manifest; `before` and `after` are eval losses in nats a target token."""
+    return {
+        **description,
+        "method": config.method,
+        "seed": config.seed,
+        "template": {"digest": encoder.template_digest, "own": encoder.has_own_template, "date": config.template_date},
+        "evaluation": {"before": before, "after": after},
+        "versions": environment()["versions"],
+    }
+
+
+def save_result(
+    config: TrainConfig, base: Base, adapter: Adapter | None, trial: Trial, encoder: Encoder, description: dict[str, Any],
+    name: str = "{}",
+) -> dict[str, Any]:  # fmt: skip
+    """Write adapter/ or model/, called `name`, and evaluation.jsonl; returns their places and sizes.
+
+    Raises OSError, SafetensorError.
+    """
+    if trial.first is not None and trial.best is not None:
+        after = {r.row: r for r in trial.best.rows}
+        lines = (
+            {"row": r.row, "target_tokens": r.target_tokens, "loss_before": r.loss, "loss_after": after[r.row].loss}
+            for r in trial.first.rows
+        )
+        write_lines(config.out / "evaluation.jsonl", lines)
+    losses = (trial.first.loss if trial.first else None, trial.best.loss if trial.best else None)
+    manifest = manifest_of(config, encoder, description, *losses)
+    if adapter is not None:
+        place = config.out / name.format("adapter")
+        with atomic_folder(place) as folder:
+            adapter_format.save(base, adapter, folder, manifest)
+        return {
+            "adapter_folder": str(place),
+            "adapter_digest": adapter_format.inspect_folder(place).digest,
+            "saved_bytes": (place / adapter_format.TENSORS).stat().st_size,
+        }
+    place = config.out / name.format("model")
+    with atomic_folder(place) as folder:
+        save_model(base.model, str(folder), DTYPES[config.save_precision or base.precision])
+        base.tokenizer.save_pretrained(str(folder))
+        write_json(folder / "graft.json", {"format": 1, **manifest, "tokenizer_digest": encoder.tokenizer_digest})
+    return {"model_folder": str(place), "saved_bytes": _bytes(place)}
+
+
+def _bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from graftlm.data.dataset import Example
 from graftlm.data.sampler import Sampler
-from graftlm.training.optimizer import AdamW, LRSchedule
+
+if TYPE_CHECKING:
+    from graftlm.training.optimizer import AdamW, LRSchedule
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Evaluation:
     def loss(self) -> float:
         """Mean loss of a target token, in nats."""
         return math.fsum(r.loss for r in self.rows) / sum(r.target_tokens for r in self.rows)
+
+
+def name_rows(rows: Sequence[str]) -> str:
+    """Rows for a message: the first four and how many more."""
+    return ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -88,8 +96,12 @@ class Trial:
             return False
         return self.step == 0 or self.done or (self.eval_every > 0 and self.step % self.eval_every == 0)
 
+    def next_examples(self) -> list[tuple[int, Example]]:
+        """(draw, example) of the batch of the next step; the same until `step` moves on."""
+        return [(draw, self.examples[i]) for draw, i in self.sampler.step(self.step)]
+
     def record(self, evaluation: Evaluation) -> bool:
-        """Remember an evaluation; returns whether it is the best so far. Untrained weights are nobody's result."""
+        """Remember an evaluation; returns whether it is the best so far. An evaluation before the first step never is."""
         self.first = self.first or evaluation
         self.last = evaluation
         self.evaluations.append((evaluation.step, evaluation.loss))

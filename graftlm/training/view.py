@@ -1,6 +1,6 @@
 """What a person sees of a run: on standard error, so that `--json` has standard output to itself.
 
-A `View` is told values and draws them with rich: the base, the data, the coverage table, a progress bar with loss,
+A `View` receives values and draws them with rich: the base, the data, the coverage table, a progress bar with loss,
 tokens a second and the time left, and the end. `quiet=True` draws nothing (tests, runs within runs).
 """
 
@@ -49,7 +49,7 @@ class View:
         how = (
             "examples packed end to end" if base.packs else f"stacks of equally long examples: {base.no_packing_reason}"
         )
-        self.fact("", f"products in {COMPUTE_DTYPE_NAMES[base.compute_dtype]} on {base.device.type}; {how}")
+        self.fact("", f"matmuls in {COMPUTE_DTYPE_NAMES[base.compute_dtype]} on {base.device.type}; {how}")
         for name, why in list(base.not_converted.items())[:5]:
             self.fact("", f"kept as it is: {name}, {why}")
         if len(base.not_converted) > 5:
@@ -64,14 +64,14 @@ class View:
         other = f"; {eval_dataset.rows:,} eval rows" if eval_dataset else "; no eval rows"
         self.fact(
             "data",
-            f"{dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.target_tokens:,} of them trained"
+            f"{dataset.rows:,} rows, {dataset.tokens:,} tokens, {dataset.target_tokens:,} of them targets"
             f"{extra}{other}",
         )
         for note in dict.fromkeys((*notes, *dataset.notes, *(eval_dataset.notes if eval_dataset else ()))):
             self.fact("", note)
 
     def coverage(self, rows: Sequence[CoverageRow], adapter: Adapter, notes: Sequence[str] = ()) -> None:
-        """Which layers are adapted, and what is to be said of others."""
+        """Which layers are adapted, and notes on others."""
         columns = [terminal.Column("layer"), *(terminal.Column(h, right=True) for h in ("adapted", "rank", "trained"))]
         cells = [
             (f"{row.kind:<{_LABEL - 2}}", f"{row.adapted} of {row.total}", row.rank, f"{row.parameters:,}", "")
@@ -82,18 +82,17 @@ class View:
         for note in notes:
             self.fact("", note)
 
-    def everything(self, parameters: int) -> None:
-        """That no layer is left out."""
+    def full_training(self, parameters: int) -> None:
+        """That every weight is trained."""
         self.fact("trained", f"every weight, {parameters:,} values")
 
-    def ahead(self, ahead: MemoryEstimate, dry_run_bytes: int | None) -> None:
-        """What the run is expected to take, and what a pass over its longest batch took."""
-        if ahead.requirement is None:
+    def memory(self, estimate: MemoryEstimate, dry_run_bytes: int | None) -> None:
+        """What the run is expected to take, and what the dry run over its longest batch took."""
+        if estimate.requirement is None:
             return
-        took = "" if dry_run_bytes is None else f"; one pass over the longest batch took {size(dry_run_bytes)}"
-        self.fact(
-            "memory", f"{size(ahead.requirement.training)} expected{took}; {ahead.micro_batch_tokens:,} tokens a pass"
-        )
+        took = "" if dry_run_bytes is None else f"; the dry run over the longest batch took {size(dry_run_bytes)}"
+        tokens = f"micro-batches of {estimate.micro_batch_tokens:,} tokens"
+        self.fact("memory", f"{size(estimate.requirement.training)} expected{took}; {tokens}")
 
     @contextmanager
     def training(self, trial: Trial) -> Iterator[None]:
@@ -105,14 +104,14 @@ class View:
             finally:
                 self._task = None
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
         self._tokens += result.tokens
         self._seconds += result.seconds
         if self._task is not None:
             rate = self._tokens / self._seconds if self._seconds else 0
             self._task.to(trial.step, note=f"loss {result.loss:.3f}  {rate:,.0f} tokens/s")
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         base = trial.first.loss if trial.first is not None else evaluation.loss
         mark = "  above the base's" if evaluation.loss > base else "  best so far" if best else ""
         self.note(f"step {evaluation.step:>5}  eval loss {evaluation.loss:.4f}{mark}")
@@ -121,7 +120,7 @@ class View:
         """What came out, where it is and what it cost."""
         before, after = summary["eval_loss_before"], summary["eval_loss_after"]
         if before is not None and after is not None:
-            self.fact("held out", f"loss {before:.4f} before, {after:.4f} after step {summary['saved_step']}")
+            self.fact("eval loss", f"{before:.4f} before, {after:.4f} after step {summary['saved_step']}")
             if after > before:
                 self.fact("", "worse than the base: lower --learning-rate, or train on data more like the eval rows")
         place = summary.get("adapter_folder") or summary.get("model_folder")

@@ -92,7 +92,7 @@ def test_the_first_pattern_that_names_a_layer_gives_its_rank_and_alpha() -> None
     }  # fmt: skip
 
 
-def test_modules_trained_whole_are_the_embeddings_and_the_head() -> None:
+def test_modules_trained_in_full_are_the_embeddings_and_the_head() -> None:
     base = loaded("llama")
     assert resolve_modules_to_save(base, ("embeddings", "lm_head")) == ["model.embed_tokens", "lm_head"]
     with pytest.raises(ConfigError, match="did you mean 'embeddings'"):
@@ -114,7 +114,7 @@ def test_dropout_and_dora_are_refused_on_stacked_experts(change: dict[str, objec
     ("architecture", "targets"),
     [("mixtral", ("gate",)), ("qwen3_moe", ("*.0.mlp.gate",)), ("qwen3_moe", ("*.layers.1.mlp.up_proj",))],
 )
-def test_whatever_peft_is_told_as_a_parameter_is_refused_with_dropout_and_dora(
+def test_target_parameters_of_peft_are_refused_with_dropout_and_dora(
     architecture: str, targets: tuple[str, ...], change: dict[str, object]
 ) -> None:
     base = loaded(architecture)
@@ -131,7 +131,7 @@ def test_a_dense_model_may_have_layers_that_are_named_like_experts() -> None:
     assert adapter_format.peft_config(base, adapter)["target_parameters"] is None
 
 
-def test_a_head_that_is_more_than_a_linear_layer_cannot_be_trained_whole() -> None:
+def test_a_head_that_is_more_than_a_linear_layer_cannot_be_trained_in_full() -> None:
     class Scaled(torch.nn.Linear):
         pass
 

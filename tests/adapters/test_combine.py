@@ -74,7 +74,7 @@ def test_linear_is_pefts_exact_sum(kind: str, folders: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-def test_ties_is_pefts_on_whole_updates(density: float, folders: list[Path]) -> None:
+def test_ties_is_pefts_on_full_updates(density: float, folders: list[Path]) -> None:
     expected = pefts(folders, "ties_svd", svd_rank=FULL, svd_full_matrices=False, density=density)
     assert_equal(combined(folders, MergeRecipe("ties", density)), expected)
 
@@ -111,7 +111,7 @@ def _modules() -> Any:
     return tiny.plain(tiny.folder("llama")).named_parameters()
 
 
-def test_dare_keeps_the_share_it_is_told_and_the_sum_on_average() -> None:
+def test_dare_keeps_the_given_density_and_the_sum_on_average() -> None:
     update = torch.ones(300, 400)
     kept = ours.dropped(update, 0.3, 7, ("w", -1, 0), 0)
     assert (kept != 0).float().mean() == pytest.approx(0.3, abs=0.01)

@@ -116,9 +116,13 @@ def test_the_rank_is_padded_to_the_next_that_vllm_serves(rank: int, padded: int,
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a rank above 256": ("llama", {"rank": 257}, "rank is 257, and vLLM serves at most 256"),
-    "DoRA": ("llama", {"dora": True}, "it is a DoRA, whose magnitude is no low-rank update; merge it into a model"),
-    "a whole head": ("llama", {"modules_to_save": ("head",)}, "'lm_head' is trained whole or by rows"),
-    "token rows": ("llama", {"trainable_tokens": (5, 11)}, "'model.embed_tokens' is trained whole or by rows"),
+    "DoRA": (
+        "llama",
+        {"dora": True},
+        "it is a DoRA adapter, whose magnitude is not a low-rank update; merge it into a model",
+    ),
+    "a whole head": ("llama", {"modules_to_save": ("head",)}, "'lm_head' is trained in full or by token rows"),
+    "token rows": ("llama", {"trainable_tokens": (5, 11)}, "'model.embed_tokens' is trained in full or by token rows"),
     "an architecture without LoRA": ("gpt2", {"targets": ("c_attn",)}, "vLLM has no LoRA for GPT2LMHeadModel"),
 }
 

@@ -70,7 +70,7 @@ def test_the_same_again_is_the_same_version(tmp_path: Path) -> None:
     assert (again.digest, new) == (first.digest, False)
 
 
-def test_the_base_and_the_precision_may_be_said(tmp_path: Path) -> None:
+def test_the_base_and_the_precision_may_be_given(tmp_path: Path) -> None:
     theirs(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
@@ -86,7 +86,7 @@ def test_an_adapter_of_ours_is_published_as_it_is(tmp_path: Path) -> None:
     folder = saved(base, tmp_path / "a", targets=("q_proj",))
     version, _, notes = brought(folder, tmp_path)
     assert version.digest == adapter_format.inspect_folder(folder).digest
-    assert notes == ["it has a graft.json of ours, so it was published as it is"]
+    assert notes == ["it has a graft.json, so it was published as it is"]
 
 
 def nan(place: Path) -> None:
@@ -139,7 +139,7 @@ def test_another_architectures_adapter_is_refused(tmp_path: Path) -> None:
         brought(tmp_path / "a", tmp_path, model=str(BASE))
 
 
-def test_what_is_neither_a_folder_nor_a_hub_id_and_a_base_that_is_gone_are_said(tmp_path: Path) -> None:
+def test_what_is_neither_a_folder_nor_a_hub_id_and_a_base_that_is_gone_are_errors(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="neither a directory nor a hub id"):
         brought(tmp_path / "gone", tmp_path)
     theirs(tmp_path / "a")

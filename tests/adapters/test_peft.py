@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter, attach, detach
-from graftlm.adapters.bank import LowRank, ModulesToSave, TrainableTokens
+from graftlm.adapters.slots import LowRank, ModulesToSave, TrainableTokens
 from graftlm.base.loading import Base, load_base
 from graftlm.base.saving import dense_state_dict
-from graftlm.training.trainer import BatchItem, collate, forward, train
+from graftlm.training.micro_batch import BatchItem, collate, forward
+from graftlm.training.trainer import train
 
 ROWS = tiny.examples((9, 4, 12, 9, 7), seed=2)
 

@@ -164,7 +164,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     ),
     "another head": (
         lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(83, 28)}),
-        "is another one than",
+        "differs from",
     ),
     "token rows that nothing names": (
         lambda t: t.update(
@@ -221,7 +221,7 @@ def test_configs_that_would_compute_something_else_are_refused(base: Base, saved
     refused(base, saved, words)
 
 
-def test_a_whole_module_of_another_shape_is_refused(base: Base, saved: Path) -> None:
+def test_a_module_to_save_of_another_shape_is_refused(base: Base, saved: Path) -> None:
     small = {"base_model.model.lm_head.weight": torch.ones(5, 28)}
     change(saved, tensors=lambda t: t.update(small), modules_to_save=["lm_head"])
     refused(base, saved, "shape (5, 28), expected (83, 28)")

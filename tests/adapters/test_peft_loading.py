@@ -305,7 +305,7 @@ def test_the_same_base_in_another_precision_is_taken_with_a_note(saved: Path, pr
     assert f"trained on a base in float32 and runs on {precision}: its logits differ by" in note
 
 
-def test_a_canary_of_products_in_bfloat16_is_taken_in_float32(base: Base, tmp_path: Path) -> None:
+def test_a_canary_of_a_bf16_mixed_base_is_computed_in_float32(base: Base, tmp_path: Path) -> None:
     if not kernels.has_bf16_matmul():
         pytest.skip("this processor has no bfloat16 instructions")
     mixed = loaded(tiny_run.folder(), compute_dtype="bf16-mixed")
@@ -343,7 +343,7 @@ def test_an_adapter_that_is_applied_with_another_scale_is_found_by_the_canary(
 ) -> None:
     scale_of = fit.scale_of
     monkeypatch.setattr(fit, "scale_of", lambda *given: factor * scale_of(*given))
-    refused(base, saved, "the canary failed: what the adapter adds to the logits is off by")
+    refused(base, saved, "the canary failed: what the adapter adds to the logits differs by")
 
 
 def test_an_adapter_on_the_wrong_layers_is_found_by_the_canary(base: Base, saved: Path) -> None:
@@ -359,7 +359,7 @@ def test_an_adapter_on_the_wrong_layers_is_found_by_the_canary(base: Base, saved
 
 CANARIES: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "prompts of two lengths": (lambda c: c["prompts"][0].pop(), "not of one length of at most 256"),
-    "a token too high": (lambda c: c["prompts"][1].__setitem__(2, 259), "asks for token 259, this base's last one is 258"),
+    "a token too high": (lambda c: c["prompts"][1].__setitem__(2, 259), "has token 259, this base's last one is 258"),
     "too few numbers": (lambda c: c["adapter"].pop(), "keeps 63 numbers, expected 64"),
     "a number that is far off": (lambda c: c["adapter"].__setitem__(3, 1e38), "the canary failed"),
     "numbers whose sum overflows": (lambda c: c.update(adapter=[1e308] * 64), r"graft\.json: canary\.adapter\.0"),
@@ -385,7 +385,7 @@ def test_a_canary_that_cannot_be_is_refused(base: Base, saved: Path, which: str)
 def test_a_manifest_without_a_tolerance_has_the_canary_that_graft_takes(base: Base, saved: Path) -> None:
     change_tensors(saved, lambda t: t[KEY].mul_(1.3))
     rewrite(saved, lambda m: m["canary"].update(tolerance={}))
-    refused(base, saved, "the canary failed: what the adapter adds to the logits is off by")
+    refused(base, saved, "the canary failed: what the adapter adds to the logits differs by")
 
 
 def test_an_entry_of_the_config_that_the_formula_leaves_out_is_held_against_nothing(base: Base, saved: Path) -> None:
@@ -443,7 +443,7 @@ def test_another_date_is_the_training_date_again(tmp_path: Path) -> None:
 
 def test_other_stop_tokens_are_refused_with_both_lists(base: Base, saved: Path) -> None:
     rewrite(saved, lambda m: m["golden"].update(stop=[2, 7]))
-    refused(base, saved, r"ending at tokens \[2, 7\], here it ends at \[2\]")
+    refused(base, saved, r"with stop tokens \[2, 7\], here they are \[2\]")
 
 
 def test_a_tokenizer_file_that_changed_and_gives_the_same_tokens_is_a_note(saved: Path, tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_a_tokenizer_file_that_changed_and_gives_the_same_tokens_is_a_note(saved
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     adapter = adapter_format.load(loaded(other), saved)
     assert adapter.origin is not None
-    assert "tokenizer's file is another one than in training" in adapter.origin.notes[0]
+    assert "tokenizer's file differs from training" in adapter.origin.notes[0]
 
 
 def test_an_adapter_with_tokens_of_its_own_brings_its_tokenizer(tmp_path: Path) -> None:

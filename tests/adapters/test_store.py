@@ -92,7 +92,7 @@ def test_an_adapter_without_a_manifest_or_with_a_changed_byte_is_not_published(t
 def test_a_folder_with_other_files_does_not_become_a_store(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(StoreError, match="holds other files and no store"):
+    with pytest.raises(StoreError, match="holds other files and is not a store"):
         Store(tmp_path / "mine").publish(stores.adapter(tmp_path / "a"), "x")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -141,7 +141,7 @@ def test_rolling_back_goes_back_one_at_a_time_and_not_to_and_fro(store: Store) -
         store.alias("formal", "prod", number)
     assert store.rollback("formal", "prod") == (3, 2)
     assert store.rollback("formal", "prod") == (2, 1)
-    with pytest.raises(StoreError, match="none before it"):
+    with pytest.raises(StoreError, match="no previous version"):
         store.rollback("formal", "prod")
     store.alias("formal", "prod", 3)
     assert store.rollback("formal", "prod") == (3, 1)
@@ -184,7 +184,7 @@ def test_removing_keeps_a_content_that_another_name_has(store: Store, tmp_path: 
 
 def test_a_name_on_two_bases_asks_for_the_base(store: Store, tmp_path: Path) -> None:
     store.publish(stores.adapter(tmp_path / "b", 1, base=OTHER), "formal")
-    with pytest.raises(StoreError, match=r"is there for 2 bases.*say which with --base"):
+    with pytest.raises(StoreError, match=r"is there for 2 bases.*choose one with --base"):
         store.find("formal")
     assert store.find("formal", OTHER[:8]).base == OTHER
     assert store.find("formal", BASE).number == 3

@@ -167,7 +167,7 @@ def test_a_byte_that_changed_there_is_found_before_the_version_appears(
     data = bytearray(remote.fs.cat_file(path))
     data[len(data) // 2] ^= 4
     remote.fs.pipe_file(path, bytes(data))
-    with pytest.raises(StoreError, match=r"is damaged and was not taken|is another adapter"):
+    with pytest.raises(StoreError, match=r"is damaged and was not published|is another adapter"):
         got(tmp_path / "here", place)
     assert not Store(tmp_path / "here").exists
 
@@ -195,14 +195,14 @@ def test_a_damaged_version_is_not_pushed(store: Store, place: str) -> None:
         sent(store, place, "formal@1")
 
 
-def test_a_place_that_is_not_there_or_not_readable_is_said(tmp_path: Path) -> None:
+def test_a_place_that_is_not_there_or_not_readable_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is nothing at"):
         got(tmp_path / "here", str(tmp_path / "gone"))
     with pytest.raises(StoreError, match="nosuch"):
         got(tmp_path / "here", "nosuch://x/y")
 
 
-def test_nothing_to_push_and_nothing_to_pull_are_said(store: Store, tmp_path: Path) -> None:
+def test_nothing_to_push_and_nothing_to_pull_are_errors(store: Store, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(StoreError, match="empty holds no versions; push some there first"):
         got(tmp_path / "here", str(tmp_path / "empty"))

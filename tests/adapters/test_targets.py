@@ -129,18 +129,18 @@ REFUSED: dict[str, tuple[Options, str]] = {
                            "layers_to_transform": [0]}, "layers_to_transform [0] leaves its layer out"),
     "layers behind a name that is not there": (
         {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"}, "name no layer of this base"),
-    "layers with an expression": ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform takes"),
-    "a pattern without layers": ({"layers_pattern": "layers"}, "layers_pattern takes layers_to_transform"),
+    "layers with an expression": ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform needs"),
+    "a pattern without layers": ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
     "everything trained whole": ({"modules_to_save": ["model"]}, "name no layer of this base"),
     "a layer trained whole": ({"target_modules": ["k_proj"], "modules_to_save": ["0.self_attn.q_proj"]},
                               "neither this base's embedding nor its head"),
-    "a norm trained whole": ({"modules_to_save": ["norm"]}, "neither this base's embedding nor its head; it means"),
+    "a norm trained whole": ({"modules_to_save": ["norm"]}, "neither this base's embedding nor its head; it matches"),
     "modules that are a word": ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
     "an embedding as a target": ({"target_modules": ["q_proj", "embed_tokens"]}, "names 'model.embed_tokens' too"),
     "a norm as a target": ({"target_modules": ["q_proj", "norm"]}, "names 'model.norm' too"),
     "all modules": ({"target_modules": ".*"}, "names 'model' too"),
     "a layer in both ways": ({"target_parameters": ["q_proj.weight"]}, "both name 'model.layers.0.self_attn.q_proj'"),
-    "all weights as parameters": ({"target_modules": [], "target_parameters": ["weight"]}, "on which Graft puts no adapter"),
+    "all weights as parameters": ({"target_modules": [], "target_parameters": ["weight"]}, "which Graft cannot adapt"),
     "parameters that are a word": ({"target_parameters": "q_proj.weight"}, "target_parameters is 'q_proj.weight'"),
     "a rank that is no whole number": ({"r": 3.5}, "r is 3.5"),
     "a rank by pattern that is no whole number": ({"rank_pattern": {"q_proj": 3.5}}, "r is 3.5"),
@@ -308,7 +308,7 @@ LARGE: dict[str, Callable[[], dict[str, int]]] = {
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("what", LARGE)
 def test_the_patterns_of_a_file_have_a_bound(what: str) -> None:
-    with pytest.raises(AdapterError, match=r"at most [\d,]+ are read|pattern too large"):
+    with pytest.raises(AdapterError, match=r"at most [\d,]+ are allowed|pattern too large"):
         Targets({"target_modules": ["q_proj"], "rank_pattern": LARGE[what]()}, "here")
 
 

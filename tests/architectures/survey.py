@@ -35,8 +35,9 @@ from graftlm.base.transformers_log import fails_in_the_model
 from graftlm.config import Precision
 from graftlm.errors import GraftError, ModelError, TrainingError
 from graftlm.files import write_text
-from graftlm.serving.engine.engine import Engine, EngineLimits
+from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.request import Request
+from graftlm.serving.engine.scheduler import EngineLimits
 from graftlm.training.trainer import train
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -145,10 +146,10 @@ class Family:
         how = "blocks" if way.paged else "own cache" if way.cache else "whole text"
         self.found.decoding = self.found.decoding or how  # of the float32 base, without an adapter
         if adapter:
-            engine.adapter_cache.adopt("it", 1)
+            engine.adapter_cache.pin("it", 1)
         for i, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS)):
             ids = tuple(prompt.tolist())
-            engine.submit(Request(id=str(i), prompt=ids, max_tokens=length, adapter="it" if adapter else ""))
+            engine.add_request(Request(id=str(i), prompt=ids, max_tokens=length, adapter="it" if adapter else ""))
         found: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
         while engine.busy:
             for piece in engine.step():

@@ -14,7 +14,8 @@ from graftlm.base.attention import ATTENTION
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base, load_base
 from graftlm.segments import Segments
-from graftlm.training.trainer import BatchItem, example_losses, micro_batches, train
+from graftlm.training.micro_batch import BatchItem, example_losses, micro_batches
+from graftlm.training.trainer import train
 
 PACK = tuple(a for a in tiny.ARCHITECTURES if a not in ("falcon", "bloom"))
 

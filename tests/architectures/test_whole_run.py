@@ -14,8 +14,8 @@ from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
 from graftlm.base.loading import load_base
 from graftlm.base.saving import dense_state_dict
+from graftlm.commands.train import train
 from graftlm.config import TrainConfig
-from graftlm.training.run import run
 from graftlm.training.view import View
 
 
@@ -44,7 +44,7 @@ def test_a_run_learns_and_its_result_is_read_by_others(
         compute_dtype="float32", device="cpu", steps=6, batch_size=7, learning_rate=1e-2, **adapter,
         lr_scheduler="constant", warmup_ratio=0.0, micro_batch_tokens=41, eval_every=3, activation_checkpointing=True,
     )  # fmt: skip
-    summary = run(config, View(quiet=True))
+    summary = train(config, View(quiet=True))
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert summary["packed"] == (architecture != "bloom")
     if method == "full":

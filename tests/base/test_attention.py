@@ -41,7 +41,7 @@ def random(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     st.sampled_from([None, 0.7]), st.sampled_from([None, 0.3]),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_each_document_attends_to_its_own_past(
+def test_each_example_attends_to_its_own_past(
     lengths: list[int], window: int | None, softcap: float | None, scaling: float | None
 ) -> None:
     q, k, v = random(sum(lengths))
@@ -63,7 +63,7 @@ def test_each_document_attends_to_its_own_past(
         torch.testing.assert_close(a, b, rtol=100 * tolerance, atol=100 * tolerance)
 
 
-def test_no_gradient_crosses_from_one_document_into_another_or_into_the_past() -> None:
+def test_no_gradient_crosses_from_one_example_into_another_or_into_the_past() -> None:
     q, k, v = random(12)
     with ForwardContext(Segments(lengths=(4, 4, 4), slots=(0, 0, 0))):
         y, _ = segment_attention(None, q, k, v, None)

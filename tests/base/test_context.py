@@ -15,7 +15,7 @@ from graftlm.segments import Segments
 FIRST, SECOND = (ForwardContext(Segments(lengths=(n,), slots=(0,))) for n in (3, 2))
 
 
-def test_a_thread_sees_the_context_of_its_own_pass_and_never_another_threads() -> None:
+def test_a_thread_sees_the_context_of_its_own_forward_pass_and_never_another_threads() -> None:
     entered, leave, seen = threading.Event(), threading.Event(), list[ForwardContext | None]()
 
     def work() -> None:

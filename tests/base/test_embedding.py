@@ -86,7 +86,7 @@ def test_an_embedding_gives_what_transformers_gives_whatever_type_it_is_stored_i
 
 
 @pytest.mark.parametrize("held", [0, 1], ids=["the base held", "an adapter's own rows held"])
-def test_a_pass_inside_another_threads_lookup_gets_its_own_rows_and_leaves_the_others_alone(
+def test_a_forward_pass_inside_another_threads_lookup_gets_its_own_rows_and_leaves_the_others_alone(
     held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interleaving is forced: one thread stays inside the class's own code while another makes a whole pass."""

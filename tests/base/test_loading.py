@@ -198,7 +198,7 @@ def test_a_plain_cuda_is_the_current_device_and_a_numbered_one_becomes_it(monkey
     assert chosen == [1]
 
 
-def test_mixed_compute_is_refused_where_the_processor_has_no_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_mixed_is_refused_if_the_processor_has_no_bfloat16_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftlm.kernels.has_bf16_matmul", lambda: False)
     with pytest.raises(ModelError, match="compute-dtype bf16-mixed needs a CPU that multiplies bfloat16"):
         load_base(str(tiny.folder("llama")), compute_dtype="bf16-mixed", device="cpu")
@@ -208,7 +208,7 @@ def test_mixed_compute_is_refused_where_the_processor_has_no_bfloat16_products(m
     ("amx_bf16", True, "bfloat16", "bfloat16"), ("avx512_bf16", True, "bf16-mixed", "float32"),
     ("avx2", False, "float32", "float32"),
 ])  # fmt: skip
-def test_training_takes_the_products_that_are_fastest_on_this_processor(
+def test_training_uses_the_compute_dtype_that_is_fastest_on_this_processor(
     flags: str, has_bf16_matmul: bool, training: str, elsewhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graftlm.kernels.has_bf16_matmul", lambda: has_bf16_matmul)
@@ -217,7 +217,7 @@ def test_training_takes_the_products_that_are_fastest_on_this_processor(
     assert default_compute_dtype(torch.device("cpu")) == elsewhere
 
 
-def test_mixed_compute_narrows_every_stored_product_and_keeps_the_states_in_float32() -> None:
+def test_bf16_mixed_uses_bfloat16_in_every_stored_matmul_and_keeps_the_states_in_float32() -> None:
     if not kernels.has_bf16_matmul():
         pytest.skip("this processor has no bfloat16 instructions")
     base = load_base(str(tiny.folder("llama")), compute_dtype="bf16-mixed", device="cpu")

@@ -14,7 +14,7 @@ from graftlm.base.loading import Base, load_base
 from graftlm.base.modules import StoredLinear
 from graftlm.base.structure import ModelStructure
 from graftlm.errors import ModelError
-from graftlm.training.trainer import BatchItem, collate, forward
+from graftlm.training.micro_batch import BatchItem, collate, forward
 
 every = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 
@@ -50,7 +50,7 @@ def test_body_and_head_give_the_untouched_models_logits(architecture: str) -> No
 
 
 @every
-def test_layers_that_run_again_in_the_backward_pass_give_the_same_gradients(architecture: str) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(architecture: str) -> None:
     rows = tiny.examples((7, 7, 7), seed=4)
     found: list[dict[str, Tensor]] = []
     runs: list[int] = []

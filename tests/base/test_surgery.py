@@ -71,7 +71,7 @@ def test_a_precision_is_kept_by_every_stored_weight_and_16_bits_by_embedding_and
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "mixtral"])
-def test_products_may_run_in_bfloat16(architecture: str) -> None:
+def test_matmuls_may_run_in_bfloat16(architecture: str) -> None:
     exact, base = loaded(architecture), loaded(architecture, "bfloat16", "bfloat16")
     expected, found = (tiny.base_logits(b, tiny.ids(), slot=0).float() for b in (exact, base))
     assert (found - expected).norm() < 0.1 * expected.norm()

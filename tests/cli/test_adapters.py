@@ -117,7 +117,7 @@ def test_verify_cleans_what_no_name_has(place: Path) -> None:
     left = content.with_name("f" * 64)
     left.mkdir()
     (left / "x").write_text("x")
-    assert "left over, no name has it" in said("verify")
+    assert "left over, no version refers to it" in said("verify")
     assert told("verify", "--clean")["cleaned"] == [str(left)]
     assert not left.exists()
 
@@ -127,8 +127,8 @@ def test_alias_and_rollback_say_before_and_now(place: Path) -> None:
     assert said("rollback", "formal", "prod") == "formal@prod -> 1, before 2"
     assert told("alias", "formal", "beta", 2) == {"name": "formal", "alias": "beta", "before": None, "now": 2}
     assert said("alias", "formal", "beta", "--delete") == "formal@beta is gone; it pointed at 2"
-    assert "none before it that is still there" in refused("adapters", "rollback", "formal", "prod")
-    assert "which stands behind it: graft adapters alias formal prod 2" in refused(
+    assert "no previous version that is still there" in refused("adapters", "rollback", "formal", "prod")
+    assert "which is given after it: graft adapters alias formal prod 2" in refused(
         "adapters", "alias", "formal", "prod"
     )
 

@@ -186,7 +186,7 @@ def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
             "modules-to-save 'heads' is neither the embeddings nor the head, did you mean 'head'?",
         ),
         ({"trainable_tokens": "<new>"}, "token '<new>' is new, and the model's 259 embedding rows are all taken"),
-        ({"eval_data": "0%"}, "the validation share is 0; expected a number between 0 and 1"),
+        ({"eval_data": "0%"}, "the eval share is 0; expected a number between 0 and 1"),
         ({"eval_data": "x%"}, "eval-data 'x%' is not a share; give one such as 5%, or a file"),
         ({"max_length": 4}, "tokens; expected at most 4. Raise --max-length"),
         ({"max_length": 999}, "this model's longest position is 256"),

@@ -6,14 +6,20 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_compare
 import tiny_run
 from test_cli import flags
 from typer.testing import CliRunner
 
 from graftlm.adapters.store import Store
 from graftlm.cli import COMMANDS, app
+from graftlm.commands.train import train
+from graftlm.config import TrainConfig
+from graftlm.experiments.compare import run as compare_runs
+from graftlm.training.view import View
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 
@@ -64,6 +70,33 @@ def test_a_run_and_all_that_reads_it_are_plain(tmp_path: Path, monkeypatch: pyte
     plain(piped("merge", "--model", base, "--adapter", "formal", "--out", "merged", "--max-drift", 1))
     assert "in a pipe" not in plain(piped("check", "train.jsonl", "--model", base), but="\u2588")
     plain(piped("plan", "llama-2-7b", "--gpu", "h100"))
+
+
+def test_a_comparison_and_its_table_are_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(config: TrainConfig, on_event: Any) -> dict[str, Any]:
+        for step in (1, 2):
+            on_event({"event": "step", "step": step, "steps": 2, "loss": 2.0})
+        return train(config, View(quiet=True))
+
+    monkeypatch.setattr(compare_runs, "train_in_subprocess", here)
+    said = plain(piped("compare", *test_compare.flags(tmp_path, methods="full,lora")))
+    for row in ("Comparing full, lora", "eval loss after", "share of full's gain", "Cannot tell", "report.html"):
+        assert row in said
+    found = CliRunner().invoke(app, ["compare", *test_compare.flags(tmp_path, methods="full,lora"), "--json"])
+    assert [line["name"] for line in json.loads(found.stdout)["lines"]] == ["full", "lora"], "on standard output alone"
+
+
+def test_a_sweep_and_what_shows_it_are_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", *flags(tmp_path, out=tmp_path / "swept", learning_rate=None)]
+    search = ["--search", "learning-rate=0.001|0.01", "--sampler", "grid"]
+    said = " ".join(plain(piped(*words, *search)).split())
+    for row in ("2 trials at once", "trial 1 learning-rate 0.0", "swept: 2 complete", "report.html"):
+        assert row in said
+    shown = plain(piped("sweep", "show", "swept"))
+    assert [line.split()[1] for line in shown.splitlines() if re.match(r" *\d+ ", line)] == ["complete", "complete"]
+    assert len(json.loads(piped("sweep", "show", "swept", "--json"))["trials"]) == 2
 
 
 @pytest.fixture

@@ -63,10 +63,10 @@ def test_train(display: Recorder, tmp_path: Path) -> None:
     assert "loss" in training.note
 
 
-def test_plan_reads_the_data_and_asks_the_base(display: Recorder, tmp_path: Path) -> None:
+def test_plan_reads_the_data_and_measures_the_base(display: Recorder, tmp_path: Path) -> None:
     data = tiny_run.write_rows(tmp_path / "a.jsonl", tiny_run.rows(20))
     found = said(display, "plan", tiny_run.folder(), "--data", data, "--ask-base", "yes")
-    assert found[-4:] == ["reading data", "tokenizing", "loading base", "asking the base about the data"]
+    assert found[-4:] == ["reading data", "tokenizing", "loading base", "measuring the domain shift"]
     asked = display.begun[-1]
     assert asked.done == asked.total
     assert asked.unit == "tokens"
@@ -95,12 +95,12 @@ def test_generate_draws_nothing_any_more_once_its_answer_comes(
 
         def flush(self) -> None: ...
 
+    from graftlm.commands.generate import generate
     from graftlm.config import GenerateConfig
-    from graftlm.serving.engine.generate import generate_text
 
     config = GenerateConfig(model=str(tiny_run.folder()), prompt="x", max_tokens=3)
     with progress.shown(display):
-        generate_text(config, lambda text: Out().write(text) and None)
+        generate(config, lambda text: Out().write(text) and None)
     assert seen
     assert all(tasks == [] for tasks in seen)
 

@@ -11,7 +11,7 @@ from graftlm import cli
 
 
 @pytest.mark.parametrize(("command", "policy"), [("serve", None), ("train", "passive"), ("generate", "passive")])
-def test_threads_sleep_between_products_except_those_of_a_server(
+def test_threads_sleep_between_matmuls_except_those_of_a_server(
     command: str, policy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "")

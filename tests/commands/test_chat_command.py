@@ -95,11 +95,11 @@ def test_what_cannot_begin_is_said_before_a_question_is_asked(store: Path) -> No
 def test_each_side_is_asked_with_what_it_has_said_itself(pair: Conversation) -> None:
     assert texts(pair, "3: ") == texts(pair, "4: ") or pair.sides[0].messages != pair.sides[1].messages
     assert [m["role"] for m in pair.sides[0].messages] == ["user", "assistant"] * 2
-    left, right = (side.ask("5: ") for side in pair.sides)
-    assert left == pair.sides[0].prompts.chat([*pair.sides[0].messages, {"role": "user", "content": "5: "}])
+    left, right = (side.encode("5: ") for side in pair.sides)
+    assert left == pair.sides[0].encoder.chat([*pair.sides[0].messages, {"role": "user", "content": "5: "}])
     assert left != right
     pair.forget()
-    assert pair.sides[0].ask("5: ") == pair.sides[1].ask("5: ")
+    assert pair.sides[0].encode("5: ") == pair.sides[1].encode("5: ")
 
 
 def test_the_same_answers_come_from_one_side_alone(store: Path, pair: Conversation) -> None:

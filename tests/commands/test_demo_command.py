@@ -12,11 +12,11 @@ from rich.console import Console
 
 from graftlm.commands import demo as demonstration
 from graftlm.commands.demo import MARK, VOICES, compare_config, voice_config
+from graftlm.commands.train import train as train_command
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import RunError
 from graftlm.experiments.compare import run as compare_module
 from graftlm.experiments.compare import scoring
-from graftlm.training.run import run
 from graftlm.training.run_folder import locked
 from graftlm.training.view import View
 
@@ -83,7 +83,7 @@ def test_a_demonstration_plans_compares_and_answers_in_every_voice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(config: TrainConfig, on_event: Any) -> dict[str, Any]:
-        return run(config, View(quiet=True))
+        return train_command(config, View(quiet=True))
 
     monkeypatch.setattr(compare_module, "train_in_subprocess", train)
     monkeypatch.setattr(demonstration, "train_in_subprocess", train)

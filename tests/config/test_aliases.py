@@ -221,7 +221,7 @@ def test_values_are_translated_with_their_names(text: str, field: str, value: An
         ("gradient_accumulation_steps: 4", "--batch-size"),
         ("dataset_text_field: body", "graft check"),
         ("bias: all", "--modules-to-save"),
-        ("init_lora_weights: pissa", "A begins at random"),
+        ("init_lora_weights: pissa", "A starts random"),
         ("push_to_hub: true", "graft adapters push"),
         ("deepspeed: ds.json", "one device"),
         ("stage: dpo", "supervised"),

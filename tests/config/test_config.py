@@ -206,7 +206,7 @@ def test_options_of_sampling_are_refused_where_nothing_is_sampled(option: dict[s
     needed = {"model": "m", "prompt": "p"}
     with pytest.raises(ConfigError, match=f"--{next(iter(option)).replace('_', '-')} is for sampling.*--temperature"):
         GenerateConfig.build({**needed, **option})
-    with pytest.raises(ConfigError, match="temperature 1e-06 takes the likeliest token each time"):
+    with pytest.raises(ConfigError, match="temperature 1e-06 is greedy decoding"):
         GenerateConfig.build({**needed, **option, "temperature": 1e-6})
     GenerateConfig.build({**needed, **option, "temperature": 0.7})
     GenerateConfig.build(needed)
@@ -219,12 +219,12 @@ def test_a_temperature_beyond_its_bounds_is_refused(value: float) -> None:
             config.build({"model": "m", "temperature": value, **({"prompt": "p"} if config is GenerateConfig else {})})
 
 
-def test_check_refuses_a_weight_on_held_out_data_too() -> None:
+def test_check_refuses_a_weight_on_eval_data_too() -> None:
     with pytest.raises(ConfigError, match="has a weight"):
         CheckConfig.build({"data": "d.jsonl:2", "model": "m", "eval_data": "v.jsonl:2"})
 
 
-def test_a_file_whose_name_ends_like_a_weight_may_be_held_out(tmp_path: Path) -> None:
+def test_a_file_whose_name_ends_like_a_weight_may_be_eval_data(tmp_path: Path) -> None:
     (tmp_path / "rows:2").write_text("")
     assert built(eval_data=str(tmp_path / "rows:2")).eval_data == str(tmp_path / "rows:2")
 

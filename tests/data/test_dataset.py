@@ -49,7 +49,7 @@ def numbered(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"prompt": f"{index}:", "completion": f" {index * 7919}"} for index in range(start, start + count)]
 
 
-def test_a_document_knows_its_row_and_what_is_trained(tmp_path: Path) -> None:
+def test_an_example_has_its_row_and_its_loss_mask(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", numbered(3))
     dataset = load([source], encoder())
     assert [example.row for example in dataset.examples] == [f"{source.path}:{line}" for line in (1, 2, 3)]

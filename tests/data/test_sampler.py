@@ -18,7 +18,7 @@ def shown(found: Sampler) -> list[int]:
     return [example for step in range(found.steps) for _, example in found.step(step)]
 
 
-def test_an_epoch_shows_every_document_once() -> None:
+def test_an_epoch_has_every_example_once() -> None:
     found = sampler([11], [1.0])
     assert sorted(shown(found)) == list(range(11))
     assert found.steps == 3
@@ -49,14 +49,14 @@ def test_a_draws_number_is_never_used_twice() -> None:
     assert [draw for step in range(6) for draw, _ in found.step(step)] == list(range(24))
 
 
-def test_weight_2_shows_each_document_twice_an_epoch() -> None:
+def test_weight_2_has_each_example_twice_an_epoch() -> None:
     assert Counter(shown(sampler([5, 7], [1.0, 2.0]))) == {
         **dict.fromkeys(range(5), 1),
         **dict.fromkeys(range(5, 12), 2),
     }
 
 
-def test_weight_a_half_shows_half_of_the_documents_and_another_half_each_epoch() -> None:
+def test_weight_a_half_has_half_of_the_examples_and_another_half_each_epoch() -> None:
     examples = shown(sampler([6, 20], [1.0, 0.5], epochs=2.0))
     epochs = [examples[:16], examples[16:]]
     halves = [{example for example in epoch if example >= 6} for epoch in epochs]
@@ -65,11 +65,11 @@ def test_weight_a_half_shows_half_of_the_documents_and_another_half_each_epoch()
     assert all({0, 1, 2, 3, 4, 5} <= set(epoch) for epoch in epochs)
 
 
-def test_a_source_without_documents_is_passed_over() -> None:
+def test_a_source_without_examples_is_skipped() -> None:
     assert sorted(shown(sampler([3, 0, 2], [1.0, 2.0, 0.5]))) in ([0, 1, 2, 3], [0, 1, 2, 4])
 
 
-def test_a_light_source_still_shows_one_document() -> None:
+def test_a_source_of_small_weight_still_has_one_example() -> None:
     assert epoch_length([3, 4], [1.0, 0.01]) == 4
 
 

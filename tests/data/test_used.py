@@ -148,7 +148,7 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_a_row_is_the_same_document_as_its_form_in_messages(name: str, tmp_path: Path, demo_encoder: Encoder) -> None:
+def test_a_row_is_the_same_example_as_its_form_in_messages(name: str, tmp_path: Path, demo_encoder: Encoder) -> None:
     ours, plain = SAME[name]
     found, wanted = (read(tmp_path, row, demo_encoder) for row in (ours, plain))
     assert found.examples[0].digest == wanted.examples[0].digest
@@ -210,7 +210,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 # ---- what is said ------------------------------------------------------------------------------------------------------
 
 
-def test_columns_that_are_not_used_are_said_once_for_each_file(tmp_path: Path) -> None:
+def test_columns_that_are_not_used_are_reported_once_for_each_file(tmp_path: Path) -> None:
     row = {
         "prompt": "a",
         "completion": "b",
@@ -237,7 +237,7 @@ def test_train_says_what_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert " ".join(capsys.readouterr().err.split()).count("columns not used: id") == 1
 
 
-def test_keys_of_messages_are_said_where_the_template_does_not_write_them(
+def test_keys_of_messages_are_reported_if_the_template_does_not_write_them(
     tmp_path: Path, demo_encoder: Encoder
 ) -> None:
     part = {"type": "text", "text": "One?", "cache_control": {"type": "ephemeral"}}
@@ -255,7 +255,7 @@ def test_keys_of_messages_are_said_where_the_template_does_not_write_them(
     }  # fmt: skip
 
 
-def test_a_key_that_the_template_writes_is_not_said(tmp_path: Path) -> None:
+def test_a_key_that_the_template_writes_is_not_reported(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(Path(demo.resolve_model("demo")))
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.name %}{{ m.name }}: {% endif %}{{ m.content }}<|end|>{% endfor %}"

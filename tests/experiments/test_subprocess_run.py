@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import tiny_run
 
+from graftlm.commands import subprocess_main
+from graftlm.commands import train as train_command
 from graftlm.config import TrainConfig
 from graftlm.errors import DataError, Stopped, TrainingError
-from graftlm.experiments import subprocess_run as process
 from graftlm.experiments.subprocess_run import run_subprocess, train_in_subprocess
-from graftlm.training import run as run_module
 
 
 def answering(code: str) -> dict[str, Any]:
@@ -45,9 +45,9 @@ def test_a_run_that_is_stopped_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     def stopping(*args: Any) -> None:
         raise Stopped(signal.SIGTERM, "stopped after step 2")
 
-    monkeypatch.setattr(run_module, "run", stopping)
+    monkeypatch.setattr(train_command, "train", stopping)
     answers = StringIO()
-    process.main(StringIO(json.dumps(tiny_run.options(tmp_path))), answers)
+    subprocess_main.main(StringIO(json.dumps(tiny_run.options(tmp_path))), answers)
     assert json.loads(answers.getvalue()) == {"event": "stopped", "signal": 15, "message": "stopped after step 2"}
 
 

@@ -169,7 +169,7 @@ def test_rounding_to_a_code_is_to_a_neighbour_and_right_on_average(code: referen
 def test_a_square_above_zero_never_becomes_zero_and_a_zero_stays_zero() -> None:
     square = torch.tensor([1.0, 1e-3, 1e-9, 1e-30, 0.0] * 60)
     for seed in range(5):
-        codes, scale = reference.narrow_square(square, torch.full((300,), seed * 7_000_000, dtype=torch.int32))
+        codes, scale = reference.quantize_square(square, torch.full((300,), seed * 7_000_000, dtype=torch.int32))
         back = reference.dequantized(codes, scale, reference.SQUARE)
         assert torch.equal(back > 0, square > 0)
 
@@ -177,7 +177,7 @@ def test_a_square_above_zero_never_becomes_zero_and_a_zero_stays_zero() -> None:
 def test_blocks_of_zeros_and_the_extremes_of_a_block_keep_their_values() -> None:
     mean = torch.cat([torch.zeros(MOMENT_BLOCK), torch.tensor([3.0, -2.9, 0.0]), torch.zeros(300)])
     words = torch.arange(len(mean), dtype=torch.int32) * 77_777
-    codes, scale = reference.narrow_mean(mean, words)
+    codes, scale = reference.quantize_mean(mean, words)
     back = reference.dequantized(codes, scale, reference.MEAN)
     assert scale.tolist() == [0.0, 3.0, 0.0]
     assert back[MOMENT_BLOCK] == 3.0

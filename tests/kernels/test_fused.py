@@ -69,7 +69,7 @@ def test_the_references_norm_and_its_gradients_are_autograds() -> None:
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_the_references_gated_product_and_its_gradients_are_autograds(kind: Gate) -> None:
+def test_the_references_gated_activation_and_its_gradients_are_autograds(kind: Gate) -> None:
     g, u, dy = randn(7, 19).requires_grad_(), randn(7, 19, seed=1).requires_grad_(), randn(7, 19, seed=2)
     truth = (F.silu(g) if kind == "silu" else F.gelu(g, approximate="tanh")) * u
     found = [reference.gated(g, u, kind), *reference.gated_backward(dy, g.detach(), u.detach(), kind)]
@@ -128,7 +128,7 @@ def test_norms_equal_the_reference(instructions: str, dtype: torch.dtype) -> Non
 @needs_library
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", GATES)
-def test_gated_products_equal_the_reference(instructions: str, dtype: torch.dtype, kind: Gate) -> None:
+def test_gated_activations_equal_the_reference(instructions: str, dtype: torch.dtype, kind: Gate) -> None:
     for i, (rows, n) in enumerate(((1, 1), (3, 15), (65, 64), (7, 97), (2, 1030))):
         g, u, dy = (LAYOUTS[(i + seed) % 3](randn(rows, n, dtype=dtype, seed=seed)) for seed in (1, 2, 3))
         close([kernels.gated(g, u, kind)], [reference.gated(g, u, kind)])

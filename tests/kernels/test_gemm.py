@@ -39,7 +39,7 @@ def near(found: Tensor, truth: Tensor, size: Tensor) -> bool:
     m=st.integers(1, 150), k=st.integers(1, 700), n=st.integers(1, 200), kind=st.sampled_from(KINDS), transposed=st.booleans(),
     seed=st.integers(0, 99), gap=st.integers(0, 3), by_columns=st.booleans(),
 )  # fmt: skip
-def test_a_product_equals_float64_for_every_shape_stride_and_stored_form(
+def test_a_matmul_equals_float64_for_every_shape_stride_and_stored_form(
     m: int, k: int, n: int, kind: str, transposed: bool, seed: int, gap: int, by_columns: bool
 ) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def test_a_product_equals_float64_for_every_shape_stride_and_stored_form(
     m=st.integers(1, 90), k=st.integers(1, 600), n=st.integers(65, 200), kind=st.sampled_from(KINDS), transposed=st.booleans(),
     seed=st.integers(0, 99), by_columns=st.booleans(),
 )  # fmt: skip
-def test_a_narrow_product_rounds_both_sides_to_bfloat16_and_nothing_else(
+def test_a_bf16_matmul_rounds_both_inputs_to_bfloat16_and_nothing_else(
     m: int, k: int, n: int, kind: str, transposed: bool, seed: int, by_columns: bool
 ) -> None:
     if not kernels.has_bf16_matmul():
@@ -70,7 +70,7 @@ def test_a_narrow_product_rounds_both_sides_to_bfloat16_and_nothing_else(
     assert near(found.double(), rounded @ W, rounded.abs() @ W.abs())
 
 
-def test_a_row_of_a_narrow_product_does_not_depend_on_the_rows_beside_it() -> None:
+def test_a_row_of_a_bf16_matmul_does_not_depend_on_the_other_rows() -> None:
     if not kernels.has_bf16_matmul():
         pytest.skip("this processor has no bfloat16 instructions")
     random = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def test_a_row_of_a_narrow_product_does_not_depend_on_the_rows_beside_it() -> No
             assert all(torch.equal(product(x[a:b], weight, True), whole[a:b]) for a, b in ((0, 1), (1, 14), (14, 60)))
 
 
-def test_a_narrow_product_leaves_the_adapters_term_in_float32() -> None:
+def test_a_bf16_matmul_leaves_the_low_rank_term_in_float32() -> None:
     if not kernels.has_bf16_matmul():
         pytest.skip("this processor has no bfloat16 instructions")
     random = torch.Generator().manual_seed(0)
@@ -114,7 +114,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
-def test_a_product_of_nothing_is_zero_or_empty() -> None:
+def test_a_matmul_of_empty_matrices_is_zero_or_empty() -> None:
     empty = torch.zeros(40, 0)
     assert torch.equal(gemm.multiply([(empty, torch.zeros(30, 0), True)], add=True, out=torch.ones(40, 30)),
                        torch.ones(40, 30))  # fmt: skip
@@ -123,7 +123,7 @@ def test_a_product_of_nothing_is_zero_or_empty() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranges", [[(0, 90, 0)], [(0, 40, 1), (40, 90, 0)], [(3, 40, 2), (40, 41, 1)]])
-def test_adapted_products_and_gradients_equal_the_references(kind: str, ranges: list[tuple[int, int, int]]) -> None:
+def test_lora_linear_and_its_gradients_equal_the_references(kind: str, ranges: list[tuple[int, int, int]]) -> None:
     random = torch.Generator().manual_seed(0)
     x, dy = torch.randn(90, 130, generator=random), torch.randn(90, 75, generator=random)
     weight = stored(torch.randn(75, 130, generator=random), kind)
@@ -145,7 +145,7 @@ def test_adapted_products_and_gradients_equal_the_references(kind: str, ranges: 
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-2)
 
 
-def test_a_16_bit_weight_is_never_widened_whole_for_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_16_bit_weight_is_never_upcast_in_full_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     if not library.get().has_fast_matmul:
         pytest.skip("PyTorch's products are faster here")
     random = torch.Generator().manual_seed(0)
@@ -154,7 +154,7 @@ def test_a_16_bit_weight_is_never_widened_whole_for_a_few_rows(monkeypatch: pyte
     assert near(kernels.matmul_t(dy, weight), dy.double() @ wide(weight), dy.double().abs() @ wide(weight).abs())
 
 
-def test_a_narrower_instruction_set_leaves_products_to_pytorch() -> None:
+def test_a_smaller_instruction_set_leaves_matmuls_to_pytorch() -> None:
     library.choose(library.instruction_sets()[0])
     try:
         assert not kernels.has_fast_matmul(torch.zeros(100, 8))

@@ -12,7 +12,7 @@ import torch
 
 import graftlm.kernels as kernels
 from graftlm.kernels import native, reference
-from graftlm.kernels.native import library, products, weights
+from graftlm.kernels.native import library, stored_matmul, weights
 from graftlm.kernels.stored import Int8, Nf4, Quantized
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -131,7 +131,7 @@ def test_dequantize_rounds_values_at_the_edges_of_each_type_as_pytorch_does(inst
 @needs_library
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_products_equal_the_reference(form: str, dtype: torch.dtype, instructions: str) -> None:
+def test_matmuls_equal_the_reference(form: str, dtype: torch.dtype, instructions: str) -> None:
     pick = random.Random(6)
     for round_ in range(24):
         outer, inner = pick.randint(1, 90), pick.choice([1, 64, 192, pick.randint(1, 700)])
@@ -151,8 +151,8 @@ def test_products_equal_the_reference(form: str, dtype: torch.dtype, instruction
 
 @needs_library
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_products_cut_into_panels_equal_the_reference(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "PANEL_BYTES", 70 * 4 * 64)
+def test_a_matmul_in_panels_equals_the_reference(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_matmul, "PANEL_BYTES", 70 * 4 * 64)
     weight = stored(randn(70, 331), form)
     x, dy = randn(2, 21, 331), randn(2, 21, 70)
     assert close(native.matmul(x, weight), reference.matmul(x, weight))
@@ -161,7 +161,7 @@ def test_products_cut_into_panels_equal_the_reference(form: str, monkeypatch: py
 
 @needs_library
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_products_keep_leading_dimensions_and_accept_none(form: str) -> None:
+def test_matmuls_keep_leading_dimensions_and_accept_none(form: str) -> None:
     weight = stored(randn(5, 37), form)
     for lead in ((), (3,), (2, 3), (0,), (2, 0)):
         assert kernels.matmul(torch.ones(*lead, 37), weight).shape == (*lead, 5)
@@ -197,7 +197,7 @@ def test_kernels_run_on_as_many_threads_as_pytorch_says(monkeypatch: pytest.Monk
 
             return call
 
-    for module in (weights, products):
+    for module in (weights, stored_matmul):
         monkeypatch.setattr(module, "calls", Recording)
     before = torch.get_num_threads()
     try:
@@ -205,9 +205,9 @@ def test_kernels_run_on_as_many_threads_as_pytorch_says(monkeypatch: pytest.Monk
             torch.set_num_threads(threads)
             weight = native.nf4_quantize(randn(40, 100))
             native.nf4_dequantize(weight)
-            products.matmul(randn(2, 100), weight)
-            products.matmul_t(randn(2, 40), weight)
-            products.matmul(randn(2, 100), stored(randn(40, 100), "int8"))
+            stored_matmul.matmul(randn(2, 100), weight)
+            stored_matmul.matmul_t(randn(2, 40), weight)
+            stored_matmul.matmul(randn(2, 100), stored(randn(40, 100), "int8"))
             assert len(asked) == 6
             assert set(asked) == {threads}
             asked.clear()

@@ -100,7 +100,7 @@ def test_int8_is_within_half_a_step_of_each_row(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_products_are_those_of_the_dense_weight_and_its_gradient(form: str) -> None:
+def test_matmuls_are_those_of_the_dense_weight_and_its_gradient(form: str) -> None:
     dense = weights((13, 77), torch.float32, seed=6)
     stored = reference.nf4_quantize(dense) if form == "nf4" else reference.int8_quantize(dense)
     dense = reference.dequantize(stored)
@@ -132,7 +132,7 @@ def test_the_references_answers_do_not_depend_on_strides(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_one_adapters_product_and_gradients_are_those_of_float64(dtype: torch.dtype, tokens: int) -> None:
+def test_one_adapters_low_rank_term_and_gradients_are_those_of_float64(dtype: torch.dtype, tokens: int) -> None:
     generator = torch.Generator().manual_seed(11)
     x, y, dy, dx = (torch.randn(tokens, 2 * n, generator=generator)[:, ::2].to(dtype) for n in (23, 19, 19, 23))
     A, B = torch.randn(5, 23, generator=generator), torch.randn(19, 5, generator=generator)
@@ -162,7 +162,7 @@ def bank() -> tuple[list[torch.Tensor | None], list[torch.Tensor | None], list[f
     return A, B, [1.0, 0.5, 2.0, 1.5, 3.0]
 
 
-def test_a_routed_low_rank_product_has_the_values_and_gradients_of_autograd() -> None:
+def test_a_routed_low_rank_term_has_the_values_and_gradients_of_autograd() -> None:
     generator = torch.Generator().manual_seed(8)
     A, B, scale = bank()
     x = torch.randn(17, 23, generator=generator, dtype=torch.float64).requires_grad_()

@@ -42,7 +42,7 @@ def test_triton_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Pa
 
 def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
     from graftlm import kernels
-    from graftlm.base.modules import product
+    from graftlm.base.modules import stored_matmul
     from graftlm.kernels import native, reference, reference_adamw, triton
 
     called: list[str] = []
@@ -71,8 +71,8 @@ def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pyte
     weight = reference.nf4_quantize(randn(13, 70))
     x, dy = randn(9, 70).requires_grad_(), randn(9, 13)
     with torch.no_grad():
-        product(x, weight)
-    product(x, weight).backward(dy)
+        stored_matmul(x, weight)
+    stored_matmul(x, weight).backward(dy)
     assert called == ["matmul", "matmul", "matmul_t"]
     called.clear()
     A, B = [randn(3, 70), randn(5, 70), None], [randn(13, 3), randn(13, 5), None]
@@ -206,9 +206,15 @@ def compile_for_a_gpu() -> None:
     routes = {"tiles": "*i32", "pointers": "*i64", "ranks": "*i32", "scales": "*fp32", "wide": "i32"}
     routes |= {"h": "*bf16", "h_stride": "i32"}
     sizes = dict.fromkeys(["rows", "summed", "made", "inner", "row_stride"], "i32")
-    tile = {"RANK_FIRST": False, "SCALED": True, "TOKENS": 64, "R": 128, "WIDE": 64, "WIDEN": False}
+    tile = {"RANK_FIRST": False, "SCALED": True, "TOKENS": 64, "R": 128, "WIDE": 64, "UPCAST": False}
     forward, backward = (
-        {"TRANSPOSED": transposed, "ROWS": FEW_ROWS, "MADE": TILES[which][0], "SUMMED": TILES[which][1], "WIDEN": False}
+        {
+            "TRANSPOSED": transposed,
+            "ROWS": FEW_ROWS,
+            "MADE": TILES[which][0],
+            "SUMMED": TILES[which][1],
+            "UPCAST": False,
+        }
         for transposed, which in ((False, "x W^T"), (True, "dy W"))
     )
     int8 = {"values": "*i8", "scale": "*fp32", "out": "*bf16", "inner": "i32", "count": "i64"}
@@ -223,8 +229,8 @@ def compile_for_a_gpu() -> None:
     for kernel, types, constants in (
         (weights.nf4_dequantize, weight | {"out": "*bf16", "count": "i64"}, {"TILE": 1024}),
         (weights.int8_dequantize, int8, {"TILE": 1024}),
-        (weights.nf4_product, weight | sizes | {"x": "*bf16", "y": "*bf16"}, forward),
-        (weights.nf4_product, weight | sizes | {"x": "*fp32", "y": "*fp32"}, backward),
+        (weights.nf4_matmul, weight | sizes | {"x": "*bf16", "y": "*bf16"}, forward),
+        (weights.nf4_matmul, weight | sizes | {"x": "*fp32", "y": "*fp32"}, backward),
         (routed.shrink, routes | {"x": "*bf16", "x_stride": "i32"}, tile),
         (routed.expand, routes | {"y": "*bf16", "y_stride": "i32"}, tile),
         (adamw.step, step | small, of_step | {"ROUNDED": True, "EIGHT": True}),

@@ -15,7 +15,7 @@ from graftlm.base.loading import Base, load_base
 from graftlm.planning.activations import Workload, saved_activations
 from graftlm.planning.instantiate import instantiate
 from graftlm.planning.method import NO_ADAPTER, TrainingSetting, adapter_shape
-from graftlm.training.trainer import BatchItem, collate
+from graftlm.training.micro_batch import BatchItem, collate
 
 LENGTHS = (20, 20, 20)
 LOAD = Workload(tokens=60, target_tokens=40, longest=20, examples=3)

@@ -11,11 +11,12 @@ import torch
 from torch.nn import functional as F
 
 from graftlm.base.loading import load_base
+from graftlm.commands.plan import plan
 from graftlm.config import PlanConfig
 from graftlm.data.dataset import Example
-from graftlm.planning.asking import measure_domain_shift, sample_examples
+from graftlm.planning.domain_shift import measure_domain_shift, sample_examples
 from graftlm.planning.perplexity import DomainShift
-from graftlm.planning.plan import ModelPlan, plan_for
+from graftlm.planning.plan import ModelPlan
 
 E2E = Path(__file__).parents[3] / "shared" / "data" / "e2e" / "train.jsonl"
 
@@ -65,7 +66,7 @@ def test_one_document_longer_than_the_sample_is_still_read() -> None:
 
 
 def planned(data: str) -> ModelPlan:
-    return plan_for(PlanConfig(models=("demo",), data=(data,), gpu="rtx-4090", max_length=0)).plans[0]
+    return plan(PlanConfig(models=("demo",), data=(data,), gpu="rtx-4090", max_length=0)).plans[0]
 
 
 def test_a_new_voice_over_known_prompts_is_near_and_lora_is_advised() -> None:

@@ -68,8 +68,8 @@ def test_the_heads_of_a_query_norm_count() -> None:
 
 def test_a_built_in_model_needs_no_torch() -> None:
     code = (
-        "import sys; from graftlm.planning.plan import plan_for; from graftlm.config import PlanConfig; "
-        "plan_for(PlanConfig(models=('llama-2-70b',), gpu='h100')); "
+        "import sys; from graftlm.commands.plan import plan; from graftlm.config import PlanConfig; "
+        "plan(PlanConfig(models=('llama-2-70b',), gpu='h100')); "
         "print(*(m in sys.modules for m in ('torch', 'transformers')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from graftlm.adapters.peft_format import inspect_folder
 from graftlm.adapters.store import Store
+from graftlm.commands.train import train
 from graftlm.config import TrainConfig
 from graftlm.errors import AdapterError, ConfigError, StoreError
-from graftlm.training.run import run
 from graftlm.training.view import View
 
 
@@ -53,7 +53,7 @@ def test_the_config_that_it_saved_is_the_same_run_again(tmp_path: Path) -> None:
     further(tmp_path, parent, steps=2)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["rank"], saved["alpha"], saved["from_adapter"]) == (None, None, str(parent))
-    run(TrainConfig.read(tmp_path / "run" / "config.json", {"out": str(tmp_path / "b")}), View(quiet=True))
+    train(TrainConfig.read(tmp_path / "run" / "config.json", {"out": str(tmp_path / "b")}), View(quiet=True))
     assert tiny_run.adapter_bytes(tmp_path / "run") == tiny_run.adapter_bytes(tmp_path / "b")
 
 

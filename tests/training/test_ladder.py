@@ -27,14 +27,14 @@ ONE_PASS = {"micro_batch_tokens": 1 << 20, "max_grad_norm": 0.0}
 
 def stopped(monkeypatch: pytest.MonkeyPatch, place: Path, **options: Any) -> None:
     """A run that ends after its third step, as if a signal had come."""
-    settled = Recorder.settled
+    on_iteration_end = Recorder.on_iteration_end
 
     def stopping(self: Recorder, trials: Any) -> bool:
         self.stopped = signal.SIGTERM if self.trial.step == 3 else None
-        return settled(self, trials)
+        return on_iteration_end(self, trials)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "settled", stopping)
+        patch.setattr(Recorder, "on_iteration_end", stopping)
         with pytest.raises(Stopped):
             tiny_run.train(place, method="full", **options)
 
@@ -171,7 +171,7 @@ def test_clipping_and_steps_inside_the_backward_pass_are_refused_together(tmp_pa
         tiny_run.train(tmp_path, method="full", optimizer_in_backward=True)
 
 
-def test_a_step_of_several_passes_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+def test_a_step_of_several_micro_batches_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"step \d needs \d+: its 5 examples.*--batch-size 5 and --micro-batch-tokens 40"
     ) as e:

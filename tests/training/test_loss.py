@@ -19,7 +19,8 @@ from graftlm.errors import TrainingError
 from graftlm.segments import Segments
 from graftlm.training import loss as loss_module
 from graftlm.training.loss import tail_parameters, weighted_loss
-from graftlm.training.trainer import BatchItem, _beside, _refuse_untrained, collate, forward, optimizer_step
+from graftlm.training.micro_batch import BatchItem, collate, forward
+from graftlm.training.trainer import optimizer_step
 
 ROWS = tiny.examples((9, 4, 12))
 SPECIAL = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -113,24 +114,6 @@ def test_experts_that_no_token_reached_are_no_error(architecture: str, full: boo
     one = tiny.examples((2,))
     adapter = None if full else tiny.adapted(base)
     assert optimizer_step(base, [tiny.trial(base, adapter, one)], 100)[0].step == 1
-
-
-def test_of_experts_that_are_modules_one_with_a_gradient_speaks_for_those_beside_it() -> None:
-    names = ["layers.0.mlp.experts.0.up.weight", "layers.0.mlp.experts.1.up.weight", "layers.0.norm.weight"]
-    base = load_base(str(tiny.folder("llama")), compute_dtype="float32", device="cpu")
-    trial = tiny.trial(base, tiny.adapted(base), ROWS)
-    trial.parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in names}
-    trial.optimizer.squares = {name: torch.ones(()) for name in (names[1], names[2])}
-    _refuse_untrained(trial)
-    del trial.optimizer.squares[names[1]]  # now none of them got a token, or the code does not use them
-    with pytest.raises(TrainingError, match=r"experts\.0\.up\.weight' and 1 more"):
-        _refuse_untrained(trial)
-
-
-def test_layers_do_not_speak_for_each_other() -> None:
-    assert _beside("model.layers.1.mixer.dt_proj.weight") is None
-    assert _beside("layers.1.experts.2.up.weight") == _beside("layers.1.experts.0.up.weight")
-    assert _beside("layers.1.experts.2.up.weight") != _beside("layers.0.experts.2.up.weight")
 
 
 # ---- the head alone --------------------------------------------------------------------------------------------------

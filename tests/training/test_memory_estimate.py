@@ -1,7 +1,12 @@
-"""Before the first step: the plan of the run at hand, its heaviest pass, and a rehearsal that leaves nothing behind."""
+"""Memory: the estimate for a run, its heaviest micro-batch, a dry run that leaves nothing behind, and memory given back.
+
+The last in a process for each case, for a heap has a past.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -16,7 +21,7 @@ from graftlm.base.loading import Base, load_base
 from graftlm.config import TrainConfig
 from graftlm.errors import ModelError, TrainingError
 from graftlm.planning.hardware import Card
-from graftlm.training import memory as memory_estimate
+from graftlm.training import memory as memory_module
 from graftlm.training.memory import MemoryEstimate, dry_run, estimate
 from graftlm.training.trial import Trial
 
@@ -35,9 +40,9 @@ def run(tmp_path: Path, **changes: object) -> tuple[TrainConfig, Base, Trial, Me
 
 def test_the_heaviest_pass_is_the_fullest_of_a_batch_of_the_longest_documents(tmp_path: Path) -> None:
     _, _, _, found = run(tmp_path, micro_batch_tokens=60)
-    assert found.load.longest == max(w.example.tokens for w in found.work)
-    assert found.load.examples == len(found.work)
-    assert found.load.tokens == sum(w.example.tokens for w in found.work) <= 60
+    assert found.load.longest == max(w.example.tokens for w in found.items)
+    assert found.load.examples == len(found.items)
+    assert found.load.tokens == sum(w.example.tokens for w in found.items) <= 60
     assert found.load.micro_batches > 1
 
 
@@ -63,22 +68,22 @@ def small(gigabytes: float) -> Card:
     return Card(key="cpu", name="a small machine", kind="cpu", memory=int(gigabytes * 1e9), here=True)
 
 
-def test_passes_are_as_large_as_fits_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_estimate, "local", lambda device: small(64))
+def test_micro_batches_are_as_large_as_fits_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "local", lambda device: small(64))
     assert (
         run(tmp_path / "large", micro_batch_tokens=None)[3].micro_batch_tokens
-        == memory_estimate.DEFAULT_MICRO_BATCH_TOKENS
+        == memory_module.DEFAULT_MICRO_BATCH_TOKENS
     )
-    monkeypatch.setattr(memory_estimate, "local", lambda device: small(0.86))
+    monkeypatch.setattr(memory_module, "local", lambda device: small(0.86))
     found = run(tmp_path / "small", micro_batch_tokens=None)[3]
-    assert found.micro_batch_tokens == memory_estimate.MIN_MICRO_BATCH_TOKENS
+    assert found.micro_batch_tokens == memory_module.MIN_MICRO_BATCH_TOKENS
 
 
 def test_a_run_far_beyond_the_machine_is_refused_before_anything_is_tried(tmp_path: Path) -> None:
     _, base, trial, found = run(tmp_path)
     assert found.requirement is not None
     beyond = replace(found, card=small(0.855))
-    assert found.requirement.training > memory_estimate.TOO_MUCH * beyond.card.usable
+    assert found.requirement.training > memory_module.TOO_MUCH * beyond.card.usable
     with pytest.raises(
         TrainingError, match=r"this run would take .*a small machine has 5\.0 MB for it; nothing was started"
     ):
@@ -95,9 +100,9 @@ def test_memory_that_runs_out_in_the_rehearsal_is_said_with_a_way_out(
             "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
         )
 
-    monkeypatch.setattr(memory_estimate, "forward", no_memory)
+    monkeypatch.setattr(memory_module, "forward", no_memory)
     with pytest.raises(
-        TrainingError, match=f"memory runs out in a pass of {found.load.tokens} tokens, before the first step"
+        TrainingError, match=f"memory runs out in a micro-batch of {found.load.tokens} tokens, before the first step"
     ):
         dry_run(base, [trial], found)
 
@@ -110,7 +115,7 @@ def test_another_error_in_the_rehearsal_is_not_taken_for_a_lack_of_memory(
     def broken(*given: object, **options: object) -> None:
         raise RuntimeError("shapes do not go together")
 
-    monkeypatch.setattr(memory_estimate, "forward", broken)
+    monkeypatch.setattr(memory_module, "forward", broken)
     with pytest.raises(RuntimeError, match="shapes do not go together"):
         dry_run(base, [trial], found)
 
@@ -136,9 +141,50 @@ def test_a_loss_that_no_trained_tensor_has_a_part_in_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, base, trial, found = run(tmp_path)
-    own = memory_estimate.forward
-    monkeypatch.setattr(
-        memory_estimate, "forward", lambda *given, **options: (own(*given, **options)[0].detach(), None)
-    )
+    own = memory_module.forward
+    monkeypatch.setattr(memory_module, "forward", lambda *given, **options: (own(*given, **options)[0].detach(), None))
     with pytest.raises(TrainingError, match="no trained tensor has a part in the loss"):
         dry_run(base, [trial], found)
+
+
+# ---- memory given back -----------------------------------------------------------------------------------------------
+
+CASE = """
+import sys
+import torch
+from graftlm.planning.peak_memory import process_memory
+from graftlm.training.memory import mmap_allocations, release_memory
+
+torch.ones(3 << 20)  # freed: glibc has seen a block of 12 MB, and smaller ones share a heap from now on
+before = process_memory()
+with mmap_allocations(sys.argv[1] == "own"):
+    tensors = [torch.ones(350_000) for _ in range(120)]  # 1.4 MB each
+    full = process_memory() - before
+    kept = tensors[1::8]
+    del tensors
+    if sys.argv[1] == "given back":
+        release_memory()
+    print(full, process_memory() - before)
+"""
+ALL, KEPT = 120 * 1.4e6, 15 * 1.4e6
+
+
+def used_memory(how: str) -> tuple[int, int]:
+    """Bytes with all tensors alive, and with every eighth."""
+    done = subprocess.run([sys.executable, "-c", CASE, how], capture_output=True, text=True, check=True)
+    full, rest = done.stdout.split()
+    return int(full), int(rest)
+
+
+@pytest.mark.skipif(memory_module.glibc("mallopt") is None, reason="another C library than glibc")
+@pytest.mark.parametrize("how", ["own", "given back"])
+def test_memory_of_freed_tensors_is_free(how: str) -> None:
+    full, rest = used_memory(how)
+    assert full == pytest.approx(ALL, rel=0.1)
+    assert rest == pytest.approx(KEPT, rel=0.25)
+
+
+@pytest.mark.skipif(memory_module.glibc("mallopt") is None, reason="another C library than glibc")
+def test_without_asking_the_heap_keeps_the_gaps() -> None:
+    _, rest = used_memory("not")
+    assert rest > 0.7 * ALL

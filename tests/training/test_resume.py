@@ -19,7 +19,7 @@ from tiny_run import adapter_bytes, contrary, lines, train, without
 from graftlm.errors import ConfigError, Diverged, RunError, Stopped
 from graftlm.files import find_damage, sha256
 from graftlm.training import checkpoint
-from graftlm.training import result as result_module
+from graftlm.training import run as run_module
 from graftlm.training import trainer as loop
 from graftlm.training.logging import Recorder
 
@@ -27,15 +27,15 @@ from graftlm.training.logging import Recorder
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ask every later run to stop after a step, as a signal would."""
-    settled = Recorder.settled
+    on_iteration_end = Recorder.on_iteration_end
 
     def at(step: int) -> None:
         def stopping(self: Recorder, trials: Any) -> bool:
             if self.trial.step == step:
                 self.stopped = signal.SIGTERM
-            return settled(self, trials)
+            return on_iteration_end(self, trials)
 
-        monkeypatch.setattr(Recorder, "settled", stopping)
+        monkeypatch.setattr(Recorder, "on_iteration_end", stopping)
 
     return at
 
@@ -189,7 +189,7 @@ def test_a_default_written_out_is_the_same_option(tmp_path: Path, stop_after: An
 def test_a_damaged_best_checkpoint_leaves_the_last_step_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stepped = Recorder.settled
+    stepped = Recorder.on_iteration_end
 
     def spoiling(self: Recorder, trials: Any) -> bool:
         going_on = stepped(self, trials)
@@ -197,7 +197,7 @@ def test_a_damaged_best_checkpoint_leaves_the_last_step_and_says_so(
             file.unlink()
         return going_on
 
-    monkeypatch.setattr(Recorder, "settled", spoiling)
+    monkeypatch.setattr(Recorder, "on_iteration_end", spoiling)
     summary, text = tiny_run.heard(tmp_path, **contrary(tmp_path))
     assert "cannot be used (trainable.safetensors is missing)" in " ".join(text.split())
     evaluated = {
@@ -219,7 +219,7 @@ def test_a_run_whose_result_could_not_be_written_is_finished_by_resume(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(result_module, "save_result", full_disk)
+        patch.setattr(run_module, "save_result", full_disk)
         with pytest.raises(RunError, match=r"No space left.*newest checkpoint is .*000006\. Make room.*--resume"):
             train(tmp_path, **options)
     out = tmp_path / "run"
@@ -251,7 +251,7 @@ def test_a_disk_too_full_for_the_last_checkpoint_may_have_room_for_the_result(
     _, text = tiny_run.heard(tmp_path, eval_data=None)
     assert "no checkpoint could be written at the end" in " ".join(text.split())
     assert adapter_bytes(tmp_path / "run")
-    monkeypatch.setattr(result_module, "save_result", full_disk)
+    monkeypatch.setattr(run_module, "save_result", full_disk)
     with pytest.raises(RunError, match="no checkpoint was written"):
         train(tmp_path, eval_data=None, out=str(tmp_path / "other"))
 
@@ -260,13 +260,13 @@ def test_a_disk_too_full_for_the_last_checkpoint_may_have_room_for_the_result(
 def test_a_signal_while_the_result_is_saved_lets_it_be_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    saving = result_module.save_result
+    saving = run_module.save_result
 
     def interrupted(*args: Any) -> dict[str, Any]:
         os.kill(os.getpid(), number)
         return saving(*args)
 
-    monkeypatch.setattr(result_module, "save_result", interrupted)
+    monkeypatch.setattr(run_module, "save_result", interrupted)
     before = signal.getsignal(number)
     summary, text = tiny_run.heard(tmp_path, eval_data=None)
     assert "saving the result first" in text
@@ -481,7 +481,7 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path, stop_after: A
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stepped = Recorder.stepped
+    stepped = Recorder.on_step_end
 
     def spoiled(self: Recorder, trial: Any, result: Any) -> None:
         stepped(self, trial, result)
@@ -489,7 +489,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path: Path, monkeypa
             with torch.no_grad():
                 next(iter(trial.parameters.values()))[0, 0] = float("inf")
 
-    monkeypatch.setattr(Recorder, "stepped", spoiled)
+    monkeypatch.setattr(Recorder, "on_step_end", spoiled)
     with pytest.raises(Diverged, match=r"lora_A\.weight' is not finite after step 4.*newest checkpoint is .*000002"):
         train(tmp_path, eval_data=None, save_every=2)
 

@@ -157,10 +157,10 @@ def test_the_same_command_twice_gives_the_same_adapter_bytes(tmp_path: Path, dro
 def test_the_config_a_run_saved_is_the_same_run_again(tmp_path: Path) -> None:
     train(tmp_path, learning_rate=None, alpha=None, steps=None)
     again = TrainConfig.read(tmp_path / "run" / "config.json", {"out": str(tmp_path / "again")})
-    from graftlm.training.run import run
+    from graftlm.commands.train import train as train_command
     from graftlm.training.view import View
 
-    run(again, View(quiet=True))
+    train_command(again, View(quiet=True))
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "again")
 
 
@@ -169,10 +169,10 @@ def test_the_config_a_full_run_saved_is_the_same_run_again(tmp_path: Path) -> No
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert [saved[name] for name in ("rank", "alpha", "targets", "lora_dropout", "eval_every")] == [None] * 5
     again = TrainConfig.read(tmp_path / "run" / "config.json", {"out": str(tmp_path / "again")})
-    from graftlm.training.run import run
+    from graftlm.commands.train import train as train_command
     from graftlm.training.view import View
 
-    run(again, View(quiet=True))
+    train_command(again, View(quiet=True))
     name = "model/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 

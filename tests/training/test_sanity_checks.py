@@ -12,7 +12,7 @@ from torch import nn
 from graftlm.base.loading import Base, load_base
 from graftlm.errors import Diverged, TrainingError
 from graftlm.training.optimizer import AdamW
-from graftlm.training.sanity_checks import UpdateCheck, checksum
+from graftlm.training.sanity_checks import UpdateCheck, check_gradients_reach_every_tensor, checksum, expert_group
 from graftlm.training.trainer import train
 
 ROWS = tiny.examples()
@@ -94,7 +94,7 @@ def test_a_frozen_tensor_that_changes_is_stopped_at_the_third_step() -> None:
         module: Any = base.stored()[next(n for n in base.stored() if "1.mlp.up_proj" in n)]
 
         class Writing(tiny.Heard):
-            def stepped(self, trial: Any, result: Any, module: Any = module) -> None:
+            def on_step_end(self, trial: Any, result: Any, module: Any = module) -> None:
                 with torch.no_grad():
                     if module.compressed is None:
                         module.dense[3, 4] += 1e-3
@@ -110,15 +110,15 @@ def test_a_frozen_tensor_that_changes_is_stopped_at_the_third_step() -> None:
 def test_a_tensor_that_never_gets_a_gradient_is_named_and_training_goes_on() -> None:
     base = loaded()
     parameters = {"a": nn.Parameter(torch.ones(5)), "b": nn.Parameter(torch.ones(5))}
-    watch = UpdateCheck(base, parameters, 1e-8)
+    check = UpdateCheck(base, parameters, 1e-8)
     for _ in range(3):
-        watch.gradient("a", torch.ones(5), 0.1)
-        watch.gradient("b", torch.zeros(5), 0.1)
+        check.observe_gradient("a", torch.ones(5), 0.1)
+        check.observe_gradient("b", torch.zeros(5), 0.1)
         with torch.no_grad():
             parameters["a"] -= 0.1
-        notes = watch.stepped("x", lambda name: None)
+        notes = check.after_step("x")
     assert notes == ["'b' got no gradient in the first 3 steps and stays as it is"]
-    assert watch.stepped("x", lambda name: None) == []
+    assert check.after_step("x") == []
 
 
 def test_experts_that_no_token_reached_are_counted_apart() -> None:
@@ -136,14 +136,32 @@ def test_experts_that_are_modules_of_their_own_are_counted_apart_too() -> None:
     base = loaded()
     names = [f"layers.0.experts.{i}.up.weight" for i in range(3)]
     parameters = {name: nn.Parameter(torch.ones(4)) for name in names}
-    watch = UpdateCheck(base, parameters, 1e-8)
+    check = UpdateCheck(base, parameters, 1e-8)
     for _ in range(3):
         for name in names[:2]:
-            watch.gradient(name, torch.ones(4), 0.1)
+            check.observe_gradient(name, torch.ones(4), 0.1)
             with torch.no_grad():
                 parameters[name] -= 0.1
-        notes = watch.stepped("x", lambda name: name.rpartition("experts")[0])
+        notes = check.after_step("x")
     assert notes == [f"1 tensors of experts got no token in the first 3 steps: '{names[2]}'"]
+
+
+def test_of_experts_that_are_modules_one_with_a_gradient_speaks_for_those_beside_it() -> None:
+    names = ["layers.0.mlp.experts.0.up.weight", "layers.0.mlp.experts.1.up.weight", "layers.0.norm.weight"]
+    base = loaded()
+    trial = tiny.trial(base, tiny.adapted(base), ROWS)
+    trial.parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
+    trial.optimizer.squares = {name: torch.ones(()) for name in (names[1], names[2])}
+    check_gradients_reach_every_tensor(trial)
+    del trial.optimizer.squares[names[1]]  # now none of them got a token, or the code does not use them
+    with pytest.raises(TrainingError, match=r"experts\.0\.up\.weight' and 1 more"):
+        check_gradients_reach_every_tensor(trial)
+
+
+def test_layers_do_not_speak_for_each_other() -> None:
+    assert expert_group("model.layers.1.mixer.dt_proj.weight") is None
+    assert expert_group("layers.1.experts.2.up.weight") == expert_group("layers.1.experts.0.up.weight")
+    assert expert_group("layers.1.experts.2.up.weight") != expert_group("layers.0.experts.2.up.weight")
 
 
 # ---- what is not finite ---------------------------------------------------------------------------------------------
@@ -161,7 +179,7 @@ def test_a_loss_that_is_not_finite_names_the_first_module_and_its_broken_weight(
         train(base, [trial], 1000, tiny.Heard())
 
 
-def test_the_rows_that_are_not_finite_are_told_from_those_beside_them_in_the_pass() -> None:
+def test_the_rows_that_are_not_finite_are_told_from_those_beside_them_in_the_micro_batch() -> None:
     base = loaded()
     trial = started(base)
     embedding: Any = base.structure.embedding
@@ -197,7 +215,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_names_where_it_began(
     assert all(torch.equal(p, before[n]) for n, p in trial.parameters.items()), "the step was not taken"
 
 
-def test_held_out_rows_that_are_not_finite_name_the_module_too() -> None:
+def test_eval_rows_that_are_not_finite_name_the_module_too() -> None:
     base = loaded()
     trial = started(base)
     trial.eval_examples = tiny.examples((5, 8), seed=4)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,12 +19,11 @@ from graftlm.base.saving import dense_state_dict
 from graftlm.config import ComputeDtype, Precision
 from graftlm.data.sampler import make_sampler
 from graftlm.errors import TrainingError
-from graftlm.training.trainer import BatchItem as LoopWork
-from graftlm.training.trainer import StepResult, collate, example_losses, micro_batches, optimizer_step, train
+from graftlm.training.trainer import StepResult, optimizer_step, train
 from graftlm.training.trial import Evaluation, ExampleLoss, Trial
 
 ROWS = tiny.examples((9, 4, 12, 9, 7, 15))
-HELD_OUT = tiny.examples((6, 11, 8), seed=5)
+EVAL_ROWS = tiny.examples((6, 11, 8), seed=5)
 
 # Splitting changes the order of sums, so gradients differ in their last bits (1e-6 of the largest). AdamW divides each
 # by its own size: where one is nearly zero, those bits would decide its update. This epsilon lies above such noise.
@@ -194,7 +192,7 @@ def test_two_trials_in_one_loop_learn_what_each_learns_alone(compute_dtype: Comp
         assert far(weights(alone[0]), weights(beside)) < (1e-6 if compute_dtype == "float32" else 2e-3)
 
 
-class Watching(tiny.Heard):
+class Recording(tiny.Heard):
     """Remembers at which steps an evaluation came, and the steps between."""
 
     def __init__(self) -> None:
@@ -202,60 +200,44 @@ class Watching(tiny.Heard):
         self.events: list[tuple[str, int]] = []
         self.stop_after = 10**9
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
         self.events.append(("step", result.step))
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         self.events.append(("eval", evaluation.step))
 
-    def settled(self, trials: Sequence[Trial]) -> bool:
+    def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
         return trials[0].step < self.stop_after
 
 
 def test_evaluation_comes_before_the_first_step_every_n_steps_and_at_the_end() -> None:
     base = loaded()
     trial = started(base, "lora", steps=5)
-    trial.eval_examples, trial.eval_every = HELD_OUT, 2
-    watching = Watching()
-    train(base, [trial], 100, watching)
-    assert [step for kind, step in watching.events if kind == "eval"] == [0, 2, 4, 5]
-    assert watching.events[0] == ("eval", 0)
-    assert watching.events[-2:] == [("step", 5), ("eval", 5)]
+    trial.eval_examples, trial.eval_every = EVAL_ROWS, 2
+    callback = Recording()
+    train(base, [trial], 100, callback)
+    assert [step for kind, step in callback.events if kind == "eval"] == [0, 2, 4, 5]
+    assert callback.events[0] == ("eval", 0)
+    assert callback.events[-2:] == [("step", 5), ("eval", 5)]
     assert [step for step, _ in trial.evaluations] == [0, 2, 4, 5]
 
 
-def test_without_held_out_rows_nothing_is_evaluated() -> None:
+def test_without_eval_rows_nothing_is_evaluated() -> None:
     base = loaded()
     trial = started(base, "lora", steps=2)
-    watching = Watching()
-    train(base, [trial], 100, watching)
+    callback = Recording()
+    train(base, [trial], 100, callback)
     assert trial.first is None
-    assert all(kind == "step" for kind, _ in watching.events)
+    assert all(kind == "step" for kind, _ in callback.events)
 
 
-def test_the_observer_ends_the_run_after_a_step() -> None:
+def test_the_callback_ends_the_run_after_a_step() -> None:
     base = loaded()
     trial = started(base, "lora", steps=5)
-    watching = Watching()
-    watching.stop_after = 2
-    train(base, [trial], 100, watching)
+    callback = Recording()
+    callback.stop_after = 2
+    train(base, [trial], 100, callback)
     assert trial.step == 2
-
-
-def test_an_evaluation_is_each_rows_plain_loss_without_dropout() -> None:
-    base = loaded()
-    tiny.adapted(base, dropout=0.5)
-    found = example_losses(base, HELD_OUT, 0, 17)  # slot 0: the bare base
-    model = tiny.plain(base.folder)
-    for row, example in zip(found, HELD_OUT):
-        assert row.row == example.row
-        assert row.target_tokens == int(example.loss_mask[1:].sum())
-        assert row.loss == pytest.approx(tiny.mean_loss(model, [example]).item() * row.target_tokens, rel=1e-5)
-    adapted = example_losses(base, HELD_OUT, 1, 17)
-    plain = loaded()
-    tiny.adapted(plain, dropout=0.0)
-    assert [r.loss for r in adapted] == [r.loss for r in example_losses(plain, HELD_OUT, 1, 17)]
-    assert [r.loss for r in adapted] != [r.loss for r in found]
 
 
 def evaluation(step: int, loss: float) -> Evaluation:
@@ -298,7 +280,7 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_leaves_the_weights() -> No
 def test_an_evaluation_that_is_not_finite_names_its_rows() -> None:
     base = loaded()
     trial = started(base, "lora")
-    trial.eval_examples = HELD_OUT
+    trial.eval_examples = EVAL_ROWS
     with torch.no_grad():
         next(iter(trial.parameters.values())).fill_(float("inf"))
     with pytest.raises(TrainingError, match=r"not finite after step 0 on eval rows tiny:1"):
@@ -339,23 +321,6 @@ def test_full_training_in_bfloat16_keeps_bfloat16_weights_and_moves_them_by_tiny
     assert 0.001 < moved / total < 0.3  # few cross to a neighbour; plain rounding would move none of normal size
     drift = torch.cat([(after[n].float() - before[n].float()).flatten() for n in matrices]).abs().mean()
     assert drift < 1e-4
-
-
-def test_documents_are_laid_out_with_what_is_predicted_from_where() -> None:
-    base = loaded()
-    work = [LoopWork(row, 1, (0, i), 0.5) for i, row in enumerate(ROWS)]
-    for group in micro_batches(base, work, 25):
-        micro_batch = collate(base, group)
-        at = 0
-        for w, start in zip(group, micro_batch.segments.starts):
-            ids, trained = w.example.ids, w.example.loss_mask
-            assert micro_batch.ids[start : start + len(ids)].tolist() == ids.tolist()
-            for t in np.flatnonzero(trained):
-                if t > 0:
-                    assert micro_batch.sources[at] == start + t - 1
-                    assert micro_batch.labels[at] == ids[t]
-                    at += 1
-        assert at == len(micro_batch.labels) == sum(micro_batch.counts)
 
 
 def test_training_touches_nothing_but_its_parameters() -> None:

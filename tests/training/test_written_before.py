@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from tiny_run import lines
 
 from graftlm.adapters.manifest import read_manifest, trained_compute_dtype
+from graftlm.commands.generate import generate
+from graftlm.commands.train import train
 from graftlm.config import GenerateConfig, SweepConfig, TrainConfig
 from graftlm.errors import RunError
 from graftlm.experiments.compare.run import run_once
 from graftlm.experiments.sweep.results import read
 from graftlm.experiments.sweep.study import Study
-from graftlm.serving.engine.generate import generate_text
-from graftlm.training.run import run
 from graftlm.training.run_folder import read_evaluation, read_metrics
 from graftlm.training.view import View
 
@@ -49,7 +49,7 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("options", ["stopped/config.json", "options.yaml"])
 def test_a_run_of_before_goes_on_from_its_checkpoint_to_the_same_end(options: str) -> None:
-    summary = run(TrainConfig.read(options, {"out": "stopped", "resume": True}), View(quiet=True))
+    summary = train(TrainConfig.read(options, {"out": "stopped", "resume": True}), View(quiet=True))
     assert (summary["steps"], summary["num_tokens"], summary["target_tokens"]) == (4, 235, 143)
     assert far(tensors("stopped"), tensors("finished")) < 1e-5
     found = lines(Path("stopped/metrics.jsonl"))
@@ -61,7 +61,7 @@ def test_a_run_of_before_goes_on_from_its_checkpoint_to_the_same_end(options: st
 
 def test_going_on_with_another_option_is_refused_under_its_name_of_today() -> None:
     with pytest.raises(RunError, match=r"lora-dropout was 0\.1, now 0\.2.*--allow-change lora-dropout"):
-        run(
+        train(
             TrainConfig.read("stopped/config.json", {"out": "stopped", "resume": True, "lora_dropout": 0.2}),
             View(quiet=True),
         )
@@ -70,14 +70,14 @@ def test_going_on_with_another_option_is_refused_under_its_name_of_today() -> No
 @pytest.mark.parametrize("name", ["dropout", "lora-dropout"])
 def test_a_change_may_be_allowed_under_either_name(name: str) -> None:
     given = {"out": "stopped", "resume": True, "lora_dropout": 0.2, "allow_change": [name]}
-    run(TrainConfig.read("stopped/config.json", given), View(quiet=True))
+    train(TrainConfig.read("stopped/config.json", given), View(quiet=True))
     changed = [line for line in lines(Path("stopped/metrics.jsonl")) if line.get("event") == "changed"]
     assert [(line["key"], line["was"], line["now"]) for line in changed] == [("lora-dropout", 0.1, 0.2)]
 
 
 def test_an_adapter_of_before_answers() -> None:
     given: dict[str, Any] = {"model": "base", "adapter": "finished/adapter", "prompt": "0 the: ", "max_tokens": 5}
-    found = generate_text(GenerateConfig.build({**given, "base_precision": "float32", "compute_dtype": "float32"}))
+    found = generate(GenerateConfig.build({**given, "base_precision": "float32", "compute_dtype": "float32"}))
     assert found["text"] is not None
     manifest = read_manifest(Path("finished/adapter"))
     assert manifest is not None
@@ -89,7 +89,7 @@ def test_training_goes_on_from_an_adapter_of_before() -> None:
     given = {k: v for k, v in tiny_run.options(Path("more")).items() if k not in ("rank", "alpha")}
     more = {"model": "base", "from_adapter": "finished/adapter", "steps": 1, "eval_every": 1}
     config = TrainConfig.build({**given, **more})
-    assert run(config, View(quiet=True))["steps"] == 1
+    assert train(config, View(quiet=True))["steps"] == 1
 
 
 def test_figures_of_before_are_read_under_todays_names() -> None:
@@ -119,9 +119,9 @@ def sweep(out: str, **search: str) -> SweepConfig:
 def test_a_sweep_of_before_is_shown_under_todays_names() -> None:
     found = read(Path("sweep_renamed"))
     assert found.space == {"lr_scheduler": "linear|constant"}
-    assert all(trial.own["lr_scheduler"] in ("linear", "constant") for trial in found.tried)
+    assert all(trial.params["lr_scheduler"] in ("linear", "constant") for trial in found.tried)
     assert all(trial.state == "complete" and trial.eval_losses for trial in found.tried)
-    assert found.asked["base_precision"] == "float32"
+    assert found.options["base_precision"] == "float32"
 
 
 def test_a_sweep_of_before_goes_on_unless_it_searches_an_option_that_was_renamed() -> None:

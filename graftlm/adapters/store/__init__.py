@@ -1,15 +1,17 @@
 """Named, numbered, immutable versions of adapters: `resolve("formal@prod")` gives a folder and its digest.
 
-folder.py    the store on disk: publish, find, alias, roll back, remove, verify
-base_versions.py     the part of it that belongs to one base
-content.py   a version's files, and the check that everybody reads them by
-journal.py   the one file that changes, at its end
-state.py     what the journal's events come to
-names.py     what a version may be called
-advice.py    commands as messages advise them
-lineage.py   what made a version, and how two differ
-remote.py    push and pull: object stores and folders, by fsspec
-hub.py       push and pull: the Hugging Face hub
+store.py          the store on disk: publish, find, alias, roll back, remove, verify
+base_versions.py  the part of it that belongs to one base
+publishing.py     the adapter, base and run that a publish records
+content.py        a version's files, and the check before they are read
+journal.py        the one file that changes: an append-only log of events
+replay.py         from the journal's events to names, versions and aliases
+names.py          names, version numbers and aliases
+advice.py         `graft adapters` commands in messages
+lineage.py        what a version was made from, and how two versions differ
+tables.py         tables for the terminal
+remote.py         push and pull: object stores and folders, through fsspec
+hub.py            push and pull: the Hugging Face hub
 """
 
 from graftlm.adapters.store.advice import DEFAULT

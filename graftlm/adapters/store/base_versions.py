@@ -1,4 +1,4 @@
-"""The part of a store that belongs to one base: its journal, its versions, and what is being written."""
+"""The part of a store that belongs to one base: its journal, its versions, and versions that are being written."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.content import ANY_RUN, RUN, check_above, content_fault, open_content, open_manifest
-from graftlm.adapters.store.journal import Event, Journal, flush_folder
+from graftlm.adapters.store.journal import Event, Journal
 from graftlm.adapters.store.replay import NamedAdapter, VersionEntry, replay
 from graftlm.errors import AdapterError, StoreError
-from graftlm.files import sha256
+from graftlm.files import flush, sha256
 from graftlm.progress import working
 
 if TYPE_CHECKING:
-    from graftlm.adapters.peft_format import AdapterFolder
+    from graftlm.adapters.peft_folder import AdapterFolder
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of one name, and where its files are."""
+    """One version of a name, and the folder of its files."""
 
     name: str
     number: int
@@ -37,7 +37,7 @@ class Version:
     """The fingerprint of the base it was trained on."""
     folder: Path
     event: Event = field(repr=False)
-    """What was said of it when it was published: when, by whom, from where, with what result."""
+    """Its publish event: when, by whom, from where, with what result."""
     aliases: tuple[str, ...] = ()
 
     @property
@@ -50,20 +50,20 @@ class Version:
         return self.folder.parents[3]
 
     def opened(self) -> AdapterFolder:
-        """Its files, every byte found as it was published: what each command reads a version by. Raises StoreError."""
+        """Its files, after checking that every byte is as published; all commands read versions this way. Raises StoreError."""
         try:
             return open_content(self.folder, self.digest, self.base, self.event.get("run"))
         except (AdapterError, StoreError) as error:
             raise StoreError(
-                f"{self.label} is not as it was published: {error}. Publish or pull the same adapter again, which puts its "
-                "files back, or take another version. All that is damaged is listed by: "
+                f"{self.label} is not as it was published: {error}. Publish or pull the same adapter again, which restores its "
+                "files, or use another version. To list everything that is damaged: "
                 f"{command('verify', store=self.root)}"
             ) from None
 
     def manifest(self) -> dict[str, Any]:
-        """Its `graft.json`, as it was published; of its files the tensors are not read.
+        """Its `graft.json`, as it was published; the tensors are not read.
 
-        Raises StoreError, which a server's users read too: it names no folder but the version's.
+        Raises StoreError. Users of a server see it too, so it names no folder other than the version's.
         """
         try:
             return open_manifest(self.folder, self.digest, self.base, self.event.get("run"))
@@ -71,19 +71,19 @@ class Version:
             raise StoreError(f"{self.label} is not as it was published: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` says of it."""
+        """The version for `--json`."""
         kept = ("base", "precision", "method", "rank", "data", "before", "after", "steps", "bytes", "parents", "source",
                 "note", "at", "by")  # fmt: skip
-        said = {key: self.event.get(key) for key in kept}
+        event = {key: self.event.get(key) for key in kept}
         return {
             "version": self.label, "name": self.name, "number": self.number, "digest": self.digest,
-            "aliases": list(self.aliases), "fingerprint": self.base, "folder": str(self.folder), **said,
+            "aliases": list(self.aliases), "fingerprint": self.base, "folder": str(self.folder), **event,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class VerifyFault:
-    """Something of a store that is not as it was published."""
+    """Something in a store that is not as it was published."""
 
     where: str
     what: str
@@ -91,14 +91,14 @@ class VerifyFault:
 
 @dataclass
 class VerifyReport:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     versions: int = 0
     contents: int = 0
     bytes: int = 0
     faults: list[VerifyFault] = field(default_factory=list[VerifyFault])
     leftovers: list[str] = field(default_factory=list[str])
-    """Contents that no name has, and half-written ones whose writer is gone; `clean` removes both."""
+    """Contents that no version refers to, and incomplete ones whose writer has exited; `clean` removes both."""
 
 
 class BaseVersions:
@@ -111,12 +111,12 @@ class BaseVersions:
 
     @cached_property
     def names(self) -> dict[str, NamedAdapter]:
-        """The names as they are now."""
+        """The names with their versions and aliases, from the journal."""
         return replay(self.journal.read())
 
     @property
     def base_name(self) -> str:
-        """What the base was called when its newest adapter was published."""
+        """The base's name when its newest adapter was published."""
         entries = [name.newest for name in self.names.values()]
         known = [str(e.event.get("base") or "") for e in entries if e is not None]
         return known[-1] if known else ""
@@ -127,7 +127,7 @@ class BaseVersions:
 
     @contextmanager
     def incoming(self) -> Iterator[Path]:
-        """A folder to write a version into; it goes when the block ends, unless it was put in its place."""
+        """A temporary folder to write a version into; it is removed when the block ends, unless `put` has moved it."""
         parent = self.folder / "incoming"
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -146,17 +146,17 @@ class BaseVersions:
             os.close(descriptor)
 
     def settle(self, place: Path) -> None:
-        """Bring a written version onto the disk, readable by all and writable by none."""
+        """Flush a written version to disk and make it read-only."""
         for file in place.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
             file.chmod(0o444)
-        flush_folder(place)
+        flush(place)
 
     def put(
         self, place: Path, name: str, digest: str, about: Mapping[str, Any], number: int | None
     ) -> tuple[Version, bool]:
-        """Move a written version into its place and record it; an equal one that is there is taken instead."""
+        """Move a written version to its final folder and record it; if an equal version exists, return that instead."""
         target = self.folder / "versions" / digest
         check_above(target)
         sound = content_fault(target, digest, self.fingerprint, ANY_RUN) is None
@@ -175,7 +175,7 @@ class BaseVersions:
                 if taken is None and same is None and number <= held.highest and number not in held.versions:
                     removed = any(e["do"] == "remove" and e["version"] == number for e in held.history)
                     if removed:
-                        raise StoreError(f"{name}@{number} was removed here, and a number is never given twice")
+                        raise StoreError(f"{name}@{number} was removed here, and numbers are never reused")
             self._place(place, target, sound, runs)
             if same is not None:
                 return self.version(same, held.pointing_at(same.number)), False
@@ -186,14 +186,14 @@ class BaseVersions:
             return self.version(VersionEntry(name, given, digest, event)), True
 
     def _place(self, place: Path, target: Path, sound: bool, runs: set[str | None]) -> None:
-        """Have a written version in its place; the same content again heals a copy that is damaged, or a link.
+        """Move a written version to `target`, unless it is there; the same content again replaces a damaged copy, or a link.
 
-        One content has one run.json, that of its first publishing: `runs` are the checksums that the versions of it name.
+        One content has one run.json, from its first publish: `runs` are the checksums that its versions record.
         """
         if not os.path.lexists(target):
             target.parent.mkdir(exist_ok=True)
             place.rename(target)
-            flush_folder(target.parent)
+            flush(target.parent)
             return
         kept = not runs or _run_in(target) in runs
         if sound and kept:
@@ -201,8 +201,8 @@ class BaseVersions:
         if runs and _run_in(place) not in runs:
             if not kept:
                 raise StoreError(
-                    f"{target} is damaged, and its {RUN} with it; publish the run that it was first published from, which "
-                    "puts both back, or remove its versions first"
+                    f"{target} and its {RUN} are damaged; publish the run that it was first published from, which "
+                    "restores both, or remove its versions first"
                 )
             (place / RUN).unlink(missing_ok=True)
             if _run_in(target) is not None:
@@ -211,19 +211,19 @@ class BaseVersions:
         damaged = place.with_suffix(".damaged")
         target.rename(damaged)
         place.rename(target)
-        flush_folder(target.parent)
+        flush(target.parent)
         _remove(damaged)
 
     def drop(self, content: Path) -> None:
-        """Remove a content that no version has any more; called with the journal held."""
+        """Remove a content that no version refers to; the caller holds the journal."""
         if os.path.lexists(content):
             gone = self.folder / "incoming" / f"{secrets.token_hex(6)}.gone"
             gone.parent.mkdir(exist_ok=True)
-            content.rename(gone)  # from now on nobody finds it, however long the removal takes
+            content.rename(gone)  # now no process finds it, however long the removal takes
             _remove(gone)
 
     def verify(self, check: VerifyReport) -> None:
-        """Add to `check` what is wrong with this base_versions."""
+        """Add to `check` what is wrong with these versions."""
         where = f"base {self.fingerprint[:12]}"
         try:
             names = replay(self.journal.read())
@@ -262,7 +262,7 @@ class BaseVersions:
         return [p for p in sorted(place.iterdir()) if p.name not in used] if place.is_dir() else []
 
     def clean(self) -> list[str]:
-        """Remove contents that no name has, and what dead writers left in `incoming`."""
+        """Remove contents that no version refers to, and what interrupted processes left in `incoming`."""
         with self.journal.writing() as writer:
             used = {e.digest for n in replay(writer.events).values() for e in n.versions.values()}
             gone = self._unused(used)
@@ -274,7 +274,7 @@ class BaseVersions:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                continue  # its writer lives
+                continue  # its writer is running
             else:
                 place = lock.with_suffix("")
                 gone += [place] if place.exists() else []
@@ -297,7 +297,7 @@ def _run_in(folder: Path) -> str | None:
 
 
 def _claimed(parent: Path) -> tuple[int, Path]:
-    """A lock file of this process's own: (descriptor, path). While the process lives nobody else can lock it."""
+    """A lock file of this process: (descriptor, path). No other process can lock it while this one runs."""
     while True:
         lock = parent / f"{secrets.token_hex(8)}.lock"
         descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_RDWR)
@@ -309,7 +309,7 @@ def _claimed(parent: Path) -> tuple[int, Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():  # somebody put it where a folder was
+    if path.is_symlink() or path.is_file():  # replaced by hand
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)

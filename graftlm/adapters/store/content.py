@@ -1,9 +1,9 @@
-"""A version's files: the one way to them, for every command that reads one.
+"""A version's files, and the check before any command reads them.
 
     STORE/bases/<fingerprint>/versions/<digest>/
 
-A store may be on a shared disk, and its folders may be changed by hand. So nobody opens a version by its path alone: what is
-there must be what was published, by digest, lie in the store itself and not behind a link, and hold no file more.
+A store may be on a shared disk, and its folders may be changed by hand. So a version is never opened by its path alone: its
+content must have the published digest, be in the store itself and not behind a link, and have no extra files.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from graftlm.files import sha256
 from graftlm.jsonfile import read_json
 
 if TYPE_CHECKING:
-    from graftlm.adapters.peft_format import AdapterFolder
+    from graftlm.adapters.peft_folder import AdapterFolder
 
 RUN = "run.json"
 ANY_RUN = "*"
-"""For `run` below: of one who does not read run.json, and does not know which one belongs there."""
+"""For `run` below: the caller does not read run.json and does not know its checksum."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def open_content(place: Path, digest: str, base: str, run: str | None = None) -> AdapterFolder:
-    """The adapter in a version's folder, once every byte of it is found to be as it was published.
+    """The adapter in a version's folder, after checking that every byte is as published.
 
-    `base` is the fingerprint it was published for, `run` the SHA-256 of the run.json beside it, None where there is none.
+    `base` is the fingerprint it was published for, `run` the SHA-256 of its run.json, or None if it has none.
     Reads every file once. Raises StoreError and AdapterError, which name the file or the folder.
     """
-    from graftlm.adapters.peft_format import inspect_folder
+    from graftlm.adapters.peft_folder import inspect_folder
 
     check_place(place)
     found = inspect_folder(place)
@@ -42,7 +42,7 @@ def open_content(place: Path, digest: str, base: str, run: str | None = None) ->
 
 
 def open_manifest(place: Path, digest: str, base: str, run: str | None = None) -> dict[str, Any]:
-    """The `graft.json` of a version, and the same check of every file but its tensors, which are not read."""
+    """The `graft.json` of a version, after the same check of every file except the tensors, which are not read."""
     from graftlm.adapters.manifest import MANIFEST, TENSORS, check_files, digest_of, read_manifest
 
     check_place(place)
@@ -54,9 +54,9 @@ def open_manifest(place: Path, digest: str, base: str, run: str | None = None) -
 
 
 def check_place(place: Path) -> None:
-    """Raise StoreError unless a version's folder and its files lie in the store itself, and are no links."""
+    """Raise StoreError unless a version's folder and its files are in the store itself and are not links."""
     if not DIGEST.fullmatch(place.name) or place.parent.name != "versions":
-        raise StoreError(f"{place} is no place of a version: the journal names a digest that is none")
+        raise StoreError(f"{place} is not the folder of a version: the journal has an invalid digest")
     check_above(place)
     link = place if place.is_symlink() else None
     if link is None:
@@ -73,7 +73,7 @@ def check_place(place: Path) -> None:
 
 
 def check_above(place: Path) -> None:
-    """Raise StoreError where a folder between the store and a version is a link: versions, the base's folder, or bases."""
+    """Raise StoreError if a folder between the store and a version is a link: versions, the base's folder, or bases."""
     link = next((p for p in place.parents[:3] if p.is_symlink()), None)
     if link is not None:
         raise StoreError(
@@ -86,7 +86,7 @@ def _as_published(
     place: Path, digest: str, base: str, run: str | None, found: str, manifest: dict[str, Any] | None,
     files: Iterable[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest, once it and the names in the folder are those of the version. Raises StoreError."""
+    """The manifest, after checking it and the names of the files. Raises StoreError."""
     if manifest is None:
         raise StoreError(f"{place} has no graft.json, which every version has")
     if found != digest:
@@ -102,7 +102,7 @@ def _as_published(
 
 
 def content_fault(place: Path, digest: str, base: str, run: str | None = None) -> str | None:
-    """What is wrong with a version's files, or None when every byte is as it was published."""
+    """What is wrong with a version's files, or None if every byte is as published."""
     try:
         open_content(place, digest, base, run)
     except (AdapterError, StoreError, OSError) as error:
@@ -111,7 +111,7 @@ def content_fault(place: Path, digest: str, base: str, run: str | None = None) -
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """Config and environment of the run that made a version, where it came from one: plain facts, no part of its digest."""
+    """Config and environment of the run that made a version, if there was one; not part of its digest."""
     try:
         return read_json(folder / RUN, StoreError)
     except StoreError:

@@ -1,8 +1,8 @@
-"""One version as a repository of the Hugging Face hub: the adapter's files at its root, where PEFT and others find them.
+"""One version as a repository of the Hugging Face hub: the adapter's files at its root, where PEFT finds them.
 
-A push is one commit on top of the one that was looked at, so it is there whole or not at all, and never over somebody else's.
-`graft-version.json` beside the files says which name, number and digest it is; what is pulled, all of it at one commit, is held
-against that before it is published here.
+A push is one commit whose parent is the commit that was inspected, so it is atomic and never overwrites a concurrent push.
+`graft-version.json` has name, number and digest. A pull downloads all files at one commit and compares them with it before the
+version is published here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ RECORD = "graft-version.json"
 
 
 def push(version: Version, repository: str, private: bool) -> bool:
-    """Upload a version in one commit, making the repository where there is none; False where it is there already.
+    """Upload a version in one commit, creating the repository if needed; returns False if the version is there already.
 
-    Files of a version that was there before and that this one does not have go with the same commit. Raises StoreError, also
-    for a repository that holds another name's version, or another content under this number, or is public against `private`.
+    The same commit deletes files of the previous version that this one does not have. Raises StoreError, also for a repository
+    that has a version of another name or other content under this number, or is public although `private` is set.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -57,18 +57,20 @@ def push(version: Version, repository: str, private: bool) -> bool:
         )  # fmt: skip
     except GraftError:
         raise
-    except Exception as error:  # the client passes on what its HTTP library and its storage raise
+    except Exception as error:  # the client raises errors of its HTTP library and its storage
         raise StoreError(f"{repository} was not written on the hub: {reason(error)}") from None
     return True
 
 
 def _holds(repository: str, commit: str, version: Version) -> bool:
-    """Whether a repository holds this very version; StoreError where it holds what this one would hide."""
+    """Whether a repository has this version. Raises StoreError if it has another one that a push would overwrite."""
     from huggingface_hub import hf_hub_download
 
     there = _record(repository, Path(hf_hub_download(repository, RECORD, revision=commit)), version.base)
     if there.name != version.name:
-        raise StoreError(f"{repository} holds {there.label}, and one repository is for one name; push to another one")
+        raise StoreError(
+            f"{repository} holds {there.label}, and a repository has versions of one name; push to another one"
+        )
     if there.number == version.number and there.digest != version.digest:
         raise StoreError(
             f"{repository} has another {version.label} ({there.digest[:12]}, yours is {version.digest[:12]}); "
@@ -84,9 +86,9 @@ def pull(store: Store, repository: str, name: str | None, revision: str | None) 
 
     from graftlm.adapters.fetching import fetch
     from graftlm.adapters.manifest import read_manifest
-    from graftlm.adapters.peft_format import inspect_folder
+    from graftlm.adapters.peft_folder import inspect_folder
 
-    try:  # asked by itself: a download falls back on what an earlier one left, when the hub is not reached
+    try:  # a separate request, since downloads fall back on the cache when the hub cannot be reached
         commit = HfApi().model_info(repository, revision=revision).sha
     except RepositoryNotFoundError:
         raise StoreError(
@@ -105,9 +107,9 @@ def pull(store: Store, repository: str, name: str | None, revision: str | None) 
     try:
         manifest = read_manifest(folder)
     except AdapterError as error:
-        raise StoreError(f"{repository} is damaged and was not taken: {error}") from None
+        raise StoreError(f"{repository} is damaged and was not published: {error}") from None
     if manifest is None:
-        raise StoreError(f"{repository} has a {RECORD} and no graft.json; it is damaged and was not taken")
+        raise StoreError(f"{repository} has a {RECORD} and no graft.json; it is damaged and was not published")
     known = _record(repository, folder / RECORD, str(manifest["base"]["fingerprint"]))
     check_fetched(folder, known, repository, inspect_folder)
     number = known.number if name is None else None
@@ -115,7 +117,7 @@ def pull(store: Store, repository: str, name: str | None, revision: str | None) 
 
 
 def _record(repository: str, file: Path, base: str) -> RemoteVersion:
-    """Which version a repository says that it holds. Raises StoreError."""
+    """The version that a repository records. Raises StoreError."""
     try:
         event = read_json(file, StoreError)
         number = event["version"]

@@ -1,7 +1,7 @@
-"""What made a version, and how two versions differ.
+"""What a version was made from, and how two versions differ.
 
-How far two adapters are apart is said of what they do, the update s B A of each layer, and not of A and B, which many
-different pairs share. No (out, in) matrix is made for it (Frobenius norm and inner product):
+The distance of two adapters is that of their updates s B A in each layer, not of A and B, since many pairs give the same
+update. It is computed without any (out, in) matrix (Frobenius norm and inner product):
 
     <s B A, t D C> = s t trace((B^T D) (C A^T))        B (out, r), A (r, in), D (out, q), C (q, in)
 
@@ -30,7 +30,7 @@ _PREFIX = "base_model.model."
 
 
 def lineage(store: Store, version: Version) -> dict[str, Any]:
-    """Everything that is known of a version: its base, data, config, metrics, parents and files. Raises StoreError."""
+    """A version's base, data, config, metrics, parents and files. Raises StoreError."""
     found = version.opened()
     manifest = found.manifest or {}
     event = version.event
@@ -67,11 +67,11 @@ def lineage(store: Store, version: Version) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LayerDistance:
-    """How far the updates of one layer are apart."""
+    """The distance of two updates of one layer."""
 
     layer: str
     distance: float | None
-    """|U - V| / |U|; None where the first changes nothing here, or the two have other shapes."""
+    """|U - V| / |U|; None if U is zero or the shapes differ."""
     cosine: float | None
     first: float
     second: float
@@ -79,7 +79,7 @@ class LayerDistance:
 
 
 def differences(store: Store, first: Version, second: Version) -> dict[str, Any]:
-    """What differs between two versions: config, plan of tensors, metrics, and the weights. Raises StoreError."""
+    """The differences between two versions: config, tensor shapes, metrics, and weights. Raises StoreError."""
     a, b = lineage(store, first), lineage(store, second)
     plain = {side: _flat({k: v[k] for k in ("base", "config", "formula")}) for side, v in (("a", a), ("b", b))}
     data = {side: {"data.digest": v["data"]["digest"]} for side, v in (("a", a), ("b", b))}
@@ -112,7 +112,7 @@ def _shapes(version: Version) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """A nested mapping as one level: `base.precision`."""
+    """A nested mapping, flattened: `base.precision`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -123,14 +123,14 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries that differ; what one side does not have is None there."""
+    """The entries that differ; a missing entry is None."""
     ignored = {"config.out", "config.resume"}
     keys = [k for k in dict.fromkeys([*a, *b]) if k not in ignored and a.get(k) != b.get(k)]
     return [{"key": k, "first": a.get(k), "second": b.get(k)} for k in keys]
 
 
 def distances(first: Path, second: Path) -> list[LayerDistance]:
-    """The distance of each layer's update, |s B A - t D C| / |s B A|, and of each tensor that is no factor of one."""
+    """The distance of each layer's update, |s B A - t D C| / |s B A|, and of each tensor that is not A or B."""
     import torch
 
     one, two = _updates(first), _updates(second)
@@ -150,7 +150,7 @@ def distances(first: Path, second: Path) -> list[LayerDistance]:
 
 
 def _total(layers: list[LayerDistance]) -> float | None:
-    """All layers as one vector: the square root of the sums of squares."""
+    """The distance over all layers as one vector."""
     if any(d.distance is None and d.first > 0 for d in layers):
         return None
     apart = sum((d.distance or 0.0) ** 2 * d.first**2 if d.first > 0 else d.second**2 for d in layers)
@@ -160,9 +160,9 @@ def _total(layers: list[LayerDistance]) -> float | None:
 
 @dataclass
 class _Update:
-    """One layer's update as factors, or a tensor that is one by itself (A is None)."""
+    """One layer's update as factors, or a full tensor (A is None)."""
 
-    B: Tensor  # (E, out, r), the scale in it
+    B: Tensor  # (E, out, r), times the scale
     A: Tensor | None  # (E, r, in)
 
     def fits(self, other: _Update) -> bool:
@@ -180,11 +180,11 @@ class _Update:
 
 
 def _updates(folder: Path) -> dict[str, _Update]:
-    """The updates of an adapter's files by layer; what is no pair of factors stands under its tensor's own name."""
+    """The updates of an adapter's files by layer; other tensors are listed by their own names."""
     from safetensors.torch import load_file
 
+    from graftlm.adapters.manifest import CONFIG, TENSORS
     from graftlm.adapters.patterns import Expressions
-    from graftlm.adapters.peft_format import CONFIG, TENSORS
     from graftlm.errors import AdapterError
 
     config = read_json(folder / CONFIG, AdapterError)

@@ -1,7 +1,7 @@
-"""What a version is called: `formal` (the newest), `formal@3`, `formal@prod` (an alias).
+"""References to versions: `formal` (the newest), `formal@3`, `formal@prod` (an alias).
 
 Names are ASCII letters and digits, `.`, `_` and `-`, and begin with a letter or a digit, so that a name is never a path. An
-alias is not a number. An adapter is one of these or a folder; `looks_like_a_name` tells them apart.
+alias is not a number. An adapter is given as a reference or as a folder; `looks_like_a_name` tells them apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from graftlm.errors import StoreError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NUMBER = re.compile(r"[0-9]+")  # not `str.isdigit`, which takes the digits of every script
+_NUMBER = re.compile(r"[0-9]+")  # not `str.isdigit`, which accepts the digits of every script
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def check_name(text: str, what: str = "name") -> str:
             "letter or a digit"
         )
     if what == "alias" and _NUMBER.fullmatch(text):
-        raise StoreError(f"alias '{text}' is a number, and numbers are versions; take a word, such as prod")
+        raise StoreError(f"alias '{text}' is a number, and numbers are versions; use a word, such as prod")
     return text
 
 
@@ -48,12 +48,12 @@ def parse(text: str) -> Reference:
     if not at:
         return Reference(name)
     if _NUMBER.fullmatch(which):
-        if len(which) > 10 or not 0 < int(which) < 1 << 31:  # Python refuses to read thousands of digits
+        if len(which) > 10 or not 0 < int(which) < 1 << 31:  # Python refuses to parse thousands of digits
             raise StoreError(f"'{text}': versions are counted from 1")
         return Reference(name, number=int(which))
     return Reference(name, alias=check_name(which, "alias"))
 
 
 def looks_like_a_name(text: str) -> bool:
-    """Whether what a user gave as an adapter is a name in a store rather than a folder: no such folder, and no path."""
+    """Whether an adapter that a user gave is a name in a store: there is no such folder, and it is not a path."""
     return not Path(text).is_dir() and "/" not in text and "\\" not in text and not text.startswith((".", "~"))

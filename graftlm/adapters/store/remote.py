@@ -1,10 +1,10 @@
 """Versions in an object store or a folder, through fsspec: `s3://bucket/path`, `gs://...`, `/mnt/shared/adapters`.
 
     PLACE/<fingerprint>/versions/<digest>/...            the files of a version, its graft.json last
-    PLACE/<fingerprint>/names/<name>/<number>.json       what makes them one: written after all files, and never over another
+    PLACE/<fingerprint>/names/<name>/<number>.json       the record of a version: written after all files, never overwritten
 
-A transfer that is cut off leaves files without a record, which nobody sees; the next one writes them again. What is pulled
-is downloaded beside the store, checked by its digest, and only then published here.
+An interrupted transfer leaves files without a record, which are not listed; the next transfer writes them again. A pull
+downloads to a temporary folder, checks the digest, and then publishes in the store.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LAST = "graft.json"
 
 @dataclass(frozen=True)
 class RemoteVersion:
-    """A version as a remote place lists it."""
+    """The record of a version at a remote location."""
 
     base: str
     name: str
@@ -50,10 +50,10 @@ class RemoteVersion:
 
 
 class Remote:
-    """A place that holds versions."""
+    """A remote location that has versions."""
 
     def __init__(self, place: str) -> None:
-        """Raises StoreError for an address that no installed package reads."""
+        """Raises StoreError for an address that no installed package supports."""
         import fsspec
 
         self.place = place
@@ -66,7 +66,7 @@ class Remote:
         self.root = self.root.rstrip("/")
 
     def records(self) -> list[RemoteVersion]:
-        """Every version there, by name and number. Raises StoreError for a place that cannot be read or is damaged."""
+        """Every version there, by name and number. Raises StoreError if the location cannot be read or is damaged."""
         try:
             self.fs.invalidate_cache()
             if not self.fs.exists(self.root):
@@ -75,7 +75,7 @@ class Remote:
                 paths = sorted(self.fs.find(self.root))
         except GraftError:
             raise
-        except Exception as error:  # each file system has exceptions of its own
+        except Exception as error:  # each file system has its own exceptions
             raise self._failed("listed", error) from None
         found: list[RemoteVersion] = []
         for path in paths:
@@ -101,7 +101,7 @@ class Remote:
         return RemoteVersion(base, name, number, event["digest"], event)
 
     def push(self, version: Version) -> bool:
-        """Copy a version there; False where it is there already. Raises StoreError for another content under its number."""
+        """Upload a version; returns False if it is there already. Raises StoreError for other content under its number."""
         found = version.opened()
         path = f"{self.root}/{version.base}/names/{version.name}/{version.number}.json"
         place = f"{self.root}/{version.base}/versions/{version.digest}"
@@ -120,7 +120,7 @@ class Remote:
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
                 self.fs.pipe_file(path, json.dumps(version.event).encode(), mode="create")
-            except FileExistsError:  # somebody was faster
+            except FileExistsError:  # a concurrent push
                 return self._same(path, version)
         except GraftError:
             raise
@@ -138,8 +138,8 @@ class Remote:
         return False
 
     def fetch(self, record: RemoteVersion, into: Path) -> None:
-        """Download a version's files into an empty folder, and check them. Raises StoreError for what does not fit."""
-        from graftlm.adapters.peft_format import inspect_folder
+        """Download a version's files into an empty folder, and check them. Raises StoreError if they do not match."""
+        from graftlm.adapters.peft_folder import inspect_folder
 
         place = f"{self.root}/{record.base}/versions/{record.digest}"
         try:
@@ -148,9 +148,11 @@ class Remote:
             total = sum(size for _, size in listed)
             odd = [n for n, _ in listed if not _FILE.fullmatch(n.rpartition("/")[2])]
             if odd or len(listed) > _MOST_FILES or total > _MOST_BYTES:
-                raise StoreError(f"{self.place}: {record.label} holds {odd[0] if odd else 'too much'}; it is not taken")
+                raise StoreError(
+                    f"{self.place}: {record.label} holds {odd[0] if odd else 'too much'}; it was not published"
+                )
             if total > shutil.disk_usage(into).free:
-                raise StoreError(f"{record.label} takes {total:,} bytes, and {into.parent} has no room for them")
+                raise StoreError(f"{record.label} takes {total:,} bytes, and {into.parent} has less free space")
             with working(f"pulling {record.label}", total, "bytes") as task:
                 for path, size in listed:
                     self.fs.get_file(path, str(into / path.rpartition("/")[2]))
@@ -166,30 +168,30 @@ class Remote:
 
 
 def reason(error: Exception) -> str:
-    """Why a library failed, in one line: the kind of its error, and the first line of what it says."""
+    """An error of a library in one line: its class, and the first line of its message."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__} {text[0] if text else ''}".rstrip()
 
 
 def check_fetched(folder: Path, record: RemoteVersion, place: str, inspect: Any) -> None:
-    """What came is what was published: the digest over all of it. Raises StoreError."""
+    """Check that the downloaded files have the published digest. Raises StoreError."""
     try:
         found = inspect(folder)
     except AdapterError as error:
-        raise StoreError(f"{record.label} from {place} is damaged and was not taken: {error}") from None
+        raise StoreError(f"{record.label} from {place} is damaged and was not published: {error}") from None
     run = record.event.get("run")
     if run is not None and (not (folder / RUN).is_file() or sha256(folder / RUN) != run):
-        raise StoreError(f"{record.label} from {place} is damaged and was not taken: its {RUN} has changed")
+        raise StoreError(f"{record.label} from {place} is damaged and was not published: its {RUN} has changed")
     base = ((found.manifest or {}).get("base") or {}).get("fingerprint")
     if found.digest != record.digest or base != record.base:
         raise StoreError(
             f"{record.label} from {place} is another adapter than its record says ({found.digest[:12]}, not "
-            f"{record.digest[:12]}); it was not taken"
+            f"{record.digest[:12]}); it was not published"
         )
 
 
 def select_records(records: Iterable[RemoteVersion], wanted: Iterable[Reference], place: str) -> list[RemoteVersion]:
-    """The records that references name: one version, or all of a name. Raises StoreError for one that is not there."""
+    """The records of the wanted references: one version, or all of a name. Raises StoreError for one that is missing."""
     records = list(records)
     wanted = list(wanted)
     if not wanted:
@@ -197,7 +199,9 @@ def select_records(records: Iterable[RemoteVersion], wanted: Iterable[Reference]
     found: list[RemoteVersion] = []
     for reference in wanted:
         if reference.alias is not None:
-            raise StoreError(f"'{reference}' is an alias, and those stay in their store; name a version by its number")
+            raise StoreError(
+                f"'{reference}' is an alias, and aliases are not transferred; name a version by its number"
+            )
         hits = [r for r in records if r.name == reference.name and reference.number in (None, r.number)]
         if not hits:
             labels = [r.label for r in records]
@@ -209,7 +213,7 @@ def select_records(records: Iterable[RemoteVersion], wanted: Iterable[Reference]
 def pull_records(
     store: Store, remote: Remote, records: Iterable[RemoteVersion], name: str | None
 ) -> list[tuple[Version, bool]]:
-    """Download, check and publish each; a version appears here whole or not at all. Raises StoreError."""
+    """Download, check and publish each record. Raises StoreError; a version that fails is not published."""
     done: list[tuple[Version, bool]] = []
     for record in records:
         here = _known(store, record) if name is None else None
@@ -227,7 +231,7 @@ def pull_records(
 
 
 def _known(store: Store, record: RemoteVersion) -> Version | None:
-    """The version here that a record already is; none where its files are damaged, for then they are fetched again."""
+    """The local version equal to a record; None if there is none, or if its files are damaged and are to be fetched again."""
     if not store.exists:
         return None
     wanted = (record.base, record.name, record.digest)

@@ -1,6 +1,6 @@
-"""What a journal's events come to: the versions of each name that are there, and what its aliases point at.
+"""Replay a journal's events: the versions of each name, and what its aliases point at.
 
-An alias keeps what it pointed at before. Rolling back takes the last entry off; setting it again puts one on.
+An alias is a stack of versions: setting it pushes one, a rollback pops one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from graftlm.errors import StoreError
 
 @dataclass(slots=True)
 class VersionEntry:
-    """One published version, as its event says."""
+    """One published version, from its event."""
 
     name: str
     number: int
@@ -25,7 +25,7 @@ class VersionEntry:
 
 @dataclass(slots=True)
 class NamedAdapter:
-    """One name: its versions that are there, the highest number it ever gave, and where its aliases pointed in turn."""
+    """One name: its versions, the highest number it ever used, and the history of its aliases."""
 
     name: str
     versions: dict[int, VersionEntry] = field(default_factory=dict[int, VersionEntry])
@@ -36,7 +36,7 @@ class NamedAdapter:
 
     @property
     def aliases(self) -> dict[str, int]:
-        """What each alias points at."""
+        """The version that each alias points at."""
         return {alias: trail[-1] for alias, trail in self.trails.items() if trail}
 
     @property
@@ -48,7 +48,7 @@ class NamedAdapter:
         return sorted(alias for alias, at in self.aliases.items() if at == number)
 
     def before(self, alias: str) -> int | None:
-        """The version that an alias goes back to: the last one before it that is still there."""
+        """The version that a rollback of an alias goes to: the last previous one that still exists."""
         trail = self.trails.get(alias, [])
         current = trail[-1] if trail else None
         return next((n for n in reversed(trail[:-1]) if n in self.versions and n != current), None)
@@ -66,9 +66,9 @@ def replay(events: Iterable[Event]) -> dict[str, NamedAdapter]:
 
 
 def apply_events(names: Mapping[str, NamedAdapter], events: Iterable[Event]) -> dict[str, NamedAdapter]:
-    """Names after more events, without their past, which grows for as long as somebody moves aliases and removes versions.
+    """Apply further events to a copy of `names`, without their history, which would grow without end in a server.
 
-    `names` stay as they are. Raises StoreError as `replay` does.
+    Raises StoreError as `replay` does.
     """
     found = dict(names)
     changed: dict[str, NamedAdapter] = {}
@@ -103,7 +103,7 @@ def _apply(name: NamedAdapter, event: dict[str, Any]) -> None:
         trail = name.trails[event["alias"]]
         while trail and trail[-1] != event["version"]:
             trail.pop()
-        if not trail:  # what it pointed at before is not kept
+        if not trail:  # no history here
             trail.append(event["version"])
     elif do == "unalias":
         name.trails.pop(event["alias"], None)

@@ -1,24 +1,20 @@
 """A store of adapters on disk: names, numbered versions that never change, and aliases.
 
-    STORE/store.json                             what this folder is
+    STORE/store.json                             marks the folder as a store
     STORE/bases/<fingerprint>/journal.jsonl      every publish, alias, rollback and removal on this base
                               versions/<digest>/ an adapter's files as they were published, and run.json
-                              incoming/          what is being written; what a dead process left here is swept away
+                              incoming/          versions that are being written; leftovers of interrupted processes are removed
 
-A version is its content: the folder is named by the adapter's digest, so what is published twice is there once, under as
-many names as wanted. Publishing copies into `incoming`, checks the copy, and then, holding the journal, moves it into its
-place and writes the one line that makes it a version. A crash before that line leaves nothing that anybody sees.
+A folder is named by the adapter's digest, so an adapter that is published twice is stored once, under any number of names.
+Publishing copies into `incoming`, checks the copy, and then, holding the journal's lock, moves it to its final folder and
+appends the line that makes it a version. A crash before that line leaves nothing visible.
 """
 
 from __future__ import annotations
 
-import contextlib
-import getpass
 import re
 import shutil
-import socket
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +22,14 @@ from graftlm.adapters.store.advice import DEFAULT, command
 from graftlm.adapters.store.base_versions import BaseVersions, VerifyReport, Version
 from graftlm.adapters.store.content import ANY_RUN, DIGEST, RUN, open_content
 from graftlm.adapters.store.names import Reference, check_name, looks_like_a_name, parse
+from graftlm.adapters.store.publishing import adapter_and_run, base_of, describe, signed
 from graftlm.adapters.store.replay import NamedAdapter, replay
 from graftlm.errors import AdapterError, StoreError, nearest
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 
 if TYPE_CHECKING:
-    from graftlm.adapters.peft_format import AdapterFolder
+    from graftlm.adapters.peft_folder import AdapterFolder
 
 _MARK = "store.json"
 _FORMAT = 1
@@ -51,7 +48,7 @@ class Store:
         return (self.root / _MARK).is_file()
 
     def _open(self) -> None:
-        """Raises StoreError for a folder that is no store, or one of a later format."""
+        """Raises StoreError for a folder that is not a store, or a store of a later format."""
         mark = self.root / _MARK
         if not mark.is_file():
             what = "holds other files" if self.root.is_dir() and any(self.root.iterdir()) else "is not there"
@@ -73,11 +70,11 @@ class Store:
         return [BaseVersions(p) for p in sorted(found)]
 
     def base_versions(self, fingerprint: str) -> BaseVersions:
-        """The versions on a base, whether it holds anything or not."""
+        """The versions on a base, which may be none."""
         return BaseVersions(self.root / "bases" / fingerprint)
 
     def _bases_of(self, base: str | None) -> list[BaseVersions]:
-        """Those of the wanted base: a fingerprint, the first digits of one, or the name it goes by here."""
+        """The bases that match: by fingerprint, its first digits, or the base's name in this store."""
         found = self.bases()
         if base is None:
             return found
@@ -90,7 +87,7 @@ class Store:
         return hits
 
     def names(self, base: str | None = None) -> list[tuple[BaseVersions, NamedAdapter]]:
-        """Every name that has versions, with those of its base, by name."""
+        """Every name that has versions, with the versions of its base, sorted by name."""
         found = [
             (base_versions, name)
             for base_versions in self._bases_of(base)
@@ -100,7 +97,7 @@ class Store:
         return sorted(found, key=lambda pair: (pair[1].name, pair[0].fingerprint))
 
     def versions(self, base: str | None = None) -> list[Version]:
-        """Every version that is there, by name and number. Reads the journals only."""
+        """Every version, sorted by name and number. Reads the journals only."""
         found: list[Version] = []
         for base_versions, name in self.names(base):
             pointing: dict[int, list[str]] = {}
@@ -119,7 +116,7 @@ class Store:
             raise StoreError(f"no adapter named '{text}' in {self.root}{nearest(text, [n.name for _, n in known])}")
         if len(hits) > 1:
             which = ", ".join(f"{s.fingerprint[:12]} ({s.base_name})" for s, _ in hits)
-            raise StoreError(f"'{text}' is there for {len(hits)} bases: {which}; say which with --base")
+            raise StoreError(f"'{text}' is there for {len(hits)} bases: {which}; choose one with --base")
         return hits[0]
 
     def find(self, text: str, base: str | None = None) -> Version:
@@ -143,19 +140,19 @@ class Store:
         origin: str | None = None,
         run: Mapping[str, Any] | None = None,
     ) -> tuple[Version, bool]:
-        """Publish an adapter's folder, or a run's, as the next version of a name; also returns whether it is a new one.
+        """Publish an adapter's folder, or a run's, as the next version of a name; also returns whether it is new.
 
-        What the name already holds is not published again: that version is returned. `number` and `event` are for a version
-        that comes from another store and keeps both; `origin` is said to be where it is from, default `source`. Raises
-        StoreError, and AdapterError for a folder that is damaged or has no `graft.json`.
+        An adapter that the name already has is not published again: its version is returned. `number` and `event` are those
+        of a version from another store; `origin` is recorded as its source, default `source`. Raises StoreError, and
+        AdapterError for a folder that is damaged or has no `graft.json`.
         """
-        from graftlm.adapters.peft_format import inspect_folder
+        from graftlm.adapters.peft_folder import inspect_folder
 
         check_name(name)
-        folder, beside = _adapter_and_run(Path(source))
+        folder, beside = adapter_and_run(Path(source))
         run = run or beside
         found = inspect_folder(folder)
-        fingerprint = _base_of(found, name, self.root)
+        fingerprint = base_of(found, name, self.root)
         self._make()
         base_versions = self.base_versions(fingerprint)
         about = dict(event) if event is not None else describe(found, origin or source, note, parents)
@@ -165,21 +162,21 @@ class Store:
             if run:
                 write_json(place / RUN, run)
             if inspect_folder(place).digest != found.digest:
-                raise StoreError(f"{folder} changed while it was read; publish it again once nobody writes it")
+                raise StoreError(f"{folder} changed while it was read; publish it again when it is no longer written")
             base_versions.settle(place)
             return base_versions.put(place, name, found.digest, about, number)
 
     def alias(self, name: str, alias: str, number: int | None, base: str | None = None) -> tuple[int | None, int]:
-        """Point an alias at a version; returns where it pointed before, and where now.
+        """Point an alias at a version; returns the previous version and the new one.
 
-        Raises StoreError; where the number is left out, or stands with the name, it says what to write.
+        Raises StoreError; if the number is missing or part of the name, the message has the command to write.
         """
         check_name(alias, "alias")
         if number is None or "@" in name:
             version = self.find(name, base)
             meant = version.number if number is None else number
             raise StoreError(
-                f"an alias points at the number of a version, which stands behind it: "
+                f"an alias points at the number of a version, which is given after it: "
                 f"{self._advised('alias', version.name, alias, meant, base=base)}"
             )
         base_versions, _ = self.name(name, base)
@@ -188,20 +185,20 @@ class Store:
             _number(held, Reference(name, number=number))
             before = held.aliases.get(alias)
             if before != number:
-                writer.append({"do": "alias", "name": name, "alias": alias, "version": number, **_signed()})
+                writer.append({"do": "alias", "name": name, "alias": alias, "version": number, **signed()})
             return before, number
 
     def unalias(self, name: str, alias: str, base: str | None = None) -> int:
-        """Take an alias away; returns where it pointed. Raises StoreError."""
+        """Delete an alias; returns the version that it pointed at. Raises StoreError."""
         base_versions, _ = self.name(name, base)
         with base_versions.journal.writing() as writer:
             held = replay(writer.events)[name]
             before = _number(held, Reference(name, alias=alias))
-            writer.append({"do": "unalias", "name": name, "alias": alias, "version": before, **_signed()})
+            writer.append({"do": "unalias", "name": name, "alias": alias, "version": before, **signed()})
             return before
 
     def rollback(self, name: str, alias: str, base: str | None = None) -> tuple[int, int]:
-        """Point an alias at what it pointed at before; returns (from, to). Raises StoreError where there is nothing before."""
+        """Point an alias at its previous version; returns (from, to). Raises StoreError if there is none."""
         base_versions, _ = self.name(name, base)
         with base_versions.journal.writing() as writer:
             held = replay(writer.events)[name]
@@ -212,17 +209,17 @@ class Store:
                 way = (
                     f"point it at another one: {self._advised('alias', name, alias, other, base=base)}"
                     if other is not None
-                    else f"it is the only version; take the alias away with: "
+                    else f"it is the only version; delete the alias with: "
                     f"{self._advised('alias', name, alias, '--delete', base=base)}"
                 )
                 raise StoreError(
-                    f"{name}@{alias} points at version {now} and at none before it that is still there; {way}"
+                    f"{name}@{alias} points at version {now} and has no previous version that is still there; {way}"
                 )
-            writer.append({"do": "rollback", "name": name, "alias": alias, "version": before, "from": now, **_signed()})
+            writer.append({"do": "rollback", "name": name, "alias": alias, "version": before, "from": now, **signed()})
             return now, before
 
     def remove(self, text: str, base: str | None = None) -> tuple[Version, bool]:
-        """Remove one version; also returns whether its content went, which stays while another version has it.
+        """Remove one version; also returns whether its content was removed, which stays while another version has it.
 
         Raises StoreError while an alias points at it, and for a reference that is not a number.
         """
@@ -241,7 +238,7 @@ class Store:
             number = _number(held, reference)
             self._unpointed(str(reference), held.name, held.pointing_at(number), base)
             version = base_versions.version(held.versions[number])
-            writer.append({"do": "remove", "name": held.name, "version": number, "digest": version.digest, **_signed()})
+            writer.append({"do": "remove", "name": held.name, "version": number, "digest": version.digest, **signed()})
             del held.versions[number]
             used = {e.digest for n in names.values() for e in n.versions.values()}
             if version.digest in used:
@@ -250,34 +247,34 @@ class Store:
             return version, True
 
     def _unpointed(self, label: str, name: str, aliases: Sequence[str], base: str | None) -> None:
-        """Raise StoreError where aliases point at a version that is to be removed."""
+        """Raise StoreError if aliases point at a version that is to be removed."""
         if aliases:
             raise StoreError(
                 f"{label} is what {', '.join(f'{name}@{a}' for a in aliases)} points at; point the alias elsewhere first, "
-                f"roll it back, or take it away: {self._advised('alias', name, aliases[0], '--delete', base=base)}"
+                f"roll it back, or delete it: {self._advised('alias', name, aliases[0], '--delete', base=base)}"
             )
 
     def _advised(self, *words: object, base: str | None = None) -> str:
         return command(*words, *(["--base", base] if base else []), store=self.root)
 
     def verify(self, base: str | None = None) -> VerifyReport:
-        """Read everything, and hold it against what was published."""
+        """Read every file and compare it with what was published."""
         check = VerifyReport()
         for base_versions in self._bases_of(base):
             base_versions.verify(check)
         return check
 
     def clean(self) -> list[str]:
-        """Remove contents that no name has and what dead writers left; returns what went."""
+        """Remove contents that no version refers to and leftovers of interrupted processes; returns what was removed."""
         return [path for base_versions in self.bases() for path in base_versions.clean()]
 
     def _make(self) -> None:
-        """Make the folder a store unless it is one. Raises StoreError for a folder that holds something else."""
+        """Create the store if needed. Raises StoreError for a folder that holds other files."""
         if not self.exists:
             if self.root.is_dir() and any(p.name not in ("bases",) and p.name[0] != "." for p in self.root.iterdir()):
-                if self.exists:  # another process has just made it
+                if self.exists:  # another process has just created it
                     return
-                raise StoreError(f"{self.root} holds other files and no store; name another folder with --store")
+                raise StoreError(f"{self.root} holds other files and is not a store; name another folder with --store")
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
                 write_json(self.root / _MARK, {"format": _FORMAT, "holds": "adapters, see docs/adapters.md"})
@@ -294,24 +291,23 @@ def resolve(text: str, store: Path = DEFAULT, base: str | None = None) -> Versio
 def open_adapter(
     adapter: Path | str, store: Path | None = None, base: str | None = None, *, model: str | None = None
 ) -> AdapterFolder:
-    """The adapter that a user names, a folder or a version in a store, its files checked. Raises StoreError, AdapterError.
+    """Open the adapter that a user gives, a folder or a version in a store, and check its files.
 
-    Of a name that several bases have, that of `model` is meant, as `--model` names it, where `base` does not say which.
+    If several bases have the name and `base` does not choose one, `model` does, as `--model` gives it. Raises StoreError,
+    AdapterError.
     """
-    from graftlm.adapters.peft_format import inspect_folder
+    from graftlm.adapters.peft_folder import inspect_folder
 
     text = str(adapter)
     if not looks_like_a_name(text):
         folder = Path(adapter)
-        base_of, kind = folder.parent.parent.name, folder.parent.name
-        if DIGEST.fullmatch(folder.name) and DIGEST.fullmatch(base_of) and kind == "versions":  # a version, by its path
-            return open_content(folder, folder.name, base_of, ANY_RUN)
+        of_base, kind = folder.parent.parent.name, folder.parent.name
+        if DIGEST.fullmatch(folder.name) and DIGEST.fullmatch(of_base) and kind == "versions":  # a version, by its path
+            return open_content(folder, folder.name, of_base, ANY_RUN)
         return inspect_folder(folder)
     place = Store(store or DEFAULT)
     if store is None and not place.exists:
-        raise AdapterError(
-            f"no adapter folder at {text}, and no store at ./{DEFAULT} that could have it; give a folder, or --store"
-        )
+        raise AdapterError(f"no adapter folder at {text}, and no store at ./{DEFAULT}; give a folder, or --store")
     if base is None and model is not None and sum(n.name == parse(text).name for _, n in place.names()) > 1:
         from graftlm.base.fingerprint import fingerprint
         from graftlm.base.loading import resolve as model_folder
@@ -320,75 +316,8 @@ def open_adapter(
     return place.find(text, base).opened()
 
 
-def describe(found: AdapterFolder, source: Path | str, note: str = "", parents: Sequence[str] = ()) -> dict[str, Any]:
-    """What a publish records beside name, number and digest, so that a list needs no other file."""
-    manifest = found.manifest or {}
-    evaluation = manifest.get("evaluation") or {}
-    return {
-        "base": manifest["base"]["name"],
-        "precision": manifest["base"]["precision"],
-        "method": manifest.get("method"),
-        "rank": found.config.get("r"),
-        "data": (((manifest.get("data") or {}).get("train")) or {}).get("digest"),
-        "before": evaluation.get("before"),
-        "after": evaluation.get("after"),
-        "steps": manifest.get("steps"),
-        "bytes": found.bytes,
-        "parents": list(dict.fromkeys([*found.parents, *parents])),
-        "source": str(source),
-        "note": note,
-        **_signed(),
-    }
-
-
-def _signed() -> dict[str, str]:
-    """When, and by whom."""
-    try:
-        who = getpass.getuser()
-    except (OSError, KeyError):
-        who = "unknown"
-    return {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": f"{who}@{socket.gethostname()}"}
-
-
-def _base_of(found: AdapterFolder, name: str, store: Path) -> str:
-    """The fingerprint of the base that an adapter belongs to. Raises AdapterError for one that names none."""
-    if found.manifest is None:
-        model = [] if found.config.get("base_model_name_or_path") else ["--model", "BASE"]
-        raise AdapterError(
-            f"{found.path} has no graft.json, so it does not say on which base it was trained; bring it in with: "
-            f"{command('import', found.path, '--name', name, *model, store=store)}"
-        )
-    fingerprint = str(found.manifest["base"]["fingerprint"])
-    if not DIGEST.fullmatch(fingerprint):
-        raise AdapterError(
-            f"{found.path} was trained on a base without a fingerprint ('{fingerprint[:20]}'), which nobody could load again"
-        )
-    return fingerprint
-
-
-def _adapter_and_run(source: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The adapter's folder, and config and environment of the run that made it where they lie beside it."""
-    if not source.is_dir():
-        raise StoreError(f"there is no folder {source}; give a run's folder, or an adapter's")
-    adapter = source if (source / "adapter_config.json").is_file() else source / "adapter"
-    if not adapter.is_dir() and (source / "model").is_dir():
-        raise StoreError(f"{source} is a full run; its model is a plain folder, and a store keeps adapters")
-    if not adapter.is_dir():
-        started = (source / "config.json").is_file()
-        what = "has not ended: it has no adapter yet" if started else "holds neither a run nor an adapter"
-        raise StoreError(f"{source} {what}")
-    home = adapter.parent
-    if adapter.name != "adapter" or not (home / "config.json").is_file():
-        return adapter, None
-    run: dict[str, Any] = {}
-    for part in ("config", "environment"):
-        with contextlib.suppress(StoreError):
-            run[part] = read_json(home / f"{part}.json", StoreError)
-    return adapter, run
-
-
 def _number(name: NamedAdapter, reference: Reference) -> int:
-    """The version that a reference means. Raises StoreError with what there is instead."""
+    """The version that a reference means. Raises StoreError, with what exists instead."""
     if reference.alias is not None:
         aliases = name.aliases
         if reference.alias not in aliases:

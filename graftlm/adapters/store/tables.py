@@ -1,4 +1,4 @@
-"""What a person sees of a store: tables for the terminal."""
+"""Tables of a store, a version, a difference or a merge for the terminal."""
 
 from __future__ import annotations
 
@@ -13,29 +13,21 @@ from rich.text import Text
 from graftlm.adapters.store.advice import command
 from graftlm.adapters.store.base_versions import BaseVersions, VerifyReport, Version
 from graftlm.adapters.store.replay import NamedAdapter
+from graftlm.formatting import size
 from graftlm.terminal import Column, facts, table
 
 _MANY = 500  # rows from which a table is printed as plain columns: rich lays out about 10,000 cells a second
 
 
 def number(value: Any) -> str:
-    """A loss or a distance as people read it; a dash for none."""
+    """A loss or a distance; a dash for None."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 0.001 else f"{value:.4f}"
 
 
-def size(count: float) -> str:
-    """Bytes as 1.3 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
 def moment(text: Any) -> str:
-    """When, to the minute, in the reader's own time."""
+    """A time, to the minute, in the local time zone."""
     try:
         return datetime.fromisoformat(str(text)).astimezone().strftime("%Y-%m-%d %H:%M")
     except ValueError:
@@ -71,7 +63,7 @@ def print_names(where: Console, names: Sequence[tuple[BaseVersions, NamedAdapter
 
 
 def _base_label(name: Any) -> str:
-    """What a base is called: a hub id as it is, of a folder its last name."""
+    """A base's short name: a hub id unchanged, the last part of a folder."""
     text = str(name)
     return PurePath(text).name if text.count("/") > 1 or text.startswith(("/", ".", "~")) else text
 
@@ -107,7 +99,7 @@ def print_versions(where: Console, versions: Sequence[Version]) -> None:
 
 
 def print_name(where: Console, name: NamedAdapter, versions: Sequence[Version]) -> None:
-    """A name with each of its versions, and how its aliases moved."""
+    """A name with its versions, and the history of its aliases."""
     print_versions(where, versions)
     if name.history:
         rows: list[tuple[str, str, str]] = []
@@ -116,7 +108,7 @@ def print_name(where: Console, name: NamedAdapter, versions: Sequence[Version]) 
             what = {
                 "alias": f"{event.get('alias')} -> {at}",
                 "rollback": f"{event.get('alias')} rolled back from {event.get('from')} to {at}",
-                "unalias": f"{event.get('alias')} taken away from {at}",
+                "unalias": f"{event.get('alias')} deleted, was {at}",
                 "remove": f"version {at} removed",
             }.get(event["do"], str(event["do"]))
             rows.append((moment(event.get("at")), what, str(event.get("by") or "-")))
@@ -125,7 +117,7 @@ def print_name(where: Console, name: NamedAdapter, versions: Sequence[Version]) 
 
 
 def print_lineage(where: Console, found: dict[str, Any]) -> None:
-    """One version: where it comes from and what it can do."""
+    """One version: its base, data, config and results."""
     base, data, published = found["base"], found["data"], found["published"]
     train = data.get("train") or {}
     aliases = f" ({', '.join(found['aliases'])})" if found["aliases"] else ""
@@ -160,7 +152,7 @@ def _data_line(train: dict[str, Any], data: dict[str, Any]) -> str:
         return "not recorded"
     sources = ", ".join(str(s.get("name")) for s in train.get("sources") or ())
     counts = ", ".join(
-        f"{train[key]:,} {words}" for key, words in (("rows", "rows"), ("tokens", "tokens"), ("target_tokens", "trained"))
+        f"{train[key]:,} {words}" for key, words in (("rows", "rows"), ("tokens", "tokens"), ("target_tokens", "target tokens"))
         if isinstance(train.get(key), int)
     )  # fmt: skip
     return f"{str(data['digest'])[:12]}: {sources}; {counts}"
@@ -177,7 +169,7 @@ def _config_line(config: dict[str, Any], formula: dict[str, Any]) -> str:
 
 
 def print_differences(where: Console, found: dict[str, Any]) -> None:
-    """What differs between two versions; of the layers those that are farthest apart."""
+    """The differences between two versions; of the layers, those with the largest distance."""
     a, b = found["first"]["version"], found["second"]["version"]
     for title, key in (("config", "config"), ("metrics", "metrics"), ("plan", "plan")):
         rows = found[key]
@@ -208,7 +200,7 @@ def _short(value: Any) -> str:
 
 
 def print_check(where: Console, check: VerifyReport, store: Path) -> None:
-    """What `verify` found."""
+    """The result of `verify`."""
     if not check.faults:
         whole = f": {check.versions:,} versions of {check.contents:,} contents, {size(check.bytes)} read"
         where.print(Text.assemble(("whole", "green"), whole), soft_wrap=True)
@@ -219,19 +211,19 @@ def print_check(where: Console, check: VerifyReport, store: Path) -> None:
     for fault in check.faults:
         where.print(Text.assemble((fault.where, "bold"), f": {fault.what}"), soft_wrap=True)
     for left in check.leftovers:
-        where.print(Text(f"left over, no name has it: {left}"), soft_wrap=True)
+        where.print(Text(f"left over, no version refers to it: {left}"), soft_wrap=True)
     if check.leftovers:
         advised = command("verify", "--clean", store=store)
-        where.print(Text(f"what is left over is removed by: {advised}"), soft_wrap=True)
+        where.print(Text(f"to remove what is left over: {advised}"), soft_wrap=True)
 
 
 def print_drift(where: Console, found: dict[str, Any]) -> None:
-    """How far each way of merging is from the live model."""
+    """The drift of each way of merging."""
     live = found["live"]
     if live is None:
         return
     columns = [Column("merged onto")]
-    columns += [Column(head, right=True) for head in ("loss", "relative difference", "same likeliest token")]
+    columns += [Column(head, right=True) for head in ("loss", "relative difference", "same most likely token")]
     rows = [("the live model", f"{live['loss']:.4f}", "-", "-")]
     for d in found["drift"]:
         mark = " (chosen)" if d["onto"] == found["onto"] else ""
@@ -240,7 +232,7 @@ def print_drift(where: Console, found: dict[str, Any]) -> None:
 
 
 def print_merged(where: Console, done: dict[str, Any]) -> None:
-    """What was measured and written."""
+    """The measured drift, and the written files."""
     print_drift(where, done)
     rounding = done["rounding"]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in done["dtypes"].items())
@@ -253,7 +245,7 @@ def print_merged(where: Console, done: dict[str, Any]) -> None:
             )
         )
     if done["unties"]:
-        lines.append(("head", "embedding and head were one tensor and are two now"))
+        lines.append(("head", "embedding and head were tied and are two tensors now"))
     if done.get("gguf"):
         g = done["gguf"]
         lines.append(

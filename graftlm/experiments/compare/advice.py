@@ -1,4 +1,4 @@
-"""What to try next, said in sentences from what was measured: is the rank used up, and what may narrow a gap to full?"""
+"""What to try next, as sentences from the measurements: is the rank used up, and what may narrow the gap to full?"""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from graftlm.experiments.compare.results import Comparison, VariantResult
 from graftlm.experiments.compare.verdict import Standing
 
 STILL_FALLING = 0.02
-"""Share of the whole gain that the last tenth of the steps would bring, from which more steps are worth trying."""
+"""More steps are worth trying if the last tenth of the steps brings at least this share of the whole gain."""
 
 
 def capacity_sentences(found: Comparison) -> list[str]:
-    """For every adapter: how much of its rank is in use, and whether more or less of it is worth trying."""
+    """For every adapter: how much of its rank is in use, and whether a higher or lower rank is worth trying."""
     places = {s.name: s for s in found.verdict.standings}
     return [_rank(line, places[line.name], found.verdict.best) for line in found.lines if line.capacity is not None]
 
@@ -35,7 +35,7 @@ def _rank(line: VariantResult, standing: Standing, best: str) -> str:
 
 
 def gap_sentences(found: Comparison) -> list[str]:
-    """What may bring an adapter nearer to full where full is ahead; nothing where it is not."""
+    """What may narrow the gap of an adapter to full; empty where full is not ahead."""
     best = next(line for line in found.lines if line.name == found.verdict.best)
     if best.method != "full":
         return []
@@ -49,7 +49,7 @@ def gap_sentences(found: Comparison) -> list[str]:
 
 
 def _ways(found: Comparison, line: VariantResult) -> list[str]:
-    """Rank, targets, learning rate, steps: each with what was seen that speaks for it."""
+    """Rank, targets, learning rate, steps: each with the measurement that speaks for it."""
     training = found.config.training(
         next(v for v in found.config.variants if v.name == line.name), seed=0, rate=None, out=found.config.out
     )
@@ -61,7 +61,7 @@ def _ways(found: Comparison, line: VariantResult) -> list[str]:
         ways.append("targets, for only some layers are adapted: targets=all-linear")
     elif not training.modules_to_save:
         ways.append("targets, for full trains the embeddings too: modules-to-save=embeddings")
-    if line.edge:
+    if line.at_edge:
         ways.append("learning rate, for the best one tried was the last one tried: a wider search")
     elif not line.tried:
         ways.append("learning rate, for it was given and not searched: leave --learning-rate out")
@@ -72,7 +72,7 @@ def _ways(found: Comparison, line: VariantResult) -> list[str]:
 
 
 def still_falling(line: VariantResult) -> float | None:
-    """How much of the whole gain the last stretch between two evaluations brought, for a tenth of the steps."""
+    """Share of the whole gain between the last two evaluations, scaled to a tenth of the steps."""
     found: list[float] = []
     for curve in line.curves:
         if len(curve.eval_losses) < 3:

@@ -1,13 +1,13 @@
 """Is the rank of an adapter used up? The spectrum of s B A, layer by layer.
 
-A trained adapter changes a weight by s B A, of which at most r singular values are not zero. How evenly the change is spread
-over them is its effective rank, exp(H(p)) with p the singular values divided by their sum and H the entropy (Roy & Vetterli
-2007): r where all are equal, 1 where there is but one direction.
+A trained adapter changes a weight by s B A, which has at most r singular values above zero. Its effective rank is exp(H(p)),
+with p the singular values divided by their sum and H the entropy (Roy & Vetterli 2007): r if all are equal, 1 if there is a
+single direction.
 
 B A is never formed. With thin QR, B = Q_b R_b and A^T = Q_a R_a, so B A = Q_b (R_b R_a^T) Q_a^T, and Q's columns are
 orthonormal: the singular values of B A are those of the r x r matrix R_b R_a^T.
 
-An even spectrum alone does not mean that more rank would help; so what is said rests on the measured gap first.
+An even spectrum alone does not mean that a higher rank would help, so advice considers the measured gap first.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from graftlm.errors import AdapterError
 from graftlm.jsonfile import read_json
 
 SATURATED = 0.75
-"""Share of the rank that is in use, from which more rank may help."""
+"""Share of the rank in use from which a higher rank may help."""
 ROOMY = 0.5
-"""Share of the rank in use, up to which less may do."""
+"""Share of the rank in use up to which a lower rank may be enough."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -44,7 +44,7 @@ class Spectrum:
 
     @property
     def kind(self) -> str:
-        """What layers of one sort are called: the last part of the name that is no number, `q_proj`."""
+        """The kind of layer: the last part of its name that is no number, `q_proj`."""
         return next((part for part in reversed(self.layer.split(".")) if not part.isdecimal()), self.layer)
 
     @property

@@ -1,11 +1,11 @@
-"""What a comparison stands on, read once before anything is trained: rows, prompts with references, general text.
+"""The data of a comparison, read once before anything is trained: rows, prompts with references, general text.
 
-Every run reads the same files itself; here they are read to be refused early (bad rows, too few eval rows, a metric
-that does not fit), to know which eval rows share a prompt, and to part off rows for the search of learning rates:
+Every run reads the same files itself. Here they are read to find faults early (bad rows, too few eval rows, an unsuitable
+metric), to know which eval rows share a prompt, and to set rows aside for the search of learning rates:
 
     data ----+-- training rows --+-- rows that the search trains on
-             |                   `-- rows that the search judges by        never the eval ones: a rate chosen on
-             `-- eval rows                                              them would flatter itself
+             |                   `-- rows that the search is scored on        never the eval set: a rate chosen on it
+             `-- eval set                                                     would have too good an eval loss
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from graftlm.data.sampler import make_sampler
 from graftlm.data.sources import Source, named_source, read, share, token_limit
 from graftlm.errors import ConfigError, DataError
 from graftlm.experiments.compare.statistics import MIN_GROUPS
-from graftlm.experiments.metrics import Question, check_fits, check_metric
+from graftlm.experiments.metrics import EvalPrompt, check_fits, check_metric
 from graftlm.files import write_json
 
 GENERAL = Path(__file__).parent / "general.jsonl"
-_SEARCH_ROWS = (20, 100)  # fewest and most rows that the search judges by
-_FEWEST_TO_SEARCH = 40
+_SEARCH_ROWS = (20, 100)  # fewest and most rows that the search is scored on
+_MIN_ROWS_TO_SEARCH = 40
 
 
 @dataclass(frozen=True, eq=False)
 class ComparisonData:
-    """What every run of a comparison is trained and measured on."""
+    """What every run of a comparison is trained and evaluated on."""
 
     train: Dataset
     eval_dataset: Dataset
     groups: NDArray[np.int64]
-    """(eval rows,): rows of one number share a prompt and are drawn together."""
-    questions: tuple[Question, ...]
+    """(eval rows,): rows of one number share a prompt and are resampled together."""
+    prompts: tuple[EvalPrompt, ...]
     """Eval prompts to answer for the metric; empty without one."""
     longest_answer: int
     """Tokens of the longest reference."""
     general: Path | None
-    """Text on which forgetting is measured."""
+    """File of texts on which forgetting is measured."""
     steps: int
     """Optimizer steps of a run."""
     sources: tuple[Source, ...]
@@ -59,7 +59,7 @@ class ComparisonData:
 
 
 def load_comparison_data(config: CompareConfig) -> ComparisonData:
-    """Read and check everything. Raises GraftError for what would make the comparison fail or mean nothing."""
+    """Read and check everything. Raises GraftError for data on which the comparison would fail or mean nothing."""
     if config.metric is not None:
         check_metric(config.metric)
     folder = resolve(config.model, config.trust_remote_code)
@@ -80,8 +80,8 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
     groups = _groups(eval_dataset, notes)
     if eval_dataset.rows < MIN_GROUPS:
         raise DataError(
-            f"--eval-data gives {eval_dataset.rows} eval rows, and a bootstrap needs at least {MIN_GROUPS} to say anything "
-            "about rows it has not seen; hold out a larger share, such as 20%, or give a file with more rows"
+            f"--eval-data gives {eval_dataset.rows} eval rows, and a bootstrap needs at least {MIN_GROUPS}; "
+            "take a larger share, such as 20%, or give a file with more rows"
         )
     digests = {d.digest for d in train.examples}
     known = sum(d.digest in digests for d in eval_dataset.examples)
@@ -89,22 +89,15 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
         notes.append(
             f"{known} of {eval_dataset.rows} eval rows are training rows too; their losses flatter every method"
         )
-    questions: tuple[Question, ...] = ()
+    prompts: tuple[EvalPrompt, ...] = ()
     longest = 0
     if config.metric is not None:
         wanted = {d.row for d in eval_dataset.examples}
-        found = _questions([e for e in _parsed_rows(eval_sources) if e.row in wanted], encoder)
+        found = _eval_prompts([e for e in _parsed_rows(eval_sources) if e.row in wanted], encoder)
         check_fits(config.metric, found, eval_dataset.rows)
-        questions = _spread_out(found, config.metric_prompts)
-        longest = max(len(tokenizer.encode(r, add_special_tokens=False)) for q in questions for r in q.references)
-    general = None if config.general_data == "none" else GENERAL
-    if config.general_data not in ("none", "general"):
-        general = Path(config.general_data)
-        if not general.is_file():
-            raise DataError(
-                f"--general-data '{config.general_data}' is no file; give one of plain texts, `general` for the bundled "
-                "one, or `none`"
-            )
+        prompts = _evenly(found, config.metric_prompts)
+        longest = max(len(tokenizer.encode(r, add_special_tokens=False)) for q in prompts for r in q.references)
+    general = _general_text(config)
     if general is not None:
         load([Source(path=str(general))], encoder, max_tokens=limit, overlong="truncate")
     sampler = make_sampler(
@@ -115,7 +108,7 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
         train,
         eval_dataset,
         groups,
-        questions,
+        prompts,
         longest,
         general,
         sampler.steps,
@@ -124,8 +117,21 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
     )
 
 
+def _general_text(config: CompareConfig) -> Path | None:
+    """The file on which forgetting is measured, if any."""
+    if config.general_data in ("none", "general"):
+        return GENERAL if config.general_data == "general" else None
+    file = Path(config.general_data)
+    if not file.is_file():
+        raise DataError(
+            f"--general-data '{config.general_data}' is no file; give one of plain texts, `general` for the bundled one, or "
+            "`none`"
+        )
+    return file
+
+
 def _groups(eval_dataset: Dataset, notes: list[str]) -> NDArray[np.int64]:
-    """Eval rows numbered by what the model reads before their first target token, where that leaves enough groups."""
+    """Eval rows numbered by their prompt (the tokens before the first target token), where that leaves enough groups."""
     numbers: dict[str, int] = {}
     found: list[int] = []
     for example in eval_dataset.examples:
@@ -137,12 +143,12 @@ def _groups(eval_dataset: Dataset, notes: list[str]) -> NDArray[np.int64]:
         return np.array(found, np.int64)
     if len(numbers) >= MIN_GROUPS:
         notes.append(
-            f"the {eval_dataset.rows} eval rows have {len(numbers)} prompts; rows of one prompt are drawn together"
+            f"the {eval_dataset.rows} eval rows have {len(numbers)} prompts; rows of one prompt are resampled together"
         )
         return np.array(found, np.int64)
     notes.append(
-        f"the {eval_dataset.rows} eval rows have only {len(numbers)} prompts, so rows are drawn one by one: what is said "
-        "holds for other answers to these prompts, not for other prompts"
+        f"the {eval_dataset.rows} eval rows have only {len(numbers)} prompts, so rows are resampled one by one: the "
+        "verdict holds for other answers to these prompts, not for other prompts"
     )
     return np.arange(eval_dataset.rows)
 
@@ -160,7 +166,7 @@ def _parsed_rows(sources: Sequence[Source]) -> Iterator[ParsedRow]:
                 yield found
 
 
-def _questions(parsed_rows: Sequence[ParsedRow], encoder: Encoder) -> list[Question]:
+def _eval_prompts(parsed_rows: Sequence[ParsedRow], encoder: Encoder) -> list[EvalPrompt]:
     """Prompts with all their references, in the order in which a prompt comes first."""
     found: dict[tuple[int, ...], list[tuple[str, str]]] = {}
     for parsed in parsed_rows:
@@ -177,14 +183,14 @@ def _questions(parsed_rows: Sequence[ParsedRow], encoder: Encoder) -> list[Quest
                 continue
         if prompt and answer.strip():
             found.setdefault(tuple(prompt), []).append((parsed.row, answer.strip()))
-    return [Question(known[0][0], prompt, tuple(a for _, a in known)) for prompt, known in found.items()]
+    return [EvalPrompt(known[0][0], prompt, tuple(a for _, a in known)) for prompt, known in found.items()]
 
 
-def _spread_out(questions: Sequence[Question], most: int) -> tuple[Question, ...]:
+def _evenly(prompts: Sequence[EvalPrompt], most: int) -> tuple[EvalPrompt, ...]:
     """At most `most` of them, evenly over the file."""
-    if len(questions) <= most:
-        return tuple(questions)
-    return tuple(questions[i * len(questions) // most] for i in range(most))
+    if len(prompts) <= most:
+        return tuple(prompts)
+    return tuple(prompts[i * len(prompts) // most] for i in range(most))
 
 
 def _hashed(example: Example) -> int:
@@ -195,16 +201,16 @@ def _hashed(example: Example) -> int:
 def write_search_rows(
     comparison_data: ComparisonData, batch_size: int, steps: int, out: Path
 ) -> tuple[tuple[str, ...], str]:
-    """Write rows to search learning rates with: what is trained on, one file a source, and what is judged by.
+    """Write the rows that learning rates are searched with: those to train on, one file a source, and those to score on.
 
-    Judged by are at most 100 training rows, chosen by content; trained on are the others, in the order of the first run, no
+    At most 100 training rows, chosen by content, are scored on; the others are trained on, in the order of the first run, no
     more than `steps` batches of them. Returns the files as --data and --eval-data take them. Raises ConfigError where
     there are too few rows.
     """
     examples = comparison_data.train.examples
-    if len(examples) < _FEWEST_TO_SEARCH:
+    if len(examples) < _MIN_ROWS_TO_SEARCH:
         raise ConfigError(
-            f"{len(examples)} training rows are too few to search a learning rate on (at least {_FEWEST_TO_SEARCH}); give "
+            f"{len(examples)} training rows are too few to search a learning rate on (at least {_MIN_ROWS_TO_SEARCH}); give "
             "rates, such as --learning-rate lora=2e-4,full=2e-5"
         )
     fewest, most = _SEARCH_ROWS
@@ -212,13 +218,13 @@ def write_search_rows(
     form = {e.row: e.kind for e in _parsed_rows(comparison_data.sources)}
     first = form[examples[0].row]  # a file has rows of one format
     ranked = sorted((d for d in examples if form[d.row] == first), key=_hashed)
-    judges = {d.digest for d in ranked[:count]}
+    scored = {d.digest for d in ranked[:count]}
     sampler = make_sampler(
         [len(p.examples) for p in comparison_data.train.parts], [p.weight for p in comparison_data.train.parts], seed=0,
         batch_size=batch_size, epochs=None, steps=max(1, len(examples) // batch_size),
     )  # fmt: skip
     drawn = dict.fromkeys(sampler.example(draw) for draw in range(sampler.draws))
-    trained = [examples[i].row for i in drawn if examples[i].digest not in judges][: steps * batch_size]
+    trained = [examples[i].row for i in drawn if examples[i].digest not in scored][: steps * batch_size]
     wanted = {**dict.fromkeys(trained, "train"), **dict.fromkeys((d.row for d in ranked[:count]), "valid")}
     out.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}

@@ -1,11 +1,11 @@
 """A learning rate of its own for each method: a short search on training rows, by the loss on other training rows.
 
-Rates lie on a ladder, start * 10^(k / 2). The search climbs: from the start in the better direction until the loss rises, in
-steps of ten where the start is a blind default, then the rungs beside the best. Where another method was searched before,
-the start is near already (LoRA's rate is about ten times full's: Schulman et al. 2025), and three or four runs do.
+Rates lie on a grid, start * 10^(k / 2). The search goes from the start in the better direction until the loss rises, by
+factors of ten where the start is a default, and then tries the rates beside the best. Where another method was searched
+before, the start is near already (LoRA's rate is about ten times full's: Schulman et al. 2025), and three or four runs do.
 
-Short runs like high rates better than long ones do. So of all rates whose gain is within 1 % of the best one's the lowest
-is taken. A run whose loss is not finite counts as infinitely bad.
+Short runs favour higher rates than long ones do, so the lowest rate whose gain is within 1 % of the best is taken. A run
+whose loss is not finite counts as infinitely bad.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 CLOSE = 0.01
-"""A lower rate that gains this little less than the best is taken instead."""
+"""A lower rate is taken if its gain is at most this share below the best."""
 MOST_RUNS = 9
 LORA_OVER_FULL = 10.0
-"""Schulman et al. 2025, "LoRA Without Regret", found factors of about ten on all models they tried."""
+"""Schulman et al. 2025, "LoRA Without Regret": about ten on all models they tried."""
 
 
 @dataclass(frozen=True)
 class TriedRate:
-    """A rate and what it led to."""
+    """A rate and its loss."""
 
     rate: float
     loss: float
@@ -34,16 +34,18 @@ class TriedRate:
 
 @dataclass(frozen=True)
 class RateSearch:
-    """What a search came to."""
+    """The result of a search."""
 
     rate: float
     tried: tuple[TriedRate, ...] = ()
     """By rate; empty where the rate was given and nothing searched."""
     at_edge: bool = False
-    """Whether no higher rate, or no lower one, was tried: another might be better."""
+    """Whether the best rate tried was the highest or the lowest: another may be better."""
 
 
-def climb(start: float, loss_at: Callable[[float], TriedRate], *, blind: bool = True) -> RateSearch | None:
+def search_learning_rate(
+    start: float, loss_at: Callable[[float], TriedRate], *, blind: bool = True
+) -> RateSearch | None:
     """Search around `start`; `loss_at` trains with a rate. None where every rate diverged."""
     known: dict[int, TriedRate] = {}
 
@@ -59,7 +61,7 @@ def climb(start: float, loss_at: Callable[[float], TriedRate], *, blind: bool = 
         while loss(best + direction * stride) < loss(best):
             best += direction * stride
         if best != 0:
-            break  # it got better this way, so the other one leads down
+            break  # it got better this way, so the other way gets worse
     if stride == 2:
         best = min((best - 1, best, best + 1), key=loss)
     finite = [tried for tried in known.values() if math.isfinite(tried.loss)]
@@ -75,12 +77,12 @@ def climb(start: float, loss_at: Callable[[float], TriedRate], *, blind: bool = 
 
 
 def rate_of(start: float, rung: int) -> float:
-    """The rate on a rung, to two digits so that it reads well."""
+    """The rate at grid point `rung`, to two digits."""
     return float(f"{start * 10 ** (rung / 2):.1e}")
 
 
 def first_rate(adapter: bool, before: dict[bool, float], default: float) -> tuple[float, bool]:
-    """Where a search starts, and whether blindly: at the rate found for the same kind of method, else for the other kind.
+    """Where a search starts: at the rate of the same kind of method, else of the other kind, else at the default (blind).
 
     `before` holds found rates by whether the method was an adapter.
     """
@@ -92,6 +94,6 @@ def first_rate(adapter: bool, before: dict[bool, float], default: float) -> tupl
     return default, True
 
 
-def search_steps(asked: int | None, steps: int) -> int:
-    """Steps of one run of the search: what was asked, else a quarter of the run's, from 20 to 100."""
-    return min(steps, asked or max(20, min(100, steps // 4)))
+def search_steps(wanted: int | None, steps: int) -> int:
+    """Steps of one run of the search: `wanted`, else a quarter of the run's, from 20 to 100."""
+    return min(steps, wanted or max(20, min(100, steps // 4)))

@@ -1,7 +1,4 @@
-"""From the run folders of a comparison to its figures: one line a variant, losses by row and seed, and the verdict.
-
-Everything is read from files, so that a report can be written again from a folder alone.
-"""
+"""From the run folders of a comparison to its figures: one line a variant, losses by row and seed, and the verdict."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ from graftlm.config.aliases import renamed_summary
 from graftlm.config.compare import Variant
 from graftlm.errors import RunError
 from graftlm.experiments.compare import capacity
-from graftlm.experiments.compare import learning_rate as search
 from graftlm.experiments.compare.data import ComparisonData
+from graftlm.experiments.compare.learning_rate import RateSearch, TriedRate
+from graftlm.experiments.compare.run import RESULT, base_scores, run_folder
 from graftlm.experiments.compare.scoring import SCORES, read_scores
 from graftlm.experiments.compare.statistics import Floats, Interval, PairedBootstrap
 from graftlm.experiments.compare.verdict import Verdict, judge
-from graftlm.experiments.folders import RESULT, base_scores, run_folder
 from graftlm.jsonfile import read_json
 from graftlm.training.run_folder import read_evaluation, read_metrics
 
@@ -38,11 +35,11 @@ WHEN = {
 
 @dataclass(frozen=True)
 class Curve:
-    """How the loss of one run fell."""
+    """The losses of one run by step."""
 
     seed: int
     train: tuple[tuple[int, float], ...]
-    """(step, mean loss of a target token in that step's batch)."""
+    """(step, mean loss of a target token in that step's batch), in nats."""
     eval_losses: tuple[tuple[int, float], ...]
 
 
@@ -62,18 +59,18 @@ class VariantResult:
     peak_measured: int
     """Bytes, highest of all seeds."""
     idle: int
-    """Bytes that the process held before it loaded anything; part of the peak."""
+    """Bytes of the process before it loaded anything; part of the peak."""
     saved_bytes: int
     learning_rate: float
-    tried: tuple[search.TriedRate, ...]
+    tried: tuple[TriedRate, ...]
     """Rates of the search, by rate; empty where the rate was given."""
-    edge: bool
+    at_edge: bool
     """Whether the best rate was the highest or lowest tried."""
     loss_before: float
     loss: float
     losses: tuple[float, ...]
     """By seed."""
-    spread: float | None
+    std: float | None
     share: float | None
     """Gain over the base as a share of the reference's."""
     share_interval: Interval | None
@@ -85,7 +82,7 @@ class VariantResult:
     tokens_per_second: float | None
     seconds: float
     """Of the optimizer steps of one run."""
-    many_on_one_base: bool
+    shares_base: bool
     when: str
     curves: tuple[Curve, ...]
     capacity: capacity.Capacity | None
@@ -93,7 +90,7 @@ class VariantResult:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Everything that a comparison found."""
+    """The figures and the verdict of a comparison."""
 
     config: CompareConfig
     lines: tuple[VariantResult, ...]
@@ -128,14 +125,14 @@ class Comparison:
 def collect(
     config: CompareConfig,
     comparison_data: ComparisonData,
-    rates: Mapping[str, search.RateSearch],
+    rates: Mapping[str, RateSearch],
     failed: Mapping[str, str],
 ) -> Comparison:
     """Read every run and judge. Raises RunError where runs do not belong together."""
     variants = [v for v in config.variants if v.name not in failed]
     losses: dict[str, Floats] = {}
     bases: dict[str, Floats] = {}
-    # Rows are those of the eval examples, in their order; `compare` has seen that every run had the same ones.
+    # In the order of the eval examples; `train_variants` has checked that every run had the same ones.
     tokens = np.array([int(d.loss_mask[1:].sum()) for d in comparison_data.eval_dataset.examples], np.int64)
     for variant in variants:
         found: list[Floats] = []
@@ -150,12 +147,13 @@ def collect(
     _same_base(config, variants)
     mean = {name: float(found.sum()) for name, found in losses.items()}
     reference = next((v.name for v in variants if v.method == "full"), min(mean, key=lambda name: mean[name]))
-    study = PairedBootstrap(losses, bases[reference], tokens, comparison_data.groups)
+    bootstrap = PairedBootstrap(losses, bases[reference], tokens, comparison_data.groups)
     drawn = [
-        _line(config, v, study, reference, float(bases[v.name].sum() / tokens.sum()), rates[v.name]) for v in variants
+        _line(config, v, bootstrap, reference, float(bases[v.name].sum() / tokens.sum()), rates[v.name])
+        for v in variants
     ]
     costs = {line.name: _cost(config, line) for line in drawn}
-    verdict = judge(study, costs, config)
+    verdict = judge(bootstrap, costs, config)
     first = run_folder(config, variants[0], 0)
     environment = read_json(first / "environment.json", RunError)
     data = {
@@ -164,17 +162,17 @@ def collect(
         "target_tokens": comparison_data.train.target_tokens,
         "digest": comparison_data.train.digest,
         "eval_rows": comparison_data.eval_dataset.rows,
-        "groups": study.groups,
+        "groups": bootstrap.groups,
         "eval_tokens": int(tokens.sum()),
         "eval_digest": comparison_data.eval_dataset.digest,
         "steps": comparison_data.steps,
-        "prompts_answered": len(comparison_data.questions),
+        "prompts_answered": len(comparison_data.prompts),
     }
     return Comparison(config, tuple(drawn), dict(failed), reference, verdict, data, comparison_data.notes, environment)
 
 
 def _cost(config: CompareConfig, line: VariantResult) -> tuple[float, ...]:
-    """What a method costs, the asked kind first; the others decide between equals."""
+    """Costs of a method, that of `--cost` first; the others decide between equals."""
     kinds = {"memory": line.peak_measured, "size": line.saved_bytes, "time": line.seconds}
     return (float(kinds.pop(config.cost)), *(float(v) for v in kinds.values()))
 
@@ -195,10 +193,10 @@ def _same_base(config: CompareConfig, variants: Sequence[Variant]) -> None:
 def _line(
     config: CompareConfig,
     variant: Variant,
-    study: PairedBootstrap,
+    bootstrap: PairedBootstrap,
     reference: str,
     before: float,
-    rate: search.RateSearch,
+    rate: RateSearch,
 ) -> VariantResult:
     folders = [run_folder(config, variant, seed) for seed in range(config.seeds)]
     summaries = [renamed_summary(read_json(f / RESULT, RunError)["summary"]) for f in folders]
@@ -207,7 +205,7 @@ def _line(
     scores = [read_scores(f / SCORES) or {} for f in folders]
     steps = [[m for m in read_metrics(f / "metrics.jsonl") if m["kind"] == "train"] for f in folders]
     first = summaries[0]
-    share = study.share(variant.name, reference)
+    share = bootstrap.share(variant.name, reference)
     tasks = tuple(float(s["task_score"]) for s in scores if "task_score" in s)
     general = [float(s["general_loss"]) for s in scores if "general_loss" in s]
     speeds = [s["tokens_per_second"] for s in summaries if s["tokens_per_second"]]
@@ -225,11 +223,11 @@ def _line(
         saved_bytes=first["saved_bytes"],
         learning_rate=rate.rate,
         tried=rate.tried,
-        edge=rate.at_edge,
+        at_edge=rate.at_edge,
         loss_before=before,
-        loss=study.loss(variant.name),
-        losses=tuple(float(v) for v in study.by_seed[variant.name]),
-        spread=study.spread(variant.name),
+        loss=bootstrap.loss(variant.name),
+        losses=tuple(float(v) for v in bootstrap.by_seed[variant.name]),
+        std=bootstrap.std(variant.name),
         share=share[0] if share else None,
         share_interval=share[1] if share else None,
         task_score=statistics.fmean(tasks) if tasks else None,
@@ -239,7 +237,7 @@ def _line(
         general_after=statistics.fmean(general) if general else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
         seconds=statistics.median(sum(m["seconds"] for m in found) for found in steps),
-        many_on_one_base=variant.adapter,
+        shares_base=variant.adapter,
         when=WHEN[variant.method],
         curves=tuple(_curve(seed, folder) for seed, folder in enumerate(folders)),
         capacity=capacity.measure(folders[0] / "adapter") if variant.adapter else None,

@@ -1,116 +1,111 @@
-"""`graft compare`: several ways to train one base on the same data, side by side, each run in its own process.
+"""The runs of a comparison, each in its own process, and where everything lies in its folder.
 
-    read and check everything -> search learning rates -> train every variant with every seed -> measure -> report
+    compare.json         the options; at the end also every figure and the verdict
+    report.md .html      the same for people
+    runs/lora/seed-0/    an ordinary run folder, with result.json (its summary) and scores.json (general text, task)
+    search/              short runs that chose the learning rates; rows/ are the training rows they used
+    base/nf4.json        what the untrained base scores in each precision
+    rows/                rows that were in memory, as files
 
-Runs are done seed by seed, so what is there after an interruption compares like with like. Called again, a run that has its
-result is not run again, and one that was stopped goes on from its checkpoint. A method that cannot be trained (no memory, a
-loss that is not finite) is a result too: the others go on, and the report says why it is missing.
+Runs go seed by seed, so an interrupted comparison compares like with like. Called again, a finished run is not repeated and a
+stopped one resumes from its checkpoint. A method that cannot be trained (no memory, a loss that is not finite) is a result
+too: the others go on, and the report says why it is missing.
+
+`commands/compare.py` puts these together: learning rates, runs, scores, report.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.config.aliases import renamed, renamed_summary
 from graftlm.config.compare import Variant
-from graftlm.errors import Diverged, ModelError, RunError, Stopped, TrainingError
-from graftlm.experiments.compare import learning_rate as search
-from graftlm.experiments.compare.data import ComparisonData, load_comparison_data, write_search_rows
-from graftlm.experiments.compare.results import Comparison, collect
+from graftlm.errors import Diverged, ModelError, RunError, TrainingError
+from graftlm.experiments.compare.data import ComparisonData, write_search_rows
+from graftlm.experiments.compare.learning_rate import (
+    RateSearch,
+    TriedRate,
+    first_rate,
+    search_learning_rate,
+    search_steps,
+)
 from graftlm.experiments.compare.scoring import SCORES, ScoringRequest, Target
-from graftlm.experiments.compare.view import CompareView
-from graftlm.experiments.folders import MARK, RESULT, base_scores, claim, run_folder, search_folder, search_rows
-from graftlm.experiments.reports.comparison import write_reports
+from graftlm.experiments.row_files import ROWS
 from graftlm.experiments.subprocess_run import score_in_subprocess, train_in_subprocess
 from graftlm.files import write_json
 from graftlm.jsonfile import parse_json, read_json
-from graftlm.training.run_folder import locked
+from graftlm.training.run_folder import LOCK
+
+if TYPE_CHECKING:
+    from graftlm.experiments.compare.view import CompareView
+
+MARK = "compare.json"
+RESULT = "result.json"
+_WRITTEN = {MARK, "report.md", "report.html", "runs", "search", "base", ROWS}
 
 
 @dataclass
 class Progress:
     """How far a comparison has come."""
 
-    rates: dict[str, search.RateSearch] = field(default_factory=dict[str, search.RateSearch])
+    learning_rates: dict[str, RateSearch] = field(default_factory=dict[str, RateSearch])
     failed: dict[str, str] = field(default_factory=dict[str, str])
     """Why a variant has no result."""
 
 
-def compare(config: CompareConfig, view: CompareView) -> Comparison:
-    """Run the comparison, or go on with it; writes the reports. Raises GraftError, or Stopped on a signal."""
-    with locked(config.out):
-        claim(config.out)
-        try:
-            with _terminated():
-                return _compare(config, view)
-        except (KeyboardInterrupt, Stopped) as stopped:
-            number = stopped.signal_number if isinstance(stopped, Stopped) else int(signal.SIGINT)
-            raise Stopped(
-                number,
-                f"stopped; finished runs are kept in {config.out}, the one in the middle left a checkpoint. "
-                "Go on with the same command",
-            ) from None
+# ---- the folder -----------------------------------------------------------------------------------------------------
 
 
-def _compare(config: CompareConfig, view: CompareView) -> Comparison:
-    comparison_data = load_comparison_data(config)
-    view.comparison_data(config, comparison_data)
-    done = Progress()
-    _search(config, comparison_data, done, view)
-    _train(config, comparison_data, done, view)
-    if len(done.failed) == len(config.variants):
-        reasons = "; ".join(f"{name}: {why}" for name, why in done.failed.items())
-        raise TrainingError(f"no method could be trained: {reasons}")
-    _score(config, comparison_data, done, view)
-    comparison = collect(config, comparison_data, done.rates, done.failed)
-    write_json(config.out / MARK, {"written_by": "graft compare", **comparison.to_json()})
-    write_reports(comparison, config.out)
-    return comparison
+def run_folder(config: CompareConfig, variant: Variant, seed: int) -> Path:
+    """The folder of one run."""
+    return config.out / "runs" / variant.folder / f"seed-{seed}"
 
 
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM ends the comparison as Ctrl-C does: the run in the middle is asked to leave a checkpoint."""
+def search_folder(config: CompareConfig, variant: Variant, rate: float) -> Path:
+    """The folder of a short run of the search for a variant's learning rate."""
+    return config.out / "search" / variant.folder / f"{rate:g}"
 
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number, "stopped")
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def base_scores(config: CompareConfig, precision: str) -> Path:
+    """The file of what the untrained base scores in a precision."""
+    return config.out / "base" / f"{precision}.json"
+
+
+def claim(out: Path) -> None:
+    """Make `out` a comparison's folder; RunError where it holds something that no comparison wrote."""
+    held = sorted(p.name for p in out.iterdir() if p.name != LOCK and not p.name.startswith("."))
+    others = [name for name in held if name not in _WRITTEN]
+    if others or (held and MARK not in held):
+        raise RunError(f"--out {out} holds '{(others or held)[0]}', which no comparison wrote; take another folder")
+    if not held:
+        write_json(out / MARK, {"written_by": "graft compare"})
 
 
 # ---- learning rates -------------------------------------------------------------------------------------------------
 
 
-def _search(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
-    """A learning rate for every variant, given or found; a variant of which every rate diverges has failed."""
-    steps = search.search_steps(config.search_steps, comparison_data.steps)
+def search_learning_rates(
+    config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView
+) -> None:
+    """Find a learning rate for every variant that was given none; a variant whose every rate diverges has failed."""
+    steps = search_steps(config.search_steps, comparison_data.steps)
     known: dict[bool, float] = {}
     files: tuple[tuple[str, ...], str] | None = None
     for variant in config.variants:
         given = config.given_rate(variant)
         if given is not None:
-            done.rates[variant.name] = search.RateSearch(given)
+            done.learning_rates[variant.name] = RateSearch(given)
             known.setdefault(variant.adapter, given)
             continue
-        files = files or write_search_rows(comparison_data, config.batch_size, steps, search_rows(config))
-        start, blind = search.first_rate(
+        files = files or write_search_rows(comparison_data, config.batch_size, steps, config.out / "search" / "rows")
+        start, blind = first_rate(
             variant.adapter, known, config.training(variant, seed=0, rate=None, out=config.out).peak_learning_rate
         )
         try:
@@ -123,7 +118,7 @@ def _search(config: CompareConfig, comparison_data: ComparisonData, done: Progre
             done.failed[variant.name] = f"every learning rate that was tried around {start:g} diverged"
             view.failed(variant.name, done.failed[variant.name])
             continue
-        done.rates[variant.name] = found
+        done.learning_rates[variant.name] = found
         known[variant.adapter] = found.rate
         view.rate(variant.name, found)
 
@@ -131,34 +126,35 @@ def _search(config: CompareConfig, comparison_data: ComparisonData, done: Progre
 def _found_rate(
     config: CompareConfig, variant: Variant, start: float, blind: bool, steps: int, files: tuple[tuple[str, ...], str],
     view: CompareView,
-) -> search.RateSearch | None:  # fmt: skip
-    def loss_at(rate: float) -> search.TriedRate:
+) -> RateSearch | None:  # fmt: skip
+    def loss_at(rate: float) -> TriedRate:
         out = search_folder(config, variant, rate)
-        data, judged_by = files
+        data, eval_data = files
         changes: dict[str, Any] = {"steps": steps, "epochs": None, "eval_every": steps}
-        training = config.training(variant, seed=0, rate=rate, out=out, data=data, eval_data=judged_by, **changes)
+        training = config.training(variant, seed=0, rate=rate, out=out, data=data, eval_data=eval_data, **changes)
         with view.running(f"search {variant.name}, {rate:g}", steps) as stepped:
             try:
                 summary = run_once(training, stepped)
             except Diverged as error:
-                write_json(out / RESULT, {"asked": _asked(training), "diverged": str(error)})
-                return search.TriedRate(rate, float("inf"))
-        for left in ("adapter", "model", "checkpoints"):  # only the loss was wanted
-            shutil.rmtree(out / left, ignore_errors=True)
-        return search.TriedRate(rate, summary["eval_loss_after"], summary["eval_loss_before"])
+                write_json(out / RESULT, {"asked": _options(training), "diverged": str(error)})
+                return TriedRate(rate, float("inf"))
+        for unused in ("adapter", "model", "checkpoints"):  # only the loss was wanted
+            shutil.rmtree(out / unused, ignore_errors=True)
+        return TriedRate(rate, summary["eval_loss_after"], summary["eval_loss_before"])
 
-    return search.climb(start, loss_at, blind=blind)
+    return search_learning_rate(start, loss_at, blind=blind)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-def _train(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
+def train_variants(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
+    """Train every variant with every seed; those that cannot be trained are noted in `done.failed`."""
     for seed in range(config.seeds):
         for variant in config.variants:
             if variant.name in done.failed:
                 continue
-            rate = done.rates[variant.name]
+            rate = done.learning_rates[variant.name]
             training = config.training(
                 variant, seed=seed, rate=rate.rate,
                 out=run_folder(config, variant, seed),
@@ -175,25 +171,25 @@ def _train(config: CompareConfig, comparison_data: ComparisonData, done: Progres
             view.trained(label, summary)
 
 
-def _asked(config: TrainConfig) -> dict[str, Any]:
-    """What a run was asked, apart from where it lies."""
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """The options of a run, apart from where it lies."""
     return {name: value for name, value in config.to_json().items() if name not in ("out", "resume")}
 
 
 def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
-    """The summary of a run: read where it is there already, else trained, from its checkpoint where it left one.
+    """The summary of a run: read if it is finished, else trained, from its checkpoint where it left one.
 
     Raises RunError where the folder holds a run of other options, and Diverged again for a run that diverged.
     """
-    out, asked = config.out, _asked(config)
+    out, options = config.out, _options(config)
     known = _read(out / RESULT)
     if known is not None:
         # An option that is newer than the run had its default then.
         before = renamed(known["asked"])
-        then = {name: before.get(name, TrainConfig.model_fields[name].default) for name in asked}
+        then = {name: before.get(name, TrainConfig.model_fields[name].default) for name in options}
         changed = [
             f"{name.replace('_', '-')} was {then[name]!r}, now {value!r}"
-            for name, value in parse_json(json.dumps(asked)).items()
+            for name, value in parse_json(json.dumps(options)).items()
             if parse_json(json.dumps(then[name])) != value
         ]
         if changed:
@@ -202,11 +198,11 @@ def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
             raise Diverged(known["diverged"])
         return renamed_summary(known["summary"])
     if (out / "adapter").exists() or (out / "model").exists():
-        shutil.rmtree(out)  # it was killed after its end, and before its figures were written
+        shutil.rmtree(out)  # it was killed after its end, before its summary was written
     began = (out / "config.json").is_file()
     summary = train_in_subprocess(config.model_copy(update={"resume": True}) if began else config, stepped)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(out / RESULT, {"asked": asked, "summary": summary, "finished": finished})
+    write_json(out / RESULT, {"asked": options, "summary": summary, "finished": finished})
     return summary
 
 
@@ -219,18 +215,18 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _same_data(out: Path, comparison_data: ComparisonData) -> None:
-    """Raise RunError where a finished run was trained or measured on other rows than the files hold now."""
+    """Raise RunError where a finished run was trained or evaluated on other rows than the files hold now."""
     data = read_json(out / "data.json", RunError)
     for name, now in (("train", comparison_data.train), ("eval", comparison_data.eval_dataset)):
         if data[name]["digest"] != now.digest:
             raise RunError(f"the {name} data have changed since {out} was run; put them back, or take another --out")
 
 
-# ---- other measurements ---------------------------------------------------------------------------------------------
+# ---- scores ---------------------------------------------------------------------------------------------
 
 
-def _score(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
-    """Loss on general text and task scores, of the bare bases and of every trained model that has none yet."""
+def score_models(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
+    """Measure the loss on general text and the task score of the bases and of every trained model that has none yet."""
     requests = list(_requests(config, comparison_data, done))
     left = sum(len(request.left()) for request in requests)
     if not left or (comparison_data.general is None and config.metric is None):
@@ -261,7 +257,7 @@ def _requests(config: CompareConfig, comparison_data: ComparisonData, done: Prog
             trust_remote_code=config.trust_remote_code,
             general=str(comparison_data.general) if comparison_data.general else None,
             metric=config.metric,
-            questions=comparison_data.questions,
+            prompts=comparison_data.prompts,
             max_tokens=2 * comparison_data.longest_answer,
             template_date=config.template_date,
             targets=tuple(targets),

@@ -1,11 +1,11 @@
-"""What trained models do beside their own task: loss on general text, and answers scored against references.
+"""Scores of trained models: loss on general text, and answers compared with references.
 
-One process for each kind of base. It loads the base once, measures it bare, then with one adapter after another; a model
-trained in full is a base of its own. Every result is written as soon as it is there, so that a second call goes on:
+One process for each kind of base. It loads the base once, scores it bare, then with one adapter after another; a model
+trained in full is a base of its own. Every result is written at once, so that a second call goes on:
 
-    scores.json    {"asked": digest of what was asked, "general_loss": 4.31, "general_tokens": 5120, "task_score": 38.2}
+    scores.json    {"asked": digest of the request, "general_loss": 4.31, "general_tokens": 5120, "task_score": 38.2}
 
-The parent writes the request as JSON to standard input and is told by `experiments/subprocess_run.py`'s lines.
+`experiments/subprocess_run.py` starts that process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from graftlm.config import ComputeDtype, Precision
 from graftlm.config.compare import Metric
 from graftlm.errors import RunError
-from graftlm.experiments.metrics import Question, score
+from graftlm.experiments.metrics import EvalPrompt, score
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 
@@ -47,24 +47,24 @@ class ScoringRequest:
     trust_remote_code: bool
     general: str | None
     metric: Metric | None
-    questions: tuple[Question, ...]
+    prompts: tuple[EvalPrompt, ...]
     max_tokens: int
     template_date: str
     targets: tuple[Target, ...] = ()
 
     @property
-    def asked(self) -> str:
-        """Names what is measured, and with what, by content; a result of another question is measured again."""
+    def digest(self) -> str:
+        """Of what is measured, and with what; a result with another digest is measured again."""
         total = hashlib.blake2b(digest_size=16)
         if self.general:
             total.update(Path(self.general).read_bytes())
-        facts = [self.metric, self.max_tokens, self.precision, self.template_date, [asdict(q) for q in self.questions]]
+        facts = [self.metric, self.max_tokens, self.precision, self.template_date, [asdict(q) for q in self.prompts]]
         total.update(json.dumps(facts).encode())
         return total.hexdigest()
 
     def left(self) -> tuple[Target, ...]:
-        """The targets that have no result yet."""
-        return tuple(t for t in self.targets if (read_scores(Path(t.out)) or {}).get("asked") != self.asked)
+        """The targets without a result."""
+        return tuple(t for t in self.targets if (read_scores(Path(t.out)) or {}).get("asked") != self.digest)
 
 
 def read_scores(path: Path) -> dict[str, Any] | None:
@@ -75,8 +75,8 @@ def read_scores(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def measure(request: ScoringRequest, told: Callable[[str], None]) -> None:
-    """Measure every target that has no result yet; `told` hears of each. Raises GraftError."""
+def measure(request: ScoringRequest, on_scored: Callable[[str], None]) -> None:
+    """Score every target that has no result yet; `on_scored` gets the file of each. Raises GraftError."""
 
     from graftlm.adapters import peft_format as adapter_format
     from graftlm.adapters.attach import attach, detach
@@ -86,7 +86,7 @@ def measure(request: ScoringRequest, told: Callable[[str], None]) -> None:
     from graftlm.data.sources import Source
     from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
     from graftlm.serving.engine.generate import complete_all
-    from graftlm.training.trainer import example_losses
+    from graftlm.training.micro_batch import example_losses
 
     left = request.left()
     if not left:
@@ -102,39 +102,37 @@ def measure(request: ScoringRequest, told: Callable[[str], None]) -> None:
         if request.general
         else ()
     )
-    asked = request.asked
     for target in left:
         slot = 0
         if target.adapter is not None:
             attach(base, adapter_format.load(base, Path(target.adapter)), slot=1)
             slot = 1
-        found: dict[str, Any] = {"asked": asked}
+        found: dict[str, Any] = {"asked": request.digest}
         if texts:
             rows = example_losses(base, texts, slot, DEFAULT_MICRO_BATCH_TOKENS)
             tokens = sum(row.target_tokens for row in rows)
             found |= {"general_loss": sum(row.loss for row in rows) / tokens, "general_tokens": tokens}
         if request.metric is not None:
-            prompts = [question.prompt for question in request.questions]
+            prompts = [q.prompt for q in request.prompts]
             done = complete_all(base, encoder, prompts, slot=slot, max_tokens=request.max_tokens)
             answers: list[dict[str, Any]] = [
-                {"row": question.row, "answer": answer.text.strip()}
-                for question, answer in zip(request.questions, done)
+                {"row": q.row, "answer": answer.text.strip()} for q, answer in zip(request.prompts, done)
             ]
-            references: Sequence[Sequence[str]] = [q.references for q in request.questions]
+            references: Sequence[Sequence[str]] = [q.references for q in request.prompts]
             given = [a["answer"] for a in answers]
             found |= {"task_score": score(request.metric, given, references), "answers": answers}
         if slot:
             detach(base, 1)
         Path(target.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(target.out), found)
-        told(target.out)
+        on_scored(target.out)
 
 
 def read_request(values: dict[str, Any]) -> ScoringRequest:
     """A request from its JSON."""
     found: dict[str, Any] = dict(values)
-    found["questions"] = tuple(
-        Question(q["row"], tuple(q["prompt"]), tuple(q["references"])) for q in values["questions"]
+    found["prompts"] = tuple(
+        EvalPrompt(q["row"], tuple(q["prompt"]), tuple(q["references"])) for q in values["prompts"]
     )
     found["targets"] = tuple(Target(**target) for target in values["targets"])
     return ScoringRequest(**found)

@@ -1,21 +1,21 @@
 """Is one training better than another, or is it chance? A paired bootstrap over evaluation rows and seeds.
 
 Each of V variants is trained with the same S seeds and evaluated on the same n rows; losses[s, i] is the loss of row i,
-summed over its tokens, after training with seed s. What is wanted is the mean loss of a token over all rows and all seeds
-that there might have been, of one variant minus that of another. Two things make the measured difference D wrong:
+summed over its tokens, after training with seed s. The quantity of interest is the mean loss of a token of one variant minus
+that of another, over all possible rows and seeds. The measured difference D has two sources of error:
 
-    rows     other evaluation rows would have given another D. Rows are drawn with replacement, the same for every variant
-             (paired), and with them their tokens: D* = sum of differences / sum of tokens. Rows of one prompt are drawn
-             together, for they are no independent witnesses. (Efron & Tibshirani 1993; paired for language: Koehn 2004)
-    seeds    another order of the data, another first A would have given another D. Rows are the same in every seed, so what
-             differs between D_1 ... D_S is this alone: its standard error is e = sd(D_s) / sqrt(S).
+    rows     other eval rows would have given another D. Rows are resampled with replacement, the same for every variant
+             (paired), and with them their tokens: D* = sum of differences / sum of tokens. Rows of one prompt are resampled
+             together, since they are not independent. (Efron & Tibshirani 1993; paired for language: Koehn 2004)
+    seeds    another order of the data, another initial A would have given another D. Rows are the same in every seed, so
+             D_1 ... D_S differ by this alone: the standard error is e = sd(D_s) / sqrt(S).
 
-With S = 3, drawing seeds with replacement too makes intervals that are far too short: the spread of three values is
-underestimated by a third, and the normal distribution's tails are not those of three values. In simulations of two equal
-methods such an interval misses zero in up to 27 of 100 comparisons instead of 5 (`docs/comparing.md`). So each resample of
-rows is moved by e times a draw from Student's t with S - 1 degrees of freedom: the distribution of two independent errors, one
-resampled, one of unknown size, added as Behrens and Fisher add them. What rows and seeds share is counted in both parts,
-so the interval is rather a little too long. With one seed e is unknown and nothing is told apart.
+With S = 3, resampling seeds too gives far too short intervals: it underestimates the standard deviation of three values by a
+third, and has the normal distribution's tails. In simulations of two equal methods such an interval misses zero in up to
+27 of 100 comparisons instead of 5 (`bench/results/quality.md`). So each resample of rows is shifted by e times a draw from
+Student's t with S - 1 degrees of freedom: two independent errors, one resampled, one of unknown size, added as by Behrens and
+Fisher. What rows and seeds share is counted in both parts, so the interval is slightly too long. With one seed e is unknown
+and no difference is significant.
 
 Several pairs are judged together: p values are stepped down by Holm (1979).
 """
@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import combinations
 from statistics import NormalDist
 
@@ -35,19 +35,19 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 MIN_GROUPS = 30
-"""Fewest independent rows: with fewer, one odd row decides, and resampling cannot show rows that were never seen."""
+"""Fewest independent rows: with fewer, a single odd row decides."""
 CONFIDENCE = 0.95
 POWER = 0.8
-"""Chance to find a difference, for which a needed number is given."""
+"""Statistical power for which needed numbers of rows and seeds are given."""
 MOST_ROWS, MOST_SEEDS = 1_000_000, 50
 RESAMPLES = 5000
-_SHIFTS = 8  # draws of the seeds' part for each resample of rows
-_DRAWS = 20_000
+_SHIFTS = 8  # draws from Student's t for each resample of rows
+_NODES = 96  # of the quadrature below: relative error under 1e-8
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a value lies with 95 % confidence."""
+    """A 95 % confidence interval."""
 
     low: float
     high: float
@@ -55,14 +55,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Needed:
-    """What would tell two variants apart with a chance of 80 %, were the difference as large as it looks."""
+    """What would show a difference with 80 % power, if it is as large as measured."""
 
     rows: int | None
     """Evaluation rows with the same seeds; None where seeds are what is missing."""
     seeds: int | None
     """Seeds on the same rows; None where rows are what is missing."""
     both: tuple[int, int] | None = None
-    """(rows, seeds) where neither alone would do."""
+    """(rows, seeds) where neither alone is enough."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +75,24 @@ class Difference:
     interval: Interval
     """Of rows and seeds; of rows alone where there is one seed."""
     p: float
-    """Chance of a difference at least as large between equals, two-sided, Holm's step over all pairs taken."""
+    """Two-sided p value, corrected for all pairs (Holm)."""
     row_error: float
     """Standard error from the choice of rows."""
     seed_error: float | None
     """Standard error from the choice of seeds; None for one seed."""
     smallest: float
-    """The smallest difference that these rows and seeds would find with a chance of 80 %."""
+    """The smallest difference that these rows and seeds would show with 80 % power."""
     needed: Needed | None = None
-    """None where the two are told apart already, or too close for a million rows or 50 seeds."""
+    """None where the difference is significant already, or too small for a million rows or 50 seeds."""
 
     @property
-    def told_apart(self) -> bool:
+    def distinguishable(self) -> bool:
+        """Whether the difference is significant at 5 %; never with one seed."""
         return self.seed_error is not None and self.p < 1 - CONFIDENCE
 
 
 class PairedBootstrap:
-    """Losses of several variants on the same rows with the same seeds, resampled once for every question."""
+    """Losses of several variants on the same rows with the same seeds; resampled once, used for every statistic."""
 
     def __init__(
         self,
@@ -109,10 +110,10 @@ class PairedBootstrap:
         self.rows = len(tokens)
         self.groups = len(np.unique(groups))
         # A percentile interval of G values is too short by sqrt((G - 1) / G) and by the normal's quantile in the place of
-        # Student's; resamples are spread by both (Hesterberg 2015, section 5.4).
-        few = max(1, self.groups - 1)
-        quantile = np.quantile(_t(few), _ends()[1]) / np.quantile(_z(), _ends()[1]) if few < 1000 else 1.0
-        self._wider = float(quantile) * math.sqrt(self.groups / few)
+        # Student's; resamples are widened by both (Hesterberg 2015, section 5.4).
+        degrees = max(1, self.groups - 1)
+        quantile = student_quantile(_ENDS[1], degrees) / _NORMAL.inv_cdf(_ENDS[1])
+        self._wider = quantile * math.sqrt(self.groups / degrees)
         self._generator = np.random.Generator(np.random.Philox(seed))
         total = float(tokens.sum())
         self.by_seed = {name: found.sum(1) / total for name, found in losses.items()}  # (S,) mean loss of each seed
@@ -142,7 +143,7 @@ class PairedBootstrap:
         """Mean loss of a token over all seeds."""
         return float(self.by_seed[name].mean())
 
-    def spread(self, name: str) -> float | None:
+    def std(self, name: str) -> float | None:
         """Standard deviation of the loss between seeds; None for one."""
         return float(self.by_seed[name].std(ddof=1)) if self.seeds > 1 else None
 
@@ -155,13 +156,13 @@ class PairedBootstrap:
         whole = self.gain(of)
         if whole <= 0:
             return None
-        behind = self._moved(name, of)  # (shifts, resamples)
+        behind = self._shifted(name, of)  # (shifts, resamples)
         wholes = np.maximum(self._base - self._means[of], 1e-9)
-        low, high = np.quantile(1 - behind / wholes, _ends())
+        low, high = np.quantile(1 - behind / wholes, _ENDS)
         return self.gain(name) / whole, Interval(float(low), float(high))
 
     def differences(self, names: Sequence[str]) -> list[Difference]:
-        """Every pair of `names`, judged together."""
+        """Every pair of `names`, with p values corrected for all of them."""
         found = [self._difference(first, second) for first, second in combinations(names, 2)]
         stepped = holm([d.p for d in found])
         return [self._with_needed(replace(d, p=p)) for d, p in zip(found, stepped)]
@@ -171,8 +172,8 @@ class PairedBootstrap:
         row_error = self._wider * float((self._means[first] - self._means[second]).std(ddof=1))
         return row_error, float(between.std(ddof=1) / math.sqrt(self.seeds)) if self.seeds > 1 else None
 
-    def _moved(self, first: str, second: str) -> Floats:
-        """Resampled differences (shifts, resamples), each moved by what other seeds might have done."""
+    def _shifted(self, first: str, second: str) -> Floats:
+        """Resampled differences (shifts, resamples), each shifted by the error of the seeds."""
         measured = self.loss(first) - self.loss(second)
         rows = measured + self._wider * (self._means[first] - self._means[second] - measured)
         _, seed_error = self._errors(first, second)
@@ -181,11 +182,11 @@ class PairedBootstrap:
         return rows + seed_error * self._generator.standard_t(self.seeds - 1, (_SHIFTS, len(rows)))
 
     def _difference(self, first: str, second: str) -> Difference:
-        moved = self._moved(first, second)
-        low, high = np.quantile(moved, _ends())
+        shifted = self._shifted(first, second)
+        low, high = np.quantile(shifted, _ENDS)
         # One more on each side: no number of resamples can show that something never happens.
-        below, above = (moved <= 0).sum() + 1, (moved >= 0).sum() + 1
-        p = min(1.0, 2 * float(min(below, above)) / (moved.size + 1))
+        below, above = (shifted <= 0).sum() + 1, (shifted >= 0).sum() + 1
+        p = min(1.0, 2 * float(min(below, above)) / (shifted.size + 1))
         row_error, seed_error = self._errors(first, second)
         return Difference(
             first, second, self.loss(first) - self.loss(second), Interval(float(low), float(high)), p, row_error,
@@ -193,18 +194,18 @@ class PairedBootstrap:
         )  # fmt: skip
 
     def _with_needed(self, found: Difference) -> Difference:
-        if found.told_apart or found.seed_error is None:
+        if found.distinguishable or found.seed_error is None:
             return found
         return replace(found, needed=self.needed(found, abs(found.mean)))
 
     def needed(self, found: Difference, distance: float) -> Needed | None:
-        """What would show that the difference is not `distance` nats away from where it was measured."""
+        """The rows and seeds that would show a difference of `distance` nats."""
         assert found.seed_error is not None
         return needed(distance, found.row_error, found.seed_error, rows=self.rows, seeds=self.seeds)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """P values of several claims, so that the chance of even one false claim is what each says (Holm 1979)."""
+    """P values corrected for several tests: they bound the chance of any false claim (Holm 1979)."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     stepped = [0.0] * len(p)
     highest = 0.0
@@ -215,24 +216,22 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def findable(row_error: float, seed_error: float, seeds: int) -> float:
-    """The smallest difference that is found with a chance of 80 %: the interval's half width and room for luck."""
+    """The smallest difference that is shown with 80 % power."""
     return half_width(row_error, seed_error, seeds) + _NORMAL.inv_cdf(POWER) * math.hypot(row_error, seed_error)
 
 
 def half_width(row_error: float, seed_error: float, seeds: int) -> float:
     """Half the interval's length: the 97.5 % point of row_error Z + seed_error T, T Student's with seeds - 1 degrees."""
     if seeds < 2 or seed_error == 0:
-        return _NORMAL.inv_cdf(_ends()[1]) * row_error
-    if row_error == 0:
-        return seed_error * float(np.quantile(_t(seeds - 1), _ends()[1]))
-    return float(np.quantile(row_error * _z() + seed_error * _t(seeds - 1), _ends()[1]))
+        return _NORMAL.inv_cdf(_ENDS[1]) * row_error
+    return sum_quantile(_ENDS[1], row_error, seed_error, seeds - 1)
 
 
 def needed(distance: float, row_error: float, seed_error: float, *, rows: int, seeds: int) -> Needed | None:
-    """The fewest rows with these seeds, and the fewest seeds with these rows, that would find `distance`; else both together.
+    """The fewest rows with these seeds, and the fewest seeds with these rows, that would show `distance`; else both together.
 
-    A row's part of the error falls with the square root of the rows, a seed's with that of the seeds; so it is assumed that
-    what is added is like what is there.
+    The error of rows falls with the square root of their number, that of seeds likewise: new rows and seeds are assumed to
+    be like those at hand.
     """
 
     def found(n: int, s: int) -> bool:
@@ -259,18 +258,50 @@ def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int | None:
     return high
 
 
+# ---- Student's t and the normal distribution, added -------------------------------------------------------------------
+
+
+def student_quantile(p: float, degrees: int) -> float:
+    """The p quantile of Student's t, p from 0.5 to 1."""
+    return sum_quantile(p, 0.0, 1.0, degrees)
+
+
+def sum_quantile(p: float, a: float, b: float, degrees: int) -> float:
+    """The p quantile of a Z + b T, p from 0.5 to 1: Z standard normal, T Student's t, independent.
+
+    By definition T = Z' / S with S^2 a chi-squared variable over its degrees of freedom (Student 1908), so given S the sum is
+    normal with variance a^2 + b^2 / S^2, and
+
+        P(a Z + b T <= x) = E[ Phi(x / sqrt(a^2 + b^2 / S^2)) ].
+
+    The expectation is a Gauss-Legendre sum over S. The distribution is symmetric and has one mode, so it is concave above 0
+    and Newton's steps from 0 approach the quantile from below.
+    """
+    nodes, weights = _scale_quadrature(degrees)
+    deviations = np.sqrt(a * a + b * b / nodes**2)  # (nodes,)
+    x = 0.0
+    for _ in range(200):
+        z = x / deviations
+        cdf = float(weights @ np.array([_NORMAL.cdf(value) for value in z.tolist()]))
+        density = float(weights @ (np.exp(-z * z / 2) / deviations)) / math.sqrt(2 * math.pi)
+        step = (p - cdf) / density
+        x += step
+        if step <= 1e-12 * x:
+            break
+    return x
+
+
+@cache
+def _scale_quadrature(degrees: int) -> tuple[Floats, Floats]:
+    """Nodes and weights of an expectation over S: its density is proportional to s^(n - 1) exp(-n s^2 / 2), n degrees."""
+    low, high = max(0.0, 1 - 9 / math.sqrt(degrees)), 1 + 9 / math.sqrt(degrees)  # beyond lies less than 1e-16
+    points, weights = np.polynomial.legendre.leggauss(_NODES)
+    u = (points + 1) / 2
+    nodes = low + (high - low) * u**3  # dense at the low end: with few degrees the tails come from S near 0
+    logs = (degrees - 1) * np.log(nodes) - degrees * nodes**2 / 2
+    density = weights * u**2 * np.exp(logs - logs.max())
+    return nodes, density / density.sum()
+
+
 _NORMAL = NormalDist()
-
-
-def _ends() -> tuple[float, float]:
-    return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
-
-
-@lru_cache
-def _z() -> Floats:
-    return np.random.Generator(np.random.Philox(1)).standard_normal(_DRAWS)
-
-
-@lru_cache(maxsize=64)
-def _t(freedom: int) -> Floats:
-    return np.random.Generator(np.random.Philox(2 + freedom)).standard_t(freedom, _DRAWS)
+_ENDS = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2

@@ -1,12 +1,12 @@
-"""What the figures allow to be said, in sentences; "cannot tell" is one of the answers.
+"""The verdict of a comparison, in sentences; "cannot tell" is a possible one.
 
-    best     the lowest mean eval loss, for what that is worth
-    within   shown to be at most the margin behind the best: the whole interval lies under it (a test of non-inferiority)
-    behind   shown to be more than the margin behind: the whole interval lies over it
+    best     the lowest mean eval loss
+    within   at most the margin behind the best: the whole interval is below it (a non-inferiority test)
+    behind   more than the margin behind: the whole interval is above it
     open     neither; more rows or seeds would show which
 
-The choice is the cheapest of the best and those within. It is certain where nothing cheaper is open, and there are at least
-two seeds.
+The choice is the cheapest of the best and those within. It is certain if nothing cheaper is open and there are at least two
+seeds.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from graftlm.experiments.compare.statistics import MOST_ROWS, MOST_SEEDS, Differ
 
 Place = Literal["best", "within", "behind", "open"]
 _EQUAL = 1.02
-"""Costs up to this factor over the lowest count as the same."""
+"""Costs up to this factor over the lowest count as equal."""
 _CHEAP = {"memory": "least peak memory", "size": "smallest saved file", "time": "shortest training"}
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one variant stands against the best."""
+    """One variant compared with the best."""
 
     name: str
     place: Place
     behind: float
     """Nats a token behind the best."""
     needed: Needed | None
-    """What would show whether an open one is within the margin."""
+    """The rows or seeds that would show whether an open variant is within the margin."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said in the end."""
+    """The result of a comparison."""
 
     best: str
     choice: str | None
-    """What to take; None where no method is better than the untrained base."""
+    """The recommended variant; None where no method is better than the untrained base."""
     certain: bool
     margin: float
     """Nats a token."""
@@ -56,33 +56,33 @@ class Verdict:
         return " ".join(self.sentences)
 
 
-def judge(study: PairedBootstrap, costs: Mapping[str, tuple[float, ...]], config: CompareConfig) -> Verdict:
-    """Judge all variants of a study; `costs` holds the asked cost first, then what decides between equals."""
-    names = sorted(costs, key=study.loss)
+def judge(bootstrap: PairedBootstrap, costs: Mapping[str, tuple[float, ...]], config: CompareConfig) -> Verdict:
+    """Judge all variants; `costs` holds the cost that `--cost` names first, then those that decide between equals."""
+    names = sorted(costs, key=bootstrap.loss)
     best = names[0]
-    margin = config.margin / 100 * max(0.0, study.gain(best))
-    differences = study.differences(names[::-1])
+    margin = config.margin / 100 * max(0.0, bootstrap.gain(best))
+    differences = bootstrap.differences(names[::-1])
     against = {d.first: d for d in differences if d.second == best}
     standings = [Standing(best, "best", 0.0, None)]
     for name in names[1:]:
         found = against[name]
         standings.append(Standing(name, _place(found, margin), found.mean, None))
     standings = [
-        s if s.place != "open" or study.seeds < 2
-        else Standing(s.name, s.place, s.behind, study.needed(against[s.name], abs(margin - s.behind)))
+        s if s.place != "open" or bootstrap.seeds < 2
+        else Standing(s.name, s.place, s.behind, bootstrap.needed(against[s.name], abs(margin - s.behind)))
         for s in standings
     ]  # fmt: skip
-    sentences = [_losses(study, names), *(_pair(d, study, margin) for d in differences)]
-    if study.gain(best) <= 0:
+    sentences = [_losses(bootstrap, names), *(_pair(d, bootstrap, margin) for d in differences)]
+    if bootstrap.gain(best) <= 0:
         sentences.append(
-            f"No method is better than the untrained base ({study.base:.3f}): more data, more steps or other learning rates "
-            "are needed before a choice means anything."
+            f"No method is better than the untrained base ({bootstrap.base:.3f}): more data, more steps or other learning "
+            "rates are needed before a choice means anything."
         )
         return Verdict(best, None, False, margin, tuple(standings), tuple(differences), tuple(sentences))
     choice = _cheapest([s.name for s in standings if s.place in ("best", "within")], costs)
     rivals = [s for s in standings if s.place == "open" and _cheapest([s.name, choice], costs) == s.name]
-    certain = study.seeds > 1 and not rivals
-    sentences = [*_choice(study, config, standings, choice, rivals), *sentences]
+    certain = bootstrap.seeds > 1 and not rivals
+    sentences = [*_choice(bootstrap, config, standings, choice, rivals), *sentences]
     return Verdict(best, choice, certain, margin, tuple(standings), tuple(differences), tuple(sentences))
 
 
@@ -101,18 +101,18 @@ def _cheapest(names: list[str], costs: Mapping[str, tuple[float, ...]]) -> str:
     return left[0]
 
 
-def _losses(study: PairedBootstrap, names: list[str]) -> str:
-    found = ", ".join(f"{name} {study.loss(name):.3f}" for name in names)
-    seeds = f"means of {study.seeds} seeds" if study.seeds > 1 else "one seed"
-    drawn = f" ({study.groups} prompts)" if study.groups < study.rows else ""
-    return f"Eval loss from {study.base:.3f} to: {found} ({seeds}, {study.rows} rows{drawn}, nats a token)."
+def _losses(bootstrap: PairedBootstrap, names: list[str]) -> str:
+    found = ", ".join(f"{name} {bootstrap.loss(name):.3f}" for name in names)
+    seeds = f"means of {bootstrap.seeds} seeds" if bootstrap.seeds > 1 else "one seed"
+    drawn = f" ({bootstrap.groups} prompts)" if bootstrap.groups < bootstrap.rows else ""
+    return f"Eval loss from {bootstrap.base:.3f} to: {found} ({seeds}, {bootstrap.rows} rows{drawn}, nats a token)."
 
 
-def _pair(found: Difference, study: PairedBootstrap, margin: float) -> str:
+def _pair(found: Difference, bootstrap: PairedBootstrap, margin: float) -> str:
     low, high = found.interval.low, found.interval.high
     size = f"{abs(found.mean):.3f}" if abs(found.mean) >= 0.001 else f"{abs(found.mean):.1e}"
     interval = f"95 % interval {low:+.3f} to {high:+.3f}"
-    if found.told_apart:
+    if found.distinguishable:
         return f"{found.second} is better than {found.first} by {size} ({interval})."
     if found.seed_error is None:
         way = "lower" if low > 0 else "not surely lower even on these rows"
@@ -122,48 +122,48 @@ def _pair(found: Difference, study: PairedBootstrap, margin: float) -> str:
         )
     return (
         f"{found.second} and {found.first} are indistinguishable at this n: {size} apart ({interval}). "
-        f"{_deciding(found, study, margin)}"
+        f"{_deciding(found, bootstrap, margin)}"
     )
 
 
-def _deciding(found: Difference, study: PairedBootstrap, margin: float) -> str:
-    """The n that would decide, or that there is nothing to decide."""
+def _deciding(found: Difference, bootstrap: PairedBootstrap, margin: float) -> str:
+    """The n that would decide, or why none is needed."""
     if max(abs(found.interval.low), abs(found.interval.high)) <= margin:
         return "The whole interval lies within the margin: for the choice they are equal."
     needed = found.needed
     if needed is None:
         return f"So small a difference would take more than {MOST_ROWS:,} eval rows or {MOST_SEEDS} seeds to show."
-    return f"If it is as large as it looks, {enough(needed, study)} would show it, four times of five."
+    return f"If it is as large as it looks, {enough(needed, bootstrap)} would show it, four times of five."
 
 
-def enough(needed: Needed, study: PairedBootstrap) -> str:
-    """The numbers in words, with those that are there."""
+def enough(needed: Needed, bootstrap: PairedBootstrap) -> str:
+    """Needed numbers in words, with the present ones."""
     ways: list[str] = []
     if needed.both is not None:
         rows, seeds = needed.both
-        return f"about {rows:,} eval rows (now {study.rows:,}) with {seeds} seeds (now {study.seeds})"
+        return f"about {rows:,} eval rows (now {bootstrap.rows:,}) with {seeds} seeds (now {bootstrap.seeds})"
     if needed.rows is not None:
-        ways.append(f"about {needed.rows:,} eval rows (now {study.rows:,})")
+        ways.append(f"about {needed.rows:,} eval rows (now {bootstrap.rows:,})")
     if needed.seeds is not None:
-        ways.append(f"{needed.seeds} seeds (now {study.seeds})")
+        ways.append(f"{needed.seeds} seeds (now {bootstrap.seeds})")
     return " or ".join(ways)
 
 
 def _choice(
-    study: PairedBootstrap, config: CompareConfig, standings: list[Standing], choice: str, rivals: list[Standing]
+    bootstrap: PairedBootstrap, config: CompareConfig, standings: list[Standing], choice: str, rivals: list[Standing]
 ) -> list[str]:
     best = standings[0].name
     margin = f"{config.margin:g} % of {best}'s gain"
     within = [s.name for s in standings if s.place == "within"]
     said: list[str] = []
-    if study.seeds == 1:
+    if bootstrap.seeds == 1:
         said.append(
             f"Cannot tell: with one seed nothing here is more than a hint. On these rows {choice} would be the choice "
             f"({_CHEAP[config.cost]} within {margin})."
         )
     elif rivals:
         for rival in rivals:
-            more = f": {enough(rival.needed, study)} would show it" if rival.needed is not None else ""
+            more = f": {enough(rival.needed, bootstrap)} would show it" if rival.needed is not None else ""
             said.append(f"Cannot tell whether {rival.name}, which is cheaper, is within {margin}{more}.")
         said.append(f"Until then {choice} is the safe choice.")
     elif choice != best:

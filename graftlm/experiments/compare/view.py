@@ -1,4 +1,4 @@
-"""What a person sees of a comparison while it runs, and the table at its end."""
+"""The progress of a comparison in the terminal, and the table at its end."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Stepped = Callable[[dict[str, Any]], None]
 
 
 class CompareView:
-    """Draws a comparison for a person; a quiet console draws nothing."""
+    """Draws a comparison in the terminal; a quiet console draws nothing."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def say(self, text: str) -> None:
-        """One line, as it is."""
+        """Print one line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def comparison_data(self, config: CompareConfig, comparison_data: ComparisonData) -> None:
-        """What is compared on what."""
+        """Print what is compared, on which data."""
         train, eval_dataset = comparison_data.train, comparison_data.eval_dataset
         self.say(
             f"Comparing {', '.join(config.methods)} on {config.model}: {train.rows:,} rows, {comparison_data.steps:,} steps of "
@@ -41,7 +41,7 @@ class CompareView:
 
     @contextmanager
     def running(self, label: str, steps: int) -> Iterator[Stepped]:
-        """A bar while a run goes on; yields what to call with its events."""
+        """A progress bar for a run; yields the function that takes its events."""
         with working(label, steps, "steps") as task:
             task.to(0, note="loading")
 
@@ -52,20 +52,20 @@ class CompareView:
             yield stepped
 
     def rate(self, name: str, found: RateSearch) -> None:
-        """A learning rate that was found."""
+        """Print a learning rate that was found."""
         tried = ", ".join(f"{t.rate:g}: {t.loss:.3f}" for t in found.tried)
         self.say(f"{name:<26} learning rate {found.rate:g}   (loss on other training rows by rate: {tried})")
 
     def trained(self, label: str, summary: dict[str, Any]) -> None:
-        """A run that has ended."""
+        """Print the losses of a finished run."""
         self.say(f"{label:<26} eval loss {summary['eval_loss_before']:.4f} to {summary['eval_loss_after']:.4f}")
 
     def failed(self, name: str, why: str) -> None:
-        """A variant that cannot be trained; the others go on."""
+        """Print why a variant is left out."""
         self.say(f"{name:<26} left out: {why}")
 
     def comparison(self, found: Comparison) -> None:
-        """The table and the verdict."""
+        """Print the table and the verdict."""
         columns = [Column(), *(Column(line.name, right=True, words=True) for line in found.lines)]
         self.console.print()
         table(

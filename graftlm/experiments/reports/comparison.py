@@ -1,4 +1,4 @@
-"""report.md and report.html of a comparison: the same sentences, the same table; the page has plots and needs no other file."""
+"""report.md and report.html of a comparison: the same sentences and table; the page also has figures, and is one file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from graftlm.config import CompareConfig
 from graftlm.experiments.compare.advice import capacity_sentences, gap_sentences
 from graftlm.experiments.compare.results import Comparison
+from graftlm.experiments.reports import charts
 from graftlm.experiments.reports.plots import plots
-from graftlm.experiments.reports.table import duration, rows
+from graftlm.experiments.reports.table import rows
+from graftlm.formatting import duration
 
 _HERE = Path(__file__).parent
 
@@ -33,12 +35,12 @@ def render(template: str, values: dict[str, Any], *, html: bool) -> str:
         trim_blocks=False,
         keep_trailing_newline=True,
     )
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
-    return environment.get_template(template).render(**values, style=style)
+    page = (_HERE / "report.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(**values, style=page + charts.style())
 
 
 def contents(found: Comparison) -> dict[str, Any]:
-    """What both reports say, as plain values."""
+    """The contents of both reports, as plain values."""
     config, data, verdict = found.config, found.data, found.verdict
     names = [line.name for line in found.lines]
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "one seed"
@@ -86,7 +88,7 @@ def _machine(environment: dict[str, Any]) -> str:
 def _method(found: Comparison) -> list[str]:
     config, data = found.config, found.data
     said = [
-        "Every method saw the same rows in the same order with each seed, and was measured on the same eval rows, "
+        "Every method saw the same rows in the same order with each seed, and was evaluated on the same eval rows, "
         "each run in a process of its own.",
         "A loss is the mean over all target tokens of the eval rows, of the step with the lowest one. ± is the standard "
         "deviation between seeds.",
@@ -100,7 +102,7 @@ def _method(found: Comparison) -> list[str]:
         if line.tried:
             tried = ", ".join(f"{t.rate:g}: {t.loss:.3f}" if t.before else f"{t.rate:g}: diverged" for t in line.tried)
             said.append(
-                f"Learning rate of {line.name}, by loss on training rows kept aside: {tried}. Taken: {line.learning_rate:g}."
+                f"Learning rate of {line.name}, by loss on training rows set aside: {tried}. Taken: {line.learning_rate:g}."
             )
     if any(line.general_after is not None for line in found.lines):
         said.append(
@@ -110,7 +112,7 @@ def _method(found: Comparison) -> list[str]:
                 if config.general_data == "general"
                 else config.general_data
             )
-            + ", before and after: what it rises is forgotten."
+            + ", before and after; a rise is forgetting."
         )
     if config.metric:
         said.append(f"{config.metric} scores the likeliest answers to {data['prompts_answered']} eval prompts.")

@@ -1,4 +1,4 @@
-"""report.md and report.html of a sweep: the best trial, how the others stand, and the loss against everything searched."""
+"""report.md and report.html of a sweep: the best trial, the others, and the loss by each searched option."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ from typing import Any
 
 from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Choice, Range, Space, Value, read_space
+from graftlm.experiments.reports.charts import (
+    BOTTOM,
+    CHARACTER,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Figure,
+    Line,
+    Plot,
+    Scale,
+    loss_chart,
+    loss_scale,
+)
 from graftlm.experiments.reports.comparison import render
-from graftlm.experiments.reports.plots import HEIGHT, WIDTH, Figure, Plot, Scale
 from graftlm.experiments.sweep.results import SweepResult, TrialResult
 from graftlm.experiments.sweep.view import described
 from graftlm.files import write_text
 
-LEFT, RIGHT, TOP, BOTTOM = 60, 10, 12, 38
 _EDGE = 0.08
-"""A best value this near to the end of its range, as a share of the range, might lie beyond it."""
+"""A best value this near to an end of its range, as a share of the range, may lie beyond it."""
 
 
 def write_reports(found: SweepResult, out: Path) -> None:
@@ -28,12 +40,12 @@ def write_reports(found: SweepResult, out: Path) -> None:
 
 
 def contents(found: SweepResult) -> dict[str, Any]:
-    """What both reports say, as plain values."""
+    """The contents of both reports, as plain values."""
     space = read_space(dict(found.space))
     names = [flag_name(name) for name in space]
     searched = ", ".join(f"{flag_name(name)} {found.space[name]}" for name in space)
     return {
-        "title": f"Sweep {found.name}: {found.asked.get('method', 'lora')} on {found.model}",
+        "title": f"Sweep {found.name}: {found.options.get('method', 'lora')} on {found.model}",
         "facts": f"{found.counted() or 'no trial yet'}; searched: {searched}",
         "headline": headline(found),
         "sentences": sentences(found, space),
@@ -49,11 +61,11 @@ def headline(found: SweepResult) -> str:
     best = found.best
     if best is None:
         return "No trial has ended yet."
-    return f"Trial {best.number}: {described(best.own)}."
+    return f"Trial {best.number}: {described(best.params)}."
 
 
 def sentences(found: SweepResult, space: Space) -> list[str]:
-    """What the sweep says, and what would be worth a further one."""
+    """The result of the sweep, and what a further one might search."""
     best = found.best
     if best is None or best.loss is None:
         return ["Nothing can be said before a trial has ended."]
@@ -65,14 +77,14 @@ def sentences(found: SweepResult, space: Space) -> list[str]:
         if near:
             said.append(
                 f"{len(near)} of the {len(others)} other complete trials are within 2 % of its gain: one run each cannot tell "
-                "them apart, so take the cheapest, or set them side by side with graft compare."
+                "them apart, so take the cheapest, or compare them with graft compare."
             )
         else:
             said.append("No other complete trial is within 2 % of its gain.")
-    said += [s for name, searched in space.items() if (s := _at_edge(name, searched, best.own.get(name)))]
+    said += [s for name, searched in space.items() if (s := _at_edge(name, searched, best.params.get(name)))]
     diverged = [t for t in found.tried if t.state == "diverged"]
     if diverged:
-        said.append(f"{len(diverged)} trials diverged, the first with {described(diverged[0].own)}.")
+        said.append(f"{len(diverged)} trials diverged, the first with {described(diverged[0].params)}.")
     if best.folder is not None:
         said.append(
             f"Its run folder is {best.folder}; the same run again: graft train {best.folder}/config.json --out OUT."
@@ -97,12 +109,12 @@ def _at_edge(name: str, searched: Range | Choice, value: Value | None) -> str | 
 
 
 def _row(tried: TrialResult, space: Space) -> list[str]:
-    own = (f"{v:.4g}" if isinstance(v := tried.own.get(n), float) else "" if v is None else str(v) for n in space)
+    own = (f"{v:.4g}" if isinstance(v := tried.params.get(n), float) else "" if v is None else str(v) for n in space)
     losses = ("" if v is None else f"{v:.4f}" for v in (tried.loss_before, tried.loss))
     return [str(tried.number), tried.state, *own, *losses, "" if tried.steps is None else f"{tried.steps:,}"]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- figures --------------------------------------------------------------------------------------------------------
 
 
 def plots(found: SweepResult, space: Space) -> list[Plot]:
@@ -110,7 +122,7 @@ def plots(found: SweepResult, space: Space) -> list[Plot]:
     ended = [t for t in found.tried if t.state == "complete" and t.loss is not None]
     if not ended:
         return []
-    drawn = [Plot("Loss by trial", history(found, ended), "Dots: complete trials. VariantResult: the best so far.")]
+    drawn = [Plot("Loss by trial", history(found, ended), "Dots: complete trials. Line: the best so far.")]
     for name, searched in space.items():
         drawn.append(
             Plot(f"Loss by {flag_name(name)}", against(found, ended, name, searched), "Filled: the best trial.")
@@ -120,18 +132,11 @@ def plots(found: SweepResult, space: Space) -> list[Plot]:
     return drawn
 
 
-def _loss_scale(losses: Sequence[float]) -> Scale:
-    low, high = min(losses), max(losses)
-    log = low > 0 and high / low > 4
-    room = 0.06 * (high - low or abs(high) or 1.0)
-    return Scale(low / 1.05 if log else low - room, high * 1.05 if log else high + room, HEIGHT - BOTTOM, TOP, log)
-
-
 def history(found: SweepResult, ended: Sequence[TrialResult]) -> str:
     """Loss of each complete trial by its number, and the best so far."""
     figure = Figure("eval loss of each trial")
     losses = [t.loss for t in ended if t.loss is not None]
-    x, y = Scale(0, max(1, max(t.number for t in found.tried)), LEFT, WIDTH - RIGHT), _loss_scale(losses)
+    x, y = Scale(0, max(1, max(t.number for t in found.tried)), LEFT, WIDTH - RIGHT), loss_scale(losses)
     figure.axes(x, y, "trial", "nats a token")
     best: list[tuple[float, float]] = []
     low = math.inf
@@ -149,13 +154,13 @@ def history(found: SweepResult, ended: Sequence[TrialResult]) -> str:
 def against(found: SweepResult, ended: Sequence[TrialResult], name: str, searched: Range | Choice) -> str:
     """Loss of each complete trial by one of its options."""
     figure = Figure(f"eval loss by {flag_name(name)}")
-    y = _loss_scale([t.loss for t in ended if t.loss is not None])
+    y = loss_scale([t.loss for t in ended if t.loss is not None])
     if isinstance(searched, Choice):
         values = [str(v) for v in searched.values]
         x = Scale(-0.5, len(values) - 0.5, LEFT, WIDTH - RIGHT)
         figure.axes(Scale(0, 0, LEFT, LEFT), y, flag_name(name), "nats a token")
         for i, value in enumerate(values):
-            most = max(4, int((WIDTH - LEFT) / len(values) / 6.1))
+            most = max(4, int((WIDTH - LEFT) / len(values) / CHARACTER))
             short = value if len(value) <= most else "…" + value[-most + 1 :]
             figure.add("text", short, x=x(i), y=HEIGHT - BOTTOM + 14, cls="tick middle")
     else:
@@ -163,7 +168,7 @@ def against(found: SweepResult, ended: Sequence[TrialResult], name: str, searche
         x = Scale(searched.low, searched.high, LEFT, WIDTH - RIGHT, searched.log)
         figure.axes(x, y, flag_name(name), "nats a token")
     for tried in ended:
-        value = tried.own.get(name)
+        value = tried.params.get(name)
         place = values.index(str(value)) if values else float(value or 0)
         best = tried is found.best
         figure.add(
@@ -178,11 +183,6 @@ def against(found: SweepResult, ended: Sequence[TrialResult], name: str, searche
 
 def curves(found: SweepResult) -> str:
     """Eval loss of every trial by its step."""
-    figure = Figure("eval loss of every trial by step")
-    points = [p for t in found.tried for p in t.eval_losses]
-    x, y = Scale(0, max(s for s, _ in points), LEFT, WIDTH - RIGHT), _loss_scale([v for _, v in points])
-    figure.axes(x, y, "optimizer step", "nats a token")
-    for tried in sorted(found.tried, key=lambda t: t is found.best):
-        style = "c1" if tried is found.best else "c0 faint"
-        figure.line([(x(s), y(v)) for s, v in tried.eval_losses], style)
-    return figure.svg()
+    trials = sorted(found.tried, key=lambda t: t is found.best)
+    lines = [Line(t.eval_losses, "c1" if t is found.best else "c0 faint") for t in trials]
+    return loss_chart("eval loss of every trial by step", lines)

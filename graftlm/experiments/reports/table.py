@@ -1,4 +1,4 @@
-"""The one table of a comparison: figures as people read them. Terminal, report.md and report.html show the same rows."""
+"""The table of a comparison; terminal, report.md and report.html show the same rows."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 from graftlm.experiments.compare.results import Comparison, VariantResult
 from graftlm.experiments.compare.statistics import Interval
-from graftlm.training.view import size
+from graftlm.formatting import duration, size
 
 NONE = "-"
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A label, what it means, and a cell for each variant."""
+    """A label and a cell for each variant."""
 
     label: str
     cells: tuple[str, ...]
 
 
 def rows(found: Comparison) -> list[TableRow]:
-    """Every row of the table; those that nobody asked for are left out."""
+    """Every row of the table; rows without any figure are left out."""
     drawn: list[TableRow] = []
 
     def row(label: str, write: Callable[[VariantResult], str]) -> None:
@@ -40,7 +40,7 @@ def rows(found: Comparison) -> list[TableRow]:
     row("eval loss before", lambda line: f"{line.loss_before:.3f}")
     row(
         "eval loss after",
-        lambda line: f"{line.loss:.3f}" + ("" if line.spread is None else f" ± {line.spread:.3f}"),
+        lambda line: f"{line.loss:.3f}" + ("" if line.std is None else f" ± {line.std:.3f}"),
     )
     row(f"share of {found.reference}'s gain", lambda line: _share(line, found.reference))
     if metric is not None:
@@ -52,7 +52,7 @@ def rows(found: Comparison) -> list[TableRow]:
         row("loss on general text", _forgetting)
     row("tokens/s", lambda line: NONE if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}")
     row("training time of a run", lambda line: duration(line.seconds))
-    row("many adapters on one base", lambda line: "yes" if line.many_on_one_base else "no")
+    row("many adapters on one base", lambda line: "yes" if line.shares_base else "no")
     row("when to use it", lambda line: line.when)
     return drawn
 
@@ -77,12 +77,3 @@ def _forgetting(line: VariantResult) -> str:
     if line.general_before is None or line.general_after is None:
         return NONE
     return f"{line.general_before:.3f} to {line.general_after:.3f} ({line.general_after - line.general_before:+.3f})"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

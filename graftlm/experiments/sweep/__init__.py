@@ -1,9 +1,9 @@
-"""`graft sweep`: many trials on one base at once; which ones is Optuna's to say.
+"""Many trials on one base at once; Optuna chooses which. `commands/sweep.py` puts the parts together.
 
-run.py        from a config to a finished sweep
-study.py      Optuna's study: who asks for a trial, who has one, what came of it
-conductor.py  hears the loop for all trials that are trained together, fills the places of those that end
-places.py     how many trials fit memory
-results.py    what was tried and found, read back
-report.py     report.md and report.html     view.py     what a person sees
+run.py              what trials share, the session of each, the loop over all
+study.py            Optuna's study: new trials, claimed trials, results
+trial_scheduler.py  the training callback of all trials that are trained together; starts the next one when one ends
+concurrency.py      how many trials fit in memory
+results.py          trials and their results, read back
+view.py             progress and table in the terminal; the report is reports/sweep.py
 """

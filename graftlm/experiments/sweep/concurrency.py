@@ -1,8 +1,8 @@
-"""How many trials are trained at once: as many as memory holds, planned from the largest one there can be.
+"""How many trials are trained at once: as many as fit in memory, planned for the largest possible trial.
 
-    one base + n x (A and B, their gradients, their two moments) + one pass's activations        <= what the machine has
+    one base + n x (A and B, their gradients, their two moments) + activations of one micro-batch        <= usable memory
 
-The pass is the same size however many trials share it, so a further trial costs its adapter and its optimizer states.
+A micro-batch has the same size however many trials share it, so a further trial costs its adapter and its optimizer states.
 """
 
 from __future__ import annotations
@@ -15,77 +15,77 @@ from graftlm.base.loading import Base
 from graftlm.config import SweepConfig, TrainConfig
 from graftlm.config.sweep import Choice, Range, Value
 from graftlm.errors import ConfigError
+from graftlm.experiments.sweep.study import trials_wanted
 from graftlm.formatting import size
 from graftlm.training.memory import TOO_MUCH, MemoryEstimate, estimate, refuse
-from graftlm.training.prepare import make_trial, untrained
-from graftlm.training.session import TrainingData
+from graftlm.training.run import TrainingData, make_trial, new_adapter_for
 from graftlm.training.trial import Trial
 
 AT_ONCE = 8
-"""Trials at once where nothing else is asked: the search learns from those that have ended."""
+"""Most trials at once by default: the search learns from those that have ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concurrency:
-    """How many trials there is room for."""
+    """How many trials fit in memory."""
 
     count: int
     micro_batch_tokens: int
     bytes: int | None
-    """Predicted peak with every place taken by the largest trial; None where the model's shape could not be counted."""
-    each: int
+    """Predicted peak with the largest trial in every slot; None where the model's shape could not be counted."""
+    largest_adapter: int
     """Trained values of the largest trial."""
 
 
 def plan_concurrency(config: SweepConfig, base: Base, datasets: Mapping[tuple[str, ...], TrainingData]) -> Concurrency:
-    """Room for trials on this machine. Raises ConfigError where `--at-once` asks for more, TrainingError where not one fits."""
+    """How many trials fit on this machine. Raises ConfigError for a larger `--at-once`, TrainingError where not one fits."""
     training, trial, adapter = _largest(config, base, datasets)
 
-    def ahead(count: int) -> MemoryEstimate:
+    def estimate_of(count: int) -> MemoryEstimate:
         return estimate(training, base, [trial] * count, [adapter] * count)
 
     def fits(found: MemoryEstimate) -> bool:
         return found.requirement is None or found.requirement.training <= found.card.usable
 
-    one = ahead(1)
+    one = estimate_of(1)
     refuse(one)
-    most = min(config.at_once or AT_ONCE, config.trials)
+    most = min(config.at_once or AT_ONCE, trials_wanted(config))
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(ahead(middle)) else (low, middle - 1)
-    found = ahead(most)
+        low, high = (middle, high) if fits(estimate_of(middle)) else (low, middle - 1)
+    found = estimate_of(most)
     if config.at_once is not None and low < most and found.requirement is not None:
         if found.requirement.training > TOO_MUCH * found.card.usable:
             raise ConfigError(
                 f"--at-once {config.at_once}: {most} trials would take {size(found.requirement.training)} and "
                 f"{found.card.name} has "
-                f"{size(found.card.usable)} for them; {low} fit. Give --at-once {low}, or leave it out"
+                f"{size(found.card.usable)} usable; {low} fit. Give --at-once {low}, or leave it out"
             )
         low = most
-    found = ahead(low)
+    found = estimate_of(low)
     return Concurrency(
         count=low,
         micro_batch_tokens=found.micro_batch_tokens,
         bytes=found.requirement.training if found.requirement else None,
-        each=adapter.count,
+        largest_adapter=adapter.count,
     )
 
 
 def _largest(
     config: SweepConfig, base: Base, datasets: Mapping[tuple[str, ...], TrainingData]
 ) -> tuple[TrainConfig, Trial, Adapter]:
-    """The trial that takes the most memory of all that the search may ask for, not attached to the base."""
-    own: dict[str, Value] = {}
+    """The trial of the search space that takes the most memory, not attached to the base."""
+    params: dict[str, Value] = {}
     for name, searched in config.space.items():
         values = searched.ends if isinstance(searched, Range) else searched.values
-        own[name] = max(values, key=float) if _numbers(searched) else values[0]
-    training = config.training(own, out=config.out)
+        params[name] = max(values, key=float) if _numbers(searched) else values[0]
+    training = config.training(params, out=config.out)
     if isinstance(targets := config.space.get("targets"), Choice):
-        options = [config.training({**own, "targets": value}, out=config.out) for value in targets.values]
+        options = [config.training({**params, "targets": value}, out=config.out) for value in targets.values]
         training = max(options, key=lambda c: len(select_layers(base, c.targets)))
     training_data = max(datasets.values(), key=lambda m: m.dataset.longest)
-    adapter = untrained(base, training)
+    adapter = new_adapter_for(base, training)
     return training, make_trial(base, training, adapter, 1, training_data.dataset, training_data.eval_dataset), adapter
 
 

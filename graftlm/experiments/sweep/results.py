@@ -1,4 +1,4 @@
-"""What a sweep has tried and found, read from its storage and its run folders."""
+"""The trials of a sweep and their results, read from its storage and its run folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from graftlm import terminal
 from graftlm.config.aliases import renamed
 from graftlm.config.sweep import Value
 from graftlm.errors import RunError
-from graftlm.experiments.sweep.study import IDENTITY, JOURNAL, MARK, SURPLUS, open_storage, reached, shown, trial_folder
+from graftlm.experiments.sweep.study import (
+    IDENTITY,
+    JOURNAL,
+    MARK,
+    SURPLUS,
+    open_storage,
+    redacted,
+    storage_errors,
+    trial_folder,
+)
 from graftlm.jsonfile import read_json
 from graftlm.training.run_folder import read_metrics
 
@@ -29,17 +38,17 @@ class TrialResult:
     number: int
     state: str
     """running, complete, pruned, diverged or failed."""
-    own: Mapping[str, Value]
-    """What was searched, by option."""
+    params: Mapping[str, Value]
+    """Its values of the options that were searched."""
     loss: float | None
-    """Eval loss of its best step, in nats a token; of one that was ended early, of its last evaluation."""
+    """Eval loss of its best step, in nats a target token; of a pruned trial, of its last evaluation."""
     loss_before: float | None
     steps: int | None
     seconds: float | None
-    """Of its optimizer steps, those that it shared with others included."""
+    """Time of its optimizer steps, including those that it shared with other trials."""
     folder: str | None
     digest: str | None
-    """Of its adapter."""
+    """Of its adapter, by content."""
     why: str | None
     """Why it has no result."""
     eval_losses: Points
@@ -48,17 +57,17 @@ class TrialResult:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SweepResult:
-    """Everything that a sweep has found."""
+    """A sweep: its options, its search space and its trials."""
 
     name: str
     model: str
-    """The base, as it was called."""
+    """The base, as the user named it."""
     folder: str
     storage: str
-    asked: Mapping[str, Any]
+    options: Mapping[str, Any]
     """The sweep's options, its base and data by digest."""
     space: Mapping[str, str]
-    """What is searched, as it was written."""
+    """The search space, by option, as it was written."""
     tried: tuple[TrialResult, ...]
 
     def __repr__(self) -> str:
@@ -74,7 +83,7 @@ class SweepResult:
 
     @property
     def ranked(self) -> list[TrialResult]:
-        """Trials with a result by their loss, then the others."""
+        """All trials, complete ones first, by loss."""
         order = {"complete": 0, "running": 1, "pruned": 2}
         return sorted(
             self.tried, key=lambda t: (order.get(t.state, 3), math.inf if t.loss is None else t.loss, t.number)
@@ -82,12 +91,12 @@ class SweepResult:
 
     @property
     def best(self) -> TrialResult | None:
-        """The trial with the lowest loss; None while none has ended."""
+        """The complete trial with the lowest loss; None while there is none."""
         first = next(iter(self.ranked), None)
         return first if first is not None and first.state == "complete" else None
 
     def counted(self) -> str:
-        """How many trials there are of each kind, as words."""
+        """How many trials are in each state, as words."""
         kinds = Counter(t.state for t in self.tried)
         return ", ".join(f"{kinds[s]} {s}" for s in ("complete", "running", "pruned", "diverged", "failed") if kinds[s])
 
@@ -95,7 +104,7 @@ class SweepResult:
         """Every figure as plain JSON values."""
         best = self.best
         return {
-            "name": self.name, "model": self.model, "folder": self.folder, "storage": self.storage, "asked": dict(self.asked),
+            "name": self.name, "model": self.model, "folder": self.folder, "storage": self.storage, "asked": dict(self.options),
             "space": dict(self.space), "best": None if best is None else best.number,
             "trials": [asdict(t) for t in self.tried],
         }  # fmt: skip
@@ -109,21 +118,21 @@ def read(folder: Path, storage: str | None = None) -> SweepResult:
         raise RunError(f"{folder} is not the folder of a sweep (it has no {MARK}); name the --out of one")
     mark = read_json(folder / MARK, RunError)
     where = storage or mark.get("storage")
-    shown_where = shown(where or str(folder / JOURNAL))
+    shown_storage = redacted(where or str(folder / JOURNAL))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with reached(shown_where):
+    with storage_errors(shown_storage):
         try:
             study = optuna.load_study(study_name=mark["name"], storage=open_storage(where, folder))
         except KeyError:
             hint = "" if where else "; if it lies on a server, name it with --storage"
-            raise RunError(f"{shown_where} holds no sweep '{mark['name']}'{hint}") from None
+            raise RunError(f"{shown_storage} holds no sweep '{mark['name']}'{hint}") from None
         trials = study.get_trials(deepcopy=False)
-        asked = renamed(study.user_attrs.get(IDENTITY, {}))
-    space = renamed({name.replace("-", "_"): text for name, text in dict(asked.get("search", {})).items()})
+        options = renamed(study.user_attrs.get(IDENTITY, {}))
+    space = renamed({name.replace("-", "_"): text for name, text in dict(options.get("search", {})).items()})
     tried = tuple(_tried(t, space, folder) for t in trials if not t.user_attrs.get(SURPLUS))
     return SweepResult(
-        name=mark["name"], model=str(mark.get("model")), folder=str(folder), storage=shown_where, asked=asked, space=space,
-        tried=tried,
+        name=mark["name"], model=str(mark.get("model")), folder=str(folder), storage=shown_storage, options=options,
+        space=space, tried=tried,
     )  # fmt: skip
 
 
@@ -143,7 +152,7 @@ def _tried(found: Any, space: Mapping[str, str], folder: Path) -> TrialResult:
     return TrialResult(
         number=found.number,
         state=state,
-        own={n: params[n] for n in space if n in params},
+        params={n: params[n] for n in space if n in params},
         loss=loss,
         loss_before=facts.get("loss_before"),
         steps=facts.get("steps"),

@@ -1,13 +1,13 @@
-"""The search: Optuna's study, and whose each of its trials is.
+"""The search: Optuna's study, and which worker owns which of its trials.
 
-Which values to try next, which trials to end early, where both are kept and how several workers share it: all of that is
-Optuna's (Akiba et al. 2019). What is here is what Optuna leaves open:
+Optuna (Akiba et al. 2019) chooses the values to try next and the trials to end early, and keeps both in its storage, which
+several workers share. It does not record which worker owns a running trial. Here:
 
-    a trial has a folder, and whoever trains it holds that folder's lock      the system frees it with the process
-    a trial that is running and whose lock is free has lost its worker         the next worker goes on from its checkpoint
-    a sweep is one question                                                    another is refused by name
+    each trial has a folder, and the worker that trains it holds the folder's lock     the system frees it with the process
+    a running trial whose lock is free has lost its worker                             the next one resumes its checkpoint
+    options, base and data of a sweep are fixed                                        a change is refused by name
 
-A worker on another machine has a folder of its own (`home`), and only that folder's workers take its trials over.
+A worker on another machine has its own folder (`home`), and only workers of that folder take over its trials.
 """
 
 from __future__ import annotations
@@ -40,47 +40,47 @@ if TYPE_CHECKING:
 
 MARK = "sweep.json"
 JOURNAL = "sweep.journal"
-TURN = ".turn"
+FOLDER_LOCK = ".turn"
 HOME, IDENTITY, WORKERS, SURPLUS = "home", "sweep", "workers", "surplus"
 _BEGINNING = timedelta(minutes=5)
-"""A trial that has had no folder for so long was asked for by a process that died at that moment."""
+"""A trial without a folder for so long was begun by a process that died at that moment."""
 _REDUCTION = 3
-"""Of the trials that reach a rung, one of so many goes on to the next (Li et al. 2020)."""
+"""Reduction factor of successive halving: one in so many trials of a rung goes on to the next (Li et al. 2020)."""
 
 
 @dataclass(eq=False)
 class ClaimedTrial:
-    """A trial that this process has, and nobody else."""
+    """A trial that this process owns."""
 
     number: int
-    own: dict[str, Value]
-    """What is searched, by field of `TrainConfig`."""
+    params: dict[str, Value]
+    """Its values of the options that are searched, by field of `TrainConfig`."""
     folder: Path
     trial: optuna.trial.Trial
     study: Study
     held: ExitStack = field(default_factory=ExitStack)
-    """Its folder's lock."""
+    """The lock of its folder."""
 
     def report(self, examples: int, loss: float) -> bool:
-        """Tell of an eval loss after so many examples; returns whether the trial should end here."""
-        with reached(self.study.where):
+        """Report an eval loss, in nats a target token, after so many examples; returns whether to prune the trial."""
+        with storage_errors(self.study.where):
             if examples not in self.trial.study.get_trials(deepcopy=False)[self.number].intermediate_values:
                 self.trial.report(loss, examples)
             return bool(self.trial.should_prune())
 
-    def tell(self, state: str, loss: float | None = None, **facts: Any) -> None:
-        """Say what came of it: `complete` with its loss, `pruned` or `failed`; and let go of it."""
+    def report_result(self, state: str, loss: float | None = None, **facts: Any) -> None:
+        """Report its result, `complete` with its loss, `pruned` or `failed`, and release it."""
         from optuna.trial import TrialState
 
         states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-        with reached(self.study.where):
+        with storage_errors(self.study.where):
             for name, value in facts.items():
                 self.trial.set_user_attr(name, value)
             self.trial.study.tell(self.trial, loss, states[state])
         self.release()
 
     def release(self) -> None:
-        """Let go of the folder; a trial that was not told of is then anybody's."""
+        """Release the folder's lock; without a reported result another worker may then claim the trial."""
         self.held.close()
 
 
@@ -92,12 +92,12 @@ class Study:
         optuna = _optuna()
         self.config = config
         self.out = config.out
-        self.where = shown(config.storage or str(config.out / JOURNAL))
+        self.where = redacted(config.storage or str(config.out / JOURNAL))
         self.name = config.name or config.out.resolve().name
         _make_folder(config.out)
-        with self._turn():  # workers that begin at the same moment must agree on what the folder is
+        with self._exclusive():  # workers that begin at the same moment must agree on what the folder is
             self.home = _claim_folder(config, self.name)
-        with reached(self.where), self._turn():  # two workers must not make the same tables
+        with storage_errors(self.where), self._exclusive():  # two workers must not make the same tables
             storage = open_storage(config.storage, config.out)
             self.study = optuna.create_study(
                 storage=storage, study_name=self.name, direction="minimize", load_if_exists=True
@@ -108,17 +108,17 @@ class Study:
         apart = (self.home,) if worker else ()
         self.study.sampler = _sampler(config, hash_words(config.search_seed, "sampler", worker, *apart))
 
-    def judge(self, examples: int) -> None:
-        """Set how poor trials are ended early, for trials that are shown so many examples."""
+    def set_pruner(self, examples: int) -> None:
+        """Set the pruner, for trials that see at most so many examples."""
         self.study.pruner = _pruner(self.config, examples)
 
     def identify(self, content: Mapping[str, Any]) -> None:
-        """Hold this sweep's options, base and data (`content`, by digest) against those that the storage has.
+        """Compare this sweep's options, base and data (`content`, by digest) with those in the storage.
 
-        Raises RunError where it holds another sweep, or something that no sweep wrote.
+        Raises RunError where the storage holds another sweep, or a study of another program.
         """
         now = parse_json(json.dumps({**self.config.identity, **content}))
-        with reached(self.where), self._turn():
+        with storage_errors(self.where), self._exclusive():
             known: dict[str, Any] | None = self.study.user_attrs.get(IDENTITY)
             if known is None:
                 if self.study.get_trials(deepcopy=False):
@@ -134,7 +134,7 @@ class Study:
                 "shows it; to search on take another --name and --out"
             )
         known = renamed(known)
-        if known.get("compute_dtype") is None:  # of before the type of products was kept
+        if known.get("compute_dtype") is None:  # written before the compute dtype was kept
             known = {**known, "compute_dtype": now.get("compute_dtype")}
         changed = [name for name in {**known, **now} if known.get(name) != now.get(name)]
         if changed:
@@ -146,11 +146,11 @@ class Study:
     # ---- trials ----
 
     def next(self) -> ClaimedTrial | None:
-        """A trial for this process: one that lost its worker, else a new one; None where none is left to begin."""
-        with reached(self.where), self._turn():
-            return self._taken_over() or self._asked()
+        """Claim a trial: one that lost its worker, else a new one; None where none is left to begin."""
+        with storage_errors(self.where), self._exclusive():
+            return self._abandoned() or self._new()
 
-    def _taken_over(self) -> ClaimedTrial | None:
+    def _abandoned(self) -> ClaimedTrial | None:
         import optuna
 
         running = optuna.trial.TrialState.RUNNING
@@ -163,7 +163,7 @@ class Study:
             held = self._lock(found.number)
             if held is None:
                 continue
-            # Whoever had it may have told of it in between.
+            # Its worker may have reported a result in between.
             if self.study.get_trials(deepcopy=False)[found.number].state != running:
                 held.close()
                 continue
@@ -171,7 +171,7 @@ class Study:
             return self._claim(trial, held)
         return None
 
-    def _asked(self) -> ClaimedTrial | None:
+    def _new(self) -> ClaimedTrial | None:
         import optuna
 
         wanted = self.wanted
@@ -189,33 +189,32 @@ class Study:
 
     @property
     def wanted(self) -> int:
-        """Trials that there should be in the end: those asked for, at most as many as a grid has points."""
-        asked = self.config.trials
-        return min(asked, grid_size(self.config.space)) if self.config.sampler == "grid" else asked
+        """How many trials there are in the end: `--trials`, at most the points of a grid."""
+        return trials_wanted(self.config)
 
     def _counted(self) -> list[int]:
-        """Numbers of the trials that there are."""
+        """Numbers of the trials that count; surplus ones do not."""
         return [t.number for t in self.study.get_trials(deepcopy=False) if not t.user_attrs.get(SURPLUS)]
 
     def running(self) -> int:
-        """Trials that some worker has."""
+        """Trials that a worker owns."""
         import optuna
 
-        with reached(self.where):
+        with storage_errors(self.where):
             return len(self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)))
 
     def ended(self) -> int:
-        """Trials of which the outcome is known."""
-        with reached(self.where):
+        """Trials that have ended."""
+        with storage_errors(self.where):
             found = self.study.get_trials(deepcopy=False)
         return sum(t.state.is_finished() and not t.user_attrs.get(SURPLUS) for t in found)
 
     def _claim(self, trial: optuna.trial.Trial, held: ExitStack) -> ClaimedTrial:
-        own = {name: _plain(trial.params[name]) for name in self.config.space}
-        return ClaimedTrial(trial.number, own, trial_folder(self.out, trial.number), trial, self, held)
+        params = {name: _plain(trial.params[name]) for name in self.config.space}
+        return ClaimedTrial(trial.number, params, trial_folder(self.out, trial.number), trial, self, held)
 
     def _lock(self, number: int) -> ExitStack | None:
-        """The lock of a trial's folder; None where a living process has it."""
+        """The lock of a trial's folder; None where a running process holds it."""
         held = ExitStack()
         try:
             held.enter_context(locked(trial_folder(self.out, number)))
@@ -226,9 +225,9 @@ class Study:
         return held
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One at a time among the workers of this folder."""
-        descriptor = os.open(self.out / TURN, os.O_CREAT | os.O_RDWR)
+    def _exclusive(self) -> Iterator[None]:
+        """Only one worker of this folder at a time."""
+        descriptor = os.open(self.out / FOLDER_LOCK, os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -249,18 +248,18 @@ def _make_folder(out: Path) -> None:
         raise RunError(f"--out {out} is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / TURN).touch()
+        (out / FOLDER_LOCK).touch()
     except OSError as error:
         raise RunError(f"--out {out} cannot be written to: {error.strerror}") from None
 
 
 def _claim_folder(config: SweepConfig, name: str) -> str:
-    """Make `--out` this sweep's folder; returns what names it to other machines. Raises RunError where it is another's."""
+    """Make `--out` this sweep's folder; returns its identity for other machines. Raises RunError where it is another's."""
     out = config.out
     held = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     if not held:
         home = uuid.uuid4().hex
-        kept = None if secret(config.storage) else config.storage
+        kept = None if has_password(config.storage) else config.storage
         write_json(out / MARK, {
             "written_by": "graft sweep", "home": home, "name": name, "model": config.model, "storage": kept,
         })  # fmt: skip
@@ -268,7 +267,7 @@ def _claim_folder(config: SweepConfig, name: str) -> str:
     if MARK not in held:
         raise RunError(f"--out {out} holds '{held[0]}', which no sweep wrote; take another folder")
     mark = read_json(out / MARK, RunError)
-    for key, now in (("name", name), ("storage", None if secret(config.storage) else config.storage)):
+    for key, now in (("name", name), ("storage", None if has_password(config.storage) else config.storage)):
         if mark.get(key) != now:
             raise RunError(
                 f"--out {out} belongs to a sweep with {key} {mark.get(key)!r}, now {now!r}; take another --out"
@@ -303,8 +302,8 @@ def open_storage(text: str | None, out: Path) -> Any:
 
 
 @contextmanager
-def reached(where: str) -> Iterator[None]:
-    """Say in words that a storage is out of reach: RunError instead of what its driver raises."""
+def storage_errors(where: str) -> Iterator[None]:
+    """Raise RunError that names the storage instead of what its driver raises."""
     try:
         yield
     except ImportError as error:  # Optuna's own names none
@@ -314,16 +313,18 @@ def reached(where: str) -> Iterator[None]:
         module = type(error).__module__.split(".")[0]
         if module not in ("sqlalchemy", "alembic", "optuna") and not isinstance(error, (OSError, ValueError)):
             raise
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise RunError(f"storage {where} cannot be reached or read: {shown(said)[:200]}; look at --storage") from None
+        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RunError(
+            f"storage {where} cannot be reached or read: {redacted(first_line)[:200]}; look at --storage"
+        ) from None
 
 
-def secret(text: str | None) -> bool:
+def has_password(text: str | None) -> bool:
     """Whether a storage's URL holds a password."""
     return bool(re.search(r"://[^/@]*:[^/@]+@", text or ""))
 
 
-def shown(text: str) -> str:
+def redacted(text: str) -> str:
     """A storage's URL without its password."""
     return re.sub(r"(://[^/@:]*):[^/@]+@", r"\1:***@", text)
 
@@ -344,7 +345,7 @@ def _sampler(config: SweepConfig, seed: int) -> Any:
 
 
 def _pruner(config: SweepConfig, examples: int) -> Any:
-    """Asynchronous successive halving, or Hyperband over it; what a trial has had is counted in examples shown to it."""
+    """Asynchronous successive halving, or Hyperband over it; the resource is examples seen."""
     from optuna import pruners
 
     first = max(1, examples // _REDUCTION**2)
@@ -371,6 +372,11 @@ def _distributions(space: Space) -> dict[str, Any]:
     return {name: one(searched) for name, searched in space.items()}
 
 
+def trials_wanted(config: SweepConfig) -> int:
+    """How many trials a sweep has in the end: `--trials`, at most the points of a grid."""
+    return min(config.trials, grid_size(config.space)) if config.sampler == "grid" else config.trials
+
+
 def grid_size(space: Space) -> int:
     """Points of a grid over lists."""
     size = 1
@@ -392,8 +398,8 @@ __all__ = [
     "Study",
     "grid_size",
     "open_storage",
-    "reached",
-    "secret",
-    "shown",
+    "redacted",
+    "storage_errors",
     "trial_folder",
+    "trials_wanted",
 ]

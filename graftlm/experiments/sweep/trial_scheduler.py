@@ -1,11 +1,11 @@
-"""Hears the loop for all trials that are trained together, and fills the places of those that end.
+"""The training callback of all trials that are trained together; it starts the next trial when one ends.
 
-    place 1   trial 0 ............ done | trial 4 ...        a place is a slot of the bank: the base's products run once for
-    place 2   trial 1 .. pruned | trial 3 .......            all of them, each token adds its own trial's A and B
-    place 3   trial 2 .................................
+    slot 1   trial 0 ............ done | trial 4 ...        the base's matmuls run once for all slots of the bank,
+    slot 2   trial 1 .. pruned | trial 3 .......            and each token adds its own trial's A and B
+    slot 3   trial 2 .................................
 
-What a trial writes is its session's doing, the same as for `graft train`. A trial that cannot go on ends alone. What is being
-trained when the sweep is stopped or killed keeps its checkpoint, and its place in the search.
+Each trial's session writes its run folder, as for `graft train`. A trial that diverges ends alone. Trials that are running when
+the sweep is stopped or killed keep their checkpoints and stay in the search.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from graftlm.experiments.sweep.view import SweepView
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 from graftlm.planning.peak_memory import PeakMemory
+from graftlm.training.run import Session
 from graftlm.training.run_folder import LOCK
-from graftlm.training.session import Session
 from graftlm.training.trainer import StepResult, TrainerCallback
 from graftlm.training.trial import Evaluation, Trial
 
@@ -32,42 +32,42 @@ RESULT = "result.json"
 
 @dataclass(eq=False)
 class RunningTrial:
-    """A trial in its place."""
+    """A trial that is being trained."""
 
     claim: ClaimedTrial
     session: Session
 
 
 class TrialScheduler(TrainerCallback):
-    """Trains whatever the search asks for, as many at once as there are places."""
+    """Trains the trials of a study, as many at once as there are slots."""
 
     def __init__(
         self,
         study: Study,
-        places: int,
+        slots: Sequence[int],
         start: Callable[[ClaimedTrial, int], Session],
         memory: PeakMemory,
         view: SweepView,
     ) -> None:
-        """`start(claim, slot)` makes a claim's session, ready to step. Slots are 1 to `places`."""
+        """`start(claim, slot)` makes the session of a claimed trial, ready to step; `slots` are those of the bank to use."""
         self.study, self.start, self.memory, self.view = study, start, memory, view
         self.stopped: int | None = None
-        self._places: dict[int, RunningTrial | None] = dict.fromkeys(range(1, places + 1))
+        self._running: dict[int, RunningTrial | None] = dict.fromkeys(slots)
 
     @property
     def running_trials(self) -> list[RunningTrial]:
-        """What is being trained, by place."""
-        return [one for one in self._places.values() if one is not None]
+        """The trials that are being trained, by slot."""
+        return [one for one in self._running.values() if one is not None]
 
-    # ---- what the loop says ----
+    # ---- callbacks of the training loop ----
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
-        self._at(trial).session.recorder.stepped(trial, result)
-        self.view.stepped(trial, result)
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
+        self._at(trial).session.recorder.on_step_end(trial, result)
+        self.view.on_step_end(trial, result)
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         one = self._at(trial)
-        one.session.recorder.evaluated(trial, evaluation, best)
+        one.session.recorder.on_evaluate(trial, evaluation, best)
         if evaluation.step == 0:
             return
         examples = min(evaluation.step * trial.sampler.batch_size, trial.sampler.draws)
@@ -76,12 +76,12 @@ class TrialScheduler(TrainerCallback):
                 f"pruned after step {trial.step} of {trial.sampler.steps} at an eval loss of {evaluation.loss:.4f}"
             )
 
-    def failed(self, trial: Trial, error: TrainingError) -> None:
-        """A trial that diverged ends alone; anything else would meet the others too."""
+    def on_failure(self, trial: Trial, error: TrainingError) -> None:
+        """A trial that diverged ends alone; any other error concerns all trials."""
         if not isinstance(error, Diverged):
             raise error
 
-    def settled(self, trials: Sequence[Trial]) -> bool:
+    def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
         self._clear()
         for one in self.running_trials:
             one.session.recorder.save_due()
@@ -92,38 +92,38 @@ class TrialScheduler(TrainerCallback):
             one.session.recorder.save()
         return False
 
-    def joining(self) -> Sequence[Trial]:
-        """Fill the free places: with trials that lost their worker first, then with new ones."""
+    def new_trials(self) -> Sequence[Trial]:
+        """Trials for the free slots: first those that lost their worker, then new ones."""
         self._clear()
         joined: list[Trial] = []
-        for slot in [slot for slot, one in self._places.items() if one is None]:
-            while self._places[slot] is None:
+        for slot in [slot for slot, one in self._running.items() if one is None]:
+            while self._running[slot] is None:
                 claim = self.study.next()
                 if claim is None:
                     return joined
-                if not _told_already(claim):
-                    joined += self._seat(claim, slot)
+                if not _already_reported(claim):
+                    joined += self._start_in(claim, slot)
         return joined
 
     def stopping(self) -> str:
-        """What somebody who asks the sweep to stop is told."""
+        """The message for somebody who stops the sweep."""
         return "stopping after this step; what is being trained keeps its checkpoint"
 
-    # ---- places ----
+    # ---- slots ----
 
     def _at(self, trial: Trial) -> RunningTrial:
-        one = self._places[trial.slot]
+        one = self._running[trial.slot]
         assert one is not None
         assert one.session.trial is trial
         return one
 
-    def _seat(self, claim: ClaimedTrial, slot: int) -> list[Trial]:
+    def _start_in(self, claim: ClaimedTrial, slot: int) -> list[Trial]:
         try:
             session = self.start(claim, slot)
         except BaseException:
             claim.release()
             raise
-        self._places[slot] = RunningTrial(claim, session)
+        self._running[slot] = RunningTrial(claim, session)
         self.view.began(claim, session.trial)
         self._clear()  # it may have been killed between its last step and its result
         return [] if session.trial.done else [session.trial]
@@ -135,7 +135,7 @@ class TrialScheduler(TrainerCallback):
                 self._end(one)
 
     def _end(self, one: RunningTrial) -> None:
-        """Save what a trial has come to, tell the search, and clear its place."""
+        """Save the result of a trial, report it to the search, and free its slot."""
         claim, session, trial = one.claim, one.session, one.session.trial
         facts: dict[str, Any] = {
             "folder": str(claim.folder), "steps": trial.step, "tokens": trial.tokens, "seconds": session.recorder.seconds,
@@ -144,35 +144,37 @@ class TrialScheduler(TrainerCallback):
         if trial.stop_reason is None:
             measured = {"peak_memory_bytes": self.memory.bytes, "idle_memory_bytes": self.memory.start}
             summary = {**session.finish(), **measured}  # memory is that of all that were trained together
-            session.measured(summary)
+            session.write_measured(summary)
             loss = float(summary["eval_loss_after"])
-            told = {**facts, "digest": summary["adapter_digest"], "bytes": summary["saved_bytes"]}
-            write_json(claim.folder / RESULT, {"state": "complete", "loss": loss, "facts": told, "summary": summary})
-            claim.tell("complete", loss, **told)
+            complete = {**facts, "digest": summary["adapter_digest"], "bytes": summary["saved_bytes"]}
+            write_json(
+                claim.folder / RESULT, {"state": "complete", "loss": loss, "facts": complete, "summary": summary}
+            )
+            claim.report_result("complete", loss, **complete)
         else:
             pruned = trial.stop_reason.startswith("pruned")
             session.recorder.event("pruned" if pruned else "failed", reason=trial.stop_reason)
-            # A search should keep away from what diverges: to Optuna it is a trial that was ended early.
+            # Reported as pruned, not failed, so that the sampler avoids what diverges.
             write_json(claim.folder / RESULT, {"state": "pruned", "why": trial.stop_reason, "facts": facts})
             shutil.rmtree(claim.folder / "checkpoints", ignore_errors=True)
-            claim.tell("pruned", why=trial.stop_reason, **facts)
+            claim.report_result("pruned", why=trial.stop_reason, **facts)
         session.close()
-        self._places[trial.slot] = None
+        self._running[trial.slot] = None
         self.view.ended(claim, trial)
 
     def close(self) -> None:
-        """Let go of every trial that is still being trained."""
+        """Release every trial that is still being trained."""
         for one in self.running_trials:
             one.session.close()
             one.claim.release()
 
 
-def _told_already(claim: ClaimedTrial) -> bool:
-    """Tell of a trial whose worker was killed between its result and the telling; else make its folder ready."""
+def _already_reported(claim: ClaimedTrial) -> bool:
+    """Report the result of a trial whose worker was killed before it could; else make its folder ready."""
     if (claim.folder / RESULT).is_file():
         known = read_json(claim.folder / RESULT, RunError)
         why = {"why": known["why"]} if "why" in known else {}
-        claim.tell(known["state"], known.get("loss"), **why, **known["facts"])
+        claim.report_result(known["state"], known.get("loss"), **why, **known["facts"])
         return True
     if (claim.folder / "adapter").exists():  # saved, and its figures were not
         clear(claim.folder)

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: the sweep's own bar, and one for each trial that is being trained."""
+"""A sweep in the terminal: one bar for all trials and one for each that is being trained; the table of trials."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from rich.console import Console
 
 from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Value
+from graftlm.experiments.sweep.concurrency import Concurrency
 from graftlm.experiments.sweep.results import SweepResult
 from graftlm.experiments.sweep.study import ClaimedTrial
-from graftlm.formatting import size
+from graftlm.formatting import duration, size
 from graftlm.progress import Task, begin, end, working
 from graftlm.terminal import Column, table
 from graftlm.training.trainer import StepResult
@@ -20,19 +21,21 @@ from graftlm.training.view import View
 
 
 class SweepView(View):
-    """Draws a sweep for a person; a quiet console draws nothing."""
+    """Draws a sweep in the terminal; a quiet console draws nothing."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)
         self._bars: dict[str, Task] = {}
         self._all: Task | None = None
 
-    def places(self, count: int, predicted: int | None, micro_batch_tokens: int, dry_run_bytes: int | None) -> None:
-        """How many are trained at once."""
-        took = "" if dry_run_bytes is None else f"; one pass took {size(dry_run_bytes)}"
-        memory = "" if predicted is None else f", {size(predicted)} expected{took}"
+    def planned(self, concurrency: Concurrency, dry_run_bytes: int | None) -> None:
+        """How many trials are trained at once, and the memory that they take."""
+        count = concurrency.count
+        took = "" if dry_run_bytes is None else f"; the dry run took {size(dry_run_bytes)}"
+        memory = "" if concurrency.bytes is None else f", {size(concurrency.bytes)} expected{took}"
         self.fact(
-            "together", f"{count} trial{'s' if count > 1 else ''} at once{memory}; {micro_batch_tokens:,} tokens a pass"
+            "together",
+            f"{count} trial{'s' if count > 1 else ''} at once{memory}; {concurrency.micro_batch_tokens:,} tokens a micro-batch",
         )
 
     @contextmanager
@@ -49,11 +52,11 @@ class SweepView(View):
                 self._all = None
 
     def began(self, claim: ClaimedTrial, trial: Trial) -> None:
-        """A trial takes its place."""
+        """A trial begins."""
         again = f", from step {trial.step}" if trial.step else ""
-        self.note(f"trial {claim.number:>3}  {described(claim.own)}{again}")
+        self.note(f"trial {claim.number:>3}  {described(claim.params)}{again}")
 
-    def stepped(self, trial: Trial, result: StepResult) -> None:
+    def on_step_end(self, trial: Trial, result: StepResult) -> None:
         if self._all is None:
             return
         if trial.name not in self._bars:
@@ -61,7 +64,7 @@ class SweepView(View):
         self._bars[trial.name].to(trial.step, note=f"loss {result.loss:.3f}")
 
     def ended(self, claim: ClaimedTrial, trial: Trial) -> None:
-        """A trial leaves its place."""
+        """A trial has ended."""
         if trial.stop_reason is not None:
             self.note(f"trial {claim.number:>3}  {trial.stop_reason}")
         elif trial.best is not None:
@@ -86,29 +89,31 @@ class TrialView(View):
     def note(self, text: str) -> None:
         self._view.note(f"trial {self._number:>3}  {text}")
 
-    def evaluated(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
 
 
-def described(own: Mapping[str, Value]) -> str:
-    """What is a trial's own, as words."""
+def described(params: Mapping[str, Value]) -> str:
+    """Values of the searched options, as words."""
     return ", ".join(
-        f"{flag_name(n)} {v:.3g}" if isinstance(v, float) else f"{flag_name(n)} {v}" for n, v in own.items()
+        f"{flag_name(n)} {v:.3g}" if isinstance(v, float) else f"{flag_name(n)} {v}" for n, v in params.items()
     )
 
 
 def print_table(console: Console, found: SweepResult, most: int) -> None:
     """Trials by loss, at most so many."""
     names = list(found.space)
-    heads = ("trial", "state", "loss", *map(flag_name, names), "loss before", "steps", "seconds")
-    drops = {"loss before": 3, "seconds": 2, "steps": 1}
+    heads = ("trial", "state", "loss", *map(flag_name, names), "loss before", "steps", "time")
+    drops = {"loss before": 3, "time": 2, "steps": 1}
     columns = [Column(head, right=head != "state", drop=drops.get(head, 0)) for head in heads]
     rows: list[tuple[str, ...]] = []
     for tried in found.ranked[:most]:
-        own = (f"{v:.4g}" if isinstance(v := tried.own.get(n), float) else str("" if v is None else v) for n in names)
+        own = (
+            f"{v:.4g}" if isinstance(v := tried.params.get(n), float) else str("" if v is None else v) for n in names
+        )
         before, loss = (f"{v:.4f}" if v is not None else "" for v in (tried.loss_before, tried.loss))
         steps = "" if tried.steps is None else f"{tried.steps:,}"
-        seconds = "" if tried.seconds is None else f"{tried.seconds:,.0f}"
-        rows.append((str(tried.number), tried.state, loss, *own, before, steps, seconds))
+        time = "" if tried.seconds is None else duration(tried.seconds)
+        rows.append((str(tried.number), tried.state, loss, *own, before, steps, time))
     table(console, columns, rows, title=f"{found.name}: {found.counted()}")
     if len(found.tried) > most:
         console.print(f"and {len(found.tried) - most} more: --json has all of them", highlight=False)

@@ -1,17 +1,17 @@
-"""The C kernels behind the reference's functions, and which of them may be used for what.
+"""The C kernels for the reference's functions, and when they are used.
 
-    library.py     the shared library: found, loaded, its functions' types, the choice of instruction set
-    weights.py     quantize and dequantize
-    products.py    products with a stored weight: codes decoded for a few rows, panels of dense values for more
-    gemm.py        matrix products of our own, where they are faster than PyTorch's, and what training makes of them
-    rows.py        what decoding runs on: a few rows, routed adapters, attention of single tokens
-    attention.py   attention within segments, forward and back
-    fused.py       norms, gated products, rotary positions, cross entropy
-    adamw.py       the optimizer's step
+    library.py        the shared library: finding and loading it, types of its functions, choice of instruction set
+    weights.py        quantize and dequantize
+    stored_matmul.py  matmul with a stored weight: codes decoded in registers for few rows, dense panels for more
+    gemm.py           our own matmul, where it is faster than PyTorch's, and its uses in training
+    rows.py           decoding: matmul of few rows, routed adapters, attention of single tokens
+    attention.py      attention within segments, forward and backward
+    fused.py          norms, gated activations, rotary positions, cross entropy
+    adamw.py          the optimizer step
 
-Each file ends with its own check: its operations are compared with the reference on a small odd shape before their first
-use (`self_check.py`). `usable` is false, with one warning for the process, when the library is missing, does not load, or gives
-another answer. They run on as many threads as `torch.get_num_threads()` says.
+Each file ends with its own check: its operations are compared with the reference on a small odd shape before their first use
+(`self_check.py`). `usable` is false, with one warning for the process, if the library is missing, does not load, or gives
+another result. They run on `torch.get_num_threads()` threads.
 
 Letters: x (rows, in), W (out, in), y (rows, out), dy (rows, out), dx (rows, in).
 """
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native import adamw, fused, gemm, library, products, rows, weights
+from graftlm.kernels.native import adamw, fused, gemm, library, rows, stored_matmul, weights
 from graftlm.kernels.native import attention as segments
 from graftlm.kernels.native.adamw import step as adamw_step
 from graftlm.kernels.native.adamw import sum_of_squares
 from graftlm.kernels.native.attention import attention, attention_backward
 from graftlm.kernels.native.gemm import lora_linear, lora_linear_backward, low_rank, low_rank_backward, weight_gradient
 from graftlm.kernels.native.library import TYPES, choose, instruction_sets
-from graftlm.kernels.native.products import FEW_ROWS, PANEL_BYTES_FOR_MANY
+from graftlm.kernels.native.stored_matmul import FEW_ROWS, PANEL_BYTES_FOR_MANY
 from graftlm.kernels.native.weights import int8_dequantize, nf4_dequantize, nf4_quantize
 from graftlm.kernels.self_check import SelfCheck
 from graftlm.kernels.stored import Weight
@@ -68,13 +68,13 @@ __all__ = [
 
 
 def new_self_check() -> SelfCheck:
-    """A record of checks in which none has run yet."""
+    """A SelfCheck in which no check has run yet."""
     checks = {
         "nf4_quantize": weights.check_nf4_quantize,
         "nf4_dequantize": weights.check_nf4_dequantize,
         "int8_dequantize": weights.check_int8_dequantize,
-        "matmul": products.check_matmul,
-        "matmul_t": products.check_matmul_t,
+        "matmul": stored_matmul.check_matmul,
+        "matmul_t": stored_matmul.check_matmul_t,
         "gemm": gemm.check,
         "attention": segments.check,
         "fused": fused.check,
@@ -92,7 +92,7 @@ def new_self_check() -> SelfCheck:
 self_check = new_self_check()
 
 
-# ---- what may be used ---------------------------------------------------------------------------------------------
+# ---- what is used -------------------------------------------------------------------------------------------------
 
 
 def status() -> str:
@@ -103,23 +103,23 @@ def status() -> str:
 
 
 def usable(operation: str, tensor: Tensor) -> bool:
-    """Whether `operation` may run here on `tensor`: on a CPU, in a float type we know, compiled, and checked."""
+    """Whether `operation` can run here on `tensor`: on a CPU, with a supported dtype, compiled, and checked."""
     if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype not in TYPES):
         return False
     return self_check.allows(operation, tensor.device)
 
 
 def has_fast_matmul(x: Tensor, bf16_matmul: bool = False) -> bool:
-    """Whether products of these rows, x (rows, in), are taken with our own `gemm.c` rather than PyTorch's.
+    """Whether the matmul of x (rows, in) uses our own `gemm.c` rather than PyTorch's.
 
-    Those in float32 where that is faster, `bf16_matmul` ones wherever the processor has instructions for them: of few rows too,
-    since what a token gives must not depend on how many stand beside it.
+    In float32 if that is faster; with `bf16_matmul` if the processor supports it, also for few rows, since a token's result
+    must not depend on the number of rows.
     """
     return (len(x) > FEW_ROWS or (bf16_matmul and library.get().has_bf16_matmul)) and takes(x, bf16_matmul)
 
 
 def takes(x: Tensor, bf16_matmul: bool = False) -> bool:
-    """The same whatever the number of rows."""
+    """The same for any number of rows."""
     if x.dtype != torch.float32 or x.ndim != 2 or x.device.type != "cpu":
         return False
     loaded = library.get()
@@ -127,7 +127,7 @@ def takes(x: Tensor, bf16_matmul: bool = False) -> bool:
 
 
 def has_bf16_matmul() -> bool:
-    """Whether this processor multiplies in bfloat16 and sums in float32, about twice as fast as in float32."""
+    """Whether this processor has bfloat16 matmul with float32 accumulation, about twice as fast as float32."""
     return library.get().has_bf16_matmul and self_check.allows("gemm", torch.device("cpu"))
 
 
@@ -137,7 +137,7 @@ def has_segment_attention(q: Tensor) -> bool:
 
 
 def is_few_rows(x: Tensor) -> bool:
-    """Whether x (rows, in) has so few rows that `rows.c` multiplies them with a dense weight fastest."""
+    """Whether x (rows, in) has so few rows that `rows.c` is fastest for a dense weight."""
     return (
         len(x) <= rows.MOST_ROWS
         and x.dtype == torch.float32
@@ -146,7 +146,7 @@ def is_few_rows(x: Tensor) -> bool:
     )
 
 
-# ---- the product that is fastest here -----------------------------------------------------------------------------
+# ---- the fastest matmul here -------------------------------------------------------------------------------------
 
 
 def matmul(x: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
@@ -158,12 +158,12 @@ def matmul(x: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
     if has_fast_matmul(flat, bf16_matmul):
         y = gemm.multiply([(flat, weight, True)], bf16_matmul=bf16_matmul)  # (rows, out)
     elif not isinstance(weight, Tensor):
-        y = products.matmul(flat, weight)
+        y = stored_matmul.matmul(flat, weight)
     elif is_few_rows(flat) and rows.fits(flat, weight):
         y = rows.dense(flat, weight)
     else:
         y = reference.matmul(flat, weight)
-    # A view made inside an autograd function may not be added to in place, and some models do.
+    # A view made inside an autograd function must not be modified in place, which some models do.
     return y if x.ndim == 2 else y.view(*x.shape[:-1], outer)
 
 
@@ -173,19 +173,19 @@ def matmul_t(dy: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
     flat = dy.reshape(-1, outer)  # (rows, out)
     if not flat.numel() or not inner:
         return dy.new_zeros(*dy.shape[:-1], inner)
-    # PyTorch would widen the whole of a dense weight in 16 bits, such as a head, for however few rows.
+    # PyTorch would upcast a full 16-bit weight, such as a head, even for few rows.
     upcast = isinstance(weight, Tensor) and weight.dtype != flat.dtype
     if has_fast_matmul(flat, bf16_matmul) or (upcast and takes(flat, bf16_matmul)):
         dx = gemm.multiply([(flat, weight, False)], bf16_matmul=bf16_matmul)  # (rows, in)
     elif not isinstance(weight, Tensor):
-        dx = products.matmul_t(flat, weight)
+        dx = stored_matmul.matmul_t(flat, weight)
     else:
         dx = reference.matmul_t(flat, weight)
     return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], inner)
 
 
 def add_routed(y: Tensor, x: Tensor, routes: rows.DecodeRouting) -> bool:
-    """y (rows, out) += each range's low-rank product, if C can take them; returns whether it did."""
+    """y (rows, out) += each range's low-rank term, if C supports them; returns whether it did."""
     if x.dtype != torch.float32 or x.stride(1) != 1 or not usable("rows", x):
         return False
     routes.add(y, x)

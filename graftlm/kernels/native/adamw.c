@@ -1,4 +1,4 @@
-/* One step of AdamW in one pass: parameter, gradient and both moments are read once and written once, with clipping, weight
+/* One fused AdamW step: parameter, gradient and both moments are read once and written once, with clipping, weight
  * decay, stochastic rounding and the codes of 8-bit moments on the way. `reference_adamw.py` has the formula and its reasons.
  *
  * Every operation rounds by itself, as the reference's does, so the results are the reference's bit for bit, whatever the

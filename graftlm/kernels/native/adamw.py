@@ -1,4 +1,4 @@
-"""AdamW's step and the sum of a gradient's squares in C (`adamw.c`): the reference's bits in one pass over the memory."""
+"""AdamW's step and the sum of a gradient's squares in C (`adamw.c`), bit-identical to the reference, memory read once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _MEAN, _SQUARE = _described(reference.MEAN), _described(reference.SQUARE)
 
 
 def fits(parameter: Tensor, gradient: Tensor, moments: Moments) -> bool:
-    """Whether the C code knows these types and this layout; the gradient may have any strides."""
+    """Whether the C code supports these dtypes and this layout; the gradient may have any strides."""
     return (
         parameter.dtype in TWO_TYPES
         and gradient.dtype in TWO_TYPES
@@ -61,7 +61,7 @@ def fits(parameter: Tensor, gradient: Tensor, moments: Moments) -> bool:
 
 
 def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: reference.Update, level: int = -1) -> None:
-    """One step of `reference_adamw.adamw`; `level` holds it to a narrower instruction set (0 plain C, 1 AVX2)."""
+    """One step of `reference_adamw.adamw`; `level` limits the instruction set (0 plain C, 1 AVX2)."""
     gradient = gradient.detach().contiguous()
     start, turn = word_keys(*update.key)
     scales = (moments.mean_scale, moments.square_scale)

@@ -1,8 +1,8 @@
 /* Attention within the segments of a packed row, forward and backward, float32.
  *
- * PyTorch's fused attention takes one length at a time, so a row of documents of many lengths is many calls, with copies
+ * PyTorch's fused attention takes one length at a time, so a packed row of examples of many lengths is many calls, with copies
  * between. Here each segment and head is one piece of work, whatever the lengths, and shared key-value heads are read as
- * they are. Probabilities are never kept: the backward pass computes them again from the sums (Dao et al. 2022).
+ * they are. Probabilities are not saved: the backward pass recomputes them from the sums (Dao et al. 2022).
  * Every piece is done by one thread in one order, so results do not depend on the number of threads.
  */
 #include <math.h>

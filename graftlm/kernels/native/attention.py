@@ -34,7 +34,7 @@ class Job(ctypes.Structure):
 
 
 def fits(q: Tensor) -> bool:
-    """Whether these heads, q (T, H, D), are such as the C code takes."""
+    """Whether the C code supports these heads, q (T, H, D)."""
     return q.dtype == torch.float32 and q.device.type == "cpu" and q.shape[-1] % 16 == 0
 
 
@@ -45,7 +45,7 @@ def _rows(tensor: Tensor) -> Tensor:
 def _job(
     q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float, window: int
 ) -> tuple[Job, Sequence[object]]:
-    """What forward and backward share, and what must stay alive until the call is over."""
+    """The part of the call that forward and backward share, and the tensors that must stay alive until it returns."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     places = (ctypes.c_int64 * len(ends))(*ends)
     job = Job(

@@ -1,7 +1,7 @@
-/* What stands between a network's matrix products: RMSNorm, gated activations, rotary positions, cross entropy.
+/* The fused operations between a network's matmuls: RMSNorm, gated activations, rotary positions, cross entropy.
  *
- * PyTorch composes each from several passes over memory and keeps most of what they write for the backward pass. Here each
- * is one pass that reads its inputs and writes its result, and the backward pass computes again what is cheap to compute.
+ * PyTorch composes each from several operations that read and write memory, and saves most results for backward. Here each
+ * reads its inputs and writes its result once, and the backward pass recomputes what is cheap.
  *
  * Every row's result depends on that row alone; a sum over rows (RMSNorm's weight) is taken over blocks of fixed size in
  * their order. So results do not depend on the number of threads.
@@ -153,7 +153,7 @@ EXPORT void graft_norm_back(const void *dy, const void *x, const float *w, float
     graft_parallel(n, COLUMNS_PER_PIECE, threads, norm_sum_columns, &job);
 }
 
-/* ---- gated products ---- */
+/* ---- gated activations ---- */
 
 struct gate_job {
     const char *g, *u, *dy;

@@ -1,6 +1,6 @@
 """Elementwise operations in C (`fused.c`): RMSNorm, gated activations, rotary positions, cross entropy.
 
-Functions and letters are those of `reference_fused.py`. float32 and bfloat16; rows that lie apart are copied together first.
+Functions and letters are those of `reference_fused.py`. float32 and bfloat16; non-contiguous rows are copied first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROWS_PER_BLOCK = 64  # of fused.c
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """float32 values end to end: what every small operand is read as."""
+    """Contiguous float32 values, as C reads every small operand."""
     return tensor.detach().to(torch.float32).contiguous()
 
 
@@ -53,7 +53,7 @@ def rms_norm_backward(
 
 
 def _side_by_side(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Both with the same distance from row to row and no gap between a row's values; and that distance."""
+    """Both with the same row stride and contiguous rows; and that stride."""
     if gate.stride(1) != 1 or up.stride(1) != 1 or gate.stride(0) != up.stride(0):
         gate, up = gate.contiguous(), up.contiguous()
     return gate, up, gate.stride(0)
@@ -70,7 +70,7 @@ def gated(gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
 
 
 def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate) -> tuple[Tensor, Tensor]:
-    """Where gate and up are the halves of one tensor, so are their gradients."""
+    """If gate and up are halves of one tensor, so are their gradients."""
     gate, up, row = _side_by_side(gate, up)
     dy = dy.to(gate.dtype).contiguous()
     rows, n = gate.shape
@@ -96,7 +96,7 @@ class _RotaryStruct(ctypes.Structure):
 
 
 def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
-    """Each of `parts` (tokens, heads, D), in one pass over the tokens; their gradients turned back with `back`."""
+    """Rotate each of `parts` (tokens, heads, D); with `back` rotate gradients back."""
     table: Any = (_RotaryStruct * len(parts))()
     parts = [x if x.stride(2) == 1 else x.contiguous() for x in parts]
     out = [torch.empty(x.shape, dtype=x.dtype) for x in parts]

@@ -1,10 +1,10 @@
-/* Matrix products of our own, for processors that are not Intel's: there MKL leaves half of AVX-512 idle (measured on an EPYC
+/* Our own matmul, for processors that are not Intel's: there MKL leaves half of AVX-512 idle (measured on an EPYC
  * of 2024: 107 of 263 GFLOP/s a core; ours 215), and with AVX2, where it is as fast as ours, it cannot do the following.
  *
  *     C (M, N) [+]= alpha * sum over terms of A (M, K) B (K, N)          all in float32
  *
- * B may be a stored weight, in either orientation: it is decoded while it is packed, so a product with 4-bit codes costs
- * what a dense one does. A second term with its own K puts an adapter's narrow product into the same pass over C.
+ * B may be a stored weight, in either orientation: it is decoded while it is packed, so a matmul with 4-bit codes costs
+ * what a dense one does. A second term with its own K adds an adapter's low-rank term in the same loop over C.
  *
  * The shape of it is that of Goto and van de Geijn (2008): K is cut into pieces of at most MOST_K; of B a piece is packed
  * in panels as wide as a tile, of A in panels as high as one that stay in the second-level cache, and a kernel keeps a tile's
@@ -70,7 +70,7 @@ void graft_gemm_decode(const struct graft_matrix *w, int64_t row, int64_t first,
     }
 }
 
-/* ---- the product ---- */
+/* ---- the matmul ---- */
 
 struct product {
     const struct gemm_set *set;
@@ -144,7 +144,7 @@ static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n
         int add = p->add;
         for (int term = 0; term < p->terms; term++) {
             const struct graft_matrix *a = p->a + term, *b = p->b + term;
-            /* Narrow whatever this thread's share of it, and however many rows: a row's result does not depend on the others.
+            /* bfloat16 for any share and number of rows: a row's result does not depend on the others.
              * Packing pays where what is packed is read often enough. */
             const int narrow = b->narrow && set->narrow_pack_b && p->n > 2 * nr;
             const int loose_a = !narrow && columns <= 2 * nr;

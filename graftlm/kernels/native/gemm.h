@@ -1,4 +1,4 @@
-/* What the files of the matrix product share: `gemm.c` cuts a product into pieces and tiles and walks over the operands to
+/* Shared by the files of the matmul: `gemm.c` cuts a matmul into pieces and tiles and walks over the operands to
  * pack them, `gemm_avx512.c` and `gemm_avx2.c` turn and copy one panel and multiply one tile. */
 #ifndef GRAFT_GEMM_H
 #define GRAFT_GEMM_H

@@ -1,10 +1,10 @@
-"""Matrix products of our own (`gemm.c`), for processors that are not Intel's.
+"""Our own matmul (`gemm.c`), for processors that are not Intel's.
 
     C (M, N) [+]= alpha * sum over terms of A (M, K) B (K, N)
 
-A is float32, B float32, bfloat16, or a stored weight; either may be transposed. `library.py` says whether these are used: they
-need AVX2 or AVX-512, and on Intel's processors MKL uses all of either. With AVX-512 ours are twice as fast as PyTorch's on
-the others; with AVX2 as fast, but a stored weight is decoded while it is packed and an adapter's product is a second term.
+A is float32, B float32, bfloat16, or a stored weight; either may be transposed. `library.py` decides whether it is used: it
+needs AVX2 or AVX-512, and on Intel's processors MKL is as fast. On others ours is twice as fast as PyTorch's with AVX-512;
+with AVX2 it is as fast, but it decodes a stored weight while packing it and adds an adapter's low-rank term in the same call.
 
 Letters: M, N, K as above; T tokens.
 """
@@ -37,9 +37,9 @@ class Matrix(ctypes.Structure):
 
 
 def _fill(matrix: Matrix, value: Weight, transposed: bool, summed: int) -> Any:
-    """Describe a matrix to C; `summed` is the dimension of `value` (after turning) that the product sums over.
+    """Fill the C description of a matrix; `summed` is the dimension of `value` (after transposing) that is summed over.
 
-    Returns what must stay alive until the call is over.
+    Returns the tensors that must stay alive until the call returns.
     """
     if isinstance(value, Tensor):
         seen = value.T if transposed else value
@@ -65,9 +65,9 @@ def _fill(matrix: Matrix, value: Weight, transposed: bool, summed: int) -> Any:
 
 
 def describe(matrix: Matrix, weight: Weight) -> Any:
-    """Describe a stored weight W (out, in) as it lies; returns what must stay alive as long as C may read it.
+    """Fill the C description of a stored weight W (out, in); returns the tensors that must stay alive while C may read it.
 
-    Raises ValueError for a dense one that is neither float32 nor bfloat16, or whose rows do not lie end to end.
+    Raises ValueError for a dense one that is neither float32 nor bfloat16, or not contiguous.
     """
     if isinstance(weight, Tensor) and not (weight.is_contiguous() and weight.dtype in TWO_TYPES):
         raise ValueError(
@@ -88,8 +88,8 @@ def multiply(
     (M, N) float32.
 
     A is a float32 tensor of any strides, W a float32 or bfloat16 tensor or a stored weight. `out` takes
-    the result; with `add` it is added to. `bf16_matmul` rounds both sides of the first term to bfloat16 (their
-    products are summed in float32), on processors that have instructions for it.
+    the result; with `add` the result is added to it. `bf16_matmul` rounds both inputs of the first term to bfloat16 and
+    accumulates in float32, on processors that support it.
     """
     if out is not None and out.shape[-1] > 1 and out.stride(-1) != 1:  # C writes rows without gaps
         return out.copy_(multiply(terms, out=out.contiguous(), alpha=alpha, add=add, bf16_matmul=bf16_matmul))
@@ -113,7 +113,7 @@ def multiply(
     return out
 
 
-# ---- what training needs of it ------------------------------------------------------------------------------------
+# ---- training -----------------------------------------------------------------------------------------------------
 
 
 def weight_gradient(dy: Tensor, x: Tensor, bf16_matmul: bool = False) -> Tensor:
@@ -141,7 +141,7 @@ def low_rank_backward(
 def lora_linear(
     x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, bf16_matmul: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x W^T + scale * (x A^T) B^T (rows, out) in one pass over the result, and scale * x A^T for the backward."""
+    """x W^T + scale * (x A^T) B^T (rows, out) in one call, and scale * x A^T for the backward."""
     h = multiply([(x, A, True)], alpha=scale)  # (rows, r)
     return multiply([(x, weight, True), (h, B, True)], bf16_matmul=bf16_matmul), h
 
@@ -167,7 +167,7 @@ def lora_linear_backward(
 
 
 def check() -> bool:
-    """Edges of every panel, each kind of weight in both orientations, two terms, and narrow operands."""
+    """Check edges of every panel, each kind of weight in both orientations, two terms, and bfloat16 inputs."""
     x, dense = sample(53, 331, sizes=97), sample(77, 331, sizes=97)
     dy = sample(53, 77, sizes=97)
     weights: tuple[Weight, ...] = (
@@ -193,7 +193,7 @@ def check() -> bool:
 
 
 def _check_bf16(x: Tensor, dy: Tensor, weights: Sequence[Weight]) -> bool:
-    """The same with both sides rounded: each kind of weight in both orientations, and a weight's gradient."""
+    """The same with both inputs rounded: each kind of weight in both orientations, and a weight's gradient."""
 
     def rounded(value: Weight) -> Tensor:
         return (value if isinstance(value, Tensor) else reference.dequantize(value)).bfloat16().float()

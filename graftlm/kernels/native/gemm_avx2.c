@@ -1,4 +1,4 @@
-/* The matrix product with AVX2: tiles of 6 x 16 sums in 12 of the 16 registers. See `gemm.h` for its parts. */
+/* The matmul with AVX2: tiles of 6 x 16 sums in 12 of the 16 registers. See `gemm.h` for its parts. */
 #include "gemm.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

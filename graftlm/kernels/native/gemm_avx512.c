@@ -1,6 +1,6 @@
-/* The matrix product with AVX-512: tiles of 12 x 32 sums in 24 registers. See `gemm.h` for its parts.
+/* The matmul with AVX-512: tiles of 12 x 32 sums in 24 registers. See `gemm.h` for its parts.
  *
- * A product may be `narrow`: both sides are rounded to bfloat16 as they are packed, two values of k beside each other in a
+ * A matmul may be `narrow`: both inputs are rounded to bfloat16 as they are packed, two values of k beside each other in a
  * 32-bit word, and AVX-512's bfloat16 instruction multiplies twice as many pairs in the same time, summed in float32.
  */
 #include "gemm.h"

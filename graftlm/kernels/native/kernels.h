@@ -1,9 +1,9 @@
-/* What the files of this folder share: float types, the tables, and the list of primitives that each instruction set
+/* Shared by the files of this folder: float types, the tables, and the list of primitives that each instruction set
  * implements. `kernels.c` exports the operations and does everything that is the same everywhere (threads, part blocks,
  * alignment, undoing the second quantization); a primitive only ever sees whole blocks of 64 values.
  *
  * Results of quantize and dequantize are the reference's bit for bit: build with -ffp-contract=off, so that no compiler
- * fuses a product with the sum behind it where the reference rounds twice. Products with x use fused sums on purpose.
+ * fuses a multiplication with an addition where the reference rounds twice. Matmuls with x use fused operations on purpose.
  */
 #ifndef GRAFT_KERNELS_H
 #define GRAFT_KERNELS_H
@@ -15,7 +15,7 @@
 #define BLOCK 64       /* values that share one absmax */
 #define BLOCK_BYTES 32 /* their packed 4-bit codes */
 #define GROUP 256      /* absmax codes that share one scale */
-#define MAX_ROWS 8     /* rows of x that one pass over the weight serves */
+#define MAX_ROWS 8     /* rows of x for each read of the weight */
 
 #ifdef _WIN32
 #define EXPORT __declspec(dllexport)
@@ -78,7 +78,7 @@ struct graft_matrix {
     const float *scale;    /* NF4: of each group; int8: of each row */
     const float *offset;   /* NF4 */
     int kind, along;
-    int narrow; /* of B: both sides of its product are rounded to bfloat16; their sums stay float32 */
+    int narrow; /* of B: both inputs of its matmul are rounded to bfloat16, accumulation is float32 */
     int unused;
 };
 
@@ -118,7 +118,7 @@ void graft_int8_range(const int8_t *values, float scale, int64_t count, float *t
 void graft_nf4_outputs(const struct graft_matrix *w, int64_t first, int64_t last, const float *x, int64_t stride, int rows,
                        const float *even, const float *odd, int64_t half, float *y, int64_t y_row);
 
-/* One row of RMSNorm, of a gated product, one head turned in place: as `fused.c` has them, float32. */
+/* One row of RMSNorm, of a gated activation, one head rotated in place, as in `fused.c`, float32. */
 void graft_norm_row(const float *x, const float *w, float offset, float epsilon, int64_t n, float *y);
 void graft_gate_row(const float *g, const float *u, int64_t n, float *y, int gelu);
 void graft_rotate_head(float *x, const float *cosine, const float *sine, int64_t turned);

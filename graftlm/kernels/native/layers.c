@@ -1,4 +1,4 @@
-/* All layers of a decoder in one call: norms, products with their adapters, rotary positions, attention over blocks.
+/* All layers of a decoder in one call: norms, matmuls with their adapters, rotary positions, attention over a paged KV cache.
  *
  * A step of decoding is some 300 short operations. Called one by one from Python each costs more than its work, and so does
  * waking threads for each. Here the threads are woken once and go through the layers together:
@@ -8,7 +8,7 @@
  * The pieces of a phase are taken from a counter, and a phase is over when all of its pieces are done. So nobody waits for a
  * thread that has no piece in hand: one that starts late, or never, holds up no other.
  *
- * A product and the adapters' products on the same input are pieces of one phase and write beside each other (y and z);
+ * A matmul and the adapters' low-rank terms of the same input are pieces of one phase and have outputs of their own (y, z);
  * whoever reads the result adds them. Every row is summed in an order of its own, so its bits do not depend on the other
  * rows; with one exception, NF4 weights, where more than MAX_ROWS rows make a tile dense once instead of decoding in registers.
  *
@@ -51,7 +51,7 @@ struct job {
     float *zq, *zk, *zv, *zy, *zgate, *zup; /* the adapters' shares of q, k, v, y, gate, up */
 };
 
-/* ---- products ---- */
+/* ---- matmuls ---- */
 
 struct product { /* the linear layers of one phase, which read the same x */
     const struct linear *linear[MOST_TOGETHER];
@@ -177,7 +177,7 @@ static void add_share(const struct job *job, const struct linear *linear, int64_
     for (int64_t i = 0; i < linear->out; i++) to[i] += z[row * linear->out + i];
 }
 
-/* ---- between the products: a row each ---- */
+/* ---- between the matmuls, row by row ---- */
 
 /* Split values first .. first + n of a row for NF4; `first` is even. */
 static void split(const struct job *job, int64_t row, const float *from, int64_t first, int64_t n) {
@@ -187,7 +187,7 @@ static void split(const struct job *job, int64_t row, const float *from, int64_t
     if (n % 2) even[n / 2] = from[first + n - 1];
 }
 
-/* Residual stream: what the last product gave is added, and the sum normed for the next. */
+/* Residual stream: add the last matmul's output, and apply the next norm. */
 static void norm_row(const struct job *job, int64_t row, const struct linear *before, const float *weight, float *to) {
     const struct stack *s = job->s;
     float *x = job->p->x + row * s->width;

@@ -1,4 +1,4 @@
-/* A model and a pass as `layers.c` takes them. */
+/* A model and a forward pass for `layers.c`. */
 #ifndef GRAFT_LAYERS_H
 #define GRAFT_LAYERS_H
 

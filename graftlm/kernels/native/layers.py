@@ -1,8 +1,8 @@
-"""All layers of a decoder in one call (`layers.c`): what a model and a pass are to C.
+"""All layers of a decoder in one call (`layers.c`).
 
-A `DecoderStack` describes a model of the Llama family once: its weights where they lie, its norms, its angles, and the
-memory of its keys and values. `run` then takes one pass of rows through all layers. Whether a model is of that family
-is not decided here; `serving/engine/native_decoder.py` proves it.
+A `DecoderStack` describes a model of the Llama family once: pointers to its weights, norms, rotary tables and KV cache. `run`
+then runs one forward pass of some rows through all layers. `serving/engine/native_decoder.py` verifies that a model is of
+that family.
 
 Letters: T rows, H heads, K key heads, D head width, P positions.
 """
@@ -116,7 +116,7 @@ class DecoderStack:
         )  # fmt: skip
 
     def _values(self, tensor: Tensor | None) -> int | None:
-        """The address of a tensor's values as C reads small operands: float32, end to end, kept alive."""
+        """The address of a tensor's values as contiguous float32, kept alive."""
         if tensor is None:
             return None
         values = tensor.detach().to(torch.float32).contiguous()
@@ -126,7 +126,7 @@ class DecoderStack:
     def run(
         self, x: Tensor, positions: Tensor, table: Tensor, ranges: Sequence[int], factors: Sequence[AdapterTable]
     ) -> None:
-        """x (T, width) float32, in place: embeddings -> states behind the last norm; their keys and values are kept.
+        """x (T, width) float32, in place: embeddings -> states after the last norm; keys and values go into the cache.
 
         Row t is at positions[t] (T,) of the sequence whose blocks are table[t] (T, blocks), both int64. `ranges` are the
         first row, and one past the last, of every adapter in turn, and `factors` its table.
@@ -142,9 +142,9 @@ class DecoderStack:
 
 
 AdapterTable = Any
-"""An adapter's factors by linear layer: `(c_void_p * numbers)`, addresses of `Factors.at`, None where it has no share."""
+"""An adapter's factors by linear layer: `(c_void_p * numbers)`, addresses of `Factors.at`, None for layers without it."""
 
 
 def adapter_table(factors: Sequence[int | None]) -> AdapterTable:
-    """A `AdapterTable` from the addresses of every linear layer's factors."""
+    """An `AdapterTable` from the addresses of every linear layer's factors."""
     return (_pointer * len(factors))(*factors)

@@ -1,8 +1,8 @@
-"""The compiled C library: found, loaded, described to ctypes, and its instruction set chosen.
+"""Load the compiled C library with ctypes, and choose its instruction set.
 
-It is plain C reached through ctypes, which releases the interpreter lock while it runs. It takes the tables of
-`reference.py` when it is loaded, so there is one truth about the codes; it runs on PyTorch's own OpenMP threads. Where
-it is missing or does not load, `get().reason` says why; `checks.self_check` says it once to whoever runs the process.
+ctypes releases the interpreter lock during calls. The library gets the code tables of `reference.py` when it is loaded, and
+runs on PyTorch's own OpenMP threads. If it is missing or does not load, `get().reason` says why, and `self_check.py` warns
+once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "graft_nf4_quantize": (None, [_pointer, _int, _long, _pointer, _pointer, _int]),
     "graft_absmax_quantize": (None, [_pointer, _long, _pointer, _pointer, _pointer, _int]),
     "graft_int8_dequantize": (None, [_pointer, _pointer] + [_long] * 3 + [_pointer, _int, _int, _int]),
-    # products.py
+    # stored_matmul.py
     "graft_nf4_matvec": (_int, [_pointer] * 4 + [_long] * 3 + [_pointer, _long, _long, _pointer, _int]),
     "graft_int8_matvec": (None, [_pointer, _pointer, _long, _long, _pointer, _long, _long, _pointer, _int]),
     # gemm.py
@@ -84,7 +84,7 @@ class Library:
         self.calls: ctypes.CDLL | None = None
         self.reason = ""
         self.instructions = ""
-        self.has_fast_matmul = False  # whether our matrix product beats PyTorch's here
+        self.has_fast_matmul = False  # whether our matmul is faster than PyTorch's here
         self.has_bf16_matmul = False  # whether it has instructions for bfloat16
         try:
             names = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]

@@ -1,8 +1,8 @@
-/* What decoding runs on: a few rows times a dense weight, each row's own adapter, and attention of one new token.
+/* Decoding: matmul of few rows with a dense weight, each row's own adapter, and attention of one new token.
  *
  * A matrix library is made for many rows. For one row (or eight) the weight is read once and used a few times, so the
- * memory's speed is the limit, and PyTorch reads a 16-bit weight only after it has widened a copy of it. Here the weight is
- * read as it is stored, by all threads, and widened in registers.
+ * memory's speed is the limit, and PyTorch first upcasts a copy of a 16-bit weight. Here the weight is
+ * read as it is stored, by all threads, and upcast in registers.
  *
  * Every result is summed in an order that depends on the shapes of its own row alone: a request's numbers are the same
  * bits whoever shares its batch.

@@ -1,4 +1,4 @@
-/* What `rows.c` and `layers.c` share: the primitives of decoding, an adapter's factors, attention over blocks. */
+/* Shared by `rows.c` and `layers.c`: the primitives of decoding, an adapter's factors, attention over blocks. */
 #ifndef GRAFT_ROWS_H
 #define GRAFT_ROWS_H
 
@@ -20,7 +20,7 @@ struct factors { /* an adapter on one layer, filled by Python once */
     int64_t a_type, b_type;
 };
 
-struct attention { /* filled by Python, once a pass */
+struct attention { /* filled by Python, once a step */
     int64_t tokens;         /* n: new tokens to answer */
     const int64_t *row;     /* (n,): which row of q and of out */
     const int64_t *visible; /* (n,): tokens before and with the new one */

@@ -1,6 +1,6 @@
-"""What decoding runs on, from `rows.c`: a few rows times a dense weight, routed adapters, attention of single tokens.
+"""Decoding in C (`rows.c`): matmul of few rows with a dense weight, routed adapters, attention of single tokens.
 
-Results do not depend on which other rows stand in the batch: each is summed in an order of its own.
+A row's result does not depend on the other rows of the batch, since the order of summation is fixed for each row.
 
 Letters: x (rows, in), W (out, in), y (rows, out), A (r, in), B (out, r); n tokens, H heads, K key-value heads, D head width.
 """
@@ -20,11 +20,11 @@ from graftlm.kernels.routing import Routing
 from graftlm.kernels.self_check import close, sample
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-MOST_ROWS = 16  # up to here reading the weight once is worth more than a matrix library's blocking (measured)
+MOST_ROWS = 16  # up to here reading the weight once is faster than a blocked matmul (measured)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `dense` takes x (rows, in) and W (out, in): few float32 rows, W in 32 or 16 bits, its rows end to end."""
+    """Whether `dense` supports x (rows, in) and W (out, in): few float32 rows, W contiguous in 32 or 16 bits."""
     return (
         len(x) <= MOST_ROWS
         and x.dtype == torch.float32
@@ -54,9 +54,9 @@ class _Factors(ctypes.Structure):
 
 
 class Factors:
-    """One adapter's A (r, in), B (out, r) and scale on one layer, described to C once.
+    """One adapter's A (r, in), B (out, r) and scale on one layer, in C's form.
 
-    `ready` says whether C can take them: on a CPU, in 32 or 16 bits, with B transposed in memory, (r, out).
+    `ready` says whether C supports them: on a CPU, in 32 or 16 bits, with B transposed in memory, (r, out).
     """
 
     def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
@@ -79,7 +79,7 @@ class DecodeRouting:
 
     @property
     def routing(self) -> Routing:
-        """The same for the routed products of training."""
+        """The same for the routed kernels of training."""
         ranges = [(first, last, i) for i, (first, last) in enumerate(self.ranges)]
         return Routing(
             ranges, [f.A for f in self.factors], [f.B for f in self.factors], [f.scale for f in self.factors]
@@ -91,7 +91,7 @@ class DecodeRouting:
             self._ranges, self._factors, len(self.ranges), x.shape[1], y.shape[1], x.data_ptr(), x.stride(0), y.data_ptr(),
             torch.get_num_threads(),
         ):  # fmt: skip
-            raise MemoryError(f"no memory for the narrow states of {len(x)} rows")
+            raise MemoryError(f"no memory for the low-rank states of {len(x)} rows")
 
 
 class _AttentionStruct(ctypes.Structure):
@@ -106,7 +106,7 @@ class _AttentionStruct(ctypes.Structure):
 
 
 class DecodeAttention:
-    """A pass's single tokens: their rows of q, how many tokens each sees, and the blocks of its sequence; all int64 on the CPU.
+    """The single tokens of a step: their rows of q, the number of tokens each attends to, their blocks; int64 on the CPU.
 
     `rows` (n,), `visible` (n,) with the token itself, `table` (n, most blocks), `block` positions in each block.
     """
@@ -152,7 +152,7 @@ class DecodeAttention:
 
 
 def check() -> bool:
-    """Whether all three give the reference's answers here, on odd shapes and both types."""
+    """Whether all three give the reference's results here, on odd shapes and both dtypes."""
 
     W, x = sample(13, 331), sample(11, 331)
     good = all(close(dense(x[:n], w), x[:n] @ w.float().T) for n in (1, 11) for w in (W, W.bfloat16()))

@@ -1,4 +1,4 @@
-"""Quantize and dequantize in C (`kernels.c`): the reference's bits, both quantizations done or undone in one pass."""
+"""Quantize and dequantize in C (`kernels.c`), bit-identical to the reference, with both quantizations in one loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graftlm.kernels.native.library import TYPES, calls
 from graftlm.kernels.self_check import sample
 from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Quantized
 
-LARGE_BYTES = 16 << 20  # results from here on will not be found in a cache, and deserve large pages
+LARGE_BYTES = 16 << 20  # larger results do not fit a cache, and get large pages
 
 
 def nf4_quantize(weight: Tensor) -> Nf4:
@@ -67,10 +67,10 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tenso
 
 
 def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """Where to write a dense weight, and whether to write past the caches.
+    """The tensor for a dense weight, and whether to write it with non-temporal stores.
 
-    A large result of our own asks the system for large pages, and is written normally: the system has just filled those
-    pages with zeros, in the caches. One that was given to us has its pages already.
+    A large new result gets large pages and is written normally, since the system has just zeroed those pages in the caches. A
+    given one has its pages already.
     """
     if out is None:
         out = torch.empty(shape, dtype=dtype)

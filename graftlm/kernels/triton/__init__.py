@@ -1,9 +1,9 @@
-"""The GPU kernels behind the reference's functions, and which of them may be used for what.
+"""The GPU kernels for the reference's functions, and when they are used.
 
-    programs/      what runs on the GPU, in Triton's language
+    programs/      the Triton programs
     device.py      what every launch needs
-    weights.py     stored weights: decoded, and multiplied with a few rows
-    routed.py      low-rank products routed by token
+    weights.py     stored weights: dequantize, and matmul with few rows
+    routed.py      low-rank terms routed by token
     adamw.py       the optimizer's step
 
 Each file of launches ends with its own check against the reference, which runs before its first use (`self_check.py`).
@@ -58,7 +58,7 @@ self_check = SelfCheck(
 
 
 def usable(operation: str, tensor: Tensor) -> bool:
-    """Whether `operation` may run here on `tensor`: on a CUDA or ROCm device, in a float type we know, and checked."""
+    """Whether `operation` can run here on `tensor`: on a CUDA or ROCm device, with a supported dtype, and checked."""
     if tensor.device.type != "cuda" or (tensor.is_floating_point() and tensor.dtype not in FLOATS):
         return False
     return self_check.allows(operation, tensor.device)

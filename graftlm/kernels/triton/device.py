@@ -26,7 +26,7 @@ def interpreted() -> bool:
 
 
 def needs_upcast(x: Tensor) -> bool:
-    """Whether a program must widen x for a product: the interpreter knows none of bfloat16."""
+    """Whether a program must upcast x for a matmul: the interpreter has no bfloat16 matmul."""
     return x.dtype == torch.bfloat16 and interpreted()
 
 

@@ -1,12 +1,12 @@
-"""Low-rank products routed by token on a GPU.
+"""Low-rank terms routed by token on a GPU.
 
-Which tensor goes to which slot's matrices is data: a table of tiles (first token, last token, slot) and one address for
-each slot's A and B, so one launch serves any mixture of adapters and ranks.
+A table of tiles (first token, last token, slot) and the addresses of each slot's A and B are inputs, so one launch handles any
+mixture of adapters and ranks.
 
     forward        h = x A^T          shrink over `in`       y += s h B^T      expand over `out`
     backward       dh = s dy B        shrink over `out`      dx += dh A        expand over `in`
 
-The gradients to A and B are sums over a slot's own tokens: plain products, left to a loop over ranges.
+The gradients to A and B are sums over a slot's own tokens: plain matmuls in a loop over ranges.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LARGEST_RANK = 128  # one program holds a whole row of h; larger ranks go to the
 
 @functools.lru_cache(maxsize=4096)
 def _table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a GPU. Kept: layer after layer and pass after pass ask for the same, and a copy there waits for the GPU."""
+    """Numbers on a GPU, cached: every layer of every micro-batch uses the same, and a copy waits for the GPU."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
@@ -46,7 +46,7 @@ def _tiles(ranges: tuple[Range, ...], ranks: tuple[int, ...]) -> tuple[tuple[int
 
 
 class _Routes:
-    """Tiles and slots of one call as the kernels want them; it keeps alive what the addresses point at."""
+    """Tiles and slots of one call in the kernels' form; keeps the tensors alive that the addresses point at."""
 
     def __init__(self, routing: Routing, like: Tensor) -> None:
         ranges, A, B = routing.ranges, routing.A, routing.B
@@ -78,7 +78,7 @@ class _Routes:
             programs("routed").shrink[(self.count,)](
                 x, x.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, h, h.stride(0), x.shape[1],
                 RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
-                WIDEN=needs_upcast(x), num_stages=STAGES,
+                UPCAST=needs_upcast(x), num_stages=STAGES,
             )  # fmt: skip
         return h
 
@@ -88,14 +88,14 @@ class _Routes:
             programs("routed").expand[(self.count, ceil(y.shape[1], 64))](
                 h, h.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, y, y.stride(0), y.shape[1],
                 RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
-                WIDEN=needs_upcast(h), num_stages=STAGES,
+                UPCAST=needs_upcast(h), num_stages=STAGES,
             )  # fmt: skip
 
 
 def fits(x: Tensor, y: Tensor, routing: Routing) -> bool:
     """Whether the routed kernels take these: one float type, rows without gaps inside, ranks up to LARGEST_RANK.
 
-    A single range is not theirs: it is two plain products, which the vendor's library takes without any table.
+    Not for a single range: that is two plain matmuls, for the vendor's library.
     """
     ranks = [len(a) for a in routing.A if a is not None]
     return (
@@ -155,7 +155,7 @@ def check(device: torch.device) -> bool:
     x, dy = sample(43, 23, device=device), sample(43, 70, device=device)
     transposed: Slots = [b if b is None else b.T.contiguous().T for b in B]
     outcomes: list[list[Tensor]] = []
-    # The truth in float64: a GPU's float32 products may be rounded to TF32, depending on PyTorch's settings.
+    # The expected result in float64: a GPU's float32 matmul may use TF32, depending on PyTorch's settings.
     for routed, backward, dtype, own in (
         (low_rank_routed, low_rank_routed_backward, torch.float32, B),
         (low_rank_routed, low_rank_routed_backward, torch.float32, transposed),

@@ -1,4 +1,4 @@
-"""Stored weights on a GPU: decoded, and multiplied with a few rows without ever being dense."""
+"""Stored weights on a GPU: dequantize, and matmul with few rows without a dense copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.stored import Int8, Nf4, Quantized
 from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, needs_upcast, programs
 
-FEW_ROWS = 16  # rows up to which a product decodes the weight itself; beyond, it is made dense for the vendor's product
+FEW_ROWS = (
+    16  # up to so many rows a matmul decodes the weight itself; for more it is dequantized for the vendor's matmul
+)
 # (columns of the result, values summed at a time) of a program. The codes of one row of W lie beside each other: for x W^T
 # few columns and long runs, which also makes programs for every core of a large GPU; for dy W the row is what is made.
 TILES = {"x W^T": (16, 128), "dy W": (64, 32)}
@@ -54,9 +56,9 @@ def _few_rows(x: Tensor, weight: Nf4, transposed: bool) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(len(x), made, dtype=x.dtype, device=x.device)
     columns, values = TILES["dy W" if transposed else "x W^T"]
-    programs("weights").nf4_product[(ceil(made, columns),)](
+    programs("weights").nf4_matmul[(ceil(made, columns),)](
         x, *weight.tensors().values(), *_tables(x.device), y, weight.start, len(x), summed, made, inner, x.stride(0),
-        TRANSPOSED=transposed, ROWS=FEW_ROWS, MADE=columns, SUMMED=values, WIDEN=needs_upcast(x),
+        TRANSPOSED=transposed, ROWS=FEW_ROWS, MADE=columns, SUMMED=values, UPCAST=needs_upcast(x),
         num_stages=STAGES, enable_fp_fusion=False,
     )  # fmt: skip
     return y

@@ -1,12 +1,12 @@
 """The engine in a thread of its own, and the way to it from asynchronous code.
 
     async_engine = AsyncEngine(engine); async_engine.start()
-    async for outputs in async_engine.ask(request, folder): ...        # leaving the loop early gives the request up
+    async for outputs in async_engine.generate(requests, folder): ...  # leaving the loop early aborts the requests
     state = await async_engine.call(lambda engine: ...)               # runs between two steps
 
-The engine's thread waits while there is nothing to do. After each step it hands every listener's loop all of its news at once,
-but a listener of a tenant whose further answers wait only as often as COALESCE_SECONDS says.
-Should it die, whoever waits is told so, and `alive` is false from then on.
+The engine's thread waits while there is nothing to do. After each step it sends every listener its new outputs; those of a
+tenant with queued requests are coalesced to one chunk every COALESCE_SECONDS. If the thread dies, all listeners get an
+error, and `alive` is false from then on.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from graftlm.serving.engine.request import Request, RequestOutput
 
 T = TypeVar("T")
 COALESCE_SECONDS = 0.05
-"""Seconds between two chunks of news to somebody whose tenant has answers waiting."""
+"""Seconds between two chunks to a listener whose tenant has queued requests."""
 _ENDED = "the engine of this server has ended"
 _log = logging.getLogger("graft.serve")
 
 
 class _Listener:
-    """Who hears of some requests of a tenant, in which loop."""
+    """Receives the outputs of some requests of one tenant, in its event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, answers: int, tenant: str) -> None:
         self.loop, self.left, self.tenant = loop, answers, tenant
         self.news: asyncio.Queue[list[RequestOutput]] = asyncio.Queue()
-        self.held: list[RequestOutput] = []
-        """What is not told yet; this and the next are the engine's thread's."""
-        self.told = -math.inf
-        """Moment of `time.monotonic()` at which it was told last."""
+        self.buffered: list[RequestOutput] = []
+        """Outputs not sent yet; this and the next are the engine's thread's."""
+        self.last_sent = -math.inf
+        """Moment of `time.monotonic()`."""
 
-    def hold(self, outputs: Sequence[RequestOutput]) -> None:
-        """Keep outputs to be told, those of one answer as one."""
+    def buffer(self, outputs: Sequence[RequestOutput]) -> None:
+        """Keep outputs to be sent, those of one answer merged."""
         for output in outputs:
-            at = next((i for i, p in enumerate(self.held) if (p.id, p.index) == (output.id, output.index)), None)
+            at = next((i for i, p in enumerate(self.buffered) if (p.id, p.index) == (output.id, output.index)), None)
             if at is None:
-                self.held.append(output)
+                self.buffered.append(output)
             else:
-                self.held[at] = self.held[at].then(output)
+                self.buffered[at] = self.buffered[at].then(output)
 
 
 class AsyncEngine:
@@ -60,9 +60,9 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         engine.wake = self._wake_up
-        engine.adapter_cache.on_arrival(self._wake_up)
+        engine.adapter_cache.on_loaded = self._wake_up
         self._listeners: dict[str, _Listener] = {}
-        self._late: dict[_Listener, None] = {}  # those who have something held, in order
+        self._buffered: dict[_Listener, None] = {}  # those with buffered outputs, in order
         self._calls: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
         self._wake = threading.Condition()
         self._awake = False
@@ -89,21 +89,21 @@ class AsyncEngine:
 
     # ---- from asynchronous code -------------------------------------------------------------------------------------
 
-    async def ask(self, requests: Sequence[Request], folder: Path | None) -> AsyncGenerator[list[RequestOutput]]:
-        """Answer requests; yields what is new until all are complete. Raises RequestError at once for what is refused, and
+    async def generate(self, requests: Sequence[Request], folder: Path | None) -> AsyncGenerator[list[RequestOutput]]:
+        """Answer requests; yields new outputs until all are complete. Raises RequestError at once for what is refused, and
         GraftError when the engine has ended.
 
-        All of them are refused when one is, and all are given up when the caller leaves.
+        All of them are refused when one is, and all are aborted when the caller leaves.
         """
         if self._ended:
             raise GraftError(_ENDED)
         listener = _Listener(asyncio.get_running_loop(), sum(r.n for r in requests), requests[0].tenant)
-        asked: list[str] = []
+        added: list[str] = []
         try:
             for request in requests:
                 self._listeners[request.id] = listener
-                asked.append(request.id)
-                self.engine.submit(request, folder)
+                added.append(request.id)
+                self.engine.add_request(request, folder)
             while listener.left:
                 outputs = await listener.news.get()
                 while not listener.news.empty():  # the loop is slower than the engine: all that has come is one chunk
@@ -111,12 +111,12 @@ class AsyncEngine:
                 listener.left -= sum(p.finish_reason is not None for p in outputs)
                 yield outputs
         finally:
-            for id in asked:
+            for id in added:
                 if self._listeners.pop(id, None) is not None and listener.left:
-                    self.engine.cancel(id)
+                    self.engine.abort_request(id)
 
     async def call(self, do: Callable[[Engine], T]) -> T:
-        """Run something on the engine's thread, between two steps. Raises GraftError when that has ended."""
+        """Run a function on the engine's thread, between two steps. Raises GraftError when the engine has ended."""
         future: Future[Any] = Future()
         with self._wake:
             if self._ended:
@@ -141,19 +141,19 @@ class AsyncEngine:
             self._end()
 
     def _end(self) -> None:
-        """Tell all who wait that nothing comes any more."""
+        """Send an error to all listeners and callers."""
         with self._wake:
             self._ended = True
             calls, self._calls = self._calls, []
         for _, future in calls:
             future.set_exception(GraftError(_ENDED))
-        self._tell([RequestOutput(id=id, finish_reason="error", error=_ENDED) for id in list(self._listeners)])
+        self._dispatch([RequestOutput(id=id, finish_reason="error", error=_ENDED) for id in list(self._listeners)])
 
     def _work(self) -> None:
         while not self._closed:
             with self._wake:
                 while not self._awake and not self._closed:
-                    # What waits for an adapter may run out of time meanwhile.
+                    # A request that waits for an adapter may expire meanwhile.
                     if not self._wake.wait(0.1 if self.engine.busy else None):
                         break
                 self._awake = False
@@ -165,8 +165,8 @@ class AsyncEngine:
                 outputs = self._step()
                 if outputs or not self.engine.stalled:
                     self._awake = True  # there may be more to do at once
-            if outputs or self._late:
-                self._tell(outputs)
+            if outputs or self._buffered:
+                self._dispatch(outputs)
 
     def _call(self, do: Callable[[Engine], Any], future: Future[Any]) -> None:
         try:
@@ -185,39 +185,39 @@ class AsyncEngine:
         finally:
             self.step_began = None
 
-    def _tell(self, outputs: Sequence[RequestOutput]) -> None:
-        """Hand out what is new, and what was held for long enough."""
+    def _dispatch(self, outputs: Sequence[RequestOutput]) -> None:
+        """Send new outputs, and those that were buffered for long enough."""
         by_listener: defaultdict[_Listener, list[RequestOutput]] = defaultdict(list)
         for output in outputs:
             listener = self._listeners.get(output.id)
             if listener is not None:
                 by_listener[listener].append(output)
         for listener, news in by_listener.items():
-            listener.hold(news)
-            self._late[listener] = None
+            listener.buffer(news)
+            self._buffered[listener] = None
         now = time.monotonic()
         by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Listener, list[RequestOutput]]]] = defaultdict(list)
-        for listener in [one for one in self._late if self._due(one, now)]:
-            by_loop[listener.loop].append((listener, listener.held))
-            listener.held, listener.told = [], now
-            del self._late[listener]
+        for listener in [one for one in self._buffered if self._flush_due(one, now)]:
+            by_loop[listener.loop].append((listener, listener.buffered))
+            listener.buffered, listener.last_sent = [], now
+            del self._buffered[listener]
         for loop, chunks in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_deliver, chunks)
-            except RuntimeError:  # that loop is closed: nobody listens any more
+            except RuntimeError:  # that loop is closed
                 for _, news in chunks:
                     for output in news:
-                        self.engine.cancel(output.id)
+                        self.engine.abort_request(output.id)
 
-    def _due(self, listener: _Listener, now: float) -> bool:
-        """Whether a listener is told now. The first word and the last are; between them one whose tenant has answers
-        waiting, and so gets no more of the server whatever it is told, hears in chunks: each costs the loop that all share.
+    def _flush_due(self, listener: _Listener, now: float) -> bool:
+        """Whether a listener's outputs are sent now. The first and the last chunk are; between them a tenant with queued
+        requests gets fewer chunks, since each costs time of the loop that all share and it gets no more tokens for it.
         """
         return (
             self._ended
-            or now - listener.told >= COALESCE_SECONDS
-            or any(output.finish_reason is not None for output in listener.held)
-            or not self.engine.crowds(listener.tenant)
+            or now - listener.last_sent >= COALESCE_SECONDS
+            or any(output.finish_reason is not None for output in listener.buffered)
+            or not self.engine.scheduler.crowds(listener.tenant)
         )
 
 

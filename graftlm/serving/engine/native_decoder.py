@@ -1,7 +1,7 @@
 """All layers of a model in one call, where they are proven to be what that call computes.
 
     decoder, reason = native_decoder_of(base, store)
-    states = decoder.hidden(ids, lengths, pasts, batch_slots, slots)     # None: this pass needs the model's own code
+    states = decoder.hidden(ids, lengths, pasts, batch_slots, slots)     # None: this step needs the model's own code
 
 A step of decoding is hundreds of short operations, and in Python each costs more than its work. Most models people serve are
 of one family (Llama, Mistral, Qwen2 and 3, SmolLM, ...): norm, attention, norm, gated MLP. For those `kernels/native/layers.c`
@@ -12,7 +12,7 @@ norms and gated products must have been proven to be that (`base/fused.py`); sca
 asks for; angles come from its own module. Then both ways run the same texts over blocks of keys and values, and the states
 must agree. What differs keeps its own code.
 
-Letters: T tokens of a pass, P positions.
+Letters: T tokens of a step, P positions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Other(Exception):
 
 
 class NativeDecoder:
-    """The layers of one base over one store of keys and values."""
+    """The layers of one base over one KV cache."""
 
     def __init__(
         self, base: Base, store: PagedKVCache, stack: kernels.DecoderStack, linears: Sequence[StoredLinear]

@@ -1,7 +1,7 @@
-"""What the engine is asked and what it answers: plain values, no tensors, no text encoding, no network.
+"""What goes into the engine and what comes out: plain values, no tensors, no text encoding, no network.
 
-    Request    the prompt as token ids, which adapter (by digest), when to stop, how to choose tokens
-    RequestOutput      what one step added to one answer; the last one says why it ended and what it cost
+    Request            the prompt as token ids, the adapter (by digest), when to stop, how to sample
+    RequestOutput      what one step added to one answer; the last one has the finish reason and the usage
 
 One request may want several answers (`n`); each is a sequence of its own, told apart by `index`.
 """
@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
 class Grammar(Protocol):
-    """A compiled constraint on what may be written (`serving/engine/structured_output.py` implements it); `start`
+    """A compiled constraint on what may be generated (`serving/engine/structured_output.py` implements it); `start`
     begins one answer."""
 
     def start(self) -> Any: ...
@@ -26,7 +26,7 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen. Temperature 0 takes the likeliest; everything else draws by a counter, not by state.
+    """How the next token is sampled. Temperature 0 takes the likeliest; everything else draws by a counter, not by state.
 
     A temperature below LEAST_TEMPERATURE is 0: logits divided by it leave the range of float32 or come close to it.
     """
@@ -53,7 +53,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether logits are changed before anything is chosen."""
+        """Whether logits are changed before a token is sampled."""
         return (
             self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0 or bool(self.bias)
         )
@@ -61,22 +61,22 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One question to the engine."""
+    """One request to the engine."""
 
     id: str
     prompt: tuple[int, ...]
     max_tokens: int = 16
     """Most new tokens; 0 with `embed`."""
     adapter: str = ""
-    """Digest of the adapter version that answers; empty for the bare base."""
+    """Digest of an adapter version; empty for the bare base."""
     tenant: str = ""
-    """Whose request it is: the queue is fair between tenants."""
+    """The owner of the API key: the queue is fair between tenants."""
     sampling: SamplingParams = SamplingParams()
     n: int = 1
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     hidden_ids: frozenset[int] = frozenset()
-    """Tokens that have no place in the text: those that begin, end and pad."""
+    """Tokens that are no part of the text: those that begin, end and pad."""
     logprobs: int | None = None
     """How many alternatives to report beside each token's own log probability; None for no report."""
     grammar: Grammar | None = None
@@ -85,7 +85,7 @@ class Request:
     tokenizer: Any = None
     """Decodes this answer; None for the base's own."""
     deadline: float | None = None
-    """Moment of `time.monotonic()` after which the answer is given up."""
+    """Moment of `time.monotonic()` after which the answer is ended."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Tokens of the prompt whose keys and values were kept from an earlier request."""
+    """Tokens of the prompt that were found in the prefix cache."""
     completion_tokens: int = 0
     """New tokens so far, an end token included."""
     embedding: list[float] | None = None

@@ -1,22 +1,32 @@
-"""Running sequences of any lengths in one packed pass, over keys and values in blocks.
+"""The two ways to run a step's work through the base: packed over a paged KV cache, or in stacks of equally long sequences.
 
-A step takes work from the engine, a list of (sequence, new tokens): one token of each that is writing, a part of a prompt of
-each that is still being read. They are laid out by slot and length, run once, and come back with the state behind the last
-token of each.
+    work             [(sequence, new tokens), ...] from the scheduler: one token of each sequence in decode, a part of the
+                     prompt of each in prefill
+    execute_model    -> the sequences in the order of their rows, and the hidden state of each one's last token (n, width)
+
+`PagedRunner` is for models that run on our attention: sequences of any lengths in one packed forward pass, laid out by slot
+and length. `StackedRunner` is for the others. Their class's own cache (`base/caches.py`) has one length for all of its rows, so
+sequences that begin with equally many tokens form a group, prefill together and decode together; one that ends leaves the
+group. A model whose cache was not proven to change nothing computes the whole text again for every token.
+
+Letters: n sequences, T tokens of a step, L tokens of each sequence of a stack, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence as Sequences
 
 import torch
 from torch import Tensor
 
+from graftlm.base.attention import set_attention
+from graftlm.base.caches import Asking, Past
 from graftlm.base.context import ForwardContext
 from graftlm.base.kv_cache import LayerKVSpec, PagedAttention, PagedKVCache
 from graftlm.base.loading import Base
 from graftlm.segments import Segments
-from graftlm.serving.engine.kv_cache import BlockPool, chain, root
+from graftlm.serving.engine.kv_cache import BlockPool, hash_block, hash_root
 from graftlm.serving.engine.native_decoder import native_decoder_of
 from graftlm.serving.engine.sequence import Sequence
 
@@ -24,7 +34,7 @@ Work = list[tuple[Sequence, int]]
 
 
 class PagedRunner:
-    """The passes of a model that runs on our attention."""
+    """Runs a model on our attention, over a paged KV cache."""
 
     chunked_prefill = True
 
@@ -34,93 +44,86 @@ class PagedRunner:
         self.base = base
         self.blocks = BlockPool(blocks, block)
         limit = base.structure.max_positions
-        most = min(blocks, -(-limit // block)) if limit else blocks
-        self.store = PagedKVCache(
-            layers,
-            blocks=blocks,
-            block=block,
-            batch_slots=batch_slots,
-            max_blocks=most,
-            dtype=base.activation_dtype,
-            device=base.device,
-        )
-        self.most_tokens = min(limit or blocks * block, blocks * block)
-        """Longest sequence that the memory and the model take."""
-        self.decoder, self.why_own_code = native_decoder_of(base, self.store, min(self.most_tokens, most * block))
+        max_blocks = min(blocks, -(-limit // block)) if limit else blocks
+        self.kv_cache = PagedKVCache(
+            layers, blocks=blocks, block=block, batch_slots=batch_slots, max_blocks=max_blocks,
+            dtype=base.activation_dtype, device=base.device,
+        )  # fmt: skip
+        self.max_model_len = min(limit or blocks * block, blocks * block)
+        """Tokens of the longest sequence that the memory and the model take."""
+        positions = min(self.max_model_len, max_blocks * block)
+        self.decoder, self.why_no_decoder = native_decoder_of(base, self.kv_cache, positions)
         self._batch_slots = list(range(batch_slots - 1, -1, -1))
-        self.reused = 0
-        """Tokens of prompts whose keys and values were kept, since the start."""
 
     @property
     def bytes(self) -> int:
-        return self.store.bytes
+        return self.kv_cache.bytes
 
     @property
-    def occupied(self) -> float:
+    def kv_cache_usage(self) -> float:
         """The share of the blocks that running sequences hold."""
         return self.blocks.used / self.blocks.count
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give a sequence a batch slot and the kept beginning of its tokens, if the rest of them will find blocks."""
+        """Give a sequence a batch slot and the cached beginning of its tokens, if there are blocks for the rest."""
         if not self._batch_slots:
             return False
         size = self.blocks.size
         reusable = (
             0 if sequence.request.embed else (len(sequence.tokens) - 1) // size
         )  # the last token is always computed
-        self._name(sequence, reusable)
-        found = self.blocks.find(sequence.names[:reusable])
-        wanted = -(-(len(sequence.tokens) + 1) // size) - len(found)
-        if wanted > self.blocks.available:
-            self.blocks.leave(found)
+        self._hash_blocks(sequence, reusable)
+        cached = self.blocks.find_cached_prefix(sequence.block_hashes[:reusable])
+        needed = -(-(len(sequence.tokens) + 1) // size) - len(cached)
+        if needed > self.blocks.available:
+            self.blocks.free(cached)
             return False
         sequence.batch_slot = self._batch_slots.pop()
-        sequence.computed = len(found) * size
-        if sequence.written == 0:
-            sequence.cached_prompt_tokens = sequence.computed
-        self.reused += sequence.computed
-        for block in found:
-            self._hold(sequence, block)
+        sequence.num_computed = len(cached) * size
+        if sequence.num_generated == 0:
+            sequence.cached_prompt_tokens = sequence.num_computed
+        for block in cached:
+            self._add_block(sequence, block)
         return True
 
     def reserve(self, sequence: Sequence, new: int) -> bool:
-        """Hold blocks for `new` more tokens; False, holding no more than before, when there are not enough."""
-        wanted = -(-(sequence.computed + new) // self.blocks.size) - len(sequence.blocks)
-        if wanted > self.blocks.available:
+        """Allocate blocks for `new` more tokens; False, and nothing is allocated, when there are not enough."""
+        needed = -(-(sequence.num_computed + new) // self.blocks.size) - len(sequence.blocks)
+        if needed > self.blocks.available:
             return False
-        for _ in range(wanted):
-            block = self.blocks.take()
+        for _ in range(needed):
+            block = self.blocks.allocate()
             assert block is not None
-            self._hold(sequence, block)
+            self._add_block(sequence, block)
         return True
 
     def release(self, sequence: Sequence) -> None:
-        """Give up everything a sequence holds; what it computed may be found again."""
-        self.blocks.leave(sequence.blocks)
+        """Give up everything a sequence holds; its full blocks stay in the prefix cache."""
+        self.blocks.free(sequence.blocks)
         sequence.blocks = []
-        sequence.computed = 0
-        sequence.states = None
+        sequence.num_computed = 0
+        sequence.hidden_sum = None
         if sequence.batch_slot >= 0:
             self._batch_slots.append(sequence.batch_slot)
             sequence.batch_slot = -1
 
-    def forget(self) -> None:
-        """Forget what no running sequence holds."""
-        self.blocks.forget()
+    def reset_prefix_cache(self) -> None:
+        """Evict what no running sequence holds."""
+        self.blocks.reset_prefix_cache()
 
-    def _hold(self, sequence: Sequence, block: int) -> None:
-        self.store.tables[sequence.batch_slot, len(sequence.blocks)] = block
+    def _add_block(self, sequence: Sequence, block: int) -> None:
+        self.kv_cache.tables[sequence.batch_slot, len(sequence.blocks)] = block
         sequence.blocks.append(block)
 
-    def _name(self, sequence: Sequence, count: int) -> None:
+    def _hash_blocks(self, sequence: Sequence, count: int) -> None:
         size = self.blocks.size
-        while len(sequence.names) < count:
-            at = len(sequence.names)
-            before = sequence.names[-1] if at else root(sequence.request.adapter)
-            sequence.names.append(chain(before, sequence.tokens[at * size : (at + 1) * size]))
+        while len(sequence.block_hashes) < count:
+            at = len(sequence.block_hashes)
+            before = sequence.block_hashes[-1] if at else hash_root(sequence.request.adapter)
+            sequence.block_hashes.append(hash_block(before, sequence.tokens[at * size : (at + 1) * size]))
 
-    def run(self, work: Work) -> tuple[list[Sequence], Tensor]:
-        """One pass; returns the sequences in the order of their rows, and the state behind each one's last token (n, width)."""
+    def execute_model(self, work: Work) -> tuple[list[Sequence], Tensor]:
+        """One forward pass; returns the sequences in the order of their rows, and each one's last state (n, width)."""
         work.sort(key=lambda item: (item[0].slot, item[1], item[0].batch_slot))
         sequences = [sequence for sequence, _ in work]
         hidden = self._hidden(work)  # (T, width)
@@ -130,31 +133,140 @@ class PagedRunner:
             start, end = end, end + n
             ends.append(end - 1)
             if sequence.request.embed:
-                states = hidden[start : start + n].sum(0, dtype=torch.float32)
-                sequence.states = states if sequence.states is None else sequence.states + states
-            full = (sequence.computed + n) // self.blocks.size
-            if full > sequence.computed // self.blocks.size:
-                self._name(sequence, full)
-                for at in range(sequence.computed // self.blocks.size, full):
-                    self.blocks.name(sequence.blocks[at], sequence.names[at])
-            sequence.computed += n
+                total = hidden[start : start + n].sum(0, dtype=torch.float32)  # (width,)
+                sequence.hidden_sum = total if sequence.hidden_sum is None else sequence.hidden_sum + total
+            full = (sequence.num_computed + n) // self.blocks.size
+            if full > sequence.num_computed // self.blocks.size:
+                self._hash_blocks(sequence, full)
+                for at in range(sequence.num_computed // self.blocks.size, full):
+                    self.blocks.register(sequence.blocks[at], sequence.block_hashes[at])
+            sequence.num_computed += n
         if len(hidden) == len(work):
             return sequences, hidden
         return sequences, hidden[torch.tensor(ends, device=hidden.device)]
 
     def _hidden(self, work: Work) -> Tensor:
-        """The states of all new tokens (T, width): by the decoder where it can, else by the model's own code."""
+        """The states of all new tokens (T, width): by the native decoder where it can, else by the model's own code."""
         lengths = tuple(n for _, n in work)
-        pasts = tuple(s.computed for s, _ in work)
+        computed = tuple(s.num_computed for s, _ in work)
         batch_slots, slots = [s.batch_slot for s, _ in work], tuple(s.slot for s, _ in work)
-        ids = torch.tensor([t for s, n in work for t in s.tokens[s.computed : s.computed + n]], device=self.base.device)
+        new = [t for s, n in work for t in s.tokens[s.num_computed : s.num_computed + n]]
+        ids = torch.tensor(new, device=self.base.device)  # (T,)
         if self.decoder is not None:
-            hidden = self.decoder.hidden(ids, lengths, pasts, batch_slots, slots)
+            hidden = self.decoder.hidden(ids, lengths, computed, batch_slots, slots)
             if hidden is not None:
                 return hidden
-        kv_cache = PagedAttention(self.store, lengths, pasts, batch_slots)
-        segments = Segments(lengths=lengths, slots=slots, cached=pasts, kv_cache=kv_cache)
+        attention = PagedAttention(self.kv_cache, lengths, computed, batch_slots)
+        segments = Segments(lengths=lengths, slots=slots, cached=computed, kv_cache=attention)
         return self.base.hidden(ids, ForwardContext(segments))
+
+
+class _Group:
+    """Sequences of one length, and their cache."""
+
+    def __init__(self, sequences: list[Sequence], cache: Past | None) -> None:
+        self.sequences, self.cache = sequences, cache
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take one sequence's rows out of the stack."""
+        at = self.sequences.index(sequence)
+        del self.sequences[at]
+        if self.cache is not None and self.sequences:
+            self.cache.keep([i for i in range(len(self.sequences) + 1) if i != at])
+
+
+class StackedRunner:
+    """Runs a model on stacks of equally long sequences, with its own attention and its own cache."""
+
+    chunked_prefill = False
+
+    def __init__(self, base: Base, *, cache: Asking | None, tokens: int, batch_slots: int) -> None:
+        """`cache` says how the class's own cache is used, None where it is not (`prove_decoding`)."""
+        self.base, self.cache, self.tokens, self.batch_slots = base, cache, tokens, batch_slots
+        self.max_model_len = min(base.structure.max_positions or tokens, tokens)
+        self._reserved = 0  # tokens that the running sequences may grow to
+        self._running = 0
+        self._group_of: dict[Sequence, _Group] = {}
+        if base.packs:  # it packs, but a paged KV cache changes its logits
+            set_attention(base.model, base.original_attention)
+
+    @property
+    def bytes(self) -> int:
+        return 0
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the tokens that running sequences may grow to."""
+        return self._reserved / self.tokens
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Count a sequence in, at its longest, if it still fits."""
+        if self._running >= self.batch_slots or self._reserved + sequence.max_total_tokens > self.tokens:
+            return False
+        self._reserved += sequence.max_total_tokens
+        self._running += 1
+        sequence.batch_slot = 0
+        return True
+
+    def reserve(self, sequence: Sequence, new: int) -> bool:
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Take a sequence out of its group."""
+        group = self._group_of.pop(sequence, None)
+        if group is not None:
+            group.remove(sequence)
+        sequence.num_computed = 0
+        sequence.hidden_sum = None
+        if sequence.batch_slot >= 0:
+            self._reserved -= sequence.max_total_tokens
+            self._running -= 1
+            sequence.batch_slot = -1
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing is kept beyond a sequence's life."""
+
+    def execute_model(self, work: Work) -> tuple[list[Sequence], Tensor]:
+        """One forward pass for each group; returns the sequences by slot, and each one's last state (n, width)."""
+        fresh: dict[tuple[int, bool], list[Sequence]] = defaultdict(list)
+        groups: dict[int, _Group] = {}
+        for sequence, _ in work:
+            if sequence in self._group_of:
+                group = self._group_of[sequence]
+                groups[id(group)] = group
+            else:
+                fresh[len(sequence.tokens), sequence.request.embed].append(sequence)
+        for members in fresh.values():
+            members.sort(key=lambda s: s.slot)
+            group = _Group(members, Past(self.base, self.cache) if self.cache is not None else None)
+            groups[id(group)] = group
+            self._group_of.update((s, group) for s in members)
+        done: list[tuple[Sequence, Tensor]] = []
+        for group in groups.values():
+            done += zip(list(group.sequences), self._run_group(group))
+        done.sort(key=lambda pair: pair[0].slot)
+        return [s for s, _ in done], torch.stack([state for _, state in done])
+
+    def _run_group(self, group: _Group) -> Tensor:
+        """One forward pass of a group; returns the states of its sequences' last tokens (n, width)."""
+        computed = group.sequences[0].num_computed if group.cache is not None else 0
+        length = len(group.sequences[0].tokens) - computed
+        ids = torch.tensor([s.tokens[computed:] for s in group.sequences], device=self.base.device)  # (n, L)
+        slots = tuple(s.slot for s in group.sequences)
+        context = ForwardContext(Segments(lengths=(length,) * len(slots), slots=slots, stacked=True))
+        if group.cache is not None:
+            with context, self.base.alone():
+                hidden = group.cache.step(ids)  # (n, L, width)
+        else:
+            hidden = self.base.hidden(ids.reshape(-1), context).view(*ids.shape, -1)
+        for sequence, states in zip(group.sequences, hidden):
+            if sequence.request.embed:
+                sequence.hidden_sum = states.sum(0, dtype=torch.float32)
+            sequence.num_computed = len(sequence.tokens)
+        return hidden[:, -1]
+
+
+ModelRunner = PagedRunner | StackedRunner
 
 
 def logits(base: Base, states: Tensor, slots: Sequences[int]) -> Tensor:

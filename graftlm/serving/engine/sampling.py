@@ -1,9 +1,9 @@
 """From logits to tokens, for all rows of a step at once.
 
-Penalties, biases and grammars change a row's logits first. Then `greedy` takes the likeliest, or `draw` cuts the tail off
-(temperature, top-k, top-p, min-p in transformers' order; tokens that are equally likely stay or go together) and draws with
-one uniform number a row. That number is a hash of (seed, answer, position), so a request gives the same tokens alone or
-in company, and again after it was preempted.
+Penalties, biases and grammars change a row's logits first. Then a greedy row takes the likeliest token, and for the others
+`sample` cuts the tail off (temperature, top-k, top-p, min-p in transformers' order; tokens that are equally likely stay or go
+together) and draws with one uniform number a row. That number is a hash of (seed, answer, position), so a request gives the
+same tokens alone or in company, and again after it was preempted.
 
 Letters: n rows, V vocabulary, h the likeliest tokens looked at.
 """
@@ -11,19 +11,46 @@ Letters: n rows, V vocabulary, h the likeliest tokens looked at.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as Sequences
 
 import torch
 from torch import Tensor
 
 from graftlm.kernels.counter_rng import hash_words
 from graftlm.serving.engine.request import SamplingParams, TokenLogprobs
+from graftlm.serving.engine.sequence import Sequence
 
 _HEAD = 512  # the likeliest tokens that are looked at first when a tail is cut off
 _PART = 256  # tokens summed together while looking for the drawn one
 
 
-def change(row: Tensor, sampling: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> None:
+def sample_all(logits: Tensor, sequences: Sequences[Sequence]) -> list[tuple[int, TokenLogprobs | None]]:
+    """The next token of each sequence from its row of logits (n, V), and the log probabilities that its request wants."""
+    unchanged = logits
+    if any(s.request.sampling.changes_logits or s.matcher is not None for s in sequences):
+        logits = logits.clone()
+        for row, sequence in zip(logits, sequences):
+            if sequence.request.sampling.changes_logits:
+                apply_penalties(row, sequence.request.sampling, sequence.request.prompt, sequence.generated)
+            if sequence.matcher is not None:
+                sequence.matcher.restrict(row)
+    tokens = logits.argmax(-1).tolist()
+    random = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
+    if random:
+        params = [sequences[i].request.sampling for i in random]
+        numbers = [uniform(p.seed, sequences[i].index, sequences[i].num_generated) for i, p in zip(random, params)]
+        rows = logits if len(random) == len(logits) else logits[torch.tensor(random, device=logits.device)]
+        for i, token in zip(random, sample(rows, params, numbers)):
+            tokens[i] = token
+    wanted = [s.request.logprobs for s in sequences]
+    return [
+        (token, None if count is None else logprobs_of(row, token, count))
+        for token, row, count in zip(tokens, unchanged, wanted)
+    ]
+
+
+def apply_penalties(row: Tensor, sampling: SamplingParams, prompt: Sequences[int], answer: Sequences[int]) -> None:
     """Apply penalties and biases to a row of logits (V,) in place."""
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *answer}), device=row.device)
@@ -35,11 +62,11 @@ def change(row: Tensor, sampling: SamplingParams, prompt: Sequence[int], answer:
         ids = torch.tensor(list(counts), device=row.device)
         times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    add_bias(row, sampling.bias)
+    apply_logit_bias(row, sampling.bias)
 
 
-def add_bias(row: Tensor, bias: Mapping[int, float]) -> None:
-    """Add to the logits of single tokens, in place; ids beyond the vocabulary are nobody's."""
+def apply_logit_bias(row: Tensor, bias: Mapping[int, float]) -> None:
+    """Add to the logits of single tokens, in place; ids beyond the vocabulary are left out."""
     known = {token: value for token, value in bias.items() if 0 <= token < len(row)}
     if known:
         ids = torch.tensor(list(known), device=row.device)
@@ -51,7 +78,7 @@ def uniform(seed: int, index: int, position: int) -> float:
     return (hash_words("sample", seed, index, position) + 0.5) / (1 << 31)
 
 
-def draw(logits: Tensor, samplings: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int]:
+def sample(logits: Tensor, samplings: Sequences[SamplingParams], numbers: Sequences[float]) -> list[int]:
     """One token for each row of logits (n, V), none of them greedy."""
     device = logits.device
     temperature = torch.tensor([s.temperature for s in samplings], device=device)[:, None]
@@ -77,7 +104,7 @@ def draw(logits: Tensor, samplings: Sequence[SamplingParams], numbers: Sequence[
     return found
 
 
-def _head(p: Tensor, h: int, samplings: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+def _head(p: Tensor, h: int, samplings: Sequences[SamplingParams]) -> tuple[Tensor, Tensor]:
     """The h likeliest of p (n, V), those that are cut off at 0, and their ids; both (n, h), likeliest first."""
     device = p.device
     values, ids = p.topk(h, dim=-1)  # (n, h)
@@ -112,7 +139,7 @@ def _pick(p: Tensor, u: Tensor) -> list[int]:
     return (part * _PART + torch.minimum(place, last))[:, 0].clamp_max(m - 1).tolist()
 
 
-def report(row: Tensor, token: int, count: int) -> TokenLogprobs:
+def logprobs_of(row: Tensor, token: int, count: int) -> TokenLogprobs:
     """The log probability of `token` in a row of logits (V,), and the `count` likeliest tokens with theirs."""
     logprobs = torch.log_softmax(row.float(), dim=-1)
     top: tuple[tuple[int, float], ...] = ()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import RequestError
-from graftlm.serving.http.endings import endless
+from graftlm.serving.engine.schema_endings import endless
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _MOST_SCHEMA = 100_000  # characters

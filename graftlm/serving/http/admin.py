@@ -1,4 +1,4 @@
-"""The routes that tell what is served, and with an admin's key change it."""
+"""The routes that list what is served, and with an admin's key change it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from graftlm.errors import StoreError
-from graftlm.serving.body import JsonRoute
 from graftlm.serving.http import protocol
 from graftlm.serving.http.api_keys import Tenant
 from graftlm.serving.http.dependencies import (
@@ -27,6 +26,7 @@ from graftlm.serving.http.dependencies import (
     TenantDep,
     without_paths,
 )
+from graftlm.serving.http.json_body import JsonRoute
 from graftlm.serving.http.metrics import adapter_states
 from graftlm.serving.http.model_registry import ServedModel, lineage
 
@@ -42,9 +42,9 @@ def models(state: StateDep, tenant: TenantDep) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}", responses={**READ_ERRORS, 404: ERRORS[404]})
 def model(model: str, request: Request, state: StateDep, tenant: TenantDep) -> dict[str, Any]:
-    """One of them."""
-    asked = str(request.scope["path"]).removeprefix("/v1/models/")  # the route's pattern drops a newline at the end
-    found = state.model_registry.find(asked, tenant)
+    """One entry of the list."""
+    name = str(request.scope["path"]).removeprefix("/v1/models/")  # the route's pattern drops a newline at the end
+    found = state.model_registry.find(name, tenant)
     return _model(state, model, found)
 
 
@@ -56,42 +56,42 @@ async def adapters(state: StateDep, tenant: TenantDep) -> dict[str, Any]:
 
 
 @router.post("/v1/adapters/load", responses=ADMIN_ERRORS)
-async def load(asked: protocol.AdapterRequest, state: StateDep, tenant: AdminDep) -> dict[str, Any]:
+async def load(body: protocol.AdapterRequest, state: StateDep, tenant: AdminDep) -> dict[str, Any]:
     """Read a version into memory, and serve it again if it was unloaded."""
-    who = state.model_registry.offer(asked.adapter, tenant)
-    if not who.digest:
-        raise ApiError(400, f"'{asked.adapter}' is the base, which is always loaded", param="adapter")
-    await preload(state, who)
-    return {"adapter": who.label, "digest": who.digest, "loaded": True}
+    served = state.model_registry.offer(body.adapter, tenant)
+    if not served.digest:
+        raise ApiError(400, f"'{body.adapter}' is the base, which is always loaded", param="adapter")
+    await preload(state, served)
+    return {"adapter": served.label, "digest": served.digest, "loaded": True}
 
 
 @router.post("/v1/adapters/unload", responses=ADMIN_ERRORS)
-async def unload(asked: protocol.AdapterRequest, state: StateDep, tenant: AdminDep) -> dict[str, Any]:
-    """Serve a version no more; who has it now is answered to the end. Its memory is freed when nobody holds it."""
-    who = state.model_registry.find(asked.adapter, tenant)
-    if not who.digest:
-        raise ApiError(400, f"'{asked.adapter}' is the base, which cannot be unloaded", param="adapter")
-    state.model_registry.withdraw(who.digest)
-    freed = await state.async_engine.call(lambda engine: engine.adapter_cache.drop(who.digest))
-    return {"adapter": who.label, "digest": who.digest, "freed": freed}
+async def unload(body: protocol.AdapterRequest, state: StateDep, tenant: AdminDep) -> dict[str, Any]:
+    """Stop serving a version. Requests that have it are finished; its memory is freed when no request holds it."""
+    served = state.model_registry.find(body.adapter, tenant)
+    if not served.digest:
+        raise ApiError(400, f"'{body.adapter}' is the base, which cannot be unloaded", param="adapter")
+    state.model_registry.withdraw(served.digest)
+    freed = await state.async_engine.call(lambda engine: engine.adapter_cache.evict_if_idle(served.digest))
+    return {"adapter": served.label, "digest": served.digest, "freed": freed}
 
 
 @router.post("/v1/adapters/alias", responses=ADMIN_ERRORS)
-def alias(asked: protocol.AliasRequest, state: StateDep, tenant: AdminDep) -> dict[str, Any]:
+def alias(body: protocol.AliasRequest, state: StateDep, tenant: AdminDep) -> dict[str, Any]:
     """Point an alias at a version; requests that come after the answer get that one."""
-    before, now = _changed(state, lambda: state.model_registry.alias(asked.name, asked.alias, asked.version))
-    return {"name": asked.name, "alias": asked.alias, "before": before, "version": now}
+    before, now = _changed(state, lambda: state.model_registry.alias(body.name, body.alias, body.version))
+    return {"name": body.name, "alias": body.alias, "before": before, "version": now}
 
 
 @router.post("/v1/adapters/rollback", responses=ADMIN_ERRORS)
-def rollback(asked: protocol.RollbackRequest, state: StateDep, tenant: AdminDep) -> dict[str, Any]:
+def rollback(body: protocol.RollbackRequest, state: StateDep, tenant: AdminDep) -> dict[str, Any]:
     """Point an alias at what it pointed at before."""
-    before, now = _changed(state, lambda: state.model_registry.rollback(asked.name, asked.alias))
-    return {"name": asked.name, "alias": asked.alias, "before": before, "version": now}
+    before, now = _changed(state, lambda: state.model_registry.rollback(body.name, body.alias))
+    return {"name": body.name, "alias": body.alias, "before": before, "version": now}
 
 
 def _changed(state: ServerState, change: Callable[[], T]) -> T:
-    """What a change of the store gives. Raises ApiError with what the store says, but for its folder."""
+    """The result of a change of the store. Raises ApiError with the store's message, without its folder."""
     try:
         return change()
     except StoreError as error:
@@ -100,44 +100,44 @@ def _changed(state: ServerState, change: Callable[[], T]) -> T:
         raise ApiError(400, message, "invalid_value") from None
 
 
-async def preload(state: ServerState, who: ServedModel) -> None:
+async def preload(state: ServerState, served: ServedModel) -> None:
     """Have a version in memory. Raises ApiError for one that cannot be loaded, or finds no memory in time."""
-    folder = who.folder
+    folder = served.folder
     assert folder is not None
     end = time.monotonic() + state.request_limits.seconds
-    await state.async_engine.call(lambda engine: engine.adapter_cache.hold(who.digest, folder))
+    await state.async_engine.call(lambda engine: engine.adapter_cache.acquire(served.digest, folder))
     try:
         while True:
-            ready, error = await state.async_engine.call(lambda engine: engine.adapter_cache.state(who.digest))
+            ready, error = await state.async_engine.call(lambda engine: engine.adapter_cache.load_state(served.digest))
             if error:
                 raise ApiError(
-                    400, f"adapter '{who.label}' cannot be loaded: {without_paths(error, who)}", "adapter_invalid"
+                    400, f"adapter '{served.label}' cannot be loaded: {without_paths(error, served)}", "adapter_invalid"
                 )
             if ready:
                 return
             if time.monotonic() > end:
                 raise ApiError(
                     504,
-                    f"adapter '{who.label}' was not in memory within {state.request_limits.seconds:g} seconds: requests hold "
-                    "what is there; give more memory with --adapter-memory-gb",
+                    f"adapter '{served.label}' was not in memory within {state.request_limits.seconds:g} seconds: requests "
+                    "hold the others; give more memory with --adapter-memory-gb",
                     "timeout",
                 )
             await asyncio.sleep(0.01)
     finally:
-        await state.async_engine.call(lambda engine: engine.adapter_cache.leave(who.digest))
+        await state.async_engine.call(lambda engine: engine.adapter_cache.release(served.digest))
 
 
-def _model(state: ServerState, id: str, who: ServedModel) -> dict[str, Any]:
-    said = {"id": id, "object": "model", "created": _moment(who), "owned_by": "graft"}
-    if not who.digest:
+def _model(state: ServerState, id: str, served: ServedModel) -> dict[str, Any]:
+    said = {"id": id, "object": "model", "created": _moment(served), "owned_by": "graft"}
+    if not served.digest:
         return {**said, "root": state.model_registry.base_name, "parent": None}
-    return {**said, "root": who.label, "parent": state.model_registry.base_name, "digest": who.digest}
+    return {**said, "root": served.label, "parent": state.model_registry.base_name, "digest": served.digest}
 
 
-def _moment(who: ServedModel) -> int:
-    """When a version was published, in seconds since 1970; 0 for the base, of which nobody knows."""
+def _moment(served: ServedModel) -> int:
+    """When a version was published, in seconds since 1970; 0 for the base."""
     try:
-        return int(datetime.fromisoformat(str(who.version.event["at"])).timestamp()) if who.version else 0
+        return int(datetime.fromisoformat(str(served.version.event["at"])).timestamp()) if served.version else 0
     except (KeyError, ValueError, OverflowError):
         return 0
 
@@ -174,9 +174,9 @@ def _adapters(state: ServerState, tenant: Tenant, states: dict[str, Any]) -> dic
             })  # fmt: skip
         found.append({"name": name.name, "versions": rows})
     load = {
-        "running": engine.running, "running_limit": engine.limits.max_num_seqs, "waiting": engine.waiting,
-        "waiting_limit": engine.limits.queue, "cache_occupied": engine.runner.occupied,
+        "running": engine.num_running, "running_limit": engine.limits.max_num_seqs, "waiting": engine.num_waiting,
+        "waiting_limit": engine.limits.queue, "cache_occupied": engine.runner.kv_cache_usage,
         "generated_tokens": engine.counts.generated_tokens, "prompt_tokens": engine.counts.prompt_tokens,
     }  # fmt: skip
     base = {"name": state.model_registry.base_name, "allowed": tenant.may_use(""), "fingerprint": state.fingerprint}
-    return {"base": base, "adapters": found, "load": load, "keys_wanted": state.keys.wanted}
+    return {"base": base, "adapters": found, "load": load, "keys_wanted": state.api_keys.required}

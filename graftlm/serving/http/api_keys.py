@@ -1,13 +1,13 @@
-"""Who may ask what: API keys, each with the adapters it may use.
+"""Authorization: API keys, each with the adapters it may use.
 
     keys:
       - name: team-a
         key: sk-team-a-...              # or sha256: the key's SHA-256 as 64 hexadecimal digits
         adapters: [formal, "house-*"]   # names or patterns; left out: all
-        base: true                      # whether it may ask the bare base
+        base: true                      # whether it may use the bare base
         admin: false                    # whether it may load, unload, alias and roll back
 
-Without a file the server is open to whoever reaches it, and nobody may change anything through it.
+Without a file the server is open to anybody who reaches it, and nobody may change anything through it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class Tenant:
-    """Whoever holds one key."""
+    """The holder of one key."""
 
     name: str
     adapters: tuple[str, ...] = ("*",)
@@ -71,8 +71,8 @@ class ApiKeys:
         self._tenants = tenants
 
     @property
-    def wanted(self) -> bool:
-        """Whether requests must bring a key."""
+    def required(self) -> bool:
+        """Whether requests must have a key."""
         return self._tenants is not None
 
     @property
@@ -80,7 +80,7 @@ class ApiKeys:
         return list((self._tenants or {"": ANYBODY}).values())
 
     def tenant(self, key: str | None) -> Tenant | None:
-        """Whose key it is; None for nobody's."""
+        """The tenant of a key; None for an unknown one."""
         if self._tenants is None:
             return ANYBODY
         return self._tenants.get(digest_of(key)) if key else None

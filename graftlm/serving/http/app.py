@@ -23,13 +23,18 @@ from starlette.types import Receive, Scope, Send
 
 from graftlm import __version__
 from graftlm.errors import GraftError
-from graftlm.serving.body import BodyLimit
 from graftlm.serving.http import admin as administration
 from graftlm.serving.http import openai as answers
 from graftlm.serving.http.dependencies import ApiError, OptionalTenantDep, ServerState, StateDep, as_api_error
 from graftlm.serving.http.invalid import explain
-from graftlm.serving.http.metrics import CONTENT_TYPE, RequestCounter
-from graftlm.serving.http.middleware import ASKING, AdmissionControl, ReadThrottle
+from graftlm.serving.http.metrics import CONTENT_TYPE
+from graftlm.serving.http.middleware import (
+    COMPLETION_PATHS,
+    AdmissionControl,
+    BodyLimit,
+    ReadThrottle,
+    RequestCounter,
+)
 
 router = APIRouter()
 _NAMES = {
@@ -55,9 +60,9 @@ def create_app(state: ServerState) -> FastAPI:
 
 
 class _App(FastAPI):
-    """With the door in front of all that a framework does for a request: turning somebody away must cost next to nothing.
+    """With admission control in front of all that FastAPI does for a request: rejecting one must cost next to nothing.
 
-    Its description says what is true: a request that does not read is a 400 here, as OpenAI has it, and no 422.
+    Its OpenAPI description has no 422: an invalid request is a 400 here, as with OpenAI.
     """
 
     def __init__(self, state: ServerState) -> None:
@@ -66,10 +71,10 @@ class _App(FastAPI):
             description="One base model, many adapters, one server.",
         )  # fmt: skip
         self.state.graft = state
-        self._door = RequestCounter(AdmissionControl(super().__call__, state), state.metrics, ASKING)
+        self._outermost = RequestCounter(AdmissionControl(super().__call__, state), state.metrics, COMPLETION_PATHS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._door(scope, receive, send)
+        await self._outermost(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         found = super().openapi()
@@ -143,7 +148,7 @@ def readyz(state: StateDep) -> Response:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(state: StateDep, tenant: OptionalTenantDep) -> Response:
     """For Prometheus; what it says of single versions takes an admin's key where there are keys."""
-    versions = not state.keys.wanted or (tenant is not None and tenant.admin)
+    versions = not state.api_keys.required or (tenant is not None and tenant.admin)
     return Response(state.metrics.page(versions=versions), media_type=CONTENT_TYPE)
 
 

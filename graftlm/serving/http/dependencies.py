@@ -1,4 +1,4 @@
-"""What every route works with: the server's state, who asks, and how a refusal is said."""
+"""What every route works with: the server's state, the tenant of a request, and errors as responses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftlm.serving.http.api_keys import ApiKeys, Tenant
 from graftlm.serving.http.metrics import Metrics
 from graftlm.serving.http.model_registry import ModelRegistry, ServedModel, UnknownModel
 
-_MOST_GUIDES = 32
+_MAX_GRAMMAR_COMPILERS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,31 +39,31 @@ class ServerState:
 
     async_engine: AsyncEngine
     model_registry: ModelRegistry
-    keys: ApiKeys
-    book: PromptEncoderCache
+    api_keys: ApiKeys
+    prompt_encoders: PromptEncoderCache
     metrics: Metrics
     request_limits: RequestLimits = RequestLimits()
     fingerprint: str = ""
     draining: bool = False
     preloading: bool = False
     in_flight: Counter[str] = field(default_factory=Counter[str])
-    """Requests of each tenant that came in and wait to be read."""
+    """Requests of each tenant that have arrived and are not parsed yet."""
     grammar_compilers: OrderedDict[int, GrammarCompiler] = field(default_factory=OrderedDict[int, GrammarCompiler])
 
     def grammar_compiler(self, prompts: PromptEncoder) -> GrammarCompiler:
         """The grammar compiler of a tokenizer; those of the last few are kept, since making one takes a second."""
-        key = id(prompts.tokenizer)  # nobody else's while the grammar compiler lives, which keeps its tokenizer
+        key = id(prompts.tokenizer)  # unique while the grammar compiler lives, which keeps its tokenizer
         found = self.grammar_compilers.get(key)
         if found is None:
             vocabulary = self.async_engine.engine.base.structure.vocabulary
             found = self.grammar_compilers[key] = GrammarCompiler(prompts.tokenizer, vocabulary, prompts.stop_ids)
-            if len(self.grammar_compilers) > _MOST_GUIDES:
+            if len(self.grammar_compilers) > _MAX_GRAMMAR_COMPILERS:
                 self.grammar_compilers.popitem(last=False)
         return found
 
 
 class ApiError(Exception):
-    """A request that gets an error for an answer."""
+    """Becomes an error response."""
 
     def __init__(
         self,
@@ -110,15 +110,15 @@ StateDep = Annotated[ServerState, Depends(state_of)]
 async def perhaps_tenant(
     state: StateDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Tenant | None:
-    """Whose key a request brings, if it brings one that is known."""
-    return state.keys.tenant(credentials.credentials if credentials is not None else None)
+    """The tenant of a request's key, if it has a known one."""
+    return state.api_keys.tenant(credentials.credentials if credentials is not None else None)
 
 
 OptionalTenantDep = Annotated[Tenant | None, Depends(perhaps_tenant)]
 
 
 async def tenant_of(tenant: OptionalTenantDep) -> Tenant:
-    """Whose key a request brings. Raises ApiError."""
+    """The tenant of a request's key. Raises ApiError."""
     if tenant is None:
         raise ApiError(
             401, "this server wants an API key: send the header 'Authorization: Bearer KEY'", "invalid_api_key",
@@ -131,11 +131,11 @@ TenantDep = Annotated[Tenant, Depends(tenant_of)]
 
 
 async def admin_of(state: StateDep, tenant: TenantDep) -> Tenant:
-    """The same, where it must be an admin's. Raises ApiError."""
+    """The same, where it must be an admin. Raises ApiError."""
     if not tenant.admin:
         way = (
             "use an admin's key"
-            if state.keys.wanted
+            if state.api_keys.required
             else "start it with --api-keys FILE in which a key has admin: true"
         )
         raise ApiError(403, f"only an admin may change what this server serves; {way}", "not_admin")
@@ -155,12 +155,12 @@ def as_api_error(error: GraftError) -> ApiError:
     return ApiError(500, str(error), "adapter_invalid" if isinstance(error, AdapterError) else None)
 
 
-def without_paths(message: str, who: ServedModel) -> str:
-    """What went wrong with an adapter, told to somebody who is to know names and no folders."""
-    return message.replace(str(who.folder), who.label) if who.folder is not None else message
+def without_paths(message: str, served: ServedModel) -> str:
+    """An adapter's error for a client, who may know names and no folders."""
+    return message.replace(str(served.folder), served.label) if served.folder is not None else message
 
 
-def version_headers(who: ServedModel) -> dict[str, str]:
-    """Which version answered."""
-    label = who.label.encode("ascii", "replace").decode()
-    return {"x-graft-adapter": who.digest or "base", "x-graft-version": label}
+def version_headers(served: ServedModel) -> dict[str, str]:
+    """Response headers that name the version."""
+    label = served.label.encode("ascii", "replace").decode()
+    return {"x-graft-adapter": served.digest or "base", "x-graft-version": label}

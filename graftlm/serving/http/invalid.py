@@ -9,12 +9,11 @@ The codes are OpenAI's, and the field stands in `param` as there.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from graftlm.formatting import QUOTED, plain_number, quote
 from graftlm.jsonfile import parse_json
 
 _EXPECTED = {
@@ -34,7 +33,6 @@ _LENGTHS = {
     "too_long": "items",
     "too_short": "items",
 }
-_SHOWN = 40  # characters of a text that is quoted
 
 
 def explain(problem: Mapping[str, Any], body: Any) -> tuple[str, str | None, str]:
@@ -55,15 +53,15 @@ def _said(kind: str, message: str, context: Mapping[str, Any], found: Any) -> tu
     if kind == "missing":
         return "is missing, and this request needs it", "missing_required_parameter"
     if kind == "only":
-        return f"is {shown(found)}, and {context['why']}; leave it out", "unsupported_value"
+        return f"is {quote(found)}, and {context['why']}; leave it out", "unsupported_value"
     if kind == "finite_number" or (kind == "float_type" and type(found) is int):
-        return f"is {shown(found)}; at most 1.8e308 can be read", "invalid_value"
+        return f"is {quote(found)}; at most 1.8e308 can be read", "invalid_value"
     if kind == "literal_error":
-        return f"is {shown(found)}, and {context['expected']} is expected", "invalid_value"
+        return f"is {quote(found)}, and {context['expected']} is expected", "invalid_value"
     if kind in _BOUNDS:
         key, words, which = _BOUNDS[kind]
         number = "integer" if isinstance(found, int) else "decimal"
-        return f"is {shown(found)}, and {words.format(_number(context[key]))}", f"{number}_{which}_value"
+        return f"is {quote(found)}, and {words.format(plain_number(context[key]))}", f"{number}_{which}_value"
     if kind in _LENGTHS:
         long = kind.endswith("long")
         limit = context["max_length" if long else "min_length"]
@@ -75,46 +73,21 @@ def _said(kind: str, message: str, context: Mapping[str, Any], found: Any) -> tu
         )
     expected = message if kind == "expected" else _EXPECTED.get(kind)
     if expected is None:
-        return f"is {shown(found)}, which is not what this field takes", "invalid_value"
-    return f"is {shown(found)}, and {expected} is expected{_way_out(kind, found)}", "invalid_type"
+        return f"is {quote(found)}, which is not what this field takes", "invalid_value"
+    return f"is {quote(found)}, and {expected} is expected{_way_out(kind, found)}", "invalid_type"
 
 
 def _way_out(kind: str, found: Any) -> str:
     if isinstance(found, str) and kind in ("int_type", "float_type", "bool_type"):
         try:
-            bare = parse_json(found[:_SHOWN])
+            bare = parse_json(found[:QUOTED])
         except ValueError:
             return ""
         wanted = (bool,) if kind == "bool_type" else (int,) if kind == "int_type" else (int, float)
-        return f": write {found[:_SHOWN]} without quotes" if type(bare) in wanted else ""
+        return f": write {found[:QUOTED]} without quotes" if type(bare) in wanted else ""
     if kind in ("int_type", "int_from_float") and isinstance(found, float) and found.is_integer() and abs(found) < 1e15:
         return f": write {int(found)}"
     return ""
-
-
-def shown(value: Any) -> str:
-    """A value as a message quotes it: in full where it is short, else what it is."""
-    if isinstance(value, str):
-        return (
-            _json(value) if len(value) <= _SHOWN else f'{_json(value[: _SHOWN - 3])[:-1]}…" ({len(value)} characters)'
-        )
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)} items" if len(value) > 1 else "a list of 1 item" if value else "an empty list"
-    if isinstance(value, dict):
-        return "an object" if value else "an empty object"
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return f"an integer of {len(str(abs(value)))} digits"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number too large to read"
-    return _number(value) if isinstance(value, float) else _json(value)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _number(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
 def _place(loc: Sequence[str | int], body: Any) -> list[str | int]:
@@ -139,6 +112,6 @@ def _path(place: Sequence[str | int]) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            name = part if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", part) else shown(part)
+            name = part if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", part) else quote(part)
             text += f".{name}" if text else name
     return text

@@ -7,13 +7,12 @@ has an adapter which others are not to know of.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graftlm.serving.engine.async_engine import AsyncEngine
 from graftlm.serving.engine.engine import Engine
@@ -42,10 +41,10 @@ def adapter_states(engine: Engine) -> list[AdapterState]:
     """Every version the engine knows of."""
     return [
         AdapterState(
-            held.digest, bool(held.slot), held.adapter is not None, held.loading, held.running, held.requests, held.bytes,
-            held.hits, held.loads, held.evictions,
+            cached.digest, bool(cached.slot), cached.adapter is not None, cached.loading, cached.num_running,
+            cached.num_requests, cached.bytes, cached.hits, cached.loads, cached.evictions,
         )
-        for held in engine.adapter_cache.table()
+        for cached in engine.adapter_cache.versions()
     ]  # fmt: skip
 
 
@@ -66,67 +65,38 @@ class Metrics:
         self.duration = Histogram(
             "graft_request_seconds", "From arrival to the end of an answer", buckets=_SECONDS, registry=self.registry
         )
-        self.registry.register(_OfEngine(async_engine))
-        self.versions.register(_OfVersions(async_engine))
+        self.registry.register(_EngineCollector(async_engine))
+        self.versions.register(_VersionCollector(async_engine))
 
     def page(self, *, versions: bool) -> bytes:
         """The text that Prometheus reads, with single `versions` or without."""
         return generate_latest(self.registry) + (generate_latest(self.versions) if versions else b"")
 
 
-class RequestCounter:
-    """ASGI middleware that counts requests by path and status, once they are answered.
-
-    `paths` are counted by their name even where no route has seen the request.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
-        self._app, self._metrics, self._paths = app, metrics, paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 500
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        finally:
-            known = scope["path"] if scope["path"] in self._paths else "unknown"
-            path = getattr(scope.get("route"), "path", known)
-            self._metrics.requests.labels(path, str(status)).inc()
-
-
-class _OfEngine(Collector):
+class _EngineCollector(Collector):
     """Reads the engine's counts."""
 
     def __init__(self, async_engine: AsyncEngine) -> None:
-        self._service = async_engine
+        self._async_engine = async_engine
         self._begun = time.time()
 
     def describe(self) -> Iterator[Metric]:
         yield from ()
 
     def collect(self) -> Iterator[Metric]:
-        engine = self._service.engine
+        engine = self._async_engine.engine
         counts, adapter_cache = engine.counts, engine.adapter_cache.counters
         gauges = (
-            ("graft_queue_waiting", "Answers that wait", engine.waiting),
+            ("graft_queue_waiting", "Answers that wait", engine.num_waiting),
             ("graft_queue_limit", "Most answers that may wait", engine.limits.queue),
-            ("graft_running", "Answers in the batch", engine.running),
+            ("graft_running", "Answers in the batch", engine.num_running),
             ("graft_running_limit", "Most answers in a batch", engine.limits.max_num_seqs),
             (
                 "graft_cache_occupied_ratio",
-                "Share of the key-value memory that running answers hold",
-                engine.runner.occupied,
+                "Share of the KV cache that running answers hold",
+                engine.runner.kv_cache_usage,
             ),
-            ("graft_cache_bytes", "Bytes of the key-value memory", engine.runner.bytes),
+            ("graft_cache_bytes", "Bytes of the KV cache", engine.runner.bytes),
             ("graft_start_time_seconds", "When the server started", self._begun),
         )
         for name, text, value in gauges:
@@ -135,9 +105,9 @@ class _OfEngine(Collector):
             ("graft_steps", "Steps of the engine", counts.steps),
             ("graft_step_seconds", "Seconds spent in steps", counts.step_seconds),
             ("graft_prompt_tokens", "Prompt tokens computed", counts.prompt_tokens),
-            ("graft_reused_prompt_tokens", "Prompt tokens found in the key-value memory", counts.prefix_cached_tokens),
+            ("graft_reused_prompt_tokens", "Prompt tokens found in the prefix cache", counts.prefix_cached_tokens),
             ("graft_generated_tokens", "Tokens written", counts.generated_tokens),
-            ("graft_preemptions", "Answers sent back to wait because memory was short", counts.preempted),
+            ("graft_preemptions", "Answers sent back to wait because memory was short", engine.scheduler.num_preempted),
             ("graft_adapter_hits", "Requests whose adapter was in memory", adapter_cache.hits),
             ("graft_adapter_loads", "Adapters read from disk", adapter_cache.loads),
             ("graft_adapter_load_failures", "Adapters that could not be loaded", adapter_cache.failures),
@@ -151,17 +121,17 @@ class _OfEngine(Collector):
         yield finished
 
 
-class _OfVersions(Collector):
+class _VersionCollector(Collector):
     """Reads where each adapter version is and what was asked of it."""
 
     def __init__(self, async_engine: AsyncEngine) -> None:
-        self._service = async_engine
+        self._async_engine = async_engine
 
     def describe(self) -> Iterator[Metric]:
         yield from ()
 
     def collect(self) -> Iterator[Metric]:
-        states = adapter_states(self._service.engine)
+        states = adapter_states(self._async_engine.engine)
         label = ["digest"]
         kinds: tuple[tuple[GaugeMetricFamily | CounterMetricFamily, str], ...] = (
             (GaugeMetricFamily("graft_adapter_resident", "Whether a version is in a slot", labels=label), "resident"),

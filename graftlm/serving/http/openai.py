@@ -1,4 +1,4 @@
-"""The routes that answer: chats, completions, embeddings, whole or as server-sent events."""
+"""The routes of chats, completions and embeddings; responses are whole or server-sent events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from starlette.concurrency import run_in_threadpool
 
 from graftlm.errors import GraftError, RequestError
 from graftlm.jsonfile import parse_json
-from graftlm.serving.body import JsonRoute
 from graftlm.serving.engine.prompts import PromptEncoder
 from graftlm.serving.engine.request import Request as EngineRequest
 from graftlm.serving.engine.request import RequestOutput
@@ -32,7 +31,8 @@ from graftlm.serving.http.dependencies import (
     version_headers,
     without_paths,
 )
-from graftlm.serving.http.middleware import READ
+from graftlm.serving.http.json_body import JsonRoute
+from graftlm.serving.http.middleware import PARSED
 from graftlm.serving.http.model_registry import ServedModel
 from graftlm.serving.http.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, ResponseWriter
 
@@ -40,81 +40,81 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", responses=ANSWERS, response_model=None)
-async def chat(asked: ChatRequest, request: Request, state: StateDep, tenant: TenantDep) -> Response:
+async def chat(body: ChatRequest, request: Request, state: StateDep, tenant: TenantDep) -> Response:
     """Answer a conversation; with `stream` as server-sent events."""
-    who = _open(state, asked.model, tenant)
-    prompts = await _prompts(state, who)
-    messages = [message.plain() for message in asked.messages]
-    ids = await _encoded(sum(len(m["content"]) for m in messages), lambda: prompts.chat(messages))
-    return await _answer(state, "chat", asked, request, tenant, who, prompts, [ids])
+    served = _open(state, body.model, tenant)
+    encoder = await _encoder(state, served)
+    messages = [message.plain() for message in body.messages]
+    ids = await _encoded(sum(len(m["content"]) for m in messages), lambda: encoder.chat(messages))
+    return await _answer(state, "chat", body, request, tenant, served, encoder, [ids])
 
 
 @router.post("/v1/completions", responses=ANSWERS, response_model=None)
-async def completions(asked: CompletionRequest, request: Request, state: StateDep, tenant: TenantDep) -> Response:
+async def completions(body: CompletionRequest, request: Request, state: StateDep, tenant: TenantDep) -> Response:
     """Continue one prompt or several; with `stream` as server-sent events."""
-    who = _open(state, asked.model, tenant)
-    prompts = await _prompts(state, who)
-    ids = await _texts(prompts, asked.prompts)
-    return await _answer(state, "text", asked, request, tenant, who, prompts, ids)
+    served = _open(state, body.model, tenant)
+    encoder = await _encoder(state, served)
+    ids = await _texts(encoder, body.prompts)
+    return await _answer(state, "text", body, request, tenant, served, encoder, ids)
 
 
 @router.post("/v1/embeddings", responses=ERRORS, response_model=None)
-async def embeddings(asked: EmbeddingRequest, request: Request, state: StateDep, tenant: TenantDep) -> Response:
+async def embeddings(body: EmbeddingRequest, request: Request, state: StateDep, tenant: TenantDep) -> Response:
     """The mean of the last layer's states over each input, scaled to length 1."""
-    who = _open(state, asked.model, tenant)
-    prompts = await _prompts(state, who)
-    ids = await _texts(prompts, asked.prompts)
-    questions = [_question(state, tenant, who, prompts, one, 0, embed=True) for one in ids]
-    by_id = {question.id: i for i, question in enumerate(questions)}
+    served = _open(state, body.model, tenant)
+    encoder = await _encoder(state, served)
+    ids = await _texts(encoder, body.prompts)
+    requests = [_engine_request(state, tenant, served, encoder, one, 0, embed=True) for one in ids]
+    by_id = {one.id: i for i, one in enumerate(requests)}
     ends: dict[int, RequestOutput] = {}
-    async with _given_up_with(request, state, questions):
-        async for outputs in _pieces(state, questions, who):
+    async with _aborted_on_disconnect(request, state, requests):
+        async for outputs in _outputs(state, requests, served):
             ends.update({by_id[p.id]: p for p in outputs if p.finish_reason is not None})
     data: list[dict[str, Any]] = []
-    for i in range(len(questions)):
+    for i in range(len(requests)):
         vector = ends[i].embedding or []
         length = sum(v * v for v in vector) ** 0.5 or 1.0
-        scaled = protocol.embedding([v / length for v in vector], asked.encoding_format or "float")
+        scaled = protocol.embedding([v / length for v in vector], body.encoding_format or "float")
         data.append({"object": "embedding", "index": i, "embedding": scaled})
     used = protocol.usage(list(ends.values()))
-    body = {
+    response = {
         "object": "list",
         "data": data,
-        "model": asked.model,
+        "model": body.model,
         "usage": {k: used[k] for k in ("prompt_tokens", "total_tokens")},
     }
-    return JSONResponse(body, headers=version_headers(who))
+    return JSONResponse(response, headers=version_headers(served))
 
 
 def _open(state: ServerState, model: str, tenant: Tenant) -> ServedModel:
-    """Who answers, if this server still takes requests."""
+    """The model of this name, if this server still takes requests."""
     if state.draining:
         raise ApiError(503, "this server is shutting down; ask another one", headers={"Retry-After": "5"})
     if not state.async_engine.alive:
-        raise ApiError(503, "the engine of this server has died; it must be started anew")
+        raise ApiError(503, "the engine of this server has died; restart it")
     return state.model_registry.find(model, tenant)
 
 
-async def _prompts(state: ServerState, who: ServedModel) -> PromptEncoder:
-    known = state.book.known(who.digest)
+async def _encoder(state: ServerState, served: ServedModel) -> PromptEncoder:
+    known = state.prompt_encoders.known(served.digest)
     if known is not None:
         return known
     try:
-        return await run_in_threadpool(state.book.of, who.digest, who.folder, who.manifest)
+        return await run_in_threadpool(state.prompt_encoders.of, served.digest, served.folder, served.manifest)
     except GraftError as error:
         raise ApiError(
-            500, f"adapter '{who.label}' cannot be used: {without_paths(str(error), who)}", "adapter_invalid"
+            500, f"adapter '{served.label}' cannot be used: {without_paths(str(error), served)}", "adapter_invalid"
         ) from None
 
 
-async def _texts(prompts: PromptEncoder, given: list[str] | list[list[int]]) -> list[list[int]]:
+async def _texts(encoder: PromptEncoder, given: list[str] | list[list[int]]) -> list[list[int]]:
     """Prompts as tokens, those that are text encoded."""
     length = sum(len(p) for p in given if isinstance(p, str))
-    return await _encoded(length, lambda: [p if isinstance(p, list) else prompts.text(p) for p in given])
+    return await _encoded(length, lambda: [p if isinstance(p, list) else encoder.text(p) for p in given])
 
 
 async def _encoded(length: int, encode: Callable[[], Any]) -> Any:
-    """Text to tokens: a short one here, one of more than a page where it holds nobody up."""
+    """Text to tokens: of a short one here, of more than a page in a thread, since it would block the event loop."""
     return _encode(encode) if length <= _PAGE else await run_in_threadpool(_encode, encode)
 
 
@@ -122,20 +122,20 @@ _PAGE = 4000  # characters, about a millisecond: less than a thread may wait for
 
 
 def _encode(encode: Callable[[], Any]) -> Any:
-    """Text to tokens; text that is no text (half of a surrogate pair) is the caller's fault."""
+    """Text to tokens. Raises RequestError for what is no text (half of a surrogate pair)."""
     try:
         return encode()
     except (UnicodeError, TypeError) as error:
         raise RequestError(f"the prompt cannot be read as text: {str(error)[:200]}", field="prompt") from None
 
 
-def _question(
+def _engine_request(
     state: ServerState,
     tenant: Tenant,
-    who: ServedModel,
-    prompts: PromptEncoder,
+    served: ServedModel,
+    encoder: PromptEncoder,
     ids: Sequence[int],
-    most: int,
+    max_tokens: int,
     **given: Any,
 ) -> EngineRequest:
     limit = state.request_limits.prompt_tokens
@@ -149,82 +149,82 @@ def _question(
     return EngineRequest(
         id=protocol.new_id("q"),
         prompt=tuple(ids),
-        max_tokens=most,
-        adapter=who.digest,
+        max_tokens=max_tokens,
+        adapter=served.digest,
         tenant=tenant.name,
-        hidden_ids=prompts.hidden_ids,
-        tokenizer=prompts.tokenizer,
+        hidden_ids=encoder.hidden_ids,
+        tokenizer=encoder.tokenizer,
         deadline=time.monotonic() + state.request_limits.seconds,
         **given,
     )
 
 
-def _most_tokens(state: ServerState, asked: int | None, prompt: int) -> int:
-    """How long an answer may be: what is asked, within what the server allows; without asking, what is left."""
+def _max_tokens(state: ServerState, wanted: int | None, prompt: int) -> int:
+    """max_tokens of an answer: the request's, within the server's limit; without it, what is left of the context."""
     allowed = state.request_limits.output_tokens
-    if asked is not None:
-        if allowed is not None and asked > allowed:
+    if wanted is not None:
+        if allowed is not None and wanted > allowed:
             raise ApiError(
-                400, f"max_tokens is {asked}, this server writes at most {allowed}", "invalid_value", "max_tokens"
+                400, f"max_tokens is {wanted}, this server generates at most {allowed}", "invalid_value", "max_tokens"
             )
-        return asked
-    left = max(state.async_engine.engine.runner.most_tokens - prompt, 1)
+        return wanted
+    left = max(state.async_engine.engine.runner.max_model_len - prompt, 1)
     return min(left, allowed) if allowed is not None else left
 
 
 async def _answer(
-    state: ServerState, kind: Literal["chat", "text"], asked: ChatRequest | CompletionRequest, request: Request, tenant: Tenant,
-    who: ServedModel, prompts: PromptEncoder, ids: Sequence[Sequence[int]],
+    state: ServerState, kind: Literal["chat", "text"], body: ChatRequest | CompletionRequest, request: Request, tenant: Tenant,
+    served: ServedModel, encoder: PromptEncoder, ids: Sequence[Sequence[int]],
 ) -> Response:  # fmt: skip
     grammar = None
-    if asked.response_format is not None and asked.response_format.type != "text":
-        schema = asked.response_format.wanted
-        grammar = await run_in_threadpool(lambda: state.grammar_compiler(prompts).json(schema))
-    state.async_engine.engine.check_tokens("stop_token_ids", asked.stop_token_ids or ())
-    n = asked.n or 1
-    sampling = asked.sampling()
+    if body.response_format is not None and body.response_format.type != "text":
+        schema = body.response_format.wanted
+        grammar = await run_in_threadpool(lambda: state.grammar_compiler(encoder).json(schema))
+    state.async_engine.engine.check_tokens("stop_token_ids", body.stop_token_ids or ())
+    n = body.n or 1
+    sampling = body.sampling()
     state.async_engine.engine.check_tokens("logit_bias", sampling.bias)
-    stop_ids = prompts.stop_ids.union(asked.stop_token_ids or ())
-    questions = [
-        _question(
-            state, tenant, who, prompts, one, _most_tokens(state, asked.most_tokens, len(one)), n=n, sampling=sampling,
-            stop_ids=stop_ids, stop=asked.stops, logprobs=asked.alternatives, grammar=grammar,
+    stop_ids = encoder.stop_ids.union(body.stop_token_ids or ())
+    requests = [
+        _engine_request(
+            state, tenant, served, encoder, one, _max_tokens(state, body.max_new_tokens, len(one)), n=n, sampling=sampling,
+            stop_ids=stop_ids, stop=body.stops, logprobs=body.alternatives, grammar=grammar,
         )
         for one in ids
     ]  # fmt: skip
-    news = _pieces(state, questions, who)
-    place = {question.id: i * n for i, question in enumerate(questions)}
-    writer = ResponseWriter(kind, asked.model, state.fingerprint[:16], prompts)
-    async with _given_up_with(request, state, questions):
-        if asked.stream:
-            # Nothing is sent before the first token, so that what goes wrong until then has its status.
+    news = _outputs(state, requests, served)
+    place = {one.id: i * n for i, one in enumerate(requests)}
+    writer = ResponseWriter(kind, body.model, state.fingerprint[:16], encoder)
+    async with _aborted_on_disconnect(request, state, requests):
+        if body.stream:
+            # Nothing is sent before the first token, so that an error until then has its status.
             first = await anext(news)
-            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = _events(writer, place, first, news, with_usage)
             return StreamingResponse(
-                events, media_type="text/event-stream", headers={**version_headers(who), "Cache-Control": "no-cache"}
+                events, media_type="text/event-stream", headers={**version_headers(served), "Cache-Control": "no-cache"}
             )
-        answers: list[list[RequestOutput]] = [[] for _ in range(n * len(questions))]
+        answers: list[list[RequestOutput]] = [[] for _ in range(n * len(requests))]
         async for outputs in news:
             for output in outputs:
                 answers[place[output.id] + output.index].append(output)
     used = protocol.usage([p for outputs in answers for p in outputs])
-    return JSONResponse(writer.whole(answers, used), headers=version_headers(who))
+    return JSONResponse(writer.whole(answers, used), headers=version_headers(served))
 
 
 @contextlib.asynccontextmanager
-async def _given_up_with(
-    request: Request, state: ServerState, questions: Sequence[EngineRequest]
+async def _aborted_on_disconnect(
+    request: Request, state: ServerState, requests: Sequence[EngineRequest]
 ) -> AsyncIterator[None]:
-    """Meanwhile the questions are given up as soon as the caller hangs up. A stream that has begun sees to that itself."""
+    """Aborts the requests as soon as the client disconnects. A stream that has begun does that itself."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        for question in questions:
-            state.async_engine.engine.cancel(question.id)
+        for one in requests:
+            state.async_engine.engine.abort_request(one.id)
 
-    request.scope.get(READ, lambda: None)()  # all that was to be read is; the next step hands it to the engine
+    request.scope.get(PARSED, lambda: None)()  # the next step hands it to the engine
     watching = asyncio.create_task(watch())
     try:
         yield
@@ -232,34 +232,34 @@ async def _given_up_with(
         watching.cancel()
 
 
-async def _pieces(
-    state: ServerState, questions: Sequence[EngineRequest], who: ServedModel
+async def _outputs(
+    state: ServerState, requests: Sequence[EngineRequest], served: ServedModel
 ) -> AsyncIterator[list[RequestOutput]]:
-    """What the engine answers; raises ApiError for what went wrong, and gives the questions up when the caller is gone."""
-    begun = time.monotonic()
-    seen = False
-    async with contextlib.aclosing(state.async_engine.ask(questions, who.folder)) as news:
+    """The engine's outputs. Raises ApiError for what went wrong; aborts the requests when the caller leaves."""
+    began = time.monotonic()
+    first = True
+    async with contextlib.aclosing(state.async_engine.generate(requests, served.folder)) as news:
         async for outputs in news:
-            if not seen:
-                seen = True
-                state.metrics.first_token.observe(time.monotonic() - begun)
+            if first:
+                first = False
+                state.metrics.first_token.observe(time.monotonic() - began)
             for output in outputs:
                 if output.refused:
                     raise RequestError(output.error, field="response_format")
                 if output.finish_reason == "error":
                     raise ApiError(
                         500,
-                        f"'{who.label}' cannot answer: {without_paths(output.error, who)}",
-                        "adapter_invalid" if who.digest else None,
+                        f"'{served.label}' cannot answer: {without_paths(output.error, served)}",
+                        "adapter_invalid" if served.digest else None,
                     )
                 if output.finish_reason == "timeout":
                     raise ApiError(
                         504, f"the answer was not complete within {state.request_limits.seconds:g} seconds", "timeout"
                     )
                 if output.finish_reason == "cancelled":
-                    raise ApiError(499, "the caller hung up", "cancelled")
+                    raise ApiError(499, "the client disconnected", "cancelled")
             yield outputs
-    state.metrics.duration.observe(time.monotonic() - begun)
+    state.metrics.duration.observe(time.monotonic() - began)
 
 
 async def _events(
@@ -269,7 +269,7 @@ async def _events(
     news: AsyncIterator[list[RequestOutput]],
     with_usage: bool,
 ) -> AsyncIterator[bytes]:
-    """Server-sent events of a whole answer."""
+    """An answer as server-sent events."""
     ends: list[RequestOutput] = []
     begun: set[int] = set()
 
@@ -294,7 +294,7 @@ async def _events(
                 yield written
         if with_usage:
             yield _event(writer.last(protocol.usage(ends)))
-    except (ApiError, RequestError) as error:  # its status was sent long ago, so it is told as an event
+    except (ApiError, RequestError) as error:  # the status was sent long ago, so it is an event
         refused = as_api_error(error) if isinstance(error, RequestError) else error
         yield _event(parse_json(bytes(refused.response().body)))
     yield b"data: [DONE]\n\n"

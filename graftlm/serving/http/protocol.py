@@ -1,7 +1,7 @@
-"""OpenAI's requests and answers as values: what is read, what is refused, how an answer is written.
+"""OpenAI's requests and responses as values.
 
 Fields that would change an answer and are not supported are refused by name, never ignored; fields that change nothing
-here (`user`, `metadata`, ...) are read and left aside. Beyond OpenAI's there are `top_k`, `min_p`, `repetition_penalty` and
+here (`user`, `metadata`, ...) are accepted and ignored. Beyond OpenAI's there are `top_k`, `min_p`, `repetition_penalty` and
 `stop_token_ids`, as other servers have them.
 """
 
@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, Tag, model_validator
 
 from graftlm.config.fields import MOST_TEMPERATURE
+from graftlm.formatting import quote
 from graftlm.serving.engine.prompts import PromptEncoder
 from graftlm.serving.engine.request import RequestOutput, SamplingParams, TokenLogprobs
 from graftlm.serving.http.fields import Bias, LeftAside, Name, Only, Prompt, Read, Stop, Text, TextOrParts, fault
-from graftlm.serving.http.invalid import shown
 
 MOST_TOP, MOST_ANSWERS = 20, 128
 _MOST_SEED = (1 << 63) - 1
@@ -37,7 +37,7 @@ class TextPart(Read):
     @classmethod
     def _kind(cls, given: Any) -> Any:  # told before the fields that another kind of part has
         if isinstance(given, dict) and isinstance(given.get("type"), str) and given["type"] != "text":
-            raise fault(f'is {shown(given["type"])}, and {_TEXT_ONLY}; give parts of type "text"', "type")
+            raise fault(f'is {quote(given["type"])}, and {_TEXT_ONLY}; give parts of type "text"', "type")
         return given
 
 
@@ -104,7 +104,7 @@ class ResponseFormat(Read):
         return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
 
 
-class _Asked(Read):
+class _GenerationRequest(Read):
     """What chats and completions share."""
 
     model: Name
@@ -139,7 +139,7 @@ class _Asked(Read):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling(self) -> SamplingParams:
-        """How tokens are chosen; without a seed by one that nobody knows."""
+        """How tokens are sampled; without a seed by a random one."""
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -153,7 +153,7 @@ class _Asked(Read):
         )
 
 
-class ChatRequest(_Asked):
+class ChatRequest(_GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
@@ -191,7 +191,7 @@ class ChatRequest(_Asked):
         return self
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -200,7 +200,7 @@ class ChatRequest(_Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(_Asked):
+class CompletionRequest(_GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: Prompt
@@ -219,7 +219,7 @@ class CompletionRequest(_Asked):
         return self
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens
 
     @property

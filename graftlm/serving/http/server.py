@@ -1,17 +1,14 @@
-"""`graft serve`: from its options to a server that runs until it is told to end.
+"""From the options of `graft serve` to a server: base, engine, routes and uvicorn. `commands/serve.py` runs it.
 
-On SIGTERM or SIGINT it takes no new requests (503), says so on /readyz, answers what it has to the end for at most
-`drain-seconds`, and leaves. A second signal ends it at once.
+On SIGTERM or SIGINT it refuses new requests (503, also on /readyz), finishes those that it has for at most `drain-seconds`,
+and exits. A second signal ends it at once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import gc
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,25 +24,22 @@ from graftlm.adapters.store import Store
 from graftlm.adapters.store.content import ANY_RUN, open_manifest
 from graftlm.base.caches import prove_decoding
 from graftlm.base.kv_cache import LayerKVSpec
-from graftlm.base.loading import Base, load_base
+from graftlm.base.loading import Base, checkpoint_precision, load_base
 from graftlm.config import ServeConfig
-from graftlm.errors import ConfigError, nearest
+from graftlm.errors import ConfigError
 from graftlm.progress import working
 from graftlm.serving.engine.async_engine import AsyncEngine
-from graftlm.serving.engine.engine import Engine, EngineLimits
-from graftlm.serving.engine.generate import checkpoint_precision
+from graftlm.serving.engine.engine import Engine
+from graftlm.serving.engine.kv_cache import cache_tokens, free_memory
 from graftlm.serving.engine.prompts import PromptEncoderCache
-from graftlm.serving.http.admin import preload
-from graftlm.serving.http.api_keys import ApiKeys, Tenant, read_api_keys
+from graftlm.serving.engine.scheduler import EngineLimits
+from graftlm.serving.http.api_keys import ApiKeys, read_api_keys
 from graftlm.serving.http.app import create_app
-from graftlm.serving.http.dependencies import ApiError, RequestLimits, ServerState
+from graftlm.serving.http.dependencies import RequestLimits, ServerState
 from graftlm.serving.http.metrics import Metrics
-from graftlm.serving.http.model_registry import ModelRegistry, ServedModel, UnknownModel
-from graftlm.serving.memory import cache_tokens, free_memory
+from graftlm.serving.http.model_registry import ModelRegistry
 
 Note = Callable[[str], None]
-SWITCH = 0.0001
-"""Seconds that a thread may keep the interpreter from another."""
 
 
 @dataclass
@@ -58,7 +52,7 @@ class BuiltServer:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What was planned, as plain values."""
+        """What was built, as plain values."""
         engine = self.state.async_engine.engine
         return {
             "model": self.state.model_registry.base_name,
@@ -77,10 +71,10 @@ class BuiltServer:
 
 def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
     """Load the base and plan the memory. Raises GraftError."""
-    keys = read_api_keys(config.api_keys)
+    api_keys = read_api_keys(config.api_keys)
     store = Store(config.store) if config.store is not None else None
     if store is not None:
-        store.bases()  # a folder that is no store is said before a base is loaded
+        store.bases()  # a folder that is no store is refused before a base is loaded
     precision = config.base_precision or checkpoint_precision(config.model, config.trust_remote_code)
     base = load_base(
         config.model, precision=precision, compute_dtype=config.compute_dtype, device=config.device,
@@ -92,17 +86,18 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
     fingerprint = base.fingerprint
 
     def load(folder: Path) -> Adapter:
-        # A server's adapters are versions, whose folders are named by their digests. The digest of what this returns, its
-        # tensors among it, is compared once more before it is served.
+        # A server's adapters are versions, whose folders are named by their digests. The digest of what this returns,
+        # tensors included, is compared once more before it is served.
         open_manifest(folder, folder.name, fingerprint, ANY_RUN)
         return adapter_format.load(base, folder)
 
     with working("preparing to answer"):
         decoding = prove_decoding(base)
-        engine = Engine(base, plan(config, base, keys, decoding.layers), decoding=decoding, load=load)
+        engine = Engine(base, plan(config, base, api_keys, decoding.layers), decoding=decoding, load=load)
     state = ServerState(
-        async_engine=AsyncEngine(engine), model_registry=ModelRegistry(base_label(config.model), fingerprint, store), keys=keys,
-        book=PromptEncoderCache(base, config.format), metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]
+        async_engine=AsyncEngine(engine), model_registry=ModelRegistry(base_label(config.model), fingerprint, store),
+        api_keys=api_keys, prompt_encoders=PromptEncoderCache(base, config.format),
+        metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]
         request_limits=RequestLimits(
             body_bytes=int(config.max_body_mb * 1e6), body_seconds=min(config.request_timeout, RequestLimits.body_seconds),
             prompt_tokens=config.max_prompt_tokens, output_tokens=config.max_output_tokens, seconds=config.request_timeout,
@@ -110,44 +105,43 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
     )  # fmt: skip
     state.metrics = Metrics(state.async_engine)
     built = BuiltServer(state, create_app(state), base)
-    say = built.summary
+    summary = built.summary
     if engine.paged:
-        memory = f"{say['cache_bytes'] / 1e6:.0f} MB of keys and values"
-        note(f"answers    {say['running']} at once, {memory} for {say['cache_tokens']:,} tokens")
+        memory = f"{summary['cache_bytes'] / 1e6:.0f} MB of KV cache"
+        note(f"answers    {summary['running']} at once, {memory} for {summary['cache_tokens']:,} tokens")
     else:
-        note(f"answers    {say['running']} at once, those of equal length together: {decoding.why_not_blocks}")
+        note(f"answers    {summary['running']} at once, those of equal length together: {decoding.why_not_blocks}")
         if decoding.cache is None:
-            note(f"cache      none, each token costs a pass over the whole text: {decoding.why_not_cache}")
-    slots = f"{say['max_loras']} at work at once, {say['adapter_bytes'] / 1e9:.1f} GB for all in memory"
+            note(f"cache      none, each token costs a forward pass over the whole text: {decoding.why_not_cache}")
+    slots = f"{summary['max_loras']} at work at once, {summary['adapter_bytes'] / 1e9:.1f} GB for all in memory"
     note(
-        f"adapters   {say['adapters']} names in the store; {slots}"
+        f"adapters   {summary['adapters']} names in the store; {slots}"
         if store is not None
         else "adapters   none: no --store"
     )
-    if not keys.wanted and config.host not in ("127.0.0.1", "localhost", "::1"):
-        note(f"open       anybody who reaches {config.host} may ask; give --api-keys FILE to change that")
+    if not api_keys.required and config.host not in ("127.0.0.1", "localhost", "::1"):
+        note(f"open       anybody who reaches {config.host} may send requests; give --api-keys FILE to change that")
     return built
 
 
 def base_label(model: str) -> str:
-    """What the base is called over HTTP: a hub id as it is, of a folder only its last name."""
+    """The base's model name over HTTP: a hub id as it is, of a folder only its last part."""
     return Path(model).name if Path(model).exists() else model
 
 
-def plan(config: ServeConfig, base: Base, keys: ApiKeys, kept: dict[int, LayerKVSpec]) -> EngineLimits:
-    """Numbers for the engine from the options and the memory that is free now. Raises ConfigError for too little.
+def plan(config: ServeConfig, base: Base, api_keys: ApiKeys, layers: dict[int, LayerKVSpec]) -> EngineLimits:
+    """The engine's limits from the options and the memory that is free now. Raises ConfigError for too little.
 
-    `kept` is what the layers of the base keep in blocks: empty where keys and values are the model's own business.
+    `layers` are those of the base that have a paged KV cache; empty where the model has a cache of its own.
     """
-    if config.kv_cache_gb is not None and not kept:
+    if config.kv_cache_gb is not None and not layers:
         raise ConfigError(
-            "kv-cache-gb: this model keeps its past in its own way, so what a token takes is not known beforehand; "
-            "leave it out, "
-            "and bound its memory with --max-num-seqs"
+            "kv-cache-gb: this model has no paged KV cache, so the bytes of a token are not known beforehand; leave it out, "
+            "and limit its memory with --max-num-seqs"
         )
     free = free_memory(base.device)
     adapters = int(config.adapter_memory_gb * 1e9) if config.adapter_memory_gb is not None else max(free // 4, 1 << 28)
-    tokens = cache_tokens(base, kept, config.max_num_seqs, config.kv_cache_gb)
+    tokens = cache_tokens(base, layers, config.max_num_seqs, config.kv_cache_gb)
     return EngineLimits(
         max_num_seqs=config.max_num_seqs,
         queue=config.max_queue,
@@ -155,12 +149,12 @@ def plan(config: ServeConfig, base: Base, keys: ApiKeys, kept: dict[int, LayerKV
         cache_tokens=tokens,
         max_loras=config.max_loras,
         adapter_bytes=adapters,
-        shared=len(keys.tenants) > 1,
+        shared=len(api_keys.tenants) > 1,
     )
 
 
 class Server(uvicorn.Server):
-    """uvicorn, ending the way this server ends."""
+    """uvicorn, which drains before it exits."""
 
     def __init__(self, built: BuiltServer, config: ServeConfig, note: Note) -> None:
         settings = uvicorn.Config(
@@ -169,12 +163,12 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(settings)
         self._built, self._drain, self._note = built, config.drain_seconds, note
-        self._told = 0
+        self._signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins to drain, the second one ends at once."""
-        self._told += 1
-        if self._told == 1:
+        self._signals += 1
+        if self._signals == 1:
             self._built.state.draining = True
             self._note("draining   no new requests; another signal ends at once")
         else:
@@ -185,7 +179,7 @@ class Server(uvicorn.Server):
         """As uvicorn's, but a signal that was answered by draining is not raised again at the end."""
         try:
             before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: nobody sends signals here
+        except ValueError:  # not the main thread, which alone gets signals
             yield
             return
         try:
@@ -202,68 +196,14 @@ class Server(uvicorn.Server):
             self._since = getattr(self, "_since", now)
             if not engine.busy or now - self._since > self._drain:
                 if engine.busy:
-                    self._note(
-                        f"stopped    {engine.running + engine.waiting} answers were not complete after {self._drain:g} s"
-                    )
+                    left = engine.num_running + engine.num_waiting
+                    self._note(f"stopped    {left} answers were not complete after {self._drain:g} s")
                 self.should_exit = True
         return await super().on_tick(counter)
 
 
-def serve(config: ServeConfig, note: Note, ready: Callable[[str, BuiltServer], None] = lambda url, built: None) -> None:
-    """Serve until a signal; `ready` is told the address when requests are taken. Raises GraftError."""
-    # While a thread of the engine wants to go on, the one that answers HTTP must not keep the interpreter for 5 ms.
-    sys.setswitchinterval(SWITCH)
-    built = build(config, note)
-    # What is there now stays: looking through all of it for garbage would hold everybody up for a third of a second.
-    gc.collect()
-    gc.freeze()
-    preloaded = [_wanted(built, name, config) for name in config.adapter]
-    built.state.async_engine.start()
-    server = Server(built, config, note)
-    place = _listen(config)
-    url = f"http://{_shown(config.host)}:{place.getsockname()[1]}"
-
-    async def load() -> None:
-        try:
-            for who in preloaded:
-                await preload(built.state, who)
-        except ApiError as error:
-            raise ConfigError(str(error)) from None
-        built.state.preloading = False
-        ready(url, built)
-
-    async def run() -> None:
-        serving, loading = asyncio.create_task(server.serve(sockets=[place])), asyncio.create_task(load())
-        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-        if not loading.done():  # told to end before all was in memory
-            loading.cancel()
-        elif loading.exception() is not None:
-            server.should_exit = True
-        await serving
-        if loading.done() and not loading.cancelled():
-            loading.result()
-
-    try:
-        # The loop is uvloop's where that is installed.
-        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(run())
-    finally:
-        place.close()
-        built.state.async_engine.close()
-        gc.unfreeze()  # libraries report what is not freed at the end
-
-
-def _wanted(built: BuiltServer, name: str, config: ServeConfig) -> ServedModel:
-    """A version that --adapter names. Raises ConfigError."""
-    try:
-        return built.state.model_registry.find(name, Tenant("", admin=True))
-    except UnknownModel:
-        known = list(built.state.model_registry.names())
-        raise ConfigError(f"adapter: {config.store} has no '{name}' for {config.model}{nearest(name, known)}") from None
-
-
-def _listen(config: ServeConfig) -> socket.socket:
-    """A socket on the wanted address. Raises ConfigError where that is taken or not this machine's."""
+def listen(config: ServeConfig) -> socket.socket:
+    """A socket on the config's address. Raises ConfigError where that is taken or not this machine's."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     place = socket.socket(family, socket.SOCK_STREAM)
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -279,5 +219,6 @@ def _listen(config: ServeConfig) -> socket.socket:
     return place
 
 
-def _shown(host: str) -> str:
+def url_host(host: str) -> str:
+    """A host as a URL has it, one that can be reached."""
     return f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host

@@ -17,16 +17,16 @@ import pytest
 import tiny_run
 from rich.console import Console
 
+from graftlm.commands.compare import compare
+from graftlm.commands.train import train
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import ConfigError, DataError, Diverged, ModelError, RunError, Stopped, TrainingError
 from graftlm.experiments.compare import run as module
 from graftlm.experiments.compare import scoring
 from graftlm.experiments.compare.data import load_comparison_data, write_search_rows
 from graftlm.experiments.compare.results import Comparison
-from graftlm.experiments.compare.run import compare
 from graftlm.experiments.compare.view import CompareView
 from graftlm.experiments.reports.comparison import command_of
-from graftlm.training.run import run
 from graftlm.training.view import View
 
 
@@ -57,7 +57,7 @@ class Runs:
     def train(self, config: TrainConfig, on_event: Any) -> dict[str, Any]:
         self.before(config)
         self.done.append(config)
-        return run(config, View(quiet=True))
+        return train(config, View(quiet=True))
 
     def score(self, request: scoring.ScoringRequest, on_event: Any) -> None:
         scoring.measure(request, lambda out: on_event({"event": "scored", "out": out}))
@@ -92,7 +92,7 @@ def test_a_comparison_measures_every_method_with_every_seed_and_writes_its_repor
     assert (full.name, lora.name, found.reference) == ("full", "lora", "full")
     assert full.share == 1.0
     assert full.trainable_parameters == full.base_parameters > lora.trainable_parameters
-    assert (full.many_on_one_base, lora.many_on_one_base) == (False, True)
+    assert (full.shares_base, lora.shares_base) == (False, True)
     assert len(full.losses) == len(lora.losses) == 2
     assert full.task_score is not None
     assert lora.general_before is not None
@@ -168,7 +168,7 @@ def test_a_run_in_the_middle_is_resumed_and_ends_as_if_it_had_never_stopped(
     from graftlm.training.logging import Recorder
 
     whole, _ = compared(config(tmp_path, methods=["lora"], seeds=1, out=str(tmp_path / "whole")))
-    stepped = Recorder.settled
+    stepped = Recorder.on_iteration_end
 
     def stop_after_two(self: Any, trials: Any) -> bool:
         if self.trial.step == 2:
@@ -176,7 +176,7 @@ def test_a_run_in_the_middle_is_resumed_and_ends_as_if_it_had_never_stopped(
         return stepped(self, trials)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "settled", stop_after_two)
+        patch.setattr(Recorder, "on_iteration_end", stop_after_two)
         with pytest.raises(Stopped):
             compared(config(tmp_path, methods=["lora"], seeds=1))
     found, _ = compared(config(tmp_path, methods=["lora"], seeds=1))
@@ -357,8 +357,8 @@ def test_a_prompt_is_answered_once_against_all_its_references(tmp_path: Path) ->
     rows = [{"prompt": f"{i % 15}? ", "completion": f"some answer number {i}"} for i in range(45)]
     eval_dataset = tiny_run.write_rows(tmp_path / "many.jsonl", rows)
     found = load_comparison_data(config(tmp_path, eval_data=str(eval_dataset), metric="rouge-l", metric_prompts=12))
-    assert len(found.questions) == 12
-    assert all(len(q.references) == 3 for q in found.questions)
+    assert len(found.prompts) == 12
+    assert all(len(q.references) == 3 for q in found.prompts)
 
 
 def test_held_out_rows_that_are_trained_on_are_counted(tmp_path: Path) -> None:

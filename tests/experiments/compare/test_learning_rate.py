@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from graftlm.experiments.compare.learning_rate import MOST_RUNS, TriedRate, climb, first_rate, rate_of, search_steps
+from graftlm.experiments.compare.learning_rate import (
+    MOST_RUNS,
+    TriedRate,
+    first_rate,
+    rate_of,
+    search_learning_rate,
+    search_steps,
+)
 
 
 def valley(best: float, *, width: float = 1.0, diverges: float = math.inf) -> tuple[list[float], object]:
@@ -25,7 +32,7 @@ def valley(best: float, *, width: float = 1.0, diverges: float = math.inf) -> tu
 @pytest.mark.parametrize("blind", [True, False])
 def test_the_best_rung_is_found_within_a_half_step_from_afar(best: float, blind: bool) -> None:
     asked, loss_at = valley(best)
-    found = climb(2e-5 if blind else best * 3, loss_at, blind=blind)  # type: ignore[arg-type]
+    found = search_learning_rate(2e-5 if blind else best * 3, loss_at, blind=blind)  # type: ignore[arg-type]
     assert found is not None
     assert abs(math.log10(found.rate / best)) <= 0.26
     assert len(asked) == len(set(asked)) <= MOST_RUNS
@@ -35,15 +42,15 @@ def test_the_best_rung_is_found_within_a_half_step_from_afar(best: float, blind:
 
 def test_a_near_start_needs_three_runs() -> None:
     asked, loss_at = valley(2e-4)
-    climb(2e-4, loss_at, blind=False)  # type: ignore[arg-type]
+    search_learning_rate(2e-4, loss_at, blind=False)  # type: ignore[arg-type]
     assert sorted(asked) == [6.3e-5, 2e-4, 6.3e-4]
 
 
 def test_rates_that_diverge_are_infinitely_bad_and_the_search_turns_back() -> None:
     asked, loss_at = valley(1e-5, diverges=1e-3)
-    found = climb(1e-2, loss_at, blind=False)  # type: ignore[arg-type]
+    found = search_learning_rate(1e-2, loss_at, blind=False)  # type: ignore[arg-type]
     assert found is None, "the start and both its neighbours diverged"
-    found = climb(1e-3, loss_at, blind=True)  # type: ignore[arg-type]
+    found = search_learning_rate(1e-3, loss_at, blind=True)  # type: ignore[arg-type]
     assert found is not None
     assert found.rate <= 3.2e-5
     assert any(math.isinf(t.loss) for t in found.tried)
@@ -52,17 +59,17 @@ def test_rates_that_diverge_are_infinitely_bad_and_the_search_turns_back() -> No
 
 def test_of_rates_that_gain_the_same_the_lowest_is_taken() -> None:
     losses = {1e-4: 1.0, 3.2e-4: 0.998, 1e-3: 1.3, 3.2e-5: 2.0}
-    found = climb(1e-4, lambda rate: TriedRate(rate, losses[rate], 5.0), blind=False)
+    found = search_learning_rate(1e-4, lambda rate: TriedRate(rate, losses[rate], 5.0), blind=False)
     assert found is not None
     assert found.rate == 1e-4, "0.002 of a gain of 4 is nothing"
     losses[1e-4] = 1.2
-    found = climb(1e-4, lambda rate: TriedRate(rate, losses[rate], 5.0), blind=False)
+    found = search_learning_rate(1e-4, lambda rate: TriedRate(rate, losses[rate], 5.0), blind=False)
     assert found is not None
     assert found.rate == 3.2e-4
 
 
 def test_a_search_that_never_turns_says_that_it_ended_at_an_edge() -> None:
-    found = climb(1e-5, lambda rate: TriedRate(rate, 9 - math.log10(rate), 20.0), blind=False)
+    found = search_learning_rate(1e-5, lambda rate: TriedRate(rate, 9 - math.log10(rate), 20.0), blind=False)
     assert found is not None
     assert len(found.tried) == MOST_RUNS
     assert found.at_edge

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from graftlm.experiments.compare.statistics import Difference, PairedBootstrap, findable, half_width, holm, needed
+from graftlm.experiments.compare.statistics import (
+    Difference,
+    PairedBootstrap,
+    findable,
+    half_width,
+    holm,
+    needed,
+    student_quantile,
+    sum_quantile,
+)
 
 
-def study(losses: dict[str, Any], tokens: Any = None, groups: Any = None, **options: Any) -> PairedBootstrap:
-    """A study over arrays (S, n); by default rows of five tokens, each a group of its own."""
+def bootstrap(losses: dict[str, Any], tokens: Any = None, groups: Any = None, **options: Any) -> PairedBootstrap:
+    """A bootstrap over arrays (S, n); by default rows of five tokens, each a group of its own."""
     rows = next(iter(losses.values())).shape[1]
     tokens = np.full(rows, 5) if tokens is None else tokens
     groups = np.arange(rows) if groups is None else groups
@@ -50,24 +60,24 @@ def only(found: PairedBootstrap) -> Difference:
 
 
 def test_the_same_configuration_twice_is_indistinguishable_in_95_of_100_comparisons() -> None:
-    assert sum(not only(simulated(seed)).told_apart for seed in range(100)) >= 95
+    assert sum(not only(simulated(seed)).distinguishable for seed in range(100)) >= 95
 
 
 def test_methods_that_differ_by_row_and_not_on_average_are_indistinguishable_in_95_of_100() -> None:
-    assert sum(not only(simulated(seed, taste=0.1)).told_apart for seed in range(100)) >= 95
+    assert sum(not only(simulated(seed, taste=0.1)).distinguishable for seed in range(100)) >= 95
 
 
 def test_a_different_pair_is_told_apart_in_95_of_100_comparisons() -> None:
     """By 0.05 nats, a tenth of the loss: full against LoRA far from the base."""
     found = [only(simulated(seed, apart=0.05)) for seed in range(100)]
-    assert sum(d.told_apart for d in found) >= 95
+    assert sum(d.distinguishable for d in found) >= 95
     assert all(d.mean > 0 for d in found)
 
 
 def test_one_seed_tells_nothing_apart_and_has_no_seed_error() -> None:
     found = only(simulated(0, seeds=1, apart=0.5))
     assert found.seed_error is None
-    assert not found.told_apart
+    assert not found.distinguishable
     assert found.needed is None
 
 
@@ -86,7 +96,7 @@ def test_one_seed_tells_nothing_apart_and_has_no_seed_error() -> None:
 )
 def test_in_every_world_at_most_five_of_a_hundred_equals_are_told_apart(world: dict[str, Any]) -> None:
     count = 1500
-    false = sum(only(simulated(10_000 + seed, **world)).told_apart for seed in range(count))
+    false = sum(only(simulated(10_000 + seed, **world)).distinguishable for seed in range(count))
     assert false / count <= 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / count)
 
 
@@ -111,17 +121,17 @@ def test_drawing_three_seeds_with_replacement_would_tell_equals_apart_too_often(
 def test_a_loss_is_the_mean_of_a_token_and_not_of_a_row() -> None:
     tokens = np.array([1, 3, 6] * 20)
     losses = {"a": np.array([[4.0, 3.0, 2.0] * 20, [6.0, 3.0, 4.0] * 20])}
-    found = study(losses, tokens)
+    found = bootstrap(losses, tokens)
     assert found.by_seed["a"].tolist() == pytest.approx([9 / 10, 13 / 10])
     assert found.loss("a") == pytest.approx(1.1)
     assert found.gain("a") == pytest.approx(3.0 - 1.1)
-    assert found.spread("a") == pytest.approx(np.std([0.9, 1.3], ddof=1))
+    assert found.std("a") == pytest.approx(np.std([0.9, 1.3], ddof=1))
 
 
 def test_the_error_of_rows_is_that_of_the_textbook() -> None:
     generator = np.random.default_rng(1)
     losses = {"a": generator.normal(5, 1, (2, 400)), "b": generator.normal(6, 2, (2, 400))}
-    found = only(study(losses, resamples=6000))
+    found = only(bootstrap(losses, resamples=6000))
     expected = (losses["b"] - losses["a"]).mean(0).std(ddof=1) / np.sqrt(400) / 5
     assert found.row_error == pytest.approx(expected, rel=0.04)
 
@@ -130,7 +140,7 @@ def test_what_is_hard_for_both_methods_widens_nothing() -> None:
     generator = np.random.default_rng(2)
     losses = {name: generator.normal(5, 1, (3, 90)) for name in "ab"}
     hard = generator.exponential(40, 90)
-    one, other = only(study(losses)), only(study({name: found + hard for name, found in losses.items()}))
+    one, other = only(bootstrap(losses)), only(bootstrap({name: found + hard for name, found in losses.items()}))
     assert other.mean == pytest.approx(one.mean)
     assert (other.interval.low, other.interval.high) == pytest.approx((one.interval.low, one.interval.high))
 
@@ -139,16 +149,16 @@ def test_rows_of_one_prompt_are_no_independent_witnesses() -> None:
     generator = np.random.default_rng(3)
     by_prompt = np.repeat(generator.normal(0, 1, 40), 5)  # five answers to each prompt, alike
     losses = {"a": np.full((3, 200), 5.0), "b": 5.0 + by_prompt + generator.normal(0, 0.1, (3, 200))}
-    apart = only(study(losses))
-    together = only(study(losses, groups=np.repeat(np.arange(40), 5)))
+    apart = only(bootstrap(losses))
+    together = only(bootstrap(losses, groups=np.repeat(np.arange(40), 5)))
     assert together.row_error == pytest.approx(np.sqrt(5) * apart.row_error, rel=0.15)
 
 
 def test_runs_that_are_the_same_to_the_bit_are_not_told_apart() -> None:
     losses = np.random.default_rng(4).normal(5, 1, (3, 60))
-    found = only(study({"a": losses, "b": losses.copy()}))
+    found = only(bootstrap({"a": losses, "b": losses.copy()}))
     assert (found.mean, found.interval.low, found.interval.high, found.p) == (0.0, 0.0, 0.0, 1.0)
-    assert not found.told_apart
+    assert not found.distinguishable
 
 
 def test_the_share_of_a_gain_has_an_interval_around_it_and_the_reference_has_none() -> None:
@@ -165,7 +175,7 @@ def test_the_share_of_a_gain_has_an_interval_around_it_and_the_reference_has_non
 
 def test_there_is_no_share_of_no_gain() -> None:
     losses = {"a": np.full((2, 40), 20.0), "b": np.full((2, 40), 10.0)}
-    assert study(losses).share("b", "a") is None
+    assert bootstrap(losses).share("b", "a") is None
 
 
 def test_the_same_figures_give_the_same_interval_every_time() -> None:
@@ -175,7 +185,7 @@ def test_the_same_figures_give_the_same_interval_every_time() -> None:
 def test_many_rows_are_drawn_in_parts_with_the_same_result_as_few() -> None:
     generator = np.random.default_rng(7)
     losses = {name: generator.normal(5, 1, (2, 60_000)) for name in "ab"}
-    found = only(study(losses, resamples=200))
+    found = only(bootstrap(losses, resamples=200))
     assert found.row_error == pytest.approx((losses["b"] - losses["a"]).mean(0).std() / np.sqrt(60_000) / 5, rel=0.2)
 
 
@@ -189,11 +199,53 @@ def test_holm_steps_p_values_down_as_r_does() -> None:
 
 
 def test_half_an_interval_is_students_for_seeds_alone_and_normal_for_rows_alone() -> None:
-    assert half_width(0.0, 1.0, 3) == pytest.approx(4.303, rel=0.04)  # t, 2 degrees, 97.5 %
-    assert half_width(0.0, 1.0, 6) == pytest.approx(2.571, rel=0.04)
-    assert half_width(1.0, 0.0, 3) == pytest.approx(1.960, rel=0.001)
+    assert half_width(0.0, 1.0, 3) == pytest.approx(4.302652729911275)  # t, 2 degrees, 97.5 %
+    assert half_width(0.0, 1.0, 6) == pytest.approx(2.5705818366147395)
+    assert half_width(1.0, 0.0, 3) == pytest.approx(1.959963984540054)
     both = half_width(1.0, 1.0, 6)
     assert max(1.960, 2.571) < both < 1.960 + 2.571
+
+
+@pytest.mark.parametrize("p", [0.5, 0.6, 0.9, 0.975, 0.999])
+def test_quantiles_of_students_t_are_those_of_the_closed_forms(p: float) -> None:
+    """For 1, 2 and 4 degrees of freedom the quantile is elementary (Shaw 2006)."""
+    alpha = 4 * p * (1 - p)
+    four = 2 * math.sqrt(max(0.0, math.cos(math.acos(math.sqrt(alpha)) / 3) / math.sqrt(alpha) - 1))
+    closed = {1: math.tan(math.pi * (p - 0.5)), 2: (2 * p - 1) / math.sqrt(2 * p * (1 - p)), 4: four}
+    for degrees, expected in closed.items():
+        assert student_quantile(p, degrees) == pytest.approx(expected, rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("p", "degrees", "expected"),
+    [
+        (0.975, 3, 3.1824463052837078),
+        (0.975, 5, 2.5705818356363146),
+        (0.9, 29, 1.311433647301551),
+        (0.975, 149, 1.976013177689192),
+        (0.999, 7, 4.785289628638333),
+        (0.975, 10**7, 1.959964221767205),
+    ],
+)
+def test_quantiles_of_students_t_are_scipys(p: float, degrees: int, expected: float) -> None:
+    """`scipy.stats.t.ppf(p, degrees)`; for many degrees the normal distribution's."""
+    assert student_quantile(p, degrees) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "seeds", "degrees", "expected"),
+    [
+        (1.0, 1.0, 5, 3.20440156834),
+        (1.0, 0.3, 2, 2.34993558649),
+        (0.2, 1.0, 2, 4.31526040750),
+        (1.0, 2.0, 1, 25.45157752),
+    ],
+)
+def test_the_sum_of_both_errors_has_the_quantile_of_its_integral(
+    rows: float, seeds: float, degrees: int, expected: float
+) -> None:
+    """The root of `integrate.quad(lambda t: norm.cdf((x - seeds * t) / rows) * stats.t.pdf(t, degrees))` - 0.975, by scipy."""
+    assert sum_quantile(0.975, rows, seeds, degrees) == pytest.approx(expected, rel=1e-8)
 
 
 def test_the_needed_rows_find_the_difference_about_four_times_of_five() -> None:

@@ -9,7 +9,7 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from graftlm.errors import ConfigError
-from graftlm.experiments.metrics import Question, check_fits, check_metric, score
+from graftlm.experiments.metrics import EvalPrompt, check_fits, check_metric, score
 
 ANSWERS = ["the cat sat on the mat today", "a dog runs in the park now", "it rains"]
 REFERENCES = [
@@ -19,8 +19,8 @@ REFERENCES = [
 ]
 
 
-def questions(*references: str, count: int = 12) -> list[Question]:
-    return [Question(f"x:{i}", (i,), references) for i in range(count)]
+def prompts(*references: str, count: int = 12) -> list[EvalPrompt]:
+    return [EvalPrompt(f"x:{i}", (i,), references) for i in range(count)]
 
 
 def test_exact_match_takes_any_reference_and_minds_neither_case_nor_spaces() -> None:
@@ -44,12 +44,12 @@ def test_rouge_l_is_rouge_scores_for_the_best_reference() -> None:
 
 
 def test_a_metric_that_does_not_fit_the_answers_is_refused_with_one_that_does() -> None:
-    check_fits("exact-match", questions("yes"), 12)
-    check_fits("bleu", questions("a sentence of five words"), 12)
+    check_fits("exact-match", prompts("yes"), 12)
+    check_fits("bleu", prompts("a sentence of five words"), 12)
     with pytest.raises(ConfigError, match=r"counts runs of 4 words.*at most 1; take --metric exact-match"):
-        check_fits("bleu", questions("yes"), 12)
+        check_fits("bleu", prompts("yes"), 12)
     with pytest.raises(ConfigError, match=r"short answers.*at least 40; take --metric rouge-l or bleu"):
-        check_fits("exact-match", questions("word " * 40), 12)
+        check_fits("exact-match", prompts("word " * 40), 12)
 
 
 def test_plain_texts_have_no_answers_to_score() -> None:
@@ -59,7 +59,7 @@ def test_plain_texts_have_no_answers_to_score() -> None:
 
 def test_too_few_prompts_are_refused() -> None:
     with pytest.raises(ConfigError, match="at least 10 different eval prompts, found 4"):
-        check_fits("rouge-l", questions("some words here", count=4), 200)
+        check_fits("rouge-l", prompts("some words here", count=4), 200)
 
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

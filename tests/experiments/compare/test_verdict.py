@@ -29,9 +29,9 @@ def verdict(
         for name, mean in losses.items()
     }
     tokens = np.full(rows, 10)
-    study = PairedBootstrap(found, 30.0 * np.ones(rows), tokens, np.arange(rows), resamples=1500)
+    bootstrap = PairedBootstrap(found, 30.0 * np.ones(rows), tokens, np.arange(rows), resamples=1500)
     config = CompareConfig.build({"model": "demo", "data": "demo", "methods": list(losses), "seeds": seeds, **options})
-    return judge(study, {name: costs[name] for name in losses}, config)
+    return judge(bootstrap, {name: costs[name] for name in losses}, config)
 
 
 def said(found: Verdict) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from graftlm.commands.sweep import sweep
 from graftlm.config import SweepConfig
-from graftlm.experiments.sweep.run import sweep
 from graftlm.experiments.sweep.view import SweepView
 
 torch.set_num_threads(1)

@@ -17,17 +17,16 @@ from rich.console import Console
 
 from graftlm.adapters.store import Store
 from graftlm.cli import app
+from graftlm.commands import sweep as command
+from graftlm.commands.sweep import sweep
+from graftlm.commands.train import train as train_alone
 from graftlm.config import SweepConfig, TrainConfig
 from graftlm.errors import ConfigError, DataError, Diverged, RunError, Stopped, TrainingError
-from graftlm.experiments.sweep import concurrency as places
-from graftlm.experiments.sweep import run, study
-from graftlm.experiments.sweep import trial_scheduler as conductor
+from graftlm.experiments.sweep import concurrency, study, trial_scheduler
 from graftlm.experiments.sweep.results import SweepResult, read
-from graftlm.experiments.sweep.run import sweep
 from graftlm.experiments.sweep.view import SweepView
 from graftlm.planning.hardware import Card
 from graftlm.training import memory as memory_estimate
-from graftlm.training.run import run as train_alone
 from graftlm.training.view import View
 
 OURS = {"rank", "alpha", "learning_rate", "batch_size", "steps", "seed", "data"}
@@ -76,7 +75,7 @@ def test_each_of_many_trials_has_the_losses_that_it_has_alone(
 
     def pruning(self: study.ClaimedTrial, examples: int, loss: float) -> bool:
         report(self, examples, loss)
-        return self.own["rank"] == 16 and examples >= 90
+        return self.params["rank"] == 16 and examples >= 90
 
     monkeypatch.setattr(study.ClaimedTrial, "report", pruning)
     space = {"rank": "1|4|16|64"}
@@ -90,8 +89,8 @@ def test_each_of_many_trials_has_the_losses_that_it_has_alone(
         alpha=None,
         learning_rate=0.003,
     )
-    assert sorted(t.own["rank"] for t in found.tried) == [1, 4, 16, 64]
-    assert [t.state for t in found.tried if t.own["rank"] == 16] == ["pruned"]
+    assert sorted(t.params["rank"] for t in found.tried) == [1, 4, 16, 64]
+    assert [t.state for t in found.tried if t.params["rank"] == 16] == ["pruned"]
     for tried in found.tried:
         together = tiny_run.lines(Path(tried.folder or "") / "metrics.jsonl")
         by_itself = alone(tried.folder or "", tmp_path / f"alone-{tried.number}")
@@ -111,7 +110,7 @@ def test_trials_of_other_batches_data_schedules_and_lengths_train_together(tmp_p
     }  # fmt: skip
     found = swept(tmp_path, search=space, sampler="random", trials=7, at_once=4, data=None)
     assert [t.state for t in found.tried] == ["complete"] * 7
-    assert len({json.dumps(t.own, sort_keys=True) for t in found.tried}) > 4
+    assert len({json.dumps(t.params, sort_keys=True) for t in found.tried}) > 4
     for tried in found.tried[:5]:
         together = tiny_run.lines(Path(tried.folder or "") / "metrics.jsonl")
         by_itself = alone(tried.folder or "", tmp_path / f"alone-{tried.number}")
@@ -120,7 +119,7 @@ def test_trials_of_other_batches_data_schedules_and_lengths_train_together(tmp_p
 
 def test_a_trial_that_diverges_ends_alone_and_changes_nothing_for_the_others(tmp_path: Path) -> None:
     found = swept(tmp_path, search={"learning-rate": "0.003|1e30|0.02"}, steps=8, max_grad_norm=0)
-    states = {t.own["learning_rate"]: t for t in found.tried}
+    states = {t.params["learning_rate"]: t for t in found.tried}
     assert [states[rate].state for rate in (0.003, 1e30, 0.02)] == ["complete", "diverged", "complete"]
     assert "not finite" in str(states[1e30].why) or "nan" in str(states[1e30].why)
     for rate in (0.003, 0.02):
@@ -144,18 +143,18 @@ def test_a_trials_folder_is_an_ordinary_run(tmp_path: Path) -> None:
     train_alone(TrainConfig.build(again), View(quiet=True))
 
 
-# ---- places ----------------------------------------------------------------------------------------------------------
+# ---- concurrency ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_place_that_is_left_goes_to_the_next_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together: list[list[int]] = []
-    settled = conductor.TrialScheduler.settled
+    on_iteration_end = trial_scheduler.TrialScheduler.on_iteration_end
 
-    def counting(self: conductor.TrialScheduler, trials: Any) -> bool:
+    def counting(self: trial_scheduler.TrialScheduler, trials: Any) -> bool:
         together.append(sorted(t.slot for t in trials))
-        return settled(self, trials)
+        return on_iteration_end(self, trials)
 
-    monkeypatch.setattr(conductor.TrialScheduler, "settled", counting)
+    monkeypatch.setattr(trial_scheduler.TrialScheduler, "on_iteration_end", counting)
     swept(tmp_path, search={"steps": "2|3|4|6|7"}, at_once=2)
     assert max(map(len, together)) == 2
     assert sum(map(len, together)) == 2 + 3 + 4 + 6 + 7
@@ -166,19 +165,19 @@ def test_how_many_fit_is_planned_from_memory(tmp_path: Path, monkeypatch: pytest
     class Planned(Exception):
         """Nothing is to be trained once it is known how many fit."""
 
-    seen: list[places.Concurrency] = []
+    seen: list[concurrency.Concurrency] = []
 
-    def planned(*given: Any) -> places.Concurrency:
-        seen.append(places.plan_concurrency(*given))
+    def planned(*given: Any) -> concurrency.Concurrency:
+        seen.append(concurrency.plan_concurrency(*given))
         raise Planned
 
-    monkeypatch.setattr(run, "plan_concurrency", planned)
+    monkeypatch.setattr(command, "plan_concurrency", planned)
     with pytest.raises(Planned):
         swept(tmp_path / "a", search={"rank": "4..64"}, sampler="random", trials=20, steps=1)
     plenty = seen[0]
-    assert plenty.count == places.AT_ONCE
+    assert plenty.count == concurrency.AT_ONCE
     assert plenty.bytes is not None
-    one_adapter = plenty.each * (4 + 4 + 8)  # A and B, gradients, two moments
+    one_adapter = plenty.largest_adapter * (4 + 4 + 8)  # A and B, gradients, two moments
     less = plenty.bytes - 3 * one_adapter
 
     def smaller(device: str | None = None) -> Card:
@@ -207,18 +206,18 @@ def test_without_room_for_one_trial_nothing_is_asked_for(tmp_path: Path, monkeyp
 
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = swept(tmp_path / "whole", search={"learning-rate": "0.003|0.02|0.01"}, at_once=2)
-    settled = conductor.TrialScheduler.settled
+    on_iteration_end = trial_scheduler.TrialScheduler.on_iteration_end
     count = 0
 
-    def stopping(self: conductor.TrialScheduler, trials: Any) -> bool:
+    def stopping(self: trial_scheduler.TrialScheduler, trials: Any) -> bool:
         nonlocal count
         count += 1
         if count == 9:  # two trials have ended, the third has taken three steps
             self.stopped = 15
-        return settled(self, trials)
+        return on_iteration_end(self, trials)
 
     with monkeypatch.context() as patch:
-        patch.setattr(conductor.TrialScheduler, "settled", stopping)
+        patch.setattr(trial_scheduler.TrialScheduler, "on_iteration_end", stopping)
         with pytest.raises(Stopped, match="Go on with the same command"):
             swept(tmp_path / "b", search={"learning-rate": "0.003|0.02|0.01"}, at_once=2)
     states = sorted(t.state for t in read(tmp_path / "b" / "sweep").tried)
@@ -227,8 +226,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     found, said = heard(tmp_path / "b", search={"learning-rate": "0.003|0.02|0.01"}, at_once=2)
     assert "going on from" in said
     assert all(p.stat().st_mtime_ns == time for p, time in finished.items())
-    assert {t.own["learning_rate"]: t.loss for t in found.tried} == pytest.approx(
-        {t.own["learning_rate"]: t.loss for t in whole.tried}, rel=1e-5
+    assert {t.params["learning_rate"]: t.loss for t in found.tried} == pytest.approx(
+        {t.params["learning_rate"]: t.loss for t in whole.tried}, rel=1e-5
     )
 
 
@@ -239,7 +238,7 @@ def test_a_trial_whose_result_was_written_and_not_told_is_not_run_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(study.ClaimedTrial, "tell", dying)
+        patch.setattr(study.ClaimedTrial, "report_result", dying)
         with pytest.raises(KeyboardInterrupt):
             swept(tmp_path, at_once=1)
     assert [t.state for t in read(tmp_path / "sweep").tried] == ["running"]
@@ -284,7 +283,7 @@ def test_four_workers_share_a_sweep_one_is_killed_and_no_trial_is_lost_or_run_tw
     assert sorted(seen["statuses"]) == [-9, 0, 0, 0], seen["said"]
     found = swept(tmp_path, **{k: v for k, v in given.items() if k not in ("model",)})  # whatever was left over
     assert [t.state for t in found.tried] == ["complete"] * 10
-    assert len({json.dumps(t.own) for t in found.tried}) == 10  # no two workers drew the same
+    assert len({json.dumps(t.params) for t in found.tried}) == 10  # no two workers drew the same
     for tried in found.tried:
         steps = [m["step"] for m in tiny_run.lines(Path(tried.folder or "") / "metrics.jsonl") if m["kind"] == "train"]
         assert steps == list(range(1, 31))
@@ -410,12 +409,12 @@ def test_show_prints_what_was_found_and_writes_the_report(tmp_path: Path) -> Non
 def test_asha_ends_poor_trials_early_and_hyperband_runs(tmp_path: Path) -> None:
     space = {"learning-rate": "0.03|0.02|0.01|0.000001|0.000002|0.000003|0.000004"}
     found = swept(tmp_path, search=space, steps=9, eval_every=1, pruner="asha", at_once=7)
-    states = {t.own["learning_rate"]: t.state for t in found.tried}
+    states = {t.params["learning_rate"]: t.state for t in found.tried}
     assert "pruned" in states.values()
     assert states[min(states)] == "pruned"
     best = found.best
     assert best is not None
-    assert best.own["learning_rate"] >= 0.01
+    assert best.params["learning_rate"] >= 0.01
     shutil.rmtree(tmp_path / "sweep")
     found = swept(tmp_path, search=space, steps=9, eval_every=3, pruner="hyperband", at_once=4, trials=4)
     assert {t.state for t in found.tried} <= {"complete", "pruned"}
@@ -426,14 +425,14 @@ def test_the_same_sweep_twice_tries_the_same(tmp_path: Path) -> None:
     space = {"learning-rate": "0.0001..0.1", "rank": "1..16"}
     first = swept(tmp_path / "a", search=space, sampler="tpe", trials=6, at_once=2, steps=2, eval_every=2)
     second = swept(tmp_path / "b", search=space, sampler="tpe", trials=6, at_once=2, steps=2, eval_every=2)
-    assert [(t.own, t.loss) for t in first.tried] == [(t.own, t.loss) for t in second.tried]
+    assert [(t.params, t.loss) for t in first.tried] == [(t.params, t.loss) for t in second.tried]
 
 
 def test_an_error_that_is_not_one_trials_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise TrainingError("a frozen tensor has changed")
 
-    monkeypatch.setattr("graftlm.training.trainer._refuse_untrained", broken)
+    monkeypatch.setattr("graftlm.training.trainer.check_gradients_reach_every_tensor", broken)
     with pytest.raises(TrainingError, match="frozen tensor") as caught:
         swept(tmp_path)
     assert not isinstance(caught.value, Diverged)

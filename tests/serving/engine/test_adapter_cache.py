@@ -12,7 +12,7 @@ import tiny_engine
 import torch
 
 from graftlm.adapters.attach import Adapter
-from graftlm.serving.engine.adapter_cache import AdapterCache, ready
+from graftlm.serving.engine.adapter_cache import AdapterCache, pack_for_decoding
 
 
 def residents_of(
@@ -24,8 +24,8 @@ def residents_of(
 
 
 def loaded(adapter_cache: AdapterCache, digest: str) -> None:
-    adapter_cache.hold(digest, Path(digest))
-    until(lambda: (adapter_cache.settle(), not adapter_cache.loading)[1])
+    adapter_cache.acquire(digest, Path(digest))
+    until(lambda: (adapter_cache.collect_loaded(), not adapter_cache.loading)[1])
 
 
 def until(true: Callable[[], bool], seconds: float = 20) -> None:
@@ -36,18 +36,18 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def slots(adapter_cache: AdapterCache) -> dict[str, bool]:
-    return {held.digest: bool(held.slot) for held in adapter_cache.table()}
+    return {held.digest: bool(held.slot) for held in adapter_cache.versions()}
 
 
 def test_the_adapter_unused_longest_gives_its_slot() -> None:
     adapter_cache = residents_of()
     for digest in ("0", "1", "0", "2"):
         loaded(adapter_cache, digest)
-        assert adapter_cache.run(digest)
-        adapter_cache.stop(digest)
-        adapter_cache.leave(digest)
+        assert adapter_cache.acquire_slot(digest)
+        adapter_cache.release_slot(digest)
+        adapter_cache.release(digest)
     assert slots(adapter_cache) == {"0": True, "1": False, "2": True}
-    table = {held.digest: held for held in adapter_cache.table()}
+    table = {held.digest: held for held in adapter_cache.versions()}
     assert (table["0"].hits, table["0"].loads, table["1"].evictions) == (1, 1, 1)
 
 
@@ -55,11 +55,11 @@ def test_what_runs_is_never_evicted() -> None:
     adapter_cache = residents_of()
     for digest in ("0", "1", "2"):
         loaded(adapter_cache, digest)
-    first = adapter_cache.run("0")
-    assert adapter_cache.run("1") not in (None, first)
-    assert adapter_cache.run("2") is None
-    adapter_cache.stop("1")
-    assert adapter_cache.run("2") is not None
+    first = adapter_cache.acquire_slot("0")
+    assert adapter_cache.acquire_slot("1") not in (None, first)
+    assert adapter_cache.acquire_slot("2") is None
+    adapter_cache.release_slot("1")
+    assert adapter_cache.acquire_slot("2") is not None
     assert slots(adapter_cache) == {"0": True, "1": False, "2": True}
 
 
@@ -68,23 +68,23 @@ def test_who_waits_too_long_for_a_slot_gets_one_though_others_keep_coming() -> N
     for digest in ("0", "1", "2"):
         loaded(adapter_cache, digest)
     for digest in ("0", "0", "1"):
-        assert adapter_cache.run(digest)
-    assert adapter_cache.run("2", passed_over=10_000) is None
-    assert adapter_cache.run("1") is None, "it takes nobody any more"
-    assert adapter_cache.run("0")
-    adapter_cache.stop("1")
-    assert adapter_cache.run("2", passed_over=10_001)
+        assert adapter_cache.acquire_slot(digest)
+    assert adapter_cache.acquire_slot("2", times_skipped=10_000) is None
+    assert adapter_cache.acquire_slot("1") is None, "it takes nobody any more"
+    assert adapter_cache.acquire_slot("0")
+    adapter_cache.release_slot("1")
+    assert adapter_cache.acquire_slot("2", times_skipped=10_001)
 
 
 def test_memory_is_bounded_and_nothing_that_is_held_is_forgotten() -> None:
-    size = ready(tiny_engine.adapter_of(tiny_engine.base_of(), 4)).bytes
+    size = pack_for_decoding(tiny_engine.adapter_of(tiny_engine.base_of(), 4)).bytes
     adapter_cache = residents_of(limit=int(2.7 * size), count=3)
     for digest in ("0", "1"):  # ranks 2 and 3
         loaded(adapter_cache, digest)
-    adapter_cache.leave("0")
+    adapter_cache.release("0")
     loaded(adapter_cache, "2")
-    assert {h.digest for h in adapter_cache.table() if h.adapter} == {"0", "1", "2"}
-    adapter_cache.hold("3", Path("3"))
+    assert {h.digest for h in adapter_cache.versions() if h.adapter} == {"0", "1", "2"}
+    adapter_cache.acquire("3", Path("3"))
     assert not adapter_cache.error("3") or "takes" in adapter_cache.error("3")
 
 
@@ -92,12 +92,12 @@ def test_a_request_for_a_version_that_is_too_large_is_told_so(tmp_path: Path) ->
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "adapter_model.safetensors").write_bytes(b"0" * 5_000_000)
     adapter_cache = residents_of(limit=1_000_000)
-    adapter_cache.hold("big", tmp_path / "big")
+    adapter_cache.acquire("big", tmp_path / "big")
     assert adapter_cache.error("big") == (
         "the adapter takes 5.0 MB, and 1.0 MB are there for all adapters; give more with --adapter-memory-gb"
     )
-    adapter_cache.leave("big")
-    assert adapter_cache.table() == []
+    adapter_cache.release("big")
+    assert adapter_cache.versions() == []
 
 
 def test_loading_is_done_by_another_thread_while_the_engine_goes_on() -> None:
@@ -114,8 +114,8 @@ def test_loading_is_done_by_another_thread_while_the_engine_goes_on() -> None:
 
     engine = tiny_engine.engine_of(base)
     engine.adapter_cache._load = load
-    engine.submit(tiny_engine.request(tiny.ids(5).tolist(), 5, "slow", id="slow"), Path("slow"))
-    engine.submit(tiny_engine.request(tiny.ids(5).tolist(), 5, id="base"))
+    engine.add_request(tiny_engine.request(tiny.ids(5).tolist(), 5, "slow", id="slow"), Path("slow"))
+    engine.add_request(tiny_engine.request(tiny.ids(5).tolist(), 5, id="base"))
     finished: list[str] = []
     until(lambda: (finished.extend(p.id for p in engine.step() if p.finish_reason), finished == ["base"])[1])
     may_end.set()
@@ -129,12 +129,14 @@ def test_an_adapter_takes_its_own_bytes_and_none_for_padding() -> None:
     base = tiny_engine.base_of()
     for rank in (1, 3, 33):
         adapter = tiny_engine.adapter_of(base, rank)
-        assert ready(adapter).bytes == adapter.bytes
+        assert pack_for_decoding(adapter).bytes == adapter.bytes
         halves = tiny_engine.adapter_of(base, rank)
         with torch.no_grad():
             for parameter in halves.parameters().values():
                 parameter.copy_(parameter.bfloat16())
-        assert ready(halves).bytes == adapter.bytes // 2, "values that 16 bits hold exactly are kept in 16 bits"
+        assert pack_for_decoding(halves).bytes == adapter.bytes // 2, (
+            "values that 16 bits hold exactly are kept in 16 bits"
+        )
 
 
 def test_an_adapter_in_memory_keeps_nothing_of_the_file_that_it_was_read_from() -> None:
@@ -145,7 +147,7 @@ def test_an_adapter_in_memory_keeps_nothing_of_the_file_that_it_was_read_from() 
         for parameter in adapter.parameters().values():  # as safetensors gives them: views of the whole file
             view = file[7 : 7 + parameter.numel()].view(parameter.shape)
             parameter.set_(view.copy_(parameter.clone()))
-    found = ready(adapter)
+    found = pack_for_decoding(adapter)
     stores = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in found.parameters().values()}
     (size,) = stores.values()
     assert adapter.bytes <= size < adapter.bytes + 64 * len(adapter.parameters())
@@ -156,8 +158,8 @@ def test_an_adapter_in_memory_keeps_nothing_of_the_file_that_it_was_read_from() 
 def test_dropping_a_version_frees_it_unless_somebody_holds_it() -> None:
     adapter_cache = residents_of()
     loaded(adapter_cache, "0")
-    assert not adapter_cache.drop("0")
-    adapter_cache.leave("0")
-    assert adapter_cache.drop("0")
-    assert adapter_cache.table() == []
-    assert adapter_cache.drop("never there")
+    assert not adapter_cache.evict_if_idle("0")
+    adapter_cache.release("0")
+    assert adapter_cache.evict_if_idle("0")
+    assert adapter_cache.versions() == []
+    assert adapter_cache.evict_if_idle("never there")

@@ -25,7 +25,7 @@ def async_engine() -> Iterator[AsyncEngine]:
 
 async def answer(async_engine: AsyncEngine, **given: Any) -> list[RequestOutput]:
     found: list[RequestOutput] = []
-    async for outputs in async_engine.ask([tiny_engine.request([5, 9, 11], 6, **given)], None):
+    async for outputs in async_engine.generate([tiny_engine.request([5, 9, 11], 6, **given)], None):
         found += outputs
     return found
 
@@ -38,7 +38,7 @@ def test_one_bad_step_ends_its_requests_and_not_the_service(
     async_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(async_engine.engine.runner, "run", broken)
+        patch.setattr(async_engine.engine.runner, "execute_model", broken)
         last = asyncio.run(answer(async_engine))[-1]
     assert (last.finish_reason, last.error) == ("error", "the engine failed: RuntimeError")
     assert asyncio.run(answer(async_engine))[-1].finish_reason == "length"
@@ -57,7 +57,7 @@ def test_whoever_waits_is_told_when_the_thread_has_died(
 
     async def late() -> None:
         with pytest.raises(GraftError, match="has ended"):
-            await async_engine.call(lambda engine: engine.running)
+            await async_engine.call(lambda engine: engine.num_running)
         with pytest.raises(GraftError, match="has ended"):
             await answer(async_engine)
 
@@ -76,7 +76,7 @@ def test_a_call_runs_between_two_steps_and_its_fault_is_the_callers(async_engine
 
 def test_who_leaves_early_gives_his_request_up(async_engine: AsyncEngine) -> None:
     async def leave() -> None:
-        async for _ in async_engine.ask([tiny_engine.request([5, 9, 11], 40, id="left")], None):
+        async for _ in async_engine.generate([tiny_engine.request([5, 9, 11], 40, id="left")], None):
             break
 
     asyncio.run(leave())
@@ -86,14 +86,14 @@ def test_who_leaves_early_gives_his_request_up(async_engine: AsyncEngine) -> Non
 
 
 def test_a_request_that_cannot_begin_fails_alone(async_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    hold = async_engine.engine.adapter_cache.hold
+    hold = async_engine.engine.adapter_cache.acquire
 
     def gone(digest: str, folder: Path) -> None:
         if digest == "gone":
             raise AdapterError("the folder was removed meanwhile")
         hold(digest, folder)
 
-    monkeypatch.setattr(async_engine.engine.adapter_cache, "hold", gone)
+    monkeypatch.setattr(async_engine.engine.adapter_cache, "acquire", gone)
 
     async def both() -> tuple[list[RequestOutput], list[RequestOutput]]:
         return await asyncio.gather(answer(async_engine, adapter="gone", n=2), answer(async_engine))
@@ -101,7 +101,7 @@ def test_a_request_that_cannot_begin_fails_alone(async_engine: AsyncEngine, monk
     lost, kept = asyncio.run(asyncio.wait_for(both(), 20))
     assert [(p.finish_reason, p.error) for p in lost] == [("error", "the folder was removed meanwhile")] * 2
     assert kept[-1].finish_reason == "length"
-    assert async_engine.engine.waiting == 0
+    assert async_engine.engine.num_waiting == 0
     assert async_engine.failures == 0
 
 
@@ -111,7 +111,8 @@ def test_a_tenant_with_answers_waiting_hears_in_parcels_and_misses_nothing(monke
 
     async def told(tenant: str) -> list[list[RequestOutput]]:
         return [
-            p async for p in async_engine.ask([tiny_engine.request([5, 9, 11], 12, tenant=tenant, logprobs=0)], None)
+            p
+            async for p in async_engine.generate([tiny_engine.request([5, 9, 11], 12, tenant=tenant, logprobs=0)], None)
         ]
 
     async def both() -> tuple[list[list[RequestOutput]], list[list[RequestOutput]]]:
@@ -120,7 +121,7 @@ def test_a_tenant_with_answers_waiting_hears_in_parcels_and_misses_nothing(monke
         async_engine.start()  # with both there from the first step on
         return await asyncio.wait_for(asked, 20)
 
-    monkeypatch.setattr(async_engine.engine, "crowds", lambda tenant: tenant == "large")
+    monkeypatch.setattr(async_engine.engine.scheduler, "crowds", lambda tenant: tenant == "large")
     chunks, single = asyncio.run(both())
     async_engine.close()
     assert [sum(len(p.tokens) for p in news) for news in chunks] == [1, 11], (

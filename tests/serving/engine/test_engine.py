@@ -90,11 +90,11 @@ def test_other_precisions_give_the_same_logits_in_a_mix_within_a_millionth(preci
     engine = tiny_engine.engine_of(base, adapters, max_num_seqs=10)
     together: dict[str, list[float]] = {r.id: [] for r in requests}
     for one in requests:
-        engine.submit(one, Path(one.adapter))
+        engine.add_request(one, Path(one.adapter))
     for output in tiny_engine.drain(engine):
         together[output.id] += [c.logprob for c in output.logprobs]
     for one in pick.sample(requests, 6):
-        engine.submit(replace(one, id="alone"), Path(one.adapter))
+        engine.add_request(replace(one, id="alone"), Path(one.adapter))
         found = [c.logprob for output in tiny_engine.drain(engine) for c in output.logprobs]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(together[one.id]), rtol=1e-4, atol=1e-5)
 
@@ -165,7 +165,7 @@ def test_sampled_answers_are_the_same_alone_in_company_and_after_an_interruption
     assert tiny_engine.ask(tiny_engine.engine_of(base), [*others, replace(one, id="again")])["again"] == alone
     short = tiny_engine.engine_of(base, cache_tokens=96)  # six blocks: the sequences do not all fit to their end
     assert tiny_engine.ask(short, [*others, replace(one, id="again")])["again"] == alone
-    assert short.counts.preempted > 0
+    assert short.scheduler.num_preempted > 0
     assert (
         tiny_engine.tokens(tiny_engine.engine_of(base), replace(one, id="x", sampling=replace(sampling, seed=6)))
         != alone
@@ -181,7 +181,7 @@ def test_what_is_kept_of_a_prompt_is_used_again_under_the_same_adapter_only() ->
     answers: list[list[int]] = []
     for name in ("a", "a", "b", "", "", "b"):
         one = tiny_engine.request(long, 5, name)
-        engine.submit(one, Path(name))
+        engine.add_request(one, Path(name))
         outputs = tiny_engine.drain(engine)
         cached.append(outputs[-1].cached_tokens)
         answers.append([t for p in outputs for t in p.tokens])
@@ -196,14 +196,14 @@ def test_a_conversation_that_goes_on_reads_only_what_is_new() -> None:
     engine = tiny_engine.engine_of(tiny_engine.base_of())
     first = tiny_engine.request(prompt(20, 1), 20)
     answer = tiny_engine.tokens(engine, first)
-    engine.submit(tiny_engine.request([*first.prompt, *answer, 5, 6, 7], 4))
+    engine.add_request(tiny_engine.request([*first.prompt, *answer, 5, 6, 7], 4))
     assert tiny_engine.drain(engine)[-1].cached_tokens == 32  # two of the blocks that the first answer filled
 
 
 def test_several_answers_to_one_prompt_read_it_once_and_differ() -> None:
     engine = tiny_engine.engine_of(tiny_engine.base_of())
     long = prompt(36, 2)
-    engine.submit(tiny_engine.request(long, 6, n=4, sampling=SamplingParams(temperature=2.0, seed=3)))
+    engine.add_request(tiny_engine.request(long, 6, n=4, sampling=SamplingParams(temperature=2.0, seed=3)))
     outputs = tiny_engine.drain(engine)
     found = {i: [t for p in outputs if p.index == i for t in p.tokens] for i in range(4)}
     assert len({tuple(answer) for answer in found.values()}) == 4
@@ -217,14 +217,14 @@ def test_stop_tokens_and_stop_strings_end_an_answer_and_are_no_part_of_its_text(
     base = tiny_engine.base_of()
     engine = tiny_engine.engine_of(base)
     whole = tiny_engine.tokens(engine, tiny_engine.request(prompt(6, 3), 12))
-    engine.submit(tiny_engine.request(prompt(6, 3), 12, stop_ids=frozenset({whole[4]})))
+    engine.add_request(tiny_engine.request(prompt(6, 3), 12, stop_ids=frozenset({whole[4]})))
     outputs = tiny_engine.drain(engine)
     first = whole.index(whole[4])
     assert (outputs[-1].finish_reason, outputs[-1].completion_tokens) == ("stop", first + 1)
     text = "".join(p.text for p in outputs)
     assert text == base.tokenizer.decode(whole[:first])
     words = base.tokenizer.decode(whole).split()
-    engine.submit(tiny_engine.request(prompt(6, 3), 12, stop=(f"{words[5]} {words[6]}",)))
+    engine.add_request(tiny_engine.request(prompt(6, 3), 12, stop=(f"{words[5]} {words[6]}",)))
     outputs = tiny_engine.drain(engine)
     text = "".join(p.text for p in outputs)
     assert outputs[-1].finish_reason == "stop"
@@ -235,7 +235,7 @@ def test_reported_log_probabilities_are_those_of_the_model() -> None:
     base = tiny_engine.base_of()
     engine = tiny_engine.engine_of(base)
     asks = prompt(7, 3)
-    engine.submit(tiny_engine.request(asks, 5, logprobs=3))
+    engine.add_request(tiny_engine.request(asks, 5, logprobs=3))
     outputs = tiny_engine.drain(engine)
     tokens = [t for p in outputs for t in p.tokens]
     logits = tiny.plain_logits(tiny.plain(tiny.folder("llama")), torch.tensor([*asks, *tokens]))
@@ -250,7 +250,7 @@ def test_an_embedding_is_the_mean_of_the_states_before_the_head(architecture: st
     base = tiny_engine.base_of(architecture)
     engine = tiny_engine.engine_of(base, max_num_batched_tokens=8)
     asks = prompt(19, 3)
-    engine.submit(tiny_engine.request(asks, 0, embed=True))
+    engine.add_request(tiny_engine.request(asks, 0, embed=True))
     (output,) = tiny_engine.drain(engine)
     model = tiny.plain(tiny.folder(architecture))
     expected = model.base_model(torch.tensor([asks])).last_hidden_state[0].mean(0)
@@ -274,43 +274,43 @@ def test_what_cannot_be_answered_is_refused_with_the_numbers() -> None:
     ]
     for one, message in refused:
         with pytest.raises(RequestError, match=message) as caught:
-            engine.submit(one)
+            engine.add_request(one)
         assert not caught.value.full
     for i in range(3):
-        engine.submit(tiny_engine.request(prompt(4, i), 3))
+        engine.add_request(tiny_engine.request(prompt(4, i), 3))
     with pytest.raises(RequestError, match="the queue is full: 3 answers wait, the limit is 3") as caught:
-        engine.submit(tiny_engine.request([5], 3))
+        engine.add_request(tiny_engine.request([5], 3))
     assert caught.value.full
     tiny_engine.drain(engine)
-    engine.submit(tiny_engine.request([5], 3))
+    engine.add_request(tiny_engine.request([5], 3))
 
 
 def test_one_tenant_cannot_fill_a_shared_queue() -> None:
     engine = tiny_engine.engine_of(tiny_engine.base_of(), queue=8, shared=True)
     for _ in range(4):
-        engine.submit(tiny_engine.request([5], 3, tenant="loud"))
+        engine.add_request(tiny_engine.request([5], 3, tenant="loud"))
     with pytest.raises(
         RequestError, match="your part of the queue is full: 4 answers wait, the limit for one key is 4"
     ):
-        engine.submit(tiny_engine.request([5], 3, tenant="loud"))
-    engine.submit(tiny_engine.request([5], 3, tenant="quiet"))
+        engine.add_request(tiny_engine.request([5], 3, tenant="loud"))
+    engine.add_request(tiny_engine.request([5], 3, tenant="quiet"))
 
 
 def test_a_cancelled_request_ends_at_once_and_gives_everything_back() -> None:
     engine = tiny_engine.engine_of(tiny_engine.base_of(), max_num_seqs=2)
     for name in ("a", "b", "c"):
-        engine.submit(tiny_engine.request(prompt(9, 1), 30, id=name))
+        engine.add_request(tiny_engine.request(prompt(9, 1), 30, id=name))
     engine.step()
     for name in ("a", "c", "nobody"):
-        engine.cancel(name)
+        engine.abort_request(name)
     ended = {p.id: p.finish_reason for p in tiny_engine.drain(engine) if p.finish_reason}
     assert ended == {"a": "cancelled", "b": "length", "c": "cancelled"}
-    assert (engine.running, engine.waiting, engine.runner.occupied) == (0, 0, 0.0)
+    assert (engine.num_running, engine.num_waiting, engine.runner.kv_cache_usage) == (0, 0, 0.0)
 
 
 def test_a_request_is_given_up_when_its_time_is_over() -> None:
     engine = tiny_engine.engine_of(tiny_engine.base_of())
-    engine.submit(tiny_engine.request(prompt(9, 1), 30, deadline=time.monotonic() - 1))
+    engine.add_request(tiny_engine.request(prompt(9, 1), 30, deadline=time.monotonic() - 1))
     (output,) = tiny_engine.drain(engine)
     assert output.finish_reason == "timeout"
 
@@ -326,14 +326,14 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_and_no_others() -> 
     engine = tiny_engine.engine_of(base)
     engine.adapter_cache._load = load  # type: ignore[assignment]
     for name in ("", "broken", "odd", ""):
-        engine.submit(tiny_engine.request(prompt(5, 1), 4, name), Path(name))
+        engine.add_request(tiny_engine.request(prompt(5, 1), 4, name), Path(name))
     ends = [p for p in tiny_engine.drain(engine) if p.finish_reason]
     assert sorted(p.finish_reason or "" for p in ends) == ["error", "error", "length", "length"]
     assert {p.error for p in ends if p.error} == {
         "tensor 'x' holds values that are not finite",
         "ValueError: out of cheese",
     }
-    assert engine.adapter_cache.table() == []
+    assert engine.adapter_cache.versions() == []
 
 
 def test_more_adapters_than_slots_all_get_their_turn() -> None:

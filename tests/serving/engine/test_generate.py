@@ -11,9 +11,10 @@ import torch
 from graftlm import demo
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import load_base
+from graftlm.commands.generate import generate
 from graftlm.config import GenerateConfig
 from graftlm.errors import AdapterError, ConfigError
-from graftlm.serving.engine.generate import complete, complete_all, generate_text
+from graftlm.serving.engine.generate import complete, complete_all
 from graftlm.serving.engine.prompts import choose_format
 
 
@@ -50,7 +51,7 @@ def test_the_text_that_is_shown_is_the_text_that_is_returned() -> None:
 
 
 def test_the_demo_base_is_asked_in_text_because_it_was_trained_on_texts() -> None:
-    answer = generate_text(
+    answer = generate(
         GenerateConfig(
             model="demo", prompt="Describe this product.\nname: Velmora\nkind: kettle\nDescription:", max_tokens=40
         )
@@ -61,7 +62,7 @@ def test_the_demo_base_is_asked_in_text_because_it_was_trained_on_texts() -> Non
 
 
 def test_more_tokens_than_fit_are_said_to_be_cut() -> None:
-    answer = generate_text(GenerateConfig(model="demo", prompt="a " * 1000, max_tokens=500))
+    answer = generate(GenerateConfig(model="demo", prompt="a " * 1000, max_tokens=500))
     assert "500 were asked for" in answer["notes"][0]
 
 
@@ -86,7 +87,7 @@ def test_an_adapter_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = GenerateConfig(model=str(model), adapter=tmp_path / "run" / "adapter", prompt="ab")
     with pytest.raises(AdapterError, match="was trained with another tokenizer"):
-        generate_text(config)
+        generate(config)
 
 
 def test_an_adapter_on_another_precision_says_so(tmp_path: Path) -> None:
@@ -100,12 +101,12 @@ def test_an_adapter_on_another_precision_says_so(tmp_path: Path) -> None:
         base_precision="nf4",
         max_tokens=3,
     )
-    assert "trained on a base in float32 and runs on nf4" in generate_text(config)["notes"][0]
+    assert "trained on a base in float32 and runs on nf4" in generate(config)["notes"][0]
 
 
 def test_sampling_from_nearly_nothing_takes_the_likeliest() -> None:
     def asked(**sampling: float) -> str:
-        return generate_text(GenerateConfig(model="demo", prompt="Describe", max_tokens=12, **sampling))["text"]
+        return generate(GenerateConfig(model="demo", prompt="Describe", max_tokens=12, **sampling))["text"]
 
     assert asked(temperature=0.7, top_p=1e-6) == asked()
     assert asked(temperature=1e-40) == asked(temperature=1e-300) == asked()

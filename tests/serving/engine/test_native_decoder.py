@@ -14,7 +14,7 @@ from graftlm.base.context import ForwardContext
 from graftlm.base.kv_cache import PagedAttention, PagedKVCache, check_kv_cache
 from graftlm.base.loading import Base
 from graftlm.segments import Segments
-from graftlm.serving.engine.adapter_cache import ready
+from graftlm.serving.engine.adapter_cache import pack_for_decoding
 from graftlm.serving.engine.native_decoder import NativeDecoder, native_decoder_of
 
 STEPS = ((6, 3, 9), (1, 1, 1), (4, 1, 1), (1, 7, 2), (1, 1, 1))
@@ -55,7 +55,7 @@ def test_models_of_the_family_run_in_one_call(architecture: str) -> None:
 def test_other_models_keep_their_own_code_and_the_reason_is_known(architecture: str, why: str) -> None:
     runner = tiny_engine.engine_of(tiny_engine.base_of(architecture)).runner
     assert runner.decoder is None
-    assert why in runner.why_own_code
+    assert why in runner.why_no_decoder
 
 
 @torch.no_grad()
@@ -64,8 +64,8 @@ def test_other_models_keep_their_own_code_and_the_reason_is_known(architecture: 
 def test_states_are_those_of_the_models_own_code_under_adapters_of_any_rank(architecture: str, precision: str) -> None:
     base = tiny_engine.base_of(architecture, precision)
     ours, store = decoder(base), store_of(base)
-    attach(base, ready(tiny_engine.adapter_of(base, 33, targets=("attention",))), slot=4)
-    attach(base, ready(tiny_engine.adapter_of(base, 3)), slot=7)
+    attach(base, pack_for_decoding(tiny_engine.adapter_of(base, 33, targets=("attention",))), slot=4)
+    attach(base, pack_for_decoding(tiny_engine.adapter_of(base, 3)), slot=7)
     done = [0, 0, 0]
     try:
         for number, step in enumerate(STEPS):
@@ -88,7 +88,7 @@ def test_an_adapter_in_16_bits_is_read_as_it_lies() -> None:
     for part in adapter.slots.values():
         assert isinstance(part, LowRank)
         part.A, part.B = (nn.Parameter(t.detach().bfloat16().float(), requires_grad=False) for t in (part.A, part.B))
-    adapter = ready(adapter)
+    adapter = pack_for_decoding(adapter)
     assert {p.dtype for p in adapter.parameters().values()} == {torch.bfloat16}
     attach(base, adapter, slot=4)
     try:
@@ -102,8 +102,8 @@ def test_an_adapter_in_16_bits_is_read_as_it_lies() -> None:
 @torch.no_grad()
 def test_a_row_gives_the_same_bits_whoever_shares_its_pass() -> None:
     base = tiny_engine.base_of()
-    attach(base, ready(tiny_engine.adapter_of(base, 16)), slot=4)
-    attach(base, ready(tiny_engine.adapter_of(base, 64)), slot=7)
+    attach(base, pack_for_decoding(tiny_engine.adapter_of(base, 16)), slot=4)
+    attach(base, pack_for_decoding(tiny_engine.adapter_of(base, 64)), slot=7)
     try:
         ids = tiny.ids(22)
         together = decoder(base).hidden(ids, (9, 7, 6), (0, 0, 0), (0, 1, 2), SLOTS)
@@ -123,7 +123,7 @@ def test_adapters_that_are_more_than_low_rank_products_are_left_to_the_models_ow
     ours = decoder(base)
     plan = {"dora": kind == "dora"}
     adapter = tiny_engine.adapter_of(base, 300 if kind == "rank 300" else 3, **plan)
-    attach(base, adapter if kind == "trained now" else ready(adapter), slot=4)
+    attach(base, adapter if kind == "trained now" else pack_for_decoding(adapter), slot=4)
     try:
         ids = tiny.ids(5)
         assert ours.hidden(ids, (5,), (0,), (0,), (4,)) is None
@@ -139,7 +139,7 @@ def test_another_adapter_in_a_slot_is_seen_at_once() -> None:
     ids = tiny.ids(5)
     states: list[Tensor] = []
     for rank in (3, 8, 3):
-        attach(base, ready(tiny_engine.adapter_of(base, rank)), slot=4)
+        attach(base, pack_for_decoding(tiny_engine.adapter_of(base, rank)), slot=4)
         found = ours.hidden(ids, (5,), (0,), (0,), (4,))
         assert found is not None
         states.append(found)

@@ -22,7 +22,8 @@ import torch
 from graftlm.adapters import canary
 from graftlm.adapters.attach import Adapter
 from graftlm.base.loading import Base
-from graftlm.serving.engine.engine import Engine, EngineLimits
+from graftlm.serving.engine.engine import Engine
+from graftlm.serving.engine.scheduler import EngineLimits
 
 ADAPTERS = 6
 PROMPTS = [tuple(tiny.ids(4 + i, seed=50 + i).tolist()) for i in range(3)]
@@ -70,7 +71,7 @@ class Answered:
         requests = {key: tiny_engine.request(PROMPTS[key[1]], 6, adapter=key[0]) for key in waiting}
         found: dict[str, list[int]] = {one.id: [] for one in requests.values()}
         for (name, _), one in requests.items():
-            self.engine.submit(one, Path(name) if name else None)
+            self.engine.add_request(one, Path(name) if name else None)
         while self.engine.busy:
             outputs = self.engine.step()
             self.steps += 1
@@ -79,7 +80,7 @@ class Answered:
             for output in outputs:
                 assert output.finish_reason in (None, "stop", "length"), output
                 found[output.id] += output.tokens
-        assert all(self.engine.adapter_cache.drop(name) for name in self.adapters)
+        assert all(self.engine.adapter_cache.evict_if_idle(name) for name in self.adapters)
         return {key: found[one.id] for key, one in requests.items()}
 
 

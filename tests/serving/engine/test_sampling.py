@@ -48,7 +48,7 @@ def test_tokens_are_drawn_from_what_transformers_would_draw_from(s: SamplingPara
     want = expected(row, s)
     draws = 4000
     numbers = [(i + 0.5) / draws for i in range(draws)]  # evenly over (0, 1): shares are exact to 1 / draws
-    tokens = torch.tensor(sampling.draw(row.expand(draws, -1), [s] * draws, numbers))
+    tokens = torch.tensor(sampling.sample(row.expand(draws, -1), [s] * draws, numbers))
     share = torch.bincount(tokens, minlength=len(row)) / draws
     assert set(tokens.tolist()) <= set(want.nonzero()[:, 0].tolist())
     assert float((share - want).abs().max()) <= 1.5 / draws
@@ -58,15 +58,15 @@ def test_a_row_is_drawn_alike_alone_and_among_others() -> None:
     rows = logits_of(9)
     kinds = [SamplingParams(temperature=0.5 + i / 4, top_k=[0, 5, 0][i % 3], top_p=[1.0, 0.9][i % 2]) for i in range(9)]
     numbers = [sampling.uniform(7, 0, i) for i in range(9)]
-    together = sampling.draw(rows, kinds, numbers)
-    assert together == [sampling.draw(rows[i : i + 1], [kinds[i]], [numbers[i]])[0] for i in range(9)]
+    together = sampling.sample(rows, kinds, numbers)
+    assert together == [sampling.sample(rows[i : i + 1], [kinds[i]], [numbers[i]])[0] for i in range(9)]
 
 
 def test_the_ends_of_the_interval_draw_tokens_that_may_be_drawn() -> None:
     row = torch.full((1, 700), float("-inf"))
     row[0, [3, 300, 699]] = torch.tensor([1.0, 2.0, 0.5])
     for s in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.999999)):
-        found = sampling.draw(row.expand(3, -1), [s] * 3, [1e-12, 0.5, 1 - 1e-12])
+        found = sampling.sample(row.expand(3, -1), [s] * 3, [1e-12, 0.5, 1 - 1e-12])
         assert set(found) <= {3, 300, 699}
         assert len(set(found)) > 1
 
@@ -74,7 +74,7 @@ def test_the_ends_of_the_interval_draw_tokens_that_may_be_drawn() -> None:
 def test_equally_likely_tokens_stay_or_go_together() -> None:
     row = torch.zeros(1, 20)
     numbers = [(i + 0.5) / 100 for i in range(100)]
-    found = sampling.draw(row.expand(100, -1), [SamplingParams(temperature=1.0, top_p=0.5)] * 100, numbers)
+    found = sampling.sample(row.expand(100, -1), [SamplingParams(temperature=1.0, top_p=0.5)] * 100, numbers)
     assert set(found) == set(range(20))
 
 
@@ -82,11 +82,11 @@ def test_penalties_are_those_of_transformers_and_openai() -> None:
     row = logits_of(1)[0]
     prompt, answer = [4, 9, 9], [11, 4, 11]
     found = row.clone()
-    sampling.change(found, SamplingParams(repetition_penalty=1.7), prompt, answer)
+    sampling.apply_penalties(found, SamplingParams(repetition_penalty=1.7), prompt, answer)
     want = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt + answer]), row[None].clone())[0]
     torch.testing.assert_close(found, want)
     found = row.clone()
-    sampling.change(
+    sampling.apply_penalties(
         found, SamplingParams(presence_penalty=0.4, frequency_penalty=0.3, bias={5: 2.0, 99999: 1.0}), prompt, answer
     )
     want = row.clone()
@@ -104,7 +104,7 @@ def test_a_temperature_next_to_nothing_takes_the_likeliest_and_the_least_that_dr
     least = SamplingParams(temperature=LEAST_TEMPERATURE)
     assert not least.greedy
     row[best] = 3e4  # as large as a logit of a float16 model can be
-    assert sampling.draw(row[None], [least], [0.7]) == [best]
+    assert sampling.sample(row[None], [least], [0.7]) == [best]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_temperature_next_to_nothing_takes_the_likeliest_and_the_least_that_dr
 )
 def test_the_narrowest_choices_leave_the_likeliest(s: SamplingParams) -> None:
     row = logits_of(1)[0]
-    assert sampling.draw(row.expand(5, -1), [s] * 5, [1e-12, 0.2, 0.5, 0.8, 1 - 1e-12]) == [int(row.argmax())] * 5
+    assert sampling.sample(row.expand(5, -1), [s] * 5, [1e-12, 0.2, 0.5, 0.8, 1 - 1e-12]) == [int(row.argmax())] * 5
 
 
 def test_the_widest_choices_draw_from_all() -> None:
@@ -131,13 +131,13 @@ def test_the_widest_choices_draw_from_all() -> None:
         SamplingParams(temperature=100.0, min_p=5e-324),
         SamplingParams(temperature=100.0, top_p=1.0, top_k=1 << 30),
     ):
-        assert set(sampling.draw(row.expand(500, -1), [s] * 500, numbers)) == set(range(7))
+        assert set(sampling.sample(row.expand(500, -1), [s] * 500, numbers)) == set(range(7))
 
 
 def test_the_strongest_penalties_and_biases_leave_numbers() -> None:
     for penalty in (0.01, 100.0):
         row = logits_of(1)[0] * 1000
-        sampling.change(
+        sampling.apply_penalties(
             row,
             SamplingParams(
                 repetition_penalty=penalty, presence_penalty=2.0, frequency_penalty=-2.0, bias={3: 100.0, 4: -100.0}

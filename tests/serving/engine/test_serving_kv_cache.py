@@ -5,42 +5,42 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from graftlm.serving.engine.kv_cache import BlockPool, chain, root
+from graftlm.serving.engine.kv_cache import BlockPool, hash_block, hash_root
 
 
-def names_of(adapter: str, tokens: list[int], size: int) -> list[bytes]:
+def hashes_of(adapter: str, tokens: list[int], size: int) -> list[bytes]:
     found: list[bytes] = []
-    before = root(adapter)
+    before = hash_root(adapter)
     for at in range(0, len(tokens) - size + 1, size):
-        before = chain(before, tokens[at : at + size])
+        before = hash_block(before, tokens[at : at + size])
         found.append(before)
     return found
 
 
 def test_a_name_depends_on_the_adapter_and_on_every_token_up_to_the_blocks_end() -> None:
     tokens = list(range(12))
-    first = names_of("a" * 64, tokens, 4)
-    assert names_of("a" * 64, [*tokens[:9], 99, 10, 11], 4)[:2] == first[:2]
-    assert names_of("a" * 64, [*tokens[:9], 99, 10, 11], 4)[2] != first[2]
-    assert not set(first) & set(names_of("a" * 64, [99, *tokens[1:]], 4))
-    assert not set(first) & set(names_of("b" * 64, tokens, 4))
-    assert not set(first) & set(names_of("", tokens, 4))
+    first = hashes_of("a" * 64, tokens, 4)
+    assert hashes_of("a" * 64, [*tokens[:9], 99, 10, 11], 4)[:2] == first[:2]
+    assert hashes_of("a" * 64, [*tokens[:9], 99, 10, 11], 4)[2] != first[2]
+    assert not set(first) & set(hashes_of("a" * 64, [99, *tokens[1:]], 4))
+    assert not set(first) & set(hashes_of("b" * 64, tokens, 4))
+    assert not set(first) & set(hashes_of("", tokens, 4))
 
 
 def test_what_nobody_holds_is_found_again_until_its_memory_is_wanted() -> None:
     blocks = BlockPool(4, 2)
-    names = names_of("x", [1, 2, 3, 4], 2)
-    mine = [blocks.take(), blocks.take()]
+    names = hashes_of("x", [1, 2, 3, 4], 2)
+    mine = [blocks.allocate(), blocks.allocate()]
     for block, name in zip(mine, names):
-        blocks.name(block, name)  # type: ignore[arg-type]
-    blocks.leave(mine)  # type: ignore[arg-type]
+        blocks.register(block, name)  # type: ignore[arg-type]
+    blocks.free(mine)  # type: ignore[arg-type]
     assert blocks.available == 4
-    assert blocks.find(names) == mine
-    blocks.leave(mine)  # type: ignore[arg-type]
-    taken = [blocks.take() for _ in range(3)]
+    assert blocks.find_cached_prefix(names) == mine
+    blocks.free(mine)  # type: ignore[arg-type]
+    taken = [blocks.allocate() for _ in range(3)]
     assert set(taken) >= {mine[1]}, "the end of a text goes before its beginning"
-    assert blocks.find(names) == mine[:1]
-    assert blocks.take() is None
+    assert blocks.find_cached_prefix(names) == mine[:1]
+    assert blocks.allocate() is None
 
 
 def test_random_use_never_gives_one_block_to_two_and_loses_none() -> None:
@@ -50,26 +50,26 @@ def test_random_use_never_gives_one_block_to_two_and_loses_none() -> None:
     contents: dict[bytes, int] = {}
     for _ in range(4000):
         if holders and pick.random() < 0.45:
-            blocks.leave(holders.pop(pick.randrange(len(holders))))
+            blocks.free(holders.pop(pick.randrange(len(holders))))
         else:
             tokens = [pick.randrange(3) for _ in range(2 * pick.randint(1, 5))]
-            names = names_of(str(pick.randrange(2)), tokens, 2)
-            mine = blocks.find(names)
+            names = hashes_of(str(pick.randrange(2)), tokens, 2)
+            mine = blocks.find_cached_prefix(names)
             for name, block in zip(names, mine):
                 assert contents[name] == block
             for name in names[len(mine) :]:
-                block = blocks.take()
+                block = blocks.allocate()
                 if block is None:
                     break
                 contents = {n: b for n, b in contents.items() if b != block}
                 mine.append(block)
-                blocks.name(block, name)
+                blocks.register(block, name)
                 contents.setdefault(name, block)
             holders.append(mine)
         held = Counter(block for mine in holders for block in mine)
         assert blocks.used == len(held)
     for mine in holders:
-        blocks.leave(mine)
+        blocks.free(mine)
     assert blocks.available == 23
-    blocks.forget()
-    assert sorted(blocks.take() or 0 for _ in range(23)) == list(range(23))
+    blocks.reset_prefix_cache()
+    assert sorted(blocks.allocate() or 0 for _ in range(23)) == list(range(23))

@@ -16,8 +16,8 @@ import torch
 from graftlm.base.loading import load_base
 from graftlm.errors import RequestError
 from graftlm.serving.engine.request import SamplingParams
+from graftlm.serving.engine.schema_endings import endless
 from graftlm.serving.engine.structured_output import GrammarCompiler
-from graftlm.serving.http.endings import endless
 
 SCHEMA = {
     "type": "object",
@@ -73,7 +73,7 @@ def test_every_answer_is_json_of_the_schema(base: object) -> None:
     asks = base.tokenizer.encode("Describe: ", add_special_tokens=False)  # type: ignore[attr-defined]
     for i in range(6):
         sampling = SamplingParams(temperature=1.5 if i else 0.0, seed=i)
-        engine.submit(
+        engine.add_request(
             tiny_engine.request(
                 asks, 120, id=str(i), n=2 if i == 5 else 1, grammar=grammar, sampling=sampling, stop_ids=frozenset({2})
             )
@@ -105,8 +105,8 @@ def test_a_grammar_that_cannot_go_on_ends_with_its_reason_and_not_as_if_it_were_
     grammar_compiler = GrammarCompiler(base.tokenizer, base.structure.vocabulary, {2})
     grammar = grammar_compiler.json({"type": "object", "properties": many, "additionalProperties": False})
     engine = tiny_engine.engine_of(base)
-    engine.submit(tiny_engine.request([65, 66], 40, id="guided", grammar=grammar, stop_ids=frozenset({2})))
-    engine.submit(tiny_engine.request([65, 66], 40, id="free"))
+    engine.add_request(tiny_engine.request([65, 66], 40, id="guided", grammar=grammar, stop_ids=frozenset({2})))
+    engine.add_request(tiny_engine.request([65, 66], 40, id="free"))
     ends = {output.id: output for output in tiny_engine.drain(engine) if output.finish_reason is not None}
     assert (ends["guided"].finish_reason, ends["guided"].refused) == ("error", True)
     assert "cannot be followed to the end of an answer: no token may come next" in ends["guided"].error

@@ -74,7 +74,7 @@ def fuzz(server: tiny_server.Loopback, examples: int, seed: bool, part: int | No
     with server.client(ADMIN) as client:
         assert client.get("/readyz").status_code == 200
     assert server.built.state.async_engine.failures == 0, "no step of the engine failed"
-    assert server.engine.running == server.engine.waiting == 0
+    assert server.engine.num_running == server.engine.num_waiting == 0
     return answered
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from graftlm.errors import RequestError
-from graftlm.serving.http import middleware as gate
+from graftlm.serving.http import middleware
 
 READS = 0.01  # seconds that an answer's request is read
 
@@ -20,6 +20,10 @@ class Engine:
     """What the door asks of one: room for three, and whether a tenant has answers waiting."""
 
     limits = SimpleNamespace(shared=True)
+
+    @property
+    def scheduler(self) -> Engine:
+        return self
 
     def __init__(self, *crowding: str) -> None:
         self.crowding = crowding
@@ -38,21 +42,21 @@ class Door:
 
     def __init__(self, *crowding: str, answering: Callable[[], Awaitable[Any]] = lambda: asyncio.sleep(0)) -> None:
         self.state: Any = SimpleNamespace(
-            keys=SimpleNamespace(tenant=lambda key: SimpleNamespace(name=key)), in_flight=Counter[str](),
+            api_keys=SimpleNamespace(tenant=lambda key: SimpleNamespace(name=key)), in_flight=Counter[str](),
             async_engine=SimpleNamespace(engine=Engine(*crowding)),
         )  # fmt: skip
         self.answering = answering
         self.read: list[tuple[str, float, float]] = []
         """Whose requests were read, in order, each with its beginning and end."""
         self.statuses: list[int] = []
-        self.enter = gate.AdmissionControl(gate.ReadThrottle(self.app, self.state), self.state)
+        self.enter = middleware.AdmissionControl(middleware.ReadThrottle(self.app, self.state), self.state)
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
         await asyncio.sleep(READS)
         self.read.append((scope["headers"][0][1].decode().removeprefix("Bearer "), began, loop.time()))
-        scope[gate.READ]()
+        scope[middleware.PARSED]()
         await self.answering()
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
@@ -108,12 +112,12 @@ def test_of_a_tenant_with_answers_waiting_the_next_is_read_after_a_pause_as_long
         return door.read
 
     (_, began, ended), (_, again, _) = asyncio.run(two_of("crowding"))
-    assert again - ended >= 0.95 * min(gate.PAUSE * (ended - began), gate.LONGEST_PAUSE)
+    assert again - ended >= 0.95 * min(middleware.PAUSE_FACTOR * (ended - began), middleware.MAX_PAUSE_SECONDS)
 
 
 def test_a_tenant_without_answers_waiting_is_read_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "PAUSE", 1e6)
-    monkeypatch.setattr(gate, "LONGEST_PAUSE", 1e6)  # a pause would outlast the test
+    monkeypatch.setattr(middleware, "PAUSE_FACTOR", 1e6)
+    monkeypatch.setattr(middleware, "MAX_PAUSE_SECONDS", 1e6)  # a pause would outlast the test
 
     async def many() -> Door:
         door = Door("somebody else")

@@ -85,13 +85,13 @@ def test_what_goes_wrong_is_said_where_the_answer_would_stand(browser: Any, serv
 def test_a_long_answer_can_be_stopped_and_frees_its_place(
     browser: Any, server: tiny_server.Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = server.engine.runner.run
+    run = server.engine.runner.execute_model
 
     def slowly(work: Any) -> Any:
         time.sleep(0.05)
         return run(work)
 
-    monkeypatch.setattr(server.engine.runner, "run", slowly)
+    monkeypatch.setattr(server.engine.runner, "execute_model", slowly)
     page = browser.new_page()
     page.goto(server.url)
     page.fill("#key", "half-key-1234")
@@ -107,7 +107,7 @@ def test_a_long_answer_can_be_stopped_and_frees_its_place(
     page.click("#stop")
     playwright.expect(page.locator("#left-note")).to_contain_text(re.compile("stopped|tokens in"))
     page.wait_for_timeout(500)
-    assert server.engine.running == 0
+    assert server.engine.num_running == 0
     page.close()
 
 

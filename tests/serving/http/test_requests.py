@@ -15,8 +15,7 @@ import tiny_server
 from pydantic import ValidationError
 
 from graftlm.data.rows import ROLES
-from graftlm.serving import body
-from graftlm.serving.http import protocol
+from graftlm.serving.http import middleware, protocol
 
 ADMIN = "admin-key-1"
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -232,6 +231,8 @@ def test_an_answer_names_field_value_limit_and_way_out(client: Any) -> None:
         (b'{"seed": 1' + b"0" * 50_000 + b"}", "a number has more than 4300 digits, at line 1 column 43"),
         (b'{"metadata": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "it is nested more than 200 deep, at line 1 column 2"),
         (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"model": "base", "temperature": 0, "temperature": 1}', 'the body has the key "temperature" twice in one object'),
+        (b'{"metadata": [{"a": {"b\\u0062": 1, "c": 2, "bb": 1}}]}', 'the body has the key "bb" twice in one object'),
     ],
 )  # fmt: skip
 def test_a_body_that_does_not_read_is_told_what_is_wrong_and_where(client: Any, content: bytes, text: str) -> None:
@@ -244,7 +245,7 @@ def test_a_body_that_is_not_said_to_be_json_is_told_so(client: Any) -> None:
     for headers, text in (
         ({}, "the header Content-Type is missing"),
         ({"Content-Type": "text/plain"}, "Content-Type is text/plain"),
-        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "is packed (Content-Encoding: gzip)"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "is compressed (Content-Encoding: gzip)"),
     ):
         found = client.post(TEXT, content=json.dumps(GOOD[TEXT]), headers=headers)
         assert found.status_code == 400
@@ -381,7 +382,7 @@ def test_who_sends_5_mb_before_he_reads_is_answered_413_and_not_reset(
 def test_a_body_without_end_is_thrown_away_within_a_bound(
     server: tiny_server.Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(body, "DISCARDED", 1 << 20)
+    monkeypatch.setattr(middleware, "DISCARDED", 1 << 20)
     sent = 0
     with socket.create_connection(server.address, timeout=20) as raw, contextlib.suppress(OSError):
         raw.sendall(f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n".encode())

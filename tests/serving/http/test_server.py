@@ -20,10 +20,11 @@ import tiny_server
 
 from graftlm.adapters.store import Store
 from graftlm.base.loading import load_base
+from graftlm.commands.serve import serve
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError, StoreError
 from graftlm.serving.http.api_keys import Tenant
-from graftlm.serving.http.server import build, serve
+from graftlm.serving.http.server import build
 
 ADMIN, HALF, OTHER = "admin-key-1", "half-key-1234", "other-key-123"
 
@@ -137,7 +138,7 @@ def test_every_way_of_choosing_tokens_reaches_the_engine(server: tiny_server.Loo
 
 def test_the_response_names_the_version_that_answered_by_its_digest(server: tiny_server.Loopback) -> None:
     client = server.openai()
-    digest = server.built.state.model_registry.find("says@prod", server.built.state.keys.tenants[0]).digest
+    digest = server.built.state.model_registry.find("says@prod", server.built.state.api_keys.tenants[0]).digest
     for stream in (False, True):
         raw = client.completions.with_raw_response.create(model="says@prod", prompt="3: ", stream=stream)
         assert (raw.headers["x-graft-adapter"], raw.headers["x-graft-version"]) == (digest, "says@1")
@@ -185,7 +186,7 @@ def test_another_tenants_adapter_is_a_404_like_one_that_does_not_exist_cached_or
     assert missing[0] == 404
     assert answer("beta", HALF) == missing
     assert answer("beta", OTHER)[0] == 200
-    assert guarded.engine.adapter_cache.table(), "beta is in memory now"
+    assert guarded.engine.adapter_cache.versions(), "beta is in memory now"
     assert answer("beta", HALF) == answer("beta@1", HALF) == answer("beta@prod", HALF) == missing
     assert answer("base", HALF)[0] == 404
     assert answer("alpha", HALF)[0] == 200
@@ -266,7 +267,7 @@ def test_every_bound_has_its_status_and_says_its_numbers(tmp_path: Path) -> None
             return found.status_code, found.json()["error"]["message"]
 
         assert refused(prompt="x" * 21) == (400, "the prompt has 21 tokens, this server takes at most 20")
-        assert refused(max_tokens=31) == (400, "max_tokens is 31, this server writes at most 30")
+        assert refused(max_tokens=31) == (400, "max_tokens is 31, this server generates at most 30")
         assert refused(n=5) == (400, "n is 5, and at most 4 answers may wait")
         assert refused(temperature=-1)[0] == 400
         assert refused(best_of=3)[0] == refused(echo=True)[0] == refused(suffix="x")[0] == refused(surprise=1)[0] == 400
@@ -292,7 +293,7 @@ def test_a_body_that_does_not_come_is_408_and_holds_nobody_up() -> None:
             assert client.post("/v1/completions", json=tiny_server.asked("base", max_tokens=2)).status_code == 200
         answer = b"".join(iter(lambda: slow.recv(4096), b"")).decode()
     assert answer.startswith("HTTP/1.1 408 ")
-    assert "the body was not there within 0.4 seconds" in answer
+    assert "the body was not complete within 0.4 seconds" in answer
 
 
 def test_a_full_queue_is_429_and_what_was_let_in_is_answered() -> None:
@@ -310,7 +311,7 @@ def test_a_full_queue_is_429_and_what_was_let_in_is_answered() -> None:
             statuses = list(pool.map(one, range(24)))
         assert set(statuses) == {200, 429}
         assert statuses.count(200) >= 4
-        assert server.engine.waiting == 0
+        assert server.engine.num_waiting == 0
 
 
 def test_of_one_tenant_one_request_at_a_time_is_read_and_another_tenants_goes_between(
@@ -350,7 +351,7 @@ def test_a_request_out_of_time_is_504_and_frees_its_place(monkeypatch: pytest.Mo
         assert found.json()["error"]["message"] == "the answer was not complete within 0.05 seconds"
         stream = client.post("/v1/completions", json=tiny_server.asked("base", max_tokens=200, stream=True))
         assert "not complete within" in stream.text
-        assert server.engine.running == server.engine.waiting == 0
+        assert server.engine.num_running == server.engine.num_waiting == 0
 
 
 def test_who_hangs_up_frees_his_place(server: tiny_server.Loopback) -> None:
@@ -367,7 +368,7 @@ def test_who_hangs_up_before_his_answer_is_whole_frees_his_place_too(server: tin
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(server.address) as impatient:
         impatient.sendall(head.encode() + body)
-        until(lambda: server.engine.running)
+        until(lambda: server.engine.num_running)
     idle(server)
     assert server.engine.counts.finished["cancelled"] == before + 1
 
@@ -380,7 +381,7 @@ def until(what: Callable[[], object]) -> None:
 
 
 def idle(server: tiny_server.Loopback) -> None:
-    until(lambda: not server.engine.running and not server.engine.waiting)
+    until(lambda: not server.engine.num_running and not server.engine.num_waiting)
 
 
 def test_a_server_that_drains_ends_what_it_has_and_takes_nothing_new() -> None:
@@ -532,7 +533,7 @@ def test_a_name_is_kept_without_its_past(server: tiny_server.Loopback, place: Pa
 
 
 def test_versions_that_are_asked_alike_share_their_prompts(server: tiny_server.Loopback) -> None:
-    book, find = server.built.state.book, server.built.state.model_registry.find
+    book, find = server.built.state.prompt_encoders, server.built.state.model_registry.find
     alpha, beta = (find(name, Tenant("")) for name in ("alpha", "beta"))
     assert book.of(alpha.digest, alpha.folder) is book.of(beta.digest, beta.folder) is book.known(beta.digest)
     assert book.known("0" * 64) is None
@@ -547,7 +548,7 @@ def test_metrics_tell_queue_tokens_times_and_each_version(server: tiny_server.Lo
         "graft_time_to_first_token_seconds_bucket", "graft_adapter_evictions_total", "graft_cache_occupied_ratio",
     ):  # fmt: skip
         assert name in text, name
-    digest = server.built.state.model_registry.find("alpha", server.built.state.keys.tenants[0]).digest
+    digest = server.built.state.model_registry.find("alpha", server.built.state.api_keys.tenants[0]).digest
     assert f'graft_adapter_resident{{digest="{digest}"}} 1.0' in text
     assert f'graft_adapter_version_hits_total{{digest="{digest}"}}' in text
 

@@ -71,7 +71,7 @@ def test_a_passage_is_dealt_once_and_its_short_tasks_each_time() -> None:
     assert list(deal([short + "Yes", short + "No"])) == [short + "Yes", short + "No"]
 
 
-def test_no_task_that_shares_a_passage_with_a_held_out_one_is_trained() -> None:
+def test_no_task_that_shares_a_passage_with_an_eval_one_is_trained() -> None:
     texts = [f"Question {number}?\n{sentence(number % 50)}{sentence(number % 50 + 1)}" for number in range(600)]
     held, rest = hold_out(texts)
     assert held

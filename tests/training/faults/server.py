@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from graftlm.commands.train import train as train_command
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError
-from graftlm.training.run import run
 from graftlm.training.view import View
 
 torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def train(question: dict[str, Any], answers: int) -> None:
     library.faults(question["folder"].encode(), question.get("mode", 0), question.get("k", 0))
     kind, message = "", ""
     try:
-        run(TrainConfig.build(question["options"]), View(quiet=True))
+        train_command(TrainConfig.build(question["options"]), View(quiet=True))
     except GraftError as error:
         kind, message = type(error).__name__, str(error)
     except BaseException:

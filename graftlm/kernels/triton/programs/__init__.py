@@ -1,1 +1,1 @@
-"""What runs on the GPU, written in Triton's language; each file is imported at first use, for triton may be missing."""
+"""The Triton programs; each file is imported at first use, since triton may be missing."""

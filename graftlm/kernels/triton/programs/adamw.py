@@ -1,6 +1,6 @@
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
-"""One step of AdamW in one pass over the memory; `reference_adamw.py` has the formula, its reasons, and the truth.
+"""One fused AdamW step, memory read and written once; `reference_adamw.py` has the formula and the reasons.
 
 Every operation rounds by itself (launch with `enable_fp_fusion=False`), divisions and roots as IEEE 754 wants them, so the
 results are the reference's bit for bit.

@@ -1,8 +1,8 @@
 # pyright: basic
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
-"""Low-rank products routed by token: one launch serves any mixture of adapters and ranks.
+"""Low-rank terms routed by token: one launch handles any mixture of adapters and ranks.
 
-Each program takes one tile of tokens that share a slot, finds that slot's matrix by its address, and sums in float32.
+Each program takes one tile of tokens with the same slot, finds that slot's matrix by its address, and accumulates in float32.
 
 Letters: x (tokens, in), y (tokens, out); a slot's A (r, in) and B (out, r), h (tokens, R) with R >= every r.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graftlm.kernels.triton.programs.product import product
+from graftlm.kernels.triton.programs.dot import dot
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def tile_of(tiles, pointers, ranks, like, TOKENS: tl.constexpr):
 def shrink(
     x, x_stride, tiles, pointers, ranks, scales, h, h_stride, wide,
     RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """h[t, :r] = x[t] @ M.T for each tile of tokens, M (r, wide) its slot's A, or B transposed when not RANK_FIRST."""
     slot, rank, matrix, token, there = tile_of(tiles, pointers, ranks, x, TOKENS)
@@ -41,7 +41,7 @@ def shrink(
         part = tl.load(x + token[:, None].to(tl.int64) * x_stride + w[None, :], mask=x_inside, other=0.0)
         place = r[None, :] * wide + w[:, None] if RANK_FIRST else w[:, None] * rank + r[None, :]  # (WIDE, R)
         columns = tl.load(matrix + place, mask=(w[:, None] < wide) & (r[None, :] < rank), other=0.0)
-        total = product(part, columns, total, WIDEN)
+        total = dot(part, columns, total, UPCAST)
     if SCALED:
         total = total * tl.load(scales + slot)
     inside = there[:, None] & (r[None, :] < h_stride)
@@ -52,7 +52,7 @@ def shrink(
 def expand(
     h, h_stride, tiles, pointers, ranks, scales, y, y_stride, wide,
     RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """y[t] += h[t, :r] @ M for each tile of tokens, M (r, wide) its slot's A, or B transposed when not RANK_FIRST."""
     slot, rank, matrix, token, there = tile_of(tiles, pointers, ranks, h, TOKENS)
@@ -62,7 +62,7 @@ def expand(
     part = tl.load(h + token[:, None].to(tl.int64) * h_stride + r[None, :], mask=h_inside, other=0.0)  # (TOKENS, R)
     place = r[:, None] * wide + w[None, :] if RANK_FIRST else w[None, :] * rank + r[:, None]  # (R, WIDE)
     rows = tl.load(matrix + place, mask=(w[None, :] < wide) & (r[:, None] < rank), other=0.0)
-    total = product(part, rows, tl.zeros((TOKENS, WIDE), dtype=tl.float32), WIDEN)
+    total = dot(part, rows, tl.zeros((TOKENS, WIDE), dtype=tl.float32), UPCAST)
     if SCALED:
         total = total * tl.load(scales + slot)
     inside = there[:, None] & (w[None, :] < wide)

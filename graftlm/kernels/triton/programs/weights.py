@@ -1,11 +1,11 @@
 # pyright: basic
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
-"""Decoding stored weights, and the product of an NF4 weight with a few rows.
+"""Dequantizing stored weights, and the matmul of an NF4 weight with few rows.
 
-Each program makes one tile of the result. Stored codes are decoded in registers, both quantizations undone, from two
-tables small enough to stay in the first-level cache (16 and 256 floats), so a dense weight never exists in memory. Sums
-are float32. Values are decoded with separate rounding of product and sum (launch with `enable_fp_fusion=False`), which
-makes them the reference's bit for bit.
+Each program computes one tile of the result. Codes are decoded in registers, from two tables small enough for the first-level
+cache (16 and 256 floats), so a dense weight never exists in memory. Accumulation is in float32. Values are decoded with
+separate rounding of multiplication and addition (launch with `enable_fp_fusion=False`), which makes them bit-identical to the
+reference.
 
 Letters: x (rows, in), W (out, in), y (rows, out).
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graftlm.kernels.triton.programs.product import product
+from graftlm.kernels.triton.programs.dot import dot
 
 
 @triton.jit
@@ -51,10 +51,10 @@ def int8_dequantize(values, scale, out, inner, count, TILE: tl.constexpr):
 
 
 @triton.jit
-def nf4_product(
+def nf4_matmul(
     x, packed, absmax, group_scale, offset, nf4_code, dynamic_code, y, start, rows, summed, made, inner, row_stride,
     TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, MADE: tl.constexpr, SUMMED: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """y (rows, made) = x (rows, summed) @ W.T, or @ W when TRANSPOSED; W (out, in) with `inner` = in."""
     row = tl.arange(0, ROWS)
@@ -70,6 +70,6 @@ def nf4_product(
             value = start + column[None, :] * inner + k[:, None]
         inside = (k[:, None] < summed) & (column[None, :] < made)
         weight = nf4_values(value, inside, packed, absmax, group_scale, offset, nf4_code, dynamic_code)
-        total = product(part, weight.to(part.dtype), total, WIDEN)  # (ROWS, MADE)
+        total = dot(part, weight.to(part.dtype), total, UPCAST)  # (ROWS, MADE)
     y_inside = (row[:, None] < rows) & (column[None, :] < made)
     tl.store(y + row[:, None].to(tl.int64) * made + column[None, :], total.to(y.dtype.element_ty), mask=y_inside)

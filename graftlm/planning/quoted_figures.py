@@ -1,6 +1,7 @@
-"""The numbers that everybody quotes for 7B, 13B and 70B, held against this implementation.
+"""The memory figures that are usually quoted for 7B, 13B and 70B, beside what this implementation takes.
 
-They come without their settings. Each is given here with one under which it holds, and with what the plan at hand says.
+They are quoted without settings. Here each has a setting under which it holds, and one under which Graft takes less. Neither
+shapes.json nor models.toml holds them: they are ranges from elsewhere, and `graft plan llama-2-7b` prints them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _BY_KEY = {m.key: m for m in METHODS}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One quoted range, in GB."""
+class QuotedRange:
+    """A quoted range in GB, and a setting to compare it with."""
 
     what: str
     low: float
@@ -27,14 +28,14 @@ class Claim:
     setting: TrainingSetting
     load: Workload
     under: str
-    """The settings of ours that are held against it."""
+    """That setting in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class QuotedFigure:
     """A quoted range beside what this implementation takes."""
 
-    claim: Claim
+    claim: QuotedRange
     ours: float
     """GB under the claim's settings."""
 
@@ -57,7 +58,7 @@ def _one(tokens: int) -> Workload:
     return Workload(tokens=tokens, target_tokens=tokens, longest=tokens)
 
 
-def _claims(model: str) -> list[Claim]:
+def _claims(model: str) -> list[QuotedRange]:
     full, lora, int8, qlora = (_BY_KEY[k] for k in ("full-bfloat16", "lora", "lora-int8", "qlora"))
     eight = _BY_KEY["full-8bit"]
 
@@ -70,10 +71,10 @@ def _claims(model: str) -> list[Claim]:
         how: str,
         *,
         checkpointed: bool = True,
-    ) -> Claim:
+    ) -> QuotedRange:
         setting = setting.checkpointed() if checkpointed else setting
         run = f"{how}, one example of {tokens:,} tokens" + (", activation checkpointing" if checkpointed else "")
-        return Claim(what=what, low=low, high=high, setting=setting, load=_one(tokens), under=run)
+        return QuotedRange(what=what, low=low, high=high, setting=setting, load=_one(tokens), under=run)
 
     states = "bfloat16 weights and gradients, float32 AdamW states"
     nf4, dense, narrow = (f"{base} base, rank 16 on all linear layers" for base in ("an nf4", "a bfloat16", "an int8"))
@@ -103,18 +104,18 @@ def _claims(model: str) -> list[Claim]:
     return []
 
 
-def answers(name: str, case: PlanCase) -> list[Answer]:
-    """The quoted ranges of a model, each beside ours on a GPU with the extra `gpu`; empty for a model that nobody quotes."""
-    found: list[Answer] = []
+def quoted_figures(name: str, case: PlanCase) -> list[QuotedFigure]:
+    """The quoted ranges of a model, each beside ours on a GPU with the extra `gpu`; empty for other models."""
+    found: list[QuotedFigure] = []
     for claim in _claims(name):
         how = replace(claim.setting, compute_dtype="bfloat16")
         adapter = replace(case, rank=16, targets=("all-linear",)).adapter_shape(how)
         took = requirement(case.shape, how, adapter, claim.load, "cuda", fused=True).training
-        found.append(Answer(claim=claim, ours=took / GB))
+        found.append(QuotedFigure(claim=claim, ours=took / GB))
     return [*found, *_adapter_sizes(name, case.shape)]
 
 
-def _adapter_sizes(name: str, shape: ModelShape) -> list[Answer]:
+def _adapter_sizes(name: str, shape: ModelShape) -> list[QuotedFigure]:
     """Adapters of 10 to 50 MB at 7B and of 50 to 200 MB at 70B, at ranks 8 to 16."""
     ranges = {
         "llama-2-7b": ("7B adapter, 10 to 50 MB", 0.010, 0.050),
@@ -124,7 +125,7 @@ def _adapter_sizes(name: str, shape: ModelShape) -> list[Answer]:
         return []
     what, low, high = ranges[name]
     lora = _BY_KEY["lora"]
-    found: list[Answer] = []
+    found: list[QuotedFigure] = []
     for rank, targets, words in (
         (8, ("q_proj", "v_proj"), "rank 8 on queries and values"),
         (16, ("q_proj", "v_proj"), "rank 16 on queries and values"),
@@ -133,7 +134,7 @@ def _adapter_sizes(name: str, shape: ModelShape) -> list[Answer]:
     ):
         size = saved_bytes(shape, lora, adapter_shape(shape, targets, rank)) / GB
         under = f"{words}, in float32 as Graft saves it ({size * 500:,.0f} MB in 16 bits)"
-        found.append(Answer(
-            claim=Claim(what=what, low=low, high=high, setting=lora, load=_one(1), under=under), ours=size,
+        found.append(QuotedFigure(
+            claim=QuotedRange(what=what, low=low, high=high, setting=lora, load=_one(1), under=under), ours=size,
         ))  # fmt: skip
     return found

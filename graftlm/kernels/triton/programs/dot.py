@@ -1,6 +1,6 @@
 # pyright: basic
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
-"""A product of two tiles, as every program here takes it."""
+"""The matmul of two tiles, for all programs here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton.language as tl
 
 
 @triton.jit
-def product(left, right, total, WIDEN: tl.constexpr):
-    """total + left @ right, summed in float32. Triton's interpreter knows no bfloat16 product: WIDEN for it."""
-    if WIDEN:
+def dot(left, right, total, UPCAST: tl.constexpr):
+    """total + left @ right, accumulated in float32. UPCAST is for Triton's interpreter, which has no bfloat16 matmul."""
+    if UPCAST:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")

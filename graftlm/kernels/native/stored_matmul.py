@@ -1,7 +1,7 @@
-"""Products with a stored weight on processors where PyTorch's own matrix product is used for dense ones.
+"""Matmul with a stored weight, on processors where PyTorch's own matmul is used for dense ones.
 
-For a few rows of x the codes are decoded in registers and never written down. For more, a panel of W is made dense in a
-scratch that stays in the cache and goes to PyTorch's product at once, so that the whole of dense W never exists.
+For few rows of x the codes are decoded in registers. For more, panels of W are dequantized into a buffer that stays in the
+cache and multiplied with PyTorch's matmul, so that W never exists in dense form as a whole.
 
 Letters: x (rows, in), W (out, in), y (rows, out), dy (rows, out), dx (rows, in).
 """
@@ -25,8 +25,8 @@ PANEL_BYTES, PANEL_BYTES_FOR_MANY = 8 << 20, 16 << 20  # of dense W at once, for
 MANY_ROWS = 512
 
 
-def _product_type(dtype: torch.dtype) -> torch.dtype:
-    """The type products are taken in: most CPUs multiply 16-bit matrices more slowly than float32 ones (measured)."""
+def _matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the matmul: most CPUs multiply 16-bit matrices more slowly than float32 ones (measured)."""
     return dtype if dtype == torch.bfloat16 and _has_bfloat16_tiles() else torch.float32
 
 
@@ -40,7 +40,7 @@ def _contiguous(weight: Quantized) -> Quantized:
 
 
 def _panel(length: int, other: int, rows: int, dtype: torch.dtype) -> int:
-    """How much of the dimension that is summed over, `length`, one panel covers: equal panels, in whole blocks."""
+    """Size of a panel along the summed dimension, `length`: equal panels, in whole blocks."""
     size = PANEL_BYTES if rows < MANY_ROWS else PANEL_BYTES_FOR_MANY
     most = max(size // (max(other, 1) * dtype.itemsize), BLOCK)
     panels = max(math.ceil(length / most), 1)
@@ -75,7 +75,7 @@ def _few_rows(x: Tensor, weight: Quantized) -> Tensor:
 
 def _panels(x: Tensor, weight: Quantized) -> Tensor:
     outer, inner = weight.shape
-    dtype = _product_type(x.dtype)
+    dtype = _matmul_dtype(x.dtype)
     dense_x = x.to(dtype)  # (rows, in)
     step = _panel(inner, outer, len(x), dtype)
     scratch = torch.empty(outer * min(step, inner), dtype=dtype)
@@ -90,7 +90,7 @@ def _panels(x: Tensor, weight: Quantized) -> Tensor:
 
 def _panels_t(dy: Tensor, weight: Quantized) -> Tensor:
     outer, inner = weight.shape
-    dtype = _product_type(dy.dtype)
+    dtype = _matmul_dtype(dy.dtype)
     rows = dy.to(dtype)  # (rows, out)
     step = _panel(outer, inner, len(rows), dtype)
     scratch = torch.empty(min(step, outer), inner, dtype=dtype)

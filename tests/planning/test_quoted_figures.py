@@ -10,16 +10,16 @@ from graftlm.formatting import size
 from graftlm.planning.activations import Workload
 from graftlm.planning.fitting import PlanCase
 from graftlm.planning.hardware import card
-from graftlm.planning.known import Answer, answers
 from graftlm.planning.models import find
+from graftlm.planning.quoted_figures import QuotedFigure, quoted_figures
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 
 
-def of(name: str) -> list[Answer]:
+def of(name: str) -> list[QuotedFigure]:
     load = Workload(tokens=512, target_tokens=512, longest=512)
-    return answers(
+    return quoted_figures(
         name, PlanCase(shape=find(name).shape, targets=("mlp",), rank=4, load=load, card=card("h100"), fused=False)
     )
 

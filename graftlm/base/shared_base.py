@@ -1,7 +1,7 @@
 """A loaded base that outlives a run: lent to it, and afterwards as it was.
 
-A run may add tokens to the tokenizer, run layers again, take another compute dtype and let weights take gradients. On a
-base of its own none of that matters to anybody; on one that somebody holds, the next run would not be the run it is alone.
+A run may add tokens to the tokenizer, switch activation checkpointing on, change the compute dtype and give weights
+gradients. On a base of its own none of that matters; on one that is shared, the next run would depend on the one before.
 """
 
 from __future__ import annotations

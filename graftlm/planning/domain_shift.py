@@ -1,4 +1,4 @@
-"""Asking a base about data: its loss and its entropy on a sample of the examples (see `perplexity.py`)."""
+"""Domain shift, measured: the base's loss and entropy on a sample of the examples (see `perplexity.py`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure_domain_shift(base: Base, examples: Sequence[Example]) -> DomainShift
     losses: list[np.ndarray] = []
     entropies: list[np.ndarray] = []
     loss_mask: list[np.ndarray] = []
-    with working("asking the base about the data", sum(d.tokens for d in examples), "tokens") as task:
+    with working("measuring the domain shift", sum(d.tokens for d in examples), "tokens") as task:
         for example in examples:
             ids = torch.from_numpy(example.ids.astype(np.int64)).to(base.device)  # (L,)
             segments = Segments(lengths=(len(ids),), slots=(0,), stacked=not base.packs)

@@ -1,0 +1,169 @@
+"""The trained tensors of one adapter on one layer: a slot of a bank.
+
+    LowRank           A and B, and DoRA's magnitude
+    ModulesToSave     a full copy of the weight (PEFT's `modules_to_save`)
+    TrainableTokens   some rows of an embedding (PEFT's `trainable_token_indices`)
+
+Letters: `in`, `out` features, r rank, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from graftlm import kernels
+from graftlm.base.modules import Stored, StoredStack
+from graftlm.base.precision import Weight, dequantize
+from graftlm.kernels.counter_rng import hash_words, uniform
+
+
+def scale_of(alpha: float, rank: int, rank_stabilized: bool) -> float:
+    """s = alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (Kalajdzievski 2023)."""
+    return alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
+
+
+@dataclass(eq=False)
+class LowRank:
+    """One adapter's A and B on one layer. For stacked experts both hold all experts, in PEFT's layout."""
+
+    A: nn.Parameter  # (r, in), or (E r, in)
+    B: nn.Parameter  # (out, r), or (out, r E) with the expert running fastest
+    scale: float
+    alpha: float
+    rank: int
+    dropout: float = 0.0
+    key: int = 0
+    """Identifies this layer in the random numbers of dropout."""
+    experts: int = 0
+    magnitude: nn.Parameter | None = None  # (out,), DoRA's m
+    _ratio: Tensor | None = None
+
+    def factors(self, expert: int | None) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the layer, or of one of its experts."""
+        if expert is None:
+            return self.A, self.B
+        A = self.A.view(self.experts, self.rank, -1)[expert]
+        B = self.B.view(-1, self.rank, self.experts)[:, :, expert]
+        return A, B
+
+    def for_decoding(self) -> LowRank:
+        """The same values in the layout that decodes fastest: B transposed in memory, and bfloat16 if that is lossless."""
+
+        def in_bfloat16(tensor: Tensor) -> Tensor:
+            half = tensor.to(torch.bfloat16)
+            return half if torch.equal(half.float(), tensor) else tensor
+
+        if self.experts:
+            return self
+        A, B = in_bfloat16(self.A.detach()).contiguous(), in_bfloat16(self.B.detach()).T.contiguous().T
+        return replace(self, A=nn.Parameter(A, requires_grad=False), B=nn.Parameter(B, requires_grad=False))
+
+    @property
+    def decode_ready(self) -> bool:
+        """Whether decoding's kernels can use these factors (see `for_decoding`)."""
+        return not (self.experts or self.A.requires_grad) and self.decode_factors.ready
+
+    @cached_property
+    def decode_factors(self) -> kernels.Factors:
+        """A, B and the scale in the form of decoding's kernels."""
+        return kernels.Factors(self.A.detach(), self.B.detach(), self.scale)
+
+    def ratio(self, weight: Weight) -> Tensor:
+        """m / |W + s B A| (out,), for forward passes without gradients; cached, since a server's A and B do not change."""
+        assert self.magnitude is not None
+        if self._ratio is None:
+            self._ratio = self.magnitude.detach() / combined_norm(weight, self.A.float(), self.B.float(), self.scale)
+        return self._ratio
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """The trained tensors, under the names that PEFT gives them."""
+        found = {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        if self.magnitude is not None:
+            found["lora_magnitude_vector"] = self.magnitude
+        return found
+
+
+@dataclass(eq=False)
+class ModulesToSave:
+    """A module trained in full for one adapter (PEFT's `modules_to_save`): a copy of its weight, in float32."""
+
+    weight: nn.Parameter  # (out, in)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight}
+
+
+@dataclass(eq=False)
+class TrainableTokens:
+    """Some rows of an embedding (and of a head tied to it) trained for one adapter (PEFT's `trainable_token_indices`)."""
+
+    tokens: tuple[int, ...]
+    values: nn.Parameter  # (rows, width), the rows themselves
+    lookup: Tensor = field(init=False)  # (vocabulary,) row of a token id, -1 for others
+
+    vocabulary: int = 0
+
+    def __post_init__(self) -> None:
+        self.lookup = torch.full((self.vocabulary,), -1, dtype=torch.long)
+        self.lookup[list(self.tokens)] = torch.arange(len(self.tokens))
+        self.lookup = self.lookup.to(self.values.device)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        return {"token_adapter.trainable_tokens_delta": self.values}
+
+
+Slot = LowRank | ModulesToSave | TrainableTokens
+
+
+def new_low_rank(
+    module: Stored,
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    rank_stabilized: bool = False,
+    dropout: float = 0.0,
+    dora: bool = False,
+    seed: int = 0,
+) -> LowRank:
+    """An untrained slot: A uniform within 1 / sqrt(in), like `nn.Linear`, and B zero, so that it does not change the output.
+
+    A depends on (seed, layer name) only, whatever other layers or trials there are.
+    """
+    device = module.value.device
+    experts = module.experts if isinstance(module, StoredStack) else 0
+    out_features, in_features = module.shape[-2:]
+    bound = 1.0 / math.sqrt(in_features)
+    rows = rank * max(experts, 1)
+    A = (uniform((rows, in_features), seed, "A", name) * 2 - 1) * bound
+    B = torch.zeros(out_features, rows)
+    magnitude = None
+    if dora:
+        magnitude = nn.Parameter(torch.linalg.vector_norm(dequantize(module.value, torch.float32), dim=1))
+    return LowRank(
+        A=nn.Parameter(A.to(device)),
+        B=nn.Parameter(B.to(device)),
+        scale=scale_of(alpha, rank, rank_stabilized),
+        alpha=alpha,
+        rank=rank,
+        dropout=dropout,
+        key=hash_words("dropout", name),
+        experts=experts,
+        magnitude=magnitude,
+    )
+
+
+@torch.no_grad()
+def combined_norm(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """|W + s B A| of each row, (out,), a constant to the gradient as DoRA's section 4.3 has it.
+
+    |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b for each row w of W and b of B, so B A (out, in) is never computed.
+    """
+    W = dequantize(weight, torch.float32)  # (out, in)
+    square = W.square().sum(1) + 2 * scale * ((W @ A.T) * B).sum(1) + scale**2 * ((B @ (A @ A.T)) * B).sum(1)
+    return square.clamp_min(0).sqrt()
