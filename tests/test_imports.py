@@ -20,6 +20,7 @@ FLOORS = [
     "progress",
     "config",
     "demo",
+    "gguf",
     "kernels",
     "segments",
     "base",

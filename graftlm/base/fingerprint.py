@@ -8,7 +8,6 @@ file's path, size and time.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path

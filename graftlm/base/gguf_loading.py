@@ -25,6 +25,7 @@ from graftlm.gguf.header import GgufFile
 from graftlm.gguf.layout import checkpoint_names
 from graftlm.progress import working
 
+
 def load_gguf(
     folder: Path, config: Any, precision: Precision, activation_dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, Replacements]:

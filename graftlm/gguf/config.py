@@ -42,7 +42,9 @@ class _Metadata:
                 raise ModelError(f"{self.file.path}: {self._key(key)} differs between layers, which is not read")
             found = found[0]
         if type(found) is not int or not 0 < found < most:
-            raise ModelError(f"{self.file.path}: {self._key(key)} is {str(found)[:60]}, expected a whole number above 0")
+            raise ModelError(
+                f"{self.file.path}: {self._key(key)} is {str(found)[:60]}, expected a whole number above 0"
+            )
         return found
 
     def real(self, key: str, default: float | None = None) -> float:
@@ -84,7 +86,9 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     said = _Metadata(file)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise ModelError(f"{file.path} has no token_embd.weight of two axes, so it is no language model that can be read")
+        raise ModelError(
+            f"{file.path} has no token_embd.weight of two axes, so it is no language model that can be read"
+        )
     width, heads = said.whole("embedding_length"), said.whole("attention.head_count")
     head_width = said.whole("attention.key_length", said.whole("rope.dimension_count", max(1, width // heads)))
     config: dict[str, Any] = {
@@ -119,9 +123,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     return config
 
 
-def _gemma(
-    said: _Metadata, architecture: str, width: int, heads: int, head_width: int, layers: int
-) -> dict[str, Any]:
+def _gemma(said: _Metadata, architecture: str, width: int, heads: int, head_width: int, layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if architecture == "gemma":
         return {"hidden_act": "gelu_pytorch_tanh"}

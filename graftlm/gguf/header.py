@@ -145,7 +145,9 @@ class _Reader:
             listed[name] = self._tensor(name)
         return GgufFile(self.path, metadata, self._placed(listed, metadata.get("general.alignment", 32)))
 
-    def _placed(self, listed: dict[str, tuple[TensorType, tuple[int, ...], int]], alignment: Any) -> dict[str, GgufTensor]:
+    def _placed(
+        self, listed: dict[str, tuple[TensorType, tuple[int, ...], int]], alignment: Any
+    ) -> dict[str, GgufTensor]:
         """Each tensor with its place in the file, in the order in which they lie in it."""
         if type(alignment) is not int or not (8 <= alignment <= 1 << 20) or alignment % 8:
             raise self._fault(f"has general.alignment {alignment!r}, expected a multiple of 8 up to 1,048,576")
@@ -179,7 +181,9 @@ class _Reader:
         if kind is None:
             raise self._fault(f"has tensor '{name}' of ggml type {number}, which is not known here")
         if shape[-1] % kind.values:
-            raise self._fault(f"has tensor '{name}' of {kind.name} with rows of {shape[-1]}, no multiple of {kind.values}")
+            raise self._fault(
+                f"has tensor '{name}' of {kind.name} with rows of {shape[-1]}, no multiple of {kind.values}"
+            )
         return kind, shape, self._number("Q")
 
     def _fault(self, what: str) -> ModelError:
@@ -190,7 +194,9 @@ class _Reader:
         first = self.at
         if count > self.end - first:
             if self.end < self.size:
-                raise self._fault(f"has a header of more than {MAX_HEADER_BYTES:,} bytes, which is the most that is read")
+                raise self._fault(
+                    f"has a header of more than {MAX_HEADER_BYTES:,} bytes, which is the most that is read"
+                )
             raise self._fault(
                 f"is cut short: its header goes on at byte {first:,} for {count:,} bytes more, and the file has "
                 f"{self.size:,}; download it again"

@@ -172,11 +172,15 @@ def _byte_level_bpe(found: _Vocabulary) -> dict[str, Any]:
     for merge in found._list("merges", str):  # pyright: ignore[reportPrivateUsage]
         left, space, right = merge.partition(" ")
         if not space or left not in found.ids or right not in found.ids or left + right not in found.ids:
-            raise ModelError(f"{found.file.path}: merge '{merge[:60]}' of its tokenizer does not give one of its tokens")
+            raise ModelError(
+                f"{found.file.path}: merge '{merge[:60]}' of its tokenizer does not give one of its tokens"
+            )
         merges.append([left, right])
     return {
         "normalizer": None if pre.normalizer is None else {"type": pre.normalizer},
-        "pre_tokenizer": pre.steps[0] if len(pre.steps) == 1 else {"type": "Sequence", "pretokenizers": list(pre.steps)},
+        "pre_tokenizer": pre.steps[0]
+        if len(pre.steps) == 1
+        else {"type": "Sequence", "pretokenizers": list(pre.steps)},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": _bpe(found, merges, ignore_merges=pre.ignore_merges),
     }

@@ -20,7 +20,12 @@ def value(found: Any) -> bytes:
     """A value with its type in front: bool, int (32 bits), float, str, or a list of one of these."""
     if isinstance(found, list):
         inner = [value(v) for v in found] or [struct.pack("<I", U32)]
-        return struct.pack("<I", ARRAY) + inner[0][:4] + struct.pack("<Q", len(found)) + b"".join(v[4:] for v in inner if found)
+        return (
+            struct.pack("<I", ARRAY)
+            + inner[0][:4]
+            + struct.pack("<Q", len(found))
+            + b"".join(v[4:] for v in inner if found)
+        )
     if isinstance(found, str):
         return struct.pack("<I", STRING) + string(found)
     kind = BOOL if isinstance(found, bool) else U32 if isinstance(found, int) else F32
@@ -37,7 +42,9 @@ def header(
     keys: int | None = None,
 ) -> bytes:  # fmt: skip
     """Magic to the last tensor's entry; `count` and `keys` may claim other numbers of tensors and of metadata keys."""
-    counts = struct.pack("<IQQ", version, len(tensors) if count is None else count, len(metadata) if keys is None else keys)
+    counts = struct.pack(
+        "<IQQ", version, len(tensors) if count is None else count, len(metadata) if keys is None else keys
+    )
     return b"GGUF" + counts + b"".join(string(k) + value(v) for k, v in metadata.items()) + b"".join(tensors)
 
 
