@@ -296,7 +296,7 @@ def test_every_kind_is_checked_before_first_use(monkeypatch: pytest.MonkeyPatch)
         wrong = dict(library.BLOCK_KINDS)
         wrong[kind] = wrong["q4_0" if kind != "q4_0" else "q4_k"]  # as many bytes, or fewer
         monkeypatch.setattr(weights, "BLOCK_KINDS", wrong)
-        monkeypatch.setattr(products, "BLOCK_KINDS", wrong)
+        monkeypatch.setattr(stored_matmul, "BLOCK_KINDS", wrong)
         assert not weights.check_blocks_dequantize(), kind
         assert not stored_matmul.check_matmul(), kind
 
