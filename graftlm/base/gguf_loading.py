@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftlm.base.gguf_tensors import read_tensor
-from graftlm.base.precision import Weight, dequantize
+from graftlm.base.modules import StoredLinear, WeightHandle
+from graftlm.base.precision import dequantize
 from graftlm.base.random_init import random_model
 from graftlm.base.surgery import Replacements, find_replacements, freeze, replace_modules
 from graftlm.config import Precision
@@ -23,6 +24,7 @@ from graftlm.errors import ModelError
 from graftlm.gguf.folder import gguf_of, layout_of
 from graftlm.gguf.header import GgufFile
 from graftlm.gguf.layout import checkpoint_names
+from graftlm.kernels import GgufBlocks
 from graftlm.progress import working
 
 
@@ -43,24 +45,51 @@ def load_gguf(
     names = checkpoint_names(file.path, layout, file.tensors)
     parameters = dict(model.named_parameters())
     _check_names(file, names, parameters)
+    outer: dict[str, GgufBlocks] = {}  # embedding and head, which no replacement takes
     with working("reading the GGUF file", len(names), "tensors") as task:
         for name, place in names.items():
             _check_shape(file, place, name, tuple(parameters[name].shape))
-            value = read_tensor(file, layout, name, place)
-            value = value.to(device)
+            value = read_tensor(file, layout, name, place).to(device)
+            if precision != "gguf" and not isinstance(value, Tensor):
+                value = dequantize(value, torch.float32)
             if name in stored:
-                stored[name].set_weight(value if precision == "gguf" or isinstance(value, Tensor) else _dense(value))
-            else:
+                stored[name].set_weight(value)
+            elif isinstance(value, Tensor):
                 _set(model, name, value)
+            else:
+                outer[name] = value
             task.to(task.done + 1)
     _make_buffers(model, device)
     model.tie_weights()
     replaced = replace_modules(model, replacements, precision, activation_dtype)
+    _store_outer(model, outer, activation_dtype)
     return freeze(model), replaced
 
 
-def _dense(value: Weight) -> Tensor:
-    return dequantize(value, torch.float32)
+def _store_outer(model: Any, blocks: dict[str, GgufBlocks], activation_dtype: torch.dtype) -> None:
+    """Give embedding and head their blocks; where they are tied, both the same."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {
+        f"{name}.weight": module for name, module in model.named_modules() if module is head or module is embedding
+    }
+    for name, value in blocks.items():
+        module = names[name]
+        if module is embedding:
+            tied = head.dense is embedding.weight
+            linear = head if tied else StoredLinear((value.shape[0], value.shape[1]), "gguf")
+            linear.compressed = value
+            embedding.store_blocks(WeightHandle(linear, activation_dtype))
+            if tied:
+                _take_handle(head, embedding.weight)
+        else:
+            module.compressed = value
+            _take_handle(module, WeightHandle(module, activation_dtype))
+
+
+def _take_handle(head: StoredLinear, handle: WeightHandle) -> None:
+    """Code that reads the head's weight, its shape or whether it is the embedding's, reads the handle."""
+    head.register_parameter("weight", None)
+    head.__dict__["weight"] = handle
 
 
 def _check_names(file: GgufFile, names: dict[str, str], parameters: dict[str, nn.Parameter]) -> None:
@@ -85,11 +114,11 @@ def _check_shape(file: GgufFile, place: str, name: str, wanted: tuple[int, ...])
         )
 
 
-def _set(model: Any, name: str, value: Weight) -> None:
-    """Give the model's own module a value; blocks stay blocks only where a stored module takes them."""
+def _set(model: Any, name: str, value: Tensor) -> None:
+    """Give the model's own module a value."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    parameter = nn.Parameter(value if isinstance(value, Tensor) else _dense(value), requires_grad=False)
+    parameter = nn.Parameter(value, requires_grad=False)
     parameter.__dict__["_is_hf_initialized"] = True  # transformers' own initialization leaves it as it is
     setattr(module, attribute, parameter)
 

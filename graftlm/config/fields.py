@@ -16,7 +16,7 @@ from graftlm.errors import ConfigError, nearest
 from graftlm.yamlfile import read_yaml
 
 Method = Literal["full", "lora", "qlora"]
-Precision = Literal["float32", "bfloat16", "int8", "nf4"]
+Precision = Literal["float32", "bfloat16", "int8", "nf4", "gguf"]
 ComputeDtype = Literal["float32", "bfloat16", "bf16-mixed"]
 COMPUTE_DTYPE_NAMES: dict[ComputeDtype, str] = {
     "float32": "float32", "bfloat16": "bfloat16", "bf16-mixed": "bfloat16 summed in float32",

@@ -180,7 +180,7 @@ class TrainConfig(Config):
                 f"method qlora is lora on an nf4 base, found base-precision {self.base_precision}; "
                 f"take --method lora --base-precision {self.base_precision}, or leave --base-precision out"
             )
-        if self.method == "full" and self.base_precision in ("int8", "nf4"):
+        if self.method == "full" and self.base_precision in ("int8", "nf4", "gguf"):
             raise ValueError(
                 f"method full trains every weight and needs 16 or 32 bits, found base-precision {self.base_precision}; "
                 "take float32 or bfloat16, or --method qlora"

@@ -26,7 +26,8 @@ def test_what_the_gguf_package_writes_is_read_with_its_values_and_its_tensors(tm
     writer.add_add_bos_token(True)
     values = np.arange(64 * 3, dtype=np.float32).reshape(3, 64)
     writer.add_tensor("plain", values)
-    writer.add_tensor("blocks", gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_0), raw_dtype=gguf.GGMLQuantizationType.Q4_0)  # fmt: skip
+    kind = gguf.GGMLQuantizationType.Q4_0
+    writer.add_tensor("blocks", gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
