@@ -118,8 +118,8 @@ def _set(model: Any, name: str, value: Tensor) -> None:
     """Give the model's own module a value."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    parameter = nn.Parameter(value, requires_grad=False)
-    parameter.__dict__["_is_hf_initialized"] = True  # transformers' own initialization leaves it as it is
+    parameter: Any = nn.Parameter(value, requires_grad=False)
+    parameter._is_hf_initialized = True  # transformers' own initialization leaves it as it is
     setattr(module, attribute, parameter)
 
 

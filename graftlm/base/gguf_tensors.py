@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from graftlm.gguf.folder import BLOCKS
 from graftlm.gguf.header import GgufFile
 from graftlm.gguf.layout import GgufLayout
-from graftlm.kernels import GgufBlocks, Weight
+from graftlm.kernels import GgufBlocks
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def read_tensor(file: GgufFile, layout: GgufLayout, name: str, place: str) -> Weight:
+def read_tensor(file: GgufFile, layout: GgufLayout, name: str, place: str) -> Tensor | GgufBlocks:
     """The tensor at `place` under its checkpoint `name`, with the checkpoint's order of rows and the checkpoint's values.
 
     Block types give GgufBlocks (out, in), the others a dense tensor of the file's type. The values are this process's own.

@@ -32,7 +32,7 @@ def few_rows(x: Tensor, weight: GgufBlocks, transposed: bool, most_rows: int, ti
     y = torch.empty(len(x), made, dtype=x.dtype, device=x.device)
     programs("blocks").few_rows[(ceil(made, tile[0]),)](
         x, weight.data.contiguous(), y, len(x), summed, made, inner, x.stride(0), KIND=_KINDS[weight.kind],
-        TRANSPOSED=transposed, ROWS=most_rows, MADE=tile[0], SUMMED=tile[1], WIDEN=needs_upcast(x), num_stages=STAGES,
+        TRANSPOSED=transposed, ROWS=most_rows, MADE=tile[0], SUMMED=tile[1], UPCAST=needs_upcast(x), num_stages=STAGES,
         enable_fp_fusion=False,
     )  # fmt: skip
     return y

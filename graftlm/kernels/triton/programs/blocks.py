@@ -1,6 +1,6 @@
 # pyright: basic
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
-"""Decoding the blocks of GGUF files, and their product with a few rows; `reference_blocks.py` has the formulas.
+"""Decoding the blocks of GGUF files, and their matmul with a few rows; `reference_blocks.py` has the formulas.
 
 As `programs/weights.py`: each program makes one tile of the result and decodes codes in registers, every operation rounded by
 itself (launch with `enable_fp_fusion=False`), so that values are the reference's bit for bit.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graftlm.kernels.triton.programs.product import product
+from graftlm.kernels.triton.programs.dot import dot
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def dequantize(blocks, out, count, KIND: tl.constexpr, TILE: tl.constexpr):
 def few_rows(
     x, blocks, y, rows, summed, made, inner, row_stride,
     KIND: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, MADE: tl.constexpr, SUMMED: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """y (rows, made) = x (rows, summed) @ W.T, or @ W when TRANSPOSED; W (out, in) with `inner` = in."""
     row = tl.arange(0, ROWS)
@@ -106,6 +106,6 @@ def few_rows(
             k[:, None].to(tl.int64) * inner + column[None, :] if TRANSPOSED else column[None, :] * inner + k[:, None]
         )
         weight = block_values(value, inside, blocks, KIND)
-        total = product(part, weight.to(part.dtype), total, WIDEN)  # (ROWS, MADE)
+        total = dot(part, weight.to(part.dtype), total, UPCAST)  # (ROWS, MADE)
     y_inside = (row[:, None] < rows) & (column[None, :] < made)
     tl.store(y + row[:, None].to(tl.int64) * made + column[None, :], total.to(y.dtype.element_ty), mask=y_inside)
