@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from graftlm.config.fields import is_gguf
 from graftlm.errors import ModelError
 from graftlm.files import cache_folder, write_text
-from graftlm.gguf.folder import gguf_of, is_gguf
+from graftlm.gguf.folder import gguf_of
 from graftlm.gguf.header import read_gguf
 from graftlm.jsonfile import read_json
 from graftlm.progress import Task, working

@@ -39,8 +39,9 @@ from graftlm.base.structure import ModelStructure
 from graftlm.base.surgery import Replacements, convert_model
 from graftlm.base.transformers_versions import is_known_type, missing_class, own_attention
 from graftlm.config import ComputeDtype, Precision
+from graftlm.config.fields import is_gguf
 from graftlm.errors import ModelError
-from graftlm.gguf.folder import gguf_of, is_gguf, model_folder
+from graftlm.gguf.folder import folder_of, gguf_of
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
 from graftlm.progress import working
 from graftlm.segments import Segments
@@ -147,7 +148,7 @@ def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True)
     """
     folder = Path(demo.resolve_model(name))
     if is_gguf(name):
-        return _checked(_gguf_folder(folder, name), name, weights=False)
+        return _checked(folder_of(name), name, weights=False)
     if folder.is_dir():
         return _checked(folder, name, weights)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -167,27 +168,6 @@ def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True)
             f"model '{name}' is not a directory here and the hub did not give it: {str(error).splitlines()[0]}"
         ) from None
     return _checked(Path(found), name, weights)
-
-
-def _gguf_folder(file: Path, name: str) -> Path:
-    """The folder that stands for a GGUF file: one here, or `owner/name/FILE.gguf` of the hub."""
-    if not file.is_file():
-        if name.startswith((".", "/", "~")) or name.count("/") != 2:
-            raise ModelError(f"no such model: there is no file '{name}'; of the hub it is owner/name/FILE.gguf")
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        repository, _, wanted = name.rpartition("/")
-        try:
-            file = Path(hf_hub_download(repository, wanted))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            raise ModelError(
-                f"'{name}' is no file here and the hub did not give it: {str(error).splitlines()[0]}"
-            ) from None
-    try:
-        return model_folder(file)
-    except OSError as error:
-        raise ModelError(f"{name}: its config and tokenizer cannot be written to the cache: {error}") from None
 
 
 def _checked(folder: Path, name: str, weights: bool) -> Path:

@@ -263,8 +263,8 @@ def small_dtype(
     """The dtype of norms, biases and position tables, thousandths of the model: the compute dtype.
 
     A base stored in float32 keeps them in float32 with any compute dtype, since full training in bfloat16 would lose every
-    small update of a norm's weight near 1; so does one of a GGUF file, which has them in float32. In a module that has submodules, whose
-    code may mix dtypes, they get the compute dtype.
+    small update of a norm's weight near 1; so does one of a GGUF file, which has them in float32. In a module that
+    has submodules, whose code may mix dtypes, they get the compute dtype.
     """
     if any(_kept_by_class(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)):
         return torch.float32

@@ -18,6 +18,7 @@ from graftlm.config.fields import (
     Ranks,
     Sources,
     Tokens,
+    is_gguf,
     option,
     refuse_eval_weight,
 )
@@ -30,10 +31,14 @@ class TrainConfig(Config):
     takes_file = True
 
     # The base and the method
-    model: str = option(..., "base model: a directory, a hub id, or `demo` for the bundled one", group="base")
+    model: str = option(
+        ..., "base model: a directory, a GGUF file, a hub id, or `demo` for the bundled one", group="base"
+    )
     method: Method = option("lora", "what is trained: full, lora, or qlora (lora on an nf4 base)", group="base")
     base_precision: Precision | None = option(
-        None, "how the base is stored; default float32 for full, bfloat16 for lora, nf4 for qlora", group="base"
+        None,
+        "how the base is stored; default float32 for full, bfloat16 (of a GGUF file its blocks, gguf) for lora, nf4 for qlora",
+        group="base",
     )
     compute_dtype: ComputeDtype | None = option(
         None,
@@ -260,7 +265,8 @@ class TrainConfig(Config):
         """How the base is stored, with the method's default filled in."""
         if self.base_precision is not None:
             return self.base_precision
-        defaults: dict[Method, Precision] = {"full": "float32", "lora": "bfloat16", "qlora": "nf4"}
+        lora: Precision = "gguf" if is_gguf(self.model) else "bfloat16"
+        defaults: dict[Method, Precision] = {"full": "float32", "lora": lora, "qlora": "nf4"}
         return defaults[self.method]
 
     @property

@@ -30,9 +30,33 @@ _FORMAT = 1
 """Of the folder's content; with another number it is written anew."""
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a model's name means a GGUF file."""
-    return name.lower().endswith(".gguf")
+def folder_of(name: str) -> Path:
+    """The folder that stands for the model in a GGUF file: one here, or `owner/name/FILE.gguf` of the hub.
+
+    Raises ModelError as `model_folder` does, and where there is no such file.
+    """
+    file = Path(name).expanduser()
+    try:
+        if not file.is_file():
+            file = _downloaded(name)
+        return model_folder(file)
+    except OSError as error:
+        raise ModelError(f"{name}: its config and tokenizer cannot be written to the cache: {error}") from None
+
+
+def _downloaded(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 2:
+        raise ModelError(f"there is no file '{name}'; a GGUF file of the hub is owner/name/FILE.gguf")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, wanted = name.rpartition("/")
+    try:
+        return Path(hf_hub_download(repository, wanted))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"'{name}' is no file here and the hub did not give it: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def model_folder(file: Path) -> Path:

@@ -12,13 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from graftlm.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 ARCHITECTURES = {
     "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text",
@@ -42,7 +45,7 @@ _FOUR_NORMS = {
 _PLACE = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 _NAME = re.compile(r"(?:model\.layers\.(\d+)\.)?([\w.]+)\.(weight|bias)")
 
-_Rows = TypeVar("_Rows", Tensor, NDArray[np.uint8])
+_Rows = TypeVar("_Rows", "Tensor", NDArray[np.uint8])
 
 
 class GgufLayout:
