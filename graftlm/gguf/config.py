@@ -146,6 +146,11 @@ def special_tokens(file: GgufFile) -> dict[str, int]:
     found: dict[str, int] = {}
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     count = len(tokens) if isinstance(tokens, list) else 0
+    if not count:
+        raise ModelError(
+            f"{file.path} has no tokenizer (tokenizer.ggml.tokens); take the model's Hugging Face folder, or a GGUF file that "
+            "was converted with its vocabulary"
+        )
     for name, key in keys.items():
         token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is None or token == 0xFFFFFFFF:

@@ -84,11 +84,7 @@ class _Vocabulary:
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         self.tokens: list[str] = self._list("tokens", str)
-        if not self.tokens:
-            raise ModelError(
-                f"{file.path} has no tokenizer (tokenizer.ggml.tokens); take the model's Hugging Face folder, or a GGUF file "
-                "that was converted with its vocabulary"
-            )
+        self.special = special_tokens(file)
         rows = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else len(self.tokens)
         if len(self.tokens) > rows:
             raise ModelError(f"{file.path} has {len(self.tokens):,} tokens, and its embedding {rows:,} rows")
@@ -102,7 +98,6 @@ class _Vocabulary:
         self.ids: dict[str, int] = {}
         for i, token in enumerate(self.tokens):
             self.ids.setdefault(token, i)
-        self.special = special_tokens(file)
         self.pre = str(file.metadata.get("tokenizer.ggml.pre", "default"))
 
     def _list(self, name: str, kind: type) -> list[Any]:
