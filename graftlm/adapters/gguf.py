@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from graftlm.adapters.gguf_tokenizer import GgufTokenizer, read_vocab, write_voc
 from graftlm.base.checkpoint_layout import Checkpoint
 from graftlm.base.loading import load_config
 from graftlm.errors import ModelError
+from graftlm.files import flush
 from graftlm.progress import working
 
 Array = NDArray[Any]
@@ -42,7 +44,7 @@ _TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("
 
 def check_gguf(folder: Path) -> None:
     """Raise ModelError if GGUF cannot be written for a model's architecture or tokenizer; reads no weights."""
-    _package()
+    gguf_package()
     config = load_config(folder, False)
     _architecture(config)
     _check_numbers(config)
@@ -54,7 +56,7 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
 
     Raises ModelError for an architecture, a tokenizer or a tensor that GGUF does not support, and OSError.
     """
-    gguf = _package()
+    gguf = gguf_package()
     config = load_config(folder, False)
     architecture = _architecture(config)
     _check_numbers(config)
@@ -71,9 +73,8 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
             raise ModelError(f"{folder}: GGUF has no name for tensor '{tensor}' of a {config.model_type} model")
         gguf_names[tensor] = gguf_name
 
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with partial_file(file) as temporary:
         writer = gguf.GGUFWriter(str(temporary), name)
         _describe(writer, gguf, config, folder.name, kind)
         write_vocab(writer, vocab)
@@ -101,11 +102,6 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
         writer.close()
         with working(f"checking {file.name}"):
             count = _read_back(gguf, temporary, checkpoint, config, gguf_names, kind, vocab)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
     modelfile = file.with_suffix(".Modelfile")
     stops = "".join(f"PARAMETER stop {json.dumps(vocab.tokens[i])}\n" for i in vocab.stop)
     modelfile.write_text(f"FROM ./{file.name}\n{stops}", encoding="utf-8")
@@ -115,7 +111,20 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _package() -> Any:
+@contextmanager
+def partial_file(file: Path) -> Iterator[Path]:
+    """A temporary file beside `file` to write; flushed and renamed to it on success, else removed."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def gguf_package() -> Any:
+    """The package gguf, which writes the files. Raises ModelError where it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -295,4 +304,4 @@ def _read_back(
     return len(found)
 
 
-__all__ = ["check_gguf", "interleaved", "write_gguf"]
+__all__ = ["check_gguf", "gguf_package", "interleaved", "partial_file", "write_gguf"]
