@@ -26,7 +26,7 @@ from torch import Tensor
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter
-from graftlm.adapters.gguf_adapter import for_llama_cpp, layout_for, without_place, write_gguf_adapter
+from graftlm.adapters.gguf_adapter import for_llama_cpp, without_place, write_gguf_adapter
 from graftlm.adapters.patterns import refused_by_peft
 from graftlm.adapters.peft_tensors import PREFIX, tensor_prefixes
 from graftlm.adapters.slots import LowRank
@@ -34,14 +34,16 @@ from graftlm.adapters.store import open_adapter
 from graftlm.base.meta_base import MetaBase, load_meta_base
 from graftlm.base.modules import StoredStack
 from graftlm.config import ExportConfig
+from graftlm.config.fields import is_gguf
 from graftlm.errors import AdapterError, ConfigError, RunError
 from graftlm.files import atomic_folder, write_json
-from graftlm.gguf.folder import is_gguf
+from graftlm.gguf.layout import layout_for
 from graftlm.jsonfile import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256)
 # Architectures of transformers for which vLLM's list of supported models (read in November 2026) has no LoRA. Architectures
 # that are not listed at all get a note, since vLLM may run them through transformers.
+_CONVERTER = "export a PEFT folder (--for peft) and convert it with llama.cpp's convert_lora_to_gguf.py"
 _WITHOUT_LORA = {
     "BloomForCausalLM", "DbrxForCausalLM", "FalconForCausalLM", "FalconMambaForCausalLM", "FlexOlmoForCausalLM",
     "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "Jais2ForCausalLM", "MambaForCausalLM",
@@ -97,7 +99,7 @@ def _write_gguf(
     config: ExportConfig, base: MetaBase, adapter: Adapter, found: adapter_format.AdapterFolder
 ) -> dict[str, Any]:
     """Write the file for llama.cpp; returns its part of the summary. Raises AdapterError, RunError."""
-    layout = layout_for(base)
+    layout = layout_for(base.plain.config, AdapterError, _CONVERTER)
     slots = _low_rank(base, adapter, "llama.cpp", lambda layer: without_place(base, layout, layer))
     made = for_llama_cpp(layout, slots, config.gguf_type)
     try:

@@ -27,7 +27,7 @@ from graftlm.adapters.slots import LowRank
 from graftlm.base.meta_base import MetaBase
 from graftlm.errors import AdapterError
 from graftlm.gguf.header import read_gguf
-from graftlm.gguf.layout import WRITTEN_AS, GgufLayout
+from graftlm.gguf.layout import GgufLayout
 
 Array = NDArray[Any]
 Kind = Literal["f32", "f16"]
@@ -50,18 +50,6 @@ class GgufAdapter:
     """Number of layers whose scale was multiplied into B."""
 
 
-def layout_for(base: MetaBase) -> GgufLayout:
-    """The names and orders of a base's tensors in GGUF. Raises AdapterError for an architecture that is not supported."""
-    config = base.plain.config
-    architecture = WRITTEN_AS.get(config.model_type)
-    if architecture is None:
-        raise AdapterError(
-            f"adapters are written as GGUF for {', '.join(WRITTEN_AS)}, and this base is a {config.model_type}; export a PEFT "
-            "folder (--for peft) and convert it with llama.cpp's convert_lora_to_gguf.py"
-        )
-    return GgufLayout(architecture, int(config.num_attention_heads), int(config.num_key_value_heads))
-
-
 def without_place(base: MetaBase, layout: GgufLayout, layer: str) -> str | None:
     """Why llama.cpp has no place for an adapter on a layer; None if it has one."""
     if layer == base.structure.head_name and base.tied:
@@ -82,10 +70,9 @@ def for_llama_cpp(layout: GgufLayout, slots: Mapping[str, LowRank], kind: Kind) 
     for layer, slot in slots.items():
         name = f"{layer}.weight"
         place = layout.place_of(name)
-        A, B = slot.A.detach().float(), slot.B.detach().float()  # (r, in), (out, r)
-        if alphas[layer] != alpha:
-            B = B * (slot.scale * slot.rank / alpha)
-        for tensor, letter in ((A, "a"), (layout.rows_for_gguf(name, B), "b")):
+        factor = 1.0 if alphas[layer] == alpha else slot.scale * slot.rank / alpha
+        scaled = slot.B.detach().float() * factor  # (out, r)
+        for tensor, letter in ((slot.A.detach().float(), "a"), (layout.rows_for_gguf(name, scaled), "b")):
             tensors[f"{place}.lora_{letter}"] = _rounded(tensor, kind, f"lora_{letter.upper()} of '{layer}'")
     return GgufAdapter(layout.architecture, alpha, tensors, sum(found != alpha for found in alphas.values()))
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graftlm.errors import ModelError
+from graftlm.errors import GraftError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +104,17 @@ class GgufLayout:
     def norm_offset(self, name: str) -> float:
         """What a GGUF file's values of this checkpoint tensor have on top of the checkpoint's."""
         return 1.0 if self.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
+
+
+def layout_for(config: Any, raises: type[GraftError], way_out: str) -> GgufLayout:
+    """The names and orders in GGUF for the model of a transformers config.
+
+    Raises the given error, with the way out, for a type of model that is not in the table.
+    """
+    architecture = WRITTEN_AS.get(config.model_type)
+    if architecture is None:
+        raise raises(f"GGUF is supported for {', '.join(WRITTEN_AS)}, and this is a {config.model_type}; {way_out}")
+    return GgufLayout(architecture, int(config.num_attention_heads), int(config.num_key_value_heads))
 
 
 def interleaved(rows: _Rows, heads: int) -> _Rows:

@@ -9,6 +9,7 @@ known here; with any other a text would become other tokens without a warning, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,24 @@ PRE_TOKENIZERS = {
     "qwen2": _QWEN2,
 }
 """llama.cpp's name -> what it stands for; of several names for one the first is written."""
+
+
+def name_of(steps: Sequence[Mapping[str, Any]], normalizer: str | None, *, ignore_merges: bool) -> str | None:
+    """llama.cpp's name of how a byte-level BPE tokenizer splits text, from its `tokenizer.json`; None where it has none.
+
+    A byte-level tokenizer may come without the normalizer of the named one: llama.cpp has none.
+    """
+    for name, known in PRE_TOKENIZERS.items():
+        same = len(steps) == len(known.steps) and all(_same(a, b) for a, b in zip(steps, known.steps))
+        if same and normalizer in (None, known.normalizer) and ignore_merges == known.ignore_merges:
+            return name
+    return None
+
+
+def _same(found: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Whether a step splits as a known one; what it leaves out has its default. Offsets do not change tokens."""
+    defaults = {"add_prefix_space": False, "use_regex": True, "invert": False}
+    return all({**defaults, **found}.get(key) == value for key, value in known.items() if key != "trim_offsets")
 
 
 def tokenizer_of(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:

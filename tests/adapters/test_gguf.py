@@ -14,8 +14,9 @@ import torch
 from tiny_gguf import MODELS, folder
 from transformers import AutoModelForCausalLM
 
-from graftlm.adapters.gguf import check_gguf, interleaved, write_gguf
+from graftlm.adapters.gguf import check_gguf, write_gguf
 from graftlm.errors import ModelError
+from graftlm.gguf.layout import interleaved
 
 gguf = pytest.importorskip("gguf")
 

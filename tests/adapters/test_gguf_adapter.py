@@ -28,6 +28,7 @@ from graftlm.base.loading import Base, load_base
 from graftlm.base.meta_base import load_meta_base
 from graftlm.config import ExportConfig
 from graftlm.errors import AdapterError, ConfigError, ModelError, RunError
+from graftlm.gguf.layout import layout_for
 
 gguf = pytest.importorskip("gguf")
 
@@ -172,7 +173,7 @@ def test_f16_rounds_each_value_once_and_refuses_what_it_cannot_hold(tmp_path: Pa
     compare(base, folder, tmp_path / "a.gguf", rtol=2e-3)
     assert {t.tensor_type.name for t in gguf.GGUFReader(str(tmp_path / "a.gguf")).tensors} == {"F16"}
     adapter = adapter_format.load(base, folder)
-    layout = gguf_adapter.layout_for(load_meta_base(str(tiny.folder("llama"))))
+    layout = layout_for(load_meta_base(str(tiny.folder("llama"))).plain.config, AdapterError, "")
     for factor in (1e6, 1e-13):
         slots = {n: s for n, s in adapter.slots.items() if isinstance(s, LowRank)}
         with torch.no_grad():
@@ -186,8 +187,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "DoRA": ("llama", {"dora": True}, "served by llama.cpp: it is a DoRA adapter"),
     "a whole head": ("llama", {"modules_to_save": ("head",)}, "'lm_head' is trained in full or by token rows"),
     "token rows": ("qwen3", {"trainable_tokens": (5, 11)}, "'model.embed_tokens' is trained in full or by token rows"),
-    "stacks of experts": ("mixtral", {"targets": ("down_proj",)}, "this base is a mixtral; export a PEFT folder"),
-    "another architecture": ("gpt2", {"targets": ("c_attn",)}, "this base is a gpt2; export a PEFT folder"),
+    "stacks of experts": ("mixtral", {"targets": ("down_proj",)}, "this is a mixtral; export a PEFT folder"),
+    "another architecture": ("gpt2", {"targets": ("c_attn",)}, "this is a gpt2; export a PEFT folder"),
 }
 
 

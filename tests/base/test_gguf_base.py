@@ -159,7 +159,9 @@ def test_a_tuned_adapter_answers_on_the_blocks_and_full_training_takes_dense_wei
     _, file = files(tmp_path, "llama", "q8_0", **WIDE)
     summary = train(trained(tmp_path, file))
     found = generate(
-        GenerateConfig.build({"model": str(file), "prompt": "hello", "adapter": summary["adapter_folder"], "max_tokens": 4})
+        GenerateConfig.build(
+            {"model": str(file), "prompt": "hello", "adapter": summary["adapter_folder"], "max_tokens": 4}
+        )
     )
     assert found["precision"] == "gguf"
     full = train(trained(tmp_path, file, method="full", out=tmp_path / "full", learning_rate=0.001))
