@@ -57,7 +57,7 @@ def answer(model, run, task, count):
 
 def serve(name, store, questions):
     """Answers over HTTP: {adapter: prompt} -> {adapter: answer}, all asked at once of one `graft serve`."""
-    options = ["--model", name, "--store", str(store), "--port", "0", "--json"]
+    options = ["--model", name, "--store", str(store), "--port", "0", "--max-num-seqs", "4", "--json"]
     command = [sys.executable, "-m", "graftlm.cli", "serve", *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
