@@ -9,7 +9,8 @@
     |-- RequestError     a request to a server or its engine cannot be answered as asked
     |-- RunError         a run folder is in use, damaged, or belongs to another run
     `-- TrainingError    training cannot continue (a trained tensor without a gradient, a process that died)
-        `-- Diverged     a loss or gradient is not finite
+        |-- Diverged     a loss or gradient is not finite
+        `-- ScoreError   a score function of the user raised, or returned no number
 
     Stopped              not an error: a run was stopped by a signal and has written a checkpoint
 
@@ -65,6 +66,10 @@ class TrainingError(GraftError):
 
 class Diverged(TrainingError):
     """A loss or gradient is not finite; mostly the learning rate is too high."""
+
+
+class ScoreError(TrainingError):
+    """A score function of the user raised, or returned something other than a finite number."""
 
 
 class Stopped(Exception):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Unit = Literal["", "bytes", "rows", "steps", "tokens", "files", "trials", "versions", "tensors"]
+Unit = Literal["", "bytes", "rows", "steps", "tokens", "files", "trials", "prompts", "versions", "tensors"]
 SOON, FIRST_LINE, LINES = 0.4, 10.0, 30.0
 """Seconds until a bar is drawn, until the first line of a pipe, and between its lines."""
 

@@ -284,6 +284,38 @@ def test_early_stopping_ends_a_run_whose_eval_loss_rises_and_keeps_the_best_step
         graft.train(model, ROWS, early_stopping=2, **OPTIONS)
 
 
+def points(answers: list[str], references: list[str]) -> float:
+    """Shared first words, in percent."""
+    return 100 * sum(a.split()[:1] == r.split()[:1] for a, r in zip(answers, references, strict=True)) / len(answers)
+
+
+def test_answers_are_scored_by_name_or_by_a_function_and_the_best_step_is_chosen_by_it(
+    model: graft.Model, tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "steps": 12, "eval_every": 4, "score_prompts": 4, "score_max_tokens": 8, "best_by": "score"}
+    held = ROWS[:4]
+    run = graft.train(model, ROWS, eval_data=held, out=tmp_path / "run", score=points, **options)
+    scores = {m["step"]: m["eval_points"] for m in run.metrics if m["kind"] == "eval"}
+    assert list(scores) == [0, 4, 8, 12]
+    assert run.summary["eval_score_after"] == max(score for step, score in scores.items() if step)
+    assert run.config["score"] == f"{__name__}:points"
+    given = model.generate([row["prompt"] for row in held], adapter=run, max_tokens=8, format="text")
+    assert (
+        points([text.strip() for text in given], [row["completion"].strip() for row in held])
+        == scores[run.summary["saved_step"]]
+    )
+    assert f"{__name__}:points {scores[0]:.4g} to {run.summary['eval_score_after']:.4g}" in repr(run)
+    (run.folder / "summary.json").unlink()
+    again = graft.Run.open(run.folder).summary
+    names = ("saved_step", "score", "eval_score_before", "eval_score_after", "eval_loss_after")
+    assert {name: again[name] for name in names} == {name: run.summary[name] for name in names}
+    named = graft.train(model, ROWS, eval_data=held, out=tmp_path / "named", score="exact-match", **options)
+    assert all("eval_exact_match" in m for m in named.metrics if m["kind"] == "eval")
+    for bad in (3, ["bleu"]):
+        with pytest.raises(ConfigError, match="score: must be a valid string"):
+            graft.train(model, ROWS, eval_data=held, score=bad, **OPTIONS)
+
+
 def test_early_stopping_goes_on_counting_where_a_checkpoint_was(model: graft.Model) -> None:
     stopping = graft.EarlyStopping(patience=3)
     stopping.begin([(0, 2.0), (1, 1.0), (2, 1.1), (3, 1.2)])

@@ -20,7 +20,7 @@ import tiny_run
 import torch
 
 from graftlm import files
-from graftlm.adapters import canary, manifest, merge
+from graftlm.adapters import canary, manifest, merge, peft_folder
 from graftlm.adapters import merge_writer as merged
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters import peft_tensors as fit
@@ -106,9 +106,9 @@ def around(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Callable[[pytes
 
 
 def loads_what_is_missing(patch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((adapter_format, "_same_plan"), (adapter_format, "check_files"), (fit, "_complete")):
+    for owner, name in ((peft_folder, "_same_plan"), (peft_folder, "check_files"), (fit, "_complete")):
         patch.setattr(owner, name, nothing)
-    patch.setattr(adapter_format, "digest_of", lambda content: content["digest"])
+    patch.setattr(peft_folder, "digest_of", lambda content: content["digest"])
     patch.setattr(canary, "check", lambda *given: 0.0)
 
 
@@ -132,7 +132,7 @@ LOADER = (
     Bug(
         "loader",
         "checksums are not compared",
-        set_to(adapter_format, "check_files", nothing),
+        set_to(peft_folder, "check_files", nothing),
         lambda b: test_peft_loading.test_one_flipped_byte_anywhere_is_found_and_the_file_is_named(
             b.base, b.saved, "adapter_model.safetensors"
         ),
@@ -140,7 +140,10 @@ LOADER = (
     Bug(
         "loader",
         "the digest leaves the manifest out",
-        set_to(adapter_format, "digest_of", lambda content: manifest.digest_of({"files": content["files"]})),
+        lambda patch: [
+            patch.setattr(module, "digest_of", lambda content: manifest.digest_of({"files": content["files"]}))
+            for module in (adapter_format, peft_folder)
+        ],
         lambda b: test_peft_loading.test_a_manifest_that_is_damaged_is_refused_by_the_entry(
             b.base, b.saved, "changed by hand"
         ),
@@ -162,7 +165,7 @@ LOADER = (
     Bug(
         "loader",
         "alpha of PEFT's config is believed whatever was trained",
-        set_to(adapter_format, "_FORMULA", ()),
+        set_to(peft_folder, "FORMULA", ()),
         lambda b: (
             test_peft_loading.test_a_config_that_means_another_mathematics_than_was_trained_is_refused_with_both_values(
                 b.base, b.saved, "alpha"
@@ -268,7 +271,7 @@ CHECKPOINT = (
         ),
     ),
     Bug(
-        "checkpoint", "nothing is flushed before the rename", set_to(files, "_flush", nothing),
+        "checkpoint", "nothing is flushed before the rename", set_to(files, "flush", nothing),
         lambda b: test_files.test_files_and_folders_are_flushed_before_the_folder_is_named(b.place, b.patch),
     ),
     Bug(

@@ -19,6 +19,7 @@ FLOORS = [
     "terminal",
     "progress",
     "config",
+    "scores",
     "demo",
     "gguf",
     "kernels",

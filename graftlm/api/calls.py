@@ -32,6 +32,7 @@ from graftlm.data.check import DataReport
 from graftlm.data.in_memory import names_of, source_of
 from graftlm.errors import ConfigError, Stopped
 from graftlm.experiments.row_files import row_file
+from graftlm.scores import named_after
 from graftlm.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def train(
 
     `model` is one of `graft.load`, which is shared, or a name, which is loaded for this run. `data` is a list of dicts, a
     datasets.Dataset, a pandas DataFrame, a file, a hub id, `demo`, or a list of files; `eval_data` the same, or a share of the
-    rows such as "5%". `out` is the run folder, default runs/<time>-<model>. Options are those of `graft train`.
+    rows such as "5%". `out` is the run folder, default runs/<time>-<model>. Options are those of `graft train`; `score` may be
+    a function (answers, references) -> float, too, both lists of texts.
 
     A loaded model decides on base, precision and device; without `method` it is trained as qlora on nf4, else as lora, and its
     base is unchanged afterwards. With method="full" the loaded model itself is trained and is the tuned one afterwards.
@@ -83,6 +85,9 @@ def train(
     }
     if isinstance(values.get("from_adapter"), Run):
         values["from_adapter"] = folder_of(values["from_adapter"])
+    score = values.get("score") if callable(values.get("score")) else None
+    if score is not None:
+        values["score"] = named_after(score)
     named = TrainConfig.named(values)
     named.setdefault("out", _fresh_folder(str(named["model"])))
     if isinstance(model, Model):
@@ -90,7 +95,7 @@ def train(
     config = TrainConfig.build(named)
     given = Given(
         base=model.base if isinstance(model, Model) else None, sources=None if sources is None else [sources],
-        eval_source=eval_source, callbacks=(heard := _Heard(), *callbacks), save_when_stopped=True,
+        eval_source=eval_source, score=score, callbacks=(heard := _Heard(), *callbacks), save_when_stopped=True,
     )  # fmt: skip
     with _run_of(model, config, heard), _drawn(quiet):
         command(config, View(quiet=quiet), given)

@@ -23,6 +23,7 @@ from graftlm.base.loading import Base, checkpoint_precision, load_base
 from graftlm.base.shared_base import computing_in
 from graftlm.commands.generate import sampling_of
 from graftlm.config import GenerateConfig, Precision, TrainConfig
+from graftlm.config.fields import TrainOn
 from graftlm.config.load import LoadConfig
 from graftlm.data.dataset import load as load_rows
 from graftlm.data.in_memory import names_of, source_of
@@ -179,7 +180,7 @@ class Model:
             self._own = None
 
     def encode(
-        self, rows: Any, *, train_on: Literal["all-assistant", "last-assistant"] = "all-assistant",
+        self, rows: Any, *, train_on: TrainOn = "all-assistant",
         max_length: int | None = None, overlong: Literal["error", "drop", "truncate"] = "error",
     ) -> Batch:  # fmt: skip
         """Rows as `graft.train` takes them -> a batch: token ids, and which of them the loss counts.

@@ -47,7 +47,8 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: `step`, `kind` (train, eval, event), `loss` or `eval_loss` in nats a target token, ..."""
+        """The lines of metrics.jsonl: `step`, `kind` (train, eval, event), `loss` or `eval_loss` in nats a target token,
+        `eval_score` where the run has a score, ..."""
         file = self.folder / "metrics.jsonl"
         return read_metrics(file) if file.is_file() else []
 
@@ -84,8 +85,10 @@ class Run:
         config, lines = self.config, self.metrics
         steps = [line for line in lines if line.get("kind") == "train"]
         losses = [(line["step"], line["eval_loss"]) for line in lines if line.get("kind") == "eval"]
+        scores = {line["step"]: line["eval_score"] for line in lines if line.get("eval_score") is not None}
         after = [pair for pair in losses if pair[0] > 0]
-        best = min(after, key=lambda pair: pair[1], default=None)
+        by_score = config.get("best_by") == "score"
+        best = min(after, key=lambda pair: (-scores.get(pair[0], 0.0) if by_score else 0.0, pair[1]), default=None)
         return {
             "out": str(self.folder),
             **({"adapter_folder": str(self.adapter)} if self.adapter else {}),
@@ -98,6 +101,9 @@ class Run:
             "train_loss": steps[-1]["loss"] if steps else None,
             "eval_loss_before": next((loss for step, loss in losses if step == 0), None),
             "eval_loss_after": best[1] if best else None,
+            "score": config.get("score"),
+            "eval_score_before": scores.get(0),
+            "eval_score_after": scores.get(best[0]) if best else None,
             "saved_step": best[0] if best else steps[-1]["step"] if steps else 0,
             **(self.plan.get("measured") or {} if (self.folder / "plan.json").is_file() else {}),
         }
@@ -108,8 +114,11 @@ class Run:
         found = self.summary
         before, after = found.get("eval_loss_before"), found.get("eval_loss_after")
         loss = f", eval loss {before:.4f} to {after:.4f}" if before is not None and after is not None else ""
+        score = f", {text}" if (text := _score_text(found)) else ""
         state = ", stopped" if self.stopped else ""
-        return f"Run('{self.folder}': {found['method']} on {found['model']}, {found['steps']} steps{loss}{state})"
+        return (
+            f"Run('{self.folder}': {found['method']} on {found['model']}, {found['steps']} steps{loss}{score}{state})"
+        )
 
     def _repr_html_(self) -> str:
         found = self.summary
@@ -117,6 +126,8 @@ class Run:
         facts.append(("method", f"{found['method']}, {found['steps']:,} steps"))
         if found.get("eval_loss_before") is not None and found.get("eval_loss_after") is not None:
             facts.append(("eval loss", f"{found['eval_loss_before']:.4f} to {found['eval_loss_after']:.4f}"))
+        if text := _score_text(found):
+            facts.append(("score", text))
         if found.get("peak_memory_bytes"):
             facts.append(("peak memory", size(found["peak_memory_bytes"])))
         place = self.adapter or self.model_folder
@@ -137,3 +148,11 @@ class Run:
         drawn = [Line(charts.smoothed(train), "c0 faint"), Line(evals, "c1", dots=True)]
         svg = loss_chart("loss by step", [line for line in drawn if line.points])
         return charts.in_notebook(svg, "Line with dots: eval loss. Faint line: training batches, smoothed.")
+
+
+def _score_text(summary: dict[str, Any]) -> str:
+    """The score before and after training as text; empty for a run without one."""
+    before, after = summary.get("eval_score_before"), summary.get("eval_score_after")
+    if after is None:
+        return ""
+    return f"{summary['score']} " + (f"{after:.4g}" if before is None else f"{before:.4g} to {after:.4g}")

@@ -1,9 +1,9 @@
 """From messages to token ids and their loss mask. Training, generation and serving all encode here.
 
-A row becomes a text with the character ranges that the model is to generate (`template.py` finds them for chats; of a prompt
-with its completion it is the completion, of plain text everything). The whole text is tokenized, and the ranges are mapped to
-tokens by the fast tokenizer's offsets, not by searching for token ids: an end token that is also the padding token is still a
-target.
+A row becomes a text with the character ranges of its target tokens: what the model is to generate (`template.py` finds it for
+chats; of a prompt with its completion it is the completion, of plain text everything), or the whole text. The whole text is
+tokenized, and the ranges are mapped to tokens by the fast tokenizer's offsets, not by searching for token ids: an end token
+that is also the padding token is still a target.
 
 In generation the model gets the prompt alone, so the prompt must have the same tokens in training. If a token spans the border
 between prompt and answer, the two sides are tokenized separately.
@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,13 @@ from transformers import PreTrainedTokenizerBase
 from graftlm.base.jinja import PLAIN_TEMPLATE
 from graftlm.base.template import Marked, Span, Template
 from graftlm.base.template_render import Message, Tools
+from graftlm.config.fields import TrainOn
 from graftlm.errors import ConfigError, DataError, ModelError
 
 __all__ = ["DATE", "PLAIN_TEMPLATE", "Encoded", "Encoder", "Marked", "Message", "TrainOn"]
 
 DATE = "2026-01-01"
 """The default date for chat templates."""
-
-TrainOn = Literal["all-assistant", "last-assistant"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +47,8 @@ class Encoded:
 class Encoder:
     """Encodes chats, prompts with completions, and texts for one tokenizer.
 
-    `train_on`: train on every assistant message, or only the last one. `date`: the ISO date for chat templates.
+    `train_on`: train on every assistant message and completion, only the last assistant message, or everything, prompts
+    too. The ids of a row do not depend on it. `date`: the ISO date for chat templates.
     Raises ModelError for a tokenizer without offsets or without an end token, ConfigError for an invalid date.
     """
 
@@ -61,8 +61,9 @@ class Encoder:
                 "tokens of an answer cannot be found. Use a model with a tokenizer.json, or convert it: "
                 "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)"
             )
-        if train_on not in ("all-assistant", "last-assistant"):
-            raise ConfigError(f"train_on is '{train_on}'; expected 'all-assistant' or 'last-assistant'")
+        known = get_args(TrainOn)
+        if train_on not in known:
+            raise ConfigError(f"train_on is '{train_on}'; expected {', '.join(known[:-1])} or {known[-1]}")
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer names no end token (eos_token), so a model could not learn to stop. "
@@ -118,11 +119,11 @@ class Encoder:
     # ------------------------------------------------------------------------------------------------ one row
 
     def chat(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:
-        """Encode a conversation; targets are the assistant's turns with their end tokens. Raises DataError."""
+        """Encode a conversation; targets are what `train_on` says, with end tokens. Raises DataError."""
         return self.encode([self.mark_chat(messages, tools)])[0]
 
     def completion(self, prompt: str, completion: str) -> Encoded:
-        """Encode a prompt and its completion; targets are the completion and the end token."""
+        """Encode a prompt and its completion; targets are the completion and the end token, or everything."""
         return self.encode([self.mark_completion(prompt, completion)])[0]
 
     def text(self, text: str) -> Encoded:
@@ -147,18 +148,25 @@ class Encoder:
         return template.render(messages, tools) == template.render(others, tools)
 
     def mark_chat(
-        self, messages: Sequence[Message], tools: Tools | None = None, *, masked: Collection[int] = ()
+        self, messages: Sequence[Message], tools: Tools | None = None, *, masked: Collection[int] = (), prompt: int = 0
     ) -> Marked:
-        """The text of a conversation and its target ranges, without messages whose index is in `masked`. Raises DataError."""
+        """The text of a conversation and its target ranges, without messages whose index is in `masked`.
+
+        The first `prompt` messages are targets only where everything is. Raises DataError.
+        """
         if not messages:
             raise DataError("a conversation needs at least one message")
-        last_only = self.train_on == "last-assistant"
-        return self._template_for(tools).mark(messages, tools, masked=masked, last_only=last_only)
+        if self.train_on != "everything":
+            masked = {*masked, *range(prompt)}
+        return self._template_for(tools).mark(messages, tools, masked=masked, train_on=self.train_on)
 
     def mark_completion(self, prompt: str, completion: str) -> Marked:
-        """A prompt and its completion as one text; the target range is the completion."""
+        """A prompt and its completion as one text; the target range is the completion, or the prompt too for `everything`."""
         text = prompt + completion
-        return Marked(text, ((len(prompt), len(text)),), bos=True, eos=True)
+        spans: list[Span] = [(len(prompt), len(text))]
+        if self.train_on == "everything" and prompt:  # a range of its own, so that no token reaches over the border
+            spans.insert(0, (0, len(prompt)))
+        return Marked(text, tuple(spans), bos=True, eos=True)
 
     def mark_text(self, text: str) -> Marked:
         """A text; the target range is all of it."""

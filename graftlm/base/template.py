@@ -18,11 +18,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from graftlm.base.jinja import MARKS, OPEN, unmark
 from graftlm.base.template_render import Message, TemplateRenderer, Tools, message_of, probe_text
-from graftlm.base.template_skeleton import SkeletonCache, align, moved
+from graftlm.base.template_skeleton import Field, Skeleton, SkeletonCache, align, moved
 from graftlm.base.template_turns import TurnFinder
+from graftlm.config.fields import TrainOn
 from graftlm.errors import DataError
 
 Span = tuple[int, int]
@@ -30,7 +32,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """A text and the character ranges that the model generates.
+    """A text and the character ranges of its target tokens: what the model generates, or everything.
 
     `bos`: add the tokenizer's own first tokens (a chat template writes them itself). `eos`: add the end token after the last
     range, as a target token, unless the text ends with it already.
@@ -75,12 +77,13 @@ class Template:
         tools: Tools | None = None,
         *,
         masked: Collection[int] = (),
-        last_only: bool = False,
+        train_on: TrainOn = "all-assistant",
     ) -> Marked:
-        """The text of a conversation and the ranges that the model generates, without messages with an index in `masked`.
+        """The text of a conversation and its target ranges, without messages with an index in `masked`.
 
-        `last_only`: only the last assistant message, if it is not masked. Raises DataError if the template leaves out or
-        changes a part of the conversation, with what it did and the way out.
+        `train_on`: what the model generates, only the last assistant message of it if that is not masked, or the whole text. Of
+        a masked message the whole text leaves out the turn of an assistant, and the content of any other role. Raises
+        DataError if the template leaves out or changes a part of the conversation, with what it did and the way out.
         """
         for index, message in enumerate(messages):
             for name in ("content", "reasoning_content"):
@@ -92,39 +95,43 @@ class Template:
         prepared = self.renderer.prepare(messages)
         apart = [_thinking_apart(message) for message in prepared]
         if apart == prepared:
-            return self._mark(prepared, tools, masked, last_only)
+            return self._mark(prepared, tools, masked, train_on)
         # Thinking inside the content: pass it as thinking to a template that writes thinking, and separately to a template that
         # separates them itself.
         forms = (apart, prepared) if self._skeletons.writes_thinking else (prepared, apart)
         try:
-            return self._mark(forms[0], tools, masked, last_only)
+            return self._mark(forms[0], tools, masked, train_on)
         except DataError:
-            return self._mark(forms[1], tools, masked, last_only)
+            return self._mark(forms[1], tools, masked, train_on)
 
-    def _mark(self, messages: list[Message], tools: Tools | None, masked: Collection[int], last_only: bool) -> Marked:
+    def _mark(self, messages: list[Message], tools: Tools | None, masked: Collection[int], train_on: TrainOn) -> Marked:
         text = self.renderer.render_marked(messages, tools, prompt=False)
         skeleton, fields = self._skeletons.skeleton(messages, tools)
         text, blocks = unmark(text)
         starts = align(text, skeleton, fields)
         assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        trained = set(assistants[-1:] if last_only else assistants) - set(masked)
+        trained = set(assistants[-1:] if train_on == "last-assistant" else assistants) - set(masked)
         if self._marks:
             if len(blocks) != len(skeleton.blocks):
                 raise DataError("the chat template marks other parts of this conversation as generated than its form")
-            spans = [block for block, owner in zip(blocks, skeleton.blocks, strict=True) if owner in trained]
+            turns = list(zip(skeleton.blocks, blocks, strict=True))
         else:
             turns = [
                 (turn.message, (moved(turn.start, skeleton, starts), moved(turn.end, skeleton, starts)))
                 for turn in skeleton.turns
             ]
-            spans = [span for message, span in turns if message in trained]
-            if turns and turns[-1][0] == len(messages) - 1 and (skeleton.ending or skeleton.eos):
-                last, (start, end) = turns[-1]
-                text = text[:end] + skeleton.ending
-                if last in trained:
-                    spans[-1] = (start, len(text))
-                    return Marked(text, _not_empty(spans), eos=skeleton.eos)
-        return Marked(text, _not_empty(spans))
+        eos = False
+        if not self._marks and turns and turns[-1][0] == len(messages) - 1 and (skeleton.ending or skeleton.eos):
+            last, (start, end) = turns[-1]
+            text = text[:end] + skeleton.ending
+            turns[-1] = (last, (start, len(text)))
+            eos = skeleton.eos and last in trained
+        spans = [span for message, span in turns if message in trained]
+        if train_on == "everything":
+            left_out = [span for message, span in turns if message in masked]
+            left_out += [span for message, span in _contents(skeleton, fields, starts) if message in masked]
+            spans = _everything(len(text), [start for start, _ in spans], left_out)
+        return Marked(text, _not_empty(spans), eos=eos)
 
     def stop_strings(self) -> list[str]:
         """The special tokens that end the model's turn: those after a last turn, plain or a tool call."""
@@ -149,6 +156,25 @@ class Template:
             )
             return False
         return True
+
+
+def _contents(skeleton: Skeleton, fields: Sequence[Field], starts: Sequence[int]) -> list[tuple[int, Span]]:
+    """Where each content stands in the row's text, with the message that it belongs to; `starts` are those of the literals."""
+    ends = [start + len(literal) for start, literal in zip(starts, skeleton.literals, strict=True)]
+    return [
+        (fields[field].message, (end, start))
+        for field, end, start in zip(skeleton.fields, ends[:-1], starts[1:], strict=True)
+    ]
+
+
+def _everything(length: int, borders: Sequence[int], left_out: Sequence[Span]) -> list[Span]:
+    """The whole text without some ranges, in pieces that begin where turns begin, so that its tokens stay the same."""
+    cuts = sorted({0, length, *borders, *(at for span in left_out for at in span)})
+    return [
+        (start, end)
+        for start, end in pairwise(cuts)
+        if not any(first <= start and end <= last for first, last in left_out)
+    ]
 
 
 def _not_empty(spans: Iterable[Span]) -> tuple[Span, ...]:

@@ -117,6 +117,7 @@ def options(config_class: type[Config]) -> Callable[[Any], Any]:
             mine = {p.name: values.pop(p.name) for p in own}
             path = values.pop("config_file", None)
             given: dict[str, Any] = {k: (v or None) if isinstance(v, list) else v for k, v in values.items()}
+            given = {k: v for k, v in given.items() if v is not None or k not in config_class.train_only}
             for name in foreign_names(config_class.model_fields, config_class.command()):
                 value = given.get(name)
                 if isinstance(value, list) and len(value) == 1:
@@ -133,9 +134,11 @@ def options(config_class: type[Config]) -> Callable[[Any], Any]:
 
 
 def _foreign(config_class: type[Config]) -> list[inspect.Parameter]:
-    """Hidden flags for the names of other programs and former names; `Config.read` translates them."""
+    """Hidden flags for the names of other programs, former names, and options of other commands; `Config.read` translates
+    or refuses them."""
     found: list[inspect.Parameter] = []
-    for name, switch in foreign_names(config_class.model_fields, config_class.command()).items():
+    names = foreign_names(config_class.model_fields, config_class.command())
+    for name, switch in {**names, **dict.fromkeys(config_class.train_only, False)}.items():
         flag = f"--{flag_name(name)}"
         kind: Any = bool | None if switch else list[str] | None
         info = typer.Option(f"{flag}/--no-{flag_name(name)}" if switch else flag, hidden=True)

@@ -90,7 +90,7 @@ def _read(model: NamedModel, config: PlanConfig, sources: Sequence[Source], note
             f"The tokenizer of {model.name} is not here: tokens are counted by the bundled one, whose 4,096 tokens make "
             "about a third more of them. A directory or a hub id with a tokenizer counts them right."
         )
-    dataset = load(sources, Encoder(tokenizer))
+    dataset = load(sources, Encoder(tokenizer, train_on=config.train_on))
     notes += dataset.notes
     return dataset
 

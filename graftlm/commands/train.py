@@ -21,11 +21,12 @@ from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, load_base
 from graftlm.base.shared_base import borrowed
 from graftlm.config import TrainConfig
-from graftlm.data.sources import Source, named_source
-from graftlm.errors import Diverged, Stopped
+from graftlm.data.sources import Source, named_source, share
+from graftlm.errors import Diverged, ScoreError, Stopped
 from graftlm.files import remove_leftovers
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.progress import working
+from graftlm.scores import Score, ScoreFunction
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.checkpoint import compute_dtype_of
@@ -41,6 +42,7 @@ from graftlm.training.run import (
     stored_precision,
 )
 from graftlm.training.run_folder import check_free, locked
+from graftlm.training.scoring import Scorer, make_scorer, prepare_score
 from graftlm.training.trainer import train as train_trials
 from graftlm.training.view import View
 
@@ -55,6 +57,8 @@ class Given:
     """Rows in memory, instead of those that the config names."""
     eval_source: Source | None = None
     callbacks: Sequence[Callback] = ()
+    score: ScoreFunction | None = None
+    """The function that the config's `score` names, where it is in memory."""
     save_when_stopped: bool = False
     """Whether a run that a signal stops also saves its best step, as `adapter-so-far` or `model-so-far`."""
 
@@ -76,6 +80,7 @@ def train(config: TrainConfig, view: View | None = None, given: Given = NOTHING)
     sources = given.sources or [named_source(text, "train") for text in config.data]
     eval_source = given.eval_source or (named_source(config.eval_data, "valid") if config.eval_data else None)
     check_readable([*sources, *([eval_source] if eval_source is not None else [])])
+    score = prepare_score(config, sources, eval_source, given.score)
     device = given.base.device if given.base is not None else _probe_device(config)
     own_mappings = mmap_allocations(
         device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward)
@@ -96,6 +101,8 @@ def train(config: TrainConfig, view: View | None = None, given: Given = NOTHING)
                 view.data(data.dataset, data.eval_dataset, encoder.notes)
                 slot = 0 if adapter is None else 1
                 session = Session(config, base, adapter, data, view, slot=slot, callbacks=callbacks)
+                if score is not None:
+                    session.trial.scorer = _make_scorer(config, score, sources, eval_source, data, base)
             except BaseException:
                 if adapter is not None:
                     detach(base, 1)
@@ -129,6 +136,21 @@ def _base(config: TrainConfig, loaded: Base | None) -> Iterator[Base]:
     )  # fmt: skip
 
 
+def _make_scorer(
+    config: TrainConfig,
+    score: Score,
+    sources: Sequence[Source],
+    eval_source: Source | None,
+    data: TrainingData,
+    base: Base,
+) -> Scorer:
+    """What scores answers at each evaluation. The serving engine generates them, which training cannot import."""
+    from graftlm.serving.engine.generate import answer_texts  # a run without a score does not load the engine
+
+    rows = sources if eval_source is None or share(eval_source.path) else [eval_source]
+    return make_scorer(config, score, rows, data.eval_dataset, data.encoder, base, answer_texts)
+
+
 def _show_what_is_trained(session: Session) -> None:
     base, adapter, view = session.base, session.adapter, session.view
     if adapter is not None:
@@ -155,8 +177,8 @@ def _trained(session: Session, memory: PeakMemory, save_when_stopped: bool) -> t
             try:
                 with view.training(trial):
                     train_trials(base, [trial], memory_estimate.micro_batch_tokens, recorder)
-            except Diverged as error:
-                raise Diverged(f"{error}; {checkpoint.describe_newest(config.out)}") from None
+            except (Diverged, ScoreError) as error:
+                raise type(error)(f"{error}; {checkpoint.describe_newest(config.out)}") from error.__cause__
             if recorder.stopped is not None and not trial.done:
                 recorder.save()
                 step = trial.step

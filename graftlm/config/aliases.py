@@ -349,6 +349,7 @@ ALIASES: dict[str, tuple[Alias, ...]] = {
     "output_dir": (Alias("out"),),
     "save_total_limit": (Alias("keep_checkpoints"),),
     **dict.fromkeys(("early_stopping_patience", "early_stopping_steps"), (Alias("early_stopping"),)),
+    "eval_max_new_tokens": (Alias("score_max_tokens"),),
     "report_to": (Alias("track", _trackers),),
     **{f"use_{name}": (Alias("track", _when((name,)), switch=True),) for name in ("wandb", "tensorboard", "mlflow")},
     **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints"), (Alias("resume", _resume),)),

@@ -208,6 +208,14 @@ ANSWERS: dict[str, OptionAnswer] = {
         "load_best_model_at_end metric_for_best_model greater_is_better",
         OptionAnswer(_BEST, (True, None, "eval_loss", "loss", False)),
     ),
+    "predict_with_generate": OptionAnswer(
+        "graft train answers eval prompts with --score, and a comparison with --metric exact-match, rouge-l or bleu",
+        _NO,
+    ),
+    **_each(
+        "do_causal_lm_eval eval_causal_lm_metrics compute_accuracy",
+        OptionAnswer("give --score exact-match, rouge-l, bleu or FILE.py:FUNCTION to graft train", _NO),
+    ),
     "early_stopping_patience": OptionAnswer(
         "graft train has --early-stopping N; here --steps or --epochs bounds a run, and the best step is what is saved",
         (None,),

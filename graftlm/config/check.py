@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import ISO_DATE, Config, Sources, option, refuse_eval_weight
+from graftlm.config.fields import ISO_DATE, TRAIN_ON_HELP, Config, Sources, TrainOn, option, refuse_eval_weight
 
 
 class CheckConfig(Config):
@@ -15,9 +15,7 @@ class CheckConfig(Config):
     data: Sources = option(..., "data to check: FILE[:weight], a hub id, or `demo`", argument=True)
     model: str = option(..., "base model whose tokenizer and template are used")
     eval_data: str | None = option(None, "eval data, checked for overlap with the training data")
-    train_on: Literal["all-assistant", "last-assistant"] = option(
-        "all-assistant", "which messages of a chat the loss counts"
-    )
+    train_on: TrainOn = option("all-assistant", TRAIN_ON_HELP)
     max_length: int | None = option(None, "length limit in tokens; default the model's longest position", ge=2)
     overlong: Literal["error", "drop", "truncate"] = option(
         "error", "what training will do with an example over the limit"

@@ -14,12 +14,22 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, model_validator
 
 from graftlm.config.aliases import FORMER
-from graftlm.config.fields import ComputeDtype, Config, Method, Names, Sources, option, plain_number, refuse_eval_weight
-from graftlm.config.train import TrainConfig
+from graftlm.config.fields import (
+    ComputeDtype,
+    Config,
+    Method,
+    Metric,
+    Names,
+    Sources,
+    TrainOn,
+    option,
+    plain_number,
+    refuse_eval_weight,
+)
+from graftlm.config.train import SCORE_OPTIONS, TrainConfig
 from graftlm.errors import ConfigError, nearest
 
 METHODS: tuple[Method, ...] = get_args(Method)
-Metric = Literal["exact-match", "bleu", "rouge-l"]
 Cost = Literal["memory", "size", "time"]
 
 
@@ -122,6 +132,11 @@ class CompareConfig(Config):
     """Options of `graft compare`."""
 
     takes_file = True
+    train_only = dict.fromkeys(
+        SCORE_OPTIONS,
+        "it scores the answers of every trained model with --metric exact-match, bleu or rouge-l, and saves the step of the "
+        "lowest eval loss",
+    )
 
     # The base, and what is compared on it
     model: str = shared("model")
@@ -170,7 +185,7 @@ class CompareConfig(Config):
     eval_data: str = option(
         "10%", "eval data: a file, `demo`, or a share of the training rows such as 5%", group="data"
     )
-    train_on: Literal["all-assistant", "last-assistant"] = shared("train_on")
+    train_on: TrainOn = shared("train_on")
     max_length: int | None = shared("max_length")
     overlong: Literal["error", "drop", "truncate"] = shared("overlong")
     template_date: str = shared("template_date")

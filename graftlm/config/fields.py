@@ -25,6 +25,13 @@ def is_gguf(model: str) -> bool:
 
 Precision = Literal["float32", "bfloat16", "int8", "nf4", "gguf"]
 ComputeDtype = Literal["float32", "bfloat16", "bf16-mixed"]
+Metric = Literal["exact-match", "bleu", "rouge-l"]
+"""Task scores of answers against references (`scores.py`)."""
+TrainOn = Literal["all-assistant", "last-assistant", "everything"]
+TRAIN_ON_HELP = (
+    "tokens that the loss counts: all assistant messages and completions, the last assistant message only, or everything "
+    "(prompts and template tokens too)"
+)
 COMPUTE_DTYPE_NAMES: dict[ComputeDtype, str] = {
     "float32": "float32", "bfloat16": "bfloat16", "bf16-mixed": "bfloat16 summed in float32",
 }  # fmt: skip
@@ -109,6 +116,8 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     takes_file: ClassVar[bool] = False
     """Whether the command reads a YAML file of options, `graft train run.yaml`."""
+    train_only: ClassVar[Mapping[str, str]] = {}
+    """Options of `graft train` that this command does not have, with what to do instead."""
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> Self:
@@ -119,6 +128,12 @@ class Config(BaseModel):
         cleaned = cls.named(values)
         for key in cleaned:
             if key not in cls.model_fields:
+                instead = cls.train_only.get(str(key).replace("-", "_"))
+                if instead is not None:
+                    flag = flag_name(str(key))
+                    raise ConfigError(
+                        f"--{flag} is an option of graft train; graft {cls.command()} has none: {instead}"
+                    )
                 known = [flag_name(field) for field in cls.model_fields]
                 raise ConfigError(f"unknown option '{key}'{nearest(str(key).replace('_', '-'), known)}")
         try:

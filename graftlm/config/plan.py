@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from graftlm.config.fields import Config, Names, Sources, option, refuse_eval_weight
+from graftlm.config.fields import TRAIN_ON_HELP, Config, Names, Sources, TrainOn, option, refuse_eval_weight
 
 Goal = Literal["balanced", "quality", "cost", "inference"]
 
@@ -31,6 +31,7 @@ class PlanConfig(Config):
     data: Sources = option(
         (), "training data: rows and tokens are counted, and the base's loss on them is measured", group="run"
     )
+    train_on: TrainOn = option("all-assistant", TRAIN_ON_HELP, group="run")
     max_length: int = option(2048, "tokens in the longest example; 0 takes it from --data", group="run", ge=0)
     batch_size: int = option(1, "examples in one optimizer step", group="run", ge=1)
     micro_batch_tokens: int | None = option(None, "most tokens in one micro-batch; default 4096", group="run", ge=1)

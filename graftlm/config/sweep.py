@@ -26,11 +26,12 @@ from graftlm.config.fields import (
     Names,
     Precision,
     Sources,
+    TrainOn,
     flag_name,
     option,
     refuse_eval_weight,
 )
-from graftlm.config.train import TrainConfig
+from graftlm.config.train import SCORE_OPTIONS, TrainConfig
 from graftlm.errors import ConfigError, nearest
 
 SEARCHED = (
@@ -205,6 +206,11 @@ class SweepConfig(Config):
     """Options of `graft sweep`."""
 
     takes_file = True
+    train_only = dict.fromkeys(
+        SCORE_OPTIONS,
+        "trials are ranked by their eval loss. Train the best one again with a score: graft train TRIAL/config.json --out OUT "
+        "--score NAME",
+    )
 
     # The sweep
     search: Annotated[dict[str, str], BeforeValidator(_pairs)] = option(
@@ -238,7 +244,7 @@ class SweepConfig(Config):
     eval_data: str = option(
         "10%", "eval data that ranks the trials: a file, `demo`, or a share of the training rows", group="data"
     )
-    train_on: Literal["all-assistant", "last-assistant"] = shared("train_on")
+    train_on: TrainOn = shared("train_on")
     max_length: int | None = shared("max_length")
     overlong: Literal["error", "drop", "truncate"] = shared("overlong")
     template_date: str = shared("template_date")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import model_validator
 
 from graftlm.config.fields import (
     ISO_DATE,
+    TRAIN_ON_HELP,
     Alphas,
     ComputeDtype,
     Config,
     Method,
+    Metric,
     Names,
     Precision,
     Ranks,
     Sources,
     Tokens,
+    TrainOn,
     is_gguf,
     option,
     refuse_eval_weight,
@@ -66,9 +69,7 @@ class TrainConfig(Config):
     eval_data: str | None = option(
         None, "eval data: a file, `demo`, or a share of the training rows such as 5%", group="data"
     )
-    train_on: Literal["all-assistant", "last-assistant"] = option(
-        "all-assistant", "which messages of a chat the loss counts", group="data"
-    )
+    train_on: TrainOn = option("all-assistant", TRAIN_ON_HELP, group="data")
     max_length: int | None = option(
         None, "length limit in tokens; default the model's longest position", group="data", ge=2
     )
@@ -169,9 +170,24 @@ class TrainConfig(Config):
         ge=1,
     )
     early_stopping: int | None = option(
-        None, "stop when the eval loss has not improved in N evaluations; the best step is saved",
+        None, "stop when the eval loss, or the score (--best-by), has not improved in N evaluations; the best step is saved",
         group="run", ge=1,
     )  # fmt: skip
+    score: str | None = option(
+        None, "score generated answers to eval prompts at every evaluation: exact-match, rouge-l, bleu (the last two need the "
+        "extra `compare`), or a function as FILE.py:FUNCTION or package.module:FUNCTION", group="run",
+    )  # fmt: skip
+    score_prompts: int | None = option(
+        None, "most eval prompts to answer for the score, evenly chosen; default 32", group="run", ge=1
+    )
+    score_max_tokens: int | None = option(
+        None, "most tokens in a scored answer; default twice the longest reference", group="run", ge=1
+    )
+    best_by: Literal["loss", "score"] = option(
+        "loss",
+        "how the best step, which is saved, is chosen: lowest eval loss or highest score",
+        group="run",
+    )
     save_every: int | None = option(
         None, "write a checkpoint every N steps; default only when stopped", group="run", ge=1
     )
@@ -230,6 +246,7 @@ class TrainConfig(Config):
             raise ValueError("--eval-every needs eval rows; give --eval-data, such as 5%, or leave it out")
         if self.early_stopping is not None and self.eval_data is None:
             raise ValueError("--early-stopping watches the eval loss; give --eval-data, such as 5%, or leave it out")
+        self._check_score()
         refuse_eval_weight(self.eval_data)
         if "" in self.trainable_tokens:
             raise ValueError("trainable-tokens holds an empty token; leave it out")
@@ -250,6 +267,32 @@ class TrainConfig(Config):
             known = ("tensorboard", "wandb", "mlflow")
             raise ValueError(f"unknown tracker '{unknown[0]}'{nearest(unknown[0], known)} known: {', '.join(known)}")
         return self
+
+    def _check_score(self) -> None:
+        if self.score is None:
+            if self.best_by == "score":
+                raise ValueError(
+                    "--best-by score needs a score; give --score, such as exact-match, or leave --best-by out"
+                )
+            given = [name for name in ("score_prompts", "score_max_tokens") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"--{given[0].replace('_', '-')} is for --score, which is not given; leave it out")
+            return
+        file, colon, function = self.score.rpartition(":")
+        if colon and (not file or not function):
+            raise ValueError(
+                f"--score '{self.score}' is no FILE.py:FUNCTION; what is {'after' if file else 'before'} the colon?"
+            )
+        if not colon and self.score.endswith(".py"):
+            raise ValueError(f"--score '{self.score}' names no function; give {self.score}:FUNCTION")
+        known = get_args(Metric)
+        if not colon and self.score not in known:
+            raise ValueError(
+                f"unknown score '{self.score}'{nearest(self.score, known)} known: {', '.join(known)}, and functions as "
+                "FILE.py:FUNCTION or package.module:FUNCTION"
+            )
+        if self.eval_data is None:
+            raise ValueError("--score answers eval prompts; give --eval-data, such as 5%, or leave it out")
 
     def to_json(self) -> dict[str, Any]:
         """Every option as plain JSON values; those of a new adapter are null if there is none."""
@@ -286,6 +329,7 @@ OFFLOAD_ON_CPU = (
     "--offload-optimizer moves the optimizer states from a GPU to host memory, and in a run on the CPU they already are there; "
     "leave it out"
 )
+SCORE_OPTIONS = ("score", "score_prompts", "score_max_tokens", "best_by")
 _FORMULA = (
     "rank", "alpha", "rank_stabilized", "lora_dropout", "dora", "targets", "rank_pattern", "alpha_pattern", "modules_to_save",
     "trainable_tokens",

@@ -27,6 +27,7 @@ from graftlm.errors import ConfigError
 JOINT: dict[str, str] = {
     "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size",
     "warmup_steps": "warmup_ratio", "eval_steps": "eval_every", "save_steps": "save_every",
+    "metric_for_best_model": "best_by", "greater_is_better": "best_by", "predict_with_generate": "score",
 }  # fmt: skip
 """Foreign names whose value follows from two options, and their field."""
 
@@ -134,6 +135,8 @@ def _joined(
             seen[name] = key
     if "batch_size" in fields and command in TRAINING:
         plain = _batch(plain)
+    if "best_by" in fields:
+        plain = _best({name: value for name, value in plain.items() if value[1] is not None}, beside)
     if "steps" in fields:
         plain = _lengths(plain, {**beside, **{name: value for name, (_, value) in plain.items() if name in fields}})
     return plain
@@ -163,6 +166,48 @@ def _batch(plain: _Given) -> _Given:
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
     return {**rest, "batch_size": (key, int(total) if total == int(total) else total)}
+
+
+_SCORES = {
+    "loss": None, "score": None, "exact_match": "exact-match", "em": "exact-match", "rouge_l": "rouge-l", "rougel": "rouge-l",
+    "bleu": "bleu", "sacrebleu": "bleu",
+}  # fmt: skip
+"""What `metric_for_best_model` may name, without `eval_`."""
+
+
+def _best(plain: _Given, beside: Mapping[str, Any]) -> _Given:
+    """transformers' metric_for_best_model, which names a score and chooses by it, its direction, and predict_with_generate."""
+    found = dict(plain)
+    score = found["score"][1] if "score" in found else beside.get("score")
+    if "metric_for_best_model" in found:
+        key, value = found.pop("metric_for_best_model")
+        name = str(value).removeprefix("eval_").replace("-", "_")
+        own = str(score).rpartition(":")[2]
+        if name.lower() not in _SCORES and name != own:
+            raise ConfigError(
+                f"{key} '{value}': no such score is taken; give --score exact-match, rouge-l, bleu or FILE.py:FUNCTION, and "
+                "--best-by score"
+            )
+        if "best_by" in found:
+            raise ConfigError(_twice(key, found["best_by"][0], "best_by"))
+        wanted = _SCORES.get(name.lower())
+        if wanted is not None and score not in (None, wanted):
+            raise ConfigError(f"{key} '{value}' is not the score that is taken, --score {score}; keep one of the two")
+        score = score or wanted
+        if wanted is not None and "score" not in found and "score" not in beside:
+            found["score"] = (key, wanted)
+        found["best_by"] = (key, "loss" if name.lower() == "loss" else "score")
+    best_by = found["best_by"][1] if "best_by" in found else beside.get("best_by", "loss")
+    for name, meant, why in (
+        ("greater_is_better", best_by == "score", "the lower eval loss or the higher score is the better one (--best-by)"),
+        ("predict_with_generate", score is not None,
+         "give --score exact-match, rouge-l, bleu or FILE.py:FUNCTION, which answers eval prompts, or leave both out"),
+    ):  # fmt: skip
+        if name in found:
+            key, value = found.pop(name)
+            if str(value).strip().lower() != str(meant).lower():
+                raise ConfigError(f"{key} {value}: {why}")
+    return found
 
 
 def _lengths(plain: _Given, options: Mapping[str, Any]) -> _Given:

@@ -294,7 +294,7 @@ def _encode(batch: Sequence[ParsedRow], encoder: Encoder, faults: list[Fault], u
 def _mark(parsed: ParsedRow, encoder: Encoder) -> Marked:
     match parsed:
         case ChatRow():
-            return encoder.mark_chat(parsed.messages, parsed.tools, masked=parsed.masked)
+            return encoder.mark_chat(parsed.messages, parsed.tools, masked=parsed.masked, prompt=parsed.prompt)
         case CompletionRow():
             return encoder.mark_completion(parsed.prompt, parsed.completion)
         case _:

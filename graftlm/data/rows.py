@@ -15,7 +15,7 @@ A conversation may have `tools`, and a `system` column instead of a system messa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,12 +43,15 @@ _THINKING = ("thinking", "reasoning")
 
 @dataclass(frozen=True, slots=True)
 class ChatRow:
-    """A conversation; assistant messages whose index is in `masked` are not in the loss."""
+    """A conversation; its assistant messages, or everything, are in the loss."""
 
     row: str
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     masked: frozenset[int] = frozenset()
+    """Indices of messages with weight 0, which are not in the loss."""
+    prompt: int = 0
+    """How many of the first messages are a prompt, which is in the loss only with `train_on` everything."""
     dropped: tuple[str, ...] = ()
     """Keys of the row's messages that are not passed to the template."""
     kind: Kind = "chat"
@@ -123,10 +126,10 @@ class _Reader:
             if self.columns.get(name):
                 self.fault(name, shown(self.columns[name]), "no such column beside plain texts", mend)
 
-    def chat(self, messages: Sequence[Message], masked: Iterable[int] = ()) -> ChatRow:
-        """A conversation of these messages, with the row's system message first; messages of weight 0 are masked."""
+    def chat(self, messages: Sequence[Message], prompt: int = 0) -> ChatRow:
+        """A conversation of these messages, the first `prompt` of them a prompt, with the row's system message first."""
         out = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-        places = {*masked, *(i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") == 0)}
+        places = {i for i, message in enumerate(messages) if message.get("weight") == 0}
         system = self.columns.get("system")
         if system is not None and self.text("system", system, empty=True).strip():
             if out and out[0]["role"] in ("system", "developer"):
@@ -134,7 +137,8 @@ class _Reader:
                 self.fault("system", "a text", f"none beside the first message, of role '{out[0]['role']}'", mend)
             out.insert(0, {"role": "system", "content": system})
             places = {place + 1 for place in places}
-        return ChatRow(self.row, tuple(out), self.tools(), frozenset(places), tuple(self.dropped))
+            prompt += bool(prompt)
+        return ChatRow(self.row, tuple(out), self.tools(), frozenset(places), prompt, tuple(self.dropped))
 
     def text(self, field: str, value: Any, *, empty: bool = False) -> str:
         if not isinstance(value, str):
@@ -158,7 +162,7 @@ class _Reader:
             before = self.messages("prompt", prompt)
             after = self.messages("completion", completion)
             self.needs_answer("completion", after)
-            return self.chat((*before, *after), range(len(before)))
+            return self.chat((*before, *after), len(before))
         for field, value in (("prompt", prompt), ("completion", completion)):
             if isinstance(value, list):
                 self.fault(field, "a list of messages", "the same form as the other column", "write both as lists")
@@ -281,12 +285,12 @@ class _Reader:
         return message
 
     def weight(self, field: str, role: str, message: Message) -> None:
-        """OpenAI's `weight` of an assistant message: 0 excludes it from the loss, 1 is the default."""
+        """OpenAI's `weight` of a message: 0 excludes it from the loss, 1 is the default of assistant messages."""
         weight = message.get("weight", 1)
         if type(weight) not in (int, float) or weight not in (0, 1):
             self.fault(field, shown(weight), "0 (read, not trained) or 1 (trained)", "write 0 or 1, or remove it")
         elif "weight" in message and role != "assistant" and weight != 0:
-            mend = "remove it; the text format trains everything"
+            mend = "remove it; --train-on everything trains every message"
             self.fault(field, f"1 in a message of role '{role}'", "0: only assistants' messages are trained", mend)
 
     def parts(self, field: str, parts: list[Any]) -> str:

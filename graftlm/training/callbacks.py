@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from graftlm.errors import ConfigError
 
@@ -36,7 +36,7 @@ class Callback:
 
     def on_evaluate(self, metrics: Mapping[str, Any]) -> bool | None:
         """After an evaluation: `step` (0 before the first), `eval_loss` (nats a target token), `eval_examples`, `epoch`,
-        and `best`, whether no later step than 0 was better."""
+        with a score `eval_score` (higher is better), and `best`, whether no later step than 0 was better."""
 
     def on_save(self, folder: Path) -> bool | None:
         """After a checkpoint was written to `folder`."""
@@ -46,34 +46,43 @@ class Callback:
 
 
 class EarlyStopping(Callback):
-    """Ends a run whose eval loss has not fallen by more than `min_delta` nats for `patience` evaluations in a row."""
+    """Ends a run whose eval loss has not fallen by more than `min_delta` nats for `patience` evaluations in a row.
+
+    If the best step is chosen by the score (`best_by`), it watches the score instead, which has to rise.
+    """
 
     def __init__(self, patience: int = 3, min_delta: float = 0.0) -> None:
         """Raises ConfigError for a patience below 1 or a negative min_delta."""
         if patience < 1:
             raise ConfigError(f"early-stopping waits for {patience} evaluations; take at least 1")
         if min_delta < 0:
-            raise ConfigError(f"min_delta is {min_delta:g} nats; take 0 or more")
+            raise ConfigError(f"min_delta is {min_delta:g}; take 0 or more")
         self.patience, self.min_delta = patience, min_delta
         self.begin()
 
-    def begin(self, evaluations: Sequence[tuple[int, float]] = ()) -> None:
-        """Forget an earlier run; `evaluations`, (step, loss), are those of a run that goes on from a checkpoint."""
+    def begin(self, evaluations: Sequence[tuple[int, float]] = (), best_by: Literal["loss", "score"] = "loss") -> None:
+        """Forget an earlier run, and watch `best_by`.
+
+        `evaluations`, (step, loss or score), are those of a run that goes on from a checkpoint.
+        """
         self.stop_reason = None
-        self._best, self._waited = float("inf"), 0
-        for step, loss in evaluations:
-            self._observe(step, loss)
+        self._best_by, self._sign = best_by, 1 if best_by == "loss" else -1
+        self._best, self._waited = float("inf"), 0  # of the loss, or of the negated score
+        for step, value in evaluations:
+            self._observe(step, value)
 
     def on_evaluate(self, metrics: Mapping[str, Any]) -> None:
-        self._observe(int(metrics["step"]), float(metrics["eval_loss"]))
+        self._observe(int(metrics["step"]), float(metrics[f"eval_{self._best_by}"]))
 
-    def _observe(self, step: int, loss: float) -> None:
-        if loss < self._best - self.min_delta:
-            self._best, self._waited = loss, 0
+    def _observe(self, step: int, value: float) -> None:
+        value *= self._sign
+        if value < self._best - self.min_delta:
+            self._best, self._waited = value, 0
             return
         self._waited += 1
         if self._waited >= self.patience:
-            self.stop(f"eval loss not below {self._best:.4f} in {self._waited} evaluations, the last after step {step}")
+            best = f"below {self._best:.4f}" if self._best_by == "loss" else f"above {-self._best:.4g}"
+            self.stop(f"eval {self._best_by} not {best} in {self._waited} evaluations, the last after step {step}")
 
 
 class Callbacks:
@@ -89,12 +98,12 @@ class Callbacks:
                 raise ConfigError(f"a callback is an instance of graft.Callback, found {callback!r:.80}{hint}")
         self.callbacks = tuple(callbacks)
 
-    def begin(self, evaluations: Sequence[tuple[int, float]]) -> None:
-        """A run begins, or goes on after these evaluations."""
+    def begin(self, evaluations: Sequence[tuple[int, float]], best_by: Literal["loss", "score"] = "loss") -> None:
+        """A run begins, or goes on after these evaluations, (step, loss or score); `best_by` chooses its best step."""
         for callback in self.callbacks:
             callback.stop_reason = None
             if isinstance(callback, EarlyStopping):
-                callback.begin(evaluations)
+                callback.begin(evaluations, best_by)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         for callback in self.callbacks:

@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON; and who may go on.
 
     checkpoints/000040/  trainable.safetensors  optimizer.safetensors  state.json  manifest.json
-    best.json            which step had the lowest eval loss
+    best.json            which step is the best, by eval loss or score
 
 There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is complete or not there
 (see `files.py`); the newest one that its manifest confirms is used. Old ones go only after a new one is complete: what stays
@@ -19,7 +19,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ _FREE = {
     "activation_checkpointing", "allow_change", "device", "keep_checkpoints", "offload_optimizer", "optimizer_in_backward",
     "out", "resume", "save_every", "save_precision", "micro_batch_tokens", "track", "trust_remote_code",
 }  # fmt: skip
+_ADDED_LATER: dict[str, Any] = {"best_by": "loss"}
+"""Options that checkpoints written before them do not hold, with the value they stood for; null needs no entry."""
 
 
 def finite(tensor: Tensor) -> bool:
@@ -76,6 +78,7 @@ def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int) -> Path:
         "tokens": trial.tokens,
         "target_tokens": trial.target_tokens,
         "evaluations": trial.evaluations,
+        "scores": trial.scores,
         "first": _to_json(trial.first),
         "last": _to_json(trial.last),
         "best": _to_json(trial.best),
@@ -127,7 +130,8 @@ def remove(run: Path, step: int) -> None:
 def write_best(run: Path, trial: Trial) -> None:
     """Write best.json. Raises OSError."""
     if trial.best is not None:
-        write_json(run / "best.json", {"step": trial.best.step, "eval_loss": trial.best.loss})
+        score = {} if trial.best.score is None else {"eval_score": trial.best.score}
+        write_json(run / "best.json", {"step": trial.best.step, "eval_loss": trial.best.loss, **score})
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
@@ -171,6 +175,7 @@ def load(folder: Path, trial: Trial) -> None:
         trial.optimizer.load(_read_tensors(folder / OPTIMIZER), int(state["optimizer_steps"]))
         trial.step, trial.tokens, trial.target_tokens = (int(state[k]) for k in ("step", "tokens", "target_tokens"))
         trial.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
+        trial.scores = [(int(step), float(score)) for step, score in state.get("scores", ())]
         trial.first, trial.last, trial.best = (_from_json(state[key]) for key in ("first", "last", "best"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -231,14 +236,18 @@ def _folders(run: Path) -> list[Path]:
 def _to_json(evaluation: Evaluation | None) -> Any:
     if evaluation is None:
         return None
-    return {"step": evaluation.step, "rows": [[r.row, r.target_tokens, r.loss] for r in evaluation.rows]}
+    rows = [[r.row, r.target_tokens, r.loss] for r in evaluation.rows]
+    return {"step": evaluation.step, "rows": rows, "score": evaluation.score}
 
 
 def _from_json(value: Any) -> Evaluation | None:
     if value is None:
         return None
+    score = value.get("score")  # checkpoints that were written before there were scores have none
     return Evaluation(
-        value["step"], tuple(ExampleLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"])
+        value["step"],
+        tuple(ExampleLoss(row, int(tokens), float(loss)) for row, tokens, loss in value["rows"]),
+        None if score is None else float(score),
     )
 
 
@@ -300,7 +309,7 @@ def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdent
         view.note("no checkpoint was written yet; starting from the beginning")
         return False
     state = read_state(found)
-    before = renamed(state.get("identity") or {})
+    before = {**_ADDED_LATER, **renamed(state.get("identity") or {})}
     changed = [key for key, value in identity.values.items() if before.get(key) != value]
     refused = [key for key in changed if key not in allowed]
     if refused:
@@ -319,9 +328,23 @@ def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdent
         view.note(f"going on with another {change['key']}: {change['was']!r} before, {change['now']!r} from here")
     if "eval_data" in changed:  # losses on other rows cannot be compared with these
         trial.first = trial.last = trial.best = None
-        trial.evaluations = []
+        trial.evaluations, trial.scores = [], []
+    _forget_other_scores(trial, changed)
     view.note(f"going on from {found}")
     return True
+
+
+def _forget_other_scores(trial: Trial, changed: Sequence[str]) -> None:
+    """Drop scores that cannot be compared with those from here on (another score, other prompts), and a best step chosen by
+    them or by another rule."""
+    other = {"score", "score_prompts", "score_max_tokens"} & set(changed)
+    if other:
+        trial.scores = []
+        trial.first, trial.last, trial.best = (
+            None if found is None else replace(found, score=None) for found in (trial.first, trial.last, trial.best)
+        )
+    if "best_by" in changed or (other and trial.best_by == "score"):
+        trial.best = None
 
 
 def _flag(key: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from graftlm.config import TrainConfig
-from graftlm.errors import ConfigError
+from graftlm.errors import ConfigError, ScoreError, TrainingError
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks
 from graftlm.training.checkpoint import RunIdentity
@@ -33,7 +33,7 @@ class Recorder(TrainerCallback):
         self.config, self.trial, self.identity = config, trial, identity
         self.view, self.metrics, self.trackers = view, metrics, trackers
         self.callbacks = Callbacks(callbacks)
-        self.callbacks.begin(trial.evaluations)
+        self.callbacks.begin(trial.watched, trial.best_by)
         self.stopped: int | None = None
         self.tokens, self.seconds = 0, 0.0
         self.loss: float | None = None
@@ -59,13 +59,21 @@ class Recorder(TrainerCallback):
         self.callbacks.step({"step": result.step, "kind": "train", **values})
 
     def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
-        values = {"eval_loss": evaluation.loss, "eval_examples": len(evaluation.rows), **_progress(trial)}
+        scores = _scores(trial, evaluation)
+        values = {"eval_loss": evaluation.loss, **scores, "eval_examples": len(evaluation.rows), **_progress(trial)}
         self._write({"step": evaluation.step, "kind": "eval", **values})
         for tracker in self.trackers:
-            tracker.log(evaluation.step, {"eval/loss": evaluation.loss})
+            named = {name.replace("eval_", "eval/", 1): value for name, value in scores.items()}
+            tracker.log(evaluation.step, {"eval/loss": evaluation.loss, **named})
         self._improved = best and evaluation.step > 0
         self.view.on_evaluate(trial, evaluation, best)
         self.callbacks.evaluate({"step": evaluation.step, "kind": "eval", **values, "best": best})
+
+    def on_failure(self, trial: Trial, error: TrainingError) -> None:
+        """Save a checkpoint first if a score function failed: the steps taken are good, and the run can go on from here."""
+        if isinstance(error, ScoreError) and trial.step:
+            self.save()
+        raise error
 
     def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
         self.save_due()
@@ -113,6 +121,15 @@ class Recorder(TrainerCallback):
     def _write(self, line: dict[str, Any]) -> None:
         with writing(self.config.out):
             self.metrics.write(line)
+
+
+def _scores(trial: Trial, evaluation: Evaluation) -> dict[str, float]:
+    """`eval_score`, and the same under its own name: `eval_exact_match`."""
+    if evaluation.score is None or trial.scorer is None:
+        return {}
+    key = trial.scorer.score.key
+    taken = key in ("eval_", "eval_loss", "eval_examples")  # a function of the user may have any name
+    return {"eval_score": evaluation.score, **({} if taken else {key: evaluation.score})}
 
 
 def _progress(trial: Trial) -> dict[str, float]:

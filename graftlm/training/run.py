@@ -181,6 +181,9 @@ class Session:
             "train_loss": recorder.loss,
             "eval_loss_before": trial.first.loss if trial.first else None,
             "eval_loss_after": trial.best.loss if trial.best else None,
+            "score": config.score,
+            "eval_score_before": trial.first.score if trial.first else None,
+            "eval_score_after": trial.best.score if trial.best else None,
             "stop_reason": trial.stop_reason,
         }
 
@@ -347,7 +350,7 @@ def make_trial(
         name=config.out.name, slot=slot, seed=config.seed, parameters=parameters,
         optimizer=optimizer, schedule=schedule, examples=dataset.examples, sampler=sampler,
         eval_examples=() if eval_dataset is None else eval_dataset.examples, max_grad_norm=config.max_grad_norm,
-        eval_every=config.eval_every or default_eval_every(dataset, eval_dataset, sampler),
+        eval_every=config.eval_every or default_eval_every(dataset, eval_dataset, sampler), best_by=config.best_by,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftlm.base.loading import Base
-from graftlm.errors import Diverged, TrainingError
+from graftlm.errors import Diverged, ScoreError, TrainingError
 from graftlm.training.micro_batch import (
     BatchItem,
     backward,
@@ -196,10 +196,11 @@ def _evaluate(base: Base, trial: Trial, micro_batch_tokens: int, callback: Train
     rows = tuple(example_losses(base, trial.eval_examples, trial.slot, micro_batch_tokens))
     try:
         check_eval_is_finite(base, trial, rows)
-    except Diverged as error:
+        score = None if trial.scorer is None else trial.scorer(base, trial.slot)
+    except (Diverged, ScoreError) as error:
         _fail(trial, error, callback.on_failure)
         return
-    evaluation = Evaluation(trial.step, rows)
+    evaluation = Evaluation(trial.step, rows, score)
     callback.on_evaluate(trial, evaluation, trial.record(evaluation))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from graftlm.data.sampler import Sampler
 
 if TYPE_CHECKING:
     from graftlm.training.optimizer import AdamW, LRSchedule
+    from graftlm.training.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class ExampleLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses on the eval rows at one step."""
+    """Losses on the eval rows at one step, and the score of the answers to their prompts."""
 
     step: int
     rows: tuple[ExampleLoss, ...]
+    score: float | None = None
+    """Higher is better; None without a scorer."""
 
     @property
     def loss(self) -> float:
@@ -65,6 +68,9 @@ class Trial:
     eval_examples: Sequence[Example] = ()
     max_grad_norm: float = 1.0
     eval_every: int = 0
+    scorer: Scorer | None = None
+    """Scores answers at each evaluation."""
+    best_by: Literal["loss", "score"] = "loss"
     step: int = 0
     """Optimizer steps taken."""
     tokens: int = 0
@@ -72,8 +78,11 @@ class Trial:
     first: Evaluation | None = None
     last: Evaluation | None = None
     best: Evaluation | None = None
-    """The one with the lowest loss after at least one step."""
+    """The one with the lowest loss, or the highest score, after at least one step."""
     evaluations: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    """(step, loss)."""
+    scores: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    """(step, score)."""
     notes: list[str] = field(default_factory=list[str])
     """What the loop found that a user should know."""
     stop_reason: str | None = None
@@ -105,7 +114,20 @@ class Trial:
         self.first = self.first or evaluation
         self.last = evaluation
         self.evaluations.append((evaluation.step, evaluation.loss))
-        better = evaluation.step > 0 and (self.best is None or evaluation.loss < self.best.loss)
+        if evaluation.score is not None:
+            self.scores.append((evaluation.step, evaluation.score))
+        better = evaluation.step > 0 and (self.best is None or self._better(evaluation, self.best))
         if better:
             self.best = evaluation
         return better
+
+    @property
+    def watched(self) -> list[tuple[int, float]]:
+        """(step, loss or score) of every evaluation: what the best one is chosen by."""
+        return self.scores if self.best_by == "score" else self.evaluations
+
+    def _better(self, evaluation: Evaluation, than: Evaluation) -> bool:
+        """Whether `evaluation` is better. Scores of few short answers are often equal; the lower loss then decides."""
+        if self.best_by == "loss" or evaluation.score is None or than.score is None:
+            return evaluation.loss < than.loss
+        return (evaluation.score, -evaluation.loss) > (than.score, -than.loss)

@@ -113,8 +113,13 @@ class View:
 
     def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
         base = trial.first.loss if trial.first is not None else evaluation.loss
-        mark = "  above the base's" if evaluation.loss > base else "  best so far" if best else ""
-        self.note(f"step {evaluation.step:>5}  eval loss {evaluation.loss:.4f}{mark}")
+        mark = "  above the base's" if evaluation.loss > base else ""
+        if best and (not mark or trial.best_by == "score"):
+            mark = "  best so far"
+        score = ""
+        if evaluation.score is not None and trial.scorer is not None:
+            score = f"  {trial.scorer.score.name} {evaluation.score:.4g}"
+        self.note(f"step {evaluation.step:>5}  eval loss {evaluation.loss:.4f}{score}{mark}")
 
     def done(self, summary: dict[str, Any]) -> None:
         """What came out, where it is and what it cost."""
@@ -123,6 +128,11 @@ class View:
             self.fact("eval loss", f"{before:.4f} before, {after:.4f} after step {summary['saved_step']}")
             if after > before:
                 self.fact("", "worse than the base: lower --learning-rate, or train on data more like the eval rows")
+        if summary["score"] is not None:
+            before, after = (summary[f"eval_score_{when}"] for when in ("before", "after"))
+            parts = [f"{before:.4g} before"] if before is not None else []
+            parts += [f"{after:.4g} after step {summary['saved_step']}"] if after is not None else []
+            self.fact("score", f"{summary['score']} {', '.join(parts)}")
         place = summary.get("adapter_folder") or summary.get("model_folder")
         rate = summary["tokens_per_second"]
         speed = f", {rate:,.0f} tokens/s" if rate else ""

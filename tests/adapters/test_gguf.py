@@ -129,7 +129,7 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(
 
 
 def test_numbers_that_llama_cpp_has_in_its_code_are_refused_where_they_differ(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="scaled by 7"):
+    with pytest.raises(ModelError, match="query_pre_attn_scalar is 7"):
         write_gguf(folder(tmp_path / "a", "gemma2"), tmp_path / "a.gguf", "f32")
-    with pytest.raises(ModelError, match="every 6th time"):
+    with pytest.raises(ModelError, match="every 6th layer"):
         write_gguf(folder(tmp_path / "b", "gemma3", query_pre_attn_scalar=10), tmp_path / "b.gguf", "f32")

@@ -192,7 +192,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "extra": (lambda t: t.update({KEY.replace("q_proj", "k_proj"): torch.ones(3, 28)}), r"k_proj.* not in the plan"),
     "transposed": (lambda t: t.update({KEY: t[KEY].T}), r"q_proj.* of shape \(28, 3\), expected F32 \(3, 28\)"),
     "in 16 bits": (lambda t: t.update({KEY: t[KEY].bfloat16()}), r"q_proj.* is BF16 .*, expected F32"),
-    "integers": (lambda t: t.update({KEY: t[KEY].int()}), r"q_proj.* is of type I32"),
+    "integers": (lambda t: t.update({KEY: t[KEY].int()}), r"q_proj.* has dtype I32"),
     "a wrong prefix": (lambda t: t.update({f"base_model.{KEY}": t.pop(KEY)}), "1 of 8 tensors are missing"),
     "other values": (lambda t: t[KEY][1, 5].add_(1e-6), r"adapter_model\.safetensors has (changed|.* bytes)"),
 }
@@ -380,10 +380,10 @@ CANARIES: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "prompts of one token": (lambda c: c.update(prompts=[[i] for i in range(4)]), "4 different prompts of 1 tokens"),
     "a tolerance of everything": (
         lambda c: c["tolerance"].update(float32=1e9),
-        r"graft\.json: canary\.tolerance\.float32 is 1e\+09, and between float32 and float32 at most 0\.001 is taken",
+        r"graft\.json: canary\.tolerance\.float32 is 1e\+09, and between float32 and float32 at most 0\.001 is allowed",
     ),
-    "the tolerance of another precision": (lambda c: c["tolerance"].update(float32=0.6), r"at most 0\.001 is taken"),
-    "a tolerance that would serve for nf4": (lambda c: c["tolerance"].update(nf4=0.7), r"at most 0\.6 is taken"),
+    "the tolerance of another precision": (lambda c: c["tolerance"].update(float32=0.6), r"at most 0\.001 is allowed"),
+    "a tolerance that would serve for nf4": (lambda c: c["tolerance"].update(nf4=0.7), r"at most 0\.6 is allowed"),
 }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def test_a_push_that_breaks_off_anywhere_is_no_version_and_the_next_one_complete
 def test_a_pull_that_breaks_off_anywhere_leaves_nothing(file: str, hub: Hub, store: Store, tmp_path: Path) -> None:
     sent(store, "formal@1")
     hub.breaks = lambda method, path: method == "GET" and path.endswith(file)
-    with pytest.raises(AdapterError, match="the hub did not give it: "):
+    with pytest.raises(AdapterError, match="could not be downloaded from the hub: "):
         got(tmp_path / "here")
     assert not Store(tmp_path / "here").exists
     hub.breaks = lambda method, path: False

@@ -53,6 +53,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
     "bert": _DECODER, "bert-generation": _DECODER, "camembert": _DECODER, "data2vec-text": _DECODER, "electra": _DECODER,
     "ernie": _DECODER, "megatron-bert": _DECODER, "rembert": _DECODER, "roberta": _DECODER, "roformer": _DECODER,
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
     "roberta-prelayernorm": _DECODER, "xlm-roberta": _DECODER, "xlm-roberta-xl": _DECODER,
     "big_bird": {**_DECODER, "attention_type": "original_full"}, "bigbird_pegasus": {"attention_type": "original_full"},
     "cohere2": {"layer_types": _SLIDING},

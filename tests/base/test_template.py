@@ -128,7 +128,7 @@ def test_a_turn_ends_with_its_end_marker_which_may_differ_for_the_last_one() -> 
 def test_only_the_last_assistant_message_is_marked_on_request_with_and_without_marks() -> None:
     for name in ("qwen3", "gptoss_training", "phi3_training", "lfm2_2_5", "gemma"):
         everything = mark(name, CONVERSATIONS["multi"])
-        last = mark(name, CONVERSATIONS["multi"], last_only=True)
+        last = mark(name, CONVERSATIONS["multi"], train_on="last-assistant")
         assert isinstance(everything, Marked)
         assert isinstance(last, Marked)
         assert spans(last) == spans(everything)[-1:]

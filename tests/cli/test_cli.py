@@ -241,7 +241,7 @@ def test_check_reports_good_data_and_exits_0(tmp_path: Path) -> None:
     found = graft("check", train, "--model", tiny_run.folder(), "--eval-data", valid)
     assert found.exit_code == 0, found.stderr
     assert "13 (13 completion)" in found.stdout
-    assert "trained (between {+ and +})" in found.stdout
+    assert "target tokens (between {+ and +})" in found.stdout
     report = json.loads(graft("check", train, "--model", tiny_run.folder(), "--eval-data", valid, "--json").stdout)
     assert (report["rows"], report["duplicates"], report["overlap"], report["good"]) == (13, 1, 2, True)
     data = ["--data", str(train), "--eval-data", str(valid)]

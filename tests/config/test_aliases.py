@@ -330,6 +330,52 @@ def test_a_sweep_and_a_comparison_take_an_option_by_its_name_of_before() -> None
     assert CompareConfig.build(given).variants[0].own == {"lora_dropout": "0.1", "lr_scheduler": "linear"}
 
 
+def test_the_best_model_is_chosen_by_the_score_that_transformers_names() -> None:
+    scored = "eval_dataset: v.jsonl\nload_best_model_at_end: true\n"
+    for name, kind in (
+        ("exact_match", "exact-match"),
+        ("eval_rougeL", "rouge-l"),
+        ("bleu", "bleu"),
+        ("rouge-l", "rouge-l"),
+    ):
+        config = built(f"{scored}metric_for_best_model: {name}\ngreater_is_better: true\npredict_with_generate: true")
+        assert (config.score, config.best_by) == (kind, "score")
+    config = built(f"{scored}metric_for_best_model: eval_score\nscore: my.py:points")
+    assert (config.score, config.best_by) == ("my.py:points", "score")
+    assert built(f"{scored}metric_for_best_model: eval_points\nscore: my.py:points").best_by == "score"
+    for text in ("eval_loss", "loss\ngreater_is_better: false\npredict_with_generate: false"):
+        config = built(f"{scored}metric_for_best_model: {text}")
+        assert (config.score, config.best_by) == (None, "loss")
+    assert built(f"{scored}score: bleu\npredict_with_generate: true\neval_max_new_tokens: 40").score_max_tokens == 40
+    assert built("metric_for_best_model:\ngreater_is_better:\npredict_with_generate:").best_by == "loss"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("metric_for_best_model: eval_f1", "metric_for_best_model 'eval_f1': no such score is taken; give --score"),
+        ("metric_for_best_model: bleu\nscore: rouge-l", "is not the score that is taken, --score rouge-l"),
+        ("metric_for_best_model: bleu\nbest_by: loss", "given twice; keep one of 'best_by' and 'metric_for_best_model'"),
+        ("metric_for_best_model: bleu\ngreater_is_better: false", "greater_is_better False: the lower eval loss or the higher"),
+        ("metric_for_best_model: loss\ngreater_is_better: true", "greater_is_better True: the lower eval loss or the higher"),
+        ("predict_with_generate: true", "predict_with_generate True: give --score exact-match"),
+        ("score: bleu\npredict_with_generate: false", "predict_with_generate False: give --score"),
+        ("metric_for_best_model: eval_score", "--best-by score needs a score; give --score"),
+        ("do_causal_lm_eval: true", "give --score exact-match"),
+    ],
+)  # fmt: skip
+def test_a_best_model_that_cannot_be_chosen_so_is_answered(text: str, message: str) -> None:
+    assert message in refused(f"eval_dataset: v.jsonl\n{text}")
+
+
+def test_a_sweep_and_a_comparison_answer_how_the_best_model_is_chosen() -> None:
+    for config in (SweepConfig, CompareConfig):
+        given = {"data": "d", **({"search": {"rank": "2..4"}} if config is SweepConfig else {})}
+        assert "is not Graft's" in refused("metric_for_best_model: bleu", config, **given)
+        assert "--metric exact-match" in refused("predict_with_generate: true", config, **given)
+        config.build({"model": "m", **given, "metric_for_best_model": "eval_loss", "greater_is_better": False})
+
+
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from small_rows import encoder, numbered, write
 
 from graftlm import progress
 from graftlm.base.chat import Encoder
@@ -22,31 +19,6 @@ from graftlm.errors import ConfigError, DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
-
-
-@functools.cache
-def encoder() -> Encoder:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    corpus = ["The pub near the river serves cheap Chinese food. How many pieces of 12 does she have in all?"] * 9
-    tokenizer.train_from_iterator(corpus, trainer)
-    return Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>"))
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Source:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Source(path=str(path))
-
-
-def numbered(count: int, start: int = 0) -> list[dict[str, Any]]:
-    return [{"prompt": f"{index}:", "completion": f" {index * 7919}"} for index in range(start, start + count)]
 
 
 def test_an_example_has_its_row_and_its_loss_mask(tmp_path: Path) -> None:

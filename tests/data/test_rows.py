@@ -41,7 +41,7 @@ def test_each_format_becomes_its_example() -> None:
     assert example_of({"prompt": "a", "completion": "b"}) == CompletionRow("a.jsonl:1", "a", "b")
     assert example_of({"text": "a", "source": "web"}) == TextRow("a.jsonl:1", "a")
     assert example_of({"prompt": [USER], "completion": [ASSISTANT]}) == ChatRow(
-        "a.jsonl:1", (USER, ASSISTANT), masked=frozenset({0})
+        "a.jsonl:1", (USER, ASSISTANT), prompt=1
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_check import encoder, rendered
-from test_dataset import write
+from small_rows import encoder, write
+from test_check import rendered
 
 from graftlm import demo
 from graftlm.base.chat import Encoder

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ from numpy.typing import NDArray
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import load_config, load_tokenizer, resolve
 from graftlm.config import CompareConfig
-from graftlm.data.columns import Fault, format_of
+from graftlm.config.fields import TrainOn
 from graftlm.data.dataset import Dataset, Example, load, split
-from graftlm.data.rows import ChatRow, CompletionRow, ParsedRow, TextRow, parse
+from graftlm.data.eval_prompts import EvalPrompt, collect_eval_prompts, evenly, parsed_rows
+from graftlm.data.rows import ChatRow, CompletionRow, ParsedRow, TextRow
 from graftlm.data.sampler import make_sampler
-from graftlm.data.sources import Source, named_source, read, share, token_limit
+from graftlm.data.sources import Source, named_source, share, token_limit
 from graftlm.errors import ConfigError, DataError
 from graftlm.experiments.compare.statistics import MIN_GROUPS
-from graftlm.experiments.metrics import EvalPrompt, check_fits, check_metric
 from graftlm.files import write_json
+from graftlm.scores import check_fits, check_package
 
 GENERAL = Path(__file__).parent / "general.jsonl"
 _SEARCH_ROWS = (20, 100)  # fewest and most rows that the search is scored on
@@ -55,13 +56,14 @@ class ComparisonData:
     steps: int
     """Optimizer steps of a run."""
     sources: tuple[Source, ...]
+    train_on: TrainOn
     notes: tuple[str, ...]
 
 
 def load_comparison_data(config: CompareConfig) -> ComparisonData:
     """Read and check everything. Raises GraftError for data on which the comparison would fail or mean nothing."""
     if config.metric is not None:
-        check_metric(config.metric)
+        check_package(config.metric, "metric")
     folder = resolve(config.model, config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     text_config = load_config(folder, config.trust_remote_code).get_text_config()
@@ -77,7 +79,11 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
         eval_sources = sources
         train, eval_dataset = split(train, fraction)
     notes: list[str] = []
-    groups = _groups(eval_dataset, notes)
+    prompted = eval_dataset
+    if config.train_on == "everything":  # the loss masks then do not tell where a prompt ends
+        answers_only = Encoder(tokenizer, date=config.template_date)
+        prompted = load(eval_sources, answers_only, max_tokens=limit, overlong=config.overlong)
+    groups = _groups(eval_dataset, {example.row: example for example in prompted.examples}, notes)
     if eval_dataset.rows < MIN_GROUPS:
         raise DataError(
             f"--eval-data gives {eval_dataset.rows} eval rows, and a bootstrap needs at least {MIN_GROUPS}; "
@@ -89,14 +95,7 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
         notes.append(
             f"{known} of {eval_dataset.rows} eval rows are training rows too; their losses flatter every method"
         )
-    prompts: tuple[EvalPrompt, ...] = ()
-    longest = 0
-    if config.metric is not None:
-        wanted = {d.row for d in eval_dataset.examples}
-        found = _eval_prompts([e for e in _parsed_rows(eval_sources) if e.row in wanted], encoder)
-        check_fits(config.metric, found, eval_dataset.rows)
-        prompts = _evenly(found, config.metric_prompts)
-        longest = max(len(tokenizer.encode(r, add_special_tokens=False)) for q in prompts for r in q.references)
+    prompts, longest = _metric_prompts(config, eval_sources, eval_dataset, encoder)
     general = _general_text(config)
     if general is not None:
         load([Source(path=str(general))], encoder, max_tokens=limit, overlong="truncate")
@@ -113,8 +112,23 @@ def load_comparison_data(config: CompareConfig) -> ComparisonData:
         general,
         sampler.steps,
         sources,
+        config.train_on,
         (*encoder.notes, *dict.fromkeys((*train.notes, *eval_dataset.notes)), *notes),
     )
+
+
+def _metric_prompts(
+    config: CompareConfig, eval_sources: Sequence[Source], eval_dataset: Dataset, encoder: Encoder
+) -> tuple[tuple[EvalPrompt, ...], int]:
+    """The eval prompts to answer for the metric, and the tokens of their longest reference; none without a metric."""
+    if config.metric is None:
+        return (), 0
+    rows = {example.row for example in eval_dataset.examples}
+    found = collect_eval_prompts([parsed for parsed in parsed_rows(eval_sources) if parsed.row in rows], encoder)
+    check_fits(config.metric, [prompt.references for prompt in found], eval_dataset.rows, option="metric")
+    prompts = evenly(found, config.metric_prompts)
+    references = [reference for prompt in prompts for reference in prompt.references]
+    return prompts, max(len(encoder.tokenizer.encode(text, add_special_tokens=False)) for text in references)
 
 
 def _general_text(config: CompareConfig) -> Path | None:
@@ -130,11 +144,17 @@ def _general_text(config: CompareConfig) -> Path | None:
     return file
 
 
-def _groups(eval_dataset: Dataset, notes: list[str]) -> NDArray[np.int64]:
-    """Eval rows numbered by their prompt (the tokens before the first target token), where that leaves enough groups."""
+def _groups(eval_dataset: Dataset, prompted: Mapping[str, Example], notes: list[str]) -> NDArray[np.int64]:
+    """Eval rows numbered by their prompt (the tokens before the answer), where that leaves enough groups.
+
+    `prompted` are the rows as examples whose only target tokens are those of the answer.
+    """
     numbers: dict[str, int] = {}
     found: list[int] = []
-    for example in eval_dataset.examples:
+    for eval_example in eval_dataset.examples:
+        example = prompted.get(
+            eval_example.row, eval_example
+        )  # a row truncated before its answer is in `eval_dataset` only
         first = int(example.loss_mask.argmax())
         # A plain text has no prompt (at most a start token); each is a group of its own.
         key = hashlib.blake2b(example.ids[:first].tobytes()).hexdigest() if first > 1 else example.row
@@ -151,46 +171,6 @@ def _groups(eval_dataset: Dataset, notes: list[str]) -> NDArray[np.int64]:
         "verdict holds for other answers to these prompts, not for other prompts"
     )
     return np.arange(eval_dataset.rows)
-
-
-def _parsed_rows(sources: Sequence[Source]) -> Iterator[ParsedRow]:
-    """Rows as typed examples; faults were refused when the same sources were loaded."""
-    for source in sources:
-        form: Any = None
-        for raw in read(source):
-            if isinstance(raw, Fault):
-                continue
-            form = form or format_of(raw)
-            found = parse(raw, form)
-            if not isinstance(found, list):
-                yield found
-
-
-def _eval_prompts(parsed_rows: Sequence[ParsedRow], encoder: Encoder) -> list[EvalPrompt]:
-    """Prompts with all their references, in the order in which a prompt comes first."""
-    found: dict[tuple[int, ...], list[tuple[str, str]]] = {}
-    for parsed in parsed_rows:
-        match parsed:
-            case CompletionRow():
-                prompt, answer = encoder.prompt_text(parsed.prompt), parsed.completion
-            case ChatRow():
-                last = max(i for i, m in enumerate(parsed.messages) if m["role"] == "assistant")
-                before, answer = parsed.messages[:last], str(parsed.messages[last].get("content") or "")
-                if not before:
-                    continue
-                prompt = encoder.prompt(before, parsed.tools)
-            case _:
-                continue
-        if prompt and answer.strip():
-            found.setdefault(tuple(prompt), []).append((parsed.row, answer.strip()))
-    return [EvalPrompt(known[0][0], prompt, tuple(a for _, a in known)) for prompt, known in found.items()]
-
-
-def _evenly(prompts: Sequence[EvalPrompt], most: int) -> tuple[EvalPrompt, ...]:
-    """At most `most` of them, evenly over the file."""
-    if len(prompts) <= most:
-        return tuple(prompts)
-    return tuple(prompts[i * len(prompts) // most] for i in range(most))
 
 
 def _hashed(example: Example) -> int:
@@ -215,7 +195,7 @@ def write_search_rows(
         )
     fewest, most = _SEARCH_ROWS
     count = min(most, max(fewest, len(examples) // 10))
-    form = {e.row: e.kind for e in _parsed_rows(comparison_data.sources)}
+    form = {e.row: e.kind for e in parsed_rows(comparison_data.sources)}
     first = form[examples[0].row]  # a file has rows of one format
     ranked = sorted((d for d in examples if form[d.row] == first), key=_hashed)
     scored = {d.digest for d in ranked[:count]}
@@ -229,19 +209,20 @@ def write_search_rows(
     out.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {}
     for number, source in enumerate(comparison_data.sources):
-        for parsed in _parsed_rows([source]):
+        for parsed in parsed_rows([source]):
             part = wanted.get(parsed.row)
             if part is not None:
                 name = f"train-{number + 1}" if part == "train" else part
-                lines.setdefault(name, []).append(json.dumps(_columns(parsed), ensure_ascii=False))
+                columns = _columns(parsed, prompt=comparison_data.train_on != "everything")
+                lines.setdefault(name, []).append(json.dumps(columns, ensure_ascii=False))
     for name, found in lines.items():
         (out / f"{name}.jsonl").write_text("\n".join(found) + "\n", encoding="utf-8")
     write_json(out / "rows.json", {"trained": len(trained), "judged": count})
     return tuple(str(out / f"{n}.jsonl") for n in sorted(lines) if n != "valid"), str(out / "valid.jsonl")
 
 
-def _columns(parsed: ParsedRow) -> dict[str, Any]:
-    """A row again."""
+def _columns(parsed: ParsedRow, *, prompt: bool) -> dict[str, Any]:
+    """The columns of a row; `prompt`: whether the messages of a conversation's prompt get weight 0."""
     match parsed:
         case CompletionRow():
             return {"prompt": parsed.prompt, "completion": parsed.completion}
@@ -249,8 +230,9 @@ def _columns(parsed: ParsedRow) -> dict[str, Any]:
             return {"text": parsed.text}
         case ChatRow():
             tools = {} if parsed.tools is None else {"tools": list(parsed.tools)}
+            masked = {*parsed.masked, *(range(parsed.prompt) if prompt else ())}
             messages = [
-                {**message, "weight": 0} if place in parsed.masked and message["role"] == "assistant" else message
+                {**message, "weight": 0} if place in masked else message
                 for place, message in enumerate(parsed.messages)
             ]
             return {"messages": messages, **tools}

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.config import ComputeDtype, Precision
-from graftlm.config.compare import Metric
+from graftlm.config.fields import Metric
+from graftlm.data.eval_prompts import EvalPrompt
 from graftlm.errors import RunError
-from graftlm.experiments.metrics import EvalPrompt, score
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
+from graftlm.scores import score
 
 SCORES = "scores.json"
 

@@ -173,6 +173,22 @@ def complete_all(
     return generate_all(base, given, max_tokens=max_tokens, sampling=sampling, attached=attached, on_output=on_output)
 
 
+def answer_texts(
+    base: Base, encoder: Encoder, prompts: Sequence[Sequence[int]], *, slot: int, max_tokens: int,
+    on_answers: Callable[[int], None],
+) -> list[str]:  # fmt: skip
+    """The texts of `complete_all`, greedy, for `graft train --score`; `on_answers` gets the number of finished answers."""
+    finished = 0
+
+    def on_output(output: RequestOutput) -> None:
+        nonlocal finished
+        finished += output.finish_reason is not None
+        on_answers(finished)
+
+    answers = complete_all(base, encoder, prompts, slot=slot, max_tokens=max_tokens, on_output=on_output)
+    return [answer.text for answer in answers]
+
+
 def complete(
     base: Base, encoder: Encoder, prompt: Sequence[int], *, slot: int = 0, max_tokens: int = 128,
     sampling: SamplingParams = GREEDY, show: Callable[[str], None] | None = None,

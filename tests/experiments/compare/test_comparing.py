@@ -17,9 +17,13 @@ import pytest
 import tiny_run
 from rich.console import Console
 
+from graftlm.base.chat import Encoder
+from graftlm.base.loading import load_tokenizer
 from graftlm.commands.compare import compare
 from graftlm.commands.train import train
 from graftlm.config import CompareConfig, TrainConfig
+from graftlm.data.dataset import load
+from graftlm.data.sources import Source
 from graftlm.errors import ConfigError, DataError, Diverged, ModelError, RunError, Stopped, TrainingError
 from graftlm.experiments.compare import run as module
 from graftlm.experiments.compare import scoring
@@ -351,6 +355,37 @@ def test_rows_of_one_prompt_are_one_group_where_there_are_prompts_enough(tmp_pat
     found = load_comparison_data(config(tmp_path, eval_data=str(tiny_run.write_rows(tmp_path / "b.jsonl", few))))
     assert len(set(found.groups.tolist())) == 80
     assert "only 4 prompts" in found.notes[-1]
+
+
+def test_rows_of_one_prompt_stay_one_group_where_everything_is_trained(tmp_path: Path) -> None:
+    rows = [{**row, "prompt": f"{i // 2}: "} for i, row in enumerate(tiny_run.rows(64, seed=1))]
+    tiny_run.write_rows(tmp_path / "pairs.jsonl", rows)
+    found = [
+        load_comparison_data(config(tmp_path, eval_data=str(tmp_path / "pairs.jsonl"), train_on=how))
+        for how in ("all-assistant", "everything")
+    ]
+    assert found[0].groups.tolist() == found[1].groups.tolist() == [i // 2 for i in range(64)]
+    assert found[1].eval_dataset.target_tokens > found[0].eval_dataset.target_tokens
+
+
+def test_the_rows_of_the_search_train_a_prompt_of_messages_where_everything_is_trained(tmp_path: Path) -> None:
+    turns = [("user", "say"), ("assistant", "yes"), ("user", "go on")]
+    rows = [
+        {"prompt": [{"role": r, "content": f"{text} {i}"} for r, text in turns],
+         "completion": [{"role": "assistant", "content": f"it is {i}"}]}
+        for i in range(60)
+    ]  # fmt: skip
+    tiny_run.write_rows(tmp_path / "lists.jsonl", rows)
+    counts: dict[str, int] = {}
+    for how in ("all-assistant", "everything"):
+        material = load_comparison_data(config(tmp_path, data=[str(tmp_path / "lists.jsonl")], train_on=how))
+        _, judges = write_search_rows(material, 4, 2, tmp_path / how)
+        known = {example.digest for example in material.train.examples}
+        encoder = Encoder(load_tokenizer(tiny_run.folder()), train_on=material.train_on)
+        judged = load([Source(path=judges)], encoder)
+        assert {example.digest for example in judged.examples} <= known
+        counts[how] = judged.target_tokens
+    assert counts["everything"] > 2 * counts["all-assistant"]
 
 
 def test_a_prompt_is_answered_once_against_all_its_references(tmp_path: Path) -> None:
