@@ -90,7 +90,7 @@ def show(row):
 
 def demonstrate(name, out, steps=None, count=24):
     """All of it, with the base called `name`; returns the results that are written to `out`."""
-    print(graft.plan("smollm2-135m", data=[DATA / f"{task}-train.jsonl" for task in TASKS], batch_size=BATCH))
+    print(graft.plan(name, data=[DATA / f"{task}-train.jsonl" for task in TASKS], batch_size=BATCH))
     model, store, results = graft.load(name), graft.Store(out / "store"), {}
     print(model)
     for task in TASKS:
