@@ -2,7 +2,7 @@
 
 import json
 
-from graftlm.experiments.metrics import score
+from graftlm.scores import score
 
 
 def scores(task, rows, kind):

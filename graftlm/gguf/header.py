@@ -111,12 +111,12 @@ def read_gguf(path: Path) -> GgufFile:
             if magic != b"GGUF":
                 raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}, expected b'GGUF'")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data, size).file()
+                return _HeaderReader(path, data, size).file()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
 
 
-class _Reader:
+class _HeaderReader:
     """Walks over the header, whose end it does not know beforehand."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
