@@ -152,9 +152,7 @@ def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True)
     if folder.is_dir():
         return _checked(folder, name, weights)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"no such model: '{name}' is neither a directory, a GGUF file nor a hub id (owner/name), nor `demo`"
-        )
+        raise ModelError(f"no such model: '{name}' is neither a directory nor a hub id (owner/name), nor `demo`")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
