@@ -7,7 +7,7 @@ about 1 % of their size, and where the two likeliest tokens are as close as that
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class LlamaCpp:
             type_k=0, type_v=0, verbose=False,
         )  # fmt: skip
 
-    def greedy(self, prompt: Sequence[int], stop: Sequence[int]) -> tuple[list[int], Tensor]:
+    def greedy(self, prompt: Sequence[int], stop: Collection[int]) -> tuple[list[int], Tensor]:
         """Its most likely tokens, the one that ends the answer included, and the logits of each (tokens, vocabulary)."""
         self.model.reset()
         self.model.eval(list(prompt))
@@ -106,11 +106,13 @@ class Compared:
 
 
 def compare(llama_cpp: LlamaCpp, base: Base, folder: Path) -> Compared:
-    """Both on all prompts, the adapter in slot 1 of the base."""
+    """Both on all prompts."""
     encoder = Encoder(base.tokenizer)
     asked = [encoder.prompt_text(prompt) for prompt in prompts()]
+    generated = answers(base, encoder, folder, asked)
+    attach(base, adapter_format.load(base, folder), slot=1)  # after the engine, which empties its slots when it closes
     found = Compared()
-    for prompt, ours in zip(asked, answers(base, encoder, folder, asked)):
+    for prompt, ours in zip(asked, generated):
         theirs, logits = llama_cpp.greedy(prompt, encoder.stop_ids)
         own = tiny.base_logits(base, torch.tensor(prompt + theirs[:-1]))[len(prompt) - 1 :]  # (tokens, vocabulary)
         same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
@@ -140,7 +142,6 @@ def test_an_exported_adapter_answers_in_llama_cpp_as_it_does_here(
         }))  # fmt: skip
     llama_cpp = LlamaCpp(file if kind != "f32" else tmp_path / "f32.gguf", tmp_path / "a.gguf")
     base = load_base(str(file), precision="gguf", compute_dtype="float32", device="cpu")
-    attach(base, adapter_format.load(base, adapter), slot=1)
     found = compare(llama_cpp, base, adapter)
     for name, value in asdict(found).items():
         record_property(name, value)
