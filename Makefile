@@ -1,5 +1,6 @@
 # make setup   .venv with the package, the command `graft` and the tools of the tests
 # make demo    trains full, LoRA and QLoRA on the bundled base and data
+# make demo-real  teaches a real model three tasks and serves them: see examples/real_demo
 # make test    lint, types, tests
 # make compat  the contract tests with the oldest, a middle and the newest release of transformers
 # make prove   the long proofs, run by hand and before a release; their figures go to bench/results/proofs.json
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test compat prove lint types unit format bench docs clean
+.PHONY: setup demo demo-real test compat prove lint types unit format bench docs clean
 
 setup: $(READY)
 
@@ -24,6 +25,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard graftlm/kernels/nat
 
 demo: setup
 	$(BIN)/graft demo
+
+demo-real: setup
+	$(BIN)/python examples/real_demo/run.py
 
 test: lint types unit
 

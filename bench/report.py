@@ -281,7 +281,7 @@ def performance(results: Results) -> str:
         machines = "; ".join(where.values())
         lines += [
             "Training speed and peak memory as a ratio to TRL+PEFT+bitsandbytes on the same CPU (Llamas of random weights). On "
-            "AVX-512 the baseline is the faster of TRL's float32 and bfloat16 runs, and for memory the smaller "
+            "AVX-512 the baseline is the faster (memory: smaller) of TRL's float32 and bfloat16 runs "
             f"({machines}):",
             "",
         ]

@@ -25,6 +25,14 @@ MANIFEST = "manifest.json"
 _LEFT = re.compile(r"\..+\.[0-9]+(\.partial|\.old)?")
 
 
+def cache_folder() -> Path:
+    """Graft's folder in the user's cache: `$GRAFT_CACHE`, else `$XDG_CACHE_HOME/graft`, else `~/.cache/graft`."""
+    given = os.environ.get("GRAFT_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: to a temporary file, flushed, renamed. Raises OSError; the old file is then unchanged."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -20,7 +20,7 @@ import tiny_run
 import torch
 
 from graftlm import files
-from graftlm.adapters import canary, gguf, manifest, merge, peft_folder
+from graftlm.adapters import canary, manifest, merge, peft_folder
 from graftlm.adapters import merge_writer as merged
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters import peft_tensors as fit
@@ -29,6 +29,7 @@ from graftlm.adapters.merge_drift import Drift
 from graftlm.base.loading import Base
 from graftlm.commands import merge as merging
 from graftlm.config import TrainConfig
+from graftlm.gguf import layout as gguf_layout
 from graftlm.training import checkpoint
 from graftlm.training import optimizer as optimizers
 from graftlm.training.logging import Recorder
@@ -364,7 +365,8 @@ MERGE = (
         lambda b: test_merge_command.test_above_max_drift_nothing_is_written_and_the_way_out_is_named(b.trained, b.place),
     ),
     Bug(
-        "merge", "GGUF has the rows of q and k in transformers' order", set_to(gguf, "interleaved", lambda rows, heads: rows),
+        "merge", "GGUF has the rows of q and k in transformers' order",
+        set_to(gguf_layout, "interleaved", lambda rows, heads: rows),
         lambda b: test_gguf.test_transformers_reads_the_file_with_the_same_logits("llama", b.place),
     ),
 )  # fmt: skip

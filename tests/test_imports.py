@@ -21,6 +21,7 @@ FLOORS = [
     "config",
     "scores",
     "demo",
+    "gguf",
     "kernels",
     "segments",
     "base",

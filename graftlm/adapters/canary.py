@@ -178,7 +178,9 @@ def take(base: Base, adapter: Adapter, text: Sequence[int]) -> dict[str, Any]:
 
 
 def _tolerance(trained: Precision, here: Precision) -> float:
-    return _TOLERANCE.get(frozenset({trained, here}), _FOUR_BITS)
+    # The blocks of a GGUF file are the values that float32 has of the same file.
+    pair = frozenset("float32" if kind == "gguf" else kind for kind in (trained, here))
+    return _TOLERANCE.get(pair, _FOUR_BITS)
 
 
 def check_kept(name: str, kept: Mapping[str, Any], trained: Precision) -> None:

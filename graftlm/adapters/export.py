@@ -1,4 +1,4 @@
-"""Export a version as a plain PEFT folder, or converted for vLLM.
+"""Export a version as a plain PEFT folder, or converted for vLLM, or for llama.cpp (`gguf_adapter.py`).
 
 What vLLM's loader (`vllm/lora/peft_helper.py`, `lora_model.py`) supports, and what the export does:
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter
+from graftlm.adapters.gguf_adapter import for_llama_cpp, without_place, write_gguf_adapter
 from graftlm.adapters.layer_adapter import LowRank
 from graftlm.adapters.patterns import refused_by_peft
 from graftlm.adapters.peft_tensors import PREFIX, tensor_prefixes
@@ -32,13 +34,16 @@ from graftlm.adapters.store import open_adapter
 from graftlm.base.meta_base import MetaBase, load_meta_base
 from graftlm.base.modules import StoredStack
 from graftlm.config import ExportConfig
-from graftlm.errors import AdapterError, ConfigError
+from graftlm.config.fields import is_gguf
+from graftlm.errors import AdapterError, ConfigError, RunError
 from graftlm.files import atomic_folder, write_json
+from graftlm.gguf.layout import layout_for
 from graftlm.jsonfile import read_json
 
 RANKS = (8, 16, 32, 64, 128, 256)
 # Architectures of transformers for which vLLM's list of supported models (read in November 2026) has no LoRA. Architectures
 # that are not listed at all get a note, since vLLM may run them through transformers.
+_CONVERTER = "export a PEFT folder (--for peft) and convert it with llama.cpp's convert_lora_to_gguf.py"
 _WITHOUT_LORA = {
     "BloomForCausalLM", "DbrxForCausalLM", "FalconForCausalLM", "FalconMambaForCausalLM", "FlexOlmoForCausalLM",
     "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "Jais2ForCausalLM", "MambaForCausalLM",
@@ -48,13 +53,13 @@ _WITHOUT_LORA = {
 
 
 def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | None = None) -> dict[str, Any]:
-    """Write a version for PEFT or vLLM; returns what `--json` prints. Raises GraftError, and then nothing is written.
+    """Write a version for PEFT, vLLM or llama.cpp; returns what `--json` prints. Raises GraftError; nothing is written then.
 
     `opened` is the version if it has been opened already.
     """
     out = config.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already; name a new folder")
+    if out.exists() and (config.for_ == "gguf" or not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already; name a new {'file' if config.for_ == 'gguf' else 'folder'}")
     found = opened or open_adapter(config.version, config.store, config.base)
     folder = found.path
     summary = {"version": config.version, "digest": found.digest, "for": config.for_, "out": str(out)}
@@ -74,6 +79,8 @@ def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | 
         raise ConfigError(f"{folder} does not say on which base it was trained; name it with --model")
     base = load_meta_base(name, trust_remote_code=config.trust_remote_code)
     adapter = adapter_format.load(base, found)
+    if config.for_ == "gguf":
+        return {**summary, **_write_gguf(config, base, adapter, found)}
     made = for_vllm(base, adapter)
     with atomic_folder(out) as temporary:
         save_file(made.tensors, temporary / adapter_format.TENSORS, metadata={"format": "pt"})
@@ -85,6 +92,33 @@ def export_adapter(config: ExportConfig, opened: adapter_format.AdapterFolder | 
     return {
         **summary, "rank": made.config["r"], "alpha": float(made.config["lora_alpha"]), "tensors": len(made.tensors),
         "notes": made.notes,
+    }  # fmt: skip
+
+
+def _write_gguf(
+    config: ExportConfig, base: MetaBase, adapter: Adapter, found: adapter_format.AdapterFolder
+) -> dict[str, Any]:
+    """Write the file for llama.cpp; returns its part of the summary. Raises AdapterError, RunError."""
+    layout = layout_for(base.plain.config, AdapterError, _CONVERTER)
+    parts = _low_rank(base, adapter, "llama.cpp", lambda layer: without_place(base, layout, layer))
+    made = for_llama_cpp(layout, parts, config.gguf_type)
+    try:
+        size = write_gguf_adapter(made, base.name, config.out, config.gguf_type)
+    except OSError as error:
+        raise RunError(f"{config.out} cannot be written: {error.strerror or error}; nothing is left of it") from None
+    from_gguf = is_gguf(base.name)
+    model = base.name if from_gguf else "BASE.gguf"
+    notes = [f"use it with: {shlex.join(['llama-cli', '-m', model, '--lora', str(config.out)])}"]
+    if not from_gguf:
+        notes.append(f"BASE.gguf must be made of {base.name}: llama.cpp compares only architecture and shapes")
+    trained = ((found.manifest or {}).get("base") or {}).get("precision")
+    if trained in ("int8", "nf4") or (trained == "gguf" and not from_gguf):
+        notes.append(f"it was trained on a base in {trained}, and a GGUF file has other weights, so answers may differ")
+    if any("token" in name for name in found.files):
+        notes.append("it has a tokenizer of its own, and llama.cpp uses the base file's tokenizer and chat template")
+    return {
+        "rank": max(part.rank for part in parts.values()), "alpha": made.alpha, "tensors": len(made.tensors), "notes": notes,
+        "architecture": made.architecture, "type": config.gguf_type, "bytes": size, "rescaled_layers": made.rescaled,
     }  # fmt: skip
 
 
@@ -147,30 +181,39 @@ def _servable(base: MetaBase, adapter: Adapter) -> dict[str, LowRank]:
     kind = type(base.plain).__name__
     if kind in _WITHOUT_LORA:
         raise AdapterError(f"vLLM has no LoRA for {kind}; serve it merged: {_merge(base, adapter)}")
+
+    def reason(layer: str) -> str | None:
+        if base.forms[base.parameter_of(layer)].transposed and not isinstance(base.stored().get(layer), StoredStack):
+            return f"'{layer}' is a transposed layer (Conv1D), which vLLM does not adapt"
+        if layer == base.structure.head_name and base.tied:
+            return "it adapts a head that is tied to the embedding, and vLLM keeps them tied"
+        return None
+
+    return _low_rank(base, adapter, "vLLM", reason)
+
+
+def _low_rank(base: MetaBase, adapter: Adapter, server: str, reason: Callable[[str], str | None]) -> dict[str, LowRank]:
+    """The adapter's layers as low-rank pairs. Raises AdapterError for a layer that is none, or that `server` refuses."""
     found: dict[str, LowRank] = {}
     for layer, part in adapter.layers.items():
-        why = None
         if not isinstance(part, LowRank):
-            why = f"'{layer}' is trained in full or by token rows, and vLLM serves low-rank updates only"
+            why = f"'{layer}' is trained in full or by token rows, and {server} serves low-rank updates only"
         elif part.magnitude is not None:
             why = "it is a DoRA adapter, whose magnitude is not a low-rank update"
-        elif base.forms[base.parameter_of(layer)].transposed and not isinstance(base.stored().get(layer), StoredStack):
-            why = f"'{layer}' is a transposed layer (Conv1D), which vLLM does not adapt"
-        elif layer == base.structure.head_name and base.tied:
-            why = "it adapts a head that is tied to the embedding, and vLLM keeps them tied"
+        else:
+            found[layer], why = part, reason(layer)
         if why is not None:
+            more = ["--gguf", "merged.gguf"] if server == "llama.cpp" else []
             raise AdapterError(
-                f"the adapter cannot be served by vLLM: {why}; merge it into a model: {_merge(base, adapter)}"
+                f"the adapter cannot be served by {server}: {why}; merge it into a model: {_merge(base, adapter, more)}"
             )
-        assert isinstance(part, LowRank)
-        found[layer] = part
     return found
 
 
-def _merge(base: MetaBase, adapter: Adapter) -> str:
+def _merge(base: MetaBase, adapter: Adapter, more: Sequence[str] = ()) -> str:
     """The command that merges the adapter instead."""
     folder = adapter.origin.folder if adapter.origin is not None else "ADAPTER"
-    return shlex.join(["graft", "merge", "--model", base.name, "--adapter", str(folder), "--out", "merged"])
+    return shlex.join(["graft", "merge", "--model", base.name, "--adapter", str(folder), "--out", "merged", *more])
 
 
 def _named(base: MetaBase, layer: str, part: LowRank, rank: int, layers: list[str]) -> list[tuple[str, Tensor, Tensor]]:

@@ -15,36 +15,34 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from graftlm.adapters.gguf_tokenizer import GgufTokenizer, read_vocab, write_vocab
 from graftlm.base.checkpoint_layout import Checkpoint
 from graftlm.base.loading import load_config
 from graftlm.errors import ModelError
+from graftlm.files import flush
+from graftlm.gguf.config import llama3_divisors
+from graftlm.gguf.layout import ROPE_FREQS, GgufLayout, layout_for
 from graftlm.progress import working
 
 Array = NDArray[Any]
 
-# transformers' model type -> the architecture's name in the gguf package
-_ARCHITECTURES = {
-    "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma": "GEMMA", "gemma2": "GEMMA2",
-    "gemma3_text": "GEMMA3",
-}  # fmt: skip
-_INTERLEAVED = ("llama", "mistral")
+_CONVERTER = "write the plain folder and convert it with llama.cpp's own converter"
 _TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # kind, general.file_type
 
 
 def check_gguf(folder: Path) -> None:
     """Raise ModelError if GGUF cannot be written for a model's architecture or tokenizer; reads no weights."""
-    _package()
+    gguf_package()
     config = load_config(folder, False)
-    _architecture(config)
+    layout_for(config, ModelError, _CONVERTER)
     _check_numbers(config)
     read_vocab(folder, int(config.vocab_size))
 
@@ -54,32 +52,29 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
 
     Raises ModelError for an architecture, a tokenizer or a tensor that GGUF does not support, and OSError.
     """
-    gguf = _package()
+    gguf = gguf_package()
     config = load_config(folder, False)
-    architecture = _architecture(config)
+    layout = layout_for(config, ModelError, _CONVERTER)
     _check_numbers(config)
     vocab = read_vocab(folder, int(config.vocab_size))
     checkpoint = Checkpoint(folder)
-    table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), int(config.num_hidden_layers))
-    name = gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, architecture)]
     gguf_names: dict[str, str] = {}
     for tensor in checkpoint.tensors:
         if tensor == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp uses the embedding
-        gguf_name = table.get_name(tensor, (".weight", ".bias"))
+        gguf_name = layout.place_of(tensor)
         if gguf_name is None:
             raise ModelError(f"{folder}: GGUF has no name for tensor '{tensor}' of a {config.model_type} model")
         gguf_names[tensor] = gguf_name
 
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        writer = gguf.GGUFWriter(str(temporary), name)
+    with partial_file(file) as temporary:
+        writer = gguf.GGUFWriter(str(temporary), layout.architecture)
         _describe(writer, gguf, config, folder.name, kind)
         write_vocab(writer, vocab)
         extra = _rope_factors(config)
         if extra is not None:
-            writer.add_tensor_info("rope_freqs.weight", extra.shape, extra.dtype, extra.nbytes)
+            writer.add_tensor_info(ROPE_FREQS, extra.shape, extra.dtype, extra.nbytes)
         for tensor, gguf_name in gguf_names.items():
             shape = checkpoint.tensors[tensor].shape
             quant = _type_of(gguf, kind, shape)
@@ -96,41 +91,40 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
             writer.write_tensor_data(extra)
         with working(f"writing {file.name}", len(gguf_names), "tensors") as task:
             for tensor in gguf_names:
-                writer.write_tensor_data(_encoded(gguf, _value(checkpoint, config, tensor), kind))
+                writer.write_tensor_data(_encoded(gguf, _value(checkpoint, layout, tensor), kind))
                 task.to(task.done + 1)
         writer.close()
         with working(f"checking {file.name}"):
-            count = _read_back(gguf, temporary, checkpoint, config, gguf_names, kind, vocab)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+            count = _read_back(gguf, temporary, checkpoint, layout, gguf_names, kind, vocab)
     modelfile = file.with_suffix(".Modelfile")
     stops = "".join(f"PARAMETER stop {json.dumps(vocab.tokens[i])}\n" for i in vocab.stop)
     modelfile.write_text(f"FROM ./{file.name}\n{stops}", encoding="utf-8")
     return {
-        "file": str(file), "modelfile": str(modelfile), "bytes": file.stat().st_size, "architecture": name, "type": kind,
-        "tensors": count, "vocabulary": len(vocab.tokens), "pre_tokenizer": vocab.pre,
+        "file": str(file), "modelfile": str(modelfile), "bytes": file.stat().st_size,
+        "architecture": layout.architecture, "type": kind, "tensors": count, "vocabulary": len(vocab.tokens),
+        "pre_tokenizer": vocab.pre,
     }  # fmt: skip
 
 
-def _package() -> Any:
+@contextmanager
+def partial_file(file: Path) -> Iterator[Path]:
+    """A temporary file beside `file` to write; flushed and renamed to it on success, else removed."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def gguf_package() -> Any:
+    """The package gguf, which writes the files. Raises ModelError where it is not installed."""
     try:
         import gguf
     except ImportError:
         raise ModelError("writing GGUF needs the package gguf: pip install 'graftlm[gguf]'") from None
     return gguf
-
-
-def _architecture(config: Any) -> str:
-    found = _ARCHITECTURES.get(config.model_type)
-    if found is None:
-        raise ModelError(
-            f"GGUF is supported for {', '.join(_ARCHITECTURES)}, and this is a {config.model_type}; write the plain folder and "
-            "convert it with llama.cpp's own converter"
-        )
-    return found
 
 
 # ---- header -----------------------------------------------------------------------------------------------------------
@@ -204,7 +198,7 @@ def _describe(writer: Any, gguf: Any, config: Any, name: str, kind: str) -> None
     writer.add_vocab_size(int(config.vocab_size))
     rope = _rope(config)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
-    if config.model_type in _INTERLEAVED:
+    if config.model_type in ("llama", "mistral"):
         writer.add_rope_dimension_count(_head_width(config))
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -222,36 +216,16 @@ def _describe(writer: Any, gguf: Any, config: Any, name: str, kind: str) -> None
 def _rope_factors(config: Any) -> Array | None:
     """Llama 3's RoPE scaling for llama.cpp: the divisor of each frequency, (head width / 2,)."""
     rope = _rope(config)
-    if rope.get("rope_type") != "llama3":
-        return None
-    width, base = _head_width(config), float(rope["rope_theta"])
-    factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    old = float(rope["original_max_position_embeddings"])
-    frequencies = 1.0 / base ** (np.arange(0, width, 2, dtype=np.float64) / width)
-    wavelengths = 2 * math.pi / frequencies
-    smooth = (old / wavelengths - low) / (high - low)
-    found = np.where(wavelengths > old / low, factor, 1 / ((1 - smooth) / factor + smooth))
-    return np.where(wavelengths < old / high, 1.0, found).astype(np.float32)
+    return llama3_divisors(rope, _head_width(config)) if rope.get("rope_type") == "llama3" else None
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _value(checkpoint: Checkpoint, config: Any, name: str) -> Array:
+def _value(checkpoint: Checkpoint, layout: GgufLayout, name: str) -> Array:
     """A tensor in float32 and in GGUF's layout."""
-    tensor = checkpoint.read(name).float()
-    if config.model_type in _INTERLEAVED and name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
-        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-        tensor = interleaved(tensor, int(heads))
-    if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
-        tensor = tensor + 1
+    tensor = layout.rows_for_gguf(name, checkpoint.read(name).float()) + layout.norm_offset(name)
     return tensor.contiguous().numpy()
-
-
-def interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head reordered from (first half, second half) to neighbours: row j and row j + D/2 become 2j and 2j + 1."""
-    halves = tensor.view(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-    return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def _type_of(gguf: Any, kind: str, shape: tuple[int, ...]) -> Any:
@@ -272,7 +246,7 @@ def _read_back(
     gguf: Any,
     file: Path,
     checkpoint: Checkpoint,
-    config: Any,
+    layout: GgufLayout,
     gguf_names: Mapping[str, str],
     kind: str,
     vocab: GgufTokenizer,
@@ -282,7 +256,7 @@ def _read_back(
     found = {t.name: t for t in reader.tensors}
     for name, gguf_name in gguf_names.items():
         tensor = found.get(gguf_name)
-        wanted = _value(checkpoint, config, name)
+        wanted = _value(checkpoint, layout, name)
         encoded = _encoded(gguf, wanted, kind)
         if tensor is None or np.asarray(tensor.data).tobytes() != np.ascontiguousarray(encoded).tobytes():
             raise ModelError(f"{gguf_name} in {file.name} differs from what was written; the file was removed")
@@ -295,4 +269,4 @@ def _read_back(
     return len(found)
 
 
-__all__ = ["check_gguf", "interleaved", "write_gguf"]
+__all__ = ["check_gguf", "gguf_package", "partial_file", "write_gguf"]

@@ -14,17 +14,8 @@ from typing import Any
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import load_tokenizer
 from graftlm.errors import ModelError
+from graftlm.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, name_of
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json
-
-# split pattern of a byte-level BPE tokenizer in tokenizer.json -> llama.cpp's name
-_PATTERNS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
-        "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
-        "qwen2",
-}  # fmt: skip
-_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
-"""Token types of GGUF."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +52,11 @@ def read_vocab(folder: Path, size: int) -> GgufTokenizer:
     for i in range(size):
         tokens.append(by_id.get(i, f"[PAD{i}]"))
         if i not in by_id:
-            types.append(_UNUSED)
+            types.append(UNUSED)
         elif i in added:
-            types.append(_CONTROL if added[i].get("special") else _USER)
+            types.append(CONTROL if added[i].get("special") else USER_DEFINED)
         else:
-            types.append(_NORMAL)
+            types.append(NORMAL)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or ()]
     encoder = Encoder(tokenizer)
     special = {
@@ -94,27 +85,11 @@ def _pre_tokenizer(tokenizer_json: Mapping[str, Any], model: Mapping[str, Any]) 
             f"its tokenizer is {kind}, and only byte-level BPE is supported; convert the plain folder with llama.cpp's "
             "own converter"
         )
-    steps = tokenizer_json.get("pre_tokenizer") or {}
+    steps: dict[str, Any] = tokenizer_json.get("pre_tokenizer") or {}
     parts: list[dict[str, Any]] = steps.get("pretokenizers") or [steps]
-    kinds = [str(p.get("type")) for p in parts]
-    whole = parts[-1]
-    ready = kinds[-1] == "ByteLevel" and not whole.get("add_prefix_space")
-    normal = (tokenizer_json.get("normalizer") or {}).get("type")
-    merging = bool(model.get("ignore_merges"))
-    name = None
-    if ready and kinds == ["ByteLevel"] and whole.get("use_regex", True):
-        name = "gpt-2"
-    elif (
-        ready
-        and kinds == ["Digits", "ByteLevel"]
-        and parts[0].get("individual_digits")
-        and whole.get("use_regex", True)
-    ):
-        name = "smollm"
-    elif ready and kinds == ["Split", "ByteLevel"] and parts[0].get("behavior") == "Isolated":
-        name = _PATTERNS.get((parts[0].get("pattern") or {}).get("Regex", ""))
-    fits = normal is None or (normal == "NFC" and name == "qwen2")
-    if name is None or not fits or merging != (name == "llama-bpe"):
+    normalizer = (tokenizer_json.get("normalizer") or {}).get("type")
+    name = name_of(parts, normalizer, ignore_merges=bool(model.get("ignore_merges")))
+    if name is None:
         raise ModelError(
             "its tokenizer splits text in a way that llama.cpp has no name for, so it would give other tokens there; "
             "those of GPT-2, Llama 3, Qwen 2 and SmolLM are supported"

@@ -212,7 +212,7 @@ class Merger:
                     dense[span.row : span.row + span.count] = self.base.checkpoint.rows(span)
             self._stored[weight] = quantize(dense.reshape(form.shape), precision)
         found = self._stored[weight]
-        assert not isinstance(found, Tensor)
+        assert isinstance(found, Nf4 | Int8)
         return found
 
     def _forget(self, tensor: str) -> None:

@@ -21,12 +21,13 @@ from graftlm.base.precision import quantize
 from graftlm.base.safetensors_writer import INDEX, TensorSpec, total, write_index, write_tensors
 from graftlm.errors import AdapterError, ModelError
 from graftlm.files import atomic_folder, write_json
+from graftlm.gguf.folder import POINTER
 from graftlm.jsonfile import read_json
 from graftlm.kernels import Nf4
 from graftlm.progress import working
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
-_NOT_COPIED = {"config.json", "graft.json", "manifest.json", INDEX}
+_NOT_COPIED = {"config.json", "graft.json", "manifest.json", INDEX, POINTER}
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "tokenizer.model",

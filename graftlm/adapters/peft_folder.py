@@ -25,6 +25,7 @@ from graftlm.adapters.manifest import (
 )
 from graftlm.adapters.targets import Targets
 from graftlm.errors import AdapterError
+from graftlm.formatting import QUOTED, quote
 from graftlm.jsonfile import read_json
 from graftlm.tensorfile import TensorInfo, read_header
 
@@ -143,10 +144,22 @@ def _same_formula(folder: Path, manifest: Mapping[str, Any], config: Mapping[str
     trained: dict[str, Any] = manifest["formula"]
     for key in FORMULA:
         if config.get(key) != trained.get(key):
+            place, found, before = _first_difference(key, config.get(key), trained.get(key))
             raise AdapterError(
-                f"{folder}/{CONFIG}: {key} is {config.get(key)!r}, and the adapter was trained with {trained.get(key)!r}; "
+                f"{folder}/{CONFIG}: {place} is {quote(found)}, and the adapter was trained with {quote(before)}; "
                 "put it back, or take the adapter from where it came from"
             )
+
+
+def _first_difference(place: str, found: Any, before: Any) -> tuple[str, Any, Any]:
+    """Where two JSON values first differ, and the two values there."""
+    if isinstance(found, dict) and isinstance(before, dict):
+        name = next(k for k in (*found, *before) if found.get(k) != before.get(k))
+        return _first_difference(f"{place}[{quote(name)}]", found.get(name), before.get(name))
+    if isinstance(found, list) and isinstance(before, list) and len(found) == len(before):
+        index = next(i for i in range(len(found)) if found[i] != before[i])
+        return _first_difference(f"{place}[{index}]", found[index], before[index])
+    return place, found, before
 
 
 _Words = list[str] | str | None
@@ -183,14 +196,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} has no {CONFIG}, so it is not an adapter{hint}")
     config = read_json(path, AdapterError)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}; Graft reads LORA")
+        raise AdapterError(f"{path}: peft_type is {quote(config.get('peft_type'))}; Graft reads LORA")
     for key, neutral in _ELSEWHERE.items():
         if config.get(key, neutral) not in (neutral, None, [], {}):
-            raise AdapterError(f"{path}: {key} = {config[key]!r} is a formula that Graft does not compute")
+            raise AdapterError(f"{path}: {key} = {quote(config[key])} is a formula that Graft does not compute")
     start = config.get("init_lora_weights")
     if start not in _BASE_UNTOUCHED:
         raise AdapterError(
-            f"{path}: init_lora_weights = {start!r} changes the base's weights when PEFT loads it, and Graft "
+            f"{path}: init_lora_weights = {quote(start)} changes the base's weights when PEFT loads it, and Graft "
             "leaves them as they are; convert the adapter with PEFT: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER)"
         )
@@ -198,7 +211,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     unknown = [key for key in config if key not in known and config[key] not in (None, False, [], {})]
     if unknown:
         raise AdapterError(
-            f"{path}: unknown key '{unknown[0]}' = {config[unknown[0]]!r} may change what the adapter computes"
+            f"{path}: unknown key '{unknown[0][:QUOTED]}' = {quote(config[unknown[0]])} may change what the adapter computes"
         )
     try:
         _Config.model_validate(config)

@@ -23,6 +23,7 @@ from graftlm.adapters.targets import Targets, applied, key_of, layers
 from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredStack
 from graftlm.errors import AdapterError, nearest
+from graftlm.formatting import quote
 from graftlm.kernels.counter_rng import hash_words
 
 MOST_ALPHA = 1_000_000
@@ -183,7 +184,9 @@ def _rows(base: Base, folder: Path, given: Sequence[int] | None, name: str, valu
             f"of width {width} are expected"
         )
     if len(set(indices)) < len(indices) or not all(0 <= i < vocabulary for i in indices):
-        raise AdapterError(f"{folder}: trainable_token_indices {indices} must differ and lie below {vocabulary}")
+        raise AdapterError(
+            f"{folder}: trainable_token_indices ({quote(indices)}) must differ and lie below {vocabulary}"
+        )
     return TrainableTokens(tuple(indices), _placed(base, values), vocabulary=vocabulary)
 
 

@@ -67,7 +67,7 @@ class Model:
 
     def __del__(self) -> None:
         # A transformers model refers to itself, so without this its memory comes back only when Python next looks for such.
-        if not sys.is_finalizing():
+        if sys is not None and not sys.is_finalizing():  # at the interpreter's end modules are gone before their values
             self.__dict__.clear()
             release_memory()
 

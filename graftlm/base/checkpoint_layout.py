@@ -38,7 +38,11 @@ from transformers.core_model_loading import (
 )
 
 from graftlm.base.fingerprint import weight_files
+from graftlm.base.gguf_tensors import read_tensor
+from graftlm.base.precision import dequantize
 from graftlm.errors import ModelError
+from graftlm.gguf.folder import gguf_of, layout_of
+from graftlm.gguf.layout import checkpoint_names
 from graftlm.tensorfile import TensorInfo, read_header
 
 
@@ -71,7 +75,7 @@ class RowSpan:
 
 
 class Checkpoint:
-    """The tensors of a model folder's safetensors files, read in place."""
+    """The tensors of a model folder's safetensors files, read in place, or of the GGUF file that it stands for, as float32."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers. Raises ModelError for files that are missing, damaged, or have one tensor twice."""
@@ -79,6 +83,15 @@ class Checkpoint:
         self.files = weight_files(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self.place: dict[str, Path] = {}
+        self.gguf = gguf_of(folder)
+        if self.gguf is not None:
+            self._layout = layout_of(self.gguf)
+            self._names = checkpoint_names(self.gguf.path, self._layout, self.gguf.tensors)
+            for name, place in self._names.items():
+                tensor = self.gguf.tensors[place]
+                self.tensors[name] = TensorInfo("F32", tensor.shape, tensor.first, tensor.last)
+                self.place[name] = Path("model.safetensors")  # where a folder with these weights has them
+            return
         for file in self.files:
             for name, info in read_header(file, ModelError).items():
                 if name in self.place:
@@ -87,7 +100,12 @@ class Checkpoint:
         self._open: dict[Path, Any] = {}
 
     def read(self, name: str) -> Tensor:
-        """A tensor, memory-mapped from its file, which takes no memory of this process."""
+        """A tensor, memory-mapped from its file, which takes no memory of this process.
+
+        One of a GGUF file is dequantized to float32, which takes memory for this one tensor.
+        """
+        if self.gguf is not None:
+            return dequantize(read_tensor(self.gguf, self._layout, name, self._names[name]), torch.float32)
         file = self.place[name]
         if file not in self._open:
             self._open[file] = safe_open(file, "pt")

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftlm import kernels
 from graftlm.base import context
 from graftlm.base.context import TiedGradient
+from graftlm.kernels import GgufBlocks
 
 
 class RowBank(Protocol):
@@ -59,8 +61,23 @@ class StoredEmbedding(nn.Module):
         rows, bank = self._own_rows(ids), self.bank
         return rows if bank is None else bank(ids, rows, self)
 
+    def store_blocks(self, handle: Any) -> None:
+        """Take rows in a GGUF file's blocks for the weight; `handle` is what code that reads `weight` gets."""
+        self._parameters.pop("weight", None)
+        self.__dict__["weight"] = handle
+
+    @property
+    def blocks(self) -> GgufBlocks | None:
+        """The weight (V, w) where it is stored in blocks."""
+        handle = self.__dict__.get("weight")
+        return None if handle is None else handle.linear.compressed
+
     def _own_rows(self, ids: Tensor) -> Tensor:
         """The rows, upcast before the class scales them: Gemma rounds its scale to the dtype of the weight."""
+        blocks = self.blocks
+        if blocks is not None:
+            rows = kernels.embedding_rows(blocks, ids.reshape(-1), self.activation_dtype)
+            return self.scaled(rows, torch.arange(len(rows), device=ids.device).view(ids.shape))
         weight: Tensor = self.weight
         original: Any = self.__dict__["original"]
         if weight.dtype == self.activation_dtype:

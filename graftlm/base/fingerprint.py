@@ -8,33 +8,31 @@ file's path, size and time.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from graftlm.config.fields import is_gguf
 from graftlm.errors import ModelError
-from graftlm.files import write_text
+from graftlm.files import cache_folder, write_text
+from graftlm.gguf.folder import gguf_of
+from graftlm.gguf.header import read_gguf
 from graftlm.jsonfile import read_json
 from graftlm.progress import Task, working
-from graftlm.tensorfile import read_header
+from graftlm.tensorfile import TensorInfo, read_header
 
 _CHUNK = 1 << 22
 
 
-def cache_folder() -> Path:
-    """Graft's folder in the user's cache: `$GRAFT_CACHE`, else `$XDG_CACHE_HOME/graft`, else `~/.cache/graft`."""
-    given = os.environ.get("GRAFT_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those in its index, else all of them.
+    """The files with the weights of a model folder: the safetensors files in its index, else all of them, or the GGUF file
+    that it stands for.
 
     Raises ModelError for an index that is damaged, names a file that is missing, or one outside of the folder.
     """
+    gguf = gguf_of(folder)
+    if gguf is not None:
+        return [gguf.path]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         places = read_json(index, ModelError).get("weight_map")
@@ -56,12 +54,20 @@ def weight_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
+def tensors_in(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors or GGUF file, under the file's own names. Raises ModelError."""
+    if not is_gguf(file.name):
+        return read_header(file, ModelError)
+    listed = read_gguf(file).tensors
+    return {name: TensorInfo(t.type.name.upper(), t.shape, t.first, t.last) for name, t in listed.items()}
+
+
 def tensor_digests(file: Path, task: Task | None = None) -> Iterator[tuple[str, str]]:
     """(tensor name, digest over its dtype, shape and bytes) of each tensor, read as a stream. Raises ModelError.
 
     `task` gets the number of bytes read, as progress.
     """
-    header = read_header(file, ModelError)
+    header = tensors_in(file)
     with file.open("rb") as stream:
         for name, info in header.items():
             digest = hashlib.sha256(f"{info.dtype} {list(info.shape)}\n".encode())

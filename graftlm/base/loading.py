@@ -30,6 +30,7 @@ from graftlm.base.attention import choose_attention, position_dependent_rotary, 
 from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint, weight_files
 from graftlm.base.fused import FusedCounts, fuse
+from graftlm.base.gguf_loading import load_gguf
 from graftlm.base.modules import Stored
 from graftlm.base.precision import DTYPES, default_compute_dtype, nbytes
 from graftlm.base.quantizer import load_dequantized, stream_checkpoint
@@ -38,7 +39,9 @@ from graftlm.base.structure import ModelStructure
 from graftlm.base.surgery import Replacements, convert_model
 from graftlm.base.transformers_versions import is_known_type, missing_class, own_attention
 from graftlm.config import ComputeDtype, Precision
+from graftlm.config.fields import is_gguf
 from graftlm.errors import ModelError
+from graftlm.gguf.folder import folder_of, gguf_of
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
 from graftlm.progress import working
 from graftlm.segments import Segments
@@ -144,6 +147,8 @@ def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True)
     Raises ModelError that says what was looked for and what to do.
     """
     folder = Path(demo.resolve_model(name))
+    if is_gguf(name):
+        return _checked(folder_of(name), name, weights=False)
     if folder.is_dir():
         return _checked(folder, name, weights)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -221,8 +226,10 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def checkpoint_precision(model: str, trust_remote_code: bool = False) -> Precision:
-    """The 16- or 32-bit type that a checkpoint is stored in. Raises ModelError."""
+    """The 16- or 32-bit type that a checkpoint is stored in, or `gguf`. Raises ModelError."""
     folder = resolve(model, trust_remote_code)
+    if gguf_of(folder) is not None:
+        return "gguf"
     kind = getattr(load_config(folder, trust_remote_code).get_text_config(), "dtype", None)
     return "bfloat16" if kind in (torch.bfloat16, torch.float16) else "float32"
 
@@ -313,11 +320,18 @@ def load_base(
                 f"{place}; take --compute-dtype float32, or bfloat16 on a GPU"
             )
         dtype = DTYPES[chosen]
+        if precision == "gguf" and (init == "random" or gguf_of(folder) is None):
+            raise ModelError(
+                f"--base-precision gguf keeps the blocks of a GGUF file, and {name} is "
+                f"{'to be random' if init == 'random' else 'none'}; take float32, bfloat16, int8 or nf4"
+            )
         quantized = _quantization_of(folder)
         notes: list[str] = []
         if init == "random":
             model, replacements = convert_model(random_model(config, seed, trust_remote_code), precision, dtype)
             model = _moved(model, place)
+        elif gguf_of(folder) is not None:
+            model, replacements = load_gguf(folder, config, precision, dtype, place)
         elif quantized is not None:
             model, replacements = convert_model(
                 load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype

@@ -24,6 +24,7 @@ from graftlm import kernels
 from graftlm.base import context
 from graftlm.base.precision import Weight, dequantize, nbytes, quantize
 from graftlm.config import Precision
+from graftlm.kernels import GgufBlocks
 
 
 class LinearBank(Protocol):
@@ -116,11 +117,16 @@ class Stored(nn.Module):
         """The weight's shape in the original module."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
-    def set_weight(self, original: Tensor) -> None:
-        """Convert a weight in the original module's layout to the stored form.
+    def set_weight(self, original: Tensor | GgufBlocks) -> None:
+        """Convert a weight in the original module's layout to the stored form; `gguf` stores what it is given.
 
         Replaces the old value; the largest temporary is one copy of the tensor. Raises ValueError for a wrong shape.
         """
+        if isinstance(original, GgufBlocks):
+            if self.transposed or original.shape != self.shape:
+                raise ValueError(f"blocks of shape {original.shape}, expected {self.original_shape}")
+            self.compressed = original
+            return
         weight = original.detach()
         weight = weight.transpose(-1, -2) if self.transposed else weight
         if tuple(weight.shape) != self.shape:

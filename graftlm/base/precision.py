@@ -4,6 +4,7 @@
     bfloat16   16 bits
     int8        8 bits and one float32 scale a row (absmax)
     nf4         4.127 bits: 16 quantiles, blocks of 64, each block's absmax in 8 bits (Dettmers et al. 2023)
+    gguf        every tensor as it is in a GGUF file: 4.5 to 8.5 bits in its blocks, or its 16 or 32 bits
 
 The user chooses the precision, the hardware the compute dtype: in bfloat16 a matmul is about seven times slower than in
 float32 on a CPU without bfloat16 instructions, and about twice slower in PyTorch with AVX-512. So there 16-bit and 4-bit
@@ -34,7 +35,7 @@ def quantize(weight: Tensor, precision: Precision) -> Weight:
         return kernels.nf4_quantize(weight)
     if precision == "int8":
         return kernels.int8_quantize(weight)
-    return weight.to(DTYPES[precision])
+    return weight if precision == "gguf" else weight.to(DTYPES[precision])
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -48,8 +49,14 @@ def nbytes(weight: Weight) -> int:
 
 
 def embedding_precision(precision: Precision) -> Precision:
-    """The precision of embeddings and head if the linear layers have `precision`: at least 16 bits."""
-    return "float32" if precision == "float32" else "bfloat16"
+    """The precision of embeddings and head if the linear layers have `precision`: at least 16 bits, or what the file has."""
+    return precision if precision in ("float32", "gguf") else "bfloat16"
+
+
+def embedding_dtype(precision: Precision, found: torch.dtype) -> torch.dtype:
+    """The dtype of a dense embedding or head whose checkpoint has dtype `found`."""
+    kept = embedding_precision(precision)
+    return found if kept == "gguf" else DTYPES[kept]
 
 
 @cache

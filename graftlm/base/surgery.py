@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.modules import Stored, StoredLinear, StoredStack, WeightHandle
-from graftlm.base.precision import DTYPES, embedding_precision
+from graftlm.base.precision import DTYPES, embedding_dtype, embedding_precision
 from graftlm.base.transformers_log import first_line
 from graftlm.config import Precision
 from graftlm.errors import ModelError
@@ -158,9 +158,9 @@ def replace_modules(
     head, original = head_and_embedding(model)
     embedding = _replace_embedding(model, original, activation_dtype)
     _cast_small(model, {id(head), id(embedding)}, precision, activation_dtype)
-    keep = DTYPES[embedding_precision(precision)]
     if type(head) is nn.Linear:
         _replace_head(model, head, embedding, precision)
+    keep = embedding_dtype(precision, embedding.weight.dtype)
     if embedding.weight.dtype != keep and isinstance(embedding.weight, nn.Parameter) and not embedding.weight.is_meta:
         embedding.weight = nn.Parameter(embedding.weight.detach().to(keep), requires_grad=False)
     return replace(
@@ -222,7 +222,7 @@ def _cast_small(model: PreTrainedModel, kept: set[int], precision: Precision, ac
 
 
 def _replace_head(model: PreTrainedModel, head: nn.Linear, embedding: StoredEmbedding, precision: Precision) -> None:
-    keep = DTYPES[embedding_precision(precision)]
+    keep = embedding_dtype(precision, head.weight.dtype)
     head_name = next(name for name, module in model.named_modules() if module is head)
     linear = StoredLinear((head.weight.shape[0], head.weight.shape[1]), embedding_precision(precision), head.bias)
     if head.weight.dtype != keep and not head.weight.is_meta:
@@ -263,13 +263,13 @@ def small_dtype(
     """The dtype of norms, biases and position tables, thousandths of the model: the compute dtype.
 
     A base stored in float32 keeps them in float32 with any compute dtype, since full training in bfloat16 would lose every
-    small update of a norm's weight near 1. In a module that has submodules, whose code may mix dtypes, they get the compute
-    dtype.
+    small update of a norm's weight near 1; so does one of a GGUF file, which has them in float32. In a module that
+    has submodules, whose code may mix dtypes, they get the compute dtype.
     """
     if any(_kept_by_class(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)):
         return torch.float32
     leaf = next(module.children(), None) is None
-    return torch.float32 if precision == "float32" and leaf else activation_dtype
+    return torch.float32 if precision in ("float32", "gguf") and leaf else activation_dtype
 
 
 def _work_in(module: nn.Module, inner: torch.dtype, outer: torch.dtype) -> None:

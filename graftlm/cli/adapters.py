@@ -164,10 +164,13 @@ def import_(config: configs.ImportConfig, json: Json = False) -> None:
             console(stderr=True, soft_wrap=True).print(f"note: {note}", highlight=False, markup=False)
 
 
-@group.command(epilog="Example:  graft adapters export formal@prod ./for-vllm --for vllm")
+@group.command(
+    epilog="Examples:\n\ngraft adapters export formal@prod ./for-vllm --for vllm\n\n"
+    "graft adapters export formal@prod formal.gguf --for gguf"
+)
 @options(configs.ExportConfig)
 def export(config: configs.ExportConfig, json: Json = False) -> None:
-    """Write a version as a plain PEFT folder, or converted for vLLM."""
+    """Write a version as a plain PEFT folder, converted for vLLM, or as a GGUF file for llama.cpp."""
     with starting():
         from graftlm.commands.adapters import export
 

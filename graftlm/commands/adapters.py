@@ -84,7 +84,7 @@ def import_(config: configs.ImportConfig) -> tuple[Version, bool, list[str]]:
 
 
 def export(config: configs.ExportConfig) -> dict[str, Any]:
-    """Write a version as a plain PEFT folder. Raises GraftError."""
+    """Write a version as a plain PEFT folder, for vLLM, or as a GGUF file. Raises GraftError."""
     from graftlm.adapters.export import export_adapter
 
     with working(f"exporting {config.version}"):

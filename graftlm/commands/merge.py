@@ -153,6 +153,8 @@ def _trained_on(manifests: Sequence[dict[str, Any] | None], folders: Sequence[Pa
         raise AdapterError(
             f"these adapters were trained on bases stored in different precisions, so they share none: {told}"
         )
+    if known == {"gguf"}:
+        return "float32"  # the values of its blocks
     return cast(Precision, next(iter(known))) if known and None not in found else None
 
 

@@ -105,12 +105,29 @@ class ExportConfig(_OfBase):
     """Options of `graft adapters export`."""
 
     version: str = option(..., "version in the store, or the folder of an adapter", argument=True)
-    out: Path = option(..., "folder to write; it must be new or empty", argument=True)
-    for_: Literal["peft", "vllm"] = option("peft", "format to write; an adapter that vLLM cannot serve is refused")
+    out: Path = option(
+        ..., "folder to write, new or empty; for gguf a file that is not there yet, such as formal.gguf", argument=True
+    )
+    for_: Literal["peft", "vllm", "gguf"] = option(
+        "peft",
+        "format to write; `gguf` is one file for llama.cpp's --lora; an adapter that vLLM or llama.cpp cannot serve is refused",
+    )
+    gguf_type: Literal["f32", "f16"] = option("f32", "type of the tensors in the GGUF file")
     model: str | None = option(
-        None, "base whose config.json names the layers, for vllm; default the one in the adapter's manifest"
+        None, "base whose config.json names the layers, for vllm and gguf; default the one in the adapter's manifest"
     )
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        file = self.out.name.lower().endswith(".gguf")
+        if self.for_ == "gguf" and not file:
+            raise ValueError(f"--for gguf writes one file, whose name ends in .gguf, found '{self.out}'")
+        if self.for_ != "gguf" and file:
+            raise ValueError(f"--for {self.for_} writes a folder, and '{self.out}' names a GGUF file; add --for gguf")
+        if self.for_ != "gguf" and "gguf_type" in self.model_fields_set:
+            raise ValueError("--gguf-type is for --for gguf; leave it out")
+        return self
 
 
 class PushConfig(_OfBase):

@@ -16,7 +16,14 @@ from graftlm.errors import ConfigError, nearest
 from graftlm.yamlfile import read_yaml
 
 Method = Literal["full", "lora", "qlora"]
-Precision = Literal["float32", "bfloat16", "int8", "nf4"]
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a model's name means a GGUF file."""
+    return model.lower().endswith(".gguf")
+
+
+Precision = Literal["float32", "bfloat16", "int8", "nf4", "gguf"]
 ComputeDtype = Literal["float32", "bfloat16", "bf16-mixed"]
 Metric = Literal["exact-match", "bleu", "rouge-l"]
 """Task scores of answers against references (`scores.py`)."""

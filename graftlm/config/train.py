@@ -21,6 +21,7 @@ from graftlm.config.fields import (
     Sources,
     Tokens,
     TrainOn,
+    is_gguf,
     option,
     refuse_eval_weight,
 )
@@ -33,10 +34,14 @@ class TrainConfig(Config):
     takes_file = True
 
     # The base and the method
-    model: str = option(..., "base model: a directory, a hub id, or `demo` for the bundled one", group="base")
+    model: str = option(
+        ..., "base model: a directory, a GGUF file, a hub id, or `demo` for the bundled one", group="base"
+    )
     method: Method = option("lora", "what is trained: full, lora, or qlora (lora on an nf4 base)", group="base")
     base_precision: Precision | None = option(
-        None, "how the base is stored; default float32 for full, bfloat16 for lora, nf4 for qlora", group="base"
+        None,
+        "how the base is stored; default float32 for full, bfloat16 (of a GGUF file its blocks, gguf) for lora, nf4 for qlora",
+        group="base",
     )
     compute_dtype: ComputeDtype | None = option(
         None,
@@ -196,7 +201,7 @@ class TrainConfig(Config):
                 f"method qlora is lora on an nf4 base, found base-precision {self.base_precision}; "
                 f"take --method lora --base-precision {self.base_precision}, or leave --base-precision out"
             )
-        if self.method == "full" and self.base_precision in ("int8", "nf4"):
+        if self.method == "full" and self.base_precision in ("int8", "nf4", "gguf"):
             raise ValueError(
                 f"method full trains every weight and needs 16 or 32 bits, found base-precision {self.base_precision}; "
                 "take float32 or bfloat16, or --method qlora"
@@ -303,7 +308,8 @@ class TrainConfig(Config):
         """How the base is stored, with the method's default filled in."""
         if self.base_precision is not None:
             return self.base_precision
-        defaults: dict[Method, Precision] = {"full": "float32", "lora": "bfloat16", "qlora": "nf4"}
+        lora: Precision = "gguf" if is_gguf(self.model) else "bfloat16"
+        defaults: dict[Method, Precision] = {"full": "float32", "lora": lora, "qlora": "nf4"}
         return defaults[self.method]
 
     @property

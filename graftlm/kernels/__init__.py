@@ -2,7 +2,8 @@
 
     nf4_quantize  nf4_dequantize                                a weight in 4 bits
     int8_quantize int8_dequantize                               a weight in 8 bits
-    dequantize                                                  either of them
+    blocks_dequantize  embedding_rows                           a weight in a GGUF file's blocks, some of its rows
+    dequantize                                                  any of them
     matmul        matmul_t        weight_gradient               matmuls with a weight, dense or stored
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
     low_rank_routed  low_rank_routed_backward                   each range of tokens with its own adapter
@@ -41,10 +42,11 @@ from graftlm.kernels.native.layers import MOST_RANK, DecoderLayer, DecoderStack,
 from graftlm.kernels.native.rows import DecodeAttention, DecodeRouting, Factors
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
 from graftlm.kernels.routing import Routing
-from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Quantized, Weight
+from graftlm.kernels.stored import BLOCK, BLOCK_SIZES, GROUP, GgufBlocks, Int8, Nf4, Quantized, Weight, row_bytes
 
 __all__ = [
     "BLOCK",
+    "BLOCK_SIZES",
     "GROUP",
     "MOST_RANK",
     "DecodeAttention",
@@ -52,6 +54,7 @@ __all__ = [
     "DecoderLayer",
     "DecoderStack",
     "Factors",
+    "GgufBlocks",
     "Int8",
     "Moments",
     "Nf4",
@@ -66,8 +69,10 @@ __all__ = [
     "attention",
     "attention_backward",
     "backend",
+    "blocks_dequantize",
     "cross_entropy_in_place",
     "dequantize",
+    "embedding_rows",
     "gated",
     "gated_backward",
     "has_bf16_matmul",
@@ -93,6 +98,7 @@ __all__ = [
     "rms_norm_backward",
     "rotary",
     "rotary_backward",
+    "row_bytes",
     "stochastic_round",
     "sum_of_squares",
     "update_of",
@@ -153,8 +159,32 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tenso
     return dense if out is None else out.copy_(dense)
 
 
+def blocks_dequantize(weight: GgufBlocks, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """The weight as a dense tensor, bit for bit as the package gguf computes it, then rounded once to `dtype`.
+
+    `out`, contiguous and of the weight's shape, takes the result in its own type; `dtype` is then left aside.
+    """
+    dtype = dtype if out is None else out.dtype
+    if dtype in FLOATS and native.usable("blocks_dequantize", weight.data):
+        return native.blocks_dequantize(weight, dtype, out)
+    fast = triton if dtype in FLOATS and triton.usable("blocks_dequantize", weight.data) else reference
+    dense = fast.blocks_dequantize(weight, dtype)
+    return dense if out is None else out.copy_(dense)
+
+
+def embedding_rows(weight: GgufBlocks, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows `ids` (...) of an embedding (vocabulary, width) -> (..., width) in `dtype`; no other row is made dense.
+
+    Raises IndexError for an id outside the vocabulary.
+    """
+    found = GgufBlocks(weight.data.index_select(0, ids.reshape(-1)), weight.kind)
+    return blocks_dequantize(found, dtype).view(*ids.shape, weight.shape[1])
+
+
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Either stored form as a dense tensor of `dtype`."""
+    """Any stored form as a dense tensor of `dtype`."""
+    if isinstance(weight, GgufBlocks):
+        return blocks_dequantize(weight, dtype)
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
 
 

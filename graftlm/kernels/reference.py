@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.kernels.reference_blocks import blocks_dequantize
 from graftlm.kernels.routing import Routing
-from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Quantized, Weight
+from graftlm.kernels.stored import BLOCK, GROUP, GgufBlocks, Int8, Nf4, Quantized, Weight
 
 SLAB = 1 << 20  # values worked on at once: bounds temporaries to a few times 4 MiB whatever the weight's size
 
@@ -191,7 +192,9 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Either stored form as a dense tensor of `dtype`."""
+    """Any stored form as a dense tensor of `dtype`."""
+    if isinstance(weight, GgufBlocks):
+        return blocks_dequantize(weight, dtype)
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
 
 

@@ -20,7 +20,7 @@ from graftlm.config.plan import Goal
 from graftlm.formatting import count, size
 from graftlm.planning.fitting import PlanCase, cards_needed, changes, fits
 from graftlm.planning.memory import MemoryRequirement
-from graftlm.planning.method import METHODS, TrainingSetting, adapter_shape
+from graftlm.planning.method import METHODS, TrainingSetting, adapter_shape, methods_of
 from graftlm.planning.perplexity import DomainShift
 
 MANY_ROWS = 100_000
@@ -108,14 +108,14 @@ def advise(facts: Facts) -> Advice:
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 
-def _by_key(key: str) -> TrainingSetting:
-    return next(m for m in METHODS if m.key == key)
+def _by_key(facts: Facts, key: str) -> TrainingSetting:
+    return next(m for m in methods_of(facts.case.shape) if m.key == key)
 
 
 def _first_that_fits(facts: Facts, keys: tuple[str, ...]) -> tuple[TrainingSetting, MemoryRequirement] | None:
     """The first of the methods that fits the card, each first as it is and then with activation checkpointing."""
     for key in keys:
-        for setting in (_by_key(key), _by_key(key).checkpointed()):
+        for setting in (_by_key(facts, key), _by_key(facts, key).checkpointed()):
             found = facts.case.of(setting)
             if fits(found, facts.case.card):
                 return setting, found
@@ -134,13 +134,13 @@ def _method(facts: Facts, reasons: list[str]) -> tuple[TrainingSetting | None, i
         if found is not None:
             reasons.append(f"{wanted} Full training can move every weight, and fits: {_fit(found, facts)}.")
             return found[0], 1
-        many = cards_needed(facts.case.of(_by_key("full-8bit").checkpointed()), facts.case.shape, card)
+        many = cards_needed(facts.case.of(_by_key(facts, "full-8bit").checkpointed()), facts.case.shape, card)
         if facts.goal == "quality" and many is not None and card.kind == "cuda":
             reasons.append(
                 f"{wanted} Full training in bfloat16 with 8-bit AdamW needs {many} x {card.name}, its weights split over them."
             )
-            return _by_key("full-8bit").checkpointed(), many
-        least = facts.case.of(_by_key("full-in-backward").checkpointed())
+            return _by_key(facts, "full-8bit").checkpointed(), many
+        least = facts.case.of(_by_key(facts, "full-in-backward").checkpointed())
         reasons.append(
             f"{wanted} But even its leanest form takes {size(least.peak)} of the {size(card.usable)} there are."
         )
@@ -164,7 +164,7 @@ def _method(facts: Facts, reasons: list[str]) -> tuple[TrainingSetting | None, i
             text = f"{facts.variants} variants share one base when each is an adapter of {size(found[1].saved)}"
         reasons.append(f"{text}; LoRA on a 16-bit base is the default, and fits: {_fit(found, facts)}.")
     else:
-        dense = facts.case.of(_by_key("lora").checkpointed())
+        dense = facts.case.of(_by_key(facts, "lora").checkpointed())
         what = "an 8-bit base" if setting.key == "lora-int8" else "a 4-bit base"
         reasons.append(
             f"LoRA on a 16-bit base takes {size(dense.peak)}, more than the {size(card.usable)} there are; {what} fits: "
@@ -264,13 +264,13 @@ def _would_change(facts: Facts, setting: TrainingSetting | None) -> list[str]:
         if facts.rows < MANY_ROWS:
             said.append(f"{MANY_ROWS:,} rows and more would speak for full training.")
         again = setting.activation_checkpointing
-        if setting.method == "lora" and setting.precision == "bfloat16":
-            lean = facts.case.of(replace(_by_key("qlora"), activation_checkpointing=again))
+        if setting.method == "lora" and setting.precision in ("bfloat16", "gguf"):
+            lean = facts.case.of(replace(_by_key(facts, "qlora"), activation_checkpointing=again))
             said.append(
                 f"Less memory, or many trials at once: QLoRA takes {size(lean.peak)} and about a fifth more time."
             )
         if setting.method == "qlora":
-            dense = facts.case.of(replace(_by_key("lora"), activation_checkpointing=again))
+            dense = facts.case.of(replace(_by_key(facts, "lora"), activation_checkpointing=again))
             said.append(
                 f"A card with {size(dense.peak)} free would take LoRA on a 16-bit base: faster, and no rounding."
             )
@@ -279,7 +279,7 @@ def _would_change(facts: Facts, setting: TrainingSetting | None) -> list[str]:
                 "Speed of inference: `graft merge` makes one plain model of base and adapter, as fast as the base."
             )
     if setting is not None and setting.full:
-        lora = facts.case.of(_by_key("lora"))
+        lora = facts.case.of(_by_key(facts, "lora"))
         said.append(
             f"Several variants on one base, or less memory: LoRA takes {size(lora.peak)} and saves {size(lora.saved)} "
             f"instead of {size(facts.case.of(setting).saved)}; `graft compare` measures what it gives up."

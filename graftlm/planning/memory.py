@@ -127,6 +127,8 @@ def stored_bytes(weights: Weights, precision: Precision) -> int:
 
 def weight_bytes(shape: ModelShape, setting: TrainingSetting) -> int:
     """Bytes of the whole base: its matrices as stored, embedding and head in 16 or 32 bits, the rest in the compute dtype."""
+    if setting.precision == "gguf":
+        return shape.gguf_bytes
     wide = 4 if setting.precision == "float32" else 2
     small = 4 if setting.precision == "float32" or setting.compute_dtype == "float32" else 2
     matrices = sum(stored_bytes(w, setting.precision) for w in shape.weights)
@@ -210,7 +212,7 @@ def upcast_bytes(shape: ModelShape, setting: TrainingSetting, device: Device, *,
         return 0
     c = 2 if setting.compute_dtype == "bfloat16" else 4
     largest = max((w.out * w.inner for w in shape.weights), default=0) * c
-    compressed = setting.precision in ("int8", "nf4")
+    compressed = setting.precision in ("int8", "nf4", "gguf")
     return min(largest, PANEL) if device == "cpu" and compressed else largest
 
 

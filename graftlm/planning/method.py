@@ -46,7 +46,7 @@ class TrainingSetting:
         """The options of `graft train` that ask for it."""
         default = {"full": "float32", "lora": "bfloat16", "qlora": "nf4"}[self.method]
         parts = [f"--method {self.method}"]
-        parts += [f"--base-precision {self.precision}"] if self.precision != default else []
+        parts += [f"--base-precision {self.precision}"] if self.precision not in (default, "gguf") else []
         parts += [f"--optimizer {self.optimizer}"] if self.optimizer != "adamw" else []
         parts += ["--optimizer-in-backward"] if self.optimizer_in_backward else []
         parts += ["--offload-optimizer"] if self.offload_optimizer else []
@@ -84,6 +84,13 @@ METHODS: tuple[TrainingSetting, ...] = (
     TrainingSetting(key="lora-int8", label="LoRA on int8", method="lora", precision="int8"),
     TrainingSetting(key="qlora", label="QLoRA (on nf4)", method="qlora", precision="nf4"),
 )
+
+
+def methods_of(shape: ModelShape) -> tuple[TrainingSetting, ...]:
+    """The methods for a model. On one in a GGUF file LoRA is trained on the file's own blocks."""
+    if not shape.gguf_bytes:
+        return METHODS
+    return tuple(replace(m, label="LoRA on GGUF blocks", precision="gguf") if m.key == "lora" else m for m in METHODS)
 
 
 @dataclass(frozen=True, kw_only=True)

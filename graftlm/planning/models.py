@@ -16,16 +16,17 @@ import json
 import sys
 import tempfile
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from graftlm import demo
-from graftlm.base.fingerprint import cache_folder
+from graftlm.config.fields import is_gguf
 from graftlm.errors import ModelError, nearest
-from graftlm.files import write_json
+from graftlm.files import cache_folder, write_json
+from graftlm.gguf.folder import folder_of, gguf_of
 from graftlm.jsonfile import read_json
 from graftlm.planning.shapes import ModelShape
 from graftlm.progress import working
@@ -67,10 +68,13 @@ def find(name: str, *, trust_remote_code: bool = False) -> NamedModel:
     if short is not None:
         shapes = read_json(_HERE / "shapes.json", ModelError)
         return NamedModel(name=short, shape=ModelShape.from_json(shapes[short]))
-    place = Path(demo.resolve_model(name)).expanduser()
+    place = folder_of(name) if is_gguf(name) else Path(demo.resolve_model(name)).expanduser()
     if place.is_dir():
         values = _read(place / "config.json")
-        return NamedModel(name=name, shape=_shape(values, name, trust_remote_code, place), folder=place)
+        shape, gguf = _shape(values, name, trust_remote_code, place), gguf_of(place)
+        if gguf is not None:
+            shape = replace(shape, gguf_bytes=sum(tensor.last - tensor.first for tensor in gguf.tensors.values()))
+        return NamedModel(name=name, shape=shape, folder=place)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"unknown model '{name}'{nearest(name.lower(), [*built_in(), 'demo'])} Give a directory, a hub id (owner/name), or "

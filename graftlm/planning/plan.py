@@ -30,7 +30,7 @@ from graftlm.planning.fitting import (
 )
 from graftlm.planning.hardware import Card
 from graftlm.planning.memory import MemoryRequirement
-from graftlm.planning.method import METHODS, TrainingSetting
+from graftlm.planning.method import TrainingSetting, methods_of
 from graftlm.planning.models import NamedModel
 from graftlm.planning.perplexity import DomainShift
 from graftlm.planning.quoted_figures import QuotedFigure, quoted_figures
@@ -212,7 +212,9 @@ def plan_model(
             "Planned without the extra `gpu` (liger-kernel), which is not installed here: with it norms and gated products are "
             "one operation each, and less is saved for backward."
         )
-    rows = tuple(_row(case, s, config) for s in METHODS if not (s.offload_optimizer and card.kind != "cuda"))
+    rows = tuple(
+        _row(case, s, config) for s in methods_of(case.shape) if not (s.offload_optimizer and card.kind != "cuda")
+    )
     notes += _slow(rows, card)
     return ModelPlan(
         model=model, case=case, rows=rows, advice=advise(facts), facts=facts,

@@ -99,6 +99,9 @@ class ModelShape:
     packs: bool
     """Whether examples are expected to run packed with our attention, rather than in stacks with the model's own."""
 
+    gguf_bytes: int = 0
+    """Bytes of all tensors in the GGUF file that the model is in; 0 where it is in a folder."""
+
     @property
     def stored(self) -> int:
         """Values of all stored matrices."""

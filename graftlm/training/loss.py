@@ -107,7 +107,7 @@ class _PlainHeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head: StoredLinear,
-        W: Tensor,
+        W: Tensor | None,
         labels: Tensor,
         weights: Tensor,
         context: ForwardContext,
@@ -119,15 +119,17 @@ class _PlainHeadLoss(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         dh = torch.empty_like(hidden) if wants_hidden else None  # (n, w)
         dW: Tensor | None = None  # (V, w)
-        for first, last in _pieces(0, len(hidden), len(W)):
+        for first, last in _pieces(0, len(hidden), head.out_features):
             asked = weights[first:last] if wants_hidden or wants_head else None
             logits, losses[first:last] = _own_gradient(hidden[first:last], head, labels[first:last], asked)
             if dh is not None:
-                dh[first:last] = kernels.matmul_t(logits, W, head.bf16_matmul)
+                dh[first:last] = kernels.matmul_t(logits, head.value, head.bf16_matmul)
             if wants_head and not late:
                 dW = _added(dW, logits, hidden, first, head)
             del logits  # before the next chunk's are made: else there would be two at once
-        ctx.save_for_backward(dh, None if dW is None else dW.to(W.dtype))  # kept until the backward pass is over
+        ctx.save_for_backward(
+            dh, None if dW is None or W is None else dW.to(W.dtype)
+        )  # kept until the backward pass is over
         ctx.tied, ctx.later = tied, (hidden.detach(), head, labels, weights, context) if late else None
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -219,7 +221,7 @@ def weighted_loss(
     head = _plain_head(base, trained)
     if head is not None:
         with context:
-            total, losses = _PlainHeadLoss.apply(hidden, head, head.weight, labels, weights, context)  # pyright: ignore
+            total, losses = _PlainHeadLoss.apply(hidden, head, head.dense, labels, weights, context)  # pyright: ignore
         return total, losses
     if torch.is_grad_enabled():
         total, losses = _HeadLoss.apply(hidden, base, labels, weights, target_ranges, context, *trained)  # pyright: ignore

@@ -120,7 +120,7 @@ def zero(place: Path) -> None:
     [
         (nan, "values that are not finite"),
         (half, "has no lora_A; the adapter is incomplete"),
-        (bias, "bias = 'all' is a formula that Graft does not compute"),
+        (bias, 'bias = "all" is a formula that Graft does not compute'),
         (pickled, "adapter_model.bin is a pickle, which is never read"),
         (zero, "B is zero in all of its"),
     ],

@@ -11,30 +11,14 @@ import pytest
 import tiny
 import tiny_run
 import torch
+from tiny_gguf import MODELS, folder
 from transformers import AutoModelForCausalLM
 
-from graftlm.adapters.gguf import check_gguf, interleaved, write_gguf
+from graftlm.adapters.gguf import check_gguf, write_gguf
 from graftlm.errors import ModelError
+from graftlm.gguf.layout import interleaved
 
 gguf = pytest.importorskip("gguf")
-
-SIX = ["sliding_attention"] * 5 + ["full_attention"]
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"vocab_size": tiny_run.VOCABULARY + 1},  # transformers adds a token of its own to this tokenizer
-    "qwen3": {"head_dim": 128},  # transformers' reader does not read another
-    "gemma2": {"num_hidden_layers": 2, "query_pre_attn_scalar": 10},
-    "gemma3": {"num_hidden_layers": 6, "query_pre_attn_scalar": 10, "layer_types": SIX},
-}
-
-
-def folder(place: Path, architecture: str, **changes: Any) -> Path:
-    """A tiny model with a tokenizer of bytes."""
-    model = tiny.random_model(architecture, **{"vocab_size": tiny_run.VOCABULARY, **changes})
-    model.save_pretrained(place)
-    tiny_run.byte_tokenizer().save_pretrained(place)
-    return place
 
 
 @pytest.mark.parametrize("architecture", MODELS)

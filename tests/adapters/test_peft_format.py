@@ -192,9 +192,9 @@ CONFIGS: dict[str, tuple[Options, str]] = {
     "alpha zero": ({"lora_alpha": 0}, "lora_alpha is 0"),
     "alpha not finite": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha is None"),
-    "another method": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-    "trained biases": ({"bias": "all"}, "bias = 'all'"),
-    "lora biases": ({"lora_bias": True}, "lora_bias = True"),
+    "another method": ({"peft_type": "IA3"}, 'peft_type is "IA3"'),
+    "trained biases": ({"bias": "all"}, 'bias = "all"'),
+    "lora biases": ({"lora_bias": True}, "lora_bias = true"),
     "activated lora": ({"alora_invocation_tokens": [4, 5]}, "alora_invocation_tokens"),
     "qalora": ({"use_qalora": True}, "use_qalora"),
     "block-diagonal": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
@@ -219,6 +219,17 @@ def test_configs_that_would_compute_something_else_are_refused(base: Base, saved
     options, words = CONFIGS[which]
     change(saved, **options)
     refused(base, saved, words)
+
+
+@pytest.mark.parametrize(
+    "key", ["peft_type", "bias", "lora_bias", "init_lora_weights", "use_wonderlora", "x" * 30_000, "layers_pattern"]
+)
+def test_an_entry_of_any_size_is_refused_in_a_few_words(base: Base, saved: Path, key: str) -> None:
+    for value in ("x" * 30_000, ["x" * 30_000], {"x" * 30_000: [1] * 10_000}):
+        change(saved, **{key: value})
+        with pytest.raises(AdapterError, match=key[:40]) as error:
+            adapter_format.load(base, saved)
+        assert len(str(error.value)) < 600 + len(str(saved)), str(error.value)
 
 
 def test_a_module_to_save_of_another_shape_is_refused(base: Base, saved: Path) -> None:
@@ -264,7 +275,7 @@ def test_a_start_that_leaves_the_base_as_it_is_is_read(base: Base, saved: Path, 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", "new", 7])
 def test_a_start_that_changes_the_base_is_refused_with_pefts_conversion(base: Base, saved: Path, start: object) -> None:
     change(saved, init_lora_weights=start)
-    refused(base, saved, f"init_lora_weights = {start!r}", "path_initial_model_for_weight_conversion")
+    refused(base, saved, f"init_lora_weights = {json.dumps(start)}", "path_initial_model_for_weight_conversion")
 
 
 def test_files_that_are_missing_or_no_files_of_an_adapter_are_refused(base: Base, saved: Path, tmp_path: Path) -> None:

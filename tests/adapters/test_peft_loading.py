@@ -22,6 +22,7 @@ from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters import peft_tensors as fit
 from graftlm.adapters.attach import attach, detach
 from graftlm.adapters.manifest import MANIFEST, digest_of, file_entries
+from graftlm.adapters.peft_folder import FORMULA
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, load_base
 from graftlm.errors import AdapterError
@@ -211,12 +212,12 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name_whatever_the_checksums_s
 
 
 FORMULAS: dict[str, tuple[Manifest, str]] = {
-    "alpha": ({"lora_alpha": 50.0}, r"lora_alpha is 50\.0, and the adapter was trained with 5\.0"),
+    "alpha": ({"lora_alpha": 50.0}, r"lora_alpha is 50, and the adapter was trained with 5;"),
     "rank": ({"r": 6}, "r is 6, and the adapter was trained with 3"),
-    "a rank by pattern": ({"rank_pattern": {}}, r"rank_pattern is \{\}, and"),
-    "an alpha by pattern": ({"alpha_pattern": {"q_proj": 1}}, r"alpha_pattern is \{'q_proj': 1\}, and"),
-    "scaling": ({"use_rslora": True}, "use_rslora is True, and the adapter was trained with False"),
-    "DoRA": ({"use_dora": True}, "use_dora is True, and"),
+    "a rank by pattern": ({"rank_pattern": {}}, r'rank_pattern\[".*"\] is null, and the adapter was trained with 2;'),
+    "an alpha by pattern": ({"alpha_pattern": {"q_proj": 1}}, r'alpha_pattern\["q_proj"\] is 1, and .* with null;'),
+    "scaling": ({"use_rslora": True}, "use_rslora is true, and the adapter was trained with false"),
+    "DoRA": ({"use_dora": True}, "use_dora is true, and"),
     "targets": ({"target_modules": ["q_proj"]}, "target_modules is"),
     "modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
     "dropout": ({"lora_dropout": 0.5}, r"adapter_config\.json has .* bytes|adapter_config\.json has changed"),
@@ -232,6 +233,17 @@ def test_a_config_that_means_another_mathematics_than_was_trained_is_refused_wit
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, **change}))
     refused(base, saved, words)
+
+
+@pytest.mark.parametrize("key", FORMULA)
+def test_a_formula_of_any_size_is_refused_in_a_few_words(base: Base, saved: Path, key: str) -> None:
+    long = "x" * 30_000
+    changed: Manifest = {long: 3, **{f"{i}": 4 for i in range(5_000)}} if key.endswith("_pattern") else [long] * 3
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: changed}))
+    with pytest.raises(AdapterError, match=key) as error:
+        adapter_format.load(base, saved)
+    assert len(str(error.value)) < 600 + len(str(saved)), str(error.value)
 
 
 MANIFESTS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
@@ -390,7 +402,7 @@ def test_a_manifest_without_a_tolerance_has_the_canary_that_graft_takes(base: Ba
 
 def test_an_entry_of_the_config_that_the_formula_leaves_out_is_held_against_nothing(base: Base, saved: Path) -> None:
     rewrite(saved, lambda m: m.update(formula={}))
-    refused(base, saved, "r is 3, and the adapter was trained with None")
+    refused(base, saved, "r is 3, and the adapter was trained with null")
 
 
 def test_another_tokenizer_is_refused_with_the_first_token_that_differs(

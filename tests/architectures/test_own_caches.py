@@ -205,7 +205,9 @@ def test_a_server_answers_what_graft_train_trained_and_says_when_it_has_no_cache
     outputs = list(engine.generate([(request, version.folder)]))
     assert sum(len(output.tokens) for output in outputs) == 3
     assert outputs[-1].finish_reason == "length"
-    assert any("each token costs a pass over the whole text: its cache" in line for line in told) == (family == "rwkv")
+    assert any("each token costs a forward pass over the whole text: its cache" in line for line in told) == (
+        family == "rwkv"
+    )
     engine.close()
 
 

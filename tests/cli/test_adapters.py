@@ -159,7 +159,7 @@ def test_push_and_pull_a_folder(place: Path) -> None:
         (["publish", "runs", "--name", "x"], "StoreError: runs holds neither a run nor an adapter"),
         (["publish", "runs/1", "--name", "a/b"], "StoreError: name 'a/b' is not allowed"),
         (["export", "formal@1", "runs", "--for", "peft"], "ConfigError: runs is there already"),
-        (["export", "formal@1", "out", "--for", "pfet"], "for: must be 'peft' or 'vllm', found 'pfet'"),
+        (["export", "formal@1", "out", "--for", "pfet"], "for: must be 'peft', 'vllm' or 'gguf', found 'pfet'"),
         (["import", "./gone", "--name", "x"], "AdapterError: no adapter at './gone'"),
         (["pull", "./gone"], "StoreError: there is nothing at ./gone"),
         (["push", "nosuch://x", "formal@1"], "nosuch"),

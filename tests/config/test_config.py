@@ -143,7 +143,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
         ({"max_length": 1}, "max-length: must be greater than or equal to 2"),
         ({"keep_checkpoints": 0}, "keep-checkpoints: must be greater"),
         ({"method": "lorra"}, "method: must be 'full', 'lora' or 'qlora', found 'lorra'"),
-        ({"base_precision": "fp8"}, "base-precision: must be 'float32', 'bfloat16', 'int8' or 'nf4', found 'fp8'"),
+        ({"base_precision": "fp8"}, "base-precision: must be 'float32', 'bfloat16', 'int8', 'nf4' or 'gguf', found 'fp8'"),
         ({"template_date": "today"}, "template-date: .*found 'today'"),
         ({"rank_pattern": "q_proj"}, "^rank-pattern: expected PATTERN=NUMBER, found 'q_proj'$"),
         ({"rank_pattern": "q_proj=0"}, "rank-pattern 'q_proj' must be at least 1, found 0"),

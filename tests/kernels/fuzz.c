@@ -91,6 +91,8 @@ static void compare_products(const char *what, int choice, const float *y, const
         if (!(fabs(y[i] - truth[i]) <= 1e-5 * size[i] + 1e-30)) fail(what, choice);
 }
 
+#include "fuzz_blocks.h"
+
 static void round_of(int sets) {
     int type = (int)below(3), stream = (int)below(2), threads = 1 + (int)below(3);
     int64_t rows = 1 + below(19), out = 1 + below(70), in = 1 + below(below(2) ? 70 : 900), before = below(200);
@@ -174,6 +176,11 @@ static void round_of(int sets) {
 
 /* A matrix of random values with `rows` of `row` values each, seen turned or not; its values as float32 in `dense`. */
 static float *random_matrix(struct graft_matrix *w, int kind, int64_t rows, int64_t row) {
+    if (kind >= GRAFT_Q4_0) {
+        float *dense = take(rows * row * 4, 4);
+        *w = (struct graft_matrix){.row = row, .values = random_blocks(kind, rows, row, 0.1f, dense), .kind = kind};
+        return dense;
+    }
     int64_t before = kind == GRAFT_INT8 ? 0 : below(100), gap = kind == GRAFT_NF4 || kind == GRAFT_INT8 ? 0 : below(5);
     int64_t stride = row + gap, n = before + (rows - 1) * stride + row, blocks = (n + BLOCK - 1) / BLOCK;
     int64_t groups = (blocks + GROUP - 1) / GROUP;
@@ -208,7 +215,9 @@ static float *random_matrix(struct graft_matrix *w, int kind, int64_t rows, int6
 
 /* Random sizes, kinds and orientations through the matrix product, where this processor has it. */
 static void round_of_products(void) {
-    int64_t m = 1 + below(below(2) ? 30 : 130), n = 1 + below(below(2) ? 40 : 200), k[2], c_row = n + below(3);
+    int64_t m = 1 + below(below(2) ? 30 : 130), n = 1 + below(below(2) ? 40 : 200), k[2];
+    if (below(4) == 0) n = 64 * (1 + below(8));
+    int64_t c_row = n + below(3);
     int terms = 1 + (int)below(2), add = (int)below(2), threads = 1 + (int)below(3);
     struct graft_matrix a[2], b[2];
     float *c = take(((m - 1) * c_row + n) * 4, 4), alpha = below(2) ? 1 : 0.5f;
@@ -221,9 +230,12 @@ static void round_of_products(void) {
         }
     for (int t = 0; t < terms; t++) {
         k[t] = 1 + below(below(2) ? 40 : 600);
-        int a_along = (int)below(2), b_along = (int)below(2);
+        int a_along = (int)below(2), b_along = (int)below(2), blocks = below(3) == 0;
+        if (blocks && !b_along) k[t] = (k[t] + 31) / 32 * 32;
+        if (blocks && below(2)) k[t] = 256 * (1 + below(2));
+        const int of_blocks = blocks ? random_block_kind(b_along ? n : k[t]) : -1;
         float *left = random_matrix(&a[t], GRAFT_FLOAT32, a_along ? k[t] : m, a_along ? m : k[t]);
-        float *right = random_matrix(&b[t], (int)below(4), b_along ? k[t] : n, b_along ? n : k[t]);
+        float *right = random_matrix(&b[t], of_blocks < 0 ? (int)below(4) : of_blocks, b_along ? k[t] : n, b_along ? n : k[t]);
         a[t].along = a_along, b[t].along = b_along;
         int narrow = b[t].narrow = graft_gemm_narrow() && below(3) == 0;
         if (narrow && n > 64) { /* as gemm.c has it: narrower ones are not worth it */
@@ -322,6 +334,7 @@ int main(int count, char **arguments) {
         round_of_layers(i % sets);
         free_all();
     }
+    for (int i = 0; i < 2 * rounds; i++) round_of_blocks(sets);
     use_set(sets - 1);
     for (int choice = 1; choice <= 2; choice++) { /* AVX2, AVX-512 */
         if (graft_gemm_choose(choice) != choice) continue;

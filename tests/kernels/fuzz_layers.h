@@ -12,6 +12,11 @@ static void random_weight(struct graft_matrix *w, int64_t out, int64_t in, float
     const float size = 1 / sqrtf((float)in);
     memset(w, 0, sizeof *w);
     w->row = in, w->kind = (int)below(4), w->along = 0;
+    if (in % 32 == 0 && below(4)) {
+        w->kind = random_block_kind(in);
+        w->values = random_blocks(w->kind, out, in, w->kind >= GRAFT_Q4_K ? size / 2000 : w->kind == GRAFT_Q8_0 ? size / 127 : size / 16, dense);
+        return;
+    }
     if (w->kind == GRAFT_FLOAT32 || w->kind == GRAFT_BFLOAT16) {
         int type = w->kind == GRAFT_FLOAT32 ? FLOAT32 : BFLOAT16;
         void *values = take(out * in * float_bytes(type), float_bytes(type));
@@ -76,7 +81,7 @@ static void turn_slowly(const struct stack *s, int64_t position, const float *no
 static void round_of_layers(int choice) {
     enum { LAYERS = 2, SEQUENCES = 3, BLOCKS = 4, MOST_LENGTH = 13 };
     int64_t keys = 1 + below(3), heads = keys * (1 + below(9)), d = 2 * (1 + below(12));
-    int64_t width = 2 + below(90), inner = 1 + below(below(3) ? 120 : 1400), block = 1 + below(5);
+    int64_t width = below(3) ? 2 + below(90) : 32 * (1 + below(3)), inner = below(4) ? 1 + below(below(3) ? 120 : 1400) : 256 * (1 + below(5)), block = 1 + below(5);
     struct layer layer[LAYERS];
     struct stack s = {.layers = LAYERS, .width = width, .inner = inner, .heads = heads, .key_heads = keys, .head_width = d,
                       .turned = below(3) ? d : (d + 2) / 4 * 2, .block = block, .epsilon = 1e-5, .offset = (double)below(2),

@@ -37,7 +37,7 @@ def test_triton_kernels_give_the_reference_s_answers_in_the_interpreter() -> Non
 
 
 def test_triton_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Path) -> None:
-    assert "compiled 8" in run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert "compiled 13" in run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +125,25 @@ def stored_weights() -> None:
         assert_close(triton.matmul(randn(rows, inner), small), reference.matmul(randn(rows, inner), small), "int8")
 
 
+def stored_blocks() -> None:
+    from graftlm.kernels import reference, triton
+    from graftlm.kernels.reference_blocks import sample_blocks
+    from graftlm.kernels.stored import BLOCK_SIZES
+    from graftlm.kernels.triton.device import agree
+
+    pick = random.Random(4)
+    for round_, kind in enumerate(BLOCK_SIZES):
+        outer, inner = pick.randint(2, 40), 256 * pick.randint(1, 2)
+        weight = sample_blocks(kind, outer, inner).narrow(1, outer - 1)
+        for dtype in FLOATS:
+            assert agree(triton.blocks_dequantize(weight, dtype), reference.dequantize(weight, dtype)), (kind, dtype)
+        rows, dtype = pick.randint(1, 18), FLOATS[round_ % 3]
+        x, dy = randn(rows, 2 * inner, dtype=dtype)[:, ::2], randn(rows, outer - 1, dtype=dtype)
+        dense = reference.dequantize(weight, dtype).float()
+        assert_close(triton.matmul(x, weight), (x.float() @ dense.T).to(dtype), (kind, rows, outer, inner))
+        assert_close(triton.matmul_t(dy, weight), (dy.float() @ dense).to(dtype), (kind, rows, outer, inner))
+
+
 def routed() -> None:
     from graftlm.kernels import reference, triton
     from graftlm.kernels.routing import Routing
@@ -198,7 +217,7 @@ def compile_for_a_gpu() -> None:
     from triton.compiler import ASTSource
 
     from graftlm.kernels.triton.device import STAGES
-    from graftlm.kernels.triton.programs import adamw, routed, weights
+    from graftlm.kernels.triton.programs import adamw, blocks, routed, weights
     from graftlm.kernels.triton.weights import FEW_ROWS, TILES
 
     weight = {"packed": "*u8", "absmax": "*u8", "group_scale": "*fp32", "offset": "*fp32", "start": "i64"}
@@ -226,7 +245,14 @@ def compile_for_a_gpu() -> None:
     small = {"parameter": "*i16", "mean": "*u8", "square": "*u8"}
     large = dict.fromkeys(["parameter", "mean", "square"], "*fp32")
     of_step = {"BLOCKS": 4, "ZERO": 127, "OTHER_BITS": 0x2545F491}
+    of_blocks = {"blocks": "*u8"}
+    into = of_blocks | {"out": "*bf16", "count": "i64"}
     for kernel, types, constants in (
+        (blocks.dequantize, into, {"KIND": 3, "TILE": 1024}),  # q5_1
+        (blocks.dequantize, into, {"KIND": 4, "TILE": 1024}),  # q8_0
+        (blocks.dequantize, into, {"KIND": 6, "TILE": 1024}),  # q5_k
+        (blocks.few_rows, of_blocks | sizes | {"x": "*bf16", "y": "*bf16"}, forward | {"KIND": 5}),  # q4_k
+        (blocks.few_rows, of_blocks | sizes | {"x": "*fp32", "y": "*fp32"}, backward | {"KIND": 7}),  # q6_k
         (weights.nf4_dequantize, weight | {"out": "*bf16", "count": "i64"}, {"TILE": 1024}),
         (weights.int8_dequantize, int8, {"TILE": 1024}),
         (weights.nf4_matmul, weight | sizes | {"x": "*bf16", "y": "*bf16"}, forward),
@@ -248,7 +274,7 @@ def compile_for_a_gpu() -> None:
             assert "div.rn.f32" in code
             assert "sqrt.rn.f32" in code
             assert not re.search(r"\bfma|\.approx|\.ftz|div\.full", code)
-    print("compiled 8")
+    print("compiled 13")
 
 
 if __name__ == "__main__":
@@ -257,6 +283,7 @@ if __name__ == "__main__":
     else:
         own_checks()
         stored_weights()
+        stored_blocks()
         routed()
         optimizer()
         print("all agree")

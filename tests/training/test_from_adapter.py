@@ -115,5 +115,5 @@ def test_full_training_has_no_adapter_to_go_on_with(tmp_path: Path) -> None:
 def test_an_adapter_that_the_loader_refuses_is_not_trained_on(tmp_path: Path) -> None:
     parent = first(tmp_path)
     (parent / "adapter_config.json").write_text("{}")
-    with pytest.raises(AdapterError, match="peft_type is None"):
+    with pytest.raises(AdapterError, match="peft_type is null"):
         further(tmp_path, parent)

@@ -30,7 +30,7 @@ from graftlm.kernels.native.attention import attention, attention_backward
 from graftlm.kernels.native.gemm import lora_linear, lora_linear_backward, low_rank, low_rank_backward, weight_gradient
 from graftlm.kernels.native.library import TYPES, choose, instruction_sets
 from graftlm.kernels.native.stored_matmul import FEW_ROWS, PANEL_BYTES_FOR_MANY
-from graftlm.kernels.native.weights import int8_dequantize, nf4_dequantize, nf4_quantize
+from graftlm.kernels.native.weights import blocks_dequantize, int8_dequantize, nf4_dequantize, nf4_quantize
 from graftlm.kernels.self_check import SelfCheck
 from graftlm.kernels.stored import Weight
 
@@ -43,6 +43,7 @@ __all__ = [
     "add_routed",
     "attention",
     "attention_backward",
+    "blocks_dequantize",
     "choose",
     "has_bf16_matmul",
     "has_fast_matmul",
@@ -73,6 +74,7 @@ def new_self_check() -> SelfCheck:
         "nf4_quantize": weights.check_nf4_quantize,
         "nf4_dequantize": weights.check_nf4_dequantize,
         "int8_dequantize": weights.check_int8_dequantize,
+        "blocks_dequantize": weights.check_blocks_dequantize,
         "matmul": stored_matmul.check_matmul,
         "matmul_t": stored_matmul.check_matmul_t,
         "gemm": gemm.check,

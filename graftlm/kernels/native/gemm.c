@@ -64,6 +64,8 @@ void graft_gemm_decode(const struct graft_matrix *w, int64_t row, int64_t first,
         graft_nf4_range(w->values, w->absmax, w->scale, *w->offset, at, at + count, to);
     } else if (w->kind == GRAFT_INT8) {
         graft_int8_range((const int8_t *)w->values + at, w->scale[row], count, to);
+    } else if (w->kind >= GRAFT_Q4_0) {
+        graft_block_range(w, row, first, count, to);
     } else { /* bfloat16 */
         const uint16_t *from = (const uint16_t *)w->values + at;
         for (int64_t i = 0; i < count; i++) to[i] = float_of((uint32_t)from[i] << 16);
@@ -84,6 +86,7 @@ struct product {
     int add;
     int64_t m_step, n_step; /* what one piece covers */
     int64_t n_pieces;
+    int64_t span; /* pieces of N begin at multiples of it */
     atomic_int failed;
 };
 
@@ -138,7 +141,7 @@ static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n
     float *packed_a = memory, *packed_b = memory + A_VALUES, *scratch = memory + A_VALUES + B_VALUES;
     const struct gemm_set *set = p->set;
     const int mr = set->rows, nr = set->columns;
-    const int64_t m_step = even_step(m1 - m0, set->most_m, mr), n_step = even_step(n1 - n0, MOST_N, SPAN);
+    const int64_t m_step = even_step(m1 - m0, set->most_m, mr), n_step = even_step(n1 - n0, MOST_N, p->span);
     for (int64_t n = n0; n < n1; n += n_step) {
         const int64_t columns = least(n_step, n1 - n);
         int add = p->add;
@@ -245,7 +248,7 @@ EXPORT int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const s
     const struct gemm_set *set = the_set();
     if (!set) return 1;
     if (m <= 0 || n <= 0) return 0;
-    struct product p = {.set = set, .a = a, .b = b, .k = k, .terms = terms, .m = m, .n = n, .c = c, .c_row = c_row, .alpha = alpha, .add = add};
+    struct product p = {.set = set, .a = a, .b = b, .k = k, .terms = terms, .m = m, .n = n, .c = c, .c_row = c_row, .alpha = alpha, .add = add, .span = SPAN};
     int64_t all = 0;
     for (int i = 0; i < terms; i++) all += k[i];
     double work = (double)m * (double)n * (double)all;
@@ -254,8 +257,10 @@ EXPORT int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const s
     /* One piece a thread, along the longer side: what the other side packs, each thread packs for itself. Where rows of 4-bit
      * codes are cut, it is between blocks. */
     int unit = set->columns;
-    for (int i = 0; i < terms; i++)
-        if (b[i].kind == GRAFT_NF4 && b[i].along && n >= threads * SPAN) unit = SPAN;
+    for (int i = 0; i < terms; i++) {
+        if (b[i].kind >= GRAFT_Q4_K && b[i].along) p.span = graft_block_length(b[i].kind);
+        if ((b[i].kind == GRAFT_NF4 || b[i].kind >= GRAFT_Q4_0) && b[i].along && n >= threads * p.span) unit = (int)p.span;
+    }
     if (n >= m || n >= threads * 4 * SPAN) {
         p.n_step = even_step(n, (n + threads - 1) / threads, unit), p.m_step = m;
     } else {

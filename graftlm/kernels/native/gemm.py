@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import TWO_TYPES, calls, get
+from graftlm.kernels.native.library import BLOCK_KINDS, TWO_TYPES, calls, get
+from graftlm.kernels.reference_blocks import sample_blocks
 from graftlm.kernels.self_check import close, sample
-from graftlm.kernels.stored import Nf4, Weight
+from graftlm.kernels.stored import GgufBlocks, Nf4, Weight
 
 _FLOAT32, _BFLOAT16, _NF4, _INT8 = range(4)  # enum matrix_kind in kernels.h
 
@@ -59,6 +60,10 @@ def _fill(matrix: Matrix, value: Weight, transposed: bool, summed: int) -> Any:
         matrix.absmax, matrix.scale = value.absmax.data_ptr(), value.absmax_scale.data_ptr()
         matrix.offset = value.offset.data_ptr()
         return value
+    if isinstance(value, GgufBlocks):
+        blocks = value.data.contiguous()
+        matrix.kind, matrix.start, matrix.values = BLOCK_KINDS[value.kind], 0, blocks.data_ptr()
+        return blocks
     values, scale = value.values.contiguous(), value.scale.contiguous()
     matrix.kind, matrix.start, matrix.values, matrix.scale = _INT8, 0, values.data_ptr(), scale.data_ptr()
     return values, scale
@@ -177,7 +182,7 @@ def check() -> bool:
         reference.nf4_quantize(dense).narrow(3, 50),
         reference.int8_quantize(dense),
     )
-    good = all(
+    good = _check_blocks() and all(
         close(multiply([(x, w, True)]), reference.matmul(x, w))
         and close(multiply([(dy[:, : w.shape[0]], w, False)]), reference.matmul_t(dy[:, : w.shape[0]], w))
         for w in weights
@@ -190,6 +195,20 @@ def check() -> bool:
         and close(narrow, 0.5 * (x @ dense.T + x[:, :5] @ dense[:, :5].T))
         and close(transposed, 1 + x.T @ dense[:53])
     )
+
+
+def _check_blocks() -> bool:
+    """Each kind of block in both orientations, also rounded."""
+    x, dy = sample(23, 512, sizes=97), sample(23, 41, sizes=97)
+    for weight in (sample_blocks(kind, 41, 512) for kind in BLOCK_KINDS):
+        dense = reference.dequantize(weight)
+        both = ((x, True, dense.T), (dy, False, dense))
+        if not all(close(multiply([(left, weight, turned)]), left @ right) for left, turned, right in both):
+            return False
+        rounded = dy.bfloat16().float() @ dense.bfloat16().float()
+        if get().has_bf16_matmul and not close(multiply([(dy, weight, False)], bf16_matmul=True), rounded):
+            return False
+    return True
 
 
 def _check_bf16(x: Tensor, dy: Tensor, weights: Sequence[Weight]) -> bool:

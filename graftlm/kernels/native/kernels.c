@@ -26,7 +26,7 @@ static const struct primitives *use = &graft_scalar;
 void graft_borrow_openmp(void *gomp_parallel);
 
 /* Raised whenever an exported function changes: Python refuses a library that was compiled from other sources. */
-EXPORT int graft_version(void) { return 2; }
+EXPORT int graft_version(void) { return 3; }
 
 EXPORT void graft_openmp(void *gomp_parallel) { graft_borrow_openmp(gomp_parallel); }
 

@@ -70,7 +70,10 @@ void graft_rows_choose(int choice);             /* the set that `rows.c` uses: 0
 
 /* A matrix as `gemm.c` reads it. Value (r, c) is number start + r * row + c; `along`: its rows run along the dimension that
  * is summed over (it is (K, N) or (K, M)), else they are the rows of A or the columns of B. */
-enum matrix_kind { GRAFT_FLOAT32 = 0, GRAFT_BFLOAT16 = 1, GRAFT_NF4 = 2, GRAFT_INT8 = 3 };
+enum matrix_kind {
+    GRAFT_FLOAT32 = 0, GRAFT_BFLOAT16 = 1, GRAFT_NF4 = 2, GRAFT_INT8 = 3,
+    GRAFT_Q4_0 = 4, GRAFT_Q4_1 = 5, GRAFT_Q5_0 = 6, GRAFT_Q5_1 = 7, GRAFT_Q8_0 = 8, GRAFT_Q4_K = 9, GRAFT_Q5_K = 10, GRAFT_Q6_K = 11,
+};
 struct graft_matrix {
     int64_t start, row;
     const void *values;
@@ -81,6 +84,20 @@ struct graft_matrix {
     int narrow; /* of B: both inputs of its matmul are rounded to bfloat16, accumulation is float32 */
     int unused;
 };
+
+/* The kinds from GRAFT_Q4_0 on are blocks of GGUF files (`blocks.c`): values and bytes of one block. */
+static inline int64_t graft_block_length(int kind) { return kind >= GRAFT_Q4_K ? 256 : 32; }
+static inline int64_t graft_block_bytes(int kind) {
+    static const uint8_t bytes[] = {18, 20, 22, 24, 34, 144, 176, 210};
+    return bytes[kind - GRAFT_Q4_0];
+}
+
+/* to[0 .. count] = values first .. first + count of row `row`, in blocks of a GGUF file. */
+void graft_block_range(const struct graft_matrix *w, int64_t row, int64_t first, int64_t count, float *to);
+
+/* y[k * y_row + o] = dot(x row k, W row o) for k < rows and first <= o < last; W in blocks of a GGUF file. */
+void graft_block_outputs(const struct graft_matrix *w, int64_t first, int64_t last, const float *x, int64_t stride, int64_t rows,
+                         float *y, int64_t y_row);
 
 /* A dynamic 8-bit type, as `reference_adamw.Code` describes it. */
 enum { GRAFT_DECADES = 7 };

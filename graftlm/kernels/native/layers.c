@@ -113,6 +113,8 @@ static void tile_piece(const struct job *job, const struct product *p, int which
     if (job->splits && linear->weight.kind == GRAFT_NF4) {
         graft_nf4_outputs(&linear->weight, first, first + outs, p->x, p->in, (int)T, job->even, job->odd, job->half, y,
                           linear->out);
+    } else if (linear->weight.kind >= GRAFT_Q4_0) {
+        graft_block_outputs(&linear->weight, first, first + outs, p->x, p->in, T, y, linear->out);
     } else {
         float wide[TILE * COLUMNS];
         for (int64_t row = 0; row < T; row += ROWS_A_TILE) {

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 
 from graftlm.kernels import reference
+from graftlm.kernels.stored import BLOCK_SIZES
 
-VERSION = 2  # graft_version() of the library this file knows how to call
+VERSION = 3  # graft_version() of the library this file knows how to call
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum float_type in kernels.h
 TWO_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # the same, for operations that know no float16
+BLOCK_KINDS = {kind: 4 + i for i, kind in enumerate(BLOCK_SIZES)}  # enum matrix_kind in kernels.h
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -35,6 +37,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     # stored_matmul.py
     "graft_nf4_matvec": (_int, [_pointer] * 4 + [_long] * 3 + [_pointer, _long, _long, _pointer, _int]),
     "graft_int8_matvec": (None, [_pointer, _pointer, _long, _long, _pointer, _long, _long, _pointer, _int]),
+    # blocks.py
+    "graft_blocks_dequantize": (None, [_pointer, _int] + [_long] * 4 + [_pointer, _int, _int]),
+    "graft_blocks_matvec": (None, [_pointer, _int] + [_long] * 2 + [_pointer] + [_long] * 2 + [_pointer, _int]),
     # gemm.py
     "graft_gemm_level": (_int, []),
     "graft_gemm_narrow": (_int, []),

@@ -10,6 +10,10 @@ struct row_primitives { /* see rows.inc */
     void (*spread)(const void *B, int type, int64_t r, int64_t n, const float *h, int rows, float *y, int64_t y_stride);
     float (*exps)(float *values, int64_t n, float most);
     void (*mix)(float *out, float keep, const float *p, int64_t count, const float *v, int64_t stride, int64_t n);
+    /* of GGUF files, see blocks.inc; `w_row` in bytes, `count` in blocks */
+    void (*block_values)(const uint8_t *blocks, int kind, int64_t count, float *to);
+    void (*block_dots)(const uint8_t *w, int64_t w_row, int kind, int64_t count, int outs, const float *x, float *sums);
+    void (*round)(const float *from, int64_t n, void *to, int type);
 };
 extern const struct row_primitives *use_rows; /* of the instruction set that was chosen */
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import calls
+from graftlm.kernels.native.library import BLOCK_KINDS, calls
 from graftlm.kernels.native.weights import dequantize_into, nf4_pointers
+from graftlm.kernels.reference_blocks import sample_blocks
 from graftlm.kernels.self_check import close, sample
-from graftlm.kernels.stored import BLOCK, Int8, Nf4, Quantized
+from graftlm.kernels.stored import BLOCK, GgufBlocks, Int8, Nf4, Quantized
 
 FEW_ROWS = 16  # up to here the codes are decoded once for every 8 rows; beyond, panels are faster
 PANEL_BYTES, PANEL_BYTES_FOR_MANY = 8 << 20, 16 << 20  # of dense W at once, for fewer than MANY_ROWS and for more
@@ -36,7 +37,9 @@ def _has_bfloat16_tiles() -> bool:
 
 
 def _contiguous(weight: Quantized) -> Quantized:
-    return weight if isinstance(weight, Nf4) else Int8(weight.values.contiguous(), weight.scale.contiguous())
+    if isinstance(weight, Int8):
+        return Int8(weight.values.contiguous(), weight.scale.contiguous())
+    return weight.contiguous() if isinstance(weight, GgufBlocks) else weight
 
 
 def _panel(length: int, other: int, rows: int, dtype: torch.dtype) -> int:
@@ -68,6 +71,8 @@ def _few_rows(x: Tensor, weight: Quantized) -> Tensor:
     if isinstance(weight, Nf4):
         if calls().graft_nf4_matvec(*nf4_pointers(weight), weight.start, outer, inner, *of_x):
             raise MemoryError(f"no memory for a copy of x {tuple(x.shape)}")
+    elif isinstance(weight, GgufBlocks):
+        calls().graft_blocks_matvec(weight.data.data_ptr(), BLOCK_KINDS[weight.kind], outer, inner, *of_x)
     else:
         calls().graft_int8_matvec(weight.values.data_ptr(), weight.scale.data_ptr(), outer, inner, *of_x)
     return y.to(dtype)
@@ -108,13 +113,18 @@ def _panels_t(dy: Tensor, weight: Quantized) -> Tensor:
 def _checked_weights() -> list[Quantized]:
     dense = sample(13, 331, sizes=97)
     weight = reference.nf4_quantize(dense)
-    return [weight, weight.narrow(3, 5), reference.int8_quantize(dense)]
+    blocks = [sample_blocks(kind, 13, 512) for kind in BLOCK_KINDS]
+    return [weight, weight.narrow(3, 5), reference.int8_quantize(dense), *blocks]
 
 
 def check_matmul() -> bool:
     """One row, several, and enough for panels, with each form of weight."""
-    xs = [sample(rows, 331, sizes=97) for rows in (1, FEW_ROWS - 1, FEW_ROWS + 1)]
-    return all(close(matmul(x, w), reference.matmul(x, w)) for x in xs for w in _checked_weights())
+    xs = [sample(rows, 512, sizes=97) for rows in (1, FEW_ROWS - 1, FEW_ROWS + 1)]
+    return all(
+        close(matmul(x[:, : w.shape[1]], w), reference.matmul(x[:, : w.shape[1]], w))
+        for x in xs
+        for w in _checked_weights()
+    )
 
 
 def check_matmul_t() -> bool:

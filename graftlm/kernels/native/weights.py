@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import TYPES, calls
+from graftlm.kernels.native.library import BLOCK_KINDS, TYPES, calls
+from graftlm.kernels.reference_blocks import blocks_dequantize as blocks_truth
+from graftlm.kernels.reference_blocks import sample_blocks
 from graftlm.kernels.self_check import sample
-from graftlm.kernels.stored import BLOCK, GROUP, Int8, Nf4, Quantized
+from graftlm.kernels.stored import BLOCK, GROUP, GgufBlocks, Int8, Nf4, Quantized
 
 LARGE_BYTES = 16 << 20  # larger results do not fit a cache, and get large pages
 
@@ -47,6 +49,11 @@ def dequantize_into(out: Tensor, weight: Quantized, row: int = 0, column: int = 
     to = (out.data_ptr(), TYPES[out.dtype], int(stream), torch.get_num_threads())
     if isinstance(weight, Nf4):
         calls().graft_nf4_dequantize(*nf4_pointers(weight), weight.start + first, rows, inner, columns, *to)
+    elif isinstance(weight, GgufBlocks):
+        data = weight.data.data_ptr() + row * weight.data.shape[-1]
+        calls().graft_blocks_dequantize(
+            data, BLOCK_KINDS[weight.kind], rows, inner, column, columns, to[0], to[1], to[3]
+        )  # `stream` is left aside: blocks are decoded through the first-level cache
     else:
         values, scale = weight.values.data_ptr() + first, weight.scale.data_ptr() + 4 * row
         calls().graft_int8_dequantize(values, scale, rows, inner, columns, *to)
@@ -63,6 +70,14 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tenso
     if weight.numel:
         rows = Int8(weight.values.flatten(0, -2).contiguous(), weight.scale.flatten().contiguous())
         dequantize_into(out.flatten(0, -2), rows, stream=stream)
+    return out
+
+
+def blocks_dequantize(weight: GgufBlocks, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    out, _ = _result(out, weight.shape, dtype)
+    if weight.numel:
+        rows = GgufBlocks(weight.data.contiguous().view(-1, weight.data.shape[-1]), weight.kind)
+        dequantize_into(out.view(-1, weight.shape[-1]), rows)
     return out
 
 
@@ -106,3 +121,16 @@ def check_int8_dequantize() -> bool:
     """Every bit in each float type."""
     weight = reference.int8_quantize(sample(13, 77, sizes=97))
     return all(torch.equal(int8_dequantize(weight, t), reference.int8_dequantize(weight, t)) for t in TYPES)
+
+
+def check_blocks_dequantize() -> bool:
+    """Every bit of each kind in each float type, of whole rows and of columns that begin and end within a block."""
+    for kind in BLOCK_KINDS:
+        weight = sample_blocks(kind, 3, 768)
+        if not all(torch.equal(blocks_dequantize(weight, dtype), blocks_truth(weight, dtype)) for dtype in TYPES):
+            return False
+        part = torch.empty(2, 600)
+        dequantize_into(part, weight, 1, 77)
+        if not torch.equal(part, blocks_truth(weight)[1:, 77:677]):
+            return False
+    return True

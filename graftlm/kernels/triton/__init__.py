@@ -3,6 +3,7 @@
     programs/      the Triton programs
     device.py      what every launch needs
     weights.py     stored weights: dequantize, and matmul with few rows
+    blocks.py      the same for weights in the blocks of GGUF files
     routed.py      low-rank terms routed by token
     adamw.py       the optimizer's step
 
@@ -16,8 +17,9 @@ import importlib.util
 from torch import Tensor
 
 from graftlm.kernels.self_check import SelfCheck
-from graftlm.kernels.triton import adamw, routed, weights
+from graftlm.kernels.triton import adamw, blocks, routed, weights
 from graftlm.kernels.triton.adamw import step as adamw_step
+from graftlm.kernels.triton.blocks import blocks_dequantize
 from graftlm.kernels.triton.device import FLOATS
 from graftlm.kernels.triton.routed import fits, low_rank_routed, low_rank_routed_backward
 from graftlm.kernels.triton.weights import int8_dequantize, matmul, matmul_t, nf4_dequantize
@@ -26,6 +28,7 @@ __all__ = [
     "FLOATS",
     "adamw",
     "adamw_step",
+    "blocks_dequantize",
     "fits",
     "int8_dequantize",
     "low_rank_routed",
@@ -49,6 +52,7 @@ self_check = SelfCheck(
     {
         "nf4_dequantize": weights.check_nf4_dequantize,
         "int8_dequantize": weights.check_int8_dequantize,
+        "blocks_dequantize": blocks.check_dequantize,
         "matmul": weights.check_matmul,
         "matmul_t": weights.check_matmul_t,
         "low_rank_routed": routed.check,

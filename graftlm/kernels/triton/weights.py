@@ -9,7 +9,8 @@ from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.self_check import close, sample
-from graftlm.kernels.stored import Int8, Nf4, Quantized
+from graftlm.kernels.stored import GgufBlocks, Int8, Nf4, Quantized
+from graftlm.kernels.triton import blocks
 from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, needs_upcast, programs
 
 FEW_ROWS = (
@@ -46,11 +47,15 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, GgufBlocks):
+        return blocks.blocks_dequantize(weight, dtype)
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else int8_dequantize(weight, dtype)
 
 
-def _few_rows(x: Tensor, weight: Nf4, transposed: bool) -> Tensor:
+def _few_rows(x: Tensor, weight: Nf4 | GgufBlocks, transposed: bool) -> Tensor:
     """x (rows, summed) -> y (rows, made), rows at most FEW_ROWS."""
+    if isinstance(weight, GgufBlocks):
+        return blocks.few_rows(x, weight, transposed, FEW_ROWS, TILES["dy W" if transposed else "x W^T"])
     outer, inner = weight.shape
     summed, made = (outer, inner) if transposed else (inner, outer)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -68,7 +73,7 @@ def matmul(x: Tensor, weight: Quantized) -> Tensor:
     """x (..., in) -> x @ W.T (..., out)."""
     outer, inner = weight.shape
     rows = x.reshape(-1, inner)
-    if isinstance(weight, Nf4) and weight.numel and 0 < len(rows) <= FEW_ROWS:
+    if not isinstance(weight, Int8) and weight.numel and 0 < len(rows) <= FEW_ROWS:
         return _few_rows(rows, weight, False).view(*x.shape[:-1], outer)
     return x @ dequantize(weight, x.dtype).T
 
@@ -77,7 +82,7 @@ def matmul_t(dy: Tensor, weight: Quantized) -> Tensor:
     """dy (..., out) -> dy @ W (..., in)."""
     outer, inner = weight.shape
     rows = dy.reshape(-1, outer)
-    if isinstance(weight, Nf4) and weight.numel and 0 < len(rows) <= FEW_ROWS:
+    if not isinstance(weight, Int8) and weight.numel and 0 < len(rows) <= FEW_ROWS:
         return _few_rows(rows, weight, True).view(*dy.shape[:-1], inner)
     return dy @ dequantize(weight, dy.dtype)
 
@@ -99,10 +104,14 @@ def check_int8_dequantize(device: torch.device) -> bool:
 def check_matmul(device: torch.device) -> bool:
     weight = reference.nf4_quantize(sample(45, 201, device=device)).narrow(3, 40)
     x = sample(5, 201, device=device)
-    return close(matmul(x, weight), (x.double() @ reference.dequantize(weight).double().T).float())
+    return blocks.check_few_rows(device, False, FEW_ROWS, TILES["x W^T"]) and close(
+        matmul(x, weight), (x.double() @ reference.dequantize(weight).double().T).float()
+    )
 
 
 def check_matmul_t(device: torch.device) -> bool:
     weight = reference.nf4_quantize(sample(45, 201, device=device)).narrow(3, 40)
     dy = sample(5, 40, device=device)
-    return close(matmul_t(dy, weight), (dy.double() @ reference.dequantize(weight).double()).float())
+    return blocks.check_few_rows(device, True, FEW_ROWS, TILES["dy W"]) and close(
+        matmul_t(dy, weight), (dy.double() @ reference.dequantize(weight).double()).float()
+    )

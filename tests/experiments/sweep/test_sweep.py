@@ -299,7 +299,7 @@ def test_four_workers_share_a_sweep_one_is_killed_and_no_trial_is_lost_or_run_tw
 @pytest.mark.parametrize(
     ("search", "said"),
     [
-        ({"learning-rate": "1e-2..1e-5"}, r"turned round, 0.01 to 1e-05; write 1e-5..1e-2"),
+        ({"learning-rate": "1e-2..1e-5"}, r"reversed, 0.01 to 1e-05; write 1e-5..1e-2"),
         ({"rank": "8..8"}, r"'rank=8..8' holds one value alone; give it as --rank 8"),
         ({"rank": ""}, r"'rank' has no values; give rank=LOW..HIGH or rank=A\|B"),
         ({"rank": "4"}, r"'rank=4' leaves nothing to search"),

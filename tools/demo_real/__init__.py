@@ -1,0 +1,1 @@
+"""How the data of examples/real_demo were cut from public sets."""
