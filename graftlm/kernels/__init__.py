@@ -133,12 +133,7 @@ def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32, out: Tensor 
 
     `out`, contiguous and of the weight's shape, takes the result in its own dtype; `dtype` is then ignored.
     """
-    dtype = dtype if out is None else out.dtype
-    if dtype in FLOATS and native.usable("nf4_dequantize", weight.packed):
-        return native.nf4_dequantize(weight, dtype, out)
-    fast = triton if dtype in FLOATS and triton.usable("nf4_dequantize", weight.packed) else reference
-    dense = fast.nf4_dequantize(weight, dtype)
-    return dense if out is None else out.copy_(dense)
+    return _dequantize("nf4_dequantize", weight, weight.packed, dtype, out)
 
 
 def int8_quantize(weight: Tensor) -> Int8:
@@ -147,28 +142,21 @@ def int8_quantize(weight: Tensor) -> Int8:
 
 
 def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-    """The weight as a dense tensor: each value computed in float32, then rounded once to `dtype`.
-
-    `out`, contiguous and of the weight's shape, takes the result in its own dtype; `dtype` is then ignored.
-    """
-    dtype = dtype if out is None else out.dtype
-    if dtype in FLOATS and native.usable("int8_dequantize", weight.values):
-        return native.int8_dequantize(weight, dtype, out)
-    fast = triton if dtype in FLOATS and triton.usable("int8_dequantize", weight.values) else reference
-    dense = fast.int8_dequantize(weight, dtype)
-    return dense if out is None else out.copy_(dense)
+    """The weight as a dense tensor, as `nf4_dequantize` makes one."""
+    return _dequantize("int8_dequantize", weight, weight.values, dtype, out)
 
 
 def blocks_dequantize(weight: GgufBlocks, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-    """The weight as a dense tensor, bit for bit as the package gguf computes it, then rounded once to `dtype`.
+    """The weight as a dense tensor, as `nf4_dequantize` makes one; its values are those of the package gguf, bit for bit."""
+    return _dequantize("blocks_dequantize", weight, weight.data, dtype, out)
 
-    `out`, contiguous and of the weight's shape, takes the result in its own type; `dtype` is then left aside.
-    """
+
+def _dequantize(name: str, weight: Weight, stored: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     dtype = dtype if out is None else out.dtype
-    if dtype in FLOATS and native.usable("blocks_dequantize", weight.data):
-        return native.blocks_dequantize(weight, dtype, out)
-    fast = triton if dtype in FLOATS and triton.usable("blocks_dequantize", weight.data) else reference
-    dense = fast.blocks_dequantize(weight, dtype)
+    if dtype in FLOATS and native.usable(name, stored):
+        return getattr(native, name)(weight, dtype, out)
+    fast = triton if dtype in FLOATS and triton.usable(name, stored) else reference
+    dense = getattr(fast, name)(weight, dtype)
     return dense if out is None else out.copy_(dense)
 
 
