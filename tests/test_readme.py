@@ -25,13 +25,6 @@ def _commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def test_the_readme_is_under_700_words() -> None:
-    own = re.sub(
-        r"## Performance.*?<!-- /performance -->", "", README, flags=re.DOTALL
-    )  # generated figures are no words
-    assert len([word for word in own.split() if re.search(r"\w", word)]) < 700  # the lines of a table are no words
-
-
 def test_there_are_commands_to_check() -> None:
     assert len(_commands()) >= 5
 

@@ -240,7 +240,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranges", [[(0, 90, 0)], [(0, 40, 1), (40, 90, 0)]])
+@pytest.mark.parametrize("ranges", [[(0, 0, 90)], [(1, 0, 40), (0, 40, 90)]])
 def test_adapted_products_and_gradients_are_those_with_the_dense_weight(
     kind: str, ranges: list[tuple[int, int, int]]
 ) -> None:
