@@ -14,7 +14,7 @@ import filecmp
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,42 +250,45 @@ def _sentencepiece(
             types[i] = BYTE
         elif token == unknown:
             types[i] = UNKNOWN
-    scores = _scores(folder, tokens, types, _merges(model))
-    written = [  # a user's token is looked up in the text, before its spaces are replaced
-        token.replace(SPACE, " ") if types[i] == USER_DEFINED and added[i].get("normalized") else token
-        for i, token in enumerate(tokens)
-    ]
+    normalized = {i for i, kind in enumerate(types) if kind == USER_DEFINED and added[i].get("normalized")}
+    found_first = {  # in a text, by both, before anything is joined
+        token for i, token in enumerate(tokens)
+        if types[i] == CONTROL or (types[i] == USER_DEFINED and (i in normalized or SPACE not in token))
+    }  # fmt: skip
     return {
-        "ggml.model": "llama", "ggml.pre": "default", "ggml.tokens": written, "ggml.token_type": types,
-        "ggml.scores": scores, "ggml.add_space_prefix": spaces,
+        "ggml.model": "llama", "ggml.pre": "default", "ggml.token_type": types,
+        # what is looked for in a normalized text there is looked for in the plain one here
+        "ggml.tokens": [t.replace(SPACE, " ") if i in normalized else t for i, t in enumerate(tokens)],
+        "ggml.scores": _scores(folder, tokens, found_first, _merges(model)), "ggml.add_space_prefix": spaces,
     }  # fmt: skip
 
 
 def _scores(
-    folder: Path, tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[str, str]]
+    folder: Path, tokens: Sequence[str], found_first: Set[str], merges: Sequence[tuple[str, str]]
 ) -> list[float]:
     """A score for each token, so that llama.cpp joins what the merges join, in their order.
 
     A merge makes one token. llama.cpp joins any two neighbours that make a token, the one with the best score first. Both are
     the same where the merges of one token stand together, and are all ways to make it of two tokens: as in every tokenizer.json
-    that was converted from a SentencePiece model. Raises ModelError otherwise.
+    that was converted from a SentencePiece model. Raises ModelError otherwise. Tokens that are `found_first` are never joined.
     """
     order, ways = dict[str, int](), Counter[str]()
     last = ""
     for left, right in merges:
         joined = left + right
+        if joined in found_first:
+            continue
         if joined != last and joined in order:
-            raise _no_scores(folder, f"it makes '{joined}' at two places of its order")
+            raise _no_scores(folder, f"it makes {joined!r} at two places of its order")
         order.setdefault(joined, len(order))
         ways[joined] += 1
         last = joined
     known = set(tokens)
-    for token, kind in zip(tokens, types):
-        if kind in (NORMAL, USER_DEFINED) and ways[token] != sum(
-            token[:cut] in known and token[cut:] in known for cut in range(1, len(token))
-        ):
-            raise _no_scores(folder, f"it does not make '{token}' of all pairs of tokens that give it")
-    return [float(-order.get(token, 0)) for token in tokens]
+    for token in (token for token in tokens if token not in found_first):
+        pairs = sum(token[:cut] in known and token[cut:] in known for cut in range(1, len(token)))
+        if ways[token] != pairs:
+            raise _no_scores(folder, f"it makes {token!r} of {ways[token]} of the {pairs} pairs of tokens that give it")
+    return [-1000.0 if token in found_first else float(-order.get(token, 0)) for token in tokens]
 
 
 def _no_scores(folder: Path, why: str) -> ModelError:

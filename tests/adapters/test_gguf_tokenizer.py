@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[str, list[Change], str]] = {
     "a spaced merge": ("bytes", [_spaced_merge], "divides both tokens by a space"),
     "a strange pattern": ("bytes", [_set("pre_tokenizer", to={"type": "Whitespace"})], "llama.cpp has no name for"),
     "an order without scores": ("spm", [_merge_twice], "it makes 'the' at two places"),
-    "a pair that is no merge": ("spm", [_merge_missing], "does not make 'the' of all pairs"),
+    "a pair that is no merge": ("spm", [_merge_missing], "it makes 'the' of 1 of the 2 pairs of tokens that give it"),
     "a byte without a token": ("spm", [_byte_missing], "has no token <0x41>"),
     "an unknown token for bytes": ("spm", [_set("model", "byte_fallback", to=False)], "takes its unknown token"),
     "whole words first": ("spm", [_set("model", "ignore_merges", to=True)], "does not treat spaces as llama.cpp does"),
