@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import load_tokenizer
@@ -149,11 +149,11 @@ def _converted(folder: Path, tokenizer: Any, encoder: Encoder) -> dict[str, Any]
     file = folder / "tokenizer.json"
     tokenizer_json = read_json(file, ModelError, most=MOST_TOKENIZER_BYTES) if file.is_file() else {}
     model: dict[str, Any] = tokenizer_json.get("model") or {}
-    added = {int(token["id"]): token for token in tokenizer_json.get("added_tokens") or ()}
-    stripping = next((t for t in added.values() if t.get("lstrip") or t.get("rstrip") or t.get("single_word")), None)
+    added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
+    stripping = next((token for token in added.values() if token.lstrip or token.rstrip or token.single_word), None)
     if stripping is not None:
         raise ModelError(
-            f"{folder}: its token '{stripping['content']}' takes spaces beside it (lstrip, rstrip or single_word), which GGUF "
+            f"{folder}: its token '{stripping.content}' takes spaces beside it (lstrip, rstrip or single_word), which GGUF "
             f"has no place for; {_WAY_OUT}"
         )
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -183,10 +183,10 @@ def _converted(folder: Path, tokenizer: Any, encoder: Encoder) -> dict[str, Any]
     )
 
 
-def _type_of(added: Mapping[str, Any] | None) -> int:
+def _type_of(added: AddedToken | None) -> int:
     if added is None:
         return NORMAL
-    return CONTROL if added.get("special") else USER_DEFINED
+    return CONTROL if added.special else USER_DEFINED
 
 
 def _byte_level(tokenizer_json: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,11 +208,12 @@ def _byte_level(tokenizer_json: Mapping[str, Any], model: Mapping[str, Any]) -> 
 
 
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges") or ()]
-    odd = next((pair for pair in pairs if len(pair) != 2), None)
-    if odd is not None:
-        raise ModelError(f"its tokenizer.json has the merge {odd!r:.80}, expected a pair of tokens")
-    return pairs
+    """The merges of a tokenizer.json, which has each as a pair or as a text with a space between."""
+    found: list[tuple[str, str]] = []
+    for merge in model.get("merges") or ():
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        found.append((left, right))
+    return found
 
 
 def _spaces(tokenizer_json: Mapping[str, Any]) -> bool | None:
@@ -230,7 +231,7 @@ def _spaces(tokenizer_json: Mapping[str, Any]) -> bool | None:
 
 def _sentencepiece(
     folder: Path, tokenizer_json: Mapping[str, Any], model: Mapping[str, Any], tokens: list[str], types: list[int],
-    added: Mapping[int, Mapping[str, Any]],
+    added: Mapping[int, AddedToken],
 ) -> dict[str, Any]:  # fmt: skip
     """Scores, tokens and types as llama.cpp has them. Raises ModelError where it would join or split a text otherwise."""
     spaces = _spaces(tokenizer_json)
@@ -250,7 +251,7 @@ def _sentencepiece(
             types[i] = BYTE
         elif token == unknown:
             types[i] = UNKNOWN
-    normalized = {i for i, kind in enumerate(types) if kind == USER_DEFINED and added[i].get("normalized")}
+    normalized = {i for i, kind in enumerate(types) if kind == USER_DEFINED and added[i].normalized}
     found_first = {  # in a text, by both, before anything is joined
         token for i, token in enumerate(tokens)
         if types[i] == CONTROL or (types[i] == USER_DEFINED and (i in normalized or SPACE not in token))
