@@ -61,7 +61,7 @@ def sentencepiece_tokenizer(*, prefix: bool) -> PreTrainedTokenizerFast:
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
         additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
     )  # fmt: skip
-    found.add_tokens([AddedToken("<tag>", normalized=False)])
+    found.add_tokens([AddedToken("<tag>", normalized=False)])  # pyright: ignore[reportArgumentType]
     return found
 
 

@@ -109,12 +109,12 @@ def merge(config: MergeConfig) -> MergeReport:
         raise RunError(f"{config.out} cannot be written: {error.strerror or error}; nothing is left of it") from None
     if config.gguf is not None:
         try:
-            done["gguf"] = gguf.write_gguf(config.out, config.gguf, config.gguf_type, base.folder)
+            file = gguf.write_gguf(config.out, config.gguf, config.gguf_type, base.folder)
         except OSError as error:
             raise RunError(
                 f"{config.gguf} cannot be written: {error.strerror or error}; {config.out} is whole"
             ) from None
-        done["notes"] = [*done["notes"], *done["gguf"]["notes"]]
+        done |= {"gguf": file, "notes": [*notes, *file["notes"]]}
     return MergeReport(done)
 
 

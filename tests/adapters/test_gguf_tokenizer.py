@@ -223,7 +223,8 @@ def test_what_llama_cpp_has_in_its_code_and_a_model_has_otherwise_is_refused(whi
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_llama_cpp_loads_a_head_of_its_own(architecture: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    place = folder(tmp_path / "model", architecture, **{**MODELS[architecture], "tie_word_embeddings": False})
+    changes: dict[str, Any] = {**MODELS[architecture], "tie_word_embeddings": False}
+    place = folder(tmp_path / "model", architecture, **changes)
     write_gguf(place, tmp_path / "m.gguf", "f32")
     assert "output.weight" in read_gguf(tmp_path / "m.gguf").tensors
     llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=32, verbose=False).close()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_files as files
 import pytest
 import tiny
 from tiny_gguf import WORDS, folder
@@ -18,10 +19,6 @@ from graftlm.adapters.gguf import write_gguf
 from graftlm.base.loading import load_base, load_tokenizer, resolve
 from graftlm.errors import GraftError, ModelError
 from graftlm.gguf.header import GgufFile, read_gguf
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "gguf"))
-
-import gguf_files as files
 
 pytest.importorskip("gguf")
 
