@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
+from tiny_gguf import folder
 from typer.testing import CliRunner
 
 from graftlm.cli import app
@@ -55,7 +55,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     s3fs.S3FileSystem.clear_instance_cache()
     s3fs.S3FileSystem(client_kwargs={"region_name": "eu-central-1"}).mkdir(BUCKET)
     monkeypatch.chdir(tmp_path)
-    with Hub({"someone/llama": tiny_run.folder()}) as hub:
+    with Hub({"someone/llama": folder(tmp_path / "llama", "llama")}) as hub:
         talking_to(hub, tmp_path / ".hub", monkeypatch)
         yield hub
     server.stop()

@@ -6,8 +6,9 @@ Names, keys and layouts are those of llama.cpp's own converter, from the `gguf` 
     gemma              norms store w + 1, the factor that they multiply with
     1-D tensors        float32; matrices in the requested type, or f16 if q8_0 and a row is not a multiple of 32
 
-Tokenizer, chat template and stop tokens are in `gguf_tokenizer.py`. The file is read back and compared tensor by tensor before
-it gets its name.
+Tokenizer, chat template and stop tokens are in `gguf_tokenizer.py`. What llama.cpp has in its code for an architecture, and a
+file cannot say, is in `_FIXED`: a model that differs there is refused. The file is read back and compared tensor by tensor
+before it gets its name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +30,68 @@ from graftlm.base.checkpoint_layout import Checkpoint
 from graftlm.base.loading import load_config
 from graftlm.errors import ModelError
 from graftlm.files import flush
-from graftlm.gguf.config import llama3_divisors
-from graftlm.gguf.layout import ROPE_FREQS, GgufLayout, layout_for
+from graftlm.gguf.config import LOCAL_ROPE_THETA, llama3_divisors
+from graftlm.gguf.header import read_gguf
+from graftlm.gguf.layout import ROPE_FREQS, WRITTEN_AS, GgufLayout, layout_for
 from graftlm.progress import working
 
 Array = NDArray[Any]
 
 _CONVERTER = "write the plain folder and convert it with llama.cpp's own converter"
+_SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # kind, general.file_type
 
 
-def check_gguf(folder: Path) -> None:
-    """Raise ModelError if GGUF cannot be written for a model's architecture or tokenizer; reads no weights."""
+@dataclass(frozen=True)
+class _Fixed:
+    """What llama.cpp has in its code for an architecture (`src/models/` there)."""
+
+    activations: tuple[str, ...] = ("silu", "swish")
+    rope: tuple[str, ...] = ("default", "linear")
+    attention_bias: bool = True
+    """Whether it reads the biases that `attention_bias` gives a model."""
+    untied_head: bool = True
+    """Whether it reads a head of its own; otherwise it takes the embedding, whatever the file holds."""
+    full_every: int = 0
+    """Which layers have full attention; the others have a window. 0: all."""
+    soft_caps: bool = False
+    """Whether it caps the scores of attention and the logits; otherwise it caps neither."""
+
+
+_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+_FIXED = {
+    "llama": _Fixed(rope=("default", "linear", "llama3")),
+    "qwen2": _Fixed(),
+    "qwen3": _Fixed(attention_bias=False),
+    "gemma": _Fixed(_GELU, attention_bias=False, untied_head=False),
+    "gemma2": _Fixed(_GELU, attention_bias=False, untied_head=False, full_every=2, soft_caps=True),
+    "gemma3": _Fixed(_GELU, attention_bias=False, full_every=6),
+}
+
+
+def check_gguf(folder: Path, tokenizer: Path | None = None, *, unties: bool = False) -> None:
+    """Raise ModelError if GGUF cannot be written for a model's architecture or tokenizer; reads no weights.
+
+    `tokenizer`: the folder of the tokenizer, if it is not the model's own. `unties`: the head becomes a tensor of its own.
+    """
     gguf_package()
     config = load_config(folder, False)
     layout_for(config, ModelError, _CONVERTER)
-    _check_numbers(config)
-    read_vocab(folder, int(config.vocab_size))
+    _check_numbers(config, unties)
+    read_vocab(tokenizer or folder, int(config.vocab_size), folder)
 
 
-def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
+def write_gguf(folder: Path, file: Path, kind: str, base: Path | None = None) -> dict[str, Any]:
     """Write a model folder as `file`, its matrices as `kind` (f32, f16, bf16, q8_0); returns what was written.
 
+    `base`: the folder of the model that it was made of, whose tokenizer is taken as it is if that is a GGUF file.
     Raises ModelError for an architecture, a tokenizer or a tensor that GGUF does not support, and OSError.
     """
     gguf = gguf_package()
     config = load_config(folder, False)
     layout = layout_for(config, ModelError, _CONVERTER)
-    _check_numbers(config)
-    vocab = read_vocab(folder, int(config.vocab_size))
+    _check_numbers(config, False)
+    vocab = read_vocab(folder, int(config.vocab_size), base)
     checkpoint = Checkpoint(folder)
     gguf_names: dict[str, str] = {}
     for tensor in checkpoint.tensors:
@@ -71,7 +106,7 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
     with partial_file(file) as temporary:
         writer = gguf.GGUFWriter(str(temporary), layout.architecture)
         _describe(writer, gguf, config, folder.name, kind)
-        write_vocab(writer, vocab)
+        write_vocab(writer, gguf.GGUFValueType, vocab)
         extra = _rope_factors(config)
         if extra is not None:
             writer.add_tensor_info(ROPE_FREQS, extra.shape, extra.dtype, extra.nbytes)
@@ -102,7 +137,7 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, Any]:
     return {
         "file": str(file), "modelfile": str(modelfile), "bytes": file.stat().st_size,
         "architecture": layout.architecture, "type": kind, "tensors": count, "vocabulary": len(vocab.tokens),
-        "pre_tokenizer": vocab.pre,
+        "pre_tokenizer": vocab.values.get("ggml.pre", "default"), "notes": vocab.notes,
     }  # fmt: skip
 
 
@@ -140,39 +175,62 @@ def _head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _check_numbers(config: Any) -> None:
-    """Raise ModelError for a config value that differs from the one hard-coded in llama.cpp."""
-    kind = _rope(config).get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):
-        raise ModelError(f"its RoPE type is '{kind}', which is not supported here; use llama.cpp's converter")
-    if getattr(config, "attention_bias", False) and config.model_type in ("gemma", "gemma2", "gemma3_text"):
-        raise ModelError(f"GGUF does not support a {config.model_type} with biases in attention")
-    if config.model_type in ("gemma2", "gemma3_text"):
-        wide = {"gemma2": 46, "gemma3_text": 62}[config.model_type]
-        heads = config.hidden_size / config.num_attention_heads
-        expected = heads if config.num_hidden_layers == wide else _head_width(config)
-        if config.query_pre_attn_scalar != expected:
-            raise ModelError(
-                f"its query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp uses {expected:g} for this "
-                "architecture"
-            )
-        period = 2 if config.model_type == "gemma2" else 6
-        pattern = [
-            "full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
-        ]
-        if list(config.layer_types) != pattern:
-            raise ModelError(
-                f"its layers do not use full attention in every {period}th layer, as llama.cpp does for this architecture"
-            )
-    if config.model_type == "gemma3_text":
-        local = (
-            (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {}).get("rope_theta", 10_000.0)
+def _check_numbers(config: Any, unties: bool) -> None:
+    """Raise ModelError for a config value that differs from the one in llama.cpp's code."""
+    fixed, kind = _FIXED[WRITTEN_AS[config.model_type]], config.model_type
+    scaling = _rope(config).get("rope_type", "default")
+    if scaling not in fixed.rope:
+        raise ModelError(
+            f"its RoPE type is '{scaling}', and llama.cpp has {', '.join(fixed.rope)} for a {kind}; {_CONVERTER}"
         )
-        if local != 10_000.0:
-            raise ModelError(f"its local layers have rope_theta {local:g}, and llama.cpp uses 10000")
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if activation not in fixed.activations:
+        raise ModelError(f"its activation is '{activation}', and llama.cpp has {fixed.activations[0]} for a {kind}")
+    if getattr(config, "attention_bias", False) and not fixed.attention_bias:
+        raise ModelError(f"GGUF does not support a {kind} with biases in attention")
+    if not fixed.untied_head and (unties or not config.tie_word_embeddings):
+        raise ModelError(
+            f"its head is not tied to its embedding, and llama.cpp takes a {kind}'s embedding as its head; write the plain "
+            "folder, without --gguf"
+        )
+    caps = [getattr(config, name, None) for name in _SOFT_CAPS]
+    if all(caps) != fixed.soft_caps or any(caps) != fixed.soft_caps:
+        raise ModelError(
+            f"its {_SOFT_CAPS[0]} and {_SOFT_CAPS[1]} are {caps[0]} and {caps[1]}, and llama.cpp caps "
+            f"{'both' if fixed.soft_caps else 'neither'} for a {kind}"
+        )
+    if fixed.full_every:
+        _check_windows(config, fixed.full_every)
     if getattr(config, "use_sliding_window", False):
         raise ModelError(
             "it uses a sliding window (use_sliding_window), which llama.cpp does not support for this architecture"
+        )
+
+
+def _check_windows(config: Any, period: int) -> None:
+    """The part of `_check_numbers` for models with a window in most layers."""
+    wide = {"gemma2": 46, "gemma3_text": 62}[config.model_type]
+    heads = config.hidden_size / config.num_attention_heads
+    expected = heads if config.num_hidden_layers == wide else _head_width(config)
+    if config.query_pre_attn_scalar != expected:
+        raise ModelError(
+            f"its query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp uses {expected:g} for this "
+            "architecture"
+        )
+    layers = range(config.num_hidden_layers)
+    pattern = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in layers]
+    if list(config.layer_types) != pattern:
+        raise ModelError(
+            f"its layers do not use full attention in every {period}th layer, as llama.cpp does for this architecture"
+        )
+    if not config.sliding_window:
+        raise ModelError("it has no sliding_window, which llama.cpp needs for this architecture")
+    local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
+    theta, scaling = local.get("rope_theta", LOCAL_ROPE_THETA), local.get("rope_type", "default")
+    if theta != LOCAL_ROPE_THETA or scaling != "default":
+        raise ModelError(
+            f"its local layers have rope_theta {theta:g} and RoPE type '{scaling}', and llama.cpp uses {LOCAL_ROPE_THETA:g} "
+            "and default"
         )
 
 
@@ -205,12 +263,9 @@ def _describe(writer: Any, gguf: Any, config: Any, name: str, kind: str) -> None
         writer.add_rope_scaling_factor(float(rope["factor"]))
     if config.model_type in ("gemma2", "gemma3_text"):
         writer.add_sliding_window(int(window or 0))
-        for attribute, add in (
-            ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
-            ("final_logit_softcapping", writer.add_final_logit_softcapping),
-        ):
-            if getattr(config, attribute, None):
-                add(float(getattr(config, attribute)))
+        if config.model_type == "gemma2":
+            writer.add_attn_logit_softcapping(float(config.attn_logit_softcapping))
+            writer.add_final_logit_softcapping(float(config.final_logit_softcapping))
 
 
 def _rope_factors(config: Any) -> Array | None:
@@ -260,12 +315,10 @@ def _read_back(
         encoded = _encoded(gguf, wanted, kind)
         if tensor is None or np.asarray(tensor.data).tobytes() != np.ascontiguousarray(encoded).tobytes():
             raise ModelError(f"{gguf_name} in {file.name} differs from what was written; the file was removed")
-    tokens = [
-        bytes(reader.fields["tokenizer.ggml.tokens"].parts[i]).decode()
-        for i in reader.fields["tokenizer.ggml.tokens"].data
-    ]
-    if tokens != vocab.tokens:
-        raise ModelError(f"the tokens in {file.name} differ from what was written; the file was removed")
+    metadata = read_gguf(file).metadata
+    odd = next((key for key, value in vocab.metadata().items() if metadata.get(key) != value), None)
+    if odd is not None:
+        raise ModelError(f"{odd} in {file.name} differs from what was written; the file was removed")
     return len(found)
 
 

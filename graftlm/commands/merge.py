@@ -29,7 +29,7 @@ from graftlm.adapters.merge_drift import (
     load_merged_weights,
     measure_live,
 )
-from graftlm.adapters.merge_writer import rounding_of, write_merged_model
+from graftlm.adapters.merge_writer import rounding_of, tokenizer_folder, write_merged_model
 from graftlm.adapters.peft_format import AdapterFolder
 from graftlm.adapters.store import open_adapter
 from graftlm.adapters.store.tables import print_merged
@@ -67,8 +67,6 @@ def merge(config: MergeConfig) -> MergeReport:
     manifests = [given.manifest for given, _ in found]
     precision = _trained_on(manifests, [given.path for given, _ in found])
     base = load_meta_base(config.model, precision=precision or "float32", trust_remote_code=config.trust_remote_code)
-    if config.gguf is not None:
-        gguf.check_gguf(base.folder)
     adapters = [WeightedAdapter(adapter_format.load(base, given), weight) for given, weight in found]
     compressed = precision in ("int8", "nf4")
     onto: Onto = config.onto or ("dequantized" if compressed else "original")
@@ -79,6 +77,8 @@ def merge(config: MergeConfig) -> MergeReport:
     recipe = MergeRecipe(config.combine, config.density or 1.0, config.seed)
     targets = _targets(base, onto, compressed)
     mergers: dict[Onto, Merger] = {kind: Merger(base, adapters, recipe, kind) for kind in targets}
+    if config.gguf is not None:
+        gguf.check_gguf(base.folder, tokenizer_folder(mergers[onto]), unties=mergers[onto].unties)
     save_dtype = _TYPES[config.save_precision] if config.save_precision else None
 
     notes: list[str] = []
@@ -109,11 +109,12 @@ def merge(config: MergeConfig) -> MergeReport:
         raise RunError(f"{config.out} cannot be written: {error.strerror or error}; nothing is left of it") from None
     if config.gguf is not None:
         try:
-            done["gguf"] = gguf.write_gguf(config.out, config.gguf, config.gguf_type)
+            file = gguf.write_gguf(config.out, config.gguf, config.gguf_type, base.folder)
         except OSError as error:
             raise RunError(
                 f"{config.gguf} cannot be written: {error.strerror or error}; {config.out} is whole"
             ) from None
+        done |= {"gguf": file, "notes": [*notes, *file["notes"]]}
     return MergeReport(done)
 
 

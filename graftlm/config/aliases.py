@@ -353,6 +353,8 @@ ALIASES: dict[str, tuple[Alias, ...]] = {
     "report_to": (Alias("track", _trackers),),
     **{f"use_{name}": (Alias("track", _when((name,)), switch=True),) for name in ("wandb", "tensorboard", "mlflow")},
     **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints"), (Alias("resume", _resume),)),
+    # adapters
+    "gguf": (Alias("for_", _when("gguf"), ("export",), switch=True),),
     # serving
     "kv_cache_memory_bytes": (Alias("kv_cache_gb", _bytes),),
     "shutdown_timeout": (Alias("drain_seconds"),),

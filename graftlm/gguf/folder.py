@@ -72,7 +72,7 @@ def model_folder(file: Path) -> Path:
         return folder
     gguf = read_gguf(file)
     config = config_of(gguf)
-    _check_tensors(gguf)
+    _check_tensors(gguf, config)
     tokenizer, settings = tokenizer_of(gguf)
     with atomic_folder(folder) as place:
         write_json(place / "config.json", config)
@@ -106,9 +106,23 @@ def layout_of(file: GgufFile) -> GgufLayout:
     return GgufLayout(file.architecture, config["num_attention_heads"], config["num_key_value_heads"])
 
 
-def _check_tensors(file: GgufFile) -> None:
-    """Raise ModelError for a tensor without a place in the architecture, or of a type that is not read."""
-    for place in checkpoint_names(file.path, layout_of(file), file.tensors).values():
+def _check_tensors(file: GgufFile, config: dict[str, Any]) -> None:
+    """Raise ModelError for layers that are not those of the metadata, a tensor without a place in the architecture, or of a
+    type that is not read."""
+    places = checkpoint_names(file.path, layout_of(file), file.tensors).values()
+    found = {int(place.split(".")[1]) for place in places if place.startswith("blk.")}
+    claimed, prefix = config["num_hidden_layers"], file.architecture
+    if found != set(range(claimed)):  # before a model of so many layers is built
+        raise ModelError(
+            f"{file.path}: {prefix}.block_count is {claimed:,}, and its tensors are of {len(found):,} layers, "
+            "which are not those counted from 0; download it again"
+        )
+    width = file.tensors["token_embd.weight"].shape[1]
+    if width != config["hidden_size"]:
+        raise ModelError(
+            f"{file.path}: {prefix}.embedding_length is {config['hidden_size']:,}, and its embedding has rows of {width:,}"
+        )
+    for place in places:
         kind = file.tensors[place].type.name
         if kind not in (*BLOCKS, *FLOATS):
             raise ModelError(

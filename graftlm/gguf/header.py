@@ -26,9 +26,10 @@ MAX_ENTRIES = 100_000
 MAX_NAME_BYTES = 1024
 MAX_STRING_BYTES = 16 << 20
 """One string of the metadata: chat templates reach tens of kilobytes."""
-MAX_ARRAY = 16 << 20
-"""Values of one array: a tokenizer of 262,144 tokens has about 500,000 merges."""
-MAX_HEADER_BYTES = 512 << 20
+MAX_VALUES = 4 << 20
+"""Values of all arrays together: a tokenizer of 262,144 tokens has 1.3 million with its types, scores and merges."""
+MAX_HEADER_BYTES = 128 << 20
+"""That of Gemma 3, with 262,144 tokens, has 15 MB. As Python's objects a header takes up to five times its bytes."""
 _MOST_AXES = 4
 
 
@@ -123,6 +124,7 @@ class _HeaderReader:
         self.path, self.data, self.size = path, data, size
         self.end = min(size, MAX_HEADER_BYTES)
         self.at = 4
+        self.values = 0
 
     def file(self) -> GgufFile:
         version = self._number("I")
@@ -237,8 +239,11 @@ class _HeaderReader:
 
     def _array(self, key: str) -> Any:
         kind, count = self._number("I"), self._number("Q")
-        if count > MAX_ARRAY:
-            raise self._fault(f"has '{key}' of {count:,} values, and at most {MAX_ARRAY:,} are read")
+        self.values += count
+        if self.values > MAX_VALUES:
+            raise self._fault(
+                f"has '{key}' of {count:,} values, and at most {MAX_VALUES:,} are read in all lists together"
+            )
         if kind == _STRING:
             return [self._string(MAX_STRING_BYTES, f"'{key}'") for _ in range(count)]
         if kind not in _SCALARS:

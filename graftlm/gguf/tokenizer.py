@@ -17,6 +17,8 @@ from graftlm.errors import ModelError
 from graftlm.gguf.config import special_tokens
 from graftlm.gguf.header import GgufFile
 
+MAX_TOKEN_LENGTH = 1024
+"""Characters of one token: runs of spaces and dashes reach 256."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """`tokenizer.ggml.token_type`."""
 SPACE = "▁"
@@ -29,6 +31,8 @@ class PreTokenizer:
     steps: tuple[dict[str, Any], ...]
     normalizer: str | None = None
     ignore_merges: bool = False
+    adds_bos: bool = False
+    """Whether a text begins with the first token where the file does not say (`tokenizer.ggml.add_bos_token`)."""
 
 
 def _byte_level(*, pattern: bool) -> dict[str, Any]:
@@ -42,18 +46,45 @@ def _split(pattern: str) -> tuple[dict[str, Any], ...]:
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = PreTokenizer(_split(rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), ignore_merges=True)
-_QWEN2 = PreTokenizer(_split(rf"{_WORDS}|\p{{N}}|{_REST}"), normalizer="NFC")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_THREE_DIGITS = _split(rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}")
+_ONE_DIGIT = _split(rf"{_WORDS}|\p{{N}}|{_REST}")
+
+
+def _known(names: str, pre: PreTokenizer) -> dict[str, PreTokenizer]:
+    return dict.fromkeys(names.split(), pre)
+
 
 PRE_TOKENIZERS = {
-    "gpt-2": PreTokenizer((_byte_level(pattern=True),)),
-    "smollm": PreTokenizer(({"type": "Digits", "individual_digits": True}, _byte_level(pattern=True))),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
+    **_known(
+        "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert exaone4 mpt olmo jais trillion "
+        "granite-docling",
+        PreTokenizer((_byte_level(pattern=True),)),
+    ),
+    **_known(
+        "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
+        PreTokenizer(({"type": "Digits", "individual_digits": True}, _byte_level(pattern=True))),
+    ),
+    **_known(
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+        PreTokenizer(_THREE_DIGITS, ignore_merges=True, adds_bos=True),
+    ),
+    **_known("smaug-bpe dbrx chatglm-bpe glm4", PreTokenizer(_THREE_DIGITS)),
+    "qwen2": PreTokenizer(_ONE_DIGIT, normalizer="NFC"),
+    **_known("deepseek-r1-qwen megrez kormo f2llmv2 stablelm2 hunyuan solar-open", PreTokenizer(_ONE_DIGIT)),
+    "tekken": PreTokenizer(
+        _split(rf"{_CASED}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+        ignore_merges=True,
+        adds_bos=True,
+    ),
 }
-"""llama.cpp's name -> what it stands for; of several names for one the first is written."""
+"""llama.cpp's name -> what it stands for; of several names for one the first is written.
+
+Names that llama.cpp maps to one pattern stand together (`llama_vocab::impl::load` in `src/llama-vocab.cpp`). It has more, for
+patterns that no model of the architectures in `layout.py` needs or that are no single one: `default`, `deepseek-llm`,
+`deepseek-coder`, `falcon`, `gpt-4o` and others are refused.
+"""
 
 
 def name_of(steps: Sequence[Mapping[str, Any]], normalizer: str | None, *, ignore_merges: bool) -> str | None:
@@ -93,7 +124,9 @@ def tokenizer_of(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
     values["version"] = "1.0"
     values["truncation"] = values["padding"] = None
     values["added_tokens"] = found.added()
-    values["post_processor"] = found.post_processor(adds_bos=kind == "llama" or found.pre in ("llama-bpe", "llama3"))
+    pre = PRE_TOKENIZERS.get(found.pre)
+    adds_bos = kind == "llama" or (pre is not None and pre.adds_bos)
+    values["post_processor"] = found.post_processor(adds_bos=adds_bos)
     return values, found.settings()
 
 
@@ -114,6 +147,11 @@ class _Vocabulary:
                 raise ModelError(
                     f"{file.path}: tokenizer.ggml.{name} has {len(values):,} values for {len(self.tokens):,} tokens"
                 )
+        longest = max(map(len, self.tokens))
+        if longest > MAX_TOKEN_LENGTH:
+            raise ModelError(
+                f"{file.path} has a token of {longest:,} characters, and at most {MAX_TOKEN_LENGTH:,} are read"
+            )
         self.ids: dict[str, int] = {}
         for i, token in enumerate(self.tokens):
             self.ids.setdefault(token, i)
@@ -129,11 +167,12 @@ class _Vocabulary:
         return bool(self.file.metadata.get(f"tokenizer.ggml.{name}", default))
 
     def added(self) -> list[dict[str, Any]]:
-        """The tokens that are found in a text before it is split. A user's own are no special tokens: they are shown."""
+        """The tokens that are found in a text before it is normalized and split, as llama.cpp finds them. A user's own are no
+        special tokens: they are shown."""
         return [
             {
                 "id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": self.types[i] == USER_DEFINED, "special": self.types[i] != USER_DEFINED,
+                "normalized": False, "special": self.types[i] != USER_DEFINED,
             }
             for i, token in enumerate(self.tokens)
             if token and self.types[i] in (CONTROL, USER_DEFINED, UNKNOWN) and self.ids[token] == i

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import tiny_run
 import torch
-from tiny_gguf import MODELS, folder
+from tiny_gguf import MODELS, folder, merging_tokenizer
 from transformers import AutoModelForCausalLM
 
 from graftlm.adapters.gguf import check_gguf, write_gguf
@@ -76,7 +75,7 @@ def test_tokenizer_template_and_stop_tokens_are_in_the_file(tmp_path: Path) -> N
     assert fields["tokenizer.ggml.model"].contents() == "gpt2"
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert fields["tokenizer.chat_template"].contents() == (place / "chat_template.jinja").read_text()
-    tokenizer = tiny_run.byte_tokenizer()
+    tokenizer = merging_tokenizer()
     tokens = fields["tokenizer.ggml.tokens"].contents()
     assert tokens == [t for t, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id

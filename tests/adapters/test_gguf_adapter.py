@@ -13,9 +13,9 @@ import tiny
 import tiny_run
 import torch
 from merging import saved
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_gguf import merging_tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from graftlm.adapters import gguf_adapter
 from graftlm.adapters import peft_format as adapter_format
@@ -26,6 +26,7 @@ from graftlm.adapters.layer_adapter import LowRank
 from graftlm.adapters.store import Store
 from graftlm.base.loading import Base, load_base
 from graftlm.base.meta_base import load_meta_base
+from graftlm.cli import app
 from graftlm.config import ExportConfig
 from graftlm.errors import AdapterError, ConfigError, ModelError, RunError
 from graftlm.gguf.layout import layout_for
@@ -270,6 +271,19 @@ def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], m
         ExportConfig.build({"version": "formal", **options})
 
 
+@pytest.mark.parametrize("flags", [["formal@1", "--gguf", "a.gguf"], ["formal@1", "a.gguf", "--for", "gguf"]])
+def test_both_words_for_the_format_lead_there(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read, found = ExportConfig.read, list[ExportConfig]()
+
+    def keep(path: Any, given: dict[str, Any]) -> ExportConfig:
+        found.append(read(path, given))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(ExportConfig, "read", keep)
+    CliRunner().invoke(app, ["adapters", "export", *flags])
+    assert [(config.version, str(config.out), config.for_) for config in found] == [("formal@1", "a.gguf", "gguf")]
+
+
 def test_without_the_gguf_package_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,16 +294,6 @@ def test_without_the_gguf_package_the_error_says_what_to_install(
 
 
 # ---- beside llama.cpp ------------------------------------------------------------------------------------------------
-
-
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and one of two: llama.cpp refuses a BPE vocabulary without merges."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*tiny_run.SPECIAL, *alphabet, "th"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def base_file(architecture: str, place: Path) -> Path:

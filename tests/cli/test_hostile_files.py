@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_run
 from test_cli import graft, refused
+from tiny_gguf import folder
+
+from graftlm.adapters.gguf import write_gguf
 
 DEEP = "[" * 100_000 + "]" * 100_000
 LONG = "1" * 50_000
@@ -122,6 +125,26 @@ def test_a_stores_own_json_over_a_limit_is_called_damaged(kind: str, tmp_path: P
     assert f"{store / 'store.json'} is damaged" in refused("adapters", "list", "--store", store)
 
 
+def test_a_gguf_file_that_is_cut_short_is_named_by_every_command_that_takes_a_model(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(folder(tmp_path / "model", "llama"), tmp_path / "cut.gguf", "f32")
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for command in (
+        ("plan", file),
+        ("check", data, "--model", file),
+        ("train", "--model", file, "--data", data, "--out", tmp_path / "run"),
+        ("compare", "--model", file, "--data", data, "--out", tmp_path / "compared"),
+        ("sweep", "--model", file, "--data", data, "--out", tmp_path / "sweep", "--search", "rank=2..4"),
+        ("generate", "--model", file, "--prompt", "x"),
+        ("serve", "--model", file, "--port", "0"),
+        ("merge", "--model", file, "--out", tmp_path / "merged", "--gguf", tmp_path / "m.gguf"),
+    ):
+        found = refused(*command)
+        assert f"{file} is cut short: tensor" in found, command
+        assert len(found) < 500
+
+
 @pytest.mark.parametrize("text", [f'{{"model": {"[" * 5_000}', f'{{"seed": {LONG}}}', "seed: &a [*a]"])
 def test_a_run_file_over_a_limit_is_named_by_train_sweep_and_serve(text: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
@@ -133,10 +156,10 @@ def test_a_run_file_over_a_limit_is_named_by_train_sweep_and_serve(text: str, tm
 
 
 def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "sweep"
-    folder.mkdir()
-    (folder / "sweep.json").write_text(spoilt("{}", "deep"))
-    assert "nested too deep" in refused("sweep", "show", folder)
+    place = tmp_path / "sweep"
+    place.mkdir()
+    (place / "sweep.json").write_text(spoilt("{}", "deep"))
+    assert "nested too deep" in refused("sweep", "show", place)
 
 
 def test_a_config_that_is_no_models_is_a_sentence(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import tiny
 import tiny_run
 import torch
 from safetensors.torch import load_file
+from tiny_gguf import folder
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import attach
@@ -98,7 +99,7 @@ def test_above_max_drift_nothing_is_written_and_the_way_out_is_named(trained: Pa
     with pytest.raises(
         MergeRefused, match=r"above --max-drift 0\.001; nothing was written\. Take --onto dequantized"
     ) as e:
-        merge(asked(trained, tmp_path / "out", onto="original", max_drift=0.001, gguf=str(tmp_path / "m.gguf")))
+        merge(asked(trained, tmp_path / "out", onto="original", max_drift=0.001))
     assert list(tmp_path.iterdir()) == []
     assert {d["onto"] for d in e.value.report["drift"]} == {"original", "dequantized", "requantized"}
     assert merge(asked(trained, tmp_path / "out", max_drift=0.001))["onto"] == "dequantized"
@@ -186,13 +187,24 @@ def test_several_adapters_are_not_measured_and_say_so(trained: Path, tmp_path: P
 
 
 def test_a_gguf_file_is_written_beside_the_folder_and_what_cannot_be_is_said_before_anything_is(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "m.gguf"
-    done = merge(asked(trained, tmp_path / "out", gguf=str(file), gguf_type="f32"))
+    base = folder(tmp_path / "base", "llama")  # with merges, which llama.cpp needs
+    tiny_run.train(tmp_path, model=str(base), base_precision="nf4", method="qlora")
+
+    def to(out: str, file: str, **options: Any) -> MergeConfig:
+        given = {"model": str(base), "gguf": str(tmp_path / file), "gguf_type": "f32", **options}
+        return asked(tmp_path / "run", tmp_path / out, **given)
+
+    done = merge(to("out", "m.gguf"))
     assert (done["gguf"]["tensors"], done["gguf"]["architecture"]) == (21, "llama")
     with pytest.raises(ConfigError, match=r"--gguf .*m\.gguf is there already"):
-        merge(asked(trained, tmp_path / "again", gguf=str(file)))
+        merge(to("again", "m.gguf"))
+
+    with pytest.raises(MergeRefused):
+        merge(to("never", "c.gguf", onto="original", max_drift=0.001))
+    with pytest.raises(ModelError, match="its tokenizer has no merges"):
+        merge(to("never", "c.gguf", model=str(tiny_run.folder()), adapter=None))
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -200,11 +212,12 @@ def test_a_gguf_file_is_written_beside_the_folder_and_what_cannot_be_is_said_bef
     with monkeypatch.context() as patch:
         patch.setattr("graftlm.adapters.gguf.write_gguf", full)
         with pytest.raises(RunError, match=r"b\.gguf cannot be written: No space left on device; .*whole is whole"):
-            merge(asked(trained, tmp_path / "whole", gguf=str(tmp_path / "b.gguf"), unmeasured=True))
+            merge(to("whole", "b.gguf", unmeasured=True))
     assert tiny.plain(tmp_path / "whole").num_parameters() > 0
-    odd = Path(shutil.copytree(tiny_run.folder(), tmp_path / "odd"))
+    odd = Path(shutil.copytree(base, tmp_path / "odd"))
     told = json.loads((odd / "tokenizer.json").read_text())
     (odd / "tokenizer.json").write_text(json.dumps({**told, "normalizer": {"type": "Lowercase"}}))
     with pytest.raises(ModelError, match="has no name for"):
-        merge(asked(trained, tmp_path / "never", model=str(odd), gguf=str(tmp_path / "c.gguf")))
+        merge(to("never", "c.gguf", model=str(odd), adapter=None))
     assert not (tmp_path / "never").exists()
+    assert not (tmp_path / "c.gguf").exists()

@@ -11,6 +11,10 @@ U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 KINDS = {U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q"}
 
 
+class Int32(list[int]):
+    """A list of numbers that the file has as signed ones."""
+
+
 def string(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
@@ -20,6 +24,8 @@ def value(found: Any) -> bytes:
     """A value with its type in front: bool, int (32 bits), float, str, or a list of one of these."""
     if isinstance(found, list):
         inner = [value(v) for v in found] or [struct.pack("<I", U32)]
+        if isinstance(found, Int32):
+            inner = [struct.pack("<Ii", I32, v) for v in found]
         return (
             struct.pack("<I", ARRAY)
             + inner[0][:4]
