@@ -107,7 +107,7 @@ def _train(rung: Rung, folder: Path, model: str, data: str, steps: int) -> dict[
     """One run as `graft train` makes it; its peak above what the process had before, and its steps after the watched ones."""
     from graftlm.commands.train import train
     from graftlm.config import TrainConfig
-    from graftlm.training.memory import release_memory
+    from graftlm.heap import release_memory
     from graftlm.training.view import View
 
     gc.collect()

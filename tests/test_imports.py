@@ -18,6 +18,7 @@ FLOORS = [
     "formatting",
     "terminal",
     "progress",
+    "heap",
     "config",
     "scores",
     "demo",

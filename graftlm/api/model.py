@@ -30,8 +30,8 @@ from graftlm.data.in_memory import names_of, source_of
 from graftlm.data.sources import named_source, token_limit
 from graftlm.errors import ConfigError, ModelError
 from graftlm.formatting import count, size
+from graftlm.heap import release_memory
 from graftlm.serving.engine.generate import encode_prompts, generate_all
-from graftlm.training.memory import release_memory
 
 Messages = Sequence[Mapping[str, Any]]
 AdapterName = Run | str | Path

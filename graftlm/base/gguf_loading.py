@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from graftlm.base.gguf_tensors import read_tensor
 from graftlm.base.modules import StoredLinear, WeightHandle
-from graftlm.base.precision import dequantize
+from graftlm.base.precision import DTYPES, dequantize, embedding_precision
 from graftlm.base.random_init import random_model
 from graftlm.base.surgery import Replacements, find_replacements, freeze, replace_modules
 from graftlm.config import Precision
@@ -51,7 +51,7 @@ def load_gguf(
             _check_shape(file, place, name, tuple(parameters[name].shape))
             value = read_tensor(file, layout, name, place).to(device)
             if precision != "gguf" and not isinstance(value, Tensor):
-                value = dequantize(value, torch.float32)
+                value = dequantize(value, _read_dtype(precision, name in stored))
             if name in stored:
                 stored[name].set_weight(value)
             elif isinstance(value, Tensor):
@@ -64,6 +64,12 @@ def load_gguf(
     replaced = replace_modules(model, replacements, precision, activation_dtype)
     _store_outer(model, outer, activation_dtype)
     return freeze(model), replaced
+
+
+def _read_dtype(precision: Precision, is_linear: bool) -> torch.dtype:
+    """The dtype that blocks are brought to on the way to `precision`: the final one where that is dense, which rounds their
+    float32 values once; float32 for what is quantized anew."""
+    return DTYPES.get(precision if is_linear else embedding_precision(precision), torch.float32)
 
 
 def _store_outer(model: Any, blocks: dict[str, GgufBlocks], activation_dtype: torch.dtype) -> None:

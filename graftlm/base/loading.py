@@ -42,6 +42,7 @@ from graftlm.config import ComputeDtype, Precision
 from graftlm.config.fields import is_gguf
 from graftlm.errors import ModelError
 from graftlm.gguf.folder import folder_of, gguf_of
+from graftlm.heap import mmap_allocations, trim_heap
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
 from graftlm.progress import working
 from graftlm.segments import Segments
@@ -309,9 +310,13 @@ def load_base(
     """
     place = default_device(device)
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
-    with working(f"loading {Path(name).name}"), _memory_explained(name, precision, place):
+    with (
+        working(f"loading {Path(name).name}"), _memory_explained(name, precision, place),
+        mmap_allocations(place.type == "cpu"),
+    ):  # fmt: skip
         config = load_config(folder, trust_remote_code)
         tokenizer = load_tokenizer(folder, trust_remote_code)
+        trim_heap()  # reading it takes five times what it is
         chosen = compute_dtype or default_compute_dtype(place, training=training)
         if chosen == "bf16-mixed" and not (place.type == "cpu" and kernels.has_bf16_matmul()):
             raise ModelError(

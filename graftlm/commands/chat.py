@@ -27,7 +27,7 @@ from graftlm.config import ChatConfig
 from graftlm.errors import ConfigError, GraftError
 from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.generate import NO_LIMIT, AdapterPrompt, stream
-from graftlm.serving.engine.kv_cache import cache_tokens
+from graftlm.serving.engine.kv_cache import cache_size
 from graftlm.serving.engine.prompts import PromptEncoder, PromptEncoderCache
 from graftlm.serving.engine.scheduler import EngineLimits
 
@@ -87,8 +87,7 @@ class Conversation:
         encoders = PromptEncoderCache(self.base, config.format)
         decoding = prove_decoding(self.base)
         limits = EngineLimits(
-            max_num_seqs=2, cache_tokens=cache_tokens(self.base, decoding.layers, max_num_seqs=2), max_loras=2,
-            adapter_bytes=NO_LIMIT,
+            max_num_seqs=2, cache_tokens=cache_size(self.base, decoding.layers, 2).tokens, max_loras=2, adapter_bytes=NO_LIMIT,
         )  # fmt: skip
         self.engine = Engine(self.base, limits, decoding=decoding)
         system = [{"role": "system", "content": config.system}] if config.system else []

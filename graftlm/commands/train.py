@@ -24,6 +24,7 @@ from graftlm.config import TrainConfig
 from graftlm.data.sources import Source, named_source, share
 from graftlm.errors import Diverged, ScoreError, Stopped
 from graftlm.files import remove_leftovers
+from graftlm.heap import mmap_allocations, release_memory
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.progress import working
 from graftlm.scores import Score, ScoreFunction
@@ -31,7 +32,7 @@ from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.checkpoint import compute_dtype_of
 from graftlm.training.logging import check_trackers, signals
-from graftlm.training.memory import dry_run, estimate, mmap_allocations, release_memory
+from graftlm.training.memory import dry_run, estimate
 from graftlm.training.run import (
     Session,
     TrainingData,

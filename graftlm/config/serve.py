@@ -79,8 +79,8 @@ class ServeConfig(Config):
         256, "most tokens in one engine step, prefill and decode together", group="memory and speed", ge=1
     )
     kv_cache_gb: float | None = option(
-        None, "memory for the KV cache, in GB; default what --max-num-seqs sequences can need, at most a quarter of the free "
-        "memory",
+        None, "memory for the KV cache, in GB; default what --max-num-seqs sequences can need, on a CPU 1,024 tokens for each "
+        "and one text of the model's longest at least; at most a quarter of the free memory",
         group="memory and speed", gt=0, allow_inf_nan=False,
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ class Workload:
 
     @property
     def mmap_allocations(self) -> bool:
-        """Whether large tensors of a step are mmap-backed on a processor (`training/memory.py`): a third more time."""
+        """Whether large tensors of a step are mmap-backed on a processor (`heap.py`): a third more time."""
         return self.small and self.micro_batches > 1
 
     @property
@@ -81,7 +81,11 @@ def saved_activations(
     per_token += (
         sum(adapter_shape.ranks.get(w.key, 0) * _tokens_share(shape, w) for w in shape.weights) * c
     )  # h = x A^T
-    attentions = _attentions(shape)
+    if setting.dora:  # what the ratio of magnitude and norm is multiplied with
+        per_token += (
+            sum(adapter_shape.layers.get(w.key, 0) * w.out * _tokens_share(shape, w) for w in shape.weights) * c
+        )
+    attentions = attention_modules(shape)
     per_token += attentions * _attention(shape, c, shares_keys)
     per_token += _feed_forward(shape, c, fused)
     layers = int(per_token * load.tokens)
@@ -174,7 +178,7 @@ def _outputs(shape: ModelShape, part: str) -> list[Weights]:
     return list(last.values())
 
 
-def _attentions(shape: ModelShape) -> int:
+def attention_modules(shape: ModelShape) -> int:
     """Attention modules of the model."""
     return sum(w.count for w in _outputs(shape, "attention"))
 

@@ -3,6 +3,7 @@
     weights      the base as it is stored             adapters     A, B and whole modules, in float32
     gradients    of what is trained                   optimizer    AdamW's two moments
     activations  what the backward pass needs         logits       of one chunk, and their gradients
+    kv cache     of answers that are generated between steps (`--score`)
     workspace    what an operation needs while it runs, and what the allocator holds between tensors
     runtime      what libraries take once they are used (processors only)
 
@@ -10,6 +11,7 @@ A step has moments at which memory may be highest; the peak is the highest of th
 
     loss      all activations and a chunk of logits       backward   all activations and one layer's own gradients
     end       all gradients, the first layer's backward   update     all gradients and the optimizer's work
+    answers   between steps, where answers are scored: no gradients, the KV cache (`answers.py`)
 
 Every number below is a size that this implementation gives its tensors; `bench/memory.py` holds them against real runs.
 """
@@ -24,6 +26,7 @@ from typing import Literal
 
 from graftlm.config import Precision
 from graftlm.planning.activations import FLOAT32, Workload, saved_activations
+from graftlm.planning.answers import AnswerLoad, answer_logit_bytes, answer_workspace_bytes, kv_cache_bytes
 from graftlm.planning.method import AdapterShape, TrainingSetting
 from graftlm.planning.shapes import ModelShape, Weights
 
@@ -38,11 +41,18 @@ UPDATE_BYTES = 40  # of temporaries for each of them
 # backed, tensors and this are all there is (bench/memory.py: 30M, activation checkpointing, 212 MB measured, 202 MB of
 # tensors).
 RUNTIME_BYTES = 10_000_000
+# The tokenizer, for each entry of the vocabulary: its text, its place in two tables and its merges, as the tokenizers library
+# holds them (325 bytes for SmolLM2, which has a merge an entry, 503 for Gemma 3, which has two), and while its JSON is
+# read, five times that (Gemma 3: 588 MB for 262,144 entries).
+TOKENIZER_BYTES, TOKENIZER_READING_BYTES = 450, 2250
+# A loaded base is tried on texts of 24 tokens (`base/attention.py`), whose logits exist four times at once: alone, all of them
+# joined, packed, and their difference.
+PROOF_TOKENS, PROOF_COPIES = 24, 4
 # glibc gives tensors of 32 MB and more mmap-backed allocations; smaller ones share a heap, in which gaps stay between
 # tensors that live long. Measured over runs of bench/memory.py as a share of what a forward pass saves there: 0.28 to 0.43. A
 # product of gate and up that is not saved leaves a hole of its own size in each layer besides: it is freed between tensors
 # that stay, and does not fit in there again. There are none where every large tensor is mmap-backed
-# (`training/memory.py`).
+# (`heap.py`).
 HEAP_LIMIT, HEAP_HOLES = 32 << 20, 0.30
 
 Device = Literal["cuda", "cpu", "mps"]
@@ -58,6 +68,7 @@ class MemoryParts:
     optimizer: int = 0
     activations: int = 0
     logits: int = 0
+    kv_cache: int = 0
     workspace: int = 0
     runtime: int = 0
 
@@ -223,12 +234,35 @@ def saved_bytes(shape: ModelShape, setting: TrainingSetting, adapter_shape: Adap
     return adapter_shape.values(shape) * FLOAT32
 
 
+def runtime_bytes(shape: ModelShape, device: Device) -> int:
+    """What is there beside a run's tensors on a processor: what libraries make, and the tokenizer."""
+    return RUNTIME_BYTES + TOKENIZER_BYTES * shape.vocabulary if device == "cpu" else 0
+
+
 def loading_bytes(shape: ModelShape, setting: TrainingSetting, device: Device, *, checkpoint_bytes: int = 2) -> int:
-    """The final form and the largest tensor once as it was read and once as it is stored: the checkpoint is read tensor by
-    tensor (`base/quantizer.py`); `checkpoint_bytes` are those of one of its values."""
-    runtime = RUNTIME_BYTES if device == "cpu" else 0
-    stored = 4 if setting.precision == "float32" else 2
-    return weight_bytes(shape, setting) + shape.largest * (checkpoint_bytes + stored) + runtime
+    """The higher of two moments: the tokenizer is read, before any weight; all weights are there, and the last of them are
+    stored (`_on_the_way`) or the base is tried. `checkpoint_bytes` are those of a value in a model folder."""
+    c = 2 if setting.compute_dtype == "bfloat16" else 4
+    proof = PROOF_COPIES * PROOF_TOKENS * shape.vocabulary * c
+    stored = weight_bytes(shape, setting) + runtime_bytes(shape, device)
+    reading = RUNTIME_BYTES + TOKENIZER_READING_BYTES * shape.vocabulary if device == "cpu" else 0
+    return max(reading, stored + max(_on_the_way(shape, setting, checkpoint_bytes), proof))
+
+
+def _on_the_way(shape: ModelShape, setting: TrainingSetting, checkpoint_bytes: int) -> int:
+    """Bytes of the largest tensor before it has its stored form; tensors are read one by one.
+
+    From a model folder (`base/quantizer.py`): as it was read, and once more as it is stored. From a GGUF file
+    (`base/gguf_loading.py`): its blocks, beside the dense form that stays; what is quantized anew is dense in float32 first.
+    """
+    if not shape.gguf_bytes:
+        return shape.largest * (checkpoint_bytes + (4 if setting.precision == "float32" else 2))
+    if setting.precision == "gguf":
+        return 0  # they are what stays
+    blocks = shape.gguf_bytes / shape.parameters  # bytes of a value
+    wide = FLOAT32 if setting.precision in ("int8", "nf4") else 0
+    linear = max(w.values // w.count for w in shape.weights)
+    return int(max(blocks * shape.largest, (blocks + wide) * linear))
 
 
 # ---- all of them together --------------------------------------------------------------------------------------------
@@ -244,14 +278,17 @@ def requirement(
     fused: bool,
     fused_dequant: bool = False,
     beside: int = 0,
+    answers: AnswerLoad | None = None,
 ) -> MemoryRequirement:
     """What training takes at its peak, in parts, and while loading. `fused`: see `activations.saved_activations`;
-    `fused_dequant`: see `upcast_bytes`.
+    `fused_dequant`: see `upcast_bytes`; `answers` are those that are generated between steps.
 
     `beside` are the values of other adapters that are trained on the same base, each token passing one of them all.
     """
     trained = (shape.parameters if setting.full else adapter_shape.values(shape)) + beside
     moments = _moments(shape, setting, adapter_shape, load, device, trained, fused, fused_dequant)
+    if answers is not None:
+        moments["answers"] = _answering(shape, setting, moments["update"], answers)
     at, parts = max(moments.items(), key=lambda m: m[1].total)
     states = optimizer_bytes(trained, setting)
     return MemoryRequirement(
@@ -296,7 +333,7 @@ def _moments(
         weights=weight_bytes(shape, setting),
         adapters=0 if setting.full else trained * FLOAT32,
         optimizer=0 if setting.offload_optimizer else optimizer_bytes(trained, setting),
-        runtime=RUNTIME_BYTES if device == "cpu" else 0,
+        runtime=runtime_bytes(shape, device),
     )
     # Earlier micro-batches of the step have left their gradients; the optimizer inside the backward pass leaves none.
     before = gradients if load.micro_batches > 1 and not setting.optimizer_in_backward else 0
@@ -326,6 +363,18 @@ def _moments(
             for name, parts in found.items()
         }
     return found
+
+
+def _answering(shape: ModelShape, setting: TrainingSetting, update: MemoryParts, answers: AnswerLoad) -> MemoryParts:
+    """The parts while answers are generated: what an `update` leaves, without gradients, and what the engine takes."""
+    c = 2 if setting.compute_dtype == "bfloat16" else 4
+    return replace(
+        update,
+        gradients=0,
+        kv_cache=kv_cache_bytes(shape, answers.cache_tokens, c),
+        logits=answer_logit_bytes(shape, answers),
+        workspace=answer_workspace_bytes(shape, c),
+    )
 
 
 def _held_back(shape: ModelShape, setting: TrainingSetting, value: int, *, more: bool) -> int:

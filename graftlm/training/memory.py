@@ -1,34 +1,18 @@
-"""Memory: an estimate for the run, a dry run over its longest batch before the first step, and how memory is given back.
+"""Memory: an estimate for the run, and a dry run over its longest batch before the first step.
 
     estimate(...)           the plan of `graft plan`, for this run: its base, its adapter, its examples, this machine
     dry_run(...)            forward and backward once over the heaviest micro-batch there can be; nothing of it stays
-    mmap_allocations(...)   large tensors in mappings of their own, so that freed memory goes back to the system
 
 So memory runs out here or not at all, with a message that names the way out, and a run of hours does not end in its
 middle. The dry run leaves weights, optimizer and random numbers as they were: gradients are freed, and randomness has
 no state.
-
-**mmap-backed allocations.** glibc keeps freed memory in a heap and cuts it up for what comes next; small objects settle
-in the gaps, and a gap of just a tensor's size does not take the same tensor again, since its address has to be a
-multiple of 64. Where tensors are freed and made again many times between others that stay, as when activations are
-recomputed in the backward pass, the heap grows to several times what lives in it (measured: 577 MB where 231 MB lived).
-It also keeps up to 64 MB at its end. Gradients that are freed one by one as the optimizer steps inside the backward
-pass leave the same gaps. A tensor with a mapping of its own gives its pages back at once; the system fills each new
-page with zeros for that, which costs time (a third more for a step of a 30M model), so it is done where memory was
-asked for: with `--activation-checkpointing`, `--optimizer-in-backward`, and where micro-batches are made small
-(`planning.activations.Workload.mmap_allocations`).
-
-LARGE_BYTES is small because weights of half a megabyte are not: with a limit of 1 MB the heap grew by 26 MB over four steps of
-a 30M model that steps inside its backward pass, with 128 kB by 9 MB, with 64 or 32 kB not at all, at the same speed.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +28,7 @@ from graftlm.data.sampler import epoch_length
 from graftlm.errors import GraftError, ModelError, TrainingError
 from graftlm.formatting import size
 from graftlm.planning.activations import Workload
+from graftlm.planning.answers import AnswerLoad
 from graftlm.planning.fitting import PlanCase, changes
 from graftlm.planning.hardware import Card, local
 from graftlm.planning.instantiate import common_name
@@ -55,15 +40,11 @@ from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
 from graftlm.planning.shapes import ModelShape
 from graftlm.progress import working
 from graftlm.training.micro_batch import BatchItem, backward, collate, count_target_tokens, forward, micro_batches
+from graftlm.training.scoring import Scorer
 from graftlm.training.trial import Trial
 
 MIN_MICRO_BATCH_TOKENS = 256
 TOO_MUCH = 1.15  # a plan this far above what the machine has is refused untried: predictions are right within a tenth
-
-LARGE_BYTES = 1 << 16
-_KEPT_AT_THE_END = 1 << 20  # free bytes that the heap may keep behind its last block
-_HEAP_AGAIN = 32 << 20  # what glibc itself raises its limit to, once large blocks have been freed
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +63,11 @@ class MemoryEstimate:
 
     @property
     def dry_run_bytes(self) -> int | None:
-        """Bytes that the dry run should take at its peak: the optimizer has no states yet and makes no step."""
+        """Bytes that the dry run should take at its peak: the optimizer has no states yet and makes no step; no answers."""
         if self.requirement is None:
             return None
-        moments = {name: parts for name, parts in self.requirement.moments.items() if name != "update"}
+        left_out = ("update", "answers")
+        moments = {name: parts for name, parts in self.requirement.moments.items() if name not in left_out}
         return max(replace(parts, optimizer=0).total for parts in moments.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +110,7 @@ def estimate(
     if config.optimizer_in_backward and not config.micro_batch_tokens:
         sizes = sizes[:1]  # its steps are one micro-batch
     fused = base.fused.norms > 0
+    answers = next((_answers(base, trial.scorer) for trial in trials if trial.scorer is not None), None)
     found: MemoryEstimate | None = None
     for tokens in sizes:
         items, load = _heaviest(base, trials, tokens)
@@ -144,6 +127,7 @@ def estimate(
                 fused=fused,
                 fused_dequant=card.fused_dequant,
                 beside=beside,
+                answers=answers,
             )
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
@@ -154,6 +138,12 @@ def estimate(
             break
     assert found is not None
     return found
+
+
+def _answers(base: Base, scorer: Scorer) -> AnswerLoad:
+    """The answers that are scored at each evaluation."""
+    longest = max(len(prompt.prompt) for prompt in scorer.prompts) + scorer.max_tokens
+    return AnswerLoad(prompts=len(scorer.prompts), longest=min(longest, base.structure.max_positions or longest))
 
 
 def _sizes(longest: int) -> list[int]:
@@ -328,43 +318,8 @@ def _largest(parts: MemoryParts) -> str:
 def _way_out(memory_estimate: MemoryEstimate) -> str:
     if memory_estimate.case is None or memory_estimate.requirement is None:
         return " Lower --micro-batch-tokens, or take --activation-checkpointing"
+    if memory_estimate.requirement.moment == "answers":
+        return " The most is taken by answers for --score: lower --score-max-tokens, or --score-prompts below 16"
     found = changes(memory_estimate.case, memory_estimate.requirement.setting)
     listed = "; ".join(f"{change.text} ({size(change.peak)})" for change in found)
     return f" Cheapest first: {listed}" if listed else " Take a smaller model, or a larger machine"
-
-
-# ---- memory given back -----------------------------------------------------------------------------------------------
-
-
-def glibc(name: str) -> Callable[..., int] | None:
-    """One of glibc's own functions; None with another C library."""
-    try:
-        library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018  (only glibc has it)
-        return library[name]
-    except (OSError, AttributeError):
-        return None
-
-
-def release_memory() -> None:
-    """Give what nobody uses any more back to the system: objects that only refer to each other, and what the heap holds
-    free, the gaps between living tensors too."""
-    gc.collect()
-    trim = glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def mmap_allocations(wanted: bool) -> Iterator[bool]:
-    """While open and `wanted`, blocks of LARGE_BYTES and more are mmap-backed; yields whether they are."""
-    set_option = glibc("mallopt") if wanted else None
-    if set_option is None or not set_option(_MMAP_THRESHOLD, LARGE_BYTES):
-        yield False
-        return
-    set_option(_TRIM_THRESHOLD, _KEPT_AT_THE_END)
-    try:
-        yield True
-    finally:
-        set_option(_MMAP_THRESHOLD, _HEAP_AGAIN)
-        set_option(_TRIM_THRESHOLD, 2 * _HEAP_AGAIN)

@@ -38,12 +38,12 @@ from graftlm.data.sampler import Sampler, make_sampler
 from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
 from graftlm.errors import ConfigError, ModelError
 from graftlm.files import write_json
+from graftlm.heap import release_memory
 from graftlm.progress import working
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback
 from graftlm.training.checkpoint import RunIdentity, identify, resume_from_checkpoint
 from graftlm.training.logging import Recorder, open_trackers
-from graftlm.training.memory import release_memory
 from graftlm.training.optimizer import AdamW, LRSchedule
 from graftlm.training.run_folder import SO_FAR, SUMMARY, MetricsFile, describe_inputs, environment, save_result, writing
 from graftlm.training.trial import Trial

@@ -14,10 +14,12 @@ from torch import Tensor
 from graftlm.adapters import peft_format
 from graftlm.adapters.attach import attach
 from graftlm.adapters.gguf import write_gguf
+from graftlm.base import gguf_loading
 from graftlm.base.checkpoint_layout import Checkpoint
 from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint
 from graftlm.base.loading import Base, checkpoint_precision, load_base, resolve
+from graftlm.base.precision import dequantize
 from graftlm.commands.generate import generate
 from graftlm.commands.train import train
 from graftlm.config import GenerateConfig, TrainConfig
@@ -76,6 +78,25 @@ def test_stored_as_in_the_file_it_computes_with_the_values_of_the_file(kind: str
     if kind == "q8_0":
         assert blocks.structure.embedding.blocks is not None
         assert blocks.bytes < 0.35 * dense.bytes
+
+
+@pytest.mark.parametrize(("precision", "wide"), [("bfloat16", 0), ("nf4", 14)])
+def test_only_what_is_quantized_anew_is_ever_dense_in_float32(
+    precision: str, wide: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = files(tmp_path, "llama", "q8_0", **WIDE)
+    made: list[torch.dtype] = []
+
+    def watched(weight: Any, dtype: torch.dtype) -> Tensor:
+        made.append(dtype)
+        return dequantize(weight, dtype)
+
+    monkeypatch.setattr(gguf_loading, "dequantize", watched)
+    base = load(file, precision)
+    assert len(made) == 16  # two layers of seven, embedding and head
+    assert made.count(torch.float32) == wide
+    values = dequantize(load(file, "gguf").structure.embedding.blocks, torch.float32)
+    assert torch.equal(base.structure.embedding.weight, values.bfloat16())
 
 
 def test_every_block_type_is_read_where_a_file_mixes_them(tmp_path: Path) -> None:

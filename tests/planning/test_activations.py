@@ -21,6 +21,7 @@ LENGTHS = (20, 20, 20)
 LOAD = Workload(tokens=60, target_tokens=40, longest=20, examples=3)
 FULL = TrainingSetting(key="full", label="", method="full", precision="float32", compute_dtype="float32")
 LORA = TrainingSetting(key="lora", label="", method="lora", precision="bfloat16", compute_dtype="float32")
+DORA = replace(LORA, key="dora", dora=True)
 
 
 def saved_by_autograd(base: Base, slot: int) -> int:
@@ -51,12 +52,18 @@ def _base(architecture: str, setting: TrainingSetting, targets: tuple[str, ...] 
     if setting.full:
         base.model.requires_grad_(True)
     else:
-        tiny.adapted(base, rank=3, targets=targets)
+        tiny.adapted(base, rank=3, targets=targets, dora=setting.dora)
     return base
 
 
-@pytest.mark.parametrize("setting", [FULL, LORA], ids=lambda s: s.key)
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "setting"),
+    [
+        *((name, setting) for name in tiny.ARCHITECTURES for setting in (FULL, LORA)),
+        *((name, DORA) for name in tiny.ARCHITECTURES if name not in tiny.MIXTURES),  # refused there
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.key,
+)
 def test_the_table_says_what_is_saved(architecture: str, setting: TrainingSetting) -> None:
     base = _base(architecture, setting)
     shape = instantiate(base.model.config)

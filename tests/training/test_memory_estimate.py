@@ -1,12 +1,7 @@
-"""Memory: the estimate for a run, its heaviest micro-batch, a dry run that leaves nothing behind, and memory given back.
-
-The last in a process for each case, for a heap has a past.
-"""
+"""Memory: the estimate for a run, its heaviest micro-batch, and a dry run that leaves nothing behind."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -145,46 +140,3 @@ def test_a_loss_that_no_trained_tensor_has_a_part_in_is_refused(
     monkeypatch.setattr(memory_module, "forward", lambda *given, **options: (own(*given, **options)[0].detach(), None))
     with pytest.raises(TrainingError, match="no trained tensor has a part in the loss"):
         dry_run(base, [trial], found)
-
-
-# ---- memory given back -----------------------------------------------------------------------------------------------
-
-CASE = """
-import sys
-import torch
-from graftlm.planning.peak_memory import process_memory
-from graftlm.training.memory import mmap_allocations, release_memory
-
-torch.ones(3 << 20)  # freed: glibc has seen a block of 12 MB, and smaller ones share a heap from now on
-before = process_memory()
-with mmap_allocations(sys.argv[1] == "own"):
-    tensors = [torch.ones(350_000) for _ in range(120)]  # 1.4 MB each
-    full = process_memory() - before
-    kept = tensors[1::8]
-    del tensors
-    if sys.argv[1] == "given back":
-        release_memory()
-    print(full, process_memory() - before)
-"""
-ALL, KEPT = 120 * 1.4e6, 15 * 1.4e6
-
-
-def used_memory(how: str) -> tuple[int, int]:
-    """Bytes with all tensors alive, and with every eighth."""
-    done = subprocess.run([sys.executable, "-c", CASE, how], capture_output=True, text=True, check=True)
-    full, rest = done.stdout.split()
-    return int(full), int(rest)
-
-
-@pytest.mark.skipif(memory_module.glibc("mallopt") is None, reason="another C library than glibc")
-@pytest.mark.parametrize("how", ["own", "given back"])
-def test_memory_of_freed_tensors_is_free(how: str) -> None:
-    full, rest = used_memory(how)
-    assert full == pytest.approx(ALL, rel=0.1)
-    assert rest == pytest.approx(KEPT, rel=0.25)
-
-
-@pytest.mark.skipif(memory_module.glibc("mallopt") is None, reason="another C library than glibc")
-def test_without_asking_the_heap_keeps_the_gaps() -> None:
-    _, rest = used_memory("not")
-    assert rest > 0.7 * ALL

@@ -29,9 +29,10 @@ from graftlm.experiments.sweep.study import ClaimedTrial, Study
 from graftlm.experiments.sweep.trial_scheduler import TrialScheduler
 from graftlm.experiments.sweep.view import SweepView, TrialView
 from graftlm.files import remove_leftovers
+from graftlm.heap import mmap_allocations
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.training.logging import signals
-from graftlm.training.memory import dry_run, estimate, mmap_allocations
+from graftlm.training.memory import dry_run, estimate
 from graftlm.training.run import Session, TrainingData, check_readable, make_adapter, read_data
 from graftlm.training.trainer import example_losses, train
 from graftlm.training.trial import Evaluation

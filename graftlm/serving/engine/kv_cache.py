@@ -13,7 +13,9 @@ import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -22,6 +24,8 @@ from graftlm.base.loading import Base
 from graftlm.errors import ConfigError
 
 BLOCK_TOKENS = 16
+USUAL_TOKENS = 1024
+"""Tokens of a usual text, prompt and answer: a processor's KV cache has room for one in every batch slot by default."""
 _MAX_CACHE_TOKENS = 1 << 20
 
 
@@ -109,25 +113,56 @@ class BlockPool:
 # ---- size --------------------------------------------------------------------------------------------------------------
 
 
-def cache_tokens(base: Base, layers: dict[int, LayerKVSpec], max_num_seqs: int, gigabytes: float | None = None) -> int:
-    """Tokens that the KV cache holds: as many as fit into `gigabytes` (10^9), or as `max_num_seqs` answers can need at
-    their longest.
+CacheLimit = Literal["given", "longest", "usual", "free"]
 
-    The latter takes at most a quarter of the memory that is free now. `layers` are those of the base that have a paged KV
-    cache; where there are none, the bytes of a token are not known. Raises ConfigError for less than two blocks.
+
+@dataclass(frozen=True)
+class CacheSize:
+    """How many tokens the KV cache holds, and what decided that."""
+
+    tokens: int
+    longest: int
+    """Tokens of the longest text that may be in it."""
+    limit: CacheLimit
+    """`given`: by an option. `longest`: all sequences at their longest. `usual`: texts of usual length. `free`: memory."""
+
+    def __str__(self) -> str:
+        texts = self.tokens // self.longest
+        room = f"{self.tokens:,} tokens, {texts} {'text' if texts == 1 else 'texts'} of the longest, {self.longest:,}"
+        if self.limit == "longest":
+            return f"{self.tokens:,} tokens, all of them at their longest"
+        if self.limit == "given":
+            return room
+        return f"{room}{', a quarter of the free memory' if self.limit == 'free' else ''}; --kv-cache-gb gives it more or less"
+
+
+def cache_size(
+    base: Base, layers: dict[int, LayerKVSpec], max_num_seqs: int, *, gigabytes: float | None = None,
+    usual_tokens: int | None = None,
+) -> CacheSize:  # fmt: skip
+    """The size of the KV cache: what fits into `gigabytes` (10^9), else what `max_num_seqs` texts of `usual_tokens` take.
+
+    One text of the model's longest has room at least; without `usual_tokens`, all have. The default takes a quarter of the
+    memory that is free now at most. `layers` are those of the base that have a paged KV cache; where there are none, the
+    bytes of a token are not known. Raises ConfigError for less than two blocks.
     """
     token_bytes = bytes_per_token(layers, base.activation_dtype) if layers else 0
-    tokens = min(max_num_seqs * (base.structure.max_positions or 4096), _MAX_CACHE_TOKENS)
+    longest = base.structure.max_positions or 4096
+    tokens = min(max_num_seqs * longest, _MAX_CACHE_TOKENS)
+    if usual_tokens is not None:
+        tokens = min(tokens, max(longest, max_num_seqs * usual_tokens))
+    limit: CacheLimit = "longest" if tokens == max_num_seqs * longest else "usual"
     if token_bytes:
-        limit = int(gigabytes * 1e9) if gigabytes else free_memory(base.device) // 4
-        tokens = limit // token_bytes if gigabytes else min(tokens, limit // token_bytes)
+        room = int(gigabytes * 1e9 if gigabytes else free_memory(base.device) // 4) // token_bytes
+        if gigabytes or room < tokens:
+            tokens, limit = room, "given" if gigabytes else "free"
     tokens = tokens // BLOCK_TOKENS * BLOCK_TOKENS
     if tokens < 2 * BLOCK_TOKENS:
         raise ConfigError(
             f"the KV cache has room for {tokens} tokens of {token_bytes:,} bytes each, and {2 * BLOCK_TOKENS} are the least; "
             "give more with --kv-cache-gb, or free memory"
         )
-    return tokens
+    return CacheSize(tokens, min(longest, tokens), limit)
 
 
 def free_memory(device: torch.device) -> int:

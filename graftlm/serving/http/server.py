@@ -30,7 +30,7 @@ from graftlm.errors import ConfigError
 from graftlm.progress import working
 from graftlm.serving.engine.async_engine import AsyncEngine
 from graftlm.serving.engine.engine import Engine
-from graftlm.serving.engine.kv_cache import cache_tokens, free_memory
+from graftlm.serving.engine.kv_cache import USUAL_TOKENS, CacheSize, cache_size, free_memory
 from graftlm.serving.engine.prompts import PromptEncoderCache
 from graftlm.serving.engine.scheduler import EngineLimits
 from graftlm.serving.http.api_keys import ApiKeys, read_api_keys
@@ -93,7 +93,8 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
 
     with working("preparing to answer"):
         decoding = prove_decoding(base)
-        engine = Engine(base, plan(config, base, api_keys, decoding.layers), decoding=decoding, load=load)
+        cache = _cache_size(config, base, decoding.layers)
+        engine = Engine(base, plan(config, base, api_keys, cache.tokens), decoding=decoding, load=load)
     state = ServerState(
         async_engine=AsyncEngine(engine), model_registry=ModelRegistry(base_label(config.model), fingerprint, store),
         api_keys=api_keys, prompt_encoders=PromptEncoderCache(base, config.format),
@@ -108,7 +109,7 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
     summary = built.summary
     if engine.paged:
         memory = f"{summary['cache_bytes'] / 1e6:.0f} MB of KV cache"
-        note(f"answers    {summary['running']} at once, {memory} for {summary['cache_tokens']:,} tokens")
+        note(f"answers    {summary['running']} at once, {memory} for {cache}")
     else:
         note(f"answers    {summary['running']} at once, those of equal length together: {decoding.why_not_blocks}")
         if decoding.cache is None:
@@ -129,24 +130,30 @@ def base_label(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def plan(config: ServeConfig, base: Base, api_keys: ApiKeys, layers: dict[int, LayerKVSpec]) -> EngineLimits:
-    """The engine's limits from the options and the memory that is free now. Raises ConfigError for too little.
+def _cache_size(config: ServeConfig, base: Base, layers: dict[int, LayerKVSpec]) -> CacheSize:
+    """The size of the KV cache, from the option or by default; `layers` are empty where the model has a cache of its own.
 
-    `layers` are those of the base that have a paged KV cache; empty where the model has a cache of its own.
+    A GPU's memory serves nothing else, and it answers long texts at once: there is room for all of them. Raises ConfigError
+    for too little.
     """
     if config.kv_cache_gb is not None and not layers:
         raise ConfigError(
             "kv-cache-gb: this model has no paged KV cache, so the bytes of a token are not known beforehand; leave it out, "
             "and limit its memory with --max-num-seqs"
         )
+    usual = USUAL_TOKENS if layers and base.device.type == "cpu" else None
+    return cache_size(base, layers, config.max_num_seqs, gigabytes=config.kv_cache_gb, usual_tokens=usual)
+
+
+def plan(config: ServeConfig, base: Base, api_keys: ApiKeys, cache_tokens: int) -> EngineLimits:
+    """The engine's limits from the options and the memory that is free now; the KV cache holds `cache_tokens`."""
     free = free_memory(base.device)
     adapters = int(config.adapter_memory_gb * 1e9) if config.adapter_memory_gb is not None else max(free // 4, 1 << 28)
-    tokens = cache_tokens(base, layers, config.max_num_seqs, config.kv_cache_gb)
     return EngineLimits(
         max_num_seqs=config.max_num_seqs,
         max_queued_seqs=config.max_queue,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        cache_tokens=tokens,
+        cache_tokens=cache_tokens,
         max_loras=config.max_loras,
         adapter_bytes=adapters,
         multi_tenant=len(api_keys.tenants) > 1,

@@ -5,7 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from graftlm.serving.engine.kv_cache import BlockPool, hash_block, hash_root
+import pytest
+import tiny_run
+
+from graftlm.base.kv_cache import bytes_per_token, layer_kv_specs
+from graftlm.base.loading import load_base
+from graftlm.serving.engine import kv_cache
+from graftlm.serving.engine.kv_cache import USUAL_TOKENS, BlockPool, CacheSize, cache_size, hash_block, hash_root
 
 
 def hashes_of(adapter: str, tokens: list[int], size: int) -> list[bytes]:
@@ -73,3 +79,40 @@ def test_random_use_never_gives_one_block_to_two_and_loses_none() -> None:
     assert blocks.available == 23
     blocks.reset_prefix_cache()
     assert sorted(blocks.allocate() or 0 for _ in range(23)) == list(range(23))
+
+
+# ---- size --------------------------------------------------------------------------------------------------------------
+
+
+def sized(
+    monkeypatch: pytest.MonkeyPatch, longest: int, count: int, *, free: int = 1 << 40, **given: float
+) -> CacheSize:
+    """The size for a model of so many positions, on a machine of so many free bytes."""
+    base = load_base(str(tiny_run.folder()), precision="float32", compute_dtype="float32", device="cpu")
+    base.structure.max_positions = longest
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: free)
+    return cache_size(base, layer_kv_specs(base), count, usual_tokens=USUAL_TOKENS, **given)
+
+
+def test_the_default_cache_has_room_for_usual_texts_and_for_one_of_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sized(monkeypatch, 8192, 16)
+    assert (found.tokens, found.limit) == (16 * USUAL_TOKENS, "usual")
+    assert str(found) == "16,384 tokens, 2 texts of the longest, 8,192; --kv-cache-gb gives it more or less"
+    assert sized(monkeypatch, 32768, 16).tokens == 32768
+    short = sized(monkeypatch, 256, 16)
+    assert (short.tokens, short.limit) == (16 * 256, "longest")
+    assert str(short) == "4,096 tokens, all of them at their longest"
+
+
+def test_the_default_cache_takes_a_quarter_of_the_free_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(str(tiny_run.folder()), precision="float32", compute_dtype="float32", device="cpu")
+    token = bytes_per_token(layer_kv_specs(base), base.activation_dtype)
+    found = sized(monkeypatch, 8192, 16, free=4 * 1000 * token)
+    assert (found.tokens, found.limit) == (992, "free")  # whole blocks of 16
+    given = sized(monkeypatch, 8192, 16, free=4 * 1000 * token, gigabytes=5000 * token / 1e9)
+    assert (given.tokens, given.limit) == (4992, "given")
+
+
+def test_without_a_usual_length_all_texts_have_room_at_their_longest() -> None:
+    base = load_base(str(tiny_run.folder()), precision="float32", compute_dtype="float32", device="cpu")
+    assert cache_size(base, {}, 3).tokens == 3 * 256
