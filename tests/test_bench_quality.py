@@ -113,6 +113,15 @@ def test_variants_are_added_at_the_rate_of_the_method_they_vary(
     assert options["--learning-rate"] == f"{quality.INT8}=0.00063"
 
 
+def test_methods_are_not_compared_again_where_their_variants_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regime = quality.REGIMES["smollm2-voices"]
+    _compared(tmp_path / regime.name, regime, (*regime.methods, *regime.variants))
+    monkeypatch.setattr(quality.subprocess, "run", lambda command, **_: pytest.fail("compared again"))
+    quality.run(regime, tmp_path, variants=False)
+
+
 def test_the_page_holds_the_tables_of_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "quality.md"
     page.write_text(quality.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
