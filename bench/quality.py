@@ -16,8 +16,8 @@ and t0 are in the folder shared/data beside the checkout. Full fine-tuning start
 its blocks, QLoRA from the values in NF4.
 
 In a regime the three methods are compared first, with learning rates searched. Then variants are added, with the rate found for
-the method that they vary: LoRA on an int8 base, and in some regimes other ranks. Their alpha stays 32: then the best rate
-depends little on the rank (Schulman et al. 2025).
+the method that they vary: LoRA on an int8 base, on an NF4 base where QLoRA's search found another rate than LoRA's, and in some
+regimes other ranks. Their alpha stays 32: then the best rate depends little on the rank (Schulman et al. 2025).
 
 Figures go to bench/results/quality.json and, as tables, into bench/results/quality.md. What has not ended is written down as
 missing.
@@ -48,7 +48,7 @@ RESULTS = ROOT / "bench" / "results" / "quality.json"
 PAGE = RESULTS.with_suffix(".md")
 BEGIN, END = "<!-- tables: written by python bench/quality.py -->", "<!-- end of tables -->"
 METHODS = ("full", "lora", "qlora")
-INT8 = "lora:base-precision=int8"
+INT8, NF4 = "lora:base-precision=int8", "lora:base-precision=nf4"
 RANKS = tuple(f"lora:rank={rank}:alpha=32" for rank in (1, 4, 64))
 KEPT = (
     "name", "method", "trained", "trainable_parameters", "base_precision", "learning_rate", "tried", "at_edge", "loss_before",
@@ -82,7 +82,7 @@ class Regime:
         return f"{self.base}-{self.data}"
 
 
-def _real(base: str, data: str, what: str, *options: str, variants: tuple[str, ...] = (INT8,)) -> Regime:
+def _real(base: str, data: str, what: str, *options: str, variants: tuple[str, ...] = (INT8, NF4)) -> Regime:
     """A real base: short runs, as two cores allow no others, on a part of the data."""
     shared = ("--steps", "40", "--batch-size", "8", "--eval-every", "40", "--search-steps", "16")
     return Regime(base=base, data=data, what=what, options=(*shared, *options), variants=variants, rows=(640, 120))
@@ -92,7 +92,7 @@ def _on_real_bases() -> Iterator[Regime]:
     bleu = ("--metric", "bleu", "--metric-prompts", "30")
     exact = ("--metric", "exact-match", "--metric-prompts", "60")
     for base, name in (("smollm2", "SmolLM2-135M-Instruct"), ("gemma3", "Gemma 3 270M")):
-        yield _real(base, "e2e", f"{name}, restaurant facts (E2E)", *bleu, variants=(INT8, *RANKS))
+        yield _real(base, "e2e", f"{name}, restaurant facts (E2E)", *bleu, variants=(INT8, NF4, *RANKS))
         yield _real(base, "t0", f"{name}, questions with answers of a few words (T0)", *exact)
         yield _real(base, "gsm8k", f"{name}, sums in words with worked answers (GSM8K)")
         yield _real(base, "voices", f"{name}, product descriptions in a playful voice")
@@ -210,8 +210,9 @@ def run(regime: Regime, out: Path, *, variants: bool) -> None:
     ended = _ended(out / regime.name)
     if variants:
         rates = {line["name"]: line["learning_rate"] for line in ended["lines"]}
-        methods += regime.variants
-        given = ["--learning-rate", ",".join(f"{v}={rates[v.partition(':')[0]]:g}" for v in regime.variants)]
+        added = _added(regime, rates)
+        methods += added
+        given = ["--learning-rate", ",".join(f"{name}={rates[name.partition(':')[0]]:g}" for name in added)]
     elif set(ended.get("asked", {}).get("methods", ())) & set(regime.variants):
         return  # the variants are there already, so the methods are
     command = [sys.executable, "-m", "graftlm.cli", "compare", *options_of(regime, out)]
@@ -222,6 +223,12 @@ def run(regime: Regime, out: Path, *, variants: bool) -> None:
     finally:
         time = out / f"{regime.name}.time.json"
         write_json(time, {"seconds": round(_seconds(time) + _children_seconds() - before)})
+
+
+def _added(regime: Regime, rates: dict[str, float]) -> list[str]:
+    """The variants, with the rates that were found; LoRA on NF4 at QLoRA's rate would be QLoRA again."""
+    same = rates.get("lora") == rates.get("qlora")
+    return [name for name in regime.variants if not (name == NF4 and same)]
 
 
 def _children_seconds() -> float:
@@ -243,6 +250,7 @@ def read(regime: Regime, out: Path) -> dict[str, Any]:
     if not (found := _ended(folder)):
         return {"missing": "begun, not ended" if folder.is_dir() else "not run"}
     asked = found["asked"]
+    rates = {line["name"]: line["learning_rate"] for line in found["lines"]}
     return {
         "command": " ".join(["graft", "compare", *_shown(regime, asked["methods"])]),
         "seeds": asked["seeds"],
@@ -253,7 +261,7 @@ def read(regime: Regime, out: Path) -> dict[str, Any]:
         "certain": found["verdict"]["certain"],
         "sentences": found["verdict"]["sentences"],
         "failed": found["failed"],
-        "not_run": [name for name in (*regime.methods, *regime.variants) if name not in asked["methods"]],
+        "not_run": [name for name in (*regime.methods, *_added(regime, rates)) if name not in asked["methods"]],
         "versions": found["environment"]["versions"],
         "processor_seconds": _seconds(out / f"{regime.name}.time.json"),
     }
