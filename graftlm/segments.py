@@ -25,6 +25,7 @@ import torch
 
 from graftlm.errors import ModelError
 from graftlm.kernels.counter_rng import hash_words
+from graftlm.kernels.transfer import to_device
 
 
 class KVCache(Protocol):
@@ -145,12 +146,12 @@ class Segments:
 
     def token_keys_on(self, device: torch.device) -> torch.Tensor:
         """`token_keys` on a device, copied there once."""
-        return self._kept("keys", device, lambda: self.token_keys.to(device))
+        return self._kept("keys", device, lambda: to_device([self.token_keys], device)[0])
 
     def ends_on(self, device: torch.device) -> torch.Tensor:
         """0 and the end of every segment, (segments + 1,) int32: what variable-length attention kernels want."""
         return self._kept(
-            "ends", device, lambda: torch.tensor([*self.starts, self.tokens], dtype=torch.int32, device=device)
+            "ends", device, lambda: to_device([torch.tensor([*self.starts, self.tokens], dtype=torch.int32)], device)[0]
         )
 
     def _kept(self, name: str, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:

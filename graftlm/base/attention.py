@@ -120,13 +120,13 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 @cache
-def _varlen_call() -> tuple[Any, bool]:
-    """PyTorch's variable-length attention, and whether it supports windows; (None, False) without it."""
+def _varlen_call() -> tuple[Any, frozenset[str]]:
+    """PyTorch's variable-length attention, and the names of its parameters; (None, none) without it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None, False
-    return varlen_attn, "window_size" in inspect.signature(varlen_attn).parameters
+        return None, frozenset()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _has_varlen(q: Tensor) -> bool:
@@ -140,24 +140,28 @@ def _varlen(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, groups: int, scaling: float | None, window: int | None
 ) -> Tensor:
     """All segments in one call: q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
-    call, takes_window = _varlen_call()
-    if groups > 1:
+    call, parameters = _varlen_call()
+    shared = {"enable_gqa": True} if groups > 1 and "enable_gqa" in parameters else {}
+    if groups > 1 and not shared:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (T, H, D)
     ends = segments.ends_on(q.device)  # (segments + 1,)
     longest = max(segments.lengths)
     windowed = window is not None and window < longest
-    if not takes_window:
+    if "window_size" not in parameters:
         if windowed:
             raise UnsupportedAttention(f"a window of {window} with this version of PyTorch")
-        return call(q, k, v, ends, ends, longest, longest, is_causal=True, scale=scaling)
+        return call(q, k, v, ends, ends, longest, longest, is_causal=True, scale=scaling, **shared)
     left = window - 1 if windowed and window is not None else -1
-    return call(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0))
+    return call(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), **shared)
 
 
 def causal(
     q: Tensor, k: Tensor, v: Tensor, groups: int, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """q (n, H, L, D), k and v (n, K, M, D) with H = K groups and M >= L -> (n, H, L, D); queries are the last L of M."""
+    on_gpu = kernels.causal_attention(q, k, v, scaling, window, softcap)
+    if on_gpu is not None:
+        return on_gpu
     length, total = q.shape[2], k.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (n, H, M, D)

@@ -96,19 +96,24 @@ class PagedAttention:
             positions = torch.cat([torch.arange(p, p + n) for p, n in zip(pasts, lengths)])
             of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))  # (T,)
             self.rows = tables[of, positions // block] * block + positions % block
-        self.rows = self.rows.to(device)
         starts: list[int] = []
         at = 0
         for length in lengths:
             starts.append(at)
             at += length
         single = [i for i, n in enumerate(lengths) if n == 1]
+        if device.type != "cpu":  # in groups of like length
+            single.sort(key=lambda i: -pasts[i])
         self.singles: kernels.DecodeAttention | None = None
-        if single:
+        if not single:
+            (self.rows,) = kernels.to_device([self.rows], device)
+        else:
             first = torch.tensor([starts[i] for i in single])
-            visible = torch.tensor([pasts[i] + 1 for i in single])
-            mine = tables if len(single) == len(lengths) else tables[torch.tensor(single)]
-            self.singles = kernels.DecodeAttention(first.to(device), visible.to(device), mine.to(device), block)
+            visible = [pasts[i] + 1 for i in single]
+            mine = tables if single == list(range(len(lengths))) else tables[torch.tensor(single)]
+            of_host = [self.rows, first, torch.tensor(visible), mine]
+            self.rows, *of_singles = kernels.to_device(of_host, device)
+            self.singles = kernels.DecodeAttention(*of_singles, block, visible)
         self.only_singles = len(single) == len(lengths)
         self.fresh: list[tuple[int, int, int]] = []  # (first token, segments, length) of runs without cached tokens
         self.longer: list[tuple[int, int, Tensor]] = []  # (first token, length, rows of all its tokens)
@@ -123,7 +128,7 @@ class PagedAttention:
             if pasts[i]:
                 at_all = torch.arange(pasts[i] + lengths[i])
                 rows = tables[i][at_all // block] * block + at_all % block  # (M,)
-                self.longer.append((starts[i], lengths[i], rows.to(device)))
+                self.longer.append((starts[i], lengths[i], kernels.to_device([rows], device)[0]))
 
     def attend(
         self,

@@ -10,6 +10,7 @@ are quantized already are first dequantized by transformers.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from graftlm.base.fingerprint import tensors_in, weight_files
 from graftlm.base.modules import Stored
 from graftlm.base.precision import DTYPES, embedding_precision
 from graftlm.base.surgery import (
@@ -42,17 +44,20 @@ from graftlm.errors import ModelError
 class StoredFormConfig(QuantizationConfigMixin):
     """Selects our quantizer in transformers' loader; never written to a file."""
 
-    def __init__(self, precision: Precision = "float32", activation_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, precision: Precision = "float32", activation_dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
         self.quant_method = "graft"  # pyright: ignore[reportIncompatibleVariableOverride]
         self.precision: Precision = precision
         self.activation_dtype = activation_dtype
+        self.device = device
 
 
 class _StoreOp(ConversionOps):
-    """Stores one finished tensor (renamed, split or stacked for the architecture) in its module."""
+    """Stores one finished tensor (renamed, split or stacked for the architecture) in its module, on its device."""
 
-    def __init__(self, replacements: dict[str, Stored]) -> None:
-        self.replacements = replacements
+    def __init__(self, replacements: dict[str, Stored], device: str) -> None:
+        self.replacements, self.device = replacements, device
         self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (name, found, expected)
 
     @torch.no_grad()
@@ -60,7 +65,7 @@ class _StoreOp(ConversionOps):
         for name, value in input_dict.items():
             stored, found = self.replacements[name], value[0] if isinstance(value, list) else value
             if tuple(found.shape) == stored.original_shape:
-                stored.set_weight(found)
+                stored.set_weight(found.to(self.device))
             else:
                 self.mismatched.append((name, tuple(found.shape), stored.original_shape))
             if context.get("missing_keys") is not None:
@@ -89,7 +94,7 @@ class StoredFormQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         precision, activation_dtype = self.quantization_config.precision, self.quantization_config.activation_dtype
         self.replacements = find_replacements(model, precision)
-        self.store_op = _StoreOp(self.replacements.all())
+        self.store_op = _StoreOp(self.replacements.all(), self.quantization_config.device)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         keep = DTYPES[embedding_precision(precision)]
         head, embedding = head_and_embedding(model)
@@ -132,17 +137,17 @@ def stream_checkpoint(
 ) -> tuple[PreTrainedModel, Replacements, list[str]]:
     """Load a model folder tensor by tensor into its stored form; also returns the tensors that the architecture does not use.
 
-    Peak memory: the final form plus the largest tensor twice, in the checkpoint's dtype and converted. Raises ModelError for
-    tensors that are missing, unreadable or of the wrong shape.
+    transformers reads on the CPU, where it needs no other package, and each tensor is moved before it is converted. Peak
+    memory: the final form plus the largest tensor twice, in the checkpoint's dtype and converted. Raises ModelError for tensors
+    that are missing, unreadable or of the wrong shape.
     """
     report = LoadReport()
     try:
         with quiet(), report:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
-                quantization_config=StoredFormConfig(precision, activation_dtype),
-                dtype=activation_dtype,
-                device_map={"": device} if device.type != "cpu" else None,
+                quantization_config=StoredFormConfig(precision, activation_dtype, str(device)),
+                dtype=_reading_dtype(path, activation_dtype),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -170,8 +175,17 @@ def stream_checkpoint(
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
             del module.config._is_quantized
+    if device.type != "cpu":
+        model._apply(lambda t: t if t.is_meta else t.to(device))  # what is stored is there already
     replaced = replace_modules(model, replacements, precision, activation_dtype)
     return freeze(model), replaced, unused
+
+
+def _reading_dtype(path: str, activation_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a checkpoint's tensors come to be stored: the activation dtype where it has room for all their values,
+    else float32, so that what is stored does not depend on the compute dtype."""
+    found = {info.dtype for file in weight_files(Path(path)) for info in tensors_in(file).values()}
+    return activation_dtype if found.isdisjoint({"F64", "F32", "F16"}) else torch.float32
 
 
 def _share_tied(model: PreTrainedModel, replacements: Replacements, missing: set[str]) -> None:

@@ -28,6 +28,7 @@ from graftlm.base.modules import Stored, StoredLinear, WeightHandle
 from graftlm.base.surgery import head_and_embedding
 from graftlm.base.transformers_log import first_line
 from graftlm.errors import ModelError
+from graftlm.kernels import to_device
 
 
 class _BodyOutput(dict[str, Any]):
@@ -233,7 +234,7 @@ class ModelStructure:
                 count, length = len(segments.lengths), segments.lengths[0]
                 output = self.body(input_ids=ids.view(count, length), use_cache=False)
             else:
-                positions = segments.positions.to(ids.device)[None]
+                positions = to_device([segments.positions], ids.device)[0][None]
                 output = self.body(input_ids=ids[None], position_ids=positions, use_cache=False)
         hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         return hidden.reshape(-1, hidden.shape[-1])

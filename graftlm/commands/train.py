@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from graftlm.adapters.attach import coverage, detach, notes_for_peft
 from graftlm.base.chat import Encoder
-from graftlm.base.loading import Base, load_base
+from graftlm.base.loading import Base, default_device, load_base
 from graftlm.base.shared_base import borrowed
 from graftlm.config import TrainConfig
 from graftlm.data.sources import Source, named_source, share
@@ -31,6 +29,7 @@ from graftlm.scores import Score, ScoreFunction
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.checkpoint import compute_dtype_of
+from graftlm.training.determinism import deterministic_algorithms
 from graftlm.training.logging import check_trackers, signals
 from graftlm.training.memory import dry_run, estimate
 from graftlm.training.run import (
@@ -82,11 +81,12 @@ def train(config: TrainConfig, view: View | None = None, given: Given = NOTHING)
     eval_source = given.eval_source or (named_source(config.eval_data, "valid") if config.eval_data else None)
     check_readable([*sources, *([eval_source] if eval_source is not None else [])])
     score = prepare_score(config, sources, eval_source, given.score)
-    device = given.base.device if given.base is not None else _probe_device(config)
+    device = given.base.device if given.base is not None else default_device(config.device)
     own_mappings = mmap_allocations(
         device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward)
     )
-    with locked(config.out), own_mappings, PeakMemory(device) as memory:
+    repeats = deterministic_algorithms(device, loaded=given.base is not None) if config.deterministic else nullcontext()
+    with locked(config.out), own_mappings, repeats, PeakMemory(device) as memory:
         remove_leftovers(config.out)
         check_free(config.out, config.resume)
         started = time.perf_counter()
@@ -193,8 +193,3 @@ def _trained(session: Session, memory: PeakMemory, save_when_stopped: bool) -> t
             trained = time.perf_counter()
             with working("saving"):
                 return session.finish(), trained
-
-
-def _probe_device(config: TrainConfig) -> torch.device:
-    asked = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device("cuda" if asked.startswith("cuda") and torch.cuda.is_available() else "cpu")

@@ -155,6 +155,10 @@ class TrainConfig(Config):
     offload_optimizer: bool = option(
         False, "GPU only: keep the optimizer states in host memory", group="memory and speed"
     )
+    deterministic: bool = option(
+        False, "the same bits in every repeat and after --resume on a GPU too, where attention's backward pass then takes more "
+        "time and memory; on a CPU they are the same anyway", group="memory and speed",
+    )  # fmt: skip
 
     # The run
     out: Path = option(..., "run folder to write", group="run")

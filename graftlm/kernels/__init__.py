@@ -13,6 +13,8 @@
     rms_norm      gated           rotary                        fused elementwise operations and their backwards: `fused.py`
     cross_entropy_in_place                                      losses, and logits overwritten by their gradient
     adamw_step    sum_of_squares                                the optimizer step of one parameter, a gradient's norm
+    adamw_steps   sums_of_squares                               the same for many
+    to_device                                                   small tensors of the host, without waiting for a GPU
 
 `reference.py` defines the results; `native/` (C, for CPUs) and `triton/` (GPUs) are compared with it once, at first use, and
 not used, with one warning, if they are missing or differ. `backend(device)` says which one is used and why. These functions
@@ -26,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graftlm.kernels import native, reference, reference_adamw, triton
+from graftlm.kernels import gpu_attention, multi_tensor, native, reference, reference_adamw, triton
 from graftlm.kernels.fused import (
     cross_entropy_in_place,
     gated,
@@ -43,6 +45,7 @@ from graftlm.kernels.native.rows import DecodeAttention, DecodeRouting, Factors
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
 from graftlm.kernels.routing import Routing
 from graftlm.kernels.stored import BLOCK, BLOCK_SIZES, GROUP, GgufBlocks, Int8, Nf4, Quantized, Weight, row_bytes
+from graftlm.kernels.transfer import to_device
 
 __all__ = [
     "BLOCK",
@@ -63,6 +66,7 @@ __all__ = [
     "Update",
     "Weight",
     "adamw_step",
+    "adamw_steps",
     "adapter_table",
     "add_routed",
     "attend_rows",
@@ -70,6 +74,7 @@ __all__ = [
     "attention_backward",
     "backend",
     "blocks_dequantize",
+    "causal_attention",
     "cross_entropy_in_place",
     "dequantize",
     "embedding_rows",
@@ -101,6 +106,8 @@ __all__ = [
     "row_bytes",
     "stochastic_round",
     "sum_of_squares",
+    "sums_of_squares",
+    "to_device",
     "update_of",
     "weight_gradient",
     "zero_moments",
@@ -245,6 +252,16 @@ def attention_backward(
     )
 
 
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None
+) -> Tensor | None:
+    """q (n, H, L, D), k and v (n, K, M, D) -> (n, H, L, V) in bounded memory, queries the last L of M; None off a GPU.
+
+    Differentiable, unlike the other functions: it is made of PyTorch's operations.
+    """
+    return gpu_attention.causal(q, k, v, scale, window, softcap) if q.is_cuda else None
+
+
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """y (tokens, out) += scale * (x A^T) B^T in place; returns h (tokens, r) for `low_rank_backward`."""
     return (native if native.takes(x) else reference).low_rank(y, x, A, B, scale)
@@ -325,6 +342,22 @@ def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, update: Up
     return reference_adamw.adamw(parameter, gradient, moments, update)
 
 
+def adamw_steps(steps: Sequence[multi_tensor.Step]) -> None:
+    """`adamw_step` of many parameters of one optimizer, whose updates have beta1, beta2, epsilon and step in common."""
+    together = [step for step in steps if multi_tensor.fits(step)]
+    multi_tensor.adamw_steps(together)
+    taken = {id(step[0]) for step in together}
+    for step in steps:
+        if id(step[0]) not in taken:
+            adamw_step(*step)
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`sum_of_squares` of each tensor."""
+    found = multi_tensor.sums_of_squares(tensors)
+    return [sum_of_squares(tensor) for tensor in tensors] if found is None else found
+
+
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """The sum of the squares of all values, in float64: () on the tensor's device, the same for any number of threads."""
     if tensor.dtype in (torch.float32, torch.bfloat16) and native.usable("sum_of_squares", tensor):
@@ -369,6 +402,9 @@ def attend_rows(
     same = q.dtype == keys.dtype == values.dtype == torch.float32 and q.stride(2) == 1 and out.is_contiguous()
     if same and native.usable("rows", q):
         of.answer(q, keys, values, out, scale, window, softcap)
+        return
+    if q.is_cuda:
+        gpu_attention.attend_rows(q, keys, values, out, of, scale=scale, window=window, softcap=softcap)
         return
     reference.attend_rows(
         q, keys, values, out, rows=of.rows, visible=of.visible, table=of.table, block=of.block, scale=scale, window=window,

@@ -97,7 +97,7 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | Non
     """logits (rows, V), labels (rows,) -> each row's -log softmax(logits)[label], (rows,) float32.
 
     With `weights` (rows,) the logits are overwritten by weight * (softmax - onehot), the gradient of the weighted sum.
-    Raises IndexError for a label outside of 0 .. V - 1.
+    Raises IndexError for a label outside of 0 .. V - 1, except on a GPU: callers check labels while they are on the host.
     """
     if _in_c(logits):
         return compiled.cross_entropy_in_place(logits, labels, weights)

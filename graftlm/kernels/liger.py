@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,22 @@ def _settings(n: int) -> tuple[int, int]:
     return calculate_settings(n)
 
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _on_its_card(function: Callable[P, R]) -> Callable[P, R]:
+    """Run on the card of the first tensor: liger launches on the thread's current one, and threads begin with the first."""
+
+    @functools.wraps(function)
+    def call(*given: P.args, **named: P.kwargs) -> R:
+        first: Any = given[0]
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return function(*given, **named)
+
+    return call
+
+
+@_on_its_card
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
     from liger_kernel.ops.rms_norm import rms_norm_forward
 
@@ -48,6 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[
     return y, r
 
 
+@_on_its_card
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, offset: float, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -62,10 +79,12 @@ def rms_norm_backward(
     return dx, None if dw is None else dw.float()
 
 
+@_on_its_card
 def gated(gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
     return _gate_functions(kind)[0](gate.contiguous(), up.contiguous())[2]
 
 
+@_on_its_card
 def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate) -> tuple[Tensor, Tensor]:
     own = gate.clone(memory_format=torch.contiguous_format), up.clone(memory_format=torch.contiguous_format)
     return _gate_functions(kind)[1](*own, dy.to(gate.dtype).contiguous())
@@ -81,6 +100,7 @@ def _gate_functions(kind: Gate) -> tuple[Any, Any]:
     return geglu_forward, geglu_backward
 
 
+@_on_its_card
 def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
     """`cos` and `sin` must have two equal halves: Liger reads the first one only."""
     from liger_kernel.ops.rope import rope_backward, rope_forward
@@ -95,16 +115,16 @@ def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> lis
     return [x.transpose(1, 2).flatten(0, 1) for x in (q, k)][: len(parts)]
 
 
+@_on_its_card
 def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     from liger_kernel.ops.cross_entropy import cross_entropy_forward
 
     if not len(labels):
         return logits.new_empty(0, dtype=torch.float32)
-    least, most = (int(number) for number in torch.aminmax(labels))
-    if (
-        least < 0 or most >= logits.shape[-1]
-    ):  # Liger ignores one label of its own, and only asserts that others are in range
-        raise IndexError(f"a label is not in 0 .. {logits.shape[-1] - 1}")
+    if labels.device.type == "cpu":  # on a GPU, which it would wait for, nothing looks
+        least, most = (int(number) for number in torch.aminmax(labels))
+        if least < 0 or most >= logits.shape[-1]:  # Liger ignores one label, and only asserts that others are in range
+            raise IndexError(f"a label is not in 0 .. {logits.shape[-1] - 1}")
     # In float32, since it returns losses in the logits' dtype. It writes gradients in place if the input requires them; a copy
     # of logits with gaps would not require them.
     wide = logits.detach().float().contiguous().requires_grad_(weights is not None)

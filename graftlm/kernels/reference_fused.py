@@ -79,9 +79,10 @@ def rotary_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     """Each row's -log softmax(logits)[label], (rows,) float32; with `weights` (rows,), logits (rows, V) become its gradient.
 
-    That is weight * (softmax - onehot), rounded to the logits' type. Raises IndexError for a label outside of 0 .. V - 1.
+    That is weight * (softmax - onehot), rounded to the logits' type. Raises IndexError for a label outside of 0 .. V - 1, but
+    not on a GPU, which it would wait for.
     """
-    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= logits.shape[-1]):
+    if labels.device.type == "cpu" and len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= logits.shape[-1]):
         raise IndexError(f"a label is not in 0 .. {logits.shape[-1] - 1}")
     log_softmax = torch.log_softmax(logits.float(), dim=-1)  # (rows, V)
     losses = -log_softmax.gather(1, labels[:, None])[:, 0]

@@ -44,6 +44,10 @@ SHARED_PART = 0.75
 _FLOP_PER_CYCLE = {"avx512": 64, "avx2": 32, "other": 16}  # float32, of one core: two fused multiply-adds a cycle
 _CLOCK = 3.0e9  # hertz, under such load
 _CORE_BANDWIDTH, _MOST_BANDWIDTH = 12e9, 200e9  # bytes a second of one core, and of a socket
+# Where Linux has a GPU: NVIDIA's driver, AMD's, and Windows' for WSL2.
+_GPU_PATHS = ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg")
+_MAKERS = ("nvidia", "tesla", "quadro", "geforce", "amd", "instinct", "radeon")
+_FORM = re.compile(r"\d+gb?|sxm\d?|pcie|hbm\d?e?|oam|gpu")  # memory and form in a name: of the same card for its rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +134,12 @@ def card(name: str) -> Card:
 
 
 def _plain(name: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
-    return "".join(w for w in words if w not in ("nvidia", "geforce", "amd", "instinct"))
+    return "".join(_words(name))
+
+
+def _words(name: str) -> list[str]:
+    """The words of a card's name that tell cards apart."""
+    return [w for w in re.sub(r"[^a-z0-9]+", " ", name.lower()).split() if w not in _MAKERS]
 
 
 def from_memory(text: str) -> Card:
@@ -162,15 +170,15 @@ def local(device: str | None = None) -> Card:
 
 
 def _gpu(device: str | None) -> Card | None:
-    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists() or platform.system() == "Windows"):
+    """The GPU that is asked for, or the first one where none is and one may be here. What PyTorch sees decides."""
+    if device is None and not any(Path(path).exists() for path in _GPU_PATHS) and platform.system() != "Windows":
         return None
     import torch
 
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.device(device or "cuda"))
-    wanted = _plain(properties.name)
-    known = next((c for c in cards().values() if c.kind == "cuda" and _plain(c.name) in wanted), None)
+    known = known_gpu(properties.name)
     narrow = torch.cuda.is_bf16_supported()
     return Card(
         key=known.key if known else "local",
@@ -182,6 +190,27 @@ def _gpu(device: str | None) -> Card | None:
         bfloat16=(known.bfloat16 if known else 0.0) if narrow else 0.0,
         here=True,
     )
+
+
+def known_gpu(driver_name: str) -> Card | None:
+    """The known card that a driver's name means, such as `NVIDIA A100-SXM4-40GB`: one of all its words, else the one that
+    shares most of them.
+
+    Words that the known one lacks may only say how much memory it has or how it is built in. `RTX 4090 Laptop GPU`, or a
+    part of an A100 (`MIG 3g.20gb`), is another card: None, so that a plan counts with no rates rather than with wrong ones.
+    """
+    words = _words(driver_name)
+    gpus = [known for known in cards().values() if known.kind == "cuda"]
+    exact = next((known for known in gpus if _words(known.name) == words), None)
+    if exact is not None:
+        return exact
+    alike = [
+        known
+        for known in gpus
+        if (own := set(_words(known.name))) <= set(words)
+        and all(_FORM.fullmatch(word) for word in words if word not in own)
+    ]
+    return max(alike, key=lambda known: len(_words(known.name)), default=None)
 
 
 def processor() -> Card:

@@ -21,6 +21,7 @@ from graftlm.base.context import ForwardContext
 from graftlm.base.loading import Base
 from graftlm.data.dataset import Example
 from graftlm.errors import TrainingError
+from graftlm.kernels import to_device
 from graftlm.progress import working
 from graftlm.segments import Segments, pack
 from graftlm.training.loss import weighted_loss
@@ -86,13 +87,17 @@ def collate(base: Base, items: Sequence[BatchItem]) -> MicroBatch:
         else:
             target_ranges.append((item.slot, at, at + len(t)))
         at += len(t)
-    device = base.device
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < base.structure.vocabulary:
+        raise IndexError(f"a label is not in 0 .. {base.structure.vocabulary - 1}")  # a GPU's kernels do not look
+    ids = np.concatenate([item.example.ids for item in items])
+    whole = [torch.from_numpy(values.astype(np.int64)) for values in (ids, sources, labels)]
+    on_device = to_device(whole, base.device)
     return MicroBatch(
         segments=segments,
-        ids=torch.from_numpy(np.concatenate([item.example.ids for item in items]).astype(np.int64)).to(device),
-        sources=torch.from_numpy(sources).to(device),
-        labels=torch.from_numpy(labels.astype(np.int64)).to(device),
-        weights=torch.from_numpy(weights.astype(np.float32)).to(device),
+        ids=on_device[0],
+        sources=on_device[1],
+        labels=on_device[2],
+        weights=to_device([torch.from_numpy(weights.astype(np.float32))], base.device)[0],
         target_ranges=tuple(target_ranges),
         target_counts=tuple(len(t) for t in targets),
     )

@@ -82,7 +82,7 @@ class AdamW:
         """The 2-norm over all gradients, summed in float64 in a fixed order; after `step_in_backward`, over those it used."""
         if not self.in_backward:
             gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            self.squares = {name: kernels.sum_of_squares(gradient) for name, gradient in gradients.items()}
+            self.squares = dict(zip(gradients, kernels.sums_of_squares(list(gradients.values()))))
         if not self.squares:
             return 0.0
         ordered = [self.squares[name] for name in self.parameters if name in self.squares]
@@ -91,15 +91,22 @@ class AdamW:
     def step(self, learning_rate: float, clip_coefficient: float = 1.0) -> None:
         """Update every parameter that has a gradient, taken times `clip_coefficient`."""
         self.steps += 1
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                self._update(name, parameter.grad, learning_rate, clip_coefficient)
+        kernels.adamw_steps(
+            [
+                self._step_of(name, parameter.grad, learning_rate, clip_coefficient)
+                for name, parameter in self.parameters.items()
+                if parameter.grad is not None
+            ]
+        )
 
     def rate_of(self, name: str, learning_rate: float) -> float:
         """The learning rate of one parameter."""
         return learning_rate * self.lr_multipliers.get(name, 1.0)
 
-    def _update(self, name: str, gradient: Tensor, learning_rate: float, clip_coefficient: float) -> None:
+    def _step_of(
+        self, name: str, gradient: Tensor, learning_rate: float, clip_coefficient: float
+    ) -> tuple[Tensor, Tensor, Moments, kernels.Update]:
+        """What `kernels.adamw_step` is given for one parameter in this step; its moments are made if it has none."""
         parameter = self.parameters[name]
         if name not in self.moments:
             self.moments[name] = kernels.zero_moments(parameter.numel(), **self._kept(name))
@@ -108,7 +115,7 @@ class AdamW:
             weight_decay=self.weight_decay if parameter.ndim >= 2 else 0.0, factor=clip_coefficient,
             key=(self.seed, name, self.steps),
         )  # fmt: skip
-        kernels.adamw_step(parameter, gradient, self.moments[name], update)
+        return parameter, gradient, self.moments[name], update
 
     def _kept(self, name: str) -> _Kept:
         parameter = self.parameters[name]
@@ -154,7 +161,7 @@ class AdamW:
                 self.squares[name] = square
                 if on_gradient is not None:
                     on_gradient(name, gradient, self.rate_of(name, learning_rate))
-                self._update(name, gradient, learning_rate, 1.0)
+                kernels.adamw_step(*self._step_of(name, gradient, learning_rate, 1.0))
 
             return take
 
@@ -169,8 +176,8 @@ class AdamW:
 
     def state(self) -> dict[str, Tensor]:
         """The states as plain tensors, for a checkpoint: `mean.NAME`, `square.NAME`, in 8 bits also `mean_scale.NAME`, ..."""
-        if self.state_device is not None and torch.cuda.is_available():
-            torch.cuda.synchronize()  # what is still on its way back to the host
+        for device in {p.device for p in self.parameters.values()} if self.state_device is not None else ():
+            torch.cuda.synchronize(device)  # what is still on its way back to the host
         return {f"{kind}.{name}": t for name, moments in self.moments.items() for kind, t in moments.tensors().items()}
 
     def load(self, state: Mapping[str, Tensor], steps: int) -> None:

@@ -39,28 +39,50 @@ from graftlm.training.trial import ExampleLoss, Trial, name_rows
 STEPS = 3
 """Optimizer steps that an `UpdateCheck` observes."""
 _EXPECTED = 20.0
-_BLOCK = 1 << 15  # words at a time: a MB or less with all that is made of them, however large the tensor
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CPU_BLOCK = 1 << 15  # words at a time: a MB or less with all that is made of them, however large the tensor
+_GPU_BLOCK = 1 << 22  # the same on a GPU, where every operation is a launch: 100 MB or less
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 # ---- what changes ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def checksum(tensor: Tensor) -> int:
-    """A number that changes when any bit of the tensor does, save by a chance of about 2^-32.
+def checksums(tensors: Sequence[Tensor]) -> list[int]:
+    """For each tensor a number that changes when any bit of it does, save by a chance of about 2^-32; all read at once.
 
-    Sum over all words of word x odd number drawn for its place, in 64 bits that wrap.
+    Sum over all words of 32 bits (fewer where they do not divide the tensor) of word x odd number drawn for its place, in 64
+    bits that wrap. With words of 64 bits a change of their highest bit would not depend on the place.
     """
-    words = tensor.detach().reshape(-1)
-    words = words.view(_WORDS[words.element_size()])
-    place = torch.arange(min(_BLOCK, max(1, len(words))), dtype=torch.int64, device=words.device)
+    if not tensors:
+        return []
+    rows = [_words(tensor) for tensor in tensors]
+    device = rows[0].device
+    block = _block(device)
+    place = torch.arange(min(block, max(len(words) for words in rows)), dtype=torch.int64, device=device)
     odd = (place * 0x2545F4914F6CDD1D) >> 7 | 1  # (block,)
-    total = 0
-    for block, start in enumerate(range(0, len(words), _BLOCK)):
-        part = words[start : start + _BLOCK]
-        total += int((part.to(torch.int64) * odd[: len(part)]).sum()) * (2 * block + 1)
-    return total & ((1 << 64) - 1)
+    return torch.stack([_weighted_sum(words, odd, block) for words in rows]).tolist()
+
+
+def _weighted_sum(words: Tensor, odd: Tensor, block: int) -> Tensor:
+    """words (n,), odd (block,) -> () int64, still on the device."""
+    total = (words[:block] * odd[: len(words)]).sum()
+    for i, first in enumerate(range(block, len(words), block), start=1):
+        part = words[first : first + block]
+        total.add_((part * odd[: len(part)]).sum(), alpha=2 * i + 1)
+    return total
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """A tensor's bits as a row of the widest words, up to 32 bits, that divide it."""
+    flat = tensor.detach().reshape(-1).contiguous()
+    width = next(size for size in (4, 2, 1) if flat.nbytes % size == 0)
+    begins_between = flat.storage_offset() * flat.element_size() % width
+    return (flat.clone() if begins_between else flat).view(_WORDS[width])
+
+
+def _block(device: torch.device) -> int:
+    return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
 
 
 def _base_tensors(base: Base) -> Iterator[tuple[str, Tensor]]:
@@ -102,14 +124,16 @@ class UpdateCheck:
         self.base, self.parameters, self.epsilon = base, parameters, epsilon
         self.steps = 0
         own = {id(p) for p in parameters.values()}
-        frozen = ((name, t) for name, t in _base_tensors(base) if id(t) not in own and not t.requires_grad)
-        self._frozen = {name: checksum(t) for name, t in frozen} if check_frozen else {}
-        self._before = {name: checksum(p) for name, p in parameters.items()}
-        self._certain: set[str] = set()
-        """Tensors of which some element's change must show."""
-        self._expected = dict.fromkeys(parameters, 0.0)
-        """How many elements' changes should show, for types that are rounded at random."""
-        self._touched: set[str] = set()
+        frozen = (
+            {n: t for n, t in _base_tensors(base) if id(t) not in own and not t.requires_grad} if check_frozen else {}
+        )
+        found = checksums([*frozen.values(), *parameters.values()])
+        self._frozen = dict(zip(frozen, found))
+        self._before = dict(zip(parameters, found[len(frozen) :]))
+        device = next(iter(parameters.values())).device
+        self._observed = dict(zip(parameters, torch.zeros(len(parameters), 2, dtype=torch.float64, device=device)))
+        """Of each tensor, on its device: whether a gradient was not zero (> 0); and whether some element's change must show
+        (float32, > 0), or how many elements' changes should show (types that are rounded at random)."""
         self._views = _expert_views(base)
         self._reached: dict[str, Tensor] = {}  # stack -> (E,) bool
 
@@ -130,23 +154,15 @@ class UpdateCheck:
     @torch.no_grad()
     def observe_gradient(self, name: str, gradient: Tensor, rate: float, clip_coefficient: float = 1.0) -> None:
         """Observe one tensor's gradient: `rate` is its own learning rate, clipping multiplies it by `clip_coefficient`."""
-        parameter = self.parameters[name]
+        parameter, observed = self.parameters[name], self._observed[name]
+        block, eps = _block(parameter.device), torch.finfo(parameter.dtype).eps
         flat = parameter.detach().reshape(-1)
-        for i, part in enumerate(gradient.detach().reshape(-1).split(_BLOCK)):
+        for part, weight in zip(gradient.detach().reshape(-1).split(block), flat.split(block)):
             size = part.abs().float() * clip_coefficient
-            if not bool(size.any()):
-                continue
-            self._touched.add(name)
-            if name in self._certain:
-                continue
             update = rate * size / (size + self.epsilon)
-            weight = flat[i * _BLOCK : (i + 1) * _BLOCK].abs().float()
-            shows = update / (torch.finfo(parameter.dtype).eps * weight).clamp_min(1e-38)
-            if parameter.dtype == torch.float32:
-                if bool((shows >= 1).any()):
-                    self._certain.add(name)
-            else:
-                self._expected[name] += float(shows.clamp_max(1).sum())
+            shows = update / (eps * weight.abs().float()).clamp_min(1e-38)
+            observed[0].add_(size.any())
+            observed[1].add_((shows >= 1).any() if parameter.dtype == torch.float32 else shows.clamp_max(1).nansum())
         view = self._views.get(id(parameter))
         if view is not None:
             stack, of_experts = view
@@ -161,31 +177,45 @@ class UpdateCheck:
         self.steps += 1
         if self.steps != STEPS:
             return []
-        judged = self._certain | {n for n, count in self._expected.items() if count >= _EXPECTED}
-        still = [n for n, p in self.parameters.items() if n in judged and checksum(p) == self._before[n]]
+        touched, shown, missed = self._read()
+        judged = [n for n, p in self.parameters.items() if shown[n] >= (1 if p.dtype == torch.float32 else _EXPECTED)]
+        frozen = {n: t for n, t in _base_tensors(self.base) if n in self._frozen}
+        now = checksums([*frozen.values(), *(self.parameters[n] for n in judged)])
+        still = [n for n, found in zip(judged, now[len(frozen) :]) if found == self._before[n]]
         if still:
             raise TrainingError(
                 f"{name}: '{still[0]}'{_more(still)} got gradients and has not changed in {STEPS} steps: the optimizer holds "
                 "other tensors than the model uses. This is a fault of Graft, please report it; nothing was saved"
             )
-        changed = [n for n, t in _base_tensors(self.base) if n in self._frozen and checksum(t) != self._frozen[n]]
+        changed = [n for n, found in zip(frozen, now) if found != self._frozen[n]]
         if changed:
             raise TrainingError(
                 f"{name}: the frozen tensor '{changed[0]}'{_more(changed)} has changed in {STEPS} steps, so the adapter would "
                 "fit no base. This is a fault of Graft or of the model's own code, please report it; nothing was saved"
             )
-        return self._notes()
+        return self._notes(touched, missed)
 
-    def _notes(self) -> list[str]:
+    def _read(self) -> tuple[set[str], dict[str, float], list[tuple[str, int]]]:
+        """What was observed, read from the device once: the names that got a gradient; how much should show of each (see
+        `_observed`); the experts that no token reached."""
+        rows = [*self._observed.values(), *(hit.double() for hit in self._reached.values())]
+        values: list[float] = torch.cat(rows).tolist()
+        touched = {name for name, got in zip(self._observed, values[0::2]) if got}
+        shown = dict(zip(self._observed, values[1::2]))
+        missed: list[tuple[str, int]] = []
+        at = 2 * len(self._observed)
+        for stack, hit in self._reached.items():
+            missed += [(stack, expert) for expert, got in enumerate(values[at : at + len(hit)]) if not got]
+            at += len(hit)
+        return touched, shown, missed
+
+    def _notes(self, touched: set[str], missed: Sequence[tuple[str, int]]) -> list[str]:
         """Which tensors and experts were not trained so far."""
         notes: list[str] = []
-        idle = [n for n in self.parameters if n not in self._touched]
-        reached = {expert_group(n) for n in self._touched} - {None}
+        idle = [n for n in self.parameters if n not in touched]
+        reached = {expert_group(n) for n in touched} - {None}
         experts = [n for n in idle if expert_group(n) in reached]
         others = [n for n in idle if n not in experts]
-        missed = [
-            (stack, int(i)) for stack, hit in self._reached.items() for i in torch.nonzero(~hit).flatten().tolist()
-        ]
         if missed:
             total = sum(len(hit) for hit in self._reached.values())
             stack, expert = missed[0]

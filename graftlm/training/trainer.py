@@ -11,10 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from graftlm.base.loading import Base
 from graftlm.errors import Diverged, ScoreError, TrainingError
 from graftlm.training.micro_batch import (
     BatchItem,
+    MicroBatch,
     backward,
     collate,
     count_target_tokens,
@@ -141,21 +145,19 @@ def optimizer_step(
         trial.optimizer.zero_grad()
 
     # Forward and backward: gradients add up over the micro-batches; every token uses its own trial's adapter.
-    loss_sums = {trial.slot: 0.0 for trial in trials}
-    nonfinite: list[BatchItem] = []
+    losses = _StepLosses()
     for items in micro_batches(base, [item for batch in batches for item in batch.items], micro_batch_tokens):
         micro_batch = collate(base, items)
         loss, token_losses = forward(base, micro_batch, defer_tied_head_gradient=in_backward)  # (), (target tokens,)
         with in_backward_steps_of(trials, token_losses, update_checks):  # no-op unless --optimizer-in-backward
             backward(loss)
-        for slot, first, last in micro_batch.target_ranges:
-            loss_sums[slot] += float(token_losses[first:last].sum())
-        nonfinite += nonfinite_items(items, token_losses, micro_batch.target_counts)
+        losses.add(items, micro_batch, token_losses)
+    loss_sums, nonfinite = losses.read()
 
     # Clip and step: each trial by its own gradients' norm, at its own learning rate. A failed check ends one trial.
     results: list[StepResult | None] = []
     for trial, batch in zip(trials, batches):
-        mean_loss = loss_sums[trial.slot] / batch.target_tokens
+        mean_loss = loss_sums.get(trial.slot, 0.0) / batch.target_tokens
         grad_norm = trial.optimizer.gradient_norm()
         learning_rate = trial.schedule(trial.step)
         update_check = update_checks.get(trial.slot)
@@ -177,6 +179,32 @@ def optimizer_step(
         result = StepResult(trial.step, mean_loss, learning_rate, grad_norm, batch.tokens, batch.target_tokens, seconds)
         results.append(result)
     return results
+
+
+class _StepLosses:
+    """The losses of a step's micro-batches; read from the device once, after the last, since every read waits for it."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Sequence[BatchItem], MicroBatch, Tensor]] = []
+        self._sums: list[Tensor] = []  # of each range of a micro-batch, and 0 if all are finite
+
+    def add(self, items: Sequence[BatchItem], micro_batch: MicroBatch, token_losses: Tensor) -> None:
+        """Losses (n,) of a micro-batch's target tokens."""
+        self._parts.append((items, micro_batch, token_losses))
+        self._sums += [token_losses[first:last].sum() for _, first, last in micro_batch.target_ranges]
+        self._sums.append(torch.isfinite(token_losses).logical_not().any().to(token_losses.dtype))
+
+    def read(self) -> tuple[dict[int, float], list[BatchItem]]:
+        """The sum of each slot's losses, and the examples whose loss is not finite."""
+        values = iter(torch.stack(self._sums).tolist())
+        sums: dict[int, float] = {}
+        nonfinite: list[BatchItem] = []
+        for items, micro_batch, token_losses in self._parts:
+            for slot, _, _ in micro_batch.target_ranges:
+                sums[slot] = sums.get(slot, 0.0) + next(values)
+            if next(values):
+                nonfinite += nonfinite_items(items, token_losses, micro_batch.target_counts)
+        return sums, nonfinite
 
 
 def _clip_and_update(trial: Trial, grad_norm: float, learning_rate: float, update_check: UpdateCheck | None) -> None:

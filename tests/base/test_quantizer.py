@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from graftlm.base.loading import load_base
 from graftlm.base.saving import dense_state_dict, save_model
 
 
@@ -36,6 +38,24 @@ def test_a_16_bit_checkpoint_is_read_bit_for_bit(tmp_path: Path) -> None:
     base = loaded(tiny.write(tmp_path, model), "bfloat16")
     found = dense_state_dict(base.model, torch.bfloat16)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_stored_does_not_depend_on_the_compute_dtype(
+    dtype: torch.dtype, precision: str, tmp_path: Path
+) -> None:
+    folder = tiny.write(tmp_path, tiny.random_model("llama").to(dtype))
+    given: Any = {"precision": precision, "device": "cpu"}
+    in_float = load_base(str(folder), **given, compute_dtype="float32")
+    in_half = load_base(str(folder), **given, compute_dtype="bfloat16")
+    assert in_half.activation_dtype == torch.bfloat16
+    for name, module in in_float.stored().items():
+        other = in_half.stored()[name]
+        mine, theirs = (
+            {"dense": m.dense} if m.compressed is None else m.compressed.tensors() for m in (module, other)
+        )  # fmt: skip
+        assert all(torch.equal(value, theirs[part]) for part, value in mine.items()), name
 
 
 # ---- damaged weights ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,86 @@ def test_the_local_machine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.here
     assert 0 < found.usable < found.memory <= hardware.machine_memory()
     assert found.rate > 0
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "key"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb-pcie"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb-pcie"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A40", "a40"),
+        ("NVIDIA A30", "a30"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA GH200 144G HBM3e", "gh200-144gb"),
+        ("NVIDIA B200", "b200"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("Tesla V100-PCIE-16GB", "v100"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"),
+        ("NVIDIA GeForce RTX 4060 Ti", "rtx-4060-ti-16gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_a_driver_s_name_means_its_own_card(driver_name: str, key: str) -> None:
+    found = hardware.known_gpu(driver_name)
+    assert found is not None
+    assert found.key == key
+
+
+@pytest.mark.parametrize(
+    "driver_name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4070 SUPER", "NVIDIA A16",
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L20", "NVIDIA GB200", "Apple M2",
+    ],
+)  # fmt: skip
+def test_a_card_that_is_not_known_gets_no_other_card_s_rates(driver_name: str) -> None:
+    assert hardware.known_gpu(driver_name) is None
+
+
+def _torch_sees(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
+    """PyTorch with these GPUs, each of 40 GiB, and none of the paths of a driver on Linux, as in WSL2."""
+    torch = pytest.importorskip("torch")
+
+    def properties(device: Any) -> SimpleNamespace:
+        return SimpleNamespace(name=names[torch.device(device).index or 0], total_memory=40 * GiB)
+
+    monkeypatch.setattr(hardware, "_GPU_PATHS", ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(names))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+def test_where_a_gpu_is_asked_for_pytorch_decides_whether_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    _torch_sees(monkeypatch, ["NVIDIA GeForce RTX 4090", "NVIDIA L40S"])
+    first, second = local("cuda"), local("cuda:1")
+    assert (first.key, first.kind, first.memory, first.here) == ("rtx-4090", "cuda", 40 * GiB, True)
+    assert (second.key, second.bfloat16) == ("l40s", card("l40s").bfloat16)
+    assert local("cpu").kind == "cpu"
+    _torch_sees(monkeypatch, [])
+    assert local("cuda").kind == "cpu"
+
+
+def test_the_gpu_of_wsl2_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "/dev/dxg" in hardware._GPU_PATHS  # pyright: ignore[reportPrivateUsage]
+    _torch_sees(monkeypatch, ["NVIDIA GeForce RTX 4090"])
+    assert local().kind == "cpu", "without a sign of a GPU, PyTorch is not imported to look for one"
+    monkeypatch.setattr(hardware, "_GPU_PATHS", (str(tmp_path),))
+    assert local().key == "rtx-4090"
 
 
 def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

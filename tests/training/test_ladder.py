@@ -104,13 +104,13 @@ def test_tied_weights_experts_and_layers_that_run_again_step_once(architecture: 
 def test_no_more_than_a_few_gradients_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base, trial = started("llama")
     counts: list[int] = []
-    update = AdamW._update
+    step_of = AdamW._step_of
 
-    def counted(self: AdamW, *given: Any) -> None:
+    def counted(self: AdamW, *given: Any) -> Any:
         counts.append(sum(p.grad is not None for p in trial.parameters.values()))
-        update(self, *given)
+        return step_of(self, *given)
 
-    monkeypatch.setattr(AdamW, "_update", counted)
+    monkeypatch.setattr(AdamW, "_step_of", counted)
     optimizer_step(base, [trial], 1000)
     assert len(counts) == len(trial.parameters)
     assert max(counts) <= 2

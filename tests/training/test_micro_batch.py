@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -32,6 +34,14 @@ def test_examples_are_laid_out_with_what_is_predicted_from_where() -> None:
                     assert micro_batch.labels[at] == ids[t]
                     at += 1
         assert at == len(micro_batch.labels) == sum(micro_batch.target_counts)
+
+
+def test_a_label_that_is_no_token_of_the_model_is_refused_before_it_comes_to_a_device() -> None:
+    base = loaded()
+    row = tiny.examples((5,))[0]
+    wrong = replace(row, ids=np.array([3, 4, 83, 5, 6], dtype=np.int32), loss_mask=np.ones(5, dtype=np.bool_))
+    with pytest.raises(IndexError, match=r"a label is not in 0 \.\. 82"):
+        collate(base, [BatchItem(wrong, 1, (0, 0), 1.0)])
 
 
 def test_an_evaluation_is_each_rows_plain_loss_without_dropout() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from graftlm.base.loading import Base, load_base
 from graftlm.errors import Diverged, TrainingError
 from graftlm.training.optimizer import AdamW
-from graftlm.training.sanity_checks import UpdateCheck, check_gradients_reach_every_tensor, checksum, expert_group
+from graftlm.training.sanity_checks import UpdateCheck, check_gradients_reach_every_tensor, checksums, expert_group
 from graftlm.training.trainer import train
 
 ROWS = tiny.examples()
@@ -29,18 +29,35 @@ def started(base: Base, **options: Any) -> Any:
 # ---- checksums ------------------------------------------------------------------------------------------------------
 
 
+def checksum(tensor: torch.Tensor) -> int:
+    return checksums([tensor])[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
-def test_any_changed_bit_and_any_two_swapped_values_change_the_checksum(dtype: torch.dtype) -> None:
-    tensor = torch.arange(1, 212).to(dtype).reshape(211, 1)[:, 0]
+@pytest.mark.parametrize("length", [211, 212])
+def test_any_changed_bit_and_any_two_swapped_values_change_the_checksum(dtype: torch.dtype, length: int) -> None:
+    tensor = torch.arange(1, length + 1).to(dtype).reshape(length, 1)[:, 0]
     before = checksum(tensor)
     assert checksum(tensor.clone()) == before
-    for at in (0, 7, 210):
+    assert checksum(torch.cat([tensor[:1], tensor])[1:]) == before, "wherever it begins"
+    for at in (0, 7, length - 1):
         changed = tensor.clone()
         changed[at] = changed[at] + 1 if dtype != torch.bfloat16 else changed[at] * 2
         assert checksum(changed) != before
     swapped = tensor.clone()
     swapped[[3, 90]] = tensor[[90, 3]]
     assert checksum(swapped) != before
+
+
+@pytest.mark.parametrize("bit", range(-16, 15))
+def test_the_same_bit_changed_in_two_values_changes_the_checksum(bit: int) -> None:
+    """Of two changes the places must decide, the highest bits' among them; what a plain sum would miss cancels there too."""
+    tensor = torch.ones(100_000, dtype=torch.bfloat16)  # several blocks
+    changed = tensor.clone()
+    change = 1 << bit % 16 if bit % 16 < 15 else -(1 << 15)
+    changed.view(torch.int16)[5] ^= change
+    changed.view(torch.int16)[17 if bit >= 0 else 70_001] ^= change
+    assert checksum(changed) != checksum(tensor)
 
 
 def test_two_small_changes_do_not_cancel() -> None:
@@ -50,6 +67,12 @@ def test_two_small_changes_do_not_cancel() -> None:
     changed.view(torch.int16)[5] += 1
     changed.view(torch.int16)[17] -= 1
     assert checksum(changed) != checksum(tensor)
+
+
+def test_checksums_come_in_the_tensors_order_and_of_none_there_are_none() -> None:
+    tensors = [torch.arange(3), torch.ones(70_001), torch.zeros(0), torch.ones(5, dtype=torch.bool)]
+    assert checksums(tensors) == [checksum(tensor) for tensor in tensors]
+    assert checksums([]) == []
 
 
 # ---- what must change -----------------------------------------------------------------------------------------------
@@ -73,13 +96,13 @@ def test_full_training_in_16_bits_at_a_tiny_rate_is_not_called_broken() -> None:
 def test_an_optimizer_that_leaves_a_tensor_out_is_stopped_at_the_third_step(monkeypatch: pytest.MonkeyPatch) -> None:
     base = loaded()
     trial = started(base)
-    update = AdamW._update  # pyright: ignore[reportPrivateUsage]
+    step_of = AdamW._step_of  # pyright: ignore[reportPrivateUsage]
 
-    def forgetful(self: AdamW, name: str, *given: Any) -> None:
-        if "layers.1.mlp.up_proj" not in name:
-            update(self, name, *given)
+    def forgetful(self: AdamW, name: str, *given: Any) -> Any:
+        parameter, *others = step_of(self, name, *given)
+        return (parameter.detach().clone() if "layers.1.mlp.up_proj" in name else parameter, *others)
 
-    monkeypatch.setattr(AdamW, "_update", forgetful)
+    monkeypatch.setattr(AdamW, "_step_of", forgetful)
     with pytest.raises(
         TrainingError, match=r"layers\.1\.mlp\.up_proj\.lora_A\.weight' and 1 more got gradients and has not"
     ):

@@ -106,13 +106,16 @@ class _AttentionStruct(ctypes.Structure):
 
 
 class DecodeAttention:
-    """The single tokens of a step: their rows of q, the number of tokens each attends to, their blocks; int64 on the CPU.
+    """The single tokens of a step: their rows of q, the number of tokens each attends to, their blocks; int64.
 
-    `rows` (n,), `visible` (n,) with the token itself, `table` (n, most blocks), `block` positions in each block.
+    `rows` (n,), `visible` (n,) with the token itself, `table` (n, most blocks), `block` positions in each block; `lengths` are
+    the numbers in `visible`, for code that must not read them from a GPU.
     """
 
-    def __init__(self, rows: Tensor, visible: Tensor, table: Tensor, block: int) -> None:
+    def __init__(self, rows: Tensor, visible: Tensor, table: Tensor, block: int, lengths: Sequence[int] = ()) -> None:
         self.rows, self.visible, self.table, self.block = rows, visible, table.contiguous(), block  # kept alive
+        self.lengths = lengths
+        self.kept: dict[Any, Any] = {}  # what `gpu_attention` made for one layer and needs for the next
         self._struct: Any = _AttentionStruct(
             tokens=len(rows), row=rows.data_ptr(), visible=visible.data_ptr(), table=self.table.data_ptr(),
             table_stride=self.table.shape[1], block=block,

@@ -10,7 +10,7 @@ from torch import Tensor
 from graftlm.kernels import reference_adamw as reference
 from graftlm.kernels.counter_rng import word_keys
 from graftlm.kernels.moments import MOMENT_BLOCK, ZERO_MEAN_CODE, Moments
-from graftlm.kernels.triton.device import ceil, programs
+from graftlm.kernels.triton.device import ceil, launch
 
 BLOCKS = 4  # of 256 values in a program: 8 values a thread
 PARAMETERS = (torch.float32, torch.bfloat16)
@@ -46,7 +46,8 @@ def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: referenc
     start, turn = word_keys(*update.key)
     codes = [_code_of(signed, parameter.device) for signed in (True, False)]
     mean_scale, square_scale = moments.mean_scale, moments.square_scale
-    programs("adamw").step[(ceil(count, MOMENT_BLOCK * BLOCKS),)](
+    launch(
+        "adamw", "step", (ceil(count, MOMENT_BLOCK * BLOCKS),), parameter,
         parameter.detach().view(torch.int16) if rounded else parameter.detach(), gradient.detach().contiguous(),
         moments.mean, moments.square, moments.mean if mean_scale is None else mean_scale,
         moments.square if square_scale is None else square_scale, codes[0][0], codes[1][0], codes[0][1], codes[1][1],

@@ -10,7 +10,7 @@ from graftlm.kernels.reference_blocks import blocks_dequantize as truth
 from graftlm.kernels.reference_blocks import sample_blocks
 from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.stored import BLOCK_SIZES, GgufBlocks
-from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, needs_upcast, programs
+from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, launch, needs_upcast
 
 _KINDS = {kind: i for i, kind in enumerate(BLOCK_SIZES)}  # KIND of the programs
 
@@ -18,9 +18,11 @@ _KINDS = {kind: i for i, kind in enumerate(BLOCK_SIZES)}  # KIND of the programs
 def blocks_dequantize(weight: GgufBlocks, dtype: torch.dtype = torch.float32) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if out.numel():
-        programs("blocks").dequantize[(ceil(out.numel(), 1024),)](
-            weight.data.contiguous(), out, out.numel(), KIND=_KINDS[weight.kind], TILE=1024, enable_fp_fusion=False
-        )
+        launch(
+            "blocks", "dequantize", (ceil(out.numel(), 1024),), out,
+            weight.data.contiguous(), out, out.numel(),
+            KIND=_KINDS[weight.kind], TILE=1024, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 
@@ -30,7 +32,8 @@ def few_rows(x: Tensor, weight: GgufBlocks, transposed: bool, most_rows: int, ti
     summed, made = (outer, inner) if transposed else (inner, outer)
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(len(x), made, dtype=x.dtype, device=x.device)
-    programs("blocks").few_rows[(ceil(made, tile[0]),)](
+    launch(
+        "blocks", "few_rows", (ceil(made, tile[0]),), x,
         x, weight.data.contiguous(), y, len(x), summed, made, inner, x.stride(0), KIND=_KINDS[weight.kind],
         TRANSPOSED=transposed, ROWS=most_rows, MADE=tile[0], SUMMED=tile[1], UPCAST=needs_upcast(x), num_stages=STAGES,
         enable_fp_fusion=False,

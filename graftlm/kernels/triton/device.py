@@ -20,6 +20,15 @@ def programs(name: str) -> Any:
     return importlib.import_module(f"graftlm.kernels.triton.programs.{name}")
 
 
+def launch(file: str, program: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a program of `programs/FILE.py` on the card of `like`, whatever card is this thread's current one.
+
+    Triton launches on the current one, and every thread begins with the first card.
+    """
+    with torch.cuda.device_of(like):
+        getattr(programs(file), program)[grid](*arguments, **options)
+
+
 def interpreted() -> bool:
     """Whether programs run in Triton's interpreter, on tensors of the CPU: what the tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"

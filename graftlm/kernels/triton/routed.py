@@ -20,7 +20,7 @@ from torch import Tensor
 from graftlm.kernels import reference
 from graftlm.kernels.routing import FactorList, FactorRange, Routing
 from graftlm.kernels.self_check import close, sample
-from graftlm.kernels.triton.device import STAGES, ceil, needs_upcast, programs
+from graftlm.kernels.triton.device import STAGES, ceil, launch, needs_upcast
 
 LARGEST_RANK = 128  # one program holds a whole row of h; larger ranks go to the reference
 
@@ -75,7 +75,8 @@ class _Routes:
         """h (tokens, largest rank) = x M^T, M = A (side 0) or B^T (side 1); rows outside all tiles are not written."""
         h = torch.empty(len(x), self.largest, dtype=x.dtype, device=x.device)
         if self.count:
-            programs("routed").shrink[(self.count,)](
+            launch(
+                "routed", "shrink", (self.count,), x,
                 x, x.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, h, h.stride(0), x.shape[1],
                 RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
                 UPCAST=needs_upcast(x), num_stages=STAGES,
@@ -85,7 +86,8 @@ class _Routes:
     def expand(self, h: Tensor, y: Tensor, side: int, scaled: bool) -> None:
         """y += h M in place, M = A (side 0) or B^T (side 1)."""
         if self.count:
-            programs("routed").expand[(self.count, ceil(y.shape[1], 64))](
+            launch(
+                "routed", "expand", (self.count, ceil(y.shape[1], 64)), y,
                 h, h.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, y, y.stride(0), y.shape[1],
                 RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
                 UPCAST=needs_upcast(h), num_stages=STAGES,

@@ -11,7 +11,7 @@ from graftlm.kernels import reference
 from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.stored import GgufBlocks, Int8, Nf4, Quantized
 from graftlm.kernels.triton import blocks
-from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, needs_upcast, programs
+from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, launch, needs_upcast
 
 FEW_ROWS = (
     16  # up to so many rows a matmul decodes the weight itself; for more it is dequantized for the vendor's matmul
@@ -29,7 +29,8 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 def nf4_dequantize(weight: Nf4, dtype: torch.dtype = torch.float32) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if out.numel():
-        programs("weights").nf4_dequantize[(ceil(out.numel(), 1024),)](
+        launch(
+            "weights", "nf4_dequantize", (ceil(out.numel(), 1024),), out,
             *weight.tensors().values(), *_tables(weight.device), out, weight.start, out.numel(), TILE=1024,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -40,9 +41,11 @@ def int8_dequantize(weight: Int8, dtype: torch.dtype = torch.float32) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if out.numel():
         values, scale = weight.values.contiguous(), weight.scale.contiguous()
-        programs("weights").int8_dequantize[(ceil(out.numel(), 1024),)](
-            values, scale, out, weight.shape[-1], out.numel(), TILE=1024
-        )
+        launch(
+            "weights", "int8_dequantize", (ceil(out.numel(), 1024),), out,
+            values, scale, out, weight.shape[-1], out.numel(),
+            TILE=1024,
+        )  # fmt: skip
     return out
 
 
@@ -61,7 +64,8 @@ def _few_rows(x: Tensor, weight: Nf4 | GgufBlocks, transposed: bool) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(len(x), made, dtype=x.dtype, device=x.device)
     columns, values = TILES["dy W" if transposed else "x W^T"]
-    programs("weights").nf4_matmul[(ceil(made, columns),)](
+    launch(
+        "weights", "nf4_matmul", (ceil(made, columns),), x,
         x, *weight.tensors().values(), *_tables(x.device), y, weight.start, len(x), summed, made, inner, x.stride(0),
         TRANSPOSED=transposed, ROWS=FEW_ROWS, MADE=columns, SUMMED=values, UPCAST=needs_upcast(x),
         num_stages=STAGES, enable_fp_fusion=False,

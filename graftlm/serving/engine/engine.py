@@ -34,6 +34,7 @@ from graftlm.base.kv_cache import bytes_per_token
 from graftlm.base.loading import Base
 from graftlm.errors import GraftError, RequestError
 from graftlm.formatting import quote
+from graftlm.kernels import to_device
 from graftlm.serving.engine import sampling
 from graftlm.serving.engine.adapter_cache import AdapterCache
 from graftlm.serving.engine.kv_cache import BLOCK_TOKENS
@@ -285,7 +286,7 @@ class Engine:
             return
         ready = [sequences[i] for i in rows]
         if len(rows) < len(sequences):
-            states = states[torch.tensor(rows, device=states.device)]
+            states = states[to_device([torch.tensor(rows)], states.device)[0]]
         row_logits = logits(self.base, states, [s.adapter_slot for s in ready]).float()  # (n, V)
         for sequence, (token, logprobs) in zip(ready, sampling.sample_all(row_logits, ready)):
             self._append_token(sequence, token, logprobs, outputs)

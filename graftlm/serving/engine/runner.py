@@ -25,6 +25,7 @@ from graftlm.base.caches import Asking, Past
 from graftlm.base.context import ForwardContext
 from graftlm.base.kv_cache import LayerKVSpec, PagedAttention, PagedKVCache
 from graftlm.base.loading import Base
+from graftlm.kernels import to_device
 from graftlm.segments import Segments
 from graftlm.serving.engine.kv_cache import BlockPool, hash_block, hash_root
 from graftlm.serving.engine.native_decoder import native_decoder_of
@@ -143,7 +144,7 @@ class PagedRunner:
             sequence.num_computed += n
         if len(hidden) == len(work):
             return sequences, hidden
-        return sequences, hidden[torch.tensor(ends, device=hidden.device)]
+        return sequences, hidden[to_device([torch.tensor(ends)], hidden.device)[0]]
 
     def _hidden(self, work: Work) -> Tensor:
         """The states of all new tokens (T, width): by the native decoder where it can, else by the model's own code."""
@@ -151,7 +152,7 @@ class PagedRunner:
         computed = tuple(s.num_computed for s, _ in work)
         batch_slots, slots = [s.batch_slot for s, _ in work], tuple(s.adapter_slot for s, _ in work)
         new = [t for s, n in work for t in s.tokens[s.num_computed : s.num_computed + n]]
-        ids = torch.tensor(new, device=self.base.device)  # (T,)
+        (ids,) = to_device([torch.tensor(new)], self.base.device)  # (T,)
         if self.decoder is not None:
             hidden = self.decoder.hidden(ids, lengths, computed, batch_slots, slots)
             if hidden is not None:

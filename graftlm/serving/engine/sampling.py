@@ -17,6 +17,7 @@ from collections.abc import Sequence as Sequences
 import torch
 from torch import Tensor
 
+from graftlm.kernels import to_device
 from graftlm.kernels.counter_rng import hash_words
 from graftlm.serving.engine.request import SamplingParams, TokenLogprobs
 from graftlm.serving.engine.sequence import Sequence
@@ -35,8 +36,8 @@ def sample_all(logits: Tensor, sequences: Sequences[Sequence]) -> list[tuple[int
                 apply_penalties(row, sequence.request.sampling, sequence.request.prompt, sequence.generated)
             if sequence.matcher is not None:
                 sequence.matcher.restrict(row)
-    tokens = logits.argmax(-1).tolist()
     random = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
+    tokens = [0] * len(sequences) if len(random) == len(sequences) else logits.argmax(-1).tolist()
     if random:
         params = [sequences[i].request.sampling for i in random]
         numbers = [uniform(p.seed, sequences[i].index, sequences[i].num_generated) for i, p in zip(random, params)]
@@ -81,14 +82,15 @@ def uniform(seed: int, index: int, position: int) -> float:
 def sample(logits: Tensor, samplings: Sequences[SamplingParams], numbers: Sequences[float]) -> list[int]:
     """One token for each row of logits (n, V), none of them greedy."""
     device = logits.device
-    temperature = torch.tensor([s.temperature for s in samplings], device=device)[:, None]
-    p = torch.softmax(logits.float() / temperature, dim=-1)  # (n, V)
-    u = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]  # (n, 1)
+    (temperature,) = to_device([torch.tensor([s.temperature for s in samplings])], device)
+    p = torch.softmax(logits.float() / temperature[:, None], dim=-1)  # (n, V)
+    u = to_device([torch.tensor(numbers, dtype=torch.float64)], device)[0][:, None]  # (n, 1)
     found = [0] * len(samplings)
     # How a row is drawn depends on the row alone: from the whole vocabulary in its order, or from the likeliest in theirs.
     whole = [i for i, s in enumerate(samplings) if s.top_k == 0 and s.top_p >= 1 and s.min_p == 0]
     if whole:
-        for i, token in zip(whole, _pick(p[whole], u[whole])):
+        all_whole = len(whole) == len(samplings)
+        for i, token in zip(whole, _pick(p, u) if all_whole else _pick(p[whole], u[whole])):
             found[i] = token
     left = [i for i in range(len(samplings)) if i not in set(whole)]
     h = min(p.shape[1], max(_HEAD, *(s.top_k for s in samplings), 0))
