@@ -48,11 +48,11 @@ def prompts(count: int) -> list[str]:
 class LlamaCpp:
     """llama.cpp, with an adapter or without, by token ids."""
 
-    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+    def __init__(self, base: Path, adapter: Path | None = None, **options: bool) -> None:
         llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
         self.model = llama_cpp.Llama(
             model_path=str(base), lora_path=None if adapter is None else str(adapter), n_ctx=256, n_threads=1,
-            n_threads_batch=1, logits_all=True, type_k=0, type_v=0, verbose=False,
+            n_threads_batch=1, logits_all=True, type_k=0, type_v=0, verbose=False, **options,
         )  # fmt: skip
 
     def greedy(self, prompt: Sequence[int], stop: Collection[int], most: int) -> tuple[list[int], Tensor]:
@@ -102,8 +102,8 @@ def compare(llama_cpp: LlamaCpp, base: Base, folder: Path, count: int, most: int
     found = Compared()
     for prompt, ours in zip(asked, generated):
         theirs, logits = llama_cpp.greedy(prompt, encoder.stop_ids, most)
-        own = behind(base, prompt, theirs)
-        same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        own = tiny.base_logits(base, torch.tensor(prompt + theirs[:-1]))[len(prompt) - 1 :]  # (tokens, vocabulary)
+        same = parting(ours, theirs)
         found.total += max(len(ours), len(theirs))
         found.before_parting += same
         found.likeliest += int((own.argmax(1) == torch.tensor(theirs)).sum())
@@ -116,6 +116,6 @@ def compare(llama_cpp: LlamaCpp, base: Base, folder: Path, count: int, most: int
     return found
 
 
-def behind(base: Base, prompt: list[int], answer: list[int]) -> Tensor:
-    """Graft's logits before each token of an answer to a prompt, (tokens, vocabulary), with the adapter in slot 1."""
-    return tiny.base_logits(base, torch.tensor(prompt + answer[:-1]))[len(prompt) - 1 :]
+def parting(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens of two answers are equal before the first one that differs."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
