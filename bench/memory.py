@@ -32,6 +32,7 @@ from memory_runs import ROWS, RUNS, SHAPES, Run, make_model, write_rows
 from graftlm.config import TrainConfig
 from graftlm.experiments.subprocess_run import train_in_subprocess
 from graftlm.planning.activations import Workload
+from graftlm.planning.answers import AnswerLoad
 from graftlm.planning.hardware import processor
 from graftlm.planning.memory import requirement
 from graftlm.planning.method import NO_ADAPTER, TrainingSetting, adapter_shape
@@ -41,8 +42,8 @@ from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
 STEPS = 2  # the second has the optimizer's states from its beginning on
 
 
-def plan(run: Run, model: str, load: dict[str, int]) -> dict[str, Any]:
-    """What `graft plan` makes of a run over its heaviest micro-batch: bytes at the peak, in parts."""
+def plan(run: Run, model: str, load: dict[str, int], answers: dict[str, int] | None) -> dict[str, Any]:
+    """What the planner makes of a run over its heaviest micro-batch, and its scored answers: bytes at the peak, in parts."""
     shape = find(model).shape
     setting = TrainingSetting(
         key=run.method,
@@ -54,6 +55,7 @@ def plan(run: Run, model: str, load: dict[str, int]) -> dict[str, Any]:
         optimizer_in_backward=run.options.get("optimizer_in_backward", False),
         activation_checkpointing=run.options.get("activation_checkpointing", False),
         dora=run.options.get("dora", False),
+        dropout="lora_dropout" in run.options,
     )
     workload = Workload(
         tokens=load["tokens"], target_tokens=load["target_tokens"], longest=load["longest_example"],
@@ -62,8 +64,12 @@ def plan(run: Run, model: str, load: dict[str, int]) -> dict[str, Any]:
     )  # fmt: skip
     adapter = NO_ADAPTER
     if run.method != "full":
-        adapter = adapter_shape(shape, run.options.get("targets", ["all-linear"]), run.options.get("rank", 16))
-    found = requirement(shape, setting, adapter, workload, "cpu", fused=True, fused_dequant=processor().fused_dequant)
+        targets, rank = run.options.get("targets", ["all-linear"]), run.options.get("rank", 16)
+        adapter = adapter_shape(shape, targets, rank, dora=setting.dora)
+    found = requirement(
+        shape, setting, adapter, workload, "cpu", fused=True, fused_dequant=processor().fused_dequant,
+        answers=AnswerLoad(**answers) if answers else None,
+    )  # fmt: skip
     at = "loading" if found.loading > found.training else found.moment
     return {"bytes": found.peak, "highest_at": at, "parts": found.parts.to_json(), "loading": found.loading}
 
@@ -84,6 +90,7 @@ def measure(run: Run, model: str, folder: Path) -> dict[str, Any]:
         "bytes": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
         "dry_run_bytes": plan["dry_run_bytes"],
         "load": plan["heaviest_micro_batch"],
+        "answers": plan.get("answers"),
     }
 
 
@@ -126,13 +133,14 @@ def figures_of(run: Run, model: str, place: Path, before: dict[str, Any] | None)
         folder.mkdir()
         found = measure(run, model, folder)
     else:
-        found = {"bytes": before["measured"], "dry_run_bytes": before["dry_run_bytes"], "load": before["load"]}
-    planned = plan(run, model, found["load"])
+        found = {"bytes": before["measured"], "dry_run_bytes": before["dry_run_bytes"], "load": before["load"],
+                 "answers": before.get("answers")}  # fmt: skip
+    planned = plan(run, model, found["load"], found["answers"])
     return {
         "name": run.name, "base": run.base, "method": run.method, "what": run.label, "length": run.length,
-        "batch": run.batch, "load": found["load"], "planned": planned["bytes"], "measured": found["bytes"],
-        "error": planned["bytes"] / found["bytes"] - 1, "highest_at": planned["highest_at"], "parts": planned["parts"],
-        "loading": planned["loading"], "dry_run_bytes": found["dry_run_bytes"],
+        "batch": run.batch, "load": found["load"], "answers": found["answers"], "planned": planned["bytes"],
+        "measured": found["bytes"], "error": planned["bytes"] / found["bytes"] - 1, "highest_at": planned["highest_at"],
+        "parts": planned["parts"], "loading": planned["loading"], "dry_run_bytes": found["dry_run_bytes"],
     }  # fmt: skip
 
 
