@@ -8,6 +8,7 @@ random Llamas of 5 to 60 million values, which vary the shapes. `memory_runs.py`
     python bench/memory.py --out bench/results       the table, the figures as JSON, and a plot
     python bench/memory.py --only gemma              some of the runs
     python bench/memory.py --out DIR --keep          runs that DIR/memory.json has are not run again, only planned again
+    python bench/memory.py --out DIR --page          writes docs/planning.md's section too
 
 It needs no quiet machine, for nothing is timed, and 7 GB. Figures are written after every run: what is interrupted goes on
 with --keep. A base that is not installed, or rows that are not there, are left out and named.
@@ -39,6 +40,8 @@ from graftlm.planning.method import NO_ADAPTER, TrainingSetting, adapter_shape
 from graftlm.planning.models import find
 from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "planning.md"
+BEGIN, END = "<!-- accuracy: written by `python bench/memory.py --out bench/results --page` -->", "<!-- /accuracy -->"
 STEPS = 2  # the second has the optimizer's states from its beginning on
 
 
@@ -164,15 +167,32 @@ def in_words(said: dict[str, Any]) -> str:
     )
 
 
+def kinds(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs on each real base, those on random Llamas, and all."""
+    bases = {"SmolLM2-135M-Instruct": ("smollm2",), "Gemma 3 270M": ("gemma",), "random Llamas": tuple(SHAPES)}
+    parts = {kind: [f for f in found if f["base"] in names] for kind, names in bases.items()}
+    return {**{kind: own for kind, own in parts.items() if own}, "all": found}
+
+
 def of_each_kind(found: list[dict[str, Any]]) -> str:
-    """The errors of the runs on each real base, of those on random Llamas, and of all."""
-    kinds = {"SmolLM2-135M-Instruct": ("smollm2",), "Gemma 3 270M": ("gemma",), "Random Llamas": tuple(SHAPES)}
-    lines = [
-        f"{kind}: {in_words(summary(own))}."
-        for kind, bases in kinds.items()
-        if (own := [f for f in found if f["base"] in bases])
-    ]
-    return "\n".join([*lines, f"All: {in_words(summary(found))}."])
+    """The errors of each kind of runs, a line each."""
+    return "\n".join(f"{kind[0].upper()}{kind[1:]}: {in_words(summary(own))}." for kind, own in kinds(found).items())
+
+
+def with_figures(page: str, found: list[dict[str, Any]]) -> str:
+    """A page with the table of errors between its marks. Raises ValueError if they are missing."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page lacks the marks {BEGIN} and {END}")
+    rows = ["| base | runs | within 10 % | absolute error, median | largest | signed, mean |", "|---|---:|---:|---:|---:|---:|"]
+    for kind, own in kinds(found).items():
+        said = summary(own)
+        rows.append(
+            f"| {kind} | {said['runs']} | {said['within_a_tenth']} | {said['median_absolute_error']:.1%} | "
+            f"{said['largest_absolute_error']:.1%} | {said['mean_signed_error']:+.1%} |"
+        )
+    return "\n".join([f"{before}{begin}", *rows, f"{end}{after}"])
 
 
 def main() -> None:
@@ -180,6 +200,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for memory.json, memory.md and memory.png")
     parser.add_argument("--only", default="", help="runs whose name holds this text")
     parser.add_argument("--keep", action="store_true", help="take what --out has measured already")
+    parser.add_argument("--page", action="store_true", help="write the section of docs/planning.md too")
     options = parser.parse_args()
     before = measured_before(options.out) if options.keep else {}
     chosen = [run for run in RUNS if options.only in run.name or run.name in before]
@@ -204,6 +225,8 @@ def main() -> None:
     sys.stdout.write(f"\n{of_each_kind(found)}\n")
     if options.out is not None:
         plot(found, options.out / "memory.png")
+    if options.page:
+        PAGE.write_text(with_figures(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 def write(found: list[dict[str, Any]], folder: Path) -> None:
