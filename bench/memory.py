@@ -185,7 +185,10 @@ def with_figures(page: str, found: list[dict[str, Any]]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the page lacks the marks {BEGIN} and {END}")
-    rows = ["| base | runs | within 10 % | absolute error, median | largest | signed, mean |", "|---|---:|---:|---:|---:|---:|"]
+    rows = [
+        "| base | runs | within 10 % | absolute error, median | largest | signed, mean |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for kind, own in kinds(found).items():
         said = summary(own)
         rows.append(
