@@ -8,6 +8,7 @@ random Llamas of 5 to 60 million values, which vary the shapes. `memory_runs.py`
     python bench/memory.py --out bench/results       the table, the figures as JSON, and a plot
     python bench/memory.py --only gemma              some of the runs
     python bench/memory.py --out DIR --keep          runs that DIR/memory.json has are not run again, only planned again
+    python bench/memory.py --out DIR --page          writes docs/planning.md's section too
 
 It needs no quiet machine, for nothing is timed, and 7 GB. Figures are written after every run: what is interrupted goes on
 with --keep. A base that is not installed, or rows that are not there, are left out and named.
@@ -32,17 +33,20 @@ from memory_runs import ROWS, RUNS, SHAPES, Run, make_model, write_rows
 from graftlm.config import TrainConfig
 from graftlm.experiments.subprocess_run import train_in_subprocess
 from graftlm.planning.activations import Workload
+from graftlm.planning.answers import AnswerLoad
 from graftlm.planning.hardware import processor
 from graftlm.planning.memory import requirement
 from graftlm.planning.method import NO_ADAPTER, TrainingSetting, adapter_shape
 from graftlm.planning.models import find
 from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "planning.md"
+BEGIN, END = "<!-- accuracy: written by `python bench/memory.py --out bench/results --page` -->", "<!-- /accuracy -->"
 STEPS = 2  # the second has the optimizer's states from its beginning on
 
 
-def plan(run: Run, model: str, load: dict[str, int]) -> dict[str, Any]:
-    """What `graft plan` makes of a run over its heaviest micro-batch: bytes at the peak, in parts."""
+def plan(run: Run, model: str, load: dict[str, int], answers: dict[str, int] | None) -> dict[str, Any]:
+    """What the planner makes of a run over its heaviest micro-batch, and its scored answers: bytes at the peak, in parts."""
     shape = find(model).shape
     setting = TrainingSetting(
         key=run.method,
@@ -54,6 +58,7 @@ def plan(run: Run, model: str, load: dict[str, int]) -> dict[str, Any]:
         optimizer_in_backward=run.options.get("optimizer_in_backward", False),
         activation_checkpointing=run.options.get("activation_checkpointing", False),
         dora=run.options.get("dora", False),
+        dropout="lora_dropout" in run.options,
     )
     workload = Workload(
         tokens=load["tokens"], target_tokens=load["target_tokens"], longest=load["longest_example"],
@@ -62,8 +67,12 @@ def plan(run: Run, model: str, load: dict[str, int]) -> dict[str, Any]:
     )  # fmt: skip
     adapter = NO_ADAPTER
     if run.method != "full":
-        adapter = adapter_shape(shape, run.options.get("targets", ["all-linear"]), run.options.get("rank", 16))
-    found = requirement(shape, setting, adapter, workload, "cpu", fused=True, fused_dequant=processor().fused_dequant)
+        targets, rank = run.options.get("targets", ["all-linear"]), run.options.get("rank", 16)
+        adapter = adapter_shape(shape, targets, rank, dora=setting.dora)
+    found = requirement(
+        shape, setting, adapter, workload, "cpu", fused=True, fused_dequant=processor().fused_dequant,
+        answers=AnswerLoad(**answers) if answers else None,
+    )  # fmt: skip
     at = "loading" if found.loading > found.training else found.moment
     return {"bytes": found.peak, "highest_at": at, "parts": found.parts.to_json(), "loading": found.loading}
 
@@ -84,6 +93,7 @@ def measure(run: Run, model: str, folder: Path) -> dict[str, Any]:
         "bytes": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
         "dry_run_bytes": plan["dry_run_bytes"],
         "load": plan["heaviest_micro_batch"],
+        "answers": plan.get("answers"),
     }
 
 
@@ -126,13 +136,14 @@ def figures_of(run: Run, model: str, place: Path, before: dict[str, Any] | None)
         folder.mkdir()
         found = measure(run, model, folder)
     else:
-        found = {"bytes": before["measured"], "dry_run_bytes": before["dry_run_bytes"], "load": before["load"]}
-    planned = plan(run, model, found["load"])
+        found = {"bytes": before["measured"], "dry_run_bytes": before["dry_run_bytes"], "load": before["load"],
+                 "answers": before.get("answers")}  # fmt: skip
+    planned = plan(run, model, found["load"], found["answers"])
     return {
         "name": run.name, "base": run.base, "method": run.method, "what": run.label, "length": run.length,
-        "batch": run.batch, "load": found["load"], "planned": planned["bytes"], "measured": found["bytes"],
-        "error": planned["bytes"] / found["bytes"] - 1, "highest_at": planned["highest_at"], "parts": planned["parts"],
-        "loading": planned["loading"], "dry_run_bytes": found["dry_run_bytes"],
+        "batch": run.batch, "load": found["load"], "answers": found["answers"], "planned": planned["bytes"],
+        "measured": found["bytes"], "error": planned["bytes"] / found["bytes"] - 1, "highest_at": planned["highest_at"],
+        "parts": planned["parts"], "loading": planned["loading"], "dry_run_bytes": found["dry_run_bytes"],
     }  # fmt: skip
 
 
@@ -156,15 +167,35 @@ def in_words(said: dict[str, Any]) -> str:
     )
 
 
+def kinds(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs on each real base, those on random Llamas, and all."""
+    bases = {"SmolLM2-135M-Instruct": ("smollm2",), "Gemma 3 270M": ("gemma",), "random Llamas": tuple(SHAPES)}
+    parts = {kind: [f for f in found if f["base"] in names] for kind, names in bases.items()}
+    return {**{kind: own for kind, own in parts.items() if own}, "all": found}
+
+
 def of_each_kind(found: list[dict[str, Any]]) -> str:
-    """The errors of the runs on each real base, of those on random Llamas, and of all."""
-    kinds = {"SmolLM2-135M-Instruct": ("smollm2",), "Gemma 3 270M": ("gemma",), "Random Llamas": tuple(SHAPES)}
-    lines = [
-        f"{kind}: {in_words(summary(own))}."
-        for kind, bases in kinds.items()
-        if (own := [f for f in found if f["base"] in bases])
+    """The errors of each kind of runs, a line each."""
+    return "\n".join(f"{kind[0].upper()}{kind[1:]}: {in_words(summary(own))}." for kind, own in kinds(found).items())
+
+
+def with_figures(page: str, found: list[dict[str, Any]]) -> str:
+    """A page with the table of errors between its marks. Raises ValueError if they are missing."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page lacks the marks {BEGIN} and {END}")
+    rows = [
+        "| base | runs | within 10 % | absolute error, median | largest | signed, mean |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    return "\n".join([*lines, f"All: {in_words(summary(found))}."])
+    for kind, own in kinds(found).items():
+        said = summary(own)
+        rows.append(
+            f"| {kind} | {said['runs']} | {said['within_a_tenth']} | {said['median_absolute_error']:.1%} | "
+            f"{said['largest_absolute_error']:.1%} | {said['mean_signed_error']:+.1%} |"
+        )
+    return "\n".join([f"{before}{begin}", *rows, f"{end}{after}"])
 
 
 def main() -> None:
@@ -172,6 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for memory.json, memory.md and memory.png")
     parser.add_argument("--only", default="", help="runs whose name holds this text")
     parser.add_argument("--keep", action="store_true", help="take what --out has measured already")
+    parser.add_argument("--page", action="store_true", help="write the section of docs/planning.md too")
     options = parser.parse_args()
     before = measured_before(options.out) if options.keep else {}
     chosen = [run for run in RUNS if options.only in run.name or run.name in before]
@@ -196,6 +228,8 @@ def main() -> None:
     sys.stdout.write(f"\n{of_each_kind(found)}\n")
     if options.out is not None:
         plot(found, options.out / "memory.png")
+    if options.page:
+        PAGE.write_text(with_figures(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 def write(found: list[dict[str, Any]], folder: Path) -> None:

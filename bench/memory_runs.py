@@ -120,7 +120,7 @@ RUNS = (
 
 
 def make_model(sizes: dict[str, int], folder: Path) -> None:
-    """A Llama with random weights, and the bundled base's tokenizer."""
+    """A Llama with random weights, and the bundled base's tokenizer, filled up to its vocabulary."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -139,6 +139,21 @@ def make_model(sizes: dict[str, int], folder: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    fill_tokenizer(folder / "tokenizer.json", sizes["vocab_size"])
+
+
+def fill_tokenizer(file: Path, entries: int) -> None:
+    """Add entries that no text has, pairs of private letters with their merges: a tokenizer's memory is planned too."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary, merges = values["model"]["vocab"], values["model"]["merges"]
+    free = max(*vocabulary.values(), *(token["id"] for token in values["added_tokens"])) + 1
+    letters = [chr(0xE000 + i) for i in range(200)]
+    pairs = [("", letter) for letter in letters] + [(a, b) for a in letters for b in letters]
+    for i, (a, b) in zip(range(free, entries), pairs):
+        vocabulary[a + b] = i
+        if a:
+            merges.append([a, b])
+    file.write_text(json.dumps(values), encoding="utf-8")
 
 
 def write_rows(run: Run, file: Path) -> None:

@@ -21,6 +21,8 @@ sys.path.append(str(ROOT / "bench"))
 
 import gpu  # noqa: E402
 import ladder  # noqa: E402
+import memory  # noqa: E402
+import memory_runs  # noqa: E402
 import peft_point  # noqa: E402
 import point  # noqa: E402
 import report  # noqa: E402
@@ -251,6 +253,35 @@ def test_both_sides_train_a_tiny_model_to_the_same_loss() -> None:
         assert sides["graft"]["loss"] == pytest.approx(sides["trl"]["loss"], rel=2e-3)
         assert all(side["examples_per_second"] > 0 for side in sides.values())
     assert set(found["lora"]) == {"graft", "trl", "trl packed"}
+
+
+# ---- planned and measured memory ---------------------------------------------------------------------------------------
+
+
+def test_errors_are_summed_up_for_each_base_and_stand_between_the_marks_of_the_page() -> None:
+    found = [{"base": base, "error": error} for base, error in (("gemma", 0.02), ("gemma", -0.12), ("30m", 0.04))]
+    page = memory.with_figures(f"before\n{memory.BEGIN}\nold\n{memory.END}\nafter", found)
+    assert page.startswith(f"before\n{memory.BEGIN}\n| base |")
+    assert page.endswith(f"\n{memory.END}\nafter")
+    assert "| Gemma 3 270M | 2 | 1 | 7.0% | 12.0% | -5.0% |" in page
+    assert "| random Llamas | 1 | 1 | 4.0% | 4.0% | +4.0% |" in page
+    assert "| all | 3 | 2 | 4.0% | 12.0% | -2.0% |" in page
+    assert "SmolLM2" not in page
+    assert "old" not in page
+    assert memory.with_figures(memory.PAGE.read_text(encoding="utf-8"), found)
+    with pytest.raises(ValueError, match="the page lacks the marks"):
+        memory.with_figures("no marks", found)
+
+
+def test_every_run_of_the_memory_benchmark_has_a_name_of_its_own_and_real_bases_have_every_method() -> None:
+    runs = memory_runs.RUNS
+    assert len({run.name for run in runs}) == len(runs)
+    for base in memory_runs.REAL:
+        ways = {(run.method, run.precision) for run in runs if run.base == base}
+        adapters = {("lora", how) for how in ("float32", "bfloat16", "int8", "gguf")}
+        assert ways == {("full", "float32"), ("full", "bfloat16"), ("qlora", "nf4"), *adapters}
+        options = {name for run in runs if run.base == base for name in run.options}
+        assert {"dora", "lora_dropout", "score", "activation_checkpointing", "optimizer_in_backward"} <= options
 
 
 # ---- the memory ladder -----------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class TrainingSetting:
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
     dora: bool = False
+    dropout: bool = False
+    """Whether adapters drop some of their inputs."""
 
     @property
     def full(self) -> bool:
@@ -102,7 +104,7 @@ class AdapterShape:
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
     """The sum of their ranks."""
     whole: int = 0
-    """Values of modules that are trained whole, in float32, and of trained embedding rows."""
+    """Values of modules that are trained whole, in float32, of trained embedding rows, and of DoRA's magnitudes."""
 
     def values(self, shape: ModelShape) -> int:
         """Trained values: r (in + out) for each matrix (Hu et al. 2021, section 4.2), times the experts of a stack."""
@@ -114,8 +116,8 @@ NO_ADAPTER = AdapterShape()
 """Full training has no adapter."""
 
 
-def adapter_shape(shape: ModelShape, targets: Sequence[str], rank: int) -> AdapterShape:
-    """The adapter that `--targets` and `--rank` ask for; ConfigError for a target that matches nothing.
+def adapter_shape(shape: ModelShape, targets: Sequence[str], rank: int, *, dora: bool = False) -> AdapterShape:
+    """The adapter that `--targets`, `--rank` and `--dora` ask for; ConfigError for a target that matches nothing.
 
     Targets as `graft train` has them: `all-linear`, `attention`, `mlp`, a layer's last name, or a glob over whole names.
     """
@@ -131,6 +133,7 @@ def adapter_shape(shape: ModelShape, targets: Sequence[str], rank: int) -> Adapt
     return AdapterShape(
         layers={w.key: w.count for w in chosen},
         ranks={w.key: rank * w.count for w in chosen},
+        whole=sum(w.count * w.out for w in chosen) if dora else 0,
     )
 
 

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ class MemoryEstimate:
     case: PlanCase | None
     items: tuple[BatchItem, ...]
     """The heaviest micro-batch itself."""
+    answers: AnswerLoad | None = None
+    """Those that are scored at each evaluation."""
 
     @property
     def dry_run_bytes(self) -> int | None:
@@ -80,6 +82,8 @@ class MemoryEstimate:
             },
             "machine": {"name": self.card.name, "memory_bytes": self.card.memory, "usable_bytes": self.card.usable},
         }  # fmt: skip
+        if self.answers is not None:
+            found["answers"] = asdict(self.answers)
         if self.requirement is not None:
             found["predicted"] = {
                 "parts": self.requirement.parts.to_json(),
@@ -132,7 +136,13 @@ def estimate(
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = MemoryEstimate(
-            micro_batch_tokens=tokens, load=load, requirement=took, card=card, case=case, items=tuple(items)
+            micro_batch_tokens=tokens,
+            load=load,
+            requirement=took,
+            card=card,
+            case=case,
+            items=tuple(items),
+            answers=answers,
         )
         if took is None or took.training <= card.usable:
             break
@@ -168,7 +178,7 @@ def _setting(config: TrainConfig, base: Base) -> TrainingSetting:
         key=config.method, label=config.method, method=config.method, precision=base.precision,
         compute_dtype="bfloat16" if base.compute_dtype == "bfloat16" else "float32", optimizer=config.optimizer,
         optimizer_in_backward=config.optimizer_in_backward, offload_optimizer=config.offload_optimizer,
-        activation_checkpointing=config.activation_checkpointing, dora=config.dora,
+        activation_checkpointing=config.activation_checkpointing, dora=config.dora, dropout=config.lora_dropout > 0,
     )  # fmt: skip
 
 

@@ -68,6 +68,9 @@ def test_a_run_that_is_scored_expects_the_memory_of_its_answers(tmp_path: Path) 
         place.mkdir()
         tiny_run.train(place, eval_data="30%", micro_batch_tokens=40, steps=1, **options)
         expected[name] = json.loads((place / "run" / "plan.json").read_text())["predicted"]
+    answers = json.loads((tmp_path / "long" / "run" / "plan.json").read_text())["answers"]
+    assert answers["prompts"] == 8
+    assert 200 < answers["longest"] < 240
     assert expected["long"]["highest_at"] == "answers"
     assert expected["long"]["parts"]["kv_cache"] > 0
     assert expected["plain"]["parts"]["kv_cache"] == 0

@@ -135,6 +135,52 @@ def test_offloaded_states_are_in_the_hosts_memory() -> None:
     assert found.host == optimizer_bytes(shape.parameters, setting)
 
 
+def test_a_processor_holds_the_tokenizer_beside_the_tensors() -> None:
+    small = find("smollm2-135m").shape
+    large = replace(small, vocabulary=262_144)
+    adapter = adapter_shape(small, ("all-linear",), 16)
+    for setting in (m for m in METHODS if not m.full):
+        found = [requirement(s, setting, adapter, LOAD, "cpu", fused=True).parts.runtime for s in (small, large)]
+        assert found[1] - found[0] == memory.TOKENIZER_BYTES * (262_144 - 49_152)
+        assert requirement(large, setting, adapter, LOAD, "cuda", fused=True).parts.runtime == 0
+
+
+def test_a_gguf_files_blocks_are_read_once_and_others_are_wide_one_at_a_time() -> None:
+    shape = replace(find("smollm2-135m").shape, gguf_bytes=95_000_000)
+    setting = TrainingSetting(key="", label="", method="lora", precision="gguf", compute_dtype="float32")
+    runtime = memory.RUNTIME_BYTES + memory.TOKENIZER_BYTES * shape.vocabulary
+    proof = 4 * 24 * shape.vocabulary * 4  # logits of the texts that a base is tried on
+    assert memory.loading_bytes(shape, setting, "cpu") == 95_000_000 + runtime + proof
+    # In 16 bits: the blocks of the embedding are there beside its dense form, which stays.
+    dense, blocks = replace(setting, precision="bfloat16"), shape.embedding * 95_000_000 / shape.parameters
+    assert memory.loading_bytes(shape, dense, "cpu") == int(weight_bytes(shape, dense) + runtime + blocks)
+    # In 4 bits: a linear layer is there as blocks and in float32, and neither stays.
+    few = replace(shape, embedding=10_000, vocabulary=10)
+    anew, runtime = replace(setting, precision="nf4"), memory.RUNTIME_BYTES + memory.TOKENIZER_BYTES * 10
+    wide = 576 * 1536 * (4 + 95_000_000 / few.parameters)
+    assert memory.loading_bytes(few, anew, "cpu") == int(weight_bytes(few, anew) + runtime + wide)
+
+
+def test_where_the_vocabulary_is_large_reading_the_tokenizer_takes_more_than_a_base_in_blocks() -> None:
+    shape = replace(find("smollm2-135m").shape, gguf_bytes=95_000_000, vocabulary=262_144)
+    setting = TrainingSetting(key="", label="", method="lora", precision="gguf", compute_dtype="float32")
+    reading = memory.RUNTIME_BYTES + memory.TOKENIZER_READING_BYTES * 262_144
+    assert memory.loading_bytes(shape, setting, "cpu") == reading
+    assert memory.loading_bytes(shape, setting, "cuda") < reading
+
+
+@pytest.mark.parametrize("option", ["dora", "dropout"])
+def test_dora_and_dropout_take_more_than_plain_adapters(option: str) -> None:
+    shape, setting = find("smollm2-135m").shape, replace(METHODS[-1], compute_dtype="float32")
+    adapter = adapter_shape(shape, ("all-linear",), 16, dora=option == "dora")
+    plain = requirement(shape, setting, adapter, LOAD, "cpu", fused=True).moments["backward"]
+    found = requirement(shape, replace(setting, **{option: True}), adapter, LOAD, "cpu", fused=True).moments["backward"]
+    assert found.workspace > plain.workspace
+    # DoRA: the result of each of the adapted matrices, once more.
+    more = 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576) * 4 * LOAD.tokens if option == "dora" else 0
+    assert found.activations - plain.activations == more
+
+
 @pytest.mark.parametrize("trained", [1, 500, 2042, 2048])
 def test_the_logits_that_are_planned_are_those_of_the_largest_piece(trained: int) -> None:
     shape = find("llama-3.2-1b").shape
