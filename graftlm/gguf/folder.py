@@ -26,7 +26,7 @@ POINTER = "model.gguf.json"
 BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
 """The quantized types that are read."""
 FLOATS = ("f32", "f16", "bf16")
-_FORMAT = 1
+_FORMAT = 2
 """Of the folder's content; with another number it is written anew."""
 
 
