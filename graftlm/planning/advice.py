@@ -181,9 +181,9 @@ def _reason_for_full(facts: Facts) -> str:
         return f"{facts.rows:,} rows are more than an adapter should hold ({MANY_ROWS:,} and more)."
     if facts.domain_shift is not None and facts.domain_shift.kind == "far":
         return (
-            f"The data are far from this base: {facts.domain_shift.excess_loss:.2f} nats a token of excess loss on "
+            f"The data are far from this base: {facts.domain_shift.excess_loss} nats a token of excess loss on "
             "their prompts "
-            f"(loss {facts.domain_shift.prompt_loss:.2f}, it expects {facts.domain_shift.prompt_entropy:.2f})."
+            f"(loss {facts.domain_shift.prompt_loss.value:.2f}, it expects {facts.domain_shift.prompt_entropy.value:.2f})."
         )
     return "The last point of quality counts." if facts.goal == "quality" else ""
 
@@ -198,7 +198,7 @@ def _fit(found: tuple[TrainingSetting, MemoryRequirement], facts: Facts) -> str:
 
 def bits_to_learn(facts: Facts) -> float:
     """The most that training can add: the base's loss on every target token, in bits; 2 nats a token where it is unknown."""
-    loss = facts.domain_shift.answer_loss if facts.domain_shift is not None else 2.0
+    loss = facts.domain_shift.answer_loss.value if facts.domain_shift is not None else 2.0
     return facts.target_tokens * loss / math.log(2)
 
 
@@ -256,7 +256,7 @@ def _would_change(facts: Facts, setting: TrainingSetting | None) -> list[str]:
         )
     elif facts.domain_shift is not None and facts.domain_shift.kind != "far":
         said.append(
-            f"The base is at home in these prompts (excess loss {facts.domain_shift.excess_loss:.2f} nats a token, "
+            f"The base is at home in these prompts (excess loss {facts.domain_shift.excess_loss} nats a token, "
             "far begins at 1); "
             "data of another kind would speak for full training."
         )

@@ -12,10 +12,18 @@ from graftlm.planning.fitting import PlanCase
 from graftlm.planning.hardware import card
 from graftlm.planning.method import adapter_shape
 from graftlm.planning.models import find
-from graftlm.planning.perplexity import DomainShift
+from graftlm.planning.perplexity import DomainShift, Estimate
 
-NEAR = DomainShift(answer_loss=2.5, prompt_loss=3.1, prompt_entropy=3.0, rows=10, tokens=900)
-FAR = DomainShift(answer_loss=4.5, prompt_loss=5.2, prompt_entropy=3.0, rows=10, tokens=900)
+
+def shift(answer_loss: float, excess_loss: float, error: float = 0.0) -> DomainShift:
+    return DomainShift(
+        answer_loss=Estimate(value=answer_loss), prompt_loss=Estimate(value=3.0 + excess_loss),
+        prompt_entropy=Estimate(value=3.0), excess_loss=Estimate(value=excess_loss, error=error), rows=10, tokens=900,
+        of_rows=5000,
+    )  # fmt: skip
+
+
+NEAR, FAR = shift(2.5, 0.1), shift(4.5, 2.2)
 
 
 def facts(model: str = "llama-3.1-8b", on: str = "a100-80gb", **given: object) -> Facts:
