@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graftlm.config import PlanConfig
+from graftlm.config.fields import is_gguf
 from graftlm.errors import ModelError
 from graftlm.formatting import duration
 from graftlm.planning import hardware
@@ -42,7 +43,10 @@ def plan(config: PlanConfig, sources: Sequence[Source] | None = None) -> PlanRep
         sources = [named_source(text, "train") for text in config.data]
     models = [find(name, trust_remote_code=config.trust_remote_code) for name in config.models]
     plans = tuple(_plan(model, card, config, sources) for model in models)
-    return PlanReport(card=card, plans=plans, epochs=config.epochs, price_per_hour=config.price_per_hour)
+    return PlanReport(
+        card=card, plans=plans, data=config.data, epochs=config.epochs, price_per_hour=config.price_per_hour,
+        explain=config.explain,
+    )  # fmt: skip
 
 
 def _plan(model: NamedModel, card: Card, config: PlanConfig, sources: Sequence[Source] | None) -> ModelPlan:
@@ -115,7 +119,7 @@ def _measure_domain_shift(
     from graftlm.planning.domain_shift import LONGEST, measure_domain_shift, sample_examples
 
     base = load_base(
-        str(folder),
+        model.name if is_gguf(model.name) else str(folder),  # a GGUF file's folder has a digest for its name
         precision="bfloat16" if gguf_of(folder) is None else "gguf",
         training=True,  # in the compute dtype of training, the fastest one
         trust_remote_code=config.trust_remote_code,

@@ -39,7 +39,12 @@ class Estimate:
         return self.value - SURE * self.error, self.value + SURE * self.error
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {SURE * self.error:.2f}" if self.error else f"{self.value:.2f}"
+        return format(self, "")
+
+    def __format__(self, sign: str) -> str:
+        """`1.18 ± 0.09`; with a sign as `+0.29 ± 0.05`."""
+        value = f"{self.value:{sign}.2f}"
+        return f"{value} ± {SURE * self.error:.2f}" if self.error else value
 
     def to_json(self) -> dict[str, float]:
         """As plain JSON values."""
