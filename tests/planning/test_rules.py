@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from graftlm.planning import rules
-from graftlm.planning.rules import ALL, Rule, plain, table
+from graftlm.planning.rules import ALL, LEAST_SHARE, NF4_DAMAGE, Rule, plain, table
 
 ROOT = Path(__file__).parents[2]
 OTHER = ("arithmetic", "a choice", "Schulman et al. 2025")
@@ -32,6 +34,26 @@ def test_every_rule_of_the_module_is_in_the_list_once() -> None:
 
 def test_the_page_has_the_table_of_the_rules() -> None:
     assert table(ALL) in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+
+
+def comparisons() -> dict[str, dict[str, Any]]:
+    """The lines of each finished comparison of bench/quality.py by method; real ones and those of the bundled base."""
+    found = json.loads((ROOT / "bench" / "results" / "quality.json").read_text(encoding="utf-8"))
+    lines = {name: {line["name"]: line for line in one["lines"]} for name, one in found.items() if "lines" in one}
+    return {name: own for name, own in lines.items() if {"full", "lora", "qlora"} <= own.keys()}
+
+
+def test_lora_reached_the_stated_share_of_fulls_gain_in_every_comparison() -> None:
+    assert len(comparisons()) >= 2
+    shares = {name: 100 * lines["lora"]["share"] for name, lines in comparisons().items()}
+    assert min(shares.values()) >= LEAST_SHARE - 0.05, shares
+    assert f"{LEAST_SHARE}" in rules.LORA.measurement
+
+
+def test_where_nf4_damages_a_base_less_than_the_threshold_qlora_lost_no_fiftieth_of_the_gain() -> None:
+    for name, lines in comparisons().items():
+        damage = lines["qlora"]["loss_before"] - lines["lora"]["loss_before"]
+        assert damage > NF4_DAMAGE or lines["lora"]["share"] - lines["qlora"]["share"] < 0.02, name
 
 
 def test_a_link_is_its_text_in_a_terminal() -> None:
