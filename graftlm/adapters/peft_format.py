@@ -216,8 +216,7 @@ def _behaves(base: Base, folder: Path, manifest: Mapping[str, Any], adapter: Ada
     if isinstance(base, MetaBase):
         return [
             *notes,
-            "its canary was not run, which takes the running model, and here the base's weights are not loaded; by their "
-            "fingerprint they are those that it was trained on",
+            "its canary was not run, since no base is loaded here; the base's fingerprint is that of the one it was trained on",
         ]
     off = canary.check(str(folder), base, adapter, manifest["canary"], manifest["base"])
     trained = manifest["base"]["precision"]

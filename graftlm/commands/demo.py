@@ -141,7 +141,7 @@ def plan_lines(report: PlanReport) -> list[str]:
         f"planned for {report.card.name}, on top of the idle process: "
         + ", ".join(f"{label} {size(needs[label.lower()].peak)}" for label in ("full", "LoRA", "QLoRA"))
     ]  # fmt: skip
-    return [*lines, *plan.advice.reasons]
+    return [*lines, *map(str, plan.advice.reasons)]
 
 
 def answer_all(adapters: dict[str, Path]) -> tuple[str, list[VoiceAnswer]]:

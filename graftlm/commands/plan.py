@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graftlm.config import PlanConfig
+from graftlm.config.fields import is_gguf
 from graftlm.errors import ModelError
 from graftlm.formatting import duration
 from graftlm.planning import hardware
 from graftlm.planning.hardware import Card
 from graftlm.planning.models import NamedModel, built_in, find
-from graftlm.planning.perplexity import SAMPLE_TOKENS, DomainShift
+from graftlm.planning.perplexity import FEWEST_TOKENS, SAMPLE_TOKENS, DomainShift
 from graftlm.planning.plan import ModelPlan, PlanReport, plan_model
 from graftlm.planning.timing import EFFICIENCY
 from graftlm.progress import working
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from graftlm.data.sources import Source
 
 QUICK_SECONDS = 20.0
-"""The domain shift is measured without being asked for when that takes less."""
+"""The base reads as many tokens as take about so long; the domain shift is measured unasked where these are enough."""
 
 
 def plan(config: PlanConfig, sources: Sequence[Source] | None = None) -> PlanReport:
@@ -42,7 +43,10 @@ def plan(config: PlanConfig, sources: Sequence[Source] | None = None) -> PlanRep
         sources = [named_source(text, "train") for text in config.data]
     models = [find(name, trust_remote_code=config.trust_remote_code) for name in config.models]
     plans = tuple(_plan(model, card, config, sources) for model in models)
-    return PlanReport(card=card, plans=plans, epochs=config.epochs, price_per_hour=config.price_per_hour)
+    return PlanReport(
+        card=card, plans=plans, data=config.data, epochs=config.epochs, price_per_hour=config.price_per_hour,
+        explain=config.explain,
+    )  # fmt: skip
 
 
 def _plan(model: NamedModel, card: Card, config: PlanConfig, sources: Sequence[Source] | None) -> ModelPlan:
@@ -107,18 +111,35 @@ def _measure_domain_shift(
         return None
     if folder is None or not here:
         raise ModelError(f"ask-base yes: the weights of {model.name} are not here; give a directory that holds them")
-    machine = hardware.local()
-    seconds = 2.0 * model.shape.parameters * SAMPLE_TOKENS / (machine.rate * EFFICIENCY[machine.kind] or 1e12)
-    wide = 4 * model.shape.parameters
-    if config.ask_base == "auto" and (seconds > QUICK_SECONDS or wide > machine.usable):
-        notes.append(
-            f"The domain shift was not measured: reading would take about {duration(seconds)} (--ask-base yes does it)."
-        )
+    tokens = sample_tokens(model, config, notes)
+    if not tokens:
         return None
     from graftlm.base.loading import load_base
-    from graftlm.planning.domain_shift import measure_domain_shift, sample_examples
+    from graftlm.gguf.folder import gguf_of
+    from graftlm.planning.domain_shift import LONGEST, measure_domain_shift, sample_examples
 
-    base = load_base(str(folder), precision="bfloat16", trust_remote_code=config.trust_remote_code)
-    limit = base.structure.max_positions or dataset.longest
-    examples = [d for d in dataset.examples if d.tokens <= limit]
-    return measure_domain_shift(base, sample_examples(examples)) if examples else None
+    base = load_base(
+        model.name if is_gguf(model.name) else str(folder),  # a GGUF file's folder has a digest for its name
+        precision="bfloat16" if gguf_of(folder) is None else "gguf",
+        training=True,  # in the compute dtype of training, the fastest one
+        trust_remote_code=config.trust_remote_code,
+    )
+    examples = sample_examples(dataset.examples, tokens, longest=min(LONGEST, base.structure.max_positions or LONGEST))
+    return measure_domain_shift(base, examples, of_rows=dataset.rows, in_nf4=True)
+
+
+def sample_tokens(model: NamedModel, config: PlanConfig, notes: list[str]) -> int:
+    """How many tokens the base reads within `QUICK_SECONDS`, up to a whole sample; 0 where that is too few to say anything."""
+    machine = hardware.local()
+    seconds = 2.0 * model.shape.parameters / (machine.rate * EFFICIENCY[machine.kind] or 1e12)  # of a token
+    wide = 4 * model.shape.parameters
+    tokens = min(SAMPLE_TOKENS, int(QUICK_SECONDS / seconds))
+    if config.ask_base == "yes":
+        return max(tokens, FEWEST_TOKENS)
+    if tokens >= FEWEST_TOKENS and wide <= machine.usable:
+        return tokens
+    notes.append(
+        f"The domain shift was not measured: reading {FEWEST_TOKENS:,} tokens would take about "
+        f"{duration(seconds * FEWEST_TOKENS)} (--ask-base yes does it)."
+    )
+    return 0

@@ -48,6 +48,7 @@ class PlanConfig(Config):
         "measure the base's loss on the data; auto does so if its weights are on this machine and it takes seconds",
         group="advice",
     )
+    explain: bool = option(False, "below each sentence of the advice, the measurement that supports it", group="advice")
     trust_remote_code: bool = option(False, "run Python code that comes with the model", group="advice")
 
     @model_validator(mode="before")

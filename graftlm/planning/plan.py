@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -17,7 +18,8 @@ from graftlm.config import PlanConfig
 from graftlm.errors import ConfigError
 from graftlm.formatting import duration
 from graftlm.planning.activations import Workload
-from graftlm.planning.advice import Advice, Facts, advise
+from graftlm.planning.advice import Advice, advise
+from graftlm.planning.facts import Facts
 from graftlm.planning.fitting import (
     Change,
     PlanCase,
@@ -31,7 +33,7 @@ from graftlm.planning.fitting import (
 from graftlm.planning.hardware import Card
 from graftlm.planning.memory import MemoryRequirement
 from graftlm.planning.method import TrainingSetting, methods_of
-from graftlm.planning.models import NamedModel
+from graftlm.planning.models import NamedModel, built_in
 from graftlm.planning.perplexity import DomainShift
 from graftlm.planning.quoted_figures import QuotedFigure, quoted_figures
 from graftlm.planning.timing import EFFICIENCY, StepTime, step_time
@@ -131,8 +133,12 @@ class PlanReport:
 
     card: Card
     plans: tuple[ModelPlan, ...]
+    data: tuple[str, ...]
+    """The data as they were named."""
     epochs: float
     price_per_hour: float | None
+    explain: bool = False
+    """Whether the advice is printed with the measurements behind it."""
 
     def __repr__(self) -> str:
         return terminal.as_text(self._draw)
@@ -165,6 +171,14 @@ class PlanReport:
             if seconds is not None:
                 found[row.requirement.setting.key] = {"seconds": seconds, "cost": self.cost(seconds, row.cards or 1)}
         return found
+
+    def command(self, plan: ModelPlan) -> str:
+        """The command that follows the advice; empty where nothing fits."""
+        if not plan.advice.command:
+            return ""
+        name = built_in()[plan.model.name]["hub"] if plan.model.name in built_in() else plan.model.name
+        data = "".join(f" --data {shlex.quote(text)}" for text in self.data)
+        return f"graft train --model {shlex.quote(name)}{data} {plan.advice.command}"
 
     def seconds(self, plan: ModelPlan, row: MethodPlan) -> float | None:
         """How long `--epochs` take."""

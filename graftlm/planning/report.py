@@ -9,6 +9,7 @@ from rich.text import Text
 from graftlm.formatting import count, duration, size
 from graftlm.planning.hardware import Card
 from graftlm.planning.plan import MethodPlan, ModelPlan, PlanReport
+from graftlm.planning.rules import Reason, plain
 from graftlm.planning.timing import BANDWIDTH_REACHED, EFFICIENCY
 from graftlm.terminal import Cell, Column, table
 
@@ -53,7 +54,7 @@ def _model(plan: ModelPlan, report: PlanReport, console: Console) -> None:
     for row in plan.rows:
         if not row.fits and row.changes and row.requirement.setting.key in ("full", "lora", "qlora"):
             _changes(row, report.card, console)
-    _advice(plan, console)
+    _advice(plan, report, console)
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
 
@@ -145,16 +146,26 @@ def _changes(row: MethodPlan, card: Card, console: Console) -> None:
         console.print(_indented(f"{change.text}: {size(change.peak)}{enough}", 2), highlight=False)
 
 
-def _advice(plan: ModelPlan, console: Console) -> None:
+def _advice(plan: ModelPlan, report: PlanReport, console: Console) -> None:
     console.print(Text("advice", style="dim italic"))
-    for sentence in plan.advice.reasons:
-        console.print(_indented(sentence, 2), highlight=False)
+    for reason in plan.advice.reasons:
+        _reason(reason, console, 2, explain=report.explain)
     if plan.advice.would_change:
         console.print(Text("  What would change it:", style="dim"))
-        for sentence in plan.advice.would_change:
-            console.print(_indented(sentence, 4), highlight=False)
-    if plan.advice.command:
-        console.print(Text(f"  graft train {plan.advice.command}", style="bold"), soft_wrap=True)  # to be copied
+        for reason in plan.advice.would_change:
+            _reason(reason, console, 4, explain=report.explain)
+    command = report.command(plan)
+    if command:
+        console.print(Text(f"  {command}", style="bold"), soft_wrap=True)  # to be copied
+
+
+def _reason(reason: Reason, console: Console, by: int, *, explain: bool) -> None:
+    """A sentence, and where it is asked for the measurement behind it."""
+    console.print(_indented(reason.text, by), highlight=False)
+    if explain:
+        rule = reason.rule
+        threshold = "" if rule.threshold == "-" else f" ({rule.threshold})"
+        console.print(_indented(f"{rule.name}{threshold}: {plain(rule.measurement)}", by + 2, "dim"), highlight=False)
 
 
 def _indented(text: str, by: int, style: str = "") -> Padding:

@@ -170,8 +170,8 @@ def test_the_note_of_a_merge_that_is_not_measured_denies_no_weights(tmp_path: Pa
     tiny_run.train(tmp_path)  # a float32 base: nothing has to be measured
     done = merge(asked(tmp_path / "run", tmp_path / "out", compute_dtype=None))
     assert len(done["notes"]) == 1
-    assert done["notes"][0].startswith("its canary was not run, which takes the running model")
-    assert "by their fingerprint they are those that it was trained on" in done["notes"][0]
+    assert done["notes"][0].startswith("its canary was not run, since no base is loaded here")
+    assert "the base's fingerprint is that of the one it was trained on" in done["notes"][0]
     assert "without" not in done["notes"][0], "the base's weights are there, and they were merged"
 
 

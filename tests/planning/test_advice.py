@@ -6,21 +6,36 @@ from dataclasses import replace
 
 import pytest
 
+from graftlm.planning import rules
 from graftlm.planning.activations import Workload
-from graftlm.planning.advice import MANY_ROWS, Advice, Facts, advise, bits_to_learn
+from graftlm.planning.advice import Advice, advise
+from graftlm.planning.facts import Facts
 from graftlm.planning.fitting import PlanCase
-from graftlm.planning.hardware import card
-from graftlm.planning.method import adapter_shape
+from graftlm.planning.hardware import Card, card
 from graftlm.planning.models import find
-from graftlm.planning.perplexity import DomainShift
-
-NEAR = DomainShift(answer_loss=2.5, prompt_loss=3.1, prompt_entropy=3.0, rows=10, tokens=900)
-FAR = DomainShift(answer_loss=4.5, prompt_loss=5.2, prompt_entropy=3.0, rows=10, tokens=900)
+from graftlm.planning.perplexity import DomainShift, Estimate
+from graftlm.planning.rules import NF4_DAMAGE, Rule
 
 
-def facts(model: str = "llama-3.1-8b", on: str = "a100-80gb", **given: object) -> Facts:
+def shift(answer_loss: float, excess_loss: float, error: float = 0.0) -> DomainShift:
+    return DomainShift(
+        answer_loss=Estimate(value=answer_loss), prompt_loss=Estimate(value=3.0 + excess_loss),
+        prompt_entropy=Estimate(value=3.0), excess_loss=Estimate(value=excess_loss, error=error), rows=10, tokens=900,
+        of_rows=5000,
+    )  # fmt: skip
+
+
+NEAR, FAR = shift(2.5, 0.1), shift(4.5, 2.2)
+
+
+def damaged(nats: float) -> DomainShift:
+    return replace(NEAR, nf4_damage=Estimate(value=nats, error=0.02))
+
+
+def facts(model: str = "llama-3.1-8b", on: str | Card = "a100-80gb", **given: object) -> Facts:
     load = Workload(tokens=1024, target_tokens=700, longest=1024)
-    case = PlanCase(shape=find(model).shape, targets=("all-linear",), rank=16, load=load, card=card(on), fused=True)
+    where = card(on) if isinstance(on, str) else on
+    case = PlanCase(shape=find(model).shape, targets=("all-linear",), rank=16, load=load, card=where, fused=True)
     known = {"rows": 5000, "tokens": 900_000, "target_tokens": 600_000, "domain_shift": NEAR, **given}
     return Facts(case=case, **known)  # pyright: ignore[reportArgumentType]
 
@@ -31,7 +46,18 @@ def method(found: Advice) -> str:
 
 
 def text(found: Advice) -> str:
-    return " ".join((*found.reasons, *found.would_change))
+    return " ".join(map(str, (*found.reasons, *found.would_change)))
+
+
+def rule_of(found: Advice, part: str) -> Rule:
+    """The rule of the only sentence that has `part`."""
+    (reason,) = [reason for reason in (*found.reasons, *found.would_change) if part in reason.text]
+    return reason.rule
+
+
+def tokens_of(here: Facts, rank: int) -> float:
+    """Target tokens that teach exactly what an adapter of a rank holds."""
+    return here.bits_held(rank) / here.bits_per_token
 
 
 def test_lora_is_the_default() -> None:
@@ -40,25 +66,48 @@ def test_lora_is_the_default() -> None:
     assert "LoRA on a 16-bit base is the default, and fits" in text(found)
 
 
-@pytest.mark.parametrize(
-    ("given", "quoted"),
-    [
-        ({"domain_shift": FAR}, "2.20 nats a token of excess loss on their prompts (loss 5.20, it expects 3.00)"),
-        ({"rows": 250_000}, "250,000 rows are more than an adapter should hold"),
-        ({"goal": "quality"}, "The last point of quality counts"),
-    ],
-)
-def test_full_is_a_live_candidate(given: dict[str, object], quoted: str) -> None:
-    found = advise(facts(**given))
+def test_full_is_advised_for_the_last_point_of_quality() -> None:
+    found = advise(facts(goal="quality"))
     assert method(found).startswith("full")
     assert found.rank is None
-    assert quoted in text(found)
+    assert rule_of(found, "The last point of quality counts.") is rules.QUALITY
     assert "`graft compare` measures what it gives up" in text(found)
+
+
+def test_full_is_advised_where_the_data_teach_more_than_the_largest_adapter_holds() -> None:
+    here = facts("smollm2-135m")
+    most = int(tokens_of(here, 256))
+    within, beyond = (
+        advise(facts("smollm2-135m", target_tokens=most)),
+        advise(facts("smollm2-135m", target_tokens=most + 1)),
+    )
+    assert (method(within), within.rank) == ("lora", 256)
+    assert method(beyond).startswith("full")
+    assert rule_of(beyond, f"{most + 1:,} target tokens can teach up to") is rules.CAPACITY
+    assert rule_of(within, "target tokens would be more than an adapter of rank 256 holds") is rules.CAPACITY
+
+
+@pytest.mark.parametrize(
+    ("excess", "said"),
+    [
+        (0.49, "are near"),
+        (0.5, "neither near nor far from"),
+        (1.0, "neither near nor far from"),
+        (1.01, "are far from"),
+    ],
+)
+def test_far_data_do_not_choose_the_method_and_are_said_with_what_lora_gave_up_on_such(
+    excess: float, said: str
+) -> None:
+    found = advise(facts(domain_shift=shift(2.5, excess, error=0.03)))
+    assert method(found) == "lora"
+    assert found.rank == 16
+    assert rule_of(found, f"{said} this base (excess loss on the prompts {excess:.2f} ± 0.06") is rules.DISTANCE
 
 
 @pytest.mark.parametrize("given", [{"variants": 40}, {"goal": "cost"}])
 def test_nothing_speaks_for_full_where_variants_share_a_base_or_cost_decides(given: dict[str, object]) -> None:
-    found = advise(facts(domain_shift=FAR, rows=MANY_ROWS, **given))
+    found = advise(facts("smollm2-135m", target_tokens=10**9, **given))
     assert not method(found).startswith("full")
 
 
@@ -66,12 +115,35 @@ def test_many_variants_are_told_the_size_of_one() -> None:
     assert "40 variants share one base when each is an adapter of 167.8 MB" in text(advise(facts(variants=40)))
 
 
-def test_where_cost_decides_the_base_has_four_bits() -> None:
+def test_one_version_is_no_reason_for_adapters_and_two_are() -> None:
+    assert rules.VARIANTS not in advise(facts(variants=1)).rules
+    assert rules.VARIANTS in advise(facts(variants=2)).rules
+
+
+def test_where_cost_decides_the_base_has_four_bits_unless_nf4_damages_it() -> None:
     assert method(advise(facts(goal="cost"))) == "qlora"
+    within, beyond = (
+        advise(facts(goal="cost", domain_shift=damaged(nats))) for nats in (NF4_DAMAGE, NF4_DAMAGE + 1e-6)
+    )
+    assert method(within) == "qlora"
+    assert method(beyond) == "lora-int8"
+    assert rule_of(beyond, "NF4 damages this base on these data") is rules.NF4
+    assert rules.COST in beyond.rules
+
+
+def test_a_damaged_base_that_fits_in_no_other_form_is_taken_and_said_to_be_damaged() -> None:
+    found = advise(facts("llama-2-13b", "rtx-3060", domain_shift=damaged(0.3)))
+    assert method(found) == "qlora"
+    assert rule_of(found, "rises by 0.30 ± 0.04 nats a token") is rules.NF4
+
+
+def test_the_damage_is_said_beside_the_memory_that_qlora_would_save() -> None:
+    assert "changes by +0.29 ± 0.04 nats a token" in text(advise(facts(domain_shift=damaged(0.29))))
+    assert "changes by -0.01 ± 0.04 nats a token" in text(advise(facts(domain_shift=damaged(-0.01))))
 
 
 def test_full_that_does_not_fit_is_said_with_its_bytes_and_lora_taken() -> None:
-    found = advise(facts("llama-2-13b", on="rtx-4090", domain_shift=FAR))
+    found = advise(facts("llama-2-13b", on="rtx-4090", target_tokens=10**12))
     assert method(found).startswith("lora")
     assert "But even its leanest form takes" in text(found)
 
@@ -88,6 +160,16 @@ def test_the_base_gets_as_many_bits_as_fit(on: str, wanted: str) -> None:
     assert method(advise(facts("llama-2-13b", on))) == wanted
 
 
+@pytest.mark.parametrize(("spare", "wanted"), [(0, "lora"), (-1, "lora-int8")])
+def test_sixteen_bits_are_taken_up_to_the_last_byte(spare: int, wanted: str) -> None:
+    """With activation checkpointing, which is tried before fewer bits."""
+    plenty = Card(key="x", name="x", kind="cpu", memory=10**12)
+    here = facts("llama-2-7b", plenty)
+    need = here.case.of(here.by_key("lora").checkpointed()).peak
+    exact = replace(plenty, memory=need + plenty.memory - plenty.usable + spare)
+    assert method(advise(facts("llama-2-7b", exact))) == wanted
+
+
 def test_where_nothing_fits_the_way_out_is_said() -> None:
     found = advise(facts("llama-2-70b", "rtx-3060"))
     assert found.setting is None
@@ -98,43 +180,60 @@ def test_where_nothing_fits_the_way_out_is_said() -> None:
 
 def test_without_data_what_are_defaults_is_called_defaults() -> None:
     found = advise(facts(rows=0, tokens=0, target_tokens=0, domain_shift=None))
-    assert "Without --data, rank, batch and epochs are defaults, not advice." in found.reasons
+    assert "Without --data, rank, batch and epochs are defaults, not advice." in text(found)
 
 
 def test_a_distance_that_was_not_measured_is_said() -> None:
     assert "How far the data are from the base was not measured" in text(advise(facts(domain_shift=None)))
 
 
-def test_the_rank_holds_what_there_is_to_learn() -> None:
-    here = facts("smollm2-135m", target_tokens=8_000_000)
-    found = advise(here)
-    assert found.rank is not None
-    values = adapter_shape(here.case.shape, ("all-linear",), found.rank).values(here.case.shape)
-    assert 2 * values >= bits_to_learn(here) > 2 * values / 2
-    assert found.rank > 16
-    assert "8,000,000 target tokens" in text(found)
+def test_the_rank_is_the_least_that_holds_what_there_is_to_learn() -> None:
+    most = int(tokens_of(facts("smollm2-135m"), 32))
+    for tokens, rank in ((most // 3, 16), (most, 32), (most + 1, 64)):
+        found = advise(facts("smollm2-135m", target_tokens=tokens))
+        assert found.rank == rank
+        assert rule_of(found, f"{tokens:,} target tokens can teach at most") is rules.RANK
 
 
-def test_far_data_get_a_higher_rank() -> None:
-    assert advise(facts(variants=2, domain_shift=FAR)).rank == 64
-    assert advise(facts(variants=2)).rank == 16
+@pytest.mark.parametrize(
+    ("width", "rate"), [(16, 1e-2), (122, 1e-2), (192, 6e-3), (576, 2e-3), (4096, 3e-4), (12_288, 1e-4), (32_768, 5e-5)]
+)
+def test_the_rate_falls_with_the_width_within_bounds(width: int, rate: float) -> None:
+    here = facts()
+    shape = replace(here.case.shape, width=width)
+    found = advise(replace(here, case=replace(here.case, shape=shape)))
+    assert found.learning_rate == rate
+    assert rule_of(found, "Learning rate") is rules.LEARNING_RATE
 
 
 def test_full_takes_a_tenth_of_an_adapters_learning_rate() -> None:
     adapter, full = advise(facts()), advise(facts(goal="quality"))
-    assert adapter.learning_rate == 10 * full.learning_rate
+    assert adapter.learning_rate == pytest.approx(10 * full.learning_rate)
     assert advise(facts("smollm2-135m")).learning_rate > advise(facts("llama-2-70b", "b200")).learning_rate
 
 
-def test_few_rows_are_seen_more_often_and_in_small_batches() -> None:
-    few, many = advise(facts(rows=300)), advise(facts(rows=90_000))
-    assert (few.epochs, few.batch_size) == (3, 8)
-    assert (many.epochs, many.batch_size) == (1, 32)
-    assert "300 rows make 112 steps" in text(few)
+@pytest.mark.parametrize(
+    ("rows", "epochs", "batch"),
+    [
+        (1, 3, 4),
+        (266, 3, 4),
+        (267, 3, 8),
+        (1066, 3, 16),
+        (1067, 3, 32),
+        (19_999, 3, 32),
+        (20_000, 1, 32),
+        (10**6, 1, 32),
+    ],
+)
+def test_few_rows_are_seen_more_often_and_in_small_batches(rows: int, epochs: int, batch: int) -> None:
+    found = advise(facts(rows=rows))
+    assert (found.epochs, found.batch_size) == (epochs, batch)
+    assert rule_of(found, f"Batch {batch}:") is rules.BATCH
+    assert rule_of(found, f"{rows:,} rows are seen") is rules.EPOCHS
 
 
 def test_speed_of_inference_is_answered_with_a_merge() -> None:
-    assert "`graft merge`" in text(advise(facts(goal="inference")))
+    assert rule_of(advise(facts(goal="inference")), "`graft merge`") is rules.MERGE
 
 
 def test_what_other_methods_take_is_said_for_the_same_checkpointing() -> None:

@@ -236,7 +236,8 @@ def print_merged(where: Console, done: dict[str, Any]) -> None:
     print_drift(where, done)
     rounding = done["rounding"]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in done["dtypes"].items())
-    lines = [("written", f"{done['out']}: {size(done['bytes'])} in {len(done['shards'])} files, tensors: {kinds}")]
+    files = "one file" if len(done["shards"]) == 1 else f"{len(done['shards'])} files"
+    lines = [("written", f"{done['out']}: {size(done['bytes'])} in {files}, tensors: {kinds}")]
     if rounding["lost"] > 0:
         lines.append(
             (

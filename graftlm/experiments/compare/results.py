@@ -27,9 +27,9 @@ from graftlm.jsonfile import read_json
 from graftlm.training.run_folder import read_evaluation, read_metrics
 
 WHEN = {
-    "full": "domain or language far from the base, 100,000 examples and more, one model to serve, memory at hand",
+    "full": "the last point of quality, or more data than an adapter holds; one model to serve, memory at hand",
     "lora": "the default: near full's quality, small files, many variants on one base, exact base in 16 bits",
-    "qlora": "memory is short, many trials, or a model too large in 16 bits; steps are slower, the base a little worse",
+    "qlora": "memory is short, many trials, or a model too large in 16 bits, if NF4 does not raise its loss by much",
 }
 
 

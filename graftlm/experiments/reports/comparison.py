@@ -9,12 +9,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from graftlm.config import CompareConfig
-from graftlm.experiments.compare.advice import capacity_sentences, gap_sentences
+from graftlm.experiments.compare.advice import advice, supports
 from graftlm.experiments.compare.results import Comparison
 from graftlm.experiments.reports import charts
 from graftlm.experiments.reports.plots import plots
 from graftlm.experiments.reports.table import rows
 from graftlm.formatting import duration
+from graftlm.planning.rules import plain
 
 _HERE = Path(__file__).parent
 
@@ -43,6 +44,7 @@ def contents(found: Comparison) -> dict[str, Any]:
     """The contents of both reports, as plain values."""
     config, data, verdict = found.config, found.data, found.verdict
     names = [line.name for line in found.lines]
+    reasons = advice(found)
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "one seed"
     return {
         "title": f"{listed(names)} on {config.model}",
@@ -57,7 +59,8 @@ def contents(found: Comparison) -> dict[str, Any]:
         "rows": rows(found),
         "failed": found.failed,
         "plots": plots(found),
-        "capacity": [*capacity_sentences(found), *gap_sentences(found)],
+        "capacity": [reason.text for reason in reasons],
+        "supports": [f"{rule.name}: {plain(rule.measurement)}" for rule in supports(reasons)],
         "method": _method(found),
         "command": command_of(config),
     }

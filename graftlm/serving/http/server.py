@@ -116,7 +116,7 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
             note(f"cache      none, each token costs a forward pass over the whole text: {decoding.why_not_cache}")
     slots = f"{summary['max_loras']} at work at once, {summary['adapter_bytes'] / 1e9:.1f} GB for all in memory"
     note(
-        f"adapters   {summary['adapters']} names in the store; {slots}"
+        f"adapters   {summary['adapters']} {'name' if summary['adapters'] == 1 else 'names'} in the store; {slots}"
         if store is not None
         else "adapters   none: no --store"
     )
