@@ -104,6 +104,9 @@ def train_bars(figures: Mapping[str, Any], instructions: str) -> list[Bar]:
             ratio = sides[side]["peak_memory"] / their_memory
             must = None if method == "full" else _MEMORY
             found.append(Bar(what=f"{label}, peak memory vs TRL", measured=ratio, must=must, more=False))
+        if "trl bf16" in sides:
+            ratio = ours["examples_per_second"] / sides["trl"]["examples_per_second"]
+            found.append(Bar(what=f"{name}, examples/s vs TRL in float32", measured=ratio))
         packed = sides.get("trl packed")
         if packed is not None:
             ratio = ours["examples_per_second"] / packed["examples_per_second"]
@@ -259,9 +262,15 @@ class Section:
         )
 
 
+# The README's columns: (method, side) with what it is called there.
+_COLUMNS = {
+    ("lora", "graft"): "LoRA", ("lora", "graft gguf"): "LoRA on GGUF", ("qlora", "graft"): "QLoRA", ("full", "graft"): "full",
+}  # fmt: skip
+
+
 def performance(results: Results) -> str:
-    """The README's table: speed and memory relative to the peers, two columns for each instruction set."""
-    rows: dict[str, dict[str, str]] = {}
+    """The README's table: speed and memory relative to the peer's, a row for each real base and instruction set."""
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     where: dict[str, str] = {}
     for instructions, parts in results.items():
         for name, part in parts.items():
@@ -271,24 +280,25 @@ def performance(results: Results) -> str:
             where[instructions] = f"{machine(part['machine'])}, {part['date'][:10]}"
             for method, sides in figures["results"].items():
                 speed, memory = peer(sides)
-                for side, form in (("graft", ""), ("graft gguf", ", on the GGUF's blocks")):
-                    if side in sides:
-                        ratios = sides[side]["examples_per_second"] / speed, sides[side]["peak_memory"] / memory
-                        row = rows.setdefault(f"{SUBJECTS[figures['subject']].title} {_NAMES[method]}{form}", {})
-                        row[instructions] = f"{ratios[0]:.1f}x | {ratios[1]:.2f}x"
+                for side in sides.keys() & {"graft", "graft gguf"}:
+                    ratios = sides[side]["examples_per_second"] / speed, sides[side]["peak_memory"] / memory
+                    row = rows.setdefault((SUBJECTS[figures["subject"]].title, instructions), {})
+                    row[method, side] = f"{ratios[0]:.1f}x, {ratios[1]:.2f}x"
     if not any(part.get("figures") for parts in results.values() for part in parts.values()):
         return ""
     lines: list[str] = []
     if rows:
-        titles = " | ".join(f"{name}: examples/s | memory" for name in where)
-        machines = "; ".join(where.values())
+        columns = [key for key in _COLUMNS if any(key in row for row in rows.values())]
         lines += [
-            "Training on GSM8K, speed and peak memory as a ratio to TRL+PEFT+bitsandbytes on the same CPU: to the faster "
-            f"(memory: smaller) of its float32 and bfloat16 runs ({machines}):",
+            "Training on GSM8K: examples/s and peak memory relative to TRL+PEFT+bitsandbytes, the better of its float32 and "
+            f"bfloat16 ({'; '.join(where.values())}):",
             "",
+            f"| | {' | '.join(_COLUMNS[key] for key in columns)} |",
+            "|---|" + "---:|" * len(columns),
         ]
-        lines += [f"| | {titles} |", "|---|" + "---:|---:|" * len(where)]
-        lines += [f"| {name} | {' | '.join(row.get(i, ' | ') for i in where)} |" for name, row in rows.items()]
+        for (title, instructions), row in rows.items():
+            name = title if len(where) == 1 else f"{title}, {instructions}"
+            lines.append(f"| {name} | {' | '.join(row.get(key, '') for key in columns)} |")
         lines.append("")
     lines.append("[All figures](bench/results/cpu.md), [how they are measured](docs/performance.md).")
     return "\n".join(lines)

@@ -512,7 +512,8 @@ def measure(
     packing: Sequence[str] = (),
     types: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """Each method with its figures by side, as soon as they are there; `name` is one of SUBJECTS."""
+    """Each method with its figures by side, as soon as they are there, and again with those of the peer's further runs; `name`
+    is one of SUBJECTS."""
     import torch
 
     from graftlm.base.precision import default_compute_dtype
@@ -529,16 +530,19 @@ def measure(
         for method in methods:
             work = {**common, "method": method, "learning_rate": subject.rates[method]}
             sides = {"graft": work, "trl": work}
-            sides.update({f"bare {engine}": {**work, "engine": engine} for engine in engines})
+            # Their first step alone is slower.
+            sides.update({f"bare {engine}": {**work, "engine": engine, "warm_up": 1} for engine in engines})
             if "gguf" in work and method == "lora":
                 sides["graft gguf"] = {**work, "model": work["gguf"], "precision": "gguf"}
             found = in_turns(sides)
             found["graft"]["bare"] = {engine: found.pop(f"bare {engine}") for engine in engines}
+            yield method, found
             if method in types:
                 found.update(in_turns({"trl bf16": {**work, "bf16": True}}))
             if method in packing:
                 found.update(in_turns({"trl packed": {**work, "packing": True}}))
-            yield method, found
+            if method in types or method in packing:
+                yield method, found
 
 
 def batches(work: dict[str, Any]) -> dict[str, list[int]]:

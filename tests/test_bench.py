@@ -105,14 +105,16 @@ def test_a_ratio_to_the_peer_is_to_the_better_of_its_two_dtypes() -> None:
     assert training.peer({name: sides[name] for name in ("graft", "trl")}) == (8.0, 1e9)
     bars = {bar.what: bar.measured for bar in report.train_bars({"subject": "30m", "results": {"lora": sides}}, "AVX2")}
     assert bars["30M Llama LoRA, examples/s vs TRL"] == 4.0
+    assert bars["30M Llama LoRA, examples/s vs TRL in float32"] == 5.0
     assert bars["30M Llama LoRA, peak memory vs TRL"] == 0.625
 
 
-def test_figures_of_two_processors_are_in_columns_of_their_own() -> None:
+def test_figures_of_two_processors_are_in_rows_of_their_own() -> None:
     results = {**_results(), "AVX512 BF16": {"train-smollm2": _results()["AVX2"]["train-smollm2"]}}
     written = report.README.written(results)
-    assert "| SmolLM2-135M-Instruct LoRA | 3.6x | 0.40x | 3.6x | 0.40x |" in written
-    assert "| SmolLM2-135M-Instruct LoRA, on the GGUF's blocks | 2.0x | 0.20x | 2.0x | 0.20x |" in written
+    assert "| | LoRA | LoRA on GGUF | QLoRA |" in written
+    for name in results:
+        assert f"| SmolLM2-135M-Instruct, {name} | 3.6x, 0.40x | 2.0x, 0.20x | 4.0x, 0.70x |" in written
     assert "30M" not in written  # random weights
     assert report.page(results).count("SmolLM2-135M-Instruct LoRA, examples/s vs TRL |") == 2
 
@@ -144,7 +146,7 @@ def test_other_figures_give_another_section_and_leave_the_rest_of_the_page(secti
     assert written.startswith("before\n")
     assert written.endswith("\nafter")
     assert "old" not in written
-    assert ("| SmolLM2-135M-Instruct LoRA | 3.6x | 0.40x |" in written) == (section is report.README)
+    assert ("| SmolLM2-135M-Instruct | 3.6x, 0.40x |" in written) == (section is report.README)
     assert ("Not measured yet" in written) == (section is report.LADDER)  # it failed
     assert report.with_section(written, section, _results()) == written
     with pytest.raises(ValueError, match="lacks the marks"):
@@ -208,7 +210,7 @@ def test_every_part_of_the_suite_is_a_script_that_is_there() -> None:
     trains = {f"train-{base}-{method}" for base in ("smollm2", "gemma") for method in ("full", "lora", "qlora")}
     assert {"kernels", "scaling", "ladder", *trains} == {part.name for part in parts}
     assert all((suite.BENCH / part.script).is_file() for part in parts)
-    assert suite.TOTAL_SECONDS < 1200
+    assert suite.TOTAL_SECONDS <= 3600
 
 
 def test_no_script_has_the_name_of_a_package_that_anything_looks_for() -> None:
