@@ -4,7 +4,7 @@
 # make test    lint, types, tests
 # make compat  the contract tests with the oldest, a middle and the newest release of transformers
 # make prove   the long proofs, run by hand and before a release; their figures go to bench/results/proofs.json
-# make bench  speed and memory beside the peers on the CPU, under 20 minutes, with nothing else running
+# make bench  speed and memory beside the peers on the CPU, within an hour, with nothing else running
 # make lint | types | unit | format   one of them
 
 PYTHON ?= python3

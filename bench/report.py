@@ -13,7 +13,7 @@ from typing import Any
 
 import ladder
 import scaling
-from train import BATCH, peer
+from train import BATCH, SHAPES, SUBJECTS, bare_share, peer
 
 Parts = Mapping[str, Any]
 """Each benchmark of one instruction set by its name."""
@@ -67,12 +67,12 @@ _KERNELS: dict[tuple[str, str], tuple[float | None, float | None]] = {
     ("NF4 quantize", "bitsandbytes"): (8, 20),
     ("NF4 times 256 rows", "dense float32"): (1 / 1.15, 1 / 1.05),
 }
-_SPEED = {
-    "30m": {"full": (2.2, 3.0), "lora": (2.5, 3.5), "qlora": (5.0, 7.0)},
-    "135m": {"lora": (1.5, None), "qlora": (2.0, None)},
-}
-_MEMORY = {"30m": (0.6, 0.4), "135m": (0.5, None)}
+# by instruction set and method: must of examples/s as a ratio to the peer's
+_SPEED = {"AVX2": {"lora": 2.5, "qlora": 4.0}, "AVX512": {"lora": 5.0, "qlora": 5.0}}
+_MEMORY = 0.4  # of the peer's, with an adapter
+_BARE = 0.75  # of the rate of the matmuls alone
 _NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+_ENGINES = {"float32": "PyTorch float32", "bfloat16": "PyTorch bfloat16", "own": "Graft's kernels"}
 
 
 def kernel_bars(figures: Mapping[str, Any]) -> list[Bar]:
@@ -86,36 +86,34 @@ def kernel_bars(figures: Mapping[str, Any]) -> list[Bar]:
     return found
 
 
-def train_bars(figures: Mapping[str, Any]) -> list[Bar]:
-    """Speed and memory of training vs TRL, for one shape."""
-    shape, results = figures["shape"], figures["results"]
+def train_bars(figures: Mapping[str, Any], instructions: str) -> list[Bar]:
+    """Speed and memory of training vs TRL, for one subject."""
     found: list[Bar] = []
-    for method, sides in results.items():
-        ours, (their_speed, their_memory), name = sides["graft"], peer(sides), f"{shape.upper()} {_NAMES[method]}"
-        must, goal = _SPEED.get(shape, {}).get(method, (None, None))
-        ratio = ours["examples_per_second"] / their_speed
-        found.append(Bar(what=f"{name}, examples/s vs TRL", measured=ratio, must=must, goal=goal))
+    for method, sides in figures["results"].items():
+        their_speed, their_memory = peer(sides)
+        name, bound = (
+            f"{SUBJECTS[figures['subject']].title} {_NAMES[method]}",
+            _SPEED[instructions.split()[0]].get(method),
+        )
+        ours = sides["graft"]
+        for side, label in (("graft", name), ("graft gguf", f"{name} on the GGUF's blocks")):
+            if side not in sides:
+                continue
+            ratio = sides[side]["examples_per_second"] / their_speed
+            found.append(Bar(what=f"{label}, examples/s vs TRL", measured=ratio, must=bound))
+            ratio = sides[side]["peak_memory"] / their_memory
+            must = None if method == "full" else _MEMORY
+            found.append(Bar(what=f"{label}, peak memory vs TRL", measured=ratio, must=must, more=False))
         if "trl bf16" in sides:
-            exact = sides.get("graft float32", ours)["examples_per_second"] / sides["trl"]["examples_per_second"]
-            found.append(Bar(what=f"{name}, examples/s vs TRL, both in float32", measured=exact))
+            ratio = ours["examples_per_second"] / sides["trl"]["examples_per_second"]
+            found.append(Bar(what=f"{name}, examples/s vs TRL in float32", measured=ratio))
         packed = sides.get("trl packed")
         if packed is not None:
             ratio = ours["examples_per_second"] / packed["examples_per_second"]
             found.append(Bar(what=f"{name}, examples/s vs TRL with its packing", measured=ratio))
-        must, goal = _MEMORY.get(shape, (None, None))
-        ratio = ours["peak_memory"] / their_memory
-        found.append(Bar(what=f"{name}, peak memory vs TRL", measured=ratio, must=must, goal=goal, more=False))
-        bare = ours.get("bare_seconds_per_step")
-        if bare:
-            share = bare / ours["seconds_per_step"]
-            wanted = (0.75, 0.9) if shape == "30m" else (None, None)
+        if "bare" in ours:
             what = f"{name}, bare matmuls' share of a step"
-            found.append(Bar(what=what, measured=share, must=wanted[0], goal=wanted[1], form="%"))
-    if "lora" in results and "qlora" in results and shape == "30m":
-        ratio = results["qlora"]["graft"]["seconds_per_step"] / results["lora"]["graft"]["seconds_per_step"]
-        found.append(
-            Bar(what="30M QLoRA, time of a step over our LoRA's", measured=ratio, must=1.15, goal=1.05, more=False)
-        )
+            found.append(Bar(what=what, measured=bare_share(ours), must=_BARE, form="%"))
     return found
 
 
@@ -139,12 +137,12 @@ def ladder_bars(figures: Mapping[str, Any]) -> list[Bar]:
     ]
 
 
-def bars_of(name: str, figures: Mapping[str, Any]) -> list[Bar]:
-    """The bars of one part of the suite; none for a part that has none."""
+def bars_of(name: str, figures: Mapping[str, Any], instructions: str) -> list[Bar]:
+    """The bars of one part of the suite on an instruction set; none for a part that has none."""
     if name == "kernels":
         return kernel_bars(figures)
     if name.startswith("train"):
-        return train_bars(figures)
+        return train_bars(figures, instructions) if figures else []
     if name == "ladder":
         return ladder_bars(figures)
     return scaling_bars(figures) if name == "scaling" else []
@@ -160,8 +158,9 @@ def bar_table(bars: Sequence[Bar]) -> str:
 
 def train_table(figures: Mapping[str, Any]) -> str:
     """The figures of both sides, losses among them."""
+    subject = SUBJECTS[figures["subject"]]
     lines = [
-        f"**Training, {figures['shape'].upper()} Llama**", "",
+        f"**Training, {subject.title}, batches of {subject.batch}**", "",
         "| method | side | examples/s | target tokens/s | peak memory, MB | eval loss |", "|---|---|---:|---:|---:|---:|",
     ]  # fmt: skip
     for method, sides in figures["results"].items():
@@ -169,6 +168,11 @@ def train_table(figures: Mapping[str, Any]) -> str:
             f"| {_NAMES[method]} | {side} | {f['examples_per_second']:.2f} | {f['trained_tokens_per_second']:,.0f} | "
             f"{f['peak_memory'] / 1e6:,.0f} | {f['loss']:.4f} |"
             for side, f in sides.items()
+        ]
+        bare = sides["graft"].get("bare", {})
+        lines += [
+            f"| {_NAMES[method]} | matmuls alone, {_ENGINES[engine]} | {subject.batch / f['seconds_per_step']:.2f} | | | |"
+            for engine, f in bare.items()
         ]
     return "\n".join(lines)
 
@@ -181,7 +185,7 @@ def page(results: Results, figures: str = "cpu.json") -> str:
     )
     lines = ["# CPU benchmarks", "", about, ""]
     for instructions, parts in results.items():
-        lines += [f"# {instructions}", "", *_of_one(parts, plot(instructions)), ""]
+        lines += [f"# {instructions}", "", *_of_one(parts, instructions), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -190,10 +194,10 @@ def plot(instructions: str) -> str:
     return f"scaling-{instructions.lower().replace(' ', '-')}.png"
 
 
-def _of_one(parts: Parts, growth: str) -> list[str]:
+def _of_one(parts: Parts, instructions: str) -> list[str]:
     """The lines of one instruction set."""
     lines: list[str] = []
-    bars = [bar for name, part in parts.items() for bar in bars_of(name, part.get("figures") or {})]
+    bars = [bar for name, part in parts.items() for bar in bars_of(name, part.get("figures") or {}, instructions)]
     if bars:
         lines += [bar_table(bars), ""]
     for name, part in parts.items():
@@ -216,7 +220,7 @@ def _of_one(parts: Parts, growth: str) -> list[str]:
             lines += [ladder.table(figures["rungs"]), ""]
         elif name == "scaling":
             lines += [scaling.table(figures["series"]), ""]
-            lines += [] if part.get("error") else [f"![growth]({growth})", ""]
+            lines += [] if part.get("error") else [f"![growth]({plot(instructions)})", ""]
         elif name == "kernels":
             lines += ["| operation | graft, ms | compared with | its ms | faster by |", "|---|---:|---|---:|---:|"]
             lines += [
@@ -258,35 +262,43 @@ class Section:
         )
 
 
+# The README's columns: (method, side) with what it is called there.
+_COLUMNS = {
+    ("lora", "graft"): "LoRA", ("lora", "graft gguf"): "LoRA on GGUF", ("qlora", "graft"): "QLoRA", ("full", "graft"): "full",
+}  # fmt: skip
+
+
 def performance(results: Results) -> str:
-    """The README's table: speed and memory relative to the peers, two columns for each instruction set."""
-    rows: dict[str, dict[str, str]] = {}
+    """The README's table: speed and memory relative to the peer's, a row for each real base and instruction set."""
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     where: dict[str, str] = {}
     for instructions, parts in results.items():
         for name, part in parts.items():
             figures = part.get("figures")
-            if not name.startswith("train") or not figures:
+            if not name.startswith("train") or not figures or figures["subject"] in SHAPES:
                 continue
             where[instructions] = f"{machine(part['machine'])}, {part['date'][:10]}"
             for method, sides in figures["results"].items():
-                ours, (speed, memory) = sides["graft"], peer(sides)
-                ratios = ours["examples_per_second"] / speed, ours["peak_memory"] / memory
-                row = rows.setdefault(f"{figures['shape'].upper()} {_NAMES[method]}", {})
-                row[instructions] = f"{ratios[0]:.1f}x | {ratios[1]:.2f}x"
+                speed, memory = peer(sides)
+                for side in sides.keys() & {"graft", "graft gguf"}:
+                    ratios = sides[side]["examples_per_second"] / speed, sides[side]["peak_memory"] / memory
+                    row = rows.setdefault((SUBJECTS[figures["subject"]].title, instructions), {})
+                    row[method, side] = f"{ratios[0]:.1f}x, {ratios[1]:.2f}x"
     if not any(part.get("figures") for parts in results.values() for part in parts.values()):
         return ""
     lines: list[str] = []
     if rows:
-        titles = " | ".join(f"{name}: examples/s | memory" for name in where)
-        machines = "; ".join(where.values())
+        columns = [key for key in _COLUMNS if any(key in row for row in rows.values())]
         lines += [
-            "Training speed and peak memory as a ratio to TRL+PEFT+bitsandbytes on the same CPU (Llamas of random weights). On "
-            "AVX-512 the baseline is the faster (memory: smaller) of TRL's float32 and bfloat16 runs "
-            f"({machines}):",
+            "Training on GSM8K: examples/s and peak memory relative to TRL+PEFT+bitsandbytes, the better of its float32 and "
+            f"bfloat16 ({'; '.join(where.values())}):",
             "",
+            f"| | {' | '.join(_COLUMNS[key] for key in columns)} |",
+            "|---|" + "---:|" * len(columns),
         ]
-        lines += [f"| | {titles} |", "|---|" + "---:|---:|" * len(where)]
-        lines += [f"| {name} | {' | '.join(row.get(i, ' | ') for i in where)} |" for name, row in rows.items()]
+        for (title, instructions), row in rows.items():
+            name = title if len(where) == 1 else f"{title}, {instructions}"
+            lines.append(f"| {name} | {' | '.join(row.get(key, '') for key in columns)} |")
         lines.append("")
     lines.append("[All figures](bench/results/cpu.md), [how they are measured](docs/performance.md).")
     return "\n".join(lines)

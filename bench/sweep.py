@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
 
     method = work["method"]
     with PeakMemory(torch.device("cpu")) as memory:
-        base = load_base(work["model"], base_precision="nf4" if method == "qlora" else "float32", device="cpu")
+        base = load_base(work["model"], precision="nf4" if method == "qlora" else "float32", device="cpu")
         trials: list[Any] = []
         material: Any = None
         for slot, rank in enumerate(work["ranks"], 1):
@@ -113,8 +114,7 @@ def longest_batch(trial: Any) -> int:
 
 
 def trl_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
-    pairs.BATCH, pairs.RANK, pairs.ALPHA = BATCH, work["rank"], 2 * work["rank"]
-    found = pairs.peer_side(work, turns)
+    found = pairs.peer_side({**work, "learning_rate": pairs.RATES[work["method"]]}, turns)
     return {
         "seconds": turns.counted,
         "steps": turns.seconds,
@@ -274,16 +274,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"the E2E set is not there: {pairs.SHARED}")
     import machine
 
-    pairs.BATCH = BATCH
+    subject = replace(pairs.SUBJECTS[options.shape], batch=BATCH)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / options.shape
         pairs.make_model(options.shape, model)
         common: dict[str, Any] = {
-            "model": str(model), "shape": options.shape, "steps": options.steps, "warm_up": options.warm_up, "packing": False,
-            **pairs.make_data(Path(folder), options.steps),
+            "model": str(model), "steps": options.steps, "warm_up": options.warm_up, "batch": BATCH, "packing": False,
+            **pairs.make_data(Path(folder), options.steps, subject),
         }  # fmt: skip
-        common.update(pairs.per_example(common))
+        common.update(pairs.batches(common))
         for method in options.methods:
             results[method] = {"eight": compare(common, method)}
             if options.json:  # a run that is cut off in what follows has kept this

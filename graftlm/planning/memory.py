@@ -30,7 +30,7 @@ from graftlm.planning.answers import AnswerLoad, answer_logit_bytes, answer_work
 from graftlm.planning.method import AdapterShape, TrainingSetting
 from graftlm.planning.shapes import ModelShape, Weights
 
-CHUNK_LOGITS = 1 << 23  # values of logits at once: `training/loss.py` has it under the same name
+CHUNK_LOGITS, CHUNK_ROWS = 1 << 23, 96  # values, and fewest rows, of logits at once: those of `training/loss.py`
 MOMENT_BLOCK, SMALL = 256, 4096  # of 8-bit moments: `kernels/moments.py`
 NF4_BLOCK, NF4_GROUP = 64, 256  # `kernels/stored.py`
 PANEL = 16 << 20  # bytes of an upcast weight at once on a processor: `kernels/native`
@@ -160,7 +160,7 @@ def optimizer_bytes(trained: int, setting: TrainingSetting) -> int:
 
 def chunk_rows(shape: ModelShape, load: Workload) -> int:
     """Tokens whose logits exist at once: the trained ones in pieces of one size."""
-    pieces = math.ceil(load.target_tokens / max(16, CHUNK_LOGITS // shape.vocabulary))
+    pieces = math.ceil(load.target_tokens / max(CHUNK_ROWS, CHUNK_LOGITS // shape.vocabulary))
     return math.ceil(load.target_tokens / max(1, pieces))
 
 

@@ -30,19 +30,20 @@ from graftlm.base.modules import Stored, StoredLinear
 from graftlm.segments import Segments
 
 CHUNK_LOGITS = 1 << 23  # values of logits that exist at once: 32 MB in float32
+CHUNK_ROWS = 96  # but at least so many rows: for each chunk the head is read, decoded and packed anew
 
 
-def _pieces(first: int, last: int, vocabulary: int) -> list[tuple[int, int]]:
+def head_pieces(first: int, last: int, vocabulary: int) -> list[tuple[int, int]]:
     """(first, last) pieces of rows whose logits may exist at once, all of about one size: a short one would cost its own
     matmul with the head."""
     count = last - first
-    pieces = -(-count // max(16, CHUNK_LOGITS // vocabulary))
+    pieces = -(-count // max(CHUNK_ROWS, CHUNK_LOGITS // vocabulary))
     return [(first + count * i // pieces, first + count * (i + 1) // pieces) for i in range(pieces)]
 
 
 def _chunks(target_ranges: Sequence[tuple[int, int, int]], vocabulary: int) -> list[tuple[int, int, int]]:
     """(slot, first, last) pieces of all ranges; a piece never crosses from one slot into the next."""
-    return [(slot, a, b) for slot, first, last in target_ranges for a, b in _pieces(first, last, vocabulary)]
+    return [(slot, a, b) for slot, first, last in target_ranges for a, b in head_pieces(first, last, vocabulary)]
 
 
 def _piece(base: Base, hidden: Tensor, labels: Tensor, slot: int, context: ForwardContext) -> Tensor:
@@ -119,7 +120,7 @@ class _PlainHeadLoss(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         dh = torch.empty_like(hidden) if wants_hidden else None  # (n, w)
         dW: Tensor | None = None  # (V, w)
-        for first, last in _pieces(0, len(hidden), head.out_features):
+        for first, last in head_pieces(0, len(hidden), head.out_features):
             asked = weights[first:last] if wants_hidden or wants_head else None
             logits, losses[first:last] = _own_gradient(hidden[first:last], head, labels[first:last], asked)
             if dh is not None:
@@ -173,7 +174,7 @@ def _head_gradient(
     assert head.weight is not None
     dW: Tensor | None = None
     with context:
-        for first, last in _pieces(0, len(hidden), len(head.weight)):
+        for first, last in head_pieces(0, len(hidden), len(head.weight)):
             logits, _ = _own_gradient(hidden[first:last], head, labels[first:last], weights[first:last])
             dW = _added(dW, logits, hidden, first, head)
             del logits

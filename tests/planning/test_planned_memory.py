@@ -184,12 +184,12 @@ def test_dora_and_dropout_take_more_than_plain_adapters(option: str) -> None:
 @pytest.mark.parametrize("trained", [1, 500, 2042, 2048])
 def test_the_logits_that_are_planned_are_those_of_the_largest_piece(trained: int) -> None:
     shape = find("llama-3.2-1b").shape
-    largest = max(last - first for first, last in loss._pieces(0, trained, shape.vocabulary))
+    largest = max(last - first for first, last in loss.head_pieces(0, trained, shape.vocabulary))
     assert memory.chunk_rows(shape, replace(LOAD, target_tokens=trained)) == largest
 
 
 def test_the_plans_constants_are_the_implementations() -> None:
-    assert memory.CHUNK_LOGITS == loss.CHUNK_LOGITS
+    assert (memory.CHUNK_LOGITS, memory.CHUNK_ROWS) == (loss.CHUNK_LOGITS, loss.CHUNK_ROWS)
     assert (memory.MOMENT_BLOCK, memory.SMALL) == (moments.MOMENT_BLOCK, moments.SMALL)
     assert (memory.NF4_BLOCK, memory.NF4_GROUP) == (stored.BLOCK, stored.GROUP)
     assert kernels.native.PANEL_BYTES_FOR_MANY <= memory.PANEL

@@ -147,6 +147,7 @@ def test_the_plain_heads_loss_and_gradients_are_those_of_the_models_own_code(
     architecture: str, trained: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(loss_module, "CHUNK_ROWS", 16)
     base = load_base(str(tiny.folder(architecture)), compute_dtype="float32", device="cpu")
     assert base.structure.head_is_plain_matmul
     base.structure.head.weight.requires_grad_(trained)
@@ -169,10 +170,10 @@ def test_a_head_in_bfloat16_gets_the_same_gradients(monkeypatch: pytest.MonkeyPa
     ("count", "vocabulary"), [(0, 9), (1, 9), (2042, 49152), (2040, 49152), (17, 1 << 30), (5000, 128)]
 )
 def test_rows_meet_the_head_in_pieces_of_one_size(count: int, vocabulary: int) -> None:
-    pieces = loss_module._pieces(7, 7 + count, vocabulary)
+    pieces = loss_module.head_pieces(7, 7 + count, vocabulary)
     assert [row for first, last in pieces for row in range(first, last)] == [*range(7, 7 + count)]
     sizes = {last - first for first, last in pieces}
-    most = max(16, loss_module.CHUNK_LOGITS // vocabulary)
+    most = max(loss_module.CHUNK_ROWS, loss_module.CHUNK_LOGITS // vocabulary)
     assert all(0 < size <= most for size in sizes)
     assert len(sizes) <= 1 or max(sizes) - min(sizes) == 1
 

@@ -19,7 +19,9 @@ typedef void (*attention_part)(const struct graft_attention_call *p, int64_t sta
 #define TARGET
 #define LANES 4
 #define CHUNK 8
+#define KEYS 4
 #define FMA(a, b, c) ((a) * (b) + (c))
+#define ALL(x) ((VEC){x, x, x, x})
 #define LARGER(a, b) plain_larger(a, b)
 typedef float four __attribute__((vector_size(16)));
 INLINE four plain_larger(four a, four b) {
@@ -32,7 +34,9 @@ INLINE four plain_larger(four a, four b) {
 #undef TARGET
 #undef LANES
 #undef CHUNK
+#undef KEYS
 #undef FMA
+#undef ALL
 #undef LARGER
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -42,28 +46,36 @@ INLINE four plain_larger(four a, four b) {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
 #define CHUNK 8
+#define KEYS 8
 #define FMA(a, b, c) ((VEC)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define ALL(x) ((VEC)_mm256_set1_ps(x))
 #define LARGER(a, b) ((VEC)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #include "attention.inc"
 #undef NAME
 #undef TARGET
 #undef LANES
 #undef CHUNK
+#undef KEYS
 #undef FMA
+#undef ALL
 #undef LARGER
 
 #define NAME(x) avx512_##x
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 #define LANES 16
 #define CHUNK 16
+#define KEYS 8
 #define FMA(a, b, c) ((VEC)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define ALL(x) ((VEC)_mm512_set1_ps(x))
 #define LARGER(a, b) ((VEC)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #include "attention.inc"
 #undef NAME
 #undef TARGET
 #undef LANES
 #undef CHUNK
+#undef KEYS
 #undef FMA
+#undef ALL
 #undef LARGER
 
 static const attention_part forwards[] = {plain_forward, avx2_forward, avx512_forward};

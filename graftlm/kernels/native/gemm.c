@@ -30,11 +30,11 @@ static _Atomic(const struct gemm_set *) chosen; /* by `graft_gemm_choose`; the w
 
 struct workspace {
     float *a;    /* at most MOST_M x MOST_K */
-    float *b;    /* MOST_N x MOST_K */
+    float *b;    /* MOST_N x MOST_K, and what lies between its panels */
     float *rows; /* decoded rows of a stored weight: MOST_N values, or WIDEST x MOST_K */
 };
 
-enum { MOST_M = 480, WORKSPACES = 256, A_VALUES = MOST_M * MOST_K, B_VALUES = MOST_N * MOST_K, ROW_VALUES = WIDEST * MOST_K };
+enum { MOST_M = 480, WORKSPACES = 256, A_VALUES = MOST_M * MOST_K, B_VALUES = MOST_N * (MOST_K + GAP), ROW_VALUES = WIDEST * MOST_K };
 static _Atomic(void *) idle[WORKSPACES];
 
 static float *borrow(void) {
@@ -120,7 +120,7 @@ static void pack_b(const struct gemm_set *set, const struct graft_matrix *b, int
             for (int i = 0; i < here; i++) graft_gemm_decode(b, n0 + n + i, k0, count, scratch + i * MOST_K);
             first = scratch, stride = MOST_K;
         }
-        set->turn_columns(first, stride, here, count, to + n * count);
+        set->turn_columns(first, stride, here, count, to + panel_of(n, width, count));
     }
 }
 
@@ -181,7 +181,7 @@ static void rectangle(const struct product *p, int64_t m0, int64_t m1, int64_t n
                             if (loose_b) {
                                 t.b = (const float *)b->values + b->start + k * b->row + n + j, t.b_row = b->row;
                             } else {
-                                t.b = packed_b + j * words, t.b_row = nr;
+                                t.b = packed_b + panel_of(j, nr, words), t.b_row = nr;
                             }
                             set->multiply(&t, least(mr, rows - i), least(nr, columns - j), !loose_a && !loose_b, narrow);
                         }
@@ -254,14 +254,17 @@ EXPORT int graft_gemm(int64_t m, int64_t n, const int64_t *k, int terms, const s
     double work = (double)m * (double)n * (double)all;
     if (work < 2e5) threads = 1;
     if (threads < 1) threads = 1;
-    /* One piece a thread, along the longer side: what the other side packs, each thread packs for itself. Where rows of 4-bit
-     * codes are cut, it is between blocks. */
+    /* One piece a thread, along the side that leaves less to pack: what the other side packs, each thread packs for itself, and
+     * A for each MOST_N columns. Where rows of 4-bit codes are cut, it is between blocks. */
     int unit = set->columns;
     for (int i = 0; i < terms; i++) {
         if (b[i].kind >= GRAFT_Q4_K && b[i].along) p.span = graft_block_length(b[i].kind);
         if ((b[i].kind == GRAFT_NF4 || b[i].kind >= GRAFT_Q4_0) && b[i].along && n >= threads * p.span) unit = (int)p.span;
     }
-    if (n >= m || n >= threads * 4 * SPAN) {
+    const double share = (double)((n + threads - 1) / threads);
+    const double along_n = (double)m * threads * (double)(int64_t)((share + MOST_N - 1) / MOST_N) + (double)n;
+    const double along_m = (double)m * (double)((n + MOST_N - 1) / MOST_N) + (double)n * threads;
+    if (n >= threads * unit && (m < threads * set->rows || along_n <= along_m)) {
         p.n_step = even_step(n, (n + threads - 1) / threads, unit), p.m_step = m;
     } else {
         p.m_step = even_step(m, (m + threads - 1) / threads, set->rows), p.n_step = n;

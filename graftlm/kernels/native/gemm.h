@@ -5,8 +5,13 @@
 
 #include "kernels.h"
 
-enum { MOST_K = 256, MOST_N = 1024, SPAN = 64, WIDEST = 32 };
-/* SPAN: pieces of N and K begin at multiples of it, where the 64-value blocks of a stored weight begin. */
+enum { MOST_K = 256, MOST_N = 1024, SPAN = 64, WIDEST = 32, GAP = 16 };
+/* SPAN: pieces of N and K begin at multiples of it, where the 64-value blocks of a stored weight begin.
+ * GAP: values between two panels of B. Without it they would lie multiples of 4 KB apart, and a row of B that is cut into them
+ * would be written to one set of the first cache. */
+
+/* Where in packed B the panel begins that holds column n; panels are `width` columns wide and `count` rows long. */
+INLINE int64_t panel_of(int64_t n, int width, int64_t count) { return n / width * (count * width + GAP); }
 
 /* C[i, j] = or, with `add`, += alpha * sum over k < count of A[i, k] B[k, j], for one tile. */
 struct tile {

@@ -73,7 +73,7 @@ INLINE AVX2 __m256i lanes(uint32_t mask, int half) {
 AVX2 static void cut(const float *row, int64_t length, int64_t k, int64_t count, float *to) {
     int64_t n = 0;
     float *at = to + k * NR;
-    for (; n + NR <= length; n += NR, at += count * NR) {
+    for (; n + NR <= length; n += NR, at += count * NR + GAP) {
         _mm256_storeu_ps(at, _mm256_loadu_ps(row + n));
         _mm256_storeu_ps(at + 8, _mm256_loadu_ps(row + n + 8));
     }

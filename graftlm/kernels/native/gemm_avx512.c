@@ -16,41 +16,44 @@ enum { MR = 12, NR = 32 };
 
 /* ---- packing ---- */
 
-/* to[k * width + i] = from[i * stride + k] for i < rows, k < count, `width` a multiple of 4 with zeros behind `rows`:
- * blocks of 4 x 16 values are turned within registers. */
-AVX512 static void turn(const float *from, int64_t stride, int rows, int64_t count, float *to, const int width) {
-    for (int i = 0; i < width; i += 4) {
-        const float *p[4];
-        int here = rows - i;
-        for (int j = 0; j < 4; j++) p[j] = from + (i + (j < here ? j : 0)) * stride; /* beyond: any row, not used */
-        if (here <= 0) {
-            for (int64_t k = 0; k < count; k++) _mm_storeu_ps(to + k * width + i, _mm_setzero_ps());
-            continue;
-        }
-        int64_t k = 0;
-        for (; k + 16 <= count; k += 16) {
-            __m512 r0 = _mm512_loadu_ps(p[0] + k), r1 = here > 1 ? _mm512_loadu_ps(p[1] + k) : _mm512_setzero_ps();
-            __m512 r2 = here > 2 ? _mm512_loadu_ps(p[2] + k) : _mm512_setzero_ps();
-            __m512 r3 = here > 3 ? _mm512_loadu_ps(p[3] + k) : _mm512_setzero_ps();
-            __m512 t0 = _mm512_unpacklo_ps(r0, r1), t1 = _mm512_unpackhi_ps(r0, r1);
-            __m512 t2 = _mm512_unpacklo_ps(r2, r3), t3 = _mm512_unpackhi_ps(r2, r3);
-            __m512 c[4]; /* 128-bit lane l of c[j] holds values k + 4 l + j */
-            c[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t0), _mm512_castps_pd(t2)));
-            c[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t0), _mm512_castps_pd(t2)));
-            c[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t1), _mm512_castps_pd(t3)));
-            c[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t1), _mm512_castps_pd(t3)));
-            UNROLLED for (int j = 0; j < 4; j++) {
-                float *at = to + (k + j) * width + i;
-                _mm_storeu_ps(at, _mm512_castps512_ps128(c[j]));
-                _mm_storeu_ps(at + 4 * width, _mm512_extractf32x4_ps(c[j], 1));
-                _mm_storeu_ps(at + 8 * width, _mm512_extractf32x4_ps(c[j], 2));
-                _mm_storeu_ps(at + 12 * width, _mm512_extractf32x4_ps(c[j], 3));
-            }
-        }
-        for (; k < count; k++)
-            for (int j = 0; j < 4; j++) to[k * width + i + j] = j < here ? p[j][k] : 0.0f;
-    }
+/* to[k * width + i] = value k of row i for i < rows, k < count, `width` a multiple of 4 with zeros behind `rows`: blocks of
+ * 4 x 16 values are turned within registers. Row i begins at from + i * stride; a value is one number there, or a word of two. */
+#define TURN(name, set, load, per_value)                                                                               \
+set static void name(const float *from, int64_t stride, int rows, int64_t count, float *to, const int width) {        \
+    for (int i = 0; i < width; i += 4) {                                                                               \
+        const float *p[4];                                                                                             \
+        int here = rows - i;                                                                                           \
+        for (int j = 0; j < 4; j++) p[j] = from + (i + (j < here ? j : 0)) * stride; /* beyond: any row, not used */    \
+        if (here <= 0) {                                                                                               \
+            for (int64_t k = 0; k < count; k++) _mm_storeu_ps(to + k * width + i, _mm_setzero_ps());                   \
+            continue;                                                                                                  \
+        }                                                                                                              \
+        int64_t k = 0;                                                                                                 \
+        for (; k + 16 <= count; k += 16) {                                                                             \
+            __m512 r[4];                                                                                               \
+            UNROLLED for (int j = 0; j < 4; j++)                                                                       \
+                r[j] = j < here ? load(p[j] + k * per_value) : _mm512_setzero_ps();                                    \
+            __m512 t0 = _mm512_unpacklo_ps(r[0], r[1]), t1 = _mm512_unpackhi_ps(r[0], r[1]);                           \
+            __m512 t2 = _mm512_unpacklo_ps(r[2], r[3]), t3 = _mm512_unpackhi_ps(r[2], r[3]);                           \
+            __m512 c[4]; /* 128-bit lane l of c[j] holds values k + 4 l + j */                                         \
+            c[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t0), _mm512_castps_pd(t2)));                   \
+            c[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t0), _mm512_castps_pd(t2)));                   \
+            c[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t1), _mm512_castps_pd(t3)));                   \
+            c[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t1), _mm512_castps_pd(t3)));                   \
+            UNROLLED for (int j = 0; j < 4; j++) {                                                                     \
+                float *at = to + (k + j) * width + i;                                                                  \
+                _mm_storeu_ps(at, _mm512_castps512_ps128(c[j]));                                                       \
+                _mm_storeu_ps(at + 4 * width, _mm512_extractf32x4_ps(c[j], 1));                                        \
+                _mm_storeu_ps(at + 8 * width, _mm512_extractf32x4_ps(c[j], 2));                                        \
+                _mm_storeu_ps(at + 12 * width, _mm512_extractf32x4_ps(c[j], 3));                                       \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; k < count; k++)                                                                                         \
+            for (int j = 0; j < 4; j++) to[k * width + i + j] = j < here ? p[j][k] : 0.0f;                             \
+    }                                                                                                                  \
 }
+
+TURN(turn, AVX512, _mm512_loadu_ps, 1)
 
 /* 16 x 16 at a time: to[k * NR + i] = from[i * stride + k], for the 32 rows of a full panel of B. */
 AVX512 static void turn_16(const float *from, int64_t stride, float *to) {
@@ -96,12 +99,12 @@ AVX512 static void turn_panel(const float *from, int64_t stride, int rows, int64
 AVX512 static void cut(const float *row, int64_t columns, int64_t k, int64_t count, float *to) {
     int64_t n = 0;
     for (; n + NR <= columns; n += NR) {
-        float *at = to + n * count + k * NR;
+        float *at = to + panel_of(n, NR, count) + k * NR;
         _mm512_storeu_ps(at, _mm512_loadu_ps(row + n));
         _mm512_storeu_ps(at + 16, _mm512_loadu_ps(row + n + 16));
     }
     if (n < columns) {
-        float *at = to + n * count + k * NR;
+        float *at = to + panel_of(n, NR, count) + k * NR;
         uint32_t mask = (1u << (columns - n)) - 1;
         _mm512_storeu_ps(at, _mm512_maskz_loadu_ps((__mmask16)mask, row + n));
         _mm512_storeu_ps(at + 16, _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), row + n + 16));
@@ -141,6 +144,16 @@ INLINE AVX512_BF16 __m512 pair(__m512 first, __m512 second) {
         _mm512_or_si512(_mm512_cvtepu16_epi32(l), _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)));
 }
 
+/* 16 words of 32 numbers. */
+INLINE AVX512_BF16 __m512 words_of(const float *from) {
+    __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+    __m512 words;
+    memcpy(&words, &both, 64);
+    return words;
+}
+
+TURN(turn_words, AVX512_BF16, words_of, 2) /* `count` words, a multiple of 16 */
+
 AVX512_BF16 static void narrow_pack_b(const struct graft_matrix *b, int64_t k0, int64_t count, int64_t n0, int64_t columns,
                                       float *to, float *scratch) {
     const float *dense = (const float *)b->values + b->start;
@@ -159,10 +172,10 @@ AVX512_BF16 static void narrow_pack_b(const struct graft_matrix *b, int64_t k0, 
                 uint32_t left = columns - n < 16 ? (1u << (columns - n)) - 1 : 0xffff;
                 __m512 word = pair(_mm512_maskz_loadu_ps((__mmask16)left, row[0] + n),
                                    _mm512_maskz_loadu_ps((__mmask16)left, row[1] + n));
-                _mm512_storeu_ps(to + n / NR * NR * words + k / 2 * NR + n % NR, word);
+                _mm512_storeu_ps(to + panel_of(n, NR, words) + k / 2 * NR + n % NR, word);
             }
             if ((columns - 1) % NR < 16) /* the panel's second half has no columns */
-                _mm512_storeu_ps(to + (columns - 1) / NR * NR * words + k / 2 * NR + 16, _mm512_setzero_ps());
+                _mm512_storeu_ps(to + panel_of(columns - 1, NR, words) + k / 2 * NR + 16, _mm512_setzero_ps());
         }
         return;
     }
@@ -179,7 +192,7 @@ AVX512_BF16 static void narrow_pack_b(const struct graft_matrix *b, int64_t k0, 
             if (b->kind != GRAFT_FLOAT32) graft_gemm_decode(b, n0 + n + i, k0, count, row), from = row;
             to_words(from, count, row); /* a word never lies behind the two values it is made of */
         }
-        turn_panel(scratch, MOST_K, rows, words, to + n * words);
+        turn_panel(scratch, MOST_K, rows, words, to + panel_of(n, NR, words));
     }
 }
 
@@ -190,6 +203,10 @@ AVX512_BF16 static void narrow_pack_a(const struct graft_matrix *a, int64_t m0, 
     for (int64_t m = 0; m < rows; m += MR) {
         int here = rows - m < MR ? (int)(rows - m) : MR;
         float *panel = to + m * words;
+        if (!a->along && count % 32 == 0) {
+            turn_words(values + (m0 + m) * a->row + k0, a->row, here, words, panel, MR);
+            continue;
+        }
         if (!a->along) {
             for (int i = 0; i < here; i++) to_words(values + (m0 + m + i) * a->row + k0, count, scratch + i * MOST_K);
             turn(scratch, MOST_K, here, words, panel, MR);
