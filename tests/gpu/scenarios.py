@@ -146,10 +146,14 @@ def _engine(layers: int, adapters: int, *, cache_tokens: int = 4096, how: dict[s
     return engine
 
 
-def serve(
+def serve(layers: list[int], **given: Any) -> list[dict[str, Any]]:
+    """Two traces with each number of layers: `prefill`, a step over all prompts; `decode`, a step that adds a token to each."""
+    return [_served(count, **given) for count in layers]
+
+
+def _served(
     layers: int, sequences: int = 4, prompt: int = 20, adapters: int = 0, temperature: float = 0.0, **how: Any
 ) -> dict[str, Any]:
-    """Two traces: `prefill`, one step over all prompts; `decode`, the second step that adds a token to each of them."""
     with FakeCard() as card:
         tokens = -(-(prompt + 64) // 16) * 16 * sequences
         engine = _engine(layers, adapters, cache_tokens=tokens, how={"precision": "bfloat16", **how})
@@ -225,5 +229,5 @@ def programs_of_a_thread(method: str = "lora") -> dict[str, Any]:
 
 def warm_up() -> None:
     """Before the forks, what all of them would do again: imports, and fake tensors' answers for each operation."""
-    with FakeCard(), torch.no_grad():
-        _base(1, precision="bfloat16")
+    with torch.no_grad():  # a backward pass would start threads, and no fork could have them
+        _served(1)

@@ -1,4 +1,4 @@
-"""One optimizer step of each method on the fake card: no operation between devices, and what it may ask of a card.
+"""Loading, training and serving on the fake card: no operation between devices, and what a step may ask of a card.
 
 A budget is what the step asks for today; who lowers a count lowers its budget. Norms, activations and rotations are composed
 here, as without liger-kernel, except where a test says so.
@@ -10,8 +10,20 @@ import importlib.util
 from typing import Any
 
 import pytest
+import tiny
 from fake_trace import Budget, Trace
 from fixtures import ROOT, Worker
+
+# ---- loading ----
+
+
+@pytest.mark.parametrize(("architecture", "precision"), [("qwen3", "float32"), ("mixtral", "nf4")])
+def test_a_checkpoint_loads_on_a_card_without_accelerate(card: Worker, architecture: str, precision: str) -> None:
+    found = card.ask("load", folder=str(tiny.folder(architecture)), precision=precision)
+    assert {device for device, _ in found.values()} == {"cuda:1"}, found
+
+
+# ---- training ----
 
 METHODS: dict[str, tuple[dict[str, Any], Budget]] = {
     "full in float32": ({"method": "full", "base_precision": "float32"}, Budget(launches=(133, 98))),
@@ -68,11 +80,11 @@ def test_with_liger_a_step_takes_fewer_launches(card: Worker, method: str) -> No
     assert budget.of(32) < 0.7 * composed.of(32)
 
 
-@pytest.mark.parametrize("method", ["qlora", "full in float32"])
-def test_wider_layers_take_no_more_launches(card: Worker, method: str) -> None:
-    options, _ = METHODS[method]
-    one, wide = (Trace.from_json(card.ask("train", layers=[1, 2], times=times, **options)[0]) for times in (1, 8))
-    assert wide.launches.total() <= one.launches.total() + 5, wide
+def test_wider_layers_take_no_more_launches(card: Worker) -> None:
+    options, _ = METHODS["full in float32"]
+    narrow, _ = (Trace.from_json(found) for found in card.ask("train", layers=[1, 2], **options))
+    (wide,) = (Trace.from_json(found) for found in card.ask("train", layers=[1], times=8, **options))
+    assert wide.launches.total() <= narrow.launches.total() + 5, wide
 
 
 def test_the_checks_of_the_first_steps_read_the_card_once_before_and_twice_after(card: Worker) -> None:
@@ -86,7 +98,7 @@ def test_the_checks_of_the_first_steps_read_the_card_once_before_and_twice_after
 
 def test_programs_run_on_their_tensors_card_in_a_thread_that_was_told_of_none(card: Worker) -> None:
     trace = card.trace("programs_of_a_thread")
-    assert sum(count for name, count in trace.launches.items() if name.startswith("triton ")) > 20
+    assert sum(count for name, count in trace.launches.items() if name.startswith("triton ")) >= 10
     assert not trace.astray
 
 
@@ -99,3 +111,45 @@ def test_the_page_states_the_budgets() -> None:
         f"{budget.synchronisations[0] * 32 + budget.synchronisations[1]} |"
         for method, (_, budget) in METHODS.items()
     ]
+
+
+# ---- serving ----
+
+ONE = (0, 1)  # the host waits for a step's tokens, and for nothing else
+SERVED: dict[str, tuple[dict[str, Any], Budget, Budget]] = {  # what is served, its prefill and its decode
+    "base in nf4": (
+        {"precision": "nf4"},
+        Budget(launches=(71, 26), synchronisations=ONE), Budget(launches=(67, 35), synchronisations=ONE),
+    ),
+    "two adapters": (
+        {"adapters": 2},
+        Budget(launches=(61, 30), synchronisations=ONE), Budget(launches=(64, 35), synchronisations=ONE),
+    ),
+    "sampled": (
+        {"temperature": 0.7},
+        Budget(launches=(47, 52), synchronisations=ONE), Budget(launches=(50, 61), synchronisations=ONE),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("served", SERVED)
+def test_prefill_and_decode_stay_on_their_card_and_within_their_budgets(card: Worker, served: str) -> None:
+    options, prefill, decode = SERVED[served]
+    one, two = card.ask("serve", layers=[1, 2], **options)
+    for step, budget in (("prefill", prefill), ("decode", decode)):
+        budget.check(Trace.from_json(one[step]), Trace.from_json(two[step]))
+
+
+def test_attention_over_long_contexts_takes_bounded_memory_whatever_their_lengths(card: Worker) -> None:
+    """Padded to the longest and with heads repeated, sixteen texts of 32k tokens would take 4 GiB for keys alone."""
+    for lengths in ([32768] * 16, [32768] + [17] * 15, [100] * 256):
+        trace = card.trace("attend", lengths=lengths)
+        assert trace.peak_bytes < 300 << 20, lengths
+        assert not trace.synchronisations
+        assert not trace.copies
+
+
+def test_a_long_prompt_over_a_cached_beginning_takes_bounded_memory(card: Worker) -> None:
+    traces = card.traces("chunk", cached=30_000, length=1024)
+    assert traces["plain"].peak_bytes < 400 << 20, traces["plain"]
+    assert traces["soft cap"].peak_bytes < 900 << 20, traces["soft cap"]
