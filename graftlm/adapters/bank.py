@@ -27,7 +27,6 @@ from graftlm.base import context
 from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.modules import Stored, stored_matmul
 from graftlm.base.precision import Weight
-from graftlm.kernels.counter_rng import keep_mask
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,23 @@ class _SlotUse:
         return self.dropout > 0 and self.token_keys is not None
 
     def dropped(self, x: Tensor) -> Tensor:
-        """drop(x) for this use's tokens of x (T, in) -> (t, in), each kept feature scaled by 1 / (1 - p)."""
-        tokens = x[self.first : self.last]
-        keep = self.keep(x)
-        return tokens if keep is None else tokens * keep
-
-    def keep(self, x: Tensor) -> Tensor | None:
+        """drop(x) for this use's tokens x (t, in), each kept feature scaled by 1 / (1 - p); also its own gradient."""
         if self.token_keys is None or not self.dropout:
-            return None
-        mask = keep_mask(self.token_keys, self.dropout_key, x.shape[1], self.dropout)  # (t, in)
-        return mask.to(x.dtype) * (1.0 / (1.0 - self.dropout))
+            return x
+        return kernels.dropped(x, self.token_keys, self.dropout_key, self.dropout)
+
+
+class _Dropout(torch.autograd.Function):
+    """drop(x) of one use's tokens, (t, in)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, use: _SlotUse) -> Tensor:
+        ctx.use = use
+        return use.dropped(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return ctx.use.dropped(grads[0]), None
 
 
 def _routing(uses: Sequence[_SlotUse], factors: Sequence[Tensor]) -> kernels.Routing:
@@ -82,7 +88,7 @@ class _LoRALinear(torch.autograd.Function):
             low_rank_states = [
                 kernels.low_rank(
                     y[u.first : u.last],
-                    u.dropped(x),
+                    u.dropped(x[u.first : u.last]),
                     factors[2 * u.factor_index],
                     factors[2 * u.factor_index + 1],
                     u.scale,
@@ -111,19 +117,18 @@ class _LoRALinear(torch.autograd.Function):
         dx = kernels.matmul_t(dy, weight, ctx.bf16_matmul) if needs_dx else None
         for use, h in zip(ctx.uses, low_rank_states):
             tokens = slice(use.first, use.last)
-            keep = use.keep(x)  # (t, in), or None where this use drops nothing
-            dx_range = None if dx is None else (dx[tokens] if keep is None else torch.zeros_like(x[tokens]))
+            dx_range = None if dx is None else (torch.zeros_like(x[tokens]) if use.drops else dx[tokens])
             dA, dB = kernels.low_rank_backward(
                 dy[tokens],
-                use.dropped(x),
+                use.dropped(x[tokens]),
                 h,
                 factors[2 * use.factor_index],
                 factors[2 * use.factor_index + 1],
                 use.scale,
                 dx_range,
             )
-            if dx is not None and dx_range is not None and keep is not None:
-                dx[tokens] += dx_range * keep
+            if dx is not None and dx_range is not None and use.drops:
+                dx[tokens].add_(use.dropped(dx_range))
             for index, gradient in ((2 * use.factor_index, dA), (2 * use.factor_index + 1, dB)):
                 before = totals[index]
                 totals[index] = gradient if before is None else before + gradient
@@ -248,9 +253,9 @@ class LayerBank:
             y = y.index_copy(1, torch.tensor(adapter.tokens, device=y.device), own)
         elif isinstance(adapter, LowRank):
             use = _slot_use(adapter, 0, first, last, token_indices, total)
-            keep = use.keep(x)
+            low_rank_input: Any = _Dropout.apply(x, use) if use.drops else x
             A, B = adapter.factors(None)
-            y = y + adapter.scale * F.linear(F.linear(x if keep is None else x * keep, A.to(x.dtype)), B.to(x.dtype))
+            y = y + adapter.scale * F.linear(F.linear(low_rank_input, A.to(x.dtype)), B.to(x.dtype))
             if adapter.magnitude is not None:
                 y = y * (adapter.magnitude / combined_norm(weight, A, B, adapter.scale)).to(y.dtype)
         return y if bias is None else y + bias.to(y.dtype)

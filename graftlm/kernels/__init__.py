@@ -8,6 +8,7 @@
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
     low_rank_routed  low_rank_routed_backward                   each range of tokens with its own adapter
     lora_linear   lora_linear_backward                          x W^T and the adapters' low-rank terms together
+    dropped                                                     LoRA's dropout
     is_few_rows   add_routed      attend_rows                   the operations of decoding, one by one
     has_decoder_stack  DecoderStack                             all layers of a model in one call: `native/layers.py`
     rms_norm      gated           rotary                        fused elementwise operations and their backwards: `fused.py`
@@ -28,7 +29,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graftlm.kernels import gpu_attention, multi_tensor, native, reference, reference_adamw, triton
+from graftlm.kernels import (
+    counter_rng,
+    gpu_attention,
+    gpu_matmul,
+    multi_tensor,
+    native,
+    reference,
+    reference_adamw,
+    triton,
+)
 from graftlm.kernels.fused import (
     cross_entropy_in_place,
     gated,
@@ -77,6 +87,7 @@ __all__ = [
     "causal_attention",
     "cross_entropy_in_place",
     "dequantize",
+    "dropped",
     "embedding_rows",
     "gated",
     "gated_backward",
@@ -215,8 +226,11 @@ def matmul_t(dy: Tensor, weight: Weight, bf16_matmul: bool = False) -> Tensor:
 def weight_gradient(dy: Tensor, x: Tensor, bf16_matmul: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """dy (rows, out), x (rows, in) -> dy^T x (out, in): the gradient of `matmul` to a dense W.
 
-    In `dtype`, default dy's; if it is another one, only one panel at a time exists in dy's dtype.
+    In `dtype`, default dy's; if it is another one, only one panel at a time exists in dy's dtype, and none where a GPU gives
+    float32 at once.
     """
+    if gpu_matmul.usable(dy, dtype):
+        return gpu_matmul.weight_gradient(dy, x)
     if dtype in (None, dy.dtype):
         own = native.has_fast_matmul(dy, bf16_matmul)
         return native.weight_gradient(dy, x, bf16_matmul) if own else reference.weight_gradient(dy, x)
@@ -225,6 +239,15 @@ def weight_gradient(dy: Tensor, x: Tensor, bf16_matmul: bool = False, dtype: tor
     for first in range(0, len(result), step):
         result[first : first + step] = weight_gradient(dy[:, first : first + step], x, bf16_matmul)
     return result
+
+
+def dropped(x: Tensor, token_keys: Tensor, module_key: int, dropout: float) -> Tensor:
+    """x (tokens, in) -> drop(x) (tokens, in): each feature kept with probability 1 - dropout and scaled, or 0.
+
+    `token_keys` (tokens,) int32 identify the tokens, `module_key` the layer: `counter_rng.py`.
+    """
+    fast = triton if triton.usable("dropped", x) else counter_rng
+    return fast.dropped(x, token_keys, module_key, dropout)
 
 
 def has_segment_attention(q: Tensor) -> bool:

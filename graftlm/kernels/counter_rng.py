@@ -37,8 +37,18 @@ def keep_mask(token_keys: torch.Tensor, module_key: int, features: int, dropout:
     # Hashed before the layer's key is combined: if it were added first, layers with close keys would share columns.
     columns = mix(torch.arange(features, dtype=torch.int32, device=token_keys.device)) ^ (module_key & 0x7FFFFFFF)
     words = mix(mix(token_keys)[:, None] ^ mix(columns)[None, :])  # (tokens, features)
-    threshold = int(dropout * (1 << 32)) - (1 << 31)
-    return words >= threshold
+    return words >= threshold(dropout)
+
+
+def threshold(dropout: float) -> int:
+    """The least signed 32-bit word that is kept."""
+    return int(dropout * (1 << 32)) - (1 << 31)
+
+
+def dropped(x: torch.Tensor, token_keys: torch.Tensor, module_key: int, dropout: float) -> torch.Tensor:
+    """x (tokens, in) -> drop(x) (tokens, in): what `keep_mask` keeps times 1 / (1 - dropout), the rest 0."""
+    mask = keep_mask(token_keys, module_key, x.shape[1], dropout)
+    return x * (mask.to(x.dtype) * (1.0 / (1.0 - dropout)))
 
 
 def uniform_words(count: int, *key: int | str, first: int = 0, device: torch.device | None = None) -> torch.Tensor:

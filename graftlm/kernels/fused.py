@@ -1,4 +1,4 @@
-"""Fused elementwise operations, in C on the CPU and by liger-kernel, if installed, on GPUs.
+"""Fused elementwise operations, in C on the CPU; on GPUs by liger-kernel, if installed, and cross entropy by our own kernel.
 
     rms_norm   rms_norm_backward     saves 1 / rms(x) of each row
     gated      gated_backward        SwiGLU and GeGLU; saves gate and up
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graftlm.kernels import liger, native
+from graftlm.kernels import liger, native, triton
 from graftlm.kernels import reference_fused as reference
 from graftlm.kernels.native import fused as compiled
 from graftlm.kernels.native.library import TWO_TYPES
@@ -101,6 +101,6 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | Non
     """
     if _in_c(logits):
         return compiled.cross_entropy_in_place(logits, labels, weights)
-    if liger.usable(logits.device):
-        return liger.cross_entropy_in_place(logits, labels, weights)
+    if triton.usable("cross_entropy", logits):
+        return triton.cross_entropy_in_place(logits, labels, weights)
     return reference.cross_entropy_in_place(logits, labels, weights)

@@ -8,6 +8,9 @@ for each would take longer than the work.
 Both are compared with the reference once, at first use on a GPU.
 """
 
+# PyTorch's multi-tensor operations have no other names.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -196,19 +196,19 @@ def adamw(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update)
     gradient = gradient.detach().reshape(-1)
     for first in range(0, flat.numel(), SLAB):
         last = min(first + SLAB, flat.numel())
-        part = Moments(*(_piece(t, first, last) for t in (moments.mean, moments.square)),
-                       *(_blocks(t, first, last) for t in (moments.mean_scale, moments.square_scale)))  # fmt: skip
-        _slab(flat[first:last], gradient[first:last], part, update, first)
+        _slab(flat[first:last], gradient[first:last], moments_of(moments, first, last), update, first)
     if not parameter.is_contiguous():
         parameter.detach().copy_(flat.view(parameter.shape))
 
 
-def _piece(tensor: Tensor, first: int, last: int) -> Tensor:
-    return tensor[first:last]
+def moments_of(moments: Moments, first: int, last: int) -> Moments:
+    """The moments of values first .. last, sharing their memory; `first` begins a block."""
 
+    def blocks(scale: Tensor | None) -> Tensor | None:
+        return None if scale is None else scale[first // MOMENT_BLOCK : -(-last // MOMENT_BLOCK)]
 
-def _blocks(scale: Tensor | None, first: int, last: int) -> Tensor | None:
-    return None if scale is None else scale[first // MOMENT_BLOCK : -(-last // MOMENT_BLOCK)]
+    mean_scale, square_scale = blocks(moments.mean_scale), blocks(moments.square_scale)
+    return Moments(moments.mean[first:last], moments.square[first:last], mean_scale, square_scale)
 
 
 def _fetch(tensor: Tensor, device: torch.device) -> Tensor:

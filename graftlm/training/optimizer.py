@@ -16,7 +16,8 @@ would meet weights that have moved already.
 
 What is promised about numbers that are not finite: the loss is checked before the backward pass begins, and where it is not
 finite nothing is updated. A gradient that is not finite stops the run with its tensor's name before that tensor is touched;
-the tensors between it and the loss have had their step by then. Nothing of that step is written to disk.
+the tensors between it and the loss have had their step by then. On a GPU, which every look would wait for, all are looked at
+once behind the backward pass, when all have had their step. Nothing of that step is written to disk.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class AdamW:
         self.moments: dict[str, Moments] = {}
         self.squares: dict[str, Tensor] = {}
         """The sum of squares of each gradient of the last step, () float64; a parameter that got none is not there."""
+        self._square_values: dict[str, float] = {}  # the same on the host
 
     # ---- a step of all parameters ----
 
@@ -83,10 +85,8 @@ class AdamW:
         if not self.in_backward:
             gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
             self.squares = dict(zip(gradients, kernels.sums_of_squares(list(gradients.values()))))
-        if not self.squares:
-            return 0.0
-        ordered = [self.squares[name] for name in self.parameters if name in self.squares]
-        return math.sqrt(math.fsum(torch.stack(ordered).tolist()))  # read from the device once
+            self._square_values = dict(zip(gradients, _read(list(self.squares.values()))))
+        return math.sqrt(math.fsum(self._square_values.values()))
 
     def step(self, learning_rate: float, clip_coefficient: float = 1.0) -> None:
         """Update every parameter that has a gradient, taken times `clip_coefficient`."""
@@ -144,10 +144,11 @@ class AdamW:
         """While open, a backward pass updates each parameter as soon as its gradient is complete, and frees it.
 
         A gradient that is not finite raises `refusal(name)` before that parameter is touched; those whose gradients came
-        earlier (the layers behind it) have had their step by then, from finite gradients.
+        earlier (the layers behind it) have had their step by then, from finite gradients. On a GPU it raises for the first of
+        them once the backward pass is over, and all have had their step.
         """
         self.steps += 1
-        self.squares = {}
+        self.squares, self._square_values = {}, {}
 
         def taker(name: str) -> Callable[[Tensor], None]:
             def take(parameter: Tensor) -> None:
@@ -155,7 +156,7 @@ class AdamW:
                 assert gradient is not None
                 parameter.grad = None
                 square = kernels.sum_of_squares(gradient)
-                if not math.isfinite(float(square)):
+                if square.device.type == "cpu" and not math.isfinite(float(square)):
                     raise refusal(name)
                 assert name not in self.squares, f"'{name}' got a gradient twice in one step"
                 self.squares[name] = square
@@ -171,6 +172,10 @@ class AdamW:
         finally:
             for handle in handles:
                 handle.remove()
+        self._square_values = dict(zip(self.squares, _read(list(self.squares.values()))))
+        bad = next((name for name, value in self._square_values.items() if not math.isfinite(value)), None)
+        if bad is not None:
+            raise refusal(bad)
 
     # ---- checkpoints ----
 
@@ -205,6 +210,11 @@ class AdamW:
             for kind, tensor in moments[name].tensors().items():
                 tensor.copy_(converted.tensors()[kind])
         self.moments, self.steps = moments, steps
+
+
+def _read(numbers: Sequence[Tensor]) -> list[float]:
+    """Numbers () of one device, read at once."""
+    return torch.stack(list(numbers)).tolist() if numbers else []
 
 
 class _Kept(TypedDict):

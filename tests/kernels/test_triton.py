@@ -37,7 +37,7 @@ def test_triton_kernels_give_the_reference_s_answers_in_the_interpreter() -> Non
 
 
 def test_triton_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Path) -> None:
-    assert "compiled 13" in run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert "compiled 16" in run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def routed() -> None:
 def optimizer() -> None:
     from graftlm.kernels import reference_adamw as reference
     from graftlm.kernels import triton
-    from graftlm.kernels.moments import zero_moments
+    from graftlm.kernels.moments import Moments, zero_moments
 
     pick = random.Random(3)
     for round_ in range(12):
@@ -196,11 +196,60 @@ def optimizer() -> None:
             update = reference.update_of(
                 number, 0.01, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1, factor=0.37, key=(round_, "w", number)
             )  # fmt: skip
-            triton.adamw_step(ours, gradient, mine, update)
+            if round_ % 2:
+                triton.adamw_step(ours, gradient, mine, update)
+            else:  # a slab at a time, as moments on the host come
+                for first in range(0, count, 512):
+                    part = reference.moments_of(mine, first, min(first + 512, count))
+                    own = slice(first, first + 512)
+                    triton.adamw._launch(ours[own], gradient[own], Moments(**part.tensors()), update, first)
             reference.adamw(truth, gradient, theirs, update)
             pairs = [(ours, truth), *((t, theirs.tensors()[name]) for name, t in mine.tensors().items())]
             for a, b in pairs:
                 assert torch.equal(a, b), (round_, count, dtype, kind, eight_bit, number)
+
+
+def dropped() -> None:
+    from graftlm.kernels import counter_rng, triton
+    from graftlm.kernels.triton.device import agree
+
+    pick = random.Random(5)
+    for round_ in range(6):
+        rows, features, dropout = (
+            pick.randint(1, 40),
+            pick.choice([1, 1024, 1025, pick.randint(2, 3000)]),
+            pick.random(),
+        )
+        x = randn(rows, 2 * features, dtype=FLOATS[round_ % 3], seed=round_)[:, : features * 2 : 1 + round_ % 2]
+        keys = torch.randint(-(1 << 31), 1 << 31, (rows,), dtype=torch.int32)
+        given = keys, pick.randint(0, 1 << 31), dropout
+        assert agree(triton.dropped(x, *given), counter_rng.dropped(x, *given)), (round_, rows, features)
+
+
+def cross_entropy() -> None:
+    from graftlm.kernels import reference_fused as reference
+    from graftlm.kernels import triton
+
+    pick = random.Random(6)
+    for round_ in range(6):
+        rows, columns = pick.randint(1, 9), pick.choice([1, 2, 100, 8192, pick.randint(8193, 17000)])
+        x = (
+            5
+            * randn(rows, 2 * columns, seed=round_)[:, : columns * 2 : 1 + round_ % 2].to(FLOATS[round_ % 3])[
+                :, :columns
+            ]
+        )
+        x[0, columns // 2 :] = float("-inf")  # a grammar's mask
+        labels, weights = torch.randint(0, (columns + 1) // 2, (rows,)), randn(rows, seed=round_ + 1)
+        ours, theirs, before = x.clone(), x.clone(), x.clone()
+        losses = triton.cross_entropy_in_place(ours, labels, weights)
+        assert_close(losses, reference.cross_entropy_in_place(theirs, labels, weights), (round_, columns))
+        assert_close(ours, theirs, (round_, rows, columns))
+        assert torch.equal(triton.cross_entropy_in_place(x, labels, None), losses)
+        assert torch.equal(x, before)
+    bad = randn(3, 20)
+    bad[1, 3] = float("nan")
+    assert triton.cross_entropy_in_place(bad, torch.tensor([0, 1, 2]), None).isfinite().tolist() == [True, False, True]
 
 
 def own_checks() -> None:
@@ -217,7 +266,7 @@ def compile_for_a_gpu() -> None:
     from triton.compiler import ASTSource
 
     from graftlm.kernels.triton.device import STAGES
-    from graftlm.kernels.triton.programs import adamw, blocks, routed, weights
+    from graftlm.kernels.triton.programs import adamw, blocks, cross_entropy, dropout, routed, weights
     from graftlm.kernels.triton.weights import FEW_ROWS, TILES
 
     weight = {"packed": "*u8", "absmax": "*u8", "group_scale": "*fp32", "offset": "*fp32", "start": "i64"}
@@ -246,6 +295,9 @@ def compile_for_a_gpu() -> None:
     large = dict.fromkeys(["parameter", "mean", "square"], "*fp32")
     of_step = {"BLOCKS": 4, "ZERO": 127, "OTHER_BITS": 0x2545F491}
     of_blocks = {"blocks": "*u8"}
+    of_loss = {"stride": "i64", "labels": "*i64", "weights": "*fp32", "losses": "*fp32", "columns": "i32"}
+    of_dropout = {"x": "*bf16", "keys": "*i32", "out": "*bf16", "scale": "fp32"}
+    of_dropout |= dict.fromkeys(["row_stride", "features", "module_key", "threshold"], "i32")
     into = of_blocks | {"out": "*bf16", "count": "i64"}
     for kernel, types, constants in (
         (blocks.dequantize, into, {"KIND": 3, "TILE": 1024}),  # q5_1
@@ -261,6 +313,9 @@ def compile_for_a_gpu() -> None:
         (routed.expand, routes | {"y": "*bf16", "y_stride": "i32"}, tile),
         (adamw.step, step | small, of_step | {"ROUNDED": True, "EIGHT": True}),
         (adamw.step, step | large, of_step | {"ROUNDED": False, "EIGHT": False}),
+        (dropout.dropped, of_dropout, {"TILE": 1024}),
+        (cross_entropy.in_place, of_loss | {"logits": "*bf16"}, {"GRADIENT": True, "TILE": 8192}),
+        (cross_entropy.in_place, of_loss | {"logits": "*fp32"}, {"GRADIENT": False, "TILE": 8192}),
     ):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -274,7 +329,7 @@ def compile_for_a_gpu() -> None:
             assert "div.rn.f32" in code
             assert "sqrt.rn.f32" in code
             assert not re.search(r"\bfma|\.approx|\.ftz|div\.full", code)
-    print("compiled 13")
+    print("compiled 16")
 
 
 if __name__ == "__main__":
@@ -286,4 +341,6 @@ if __name__ == "__main__":
         stored_blocks()
         routed()
         optimizer()
+        dropped()
+        cross_entropy()
         print("all agree")

@@ -6,6 +6,8 @@
     blocks.py      the same for weights in the blocks of GGUF files
     routed.py      low-rank terms routed by token
     adamw.py       the optimizer's step
+    dropout.py     LoRA's dropout
+    cross_entropy.py  losses, and logits that become their gradient
 
 Each file of launches ends with its own check against the reference, which runs before its first use (`self_check.py`).
 """
@@ -17,10 +19,12 @@ import importlib.util
 from torch import Tensor
 
 from graftlm.kernels.self_check import SelfCheck
-from graftlm.kernels.triton import adamw, blocks, routed, weights
+from graftlm.kernels.triton import adamw, blocks, cross_entropy, dropout, routed, weights
 from graftlm.kernels.triton.adamw import step as adamw_step
 from graftlm.kernels.triton.blocks import blocks_dequantize
+from graftlm.kernels.triton.cross_entropy import cross_entropy_in_place
 from graftlm.kernels.triton.device import FLOATS
+from graftlm.kernels.triton.dropout import dropped
 from graftlm.kernels.triton.routed import fits, low_rank_routed, low_rank_routed_backward
 from graftlm.kernels.triton.weights import int8_dequantize, matmul, matmul_t, nf4_dequantize
 
@@ -29,6 +33,8 @@ __all__ = [
     "adamw",
     "adamw_step",
     "blocks_dequantize",
+    "cross_entropy_in_place",
+    "dropped",
     "fits",
     "int8_dequantize",
     "low_rank_routed",
@@ -57,6 +63,8 @@ self_check = SelfCheck(
         "matmul_t": weights.check_matmul_t,
         "low_rank_routed": routed.check,
         "adamw_step": adamw.check,
+        "dropped": dropout.check,
+        "cross_entropy": cross_entropy.check,
     },
 )
 

@@ -1,4 +1,4 @@
-"""AdamW's step on a GPU: one launch for a parameter, with moments in 32 or in 8 bits."""
+"""AdamW's step on a GPU: one launch for a parameter, with moments in 32 or in 8 bits, there or in the host's memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from graftlm.kernels.triton.device import ceil, launch
 
 BLOCKS = 4  # of 256 values in a program: 8 values a thread
 PARAMETERS = (torch.float32, torch.bfloat16)
+SLAB = 1 << 24  # values whose moments come from the host at once, whole blocks: 128 MiB in 32 bits
 
 
 def fits(parameter: Tensor, gradient: Tensor, moments: Moments) -> bool:
-    """Whether the program takes these: types it knows, end to end, and moments beside the parameter."""
+    """Whether the program takes these: types it knows, end to end, and moments beside the parameter or on the host."""
     return (
         parameter.dtype in PARAMETERS
         and parameter.is_contiguous()
-        and parameter.device == gradient.device == moments.device
+        and parameter.device == gradient.device
+        and moments.device in (parameter.device, torch.device("cpu"))
     )
 
 
@@ -39,7 +41,22 @@ def _signed(word: int) -> int:
 
 
 def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: reference.Update) -> None:
-    """One step of `reference_adamw.adamw`, in place."""
+    """One step of `reference_adamw.adamw`, in place; moments on the host come and go a slab at a time, without waiting."""
+    if moments.device == parameter.device:
+        return _launch(parameter, gradient, moments, update)
+    flat, gradient, device = parameter.detach().view(-1), gradient.detach().reshape(-1), parameter.device
+    for first in range(0, flat.numel(), SLAB):
+        last = min(first + SLAB, flat.numel())
+        part = reference.moments_of(moments, first, last)
+        fetched = Moments(**{name: t.to(device, non_blocking=True) for name, t in part.tensors().items()})
+        _launch(flat[first:last], gradient[first:last], fetched, update, first)
+        for name, tensor in part.tensors().items():
+            tensor.copy_(fetched.tensors()[name], non_blocking=True)
+    return None
+
+
+def _launch(parameter: Tensor, gradient: Tensor, moments: Moments, update: reference.Update, first: int = 0) -> None:
+    """The step for the values of a parameter from number `first` on, all on one device."""
     count, rounded = parameter.numel(), parameter.dtype == torch.bfloat16
     if not count:
         return
@@ -52,7 +69,7 @@ def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: referenc
         moments.mean, moments.square, moments.mean if mean_scale is None else mean_scale,
         moments.square if square_scale is None else square_scale, codes[0][0], codes[1][0], codes[0][1], codes[1][1],
         count, update.factor, update.beta1, 1 - update.beta1, update.beta2, 1 - update.beta2, update.epsilon,
-        update.decay, update.rate, update.fix, _signed(start), _signed(turn), ROUNDED=rounded,
+        update.decay, update.rate, update.fix, _signed(start + first), _signed(turn), ROUNDED=rounded,
         EIGHT=moments.eight_bit, BLOCKS=BLOCKS, ZERO=ZERO_MEAN_CODE, OTHER_BITS=reference.OTHER_BITS,
         enable_fp_fusion=False,
     )  # fmt: skip

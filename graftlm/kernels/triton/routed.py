@@ -20,6 +20,7 @@ from torch import Tensor
 from graftlm.kernels import reference
 from graftlm.kernels.routing import FactorList, FactorRange, Routing
 from graftlm.kernels.self_check import close, sample
+from graftlm.kernels.transfer import to_device
 from graftlm.kernels.triton.device import STAGES, ceil, launch, needs_upcast
 
 LARGEST_RANK = 128  # one program holds a whole row of h; larger ranks go to the reference
@@ -27,8 +28,8 @@ LARGEST_RANK = 128  # one program holds a whole row of h; larger ranks go to the
 
 @functools.lru_cache(maxsize=4096)
 def _table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a GPU, cached: every layer of every micro-batch uses the same, and a copy waits for the GPU."""
-    return torch.tensor(numbers, dtype=dtype, device=device)
+    """Numbers on a GPU, cached: every layer of every micro-batch uses the same."""
+    return to_device([torch.tensor(numbers, dtype=dtype)], device)[0]
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,233 @@
+"""What is traced on the fake card, each in a process of its own (`worker.py`): arguments and results are JSON.
+
+Models are Llamas of few layers with a width of 256: what is launched does not depend on sizes, and what is copied or waited for
+must not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fake_card import FakeCard, hidden, use_liger
+from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase
+
+from graftlm import demo, kernels
+from graftlm.adapters.attach import AdapterPlan, attach, new_adapter, select_layers
+from graftlm.base.attention import causal
+from graftlm.base.loading import Base, load_base, load_tokenizer, random_base
+from graftlm.config import TrainConfig
+from graftlm.data.dataset import Dataset, DatasetPart, make_example
+from graftlm.errors import TrainingError
+from graftlm.serving.engine.adapter_cache import pack_for_decoding
+from graftlm.serving.engine.engine import Engine
+from graftlm.serving.engine.request import Request, SamplingParams
+from graftlm.serving.engine.scheduler import EngineLimits
+from graftlm.training.run import make_adapter, make_trial, set_checkpointing
+from graftlm.training.sanity_checks import UpdateCheck
+from graftlm.training.trainer import optimizer_step
+from graftlm.training.trial import Trial
+
+VOCABULARY = 32000
+_SIZES: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def _base(layers: int, *, experts: int = 0, times: int = 1, **how: Any) -> Base:
+    """A base of random weights; `times` widens its layers."""
+    kind = MixtralConfig if experts else LlamaConfig
+    mixture = {"num_local_experts": experts, "num_experts_per_tok": 2} if experts else {}
+    wide = {"hidden_size": 256 * times, "intermediate_size": 512 * times}
+    config = kind(**{**_SIZES, **mixture, **wide, "num_hidden_layers": layers})
+    return random_base(config, _tokenizer(), **{"device": "cuda", **how})
+
+
+@functools.cache
+def _tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(Path(demo.resolve_model("demo")))
+
+
+def _examples(lengths: list[int]) -> Dataset:
+    rows = tuple(
+        make_example(f"random:{i}", np.full(length, 3, dtype=np.int32), np.ones(length, dtype=np.bool_))
+        for i, length in enumerate(lengths)
+    )
+    return Dataset((DatasetPart("random", 1.0, rows),), {})
+
+
+def _trial(base: Base, method: str, lengths: list[int], options: dict[str, Any]) -> Trial:
+    config = TrainConfig.build(
+        {
+            "model": "random", "data": ["random"], "out": "random", "method": method, "base_precision": base.precision,
+            "steps": 9, "batch_size": len(lengths), "lr_scheduler": "constant", "warmup_ratio": 0.0, **options,
+        }
+    )  # fmt: skip
+    adapter = make_adapter(base, config)
+    trial = make_trial(base, config, adapter, 0 if adapter is None else 1, _examples(lengths), None)
+    set_checkpointing(config, base)
+    return trial
+
+
+def train(
+    layers: list[int],
+    method: str,
+    base_precision: str,
+    lengths: tuple[int, ...] = (64, 50),
+    experts: int = 0,
+    times: int = 1,
+    liger: bool = False,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """One optimizer step with each number of layers, the second: in the first the optimizer's states are made."""
+    if liger:
+        use_liger()
+    traces: list[dict[str, Any]] = []
+    for count in layers:
+        with FakeCard(distinct=max(experts, 1)) as card:
+            base = _base(count, experts=experts, times=times, precision=base_precision, training=True)
+            assert base.packs, base.no_packing_reason
+            trial = _trial(base, method, list(lengths), options)
+            optimizer_step(base, [trial], sum(lengths))
+            card.reset()
+            optimizer_step(base, [trial], sum(lengths))
+            traces.append(card.trace.to_json())
+    return traces
+
+
+def check_updates(layers: int, method: str, base_precision: str, experts: int = 0, **options: Any) -> dict[str, Any]:
+    """What `UpdateCheck` alone adds: before the first step, to a step that it observes, and at its end."""
+    with FakeCard(distinct=max(experts, 1)) as card:
+        base = _base(layers, experts=experts, precision=base_precision, training=True)
+        trial = _trial(base, method, [64, 50], options)
+        card.reset()
+        check = UpdateCheck(base, trial.parameters, trial.optimizer.epsilon)
+        traces = {"start": card.trace.to_json()}
+        for parameter in trial.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        for name in ("first step", "second step", "third step"):
+            card.reset()
+            check.observe_gradients(1e-3, {})
+            traces[name] = card.trace.to_json()
+            card.reset()
+            with contextlib.suppress(TrainingError):  # nothing changes on a fake card
+                check.after_step("random")
+        return {**traces, "end": card.trace.to_json()}
+
+
+def load(folder: str, precision: str, compute_dtype: str | None = None) -> dict[str, Any]:
+    """A checkpoint, loaded where `accelerate` is not installed: the devices and dtypes that its tensors have then."""
+    import transformers.integrations.accelerate as integration
+
+    integration.is_accelerate_available = lambda *given: False  # type: ignore[assignment]
+    with FakeCard(), hidden("accelerate"):
+        base = load_base(folder, precision=precision, compute_dtype=compute_dtype, device="cuda:1")  # type: ignore[arg-type]
+        tensors = {**dict(base.model.named_parameters()), **dict(base.model.named_buffers())}
+        for name, module in base.stored().items():
+            if module.compressed is not None:
+                tensors.update({f"{name}.{part}": value for part, value in module.compressed.tensors().items()})
+        return {name: [str(tensor.device), str(tensor.dtype)] for name, tensor in tensors.items()}
+
+
+def _engine(layers: int, adapters: int, *, cache_tokens: int = 4096, how: dict[str, Any]) -> Engine:
+    """An engine with adapters in its slots, packed as its loader's thread packs them; requests name them `a0`, `a1`, ..."""
+    base = _base(layers, **how)
+    engine = Engine(base, EngineLimits(cache_tokens=cache_tokens, max_num_batched_tokens=8192))
+    for i in range(adapters):
+        adapter = new_adapter(base, select_layers(base, ("all-linear",)), AdapterPlan(rank=16, alpha=32.0), i)
+        attach(base, pack_for_decoding(adapter), slot=1 + i)
+        engine.adapter_cache.pin(f"a{i}", 1 + i)
+    return engine
+
+
+def serve(layers: list[int], **given: Any) -> list[dict[str, Any]]:
+    """Two traces with each number of layers: `prefill`, a step over all prompts; `decode`, a step that adds a token to each."""
+    return [_served(count, **given) for count in layers]
+
+
+def _served(
+    layers: int, sequences: int = 4, prompt: int = 20, adapters: int = 0, temperature: float = 0.0, **how: Any
+) -> dict[str, Any]:
+    with FakeCard() as card:
+        tokens = -(-(prompt + 64) // 16) * 16 * sequences
+        engine = _engine(layers, adapters, cache_tokens=tokens, how={"precision": "bfloat16", **how})
+        for i in range(sequences):
+            name = f"a{i % adapters}" if adapters else ""
+            engine.add_request(
+                Request(
+                    id=f"r{i}", prompt=tuple(range(3, 3 + prompt - i)), max_tokens=40, adapter=name,
+                    sampling=SamplingParams(temperature=temperature),
+                )
+            )  # fmt: skip
+        card.reset()
+        engine.step()
+        traces = {"prefill": card.trace.to_json()}
+        for _ in range(2):
+            card.reset()
+            engine.step()
+        assert engine.num_running == sequences
+        assert engine.paged, engine.decoding
+        return {**traces, "decode": card.trace.to_json()}
+
+
+def attend(lengths: list[int], heads: int = 32, key_heads: int = 8, width: int = 128) -> dict[str, Any]:
+    """The attention of one layer for one token of each sequence over a paged KV cache in bfloat16; the cache not counted."""
+    with FakeCard() as card:
+        blocks = [-(-length // 16) for length in lengths]
+        made: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+        keys, values = (torch.empty(16 * sum(blocks), key_heads, width, **made) for _ in range(2))
+        q, out = (torch.empty(len(lengths), heads, width, **made) for _ in range(2))
+        table = torch.zeros(len(lengths), max(blocks), dtype=torch.int64, device="cuda")
+        visible, rows = torch.tensor(lengths, device="cuda"), torch.arange(len(lengths), device="cuda")
+        of = kernels.DecodeAttention(rows, visible, table, 16, lengths)
+        before = card.bytes
+        card.reset()
+        kernels.attend_rows(q, keys, values, out, of, scale=1.0)
+        card.trace.peak_bytes -= before
+        return card.trace.to_json()
+
+
+def chunk(cached: int, length: int, heads: int = 32, key_heads: int = 8, width: int = 128) -> dict[str, Any]:
+    """The attention of one layer for a part of a prompt over what is cached, plain and with a soft cap of scores."""
+    traces: dict[str, Any] = {}
+    for name, softcap in (("plain", None), ("soft cap", 30.0)):
+        with FakeCard() as card:
+            made: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+            q = torch.empty(1, heads, length, width, **made)
+            k, v = (torch.empty(1, key_heads, cached + length, width, **made) for _ in range(2))
+            before = card.bytes
+            card.reset()
+            causal(q, k, v, heads // key_heads, None, None, softcap)
+            card.trace.peak_bytes -= before
+            traces[name] = card.trace.to_json()
+    return traces
+
+
+def programs_of_a_thread(method: str = "lora") -> dict[str, Any]:
+    """A step on the second card from a thread that was told of no card: what it launches, and what lands on the first."""
+    found: list[dict[str, Any]] = []
+
+    def run(base: Base, trial: Trial) -> None:
+        with FakeCard() as card:
+            optimizer_step(base, [trial], 200)
+            found.append(card.trace.to_json())
+
+    with FakeCard():
+        base = _base(1, precision="nf4", training=True, device="cuda:1")
+        trial = _trial(base, method, [12, 9], {})
+    thread = threading.Thread(target=run, args=(base, trial))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def warm_up() -> None:
+    """Before the forks, what all of them would do again: imports, and fake tensors' answers for each operation."""
+    with torch.no_grad():  # a backward pass would start threads, and no fork could have them
+        _served(1)

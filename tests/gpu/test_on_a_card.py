@@ -1,0 +1,155 @@
+"""Loading, training and serving on the fake card: no operation between devices, and what a step may ask of a card.
+
+A budget is what the step asks for today; who lowers a count lowers its budget. Norms, activations and rotations are composed
+here, as without liger-kernel, except where a test says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import tiny
+from fake_trace import Budget, Trace
+from fixtures import ROOT, Worker
+
+# ---- loading ----
+
+
+@pytest.mark.parametrize(("architecture", "precision"), [("qwen3", "float32"), ("mixtral", "nf4")])
+def test_a_checkpoint_loads_on_a_card_without_accelerate(card: Worker, architecture: str, precision: str) -> None:
+    found = card.ask("load", folder=str(tiny.folder(architecture)), precision=precision)
+    assert {device for device, _ in found.values()} == {"cuda:1"}, found
+
+
+# ---- training ----
+
+METHODS: dict[str, tuple[dict[str, Any], Budget]] = {
+    "full in float32": ({"method": "full", "base_precision": "float32"}, Budget(launches=(133, 98))),
+    "full in bfloat16": ({"method": "full", "base_precision": "bfloat16"}, Budget(launches=(128, 77))),
+    "steps in backward": (
+        {"method": "full", "base_precision": "bfloat16", "optimizer_in_backward": True, "max_grad_norm": 0.0,
+         "optimizer": "adamw-8bit"},
+        Budget(launches=(164, 98), synchronisations=(0, 3)),
+    ),
+    "offloaded states": (
+        {"method": "full", "base_precision": "bfloat16", "offload_optimizer": True}, Budget(launches=(146, 83))
+    ),
+    "lora": ({"method": "lora", "base_precision": "bfloat16"}, Budget(launches=(206, 58))),
+    "lora with dropout": (
+        {"method": "lora", "base_precision": "bfloat16", "lora_dropout": 0.1}, Budget(launches=(241, 50))
+    ),
+    "dora": ({"method": "lora", "base_precision": "bfloat16", "dora": True}, Budget(launches=(381, 55))),
+    "lora on int8": ({"method": "lora", "base_precision": "int8"}, Budget(launches=(250, 55))),
+    "qlora": ({"method": "qlora", "base_precision": "nf4"}, Budget(launches=(250, 55))),
+    "qlora, checkpointed": (
+        {"method": "qlora", "base_precision": "nf4", "activation_checkpointing": True}, Budget(launches=(339, 55))
+    ),
+    "lora of a mixture": (
+        {"method": "lora", "base_precision": "bfloat16", "experts": 4},
+        Budget(launches=(460, 58), synchronisations=(6, 2)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_stays_on_its_card_and_within_its_budget(card: Worker, method: str) -> None:
+    options, budget = METHODS[method]
+    one, two = (Trace.from_json(found) for found in card.ask("train", layers=[1, 2], **options))
+    assert not two.astray
+    budget.check(one, two)
+
+
+WITH_LIGER = {
+    "full in bfloat16": Budget(launches=(65, 64)),
+    "lora": Budget(launches=(139, 55)),
+    "qlora": Budget(launches=(153, 52)),
+}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed (pip install graftlm[gpu])"
+)
+@pytest.mark.parametrize("method", WITH_LIGER)
+def test_with_liger_a_step_takes_fewer_launches(card: Worker, method: str) -> None:
+    (options, composed), budget = METHODS[method], WITH_LIGER[method]
+    one, two = (Trace.from_json(found) for found in card.ask("train", layers=[1, 2], liger=True, **options))
+    assert not two.astray
+    budget.check(one, two)
+    assert budget.of(32) < 0.7 * composed.of(32)
+
+
+def test_wider_layers_take_no_more_launches(card: Worker) -> None:
+    options, _ = METHODS["full in float32"]
+    narrow, _ = (Trace.from_json(found) for found in card.ask("train", layers=[1, 2], **options))
+    (wide,) = (Trace.from_json(found) for found in card.ask("train", layers=[1], times=8, **options))
+    assert wide.launches.total() <= narrow.launches.total() + 5, wide
+
+
+def test_the_checks_of_the_first_steps_read_the_card_once_before_and_twice_after(card: Worker) -> None:
+    for options in ({"method": "lora", "experts": 4}, {"method": "full"}):
+        traces = card.traces("check_updates", layers=1, base_precision="bfloat16", **options)
+        counts = {name: trace.synchronisations.total() for name, trace in traces.items()}
+        assert counts.pop("end") <= 2, traces["end"]
+        assert counts == {"start": 1, "first step": 0, "second step": 0, "third step": 0}
+        assert not any(trace.copies for trace in traces.values())
+
+
+def test_programs_run_on_their_tensors_card_in_a_thread_that_was_told_of_none(card: Worker) -> None:
+    trace = card.trace("programs_of_a_thread")
+    assert sum(count for name, count in trace.launches.items() if name.startswith("triton ")) >= 10
+    assert not trace.astray
+
+
+def test_the_page_states_the_budgets() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    between = page.split("<!-- launches:")[1].split("<!-- /launches")[0]
+    stated = [line for line in between.splitlines() if line.startswith("| ")][1:]
+    assert stated == [
+        f"| {method} | {budget.of(32):,} | {f'{WITH_LIGER[method].of(32):,}' if method in WITH_LIGER else ''} | "
+        f"{budget.synchronisations[0] * 32 + budget.synchronisations[1]} |"
+        for method, (_, budget) in METHODS.items()
+    ]
+
+
+# ---- serving ----
+
+ONE = (0, 1)  # the host waits for a step's tokens, and for nothing else
+SERVED: dict[str, tuple[dict[str, Any], Budget, Budget]] = {  # what is served, its prefill and its decode
+    "base in nf4": (
+        {"precision": "nf4"},
+        Budget(launches=(71, 26), synchronisations=ONE), Budget(launches=(67, 35), synchronisations=ONE),
+    ),
+    "two adapters": (
+        {"adapters": 2},
+        Budget(launches=(61, 30), synchronisations=ONE), Budget(launches=(64, 35), synchronisations=ONE),
+    ),
+    "sampled": (
+        {"temperature": 0.7},
+        Budget(launches=(47, 52), synchronisations=ONE), Budget(launches=(50, 61), synchronisations=ONE),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("served", SERVED)
+def test_prefill_and_decode_stay_on_their_card_and_within_their_budgets(card: Worker, served: str) -> None:
+    options, prefill, decode = SERVED[served]
+    one, two = card.ask("serve", layers=[1, 2], **options)
+    for step, budget in (("prefill", prefill), ("decode", decode)):
+        budget.check(Trace.from_json(one[step]), Trace.from_json(two[step]))
+
+
+def test_attention_over_long_contexts_takes_bounded_memory_whatever_their_lengths(card: Worker) -> None:
+    """Padded to the longest and with heads repeated, sixteen texts of 32k tokens would take 4 GiB for keys alone."""
+    for lengths in ([32768] * 16, [32768] + [17] * 15, [100] * 256):
+        trace = card.trace("attend", lengths=lengths)
+        assert trace.peak_bytes < 300 << 20, lengths
+        assert not trace.synchronisations
+        assert not trace.copies
+
+
+def test_a_long_prompt_over_a_cached_beginning_takes_bounded_memory(card: Worker) -> None:
+    traces = card.traces("chunk", cached=30_000, length=1024)
+    assert traces["plain"].peak_bytes < 400 << 20, traces["plain"]
+    assert traces["soft cap"].peak_bytes < 900 << 20, traces["soft cap"]
