@@ -112,8 +112,8 @@ class PagedAttention:
             visible = [pasts[i] + 1 for i in single]
             mine = tables if single == list(range(len(lengths))) else tables[torch.tensor(single)]
             of_host = [self.rows, first, torch.tensor(visible), mine]
-            self.rows, *of_singles = kernels.to_device(of_host, device)
-            self.singles = kernels.DecodeAttention(*of_singles, block, visible)
+            self.rows, first, visible_there, mine = kernels.to_device(of_host, device)
+            self.singles = kernels.DecodeAttention(first, visible_there, mine, block, visible)
         self.only_singles = len(single) == len(lengths)
         self.fresh: list[tuple[int, int, int]] = []  # (first token, segments, length) of runs without cached tokens
         self.longer: list[tuple[int, int, Tensor]] = []  # (first token, length, rows of all its tokens)

@@ -9,7 +9,7 @@ Both are compared with the reference once, at first use on a GPU.
 """
 
 # PyTorch's multi-tensor operations have no other names.
-# pyright: reportPrivateUsage=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.utils.deterministic
 
 from graftlm.errors import ConfigError
 
@@ -42,13 +42,14 @@ def deterministic_algorithms(device: torch.device, *, loaded: bool = False) -> I
         )
     os.environ[_WORKSPACE] = size or _SIZES[0]
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for programmers, a launch for each new tensor
+    settings.fill_uninitialized_memory = False  # a check for programmers, a launch for each new tensor
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         if size is None:
             del os.environ[_WORKSPACE]
