@@ -30,7 +30,7 @@ def _line(name: str, **other: Any) -> dict[str, Any]:
     }
 
 
-def _compared(folder: Path, regime: quality.Regime, methods: tuple[str, ...], **other: Any) -> None:
+def _compared(folder: Path, methods: tuple[str, ...], **other: Any) -> None:
     """Write what `graft compare` leaves behind."""
     folder.mkdir(parents=True)
     found = {
@@ -89,7 +89,7 @@ def test_what_has_not_ended_is_missing_with_its_reason(tmp_path: Path) -> None:
 
 def test_a_table_names_the_variants_that_have_not_been_run(tmp_path: Path) -> None:
     regime = quality.REGIMES["smollm2-gsm8k"]
-    _compared(tmp_path / regime.name, regime, regime.methods)
+    _compared(tmp_path / regime.name, regime.methods)
     text = quality.table(quality.read(regime, tmp_path))
     assert "| qlora | nf4 |" in text
     assert f"Not run yet: {quality.INT8}." in text
@@ -99,7 +99,7 @@ def test_variants_are_added_at_the_rate_of_the_method_they_vary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     regime = quality.REGIMES["smollm2-voices"]
-    _compared(tmp_path / regime.name, regime, regime.methods, learning_rate=6.3e-4)
+    _compared(tmp_path / regime.name, regime.methods, learning_rate=6.3e-4)
     commands: list[list[str]] = []
 
     def called(command: list[str], **_: Any) -> None:
@@ -117,7 +117,7 @@ def test_methods_are_not_compared_again_where_their_variants_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     regime = quality.REGIMES["smollm2-voices"]
-    _compared(tmp_path / regime.name, regime, (*regime.methods, quality.INT8))
+    _compared(tmp_path / regime.name, (*regime.methods, quality.INT8))
     monkeypatch.setattr(quality.subprocess, "run", lambda command, **_: pytest.fail("compared again"))
     quality.run(regime, tmp_path, variants=False)
 
