@@ -27,8 +27,8 @@ import torch
 from machine import described
 from point import Point, base_of, in_process, llama, train_steps
 
+from graftlm.heap import mmap_allocations
 from graftlm.planning.peak_memory import PeakMemory
-from graftlm.training.memory import mmap_allocations
 
 Line = dict[str, Any]
 SECONDS = 60  # of one point

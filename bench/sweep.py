@@ -64,8 +64,8 @@ def graft_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     from graftlm.base.loading import load_base
     from graftlm.config import TrainConfig
     from graftlm.data.sources import named_source
+    from graftlm.heap import mmap_allocations
     from graftlm.planning.peak_memory import PeakMemory
-    from graftlm.training.memory import mmap_allocations
     from graftlm.training.micro_batch import example_losses
     from graftlm.training.run import make_adapter, make_trial, read_data
     from graftlm.training.trainer import optimizer_step

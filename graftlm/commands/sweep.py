@@ -35,8 +35,8 @@ from graftlm.experiments.sweep.run import (
 from graftlm.experiments.sweep.study import Study
 from graftlm.experiments.sweep.trial_scheduler import TrialScheduler
 from graftlm.experiments.sweep.view import SweepView
+from graftlm.heap import mmap_allocations
 from graftlm.planning.peak_memory import PeakMemory
-from graftlm.training.memory import mmap_allocations
 from graftlm.training.run import set_checkpointing, stored_precision
 
 
