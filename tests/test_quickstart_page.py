@@ -44,8 +44,9 @@ def _wait_until_ready(server: subprocess.Popen[str], port: int) -> None:
 
 FURTHER = """graft adapters export pirate@prod pirate.gguf --for gguf
 graft merge --model MODEL --adapter pirate@prod --out merged --gguf merged.gguf
-graft generate --model merged.gguf --prompt - --max-tokens 40 < prompt.txt"""
-"""What the page does not have: the adapter and the merged model for llama.cpp."""
+graft generate --model merged.gguf --format text --prompt - --max-tokens 40 < prompt.txt"""
+"""What the page does not have: the adapter and the merged model for llama.cpp. A merged model does not say that its adapter was
+trained on plain text, so the format is named."""
 
 
 def with_model(block: str, model: str) -> str:
