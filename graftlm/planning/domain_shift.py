@@ -152,6 +152,7 @@ def _read(base: Base, examples: Sequence[Example], task: Task) -> _Reading:
         predicts[np.cumsum(lengths) - 1] = False  # an example's last token predicts nothing
         rows = predicts.nonzero()[:, 0].to(base.device)  # (n,)
         loss, entropy = _of_tokens(base, hidden[rows], ids[rows + 1], lambda done: task.to(task.done + done))
+        task.to(task.done + len(places))  # the tokens that predict nothing
         ends = np.cumsum([length - 1 for length in lengths])[:-1]
         for i, own_loss, own_entropy in zip(places, np.split(loss, ends), np.split(entropy, ends)):
             losses[i], entropies[i] = own_loss, own_entropy

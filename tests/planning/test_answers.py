@@ -66,7 +66,7 @@ def test_a_run_that_is_scored_expects_the_memory_of_its_answers(tmp_path: Path) 
     for name, options in runs.items():
         place = tmp_path / name
         place.mkdir()
-        tiny_run.train(place, eval_data="30%", micro_batch_tokens=40, steps=1, **options)
+        tiny_run.train(place, eval_data="70%", micro_batch_tokens=40, steps=1, **options)
         expected[name] = json.loads((place / "run" / "plan.json").read_text())["predicted"]
     answers = json.loads((tmp_path / "long" / "run" / "plan.json").read_text())["answers"]
     assert answers["prompts"] == 8
