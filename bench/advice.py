@@ -158,6 +158,8 @@ def _cell(value: float | None, form: str = ".3f") -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "Not run yet."
     lines = [head, ["---:"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -204,10 +206,9 @@ def _ranks(found: dict[str, dict[str, Any]]) -> str:
         if Point("lora", ROWS[0], 3, rank=r).name in found
     }
     text = ", ".join(f"rank {r} {count:,}" for r, count in values.items())
-    used = f"The rank in use (median of layers): {shares}."
-    return (
-        f"## Ranks\n\nTrained values: {text}. In brackets the share of full's gain.\n\n{_table(head, rows)}\n\n{used}"
-    )
+    above = f"Trained values: {text}. In brackets the share of full's gain.\n\n" if rows else ""
+    below = f"\n\nThe rank in use (median of layers): {shares}." if rows else ""
+    return f"## Ranks\n\n{above}{_table(head, rows)}{below}"
 
 
 def _targets(found: dict[str, dict[str, Any]]) -> str:

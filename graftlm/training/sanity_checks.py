@@ -81,6 +81,11 @@ def _words(tensor: Tensor) -> Tensor:
     return (flat.clone() if begins_between else flat).view(_WORDS[width])
 
 
+def _enough(parameter: Tensor) -> float:
+    """From how much on a tensor is judged; see `UpdateCheck._observed`."""
+    return 1 if parameter.dtype == torch.float32 else _EXPECTED
+
+
 def _block(device: torch.device) -> int:
     return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
 
@@ -163,6 +168,8 @@ class UpdateCheck:
             shows = update / (eps * weight.abs().float()).clamp_min(1e-38)
             observed[0].add_(size.any())
             observed[1].add_((shows >= 1).any() if parameter.dtype == torch.float32 else shows.clamp_max(1).nansum())
+            if observed.device.type == "cpu" and observed[1] >= _enough(parameter):  # a GPU would be waited for
+                break
         view = self._views.get(id(parameter))
         if view is not None:
             stack, of_experts = view
@@ -178,7 +185,7 @@ class UpdateCheck:
         if self.steps != STEPS:
             return []
         touched, shown, missed = self._read()
-        judged = [n for n, p in self.parameters.items() if shown[n] >= (1 if p.dtype == torch.float32 else _EXPECTED)]
+        judged = [name for name, parameter in self.parameters.items() if shown[name] >= _enough(parameter)]
         frozen = {n: t for n, t in _base_tensors(self.base) if n in self._frozen}
         now = checksums([*frozen.values(), *(self.parameters[n] for n in judged)])
         still = [n for n, found in zip(judged, now[len(frozen) :]) if found == self._before[n]]
