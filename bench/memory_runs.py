@@ -156,11 +156,17 @@ def fill_tokenizer(file: Path, entries: int) -> None:
     file.write_text(json.dumps(values), encoding="utf-8")
 
 
+def _begins_to_answer(line: str, length: int) -> bool:
+    """Whether a row's question ends well within `length` tokens, at two characters a token, so that targets are left."""
+    return len(json.loads(line)["messages"][0]["content"]) <= 2 * length
+
+
 def write_rows(run: Run, file: Path) -> None:
     """As many rows as two batches have, each longer than the run's length; training cuts them there."""
     count = 2 * run.batch
     if run.real:
-        rows = sorted(ROWS.read_text(encoding="utf-8").splitlines(), key=len)[-count:]
+        lines = ROWS.read_text(encoding="utf-8").strip().split("\n")
+        rows = sorted((line for line in lines if _begins_to_answer(line, run.length)), key=len)[-count:]
     else:
         letters = random.Random(0)
         rows: list[str] = []
