@@ -28,7 +28,7 @@ AGAIN = {"activation_checkpointing": True}
 F32, BF16, INT8 = ({"base_precision": name} for name in ("float32", "bfloat16", "int8"))
 EIGHT = {"optimizer": "adamw-8bit"}
 IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0}
-ANSWERS = {"score": "exact-match", "eval_data": "rows.jsonl", "score_max_tokens": 256}
+ANSWERS = {"score": "rouge-l", "eval_data": "rows.jsonl", "score_max_tokens": 256}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ def mix(words: torch.Tensor) -> torch.Tensor:
     return words ^ ((words >> 16) & 0xFFFF)
 
 
+_WORDS = 1 << 15  # of a mask at once on a processor: 128 kB, which its caches hold
+
+
 def keep_mask(token_keys: torch.Tensor, module_key: int, features: int, dropout: float) -> torch.Tensor:
     """The dropout mask, boolean (tokens, features); each feature is kept with probability 1 - dropout.
 
@@ -47,8 +50,13 @@ def threshold(dropout: float) -> int:
 
 def dropped(x: torch.Tensor, token_keys: torch.Tensor, module_key: int, dropout: float) -> torch.Tensor:
     """x (tokens, in) -> drop(x) (tokens, in): what `keep_mask` keeps times 1 / (1 - dropout), the rest 0."""
-    mask = keep_mask(token_keys, module_key, x.shape[1], dropout)
-    return x * (mask.to(x.dtype) * (1.0 / (1.0 - dropout)))
+    out = torch.empty_like(x)
+    # A few tokens at a time: whole, the mask's words are larger than x, and leave gaps in the heap between what stays.
+    few = max(1, _WORDS // max(1, x.shape[1])) if x.device.type == "cpu" else max(1, len(x))
+    for keys, part, to in zip(token_keys.split(few), x.split(few), out.split(few)):
+        mask = keep_mask(keys, module_key, x.shape[1], dropout)
+        torch.mul(part, mask.to(x.dtype) * (1.0 / (1.0 - dropout)), out=to)
+    return out
 
 
 def uniform_words(count: int, *key: int | str, first: int = 0, device: torch.device | None = None) -> torch.Tensor:

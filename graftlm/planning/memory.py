@@ -200,15 +200,15 @@ def backward_bytes(shape: ModelShape, setting: TrainingSetting, adapter_shape: A
 
     The gradients of gate and up while that of their product is still there, and the gradient that travels past the layer.
     The product itself is gone by then, if it was saved, which it is for the gradient of the matrix behind it. DoRA: two
-    products of its scale, for the gradients to what it multiplies. Dropout: the widest input's gradient, its mask, what was
-    kept of it, and three steps of the hash that the mask is made from (`kernels/counter_rng.py`).
+    products of its scale, for the gradients to what it multiplies. Dropout: the widest input's gradient, and what was kept of
+    it; masks are made a few tokens at a time (`kernels/counter_rng.py`) or not at all (`kernels/triton`).
     """
     c = 2 if setting.compute_dtype == "bfloat16" else 4
     gates = (2 if shape.gated else 1) + (0 if _saves_product(shape, setting, adapter_shape) else 1)
     values = (gates + (2 if setting.dora else 0)) * _inner(shape) + shape.width
     if setting.dropout:
         widest = max((w.inner for w in shape.weights if adapter_shape.layers.get(w.key)), default=0)
-        values = max(values, 6 * widest + shape.width)
+        values = max(values, 2 * widest + shape.width)
     return values * c * load.tokens
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import load_base
-from graftlm.kernels.counter_rng import hash_words, keep_mask, uniform
+from graftlm.kernels.counter_rng import dropped, hash_words, keep_mask, uniform
 from graftlm.segments import Segments
 
 
@@ -79,6 +79,13 @@ def test_kept_features_are_scaled_so_that_the_mean_stays() -> None:
         plain = layer(x).detach()
     spread = (plain - x @ layer.weight.detach().T).abs().max()
     assert (total / count - plain).abs().max() < 0.15 * spread
+
+
+def test_dropping_a_few_tokens_at_a_time_gives_what_the_whole_mask_does() -> None:
+    for tokens, features, dtype in ((700, 192, torch.float32), (3, 40_000, torch.bfloat16)):
+        x, rows = torch.randn(tokens, features).to(dtype), keys((3, 0), lengths=(tokens,))
+        kept = keep_mask(rows, 99, features, 0.25)
+        assert torch.equal(dropped(x, rows, 99, 0.25), x * (kept.to(dtype) * (1 / 0.75)))
 
 
 def test_uniform_numbers_lie_in_the_unit_interval_and_have_its_moments() -> None:
