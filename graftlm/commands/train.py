@@ -76,6 +76,7 @@ def train(
     Over several `ranks`, each calls this; the first writes the run folder and has the summary, the others return an empty
     one. Raises GraftError, and Stopped on a signal.
     """
+    assert config.ranks == ranks.size, "train_over_ranks starts the ranks that a config asks for"
     view = view or View()
     started = time.perf_counter()
     with ExitStack() as held:
