@@ -27,6 +27,9 @@ from collections.abc import Iterable
 class GraftError(Exception):
     """Base class of every error that a user can fix."""
 
+    everywhere = False
+    """Whether every rank of a run has raised it."""
+
 
 class ConfigError(GraftError):
     """An option is unknown, out of range, or contradicts another."""

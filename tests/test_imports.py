@@ -25,6 +25,7 @@ FLOORS = [
     "gguf",
     "kernels",
     "segments",
+    "distributed",
     "base",
     "adapters",
     "data",

@@ -93,12 +93,33 @@ def train(
     if isinstance(model, Model):
         named = _on_loaded(model, named)
     config = TrainConfig.build(named)
+    if config.ranks > 1:
+        in_memory = {"model": isinstance(model, Model), "data": sources is not None, "eval_data": eval_source is not None,
+                     "score": score is not None, "callbacks": bool(callbacks)}  # fmt: skip
+        return _train_over_ranks(config, [name for name, given in in_memory.items() if given])
     given = Given(
         base=model.base if isinstance(model, Model) else None, sources=None if sources is None else [sources],
         eval_source=eval_source, score=score, callbacks=(heard := _Heard(), *callbacks), save_when_stopped=True,
     )  # fmt: skip
     with _run_of(model, config, heard), _drawn(quiet):
         command(config, View(quiet=quiet), given)
+    return Run.open(config.out)
+
+
+def _train_over_ranks(config: TrainConfig, in_memory: Sequence[str]) -> Run:
+    """A run in processes of its own. Raises ConfigError for what they cannot be handed."""
+    from graftlm.commands.ranks import train_over_ranks
+
+    if in_memory:
+        raise ConfigError(
+            f"ranks={config.ranks} starts processes of its own, which do not have '{in_memory[0]}' from memory; give names "
+            "and files, or leave ranks out"
+        )
+    try:
+        train_over_ranks(config)
+    except Stopped as stopped:
+        if stopped.signal_number != signal.SIGINT:
+            raise
     return Run.open(config.out)
 
 

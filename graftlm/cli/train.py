@@ -14,8 +14,8 @@ from graftlm.config import TrainConfig
 def train(config: TrainConfig, json: Json = False) -> None:
     """Fine-tune a base model: all of it, or an adapter on a frozen 16-bit (lora) or 4-bit (qlora) base."""
     with starting():
-        from graftlm.commands.train import train
+        from graftlm.commands.ranks import train_over_ranks
 
-    summary = train(config)
-    if json:
+    summary = train_over_ranks(config)
+    if json and summary:  # of several ranks that torchrun started, the first has one
         print_json(summary)

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from graftlm import __version__
 from graftlm.adapters.attach import coverage, detach, notes_for_peft
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, default_device, load_base
 from graftlm.base.shared_base import borrowed
 from graftlm.config import TrainConfig
 from graftlm.data.sources import Source, named_source, share
+from graftlm.distributed.group import ALONE, Ranks
 from graftlm.errors import Diverged, ScoreError, Stopped
 from graftlm.files import remove_leftovers
 from graftlm.heap import mmap_allocations, release_memory
@@ -30,7 +32,7 @@ from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.checkpoint import compute_dtype_of
 from graftlm.training.determinism import deterministic_algorithms
-from graftlm.training.logging import check_trackers, signals
+from graftlm.training.logging import Follower, check_trackers, signals
 from graftlm.training.memory import dry_run, estimate
 from graftlm.training.run import (
     Session,
@@ -66,12 +68,56 @@ class Given:
 NOTHING = Given()
 
 
-def train(config: TrainConfig, view: View | None = None, given: Given = NOTHING) -> dict[str, Any]:
+def train(
+    config: TrainConfig, view: View | None = None, given: Given = NOTHING, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Train as the config says; returns the summary that `--json` prints. `given` is what a Python caller hands over.
 
-    Raises GraftError, and Stopped on a signal.
+    Over several `ranks`, each calls this; the first writes the run folder and has the summary, the others return an empty
+    one. Raises GraftError, and Stopped on a signal.
     """
+    assert config.ranks == ranks.size, "train_over_ranks starts the ranks that a config asks for"
     view = view or View()
+    started = time.perf_counter()
+    with ExitStack() as held:
+        with ranks.agreeing():  # whatever is wrong is found, on every rank, before the first step
+            run = _set_up(config, view, given, ranks, held)
+        session = run.session
+        ranks.check_alike({"graftlm": __version__, "step": session.trial.step, **session.identity.values})
+        if ranks.first:
+            session.open_run_folder(run.plan, ranks)
+        if not ranks.first:
+            _follow(run, ranks)
+            return {}
+        result, trained = _trained(run, given.save_when_stopped, ranks)
+    summary = {
+        **result,
+        "peak_memory_bytes": run.memory.bytes,
+        "idle_memory_bytes": run.memory.start,
+        "seconds_loading": run.loaded - started,
+        "seconds_training": trained - run.loaded,
+    }
+    session.write_measured(summary)
+    view.done(summary)
+    session.recorder.callbacks.end(summary)
+    return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SetUp:
+    """A run before its first step."""
+
+    session: Session
+    memory: PeakMemory
+    loaded: float
+    """When the base was there."""
+    plan: dict[str, Any]
+    """What `open_run_folder` writes of it."""
+    micro_batch_tokens: int
+
+
+def _set_up(config: TrainConfig, view: View, given: Given, ranks: Ranks, held: ExitStack) -> _SetUp:
+    """Load, read and make all that a run needs; `held` gives back at its end what must be given back. Raises GraftError."""
     check_trackers(config.track)
     callbacks = list(given.callbacks)
     if config.early_stopping is not None:
@@ -82,46 +128,52 @@ def train(config: TrainConfig, view: View | None = None, given: Given = NOTHING)
     check_readable([*sources, *([eval_source] if eval_source is not None else [])])
     score = prepare_score(config, sources, eval_source, given.score)
     device = given.base.device if given.base is not None else default_device(config.device)
-    own_mappings = mmap_allocations(
-        device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward)
-    )
-    repeats = deterministic_algorithms(device, loaded=given.base is not None) if config.deterministic else nullcontext()
-    with locked(config.out), own_mappings, repeats, PeakMemory(device) as memory:
+    if ranks.first:
+        held.enter_context(locked(config.out))
         remove_leftovers(config.out)
         check_free(config.out, config.resume)
-        started = time.perf_counter()
-        with _base(config, given.base) as base:
-            release_memory()  # what loading used
-            set_checkpointing(config, base)
-            view.base(base)
-            loaded = time.perf_counter()
-            adapter = make_adapter(base, config)
-            encoder = Encoder(base.tokenizer, train_on=config.train_on, date=config.template_date)
-            try:
-                data = TrainingData(encoder, *read_data(config, sources, encoder, base, given.eval_source))
-                view.data(data.dataset, data.eval_dataset, encoder.notes)
-                slot = 0 if adapter is None else 1
-                session = Session(config, base, adapter, data, view, slot=slot, callbacks=callbacks)
-                if score is not None:
-                    session.trial.scorer = _make_scorer(config, score, sources, eval_source, data, base)
-            except BaseException:
-                if adapter is not None:
-                    detach(base, 1)
-                raise
-            with closing(session):
-                _show_what_is_trained(session)
-                result, trained = _trained(session, memory, given.save_when_stopped)
-    summary = {
-        **result,
-        "peak_memory_bytes": memory.bytes,
-        "idle_memory_bytes": memory.start,
-        "seconds_loading": loaded - started,
-        "seconds_training": trained - loaded,
-    }
-    session.write_measured(summary)
-    view.done(summary)
-    session.recorder.callbacks.end(summary)
-    return summary
+    held.enter_context(
+        mmap_allocations(device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward))
+    )
+    if config.deterministic:
+        held.enter_context(deterministic_algorithms(device, loaded=given.base is not None))
+    memory = held.enter_context(PeakMemory(device))
+    base = held.enter_context(_base(config, given.base))
+    release_memory()  # what loading used
+    set_checkpointing(config, base)
+    view.base(base)
+    loaded = time.perf_counter()
+    adapter = make_adapter(base, config)
+    encoder = Encoder(base.tokenizer, train_on=config.train_on, date=config.template_date)
+    try:
+        data = TrainingData(encoder, *read_data(config, sources, encoder, base, given.eval_source))
+        view.data(data.dataset, data.eval_dataset, encoder.notes)
+        slot = 0 if adapter is None else 1
+        session = Session(config, base, adapter, data, view, slot=slot, callbacks=callbacks)
+        if score is not None:
+            session.trial.scorer = _make_scorer(config, score, sources, eval_source, data, base)
+    except BaseException:
+        if adapter is not None:
+            detach(base, 1)
+        raise
+    held.enter_context(closing(session))
+    _show_what_is_trained(session)
+    plan, tokens = _planned(session, memory, ranks, held)
+    return _SetUp(session=session, memory=memory, loaded=loaded, plan=plan, micro_batch_tokens=tokens)
+
+
+def _planned(session: Session, memory: PeakMemory, ranks: Ranks, held: ExitStack) -> tuple[dict[str, Any], int]:
+    """Plan the run's memory, go on from a checkpoint where asked, and try the heaviest micro-batch.
+
+    Returns the plan as the run folder keeps it, and the most tokens of a micro-batch.
+    """
+    config, base, trial, adapter = session.config, session.base, session.trial, session.adapter
+    found = estimate(config, base, [trial], [] if adapter is None else [adapter], ranks=ranks.on_machine)
+    held.enter_context(mmap_allocations(base.device.type == "cpu" and found.load.mmap_allocations))
+    session.resume_from_checkpoint(found.micro_batch_tokens)
+    dry_run_bytes = None if trial.done else dry_run(base, [trial], found) - memory.start
+    session.view.memory(found, dry_run_bytes)
+    return {**found.to_json(), "dry_run_bytes": dry_run_bytes}, found.micro_batch_tokens
 
 
 @contextmanager
@@ -164,32 +216,36 @@ def _show_what_is_trained(session: Session) -> None:
         view.note(f"its class never trains {len(base.fixed)} of its parameters: '{min(base.fixed)}' stays as it is")
 
 
-def _trained(session: Session, memory: PeakMemory, save_when_stopped: bool) -> tuple[dict[str, Any], float]:
-    """Take the steps and save; returns what the run was and did, and when the last step was done. Raises as `run`."""
-    config, base, trial, view, adapter = session.config, session.base, session.trial, session.view, session.adapter
-    memory_estimate = estimate(config, base, [trial], [] if adapter is None else [adapter])
-    with mmap_allocations(base.device.type == "cpu" and memory_estimate.load.mmap_allocations):
-        session.resume_from_checkpoint(memory_estimate.micro_batch_tokens)
-        dry_run_bytes = None if trial.done else dry_run(base, [trial], memory_estimate) - memory.start
-        view.memory(memory_estimate, dry_run_bytes)
-        session.open_run_folder({**memory_estimate.to_json(), "dry_run_bytes": dry_run_bytes})
-        recorder = session.recorder
-        with signals(recorder, view.note):
-            try:
-                with view.training(trial):
-                    train_trials(base, [trial], memory_estimate.micro_batch_tokens, recorder)
-            except (Diverged, ScoreError) as error:
-                raise type(error)(f"{error}; {checkpoint.describe_newest(config.out)}") from error.__cause__
-            if recorder.stopped is not None and not trial.done:
-                recorder.save()
-                step = trial.step
-                if save_when_stopped:
-                    session.save_so_far()
-                raise Stopped(
-                    recorder.stopped,
-                    f"stopped after step {step} of {trial.sampler.steps}; {checkpoint.describe_newest(config.out)}. "
-                    "Go on with the same command and --resume",
-                )
-            trained = time.perf_counter()
-            with working("saving"):
-                return session.finish(), trained
+def _trained(run: _SetUp, save_when_stopped: bool, ranks: Ranks) -> tuple[dict[str, Any], float]:
+    """Take the steps and save; returns what the run was and did, and when the last step was done. Raises as `train`."""
+    session = run.session
+    config, base, trial, view, recorder = session.config, session.base, session.trial, session.view, session.recorder
+    with signals(recorder, view.note):
+        try:
+            with view.training(trial):
+                train_trials(base, [trial], run.micro_batch_tokens, recorder, ranks)
+        except (Diverged, ScoreError) as error:
+            raise type(error)(f"{error}; {checkpoint.describe_newest(config.out)}") from error.__cause__
+        if recorder.stopped is not None and not trial.done:
+            recorder.save()
+            step = trial.step
+            if save_when_stopped:
+                session.save_so_far()
+            raise Stopped(
+                recorder.stopped,
+                f"stopped after step {step} of {trial.sampler.steps}; {checkpoint.describe_newest(config.out)}. "
+                "Go on with the same command and --resume",
+            )
+        trained = time.perf_counter()
+        with working("saving"):
+            return session.finish(), trained
+
+
+def _follow(run: _SetUp, ranks: Ranks) -> None:
+    """Take the steps on a rank that writes nothing. Raises Stopped when all ranks stop."""
+    session = run.session
+    follower = Follower(session.trial, ranks)
+    with signals(follower, session.view.note):
+        train_trials(session.base, [session.trial], run.micro_batch_tokens, follower, ranks)
+    if follower.stopped is not None and not session.trial.done:
+        raise Stopped(follower.stopped, "stopped with the first rank")

@@ -268,6 +268,9 @@ STEPS = _at_least_one("give --steps N")
 TRAINING = ("train", "compare", "sweep")
 _SERVING = ("serve",)
 
+RANKS = ("num_processes", "nproc_per_node")
+"""Accelerate's and torchrun's names for the ranks of a run."""
+
 ALIASES: dict[str, tuple[Alias, ...]] = {
     **{name: (Alias(field, lambda value, f=field: former_value(f, value)),) for name, field in FORMER.items()},
     # the base
@@ -308,6 +311,7 @@ ALIASES: dict[str, tuple[Alias, ...]] = {
     ),
     "mask_history": (Alias("train_on", _when("last-assistant", "all-assistant"), switch=True),),
     # the adapter
+    **dict.fromkeys(RANKS, (Alias("ranks"),)),
     **dict.fromkeys(("r", "lora_r", "lora_rank"), (Alias("rank"),)),
     "lora_alpha": (Alias("alpha"),),
     "peft_dropout": (Alias("lora_dropout"),),

@@ -155,6 +155,10 @@ class TrainConfig(Config):
     offload_optimizer: bool = option(
         False, "GPU only: keep the optimizer states in host memory", group="memory and speed"
     )
+    ranks: int = option(
+        1, "processes that train together, one on each GPU: each computes its share of a step's examples, and gradients are "
+        "added up (data parallel)", group="memory and speed", ge=1,
+    )  # fmt: skip
     deterministic: bool = option(
         False, "the same bits in every repeat and after --resume on a GPU too, where attention's backward pass then takes more "
         "time and memory; on a CPU they are the same anyway", group="memory and speed",
@@ -240,6 +244,7 @@ class TrainConfig(Config):
                 "--optimizer-in-backward frees each gradient before the norm of all of them is known, so it cannot clip by it, "
                 f"found --max-grad-norm {self.max_grad_norm:g}; give --max-grad-norm 0, or leave --optimizer-in-backward out"
             )
+        self._check_ranks()
         if self.offload_optimizer and self.device is not None and self.device.startswith("cpu"):
             raise ValueError(OFFLOAD_ON_CPU)
         if self.method != "full" and self.init == "random":
@@ -271,6 +276,25 @@ class TrainConfig(Config):
             known = ("tensorboard", "wandb", "mlflow")
             raise ValueError(f"unknown tracker '{unknown[0]}'{nearest(unknown[0], known)} known: {', '.join(known)}")
         return self
+
+    def _check_ranks(self) -> None:
+        if self.ranks == 1:
+            return
+        if self.batch_size < self.ranks:
+            raise ValueError(
+                f"--batch-size {self.batch_size} leaves some of {self.ranks} ranks without an example; "
+                f"give --batch-size {self.ranks} or more, or fewer --ranks"
+            )
+        if self.optimizer_in_backward:
+            raise ValueError(
+                "--optimizer-in-backward frees each gradient before those of all ranks can be added up, found "
+                f"--ranks {self.ranks}; leave one of the two out"
+            )
+        if self.device is not None and ":" in self.device:
+            raise ValueError(
+                f"--device {self.device} is one GPU, found --ranks {self.ranks}, each of which takes its own; "
+                f"give --device {self.device.partition(':')[0]}, or leave it out"
+            )
 
     def _check_score(self) -> None:
         if self.score is None:

@@ -14,6 +14,7 @@ from graftlm.config.aliases import (
     ANSWERS,
     LEFT_OUT,
     OPTIMIZERS,
+    RANKS,
     SCHEDULERS,
     STEPS,
     TRAINING,
@@ -134,7 +135,7 @@ def _joined(
                 raise ConfigError(_twice(key, seen[name], name))
             seen[name] = key
     if "batch_size" in fields and command in TRAINING:
-        plain = _batch(plain)
+        plain = _batch(plain, beside)
     if "best_by" in fields:
         plain = _best({name: value for name, value in plain.items() if value[1] is not None}, beside)
     if "steps" in fields:
@@ -142,8 +143,8 @@ def _joined(
     return plain
 
 
-def _batch(plain: _Given) -> _Given:
-    """per_device_train_batch_size x gradient_accumulation_steps, for one device; Axolotl's micro_batch_size is the first."""
+def _batch(plain: _Given, beside: Mapping[str, Any]) -> _Given:
+    """per_device_train_batch_size x gradient_accumulation_steps x ranks; Axolotl's micro_batch_size is the first."""
     each = [name for name in ("per_device_train_batch_size", "micro_batch_size") if name in plain]
     more = "gradient_accumulation_steps"
     if not each and more not in plain:
@@ -162,7 +163,8 @@ def _batch(plain: _Given) -> _Given:
     key, value = plain[each[0]]
     try:
         times = number(plain[more][1]) if more in plain and plain[more][1] is not None else 1.0
-        total = number(value) * times
+        ranks = next((plain[name][1] for name in ("ranks", *RANKS) if name in plain), beside.get("ranks"))
+        total = number(value) * times * (1.0 if ranks is None else number(ranks))
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
     return {**rest, "batch_size": (key, int(total) if total == int(total) else total)}

@@ -1,7 +1,7 @@
 """What fits where: cards for a requirement, one or several; the largest batch and length for a card; and what to change.
 
 On several cards weights, gradients and optimizer states are split, each layer gathered when it runs (FSDP: Zhao et al.
-2023); activations, logits and workspace stay whole on each. `graft train` itself runs on one card.
+2023); activations, logits and workspace stay whole on each. `graft train` holds the whole model on each card.
 """
 
 from __future__ import annotations

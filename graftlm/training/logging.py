@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from graftlm.config import TrainConfig
+from graftlm.distributed.group import ALONE, Ranks
 from graftlm.errors import ConfigError, ScoreError, TrainingError
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks
@@ -28,12 +29,13 @@ class Recorder(TrainerCallback):
 
     def __init__(
         self, config: TrainConfig, trial: Trial, identity: RunIdentity, view: View, metrics: MetricsFile,
-        trackers: Sequence[Tracker], callbacks: Sequence[Callback] = (),
+        trackers: Sequence[Tracker], callbacks: Sequence[Callback] = (), ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.config, self.trial, self.identity = config, trial, identity
         self.view, self.metrics, self.trackers = view, metrics, trackers
         self.callbacks = Callbacks(callbacks)
         self.callbacks.begin(trial.watched, trial.best_by)
+        self.ranks = ranks
         self.stopped: int | None = None
         self.tokens, self.seconds = 0, 0.0
         self.loss: float | None = None
@@ -82,10 +84,11 @@ class Recorder(TrainerCallback):
 
     def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
         self.save_due()
+        reason = self.callbacks.stop_reason
+        self.stopped, _ = agreed_stop(self.ranks, self.stopped, reason)
         if self.stopped is not None and not self.trial.done:
             self.event("stopped", signal=self.stopped)
             return False
-        reason = self.callbacks.stop_reason
         if reason is not None and not self.trial.done:
             self.event("ended", reason=reason)
             self.view.note(f"ending after step {self.trial.step}: {reason}")
@@ -126,6 +129,36 @@ class Recorder(TrainerCallback):
     def _write(self, line: dict[str, Any]) -> None:
         with writing(self.config.out):
             self.metrics.write(line)
+
+
+class Follower(TrainerCallback):
+    """Of every rank but the first: it writes nothing, and stops when the first one does."""
+
+    def __init__(self, trial: Trial, ranks: Ranks) -> None:
+        self.trial, self.ranks = trial, ranks
+        self.stopped: int | None = None
+
+    def on_step_end(self, trial: Trial, result: StepResult) -> None: ...
+
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+
+    def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
+        self.stopped, ended = agreed_stop(self.ranks, self.stopped, None)
+        if self.stopped is not None and not self.trial.done:
+            return False
+        if ended and not self.trial.done:
+            self.trial.stop_reason = "the first rank ended it"
+        self.stopped = None
+        return True
+
+    def stopping(self) -> str:
+        return f"rank {self.ranks.rank} of {self.ranks.size} was asked to stop: all stop after this step"
+
+
+def agreed_stop(ranks: Ranks, stopped: int | None, reason: str | None) -> tuple[int | None, bool]:
+    """The signal that any rank got, the same on all; and whether a callback of the first rank has a reason to end."""
+    number, ended = ranks.largest([stopped or 0, reason is not None])
+    return number or None, bool(ended)
 
 
 def _scores(trial: Trial, evaluation: Evaluation) -> dict[str, float]:

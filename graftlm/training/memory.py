@@ -99,15 +99,18 @@ class MemoryEstimate:
 
 
 def estimate(
-    config: TrainConfig, base: Base, trials: Sequence[Trial], adapters: Sequence[Adapter] = (), *, spare: int = 0
-) -> MemoryEstimate:
+    config: TrainConfig, base: Base, trials: Sequence[Trial], adapters: Sequence[Adapter] = (), *, spare: int = 0,
+    ranks: int = 1,
+) -> MemoryEstimate:  # fmt: skip
     """The plan of a run, or of trials that are trained together. `config` says how, `adapters` are those of the trials.
 
     `micro_batch_tokens` is the asked one, else the most that is fast and fits this machine. It follows from the machine's
     whole memory, not from what happens to be free, so the same command on the same machine makes the same
-    micro-batches. `spare` are trained values of adapters that may come later.
+    micro-batches. `spare` are trained values of adapters that may come later; `ranks` share a processor's memory.
     """
     card = local(str(base.device) if base.device.type == "cuda" else "cpu")
+    if card.kind == "cpu":
+        card = replace(card, memory=card.memory // ranks)
     shape, setting, adapter_shape = shape_of(config, base), _setting(config, base), _adapted(base, adapters)
     longest = max(d.tokens for trial in trials for d in trial.examples)
     sizes = [config.micro_batch_tokens] if config.micro_batch_tokens else _sizes(longest)

@@ -36,6 +36,7 @@ from graftlm.config.train import OFFLOAD_ON_CPU
 from graftlm.data.dataset import Dataset, load, split
 from graftlm.data.sampler import Sampler, make_sampler
 from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
+from graftlm.distributed.group import ALONE, Ranks
 from graftlm.errors import ConfigError, ModelError
 from graftlm.files import write_json
 from graftlm.heap import release_memory
@@ -95,8 +96,8 @@ class Session:
         )
         self.resumed = self.config.resume and resume_from_checkpoint(self.config, self.trial, self.identity, self.view)
 
-    def open_run_folder(self, plan: Mapping[str, Any]) -> None:
-        """Write what this run is, `plan` with it, and open its metrics. Raises RunError."""
+    def open_run_folder(self, plan: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        """Write what this run is, `plan` with it, and open its metrics; of several ranks, the first does. Raises RunError."""
         config, out, step = self.config, self.config.out, self.trial.step
         self.plan = dict(plan)
         self.description = describe_inputs(
@@ -112,7 +113,7 @@ class Session:
                 if change["step"] == step:
                     metrics.write({"step": step, "kind": "event", "event": "changed", **change})
             trackers = open_trackers(config.track, out, self.resolved)
-        self.recorder = Recorder(config, self.trial, self.identity, self.view, metrics, trackers, self.callbacks)
+        self.recorder = Recorder(config, self.trial, self.identity, self.view, metrics, trackers, self.callbacks, ranks)
 
     def finish(self) -> dict[str, Any]:
         """Put the best step back, save it as the result, and remove the checkpoint that stood for it; returns the summary.

@@ -3,6 +3,9 @@
 There is no second loop: one adapter, full training, and a sweep are the same call, with any number of trials on one base.
 In a sweep trials end at different steps and others take their places. Trials are numerically independent, in bf16-mixed up to
 rounding (docs/design.md). A trial whose loss, gradient norm or eval is not finite can end alone; other errors end the run.
+
+Over several ranks each computes its share of a step's examples, and losses and gradients are added up before anything
+follows from them: so every rank does the same, and has the same weights after it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from graftlm.base.loading import Base
+from graftlm.distributed.group import ALONE, Ranks
 from graftlm.errors import Diverged, ScoreError, TrainingError
 from graftlm.training.micro_batch import (
     BatchItem,
@@ -34,7 +38,7 @@ from graftlm.training.sanity_checks import (
     check_step_is_finite,
     nonfinite_items,
 )
-from graftlm.training.trial import Evaluation, Trial
+from graftlm.training.trial import Evaluation, ExampleLoss, Trial
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,12 @@ class TrainerCallback:
         return ()
 
 
-def train(base: Base, trials: Sequence[Trial], micro_batch_tokens: int, callback: TrainerCallback) -> None:
+def train(
+    base: Base, trials: Sequence[Trial], micro_batch_tokens: int, callback: TrainerCallback, ranks: Ranks = ALONE
+) -> None:
     """Train every trial, and those that come later, to its last step, or until the callback ends the run.
+
+    Over several ranks the callback of each must answer `on_iteration_end` alike.
 
     Raises TrainingError when a loss or gradient is not finite, when a trained tensor gets no gradient, and, after three steps,
     when a trained tensor is unchanged or a frozen one changed; `callback.on_failure` may let a trial end alone instead. Errors
@@ -99,17 +107,17 @@ def train(base: Base, trials: Sequence[Trial], micro_batch_tokens: int, callback
                 base, trial.parameters, trial.optimizer.epsilon, check_frozen=i == 0
             )
             if trial.evaluation_due and trial.first_evaluation is None:
-                _evaluate(base, trial, micro_batch_tokens, callback)
+                _evaluate(base, trial, micro_batch_tokens, callback, ranks)
 
         active = [trial for trial in (*active, *new) if not trial.done]
         if active:
-            results = optimizer_step(base, active, micro_batch_tokens, update_checks, callback.on_failure)
+            results = optimizer_step(base, active, micro_batch_tokens, update_checks, callback.on_failure, ranks)
             for trial, result in zip(active, results):
                 if result is not None:
                     callback.on_step_end(trial, result)
             for trial in active:
                 if trial.evaluation_due:
-                    _evaluate(base, trial, micro_batch_tokens, callback)
+                    _evaluate(base, trial, micro_batch_tokens, callback, ranks)
             if not callback.on_iteration_end(active):
                 return
             active = [trial for trial in active if not trial.done]
@@ -120,6 +128,9 @@ OnFailure = Callable[[Trial, TrainingError], None]
 """What happens to a trial that cannot go on: see `TrainerCallback.on_failure`."""
 
 
+NO_CHECKS: Mapping[int, UpdateCheck] = {}
+
+
 def _raise(trial: Trial, error: TrainingError) -> None:
     raise error
 
@@ -128,8 +139,9 @@ def optimizer_step(
     base: Base,
     trials: Sequence[Trial],
     micro_batch_tokens: int,
-    update_checks: Mapping[int, UpdateCheck] | None = None,
+    update_checks: Mapping[int, UpdateCheck] = NO_CHECKS,
     on_failure: OnFailure = _raise,
+    ranks: Ranks = ALONE,
 ) -> list[StepResult | None]:
     """One step of every trial, their examples sharing the micro-batches; `update_checks`, by slot, observe each trial's first
     three steps.
@@ -138,7 +150,6 @@ def optimizer_step(
     `UpdateCheck.after_step` fails. Errors inside the backward pass do not reach `on_failure`.
     """
     started = time.perf_counter()
-    update_checks = update_checks or {}
     in_backward = any(trial.optimizer.in_backward for trial in trials)
     batches = [_draw(trial) for trial in trials]
     for trial in trials:
@@ -146,13 +157,15 @@ def optimizer_step(
 
     # Forward and backward: gradients add up over the micro-batches; every token uses its own trial's adapter.
     losses = _StepLosses()
-    for items in micro_batches(base, [item for batch in batches for item in batch.items], micro_batch_tokens):
+    step_items = [item for batch in batches for item in batch.items]
+    for items in micro_batches(base, _own_share(step_items, ranks), micro_batch_tokens):
         micro_batch = collate(base, items)
         loss, token_losses = forward(base, micro_batch, defer_tied_head_gradient=in_backward)  # (), (target tokens,)
         with in_backward_steps_of(trials, token_losses, update_checks):  # no-op unless --optimizer-in-backward
             backward(loss)
         losses.add(items, micro_batch, token_losses)
-    loss_sums, nonfinite = losses.read()
+    loss_sums, nonfinite = losses.read(step_items, ranks)
+    _add_up_gradients(trials, ranks)
 
     # Clip and step: each trial by its own gradients' norm, at its own learning rate. A failed check ends one trial.
     results: list[StepResult | None] = []
@@ -176,8 +189,8 @@ def optimizer_step(
         trial.tokens += batch.tokens
         trial.target_tokens += batch.target_tokens
         seconds = time.perf_counter() - started
-        result = StepResult(trial.step, mean_loss, learning_rate, grad_norm, batch.tokens, batch.target_tokens, seconds)
-        results.append(result)
+        counts = batch.tokens, batch.target_tokens
+        results.append(StepResult(trial.step, mean_loss, learning_rate, grad_norm, *counts, seconds))
     return results
 
 
@@ -194,8 +207,23 @@ class _StepLosses:
         self._sums += [token_losses[first:last].sum() for _, first, last in micro_batch.target_ranges]
         self._sums.append(torch.isfinite(token_losses).logical_not().any().to(token_losses.dtype))
 
-    def read(self) -> tuple[dict[int, float], list[BatchItem]]:
-        """The sum of each slot's losses, and the examples whose loss is not finite."""
+    def read(self, step_items: Sequence[BatchItem], ranks: Ranks) -> tuple[dict[int, float], list[BatchItem]]:
+        """The sum of each slot's losses, and the examples whose loss is not finite, over all ranks."""
+        sums, nonfinite = self._read()
+        if ranks.size == 1:
+            return sums, nonfinite
+        slots = sorted({item.slot for item in step_items})
+        bad = {id(item) for item in nonfinite}
+        found = ranks.total(
+            [*(sums.get(slot, 0.0) for slot in slots), *(float(id(item) in bad) for item in step_items)]
+        )
+        flags = found[len(slots) :]
+        return dict(zip(slots, found)), [item for item, flag in zip(step_items, flags) if flag]
+
+    def _read(self) -> tuple[dict[int, float], list[BatchItem]]:
+        """The same of this rank's examples."""
+        if not self._sums:
+            return {}, []  # fewer examples than ranks
         values = iter(torch.stack(self._sums).tolist())
         sums: dict[int, float] = {}
         nonfinite: list[BatchItem] = []
@@ -205,6 +233,22 @@ class _StepLosses:
             if next(values):
                 nonfinite += nonfinite_items(items, token_losses, micro_batch.target_counts)
         return sums, nonfinite
+
+
+def _own_share(items: Sequence[BatchItem], ranks: Ranks) -> list[BatchItem]:
+    """The examples of a step that this rank computes."""
+    return ranks.own(items, [len(item.example.ids) for item in items])
+
+
+def _add_up_gradients(trials: Sequence[Trial], ranks: Ranks) -> None:
+    """Give every rank the sum of each gradient; what no rank has a gradient of keeps none."""
+    if ranks.size == 1:
+        return
+    parameters = [parameter for trial in trials for parameter in trial.parameters.values()]
+    for parameter, having in zip(parameters, ranks.total([float(p.grad is not None) for p in parameters])):
+        if having and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.add_up([p.grad for p in parameters if p.grad is not None])
 
 
 def _clip_and_update(trial: Trial, grad_norm: float, learning_rate: float, update_check: UpdateCheck | None) -> None:
@@ -234,16 +278,35 @@ def _draw(trial: Trial) -> _Batch:
     return _Batch(items, sum(len(example.ids) for _, example in drawn), target_tokens)
 
 
-def _evaluate(base: Base, trial: Trial, micro_batch_tokens: int, callback: TrainerCallback) -> None:
-    losses = tuple(example_losses(base, trial.eval_examples, trial.slot, micro_batch_tokens))
+def _evaluate(
+    base: Base, trial: Trial, micro_batch_tokens: int, callback: TrainerCallback, ranks: Ranks = ALONE
+) -> None:
+    losses = tuple(_example_losses(base, trial, micro_batch_tokens, ranks))
     try:
         check_eval_is_finite(base, trial, losses)
-        score = None if trial.scorer is None else trial.scorer(base, trial.slot)
+        scorer = trial.scorer
+        score = None if scorer is None else ranks.from_first(lambda: scorer(base, trial.slot))
     except (Diverged, ScoreError) as error:
         _fail(trial, error, callback.on_failure)
         return
     evaluation = Evaluation(trial.step, losses, score)
     callback.on_evaluate(trial, evaluation, trial.record(evaluation))
+
+
+def _example_losses(base: Base, trial: Trial, micro_batch_tokens: int, ranks: Ranks) -> list[ExampleLoss]:
+    """The eval loss of every row; each rank measures its share."""
+    examples = trial.eval_examples
+    own = ranks.own(range(len(examples)), [len(example.ids) for example in examples])
+    found = example_losses(base, [examples[i] for i in own], trial.slot, micro_batch_tokens)
+    if ranks.size == 1:
+        return found
+    losses = [0.0] * len(examples)
+    for i, measured in zip(own, found):
+        losses[i] = measured.loss
+    return [
+        ExampleLoss(example.row, count_target_tokens([example]), loss)
+        for example, loss in zip(examples, ranks.total(losses))
+    ]
 
 
 def _fail(trial: Trial, error: TrainingError, on_failure: OnFailure) -> None:

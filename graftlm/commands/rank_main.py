@@ -1,0 +1,39 @@
+"""One rank of `graft train --ranks N`: python -m graftlm.commands.rank_main FOLDER
+
+FOLDER/config.json is the run's config. How the rank ended goes to FOLDER/ended-RANK.json: an error that every rank met, a
+signal that stopped all, or an error of its own; only then its exit status is not 0, so that the launcher ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from graftlm import progress
+from graftlm.commands.ranks import ENDED, train_as_rank
+from graftlm.config import TrainConfig
+from graftlm.errors import GraftError, RunError, Stopped
+from graftlm.files import write_json
+from graftlm.jsonfile import read_json
+
+
+def main(place: Path) -> int:
+    """Train as this rank; returns the exit status."""
+    ended = place / ENDED.format(os.environ["RANK"])
+    try:
+        with progress.shown():
+            train_as_rank(TrainConfig.build(read_json(place / "config.json", RunError)))
+    except Stopped as stopped:
+        write_json(ended, {"stopped": stopped.signal_number, "error": str(stopped)})
+    except GraftError as error:
+        write_json(ended, {"kind": type(error).__name__, "error": str(error), "own": not error.everywhere})
+        return 0 if error.everywhere else 2
+    else:
+        write_json(ended, {})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout = sys.stderr  # `--json` has standard output to itself
+    sys.exit(main(Path(sys.argv[1])))

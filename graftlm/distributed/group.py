@@ -1,0 +1,177 @@
+"""The processes of one training run: ranks that hold the same model, compute their shares of each step, and add up.
+
+Every rank knows the whole step from the seed, so that nothing is sent but sums: of losses and flags (`total`, on the host,
+in float64) and of gradients (`add_up`). With one rank, `ALONE`, every function gives back what it was given.
+
+Errors: what every rank finds, each of them raises (`agree` makes that sure while a run is being set up). What one rank alone
+meets later ends its process, and the launcher ends the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from graftlm import errors
+from graftlm.distributed.deal import deal
+from graftlm.errors import GraftError, RunError
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others before it gives up."""
+_BUFFER = 1 << 25  # values of gradients that are added up at once: 128 MB in float32
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its run."""
+
+    rank: int = 0
+    size: int = 1
+    on_machine: int = 1
+    """How many of them share this machine's processor and memory."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def own(self, items: Sequence[_T], lengths: Sequence[int]) -> list[_T]:
+        """The items that this rank computes, by their lengths in tokens."""
+        if self.size == 1:
+            return list(items)
+        return [items[i] for i in deal(lengths, self.size)[self.rank]]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all ranks, in float64. Every rank gives equally many."""
+        if self.size == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value that any rank gives. Every rank gives equally many."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
+
+    def add_up(self, gradients: Sequence[Tensor]) -> None:
+        """Replace each gradient by its sum over all ranks, summed in float32 and rounded once."""
+        if self.size == 1:
+            return
+        waiting: list[Tensor] = []
+        for gradient in gradients:
+            if waiting and sum(t.numel() for t in waiting) + gradient.numel() > _BUFFER:
+                _add_up(waiting)
+                waiting = []
+            waiting.append(gradient)
+        if waiting:
+            _add_up(waiting)
+
+    def from_first(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns on the first rank, as JSON values on all; a GraftError that it raises there, all raise."""
+        if self.size == 1:
+            return call()
+        message: dict[str, Any] = {}
+        if self.first:
+            try:
+                message = {"found": call()}
+            except GraftError as error:
+                message = {"kind": type(error).__name__, "error": str(error)}
+        message = self._sent(message, sender=0)
+        if "error" in message:
+            raise _everywhere(message["kind"], message["error"])
+        return message["found"]
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Around the set-up of a run: a GraftError of any rank, every rank raises, once all have come to the end.
+
+        It has the rank's number in front, unless all ranks met it.
+        """
+        own: GraftError | None = None
+        try:
+            yield
+        except GraftError as error:
+            if self.size == 1:
+                raise
+            own = error
+        flags = [0.0] * self.size
+        flags[self.rank] = float(own is not None)
+        failed = [rank for rank, flag in enumerate(self.total(flags)) if flag]
+        if not failed:
+            return
+        told = self._sent({} if own is None else {"kind": type(own).__name__, "error": str(own)}, sender=failed[0])
+        where = "" if len(failed) == self.size else f"rank {failed[0]} of {self.size}: "
+        raise _everywhere(told["kind"], where + told["error"]) from own
+
+    def check_alike(self, values: Mapping[str, Any]) -> None:
+        """RunError, on every rank, where one has another value (JSON) than the first under the same name."""
+        if self.size == 1:
+            return
+        own = json.loads(json.dumps(dict(values)))
+        first = self.from_first(lambda: own)
+        with self.agreeing():
+            for name, value in first.items():
+                if own[name] != value:
+                    raise RunError(
+                        f"{name} is {own[name]!r}, and on rank 0 {value!r}; every rank needs the same options, the same "
+                        "files and the same version of Graft"
+                    )
+
+    def _sent(self, message: dict[str, Any], sender: int) -> dict[str, Any]:
+        """The sender's message on every rank."""
+        data = json.dumps(message).encode() if self.rank == sender else b""
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, sender)
+        sent = torch.zeros(int(length), dtype=torch.uint8)
+        if self.rank == sender:
+            sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(sent, sender)
+        return json.loads(bytes(sent.tolist()))
+
+
+ALONE = Ranks()
+
+
+def _everywhere(kind: str, message: str) -> GraftError:
+    error: GraftError = getattr(errors, kind)(message)
+    error.everywhere = True
+    return error
+
+
+def _add_up(gradients: Sequence[Tensor]) -> None:
+    flat = torch.cat([gradient.detach().reshape(-1).float() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(summed.view_as(gradient))
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """This process as one of the ranks that a launcher started: torchrun's environment variables say which.
+
+    Sums of numbers go through gloo, those of a GPU's gradients through NCCL.
+    """
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    finally:
+        dist.destroy_process_group()
+
+
+def launched() -> int:
+    """How many ranks a launcher such as torchrun has started, this process being one of them; 1 where none has."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
