@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from graftlm import kernels
 from graftlm.adapters.bank import EmbeddingBank, LayerBank
+from graftlm.adapters.factor_copies import FactorCopies
 from graftlm.adapters.layer_adapter import LayerAdapter, LowRank, ModulesToSave, TrainableTokens, new_low_rank
 from graftlm.adapters.patterns import matches, refused_by_peft
 from graftlm.base.embedding import StoredEmbedding
@@ -271,6 +273,30 @@ def _attach(base: Base, adapter: Adapter, slot: int) -> None:
         module = stored.get(name)
         assert isinstance(module, Stored), f"no stored layer '{name}'"
         _bank(module).adapters[slot] = part
+    if kernels.groups_lora(base.device):
+        _make_copies(adapter, stored)
+
+
+def _make_copies(adapter: Adapter, stored: Mapping[str, nn.Module]) -> None:
+    """Give the trained A and B copies in the dtype of the matmuls, those of layers with the same input side by side."""
+    parts = {
+        stored[name]: part
+        for name, part in adapter.layers.items()
+        if isinstance(part, LowRank) and not part.experts and part.A.requires_grad
+    }
+    groups: list[list[LowRank]] = []
+    grouped: set[nn.Module] = set()
+    for module, part in parts.items():
+        shared = module.shared_input if isinstance(module, StoredLinear) else None
+        together = [] if shared is None else shared.layers
+        if not together or not all(layer in parts for layer in together):
+            groups.append([part])
+        elif module not in grouped:
+            grouped.update(together)
+            groups.append([parts[layer] for layer in together])
+    copies = FactorCopies(groups)
+    for part in parts.values():
+        part.copies = copies
 
 
 def detach(base: Base, slot: int = 1) -> None:

@@ -65,23 +65,36 @@ class _Dropout(torch.autograd.Function):
         return ctx.use.dropped(grads[0]), None
 
 
-def _routing(uses: Sequence[_SlotUse], factors: Sequence[Tensor]) -> kernels.Routing:
+def _routing(
+    uses: Sequence[_SlotUse], factors: Sequence[Tensor], gradient_dtype: torch.dtype | None = None
+) -> kernels.Routing:
     """The uses in the form of the routed kernels."""
     scale = [0.0] * (len(factors) // 2)
     for use in uses:
         scale[use.factor_index] = use.scale
     return kernels.Routing(
-        [(use.factor_index, use.first, use.last) for use in uses], factors[0::2], factors[1::2], scale
+        [(use.factor_index, use.first, use.last) for use in uses], factors[0::2], factors[1::2], scale, gradient_dtype
     )
 
 
 class _LoRALinear(torch.autograd.Function):
-    """x (T, in) -> x W^T + sum over uses of s (drop(x) A^T) B^T, (T, out); gradients to x, every A and every B."""
+    """x (T, in) -> x W^T + sum over uses of s (drop(x) A^T) B^T, (T, out); gradients to x, every A and every B.
+
+    `copies` are read in the factors' place where they are given.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bf16_matmul: bool, uses: Sequence[_SlotUse], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Weight,
+        bf16_matmul: bool,
+        uses: Sequence[_SlotUse],
+        copies: Sequence[Tensor],
+        *factors: Tensor,
     ) -> Tensor:
+        ctx.gradient_dtype = factors[0].dtype
+        factors = tuple(copies) or factors
         low_rank_states: list[Tensor | None]  # each (t, r)
         if any(u.drops for u in uses):
             y = kernels.matmul(x, weight, bf16_matmul)
@@ -109,15 +122,15 @@ class _LoRALinear(torch.autograd.Function):
         weight, needs_dx = ctx.weight, ctx.needs_input_grad[0]
         totals: list[Tensor | None] = [None] * ctx.count
         if not any(u.drops for u in ctx.uses):
-            routing = _routing(ctx.uses, factors)
+            routing = _routing(ctx.uses, factors, ctx.gradient_dtype)
             dx, totals[0::2], totals[1::2] = kernels.lora_linear_backward(
                 dy, x, weight, low_rank_states, routing, needs_dx, ctx.bf16_matmul
             )
-            return (dx, None, None, None, *totals)
+            return (dx, None, None, None, None, *totals)
         dx = kernels.matmul_t(dy, weight, ctx.bf16_matmul) if needs_dx else None
         for use, h in zip(ctx.uses, low_rank_states):
             tokens = slice(use.first, use.last)
-            dx_range = None if dx is None else (torch.zeros_like(x[tokens]) if use.drops else dx[tokens])
+            dx_range = None if dx is None else (torch.empty_like(x[tokens]) if use.drops else dx[tokens])
             dA, dB = kernels.low_rank_backward(
                 dy[tokens],
                 use.dropped(x[tokens]),
@@ -126,13 +139,41 @@ class _LoRALinear(torch.autograd.Function):
                 factors[2 * use.factor_index + 1],
                 use.scale,
                 dx_range,
+                ctx.gradient_dtype,
+                overwrite=use.drops,
             )
             if dx is not None and dx_range is not None and use.drops:
                 dx[tokens].add_(use.dropped(dx_range))
             for index, gradient in ((2 * use.factor_index, dA), (2 * use.factor_index + 1, dB)):
                 before = totals[index]
                 totals[index] = gradient if before is None else before + gradient
-        return (dx, None, None, None, *totals)
+        return (dx, None, None, None, None, *totals)
+
+
+class _LoRAGroup(torch.autograd.Function):
+    """x (T, in) -> x W^T + s (x A^T) B^T of n layers, (T, out) each; gradients to x, every A and every B.
+
+    `A` (sum of r, in) and `B` are copies of the factors, which are the A of all layers and then the B of all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Sequence[Weight], A: Tensor, B: Sequence[Tensor], scale: float, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ys, h = kernels.lora_group(x, weights, A, B, scale)
+        ctx.save_for_backward(x, h, A, *B)
+        ctx.weights, ctx.scale, ctx.gradient_dtype = weights, scale, factors[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, h, A, *B = ctx.saved_tensors
+        dys = [None if dy is None else dy.contiguous() for dy in grads]
+        dx, dA, dB = kernels.lora_group_backward(
+            dys, x, ctx.weights, h, A, B, ctx.scale, ctx.needs_input_grad[0], ctx.gradient_dtype
+        )
+        return dx, None, None, None, None, *dA.split([b.shape[1] for b in B]), *dB
 
 
 @dataclass(frozen=True)
@@ -196,6 +237,26 @@ class LayerBank:
         ]  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def together(self, x: Tensor, modules: Sequence[Stored]) -> list[Tensor] | None:
+        """x (T, in) -> the output of each of `modules`, which get the same x, (T, out) without biases.
+
+        None unless one LoRA adapter, without dropout or DoRA, is on all of them, for all tokens.
+        """
+        ranges = _ranges(len(x), None)
+        if len(ranges) != 1 or not len(x):
+            return None
+        found = [m.bank.adapters.get(ranges[0][0]) if isinstance(m.bank, LayerBank) else None for m in modules]
+        parts = [p for p in found if isinstance(p, LowRank) and p.magnitude is None and not p.dropout and not p.experts]
+        copies = parts[0].copies if parts else None
+        if copies is None or len(parts) != len(modules) or len({(p.scale, p.A.dtype) for p in parts}) != 1:
+            return None
+        A = copies.joined(parts, x.dtype)
+        if A is None:
+            return None
+        B = [copies.of(part, x.dtype)[1] for part in parts]
+        factors = (*(part.A for part in parts), *(part.B for part in parts))
+        return list(_LoRAGroup.apply(x, [m.value for m in modules], A, B, parts[0].scale, *factors))  # pyright: ignore
+
     def _cached_routing(self, ranges: Sequence[tuple[int, int, int]], weight: Weight) -> _InferenceRouting | None:
         """These ranges for the decoding kernels, cached for the next call; None if an adapter is not `decode_ready`."""
         adapters, kept = self.adapters, self._routing
@@ -222,13 +283,17 @@ class LayerBank:
             return stored_matmul(x, weight, None, bf16_matmul)
         uses: list[_SlotUse] = []
         factors: list[Tensor] = []
+        copies: list[Tensor] = []
         factor_index: dict[int, int] = {}
         for part, first, last in used:
             if id(part) not in factor_index:
                 factor_index[id(part)] = len(factor_index)
                 factors.extend(part.factors(expert))
+                copies.extend(part.factors_in(x.dtype, expert))
             uses.append(_slot_use(part, factor_index[id(part)], first, last, token_indices, len(x)))
-        y = _LoRALinear.apply(x, weight, bf16_matmul, uses, *factors)
+        if len(copies) < len(factors):  # some have none
+            copies = []
+        y = _LoRALinear.apply(x, weight, bf16_matmul, uses, copies, *factors)
         assert isinstance(y, Tensor)
         return y
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import kernels
+from graftlm.adapters.factor_copies import FactorCopies
 from graftlm.base.modules import Stored, StoredStack
 from graftlm.base.precision import Weight, dequantize
 from graftlm.kernels.counter_rng import hash_words, uniform
@@ -41,6 +42,8 @@ class LowRank:
     """Identifies this layer in the random numbers of dropout."""
     experts: int = 0
     magnitude: nn.Parameter | None = None  # (out,), DoRA's m
+    copies: FactorCopies | None = field(default=None, init=False)
+    """Set by `attach` for an adapter that is trained on a GPU."""
     _dora_scale: Tensor | None = None
 
     def factors(self, expert: int | None) -> tuple[Tensor, Tensor]:
@@ -51,10 +54,22 @@ class LowRank:
         B = self.B.view(-1, self.rank, self.experts)[:, :, expert]
         return A, B
 
-    def for_decoding(self) -> LowRank:
-        """The same values in the layout that decodes fastest: B transposed in memory, and bfloat16 if that is lossless."""
+    def factors_in(self, dtype: torch.dtype, expert: int | None) -> tuple[Tensor, ...]:
+        """A (r, in) and B (out, r) in `dtype`, for matmuls alone, where they are at hand (`copies`); else none."""
+        if self.copies is None or expert is not None or self.A.dtype == dtype:
+            return ()
+        return self.copies.of(self, dtype)
+
+    def for_decoding(self, gpu_dtype: torch.dtype | None = None) -> LowRank:
+        """The same values in the layout that decodes fastest: B transposed in memory, and bfloat16 if that is lossless.
+
+        `gpu_dtype` is that of matmuls on a GPU, in which A and B are used there, and kept; DoRA's scale needs them as they are.
+        """
+        rounded = gpu_dtype if self.A.is_cuda and self.magnitude is None else None
 
         def in_bfloat16(tensor: Tensor) -> Tensor:
+            if rounded is not None:
+                return tensor.to(rounded)
             half = tensor.to(torch.bfloat16)
             return half if torch.equal(half.float(), tensor) else tensor
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -46,10 +47,12 @@ class ForwardContext:
     """A tied head computes its gradient after the layers' backward, by recomputing its logits, which saves memory."""
     tied: TiedGradient | None = field(default=None, kw_only=True)
     """Set by the embedding for the tied head; the loss takes it."""
+    waiting: Any = field(default=None, kw_only=True)
+    """Outputs of layers that share an input with one that was called (`shared_input.py`)."""
 
     def over(self, segments: Segments) -> ForwardContext:
         """The same options with other segments, for the rows that the head gets."""
-        return replace(self, segments=segments, tied=None)
+        return replace(self, segments=segments, tied=None, waiting=None)
 
     def take_tied(self) -> TiedGradient | None:
         """What the embedding has set; None from the second call on."""

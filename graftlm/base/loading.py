@@ -35,6 +35,7 @@ from graftlm.base.modules import Stored
 from graftlm.base.precision import DTYPES, default_compute_dtype, nbytes
 from graftlm.base.quantizer import load_dequantized, stream_checkpoint
 from graftlm.base.random_init import random_model, random_stored_model
+from graftlm.base.shared_input import find_shared_inputs
 from graftlm.base.structure import ModelStructure
 from graftlm.base.surgery import Replacements, convert_model
 from graftlm.base.transformers_versions import is_known_type, missing_class, own_attention
@@ -403,6 +404,7 @@ def _understood(
         notes=notes,
     )
     base.fused = fuse(model, DTYPES[compute_dtype])
+    find_shared_inputs(model)
     choose_attention(base)
     base.keeps_state = _keeps_state(base)
     for module in base.stored().values():

@@ -13,7 +13,7 @@ Letters: T tokens, `in`, `out` features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from graftlm import kernels
 from graftlm.base import context
 from graftlm.base.precision import Weight, dequantize, nbytes, quantize
+from graftlm.base.shared_input import SharedInput
 from graftlm.config import Precision
 from graftlm.kernels import GgufBlocks
 
@@ -39,6 +40,10 @@ class LinearBank(Protocol):
         expert: int | None = None,
         token_indices: Tensor | None = None,
     ) -> Tensor: ...
+
+    def together(self, x: Tensor, modules: Sequence[Any]) -> list[Tensor] | None:
+        """The outputs (T, out) of modules with the same x (T, in), without biases; None where each must run alone."""
+        ...
 
 
 class _StoredMatmul(torch.autograd.Function):
@@ -187,12 +192,23 @@ class StoredLinear(Stored):
     ) -> None:
         super().__init__(shape, precision, transposed=transposed)
         self.out_features, self.in_features = shape
+        self.shared_input: SharedInput | None = None
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor, bias: bool = True) -> Tensor:
-        rows = x.reshape(-1, self.in_features)  # (T, in)
         bank = self.bank  # another thread may detach it meanwhile
         value, added = self.value, self.bias if bias else None
+        if (
+            self.shared_input is not None
+            and bank is not None
+            and torch.is_grad_enabled()
+            and kernels.groups_lora(x.device)
+        ):
+            y = self.shared_input.output_of(self, x)  # (T, out)
+            if y is not None:
+                y = y if added is None else y + added.to(y.dtype)
+                return y.view(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, self.in_features)  # (T, in)
         y = stored_matmul(rows, value, added, self.bf16_matmul) if bank is None else bank(rows, self, value, added)
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -14,6 +14,7 @@ norms, gated activations and rotations.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -313,17 +314,23 @@ def _set_experts(model: PreTrainedModel) -> None:
 def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """A mixture's experts over stored weights: each expert gets its tokens in order, with their indices.
 
-    hidden (T, in), top_k_index and top_k_weights (T, k) -> (T, in). Registered with transformers' experts interface.
+    hidden (T, in), top_k_index and top_k_weights (T, k) -> (T, in). Registered with transformers' experts interface. How many
+    tokens each expert gets is read once for all.
     """
     out = torch.zeros_like(hidden)
     first: StoredStack = module.gate_up_proj if module.has_gate else module.up_proj
     first_bias = getattr(module, "gate_up_proj_bias" if module.has_gate else "up_proj_bias", None)
     last: StoredStack = module.down_proj
     last_bias = getattr(module, "down_proj_bias", None)
-    for expert in torch.unique(top_k_index).tolist():
-        if expert >= module.num_experts:
+    chosen, order = top_k_index.flatten().sort(stable=True)  # (T k,): an expert's uses stay in the order of tokens
+    k = top_k_index.shape[1]
+    all_rows, all_places = order // k, order % k
+    experts = torch.arange(module.num_experts + 1, device=chosen.device, dtype=chosen.dtype)
+    bounds: list[int] = torch.searchsorted(chosen, experts).tolist()
+    for expert, (begin, end) in enumerate(pairwise(bounds)):
+        if begin == end:
             continue
-        rows, place = torch.where(top_k_index == expert)  # (t,), (t,)
+        rows, place = all_rows[begin:end], all_places[begin:end]  # (t,), (t,)
         h = first.of_expert(expert, hidden[rows], rows)  # (t, 2 inner) or (t, inner)
         if first_bias is not None:
             h = h + first_bias[expert]
@@ -333,7 +340,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
             y = y + last_bias[expert]
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)
-        out = out.index_add(0, rows, (y * top_k_weights[rows, place, None]).to(out.dtype))
+        out.index_add_(0, rows, (y * top_k_weights[rows, place, None]).to(out.dtype))
     return out
 
 

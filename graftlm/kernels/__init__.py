@@ -8,6 +8,7 @@
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
     low_rank_routed  low_rank_routed_backward                   each range of tokens with its own adapter
     lora_linear   lora_linear_backward                          x W^T and the adapters' low-rank terms together
+    lora_group    lora_group_backward                           the same for layers with the same input
     dropped                                                     LoRA's dropout
     is_few_rows   add_routed      attend_rows                   the operations of decoding, one by one
     has_decoder_stack  DecoderStack                             all layers of a model in one call: `native/layers.py`
@@ -15,6 +16,7 @@
     cross_entropy_in_place                                      losses, and logits overwritten by their gradient
     adamw_step    sum_of_squares                                the optimizer step of one parameter, a gradient's norm
     adamw_steps   sums_of_squares                               the same for many
+    copy_together                                               many small tensors, into those of another dtype
     to_device                                                   small tensors of the host, without waiting for a GPU
 
 `reference.py` defines the results; `native/` (C, for CPUs) and `triton/` (GPUs) are compared with it once, at first use, and
@@ -25,6 +27,7 @@ record no gradients: callers wrap them in autograd functions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +35,7 @@ from torch import Tensor
 from graftlm.kernels import (
     counter_rng,
     gpu_attention,
+    gpu_low_rank,
     gpu_matmul,
     multi_tensor,
     native,
@@ -50,6 +54,7 @@ from graftlm.kernels.fused import (
     rotary_backward,
 )  # fmt: skip
 from graftlm.kernels.moments import Moments, zero_moments
+from graftlm.kernels.multi_tensor import copy_together
 from graftlm.kernels.native.layers import MOST_RANK, DecoderLayer, DecoderStack, adapter_table
 from graftlm.kernels.native.rows import DecodeAttention, DecodeRouting, Factors
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
@@ -85,12 +90,14 @@ __all__ = [
     "backend",
     "blocks_dequantize",
     "causal_attention",
+    "copy_together",
     "cross_entropy_in_place",
     "dequantize",
     "dropped",
     "embedding_rows",
     "gated",
     "gated_backward",
+    "groups_lora",
     "has_bf16_matmul",
     "has_decoder_stack",
     "has_fast_matmul",
@@ -99,6 +106,8 @@ __all__ = [
     "int8_dequantize",
     "int8_quantize",
     "is_few_rows",
+    "lora_group",
+    "lora_group_backward",
     "lora_linear",
     "lora_linear_backward",
     "low_rank",
@@ -287,14 +296,30 @@ def causal_attention(
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """y (tokens, out) += scale * (x A^T) B^T in place; returns h (tokens, r) for `low_rank_backward`."""
+    if x.is_cuda:
+        return gpu_low_rank.low_rank(y, x, A, B, scale)
     return (native if native.takes(x) else reference).low_rank(y, x, A, B, scale)
 
 
 def low_rank_backward(
-    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scale: float, dx: Tensor | None = None
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dx: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `low_rank` to A (r, in) and B (out, r); the one to x is added to `dx`."""
-    return (native if native.takes(x) else reference).low_rank_backward(dy, x, h, A, B, scale, dx)
+    """The gradients of `low_rank` to A (r, in) and B (out, r), in `dtype` or their own; the one to x is added to `dx`, or
+    written there (`overwrite`)."""
+    if x.is_cuda:
+        return gpu_low_rank.low_rank_backward(dy, x, h, A, B, scale, dx, dtype, overwrite=overwrite)
+    if overwrite and dx is not None:
+        dx.zero_()
+    dA, dB = (native if native.takes(x) else reference).low_rank_backward(dy, x, h, A, B, scale, dx)
+    return dA.to(dtype or dA.dtype), dB.to(dtype or dB.dtype)
 
 
 def lora_linear(
@@ -334,6 +359,54 @@ def lora_linear_backward(
     return dx, *low_rank_routed_backward(dy, x, hidden, routing, dx)
 
 
+def groups_lora(device: torch.device) -> bool:
+    """Whether layers with the same input, each with the one adapter, are faster together: `lora_group`."""
+    return device.type == "cuda"
+
+
+def lora_group(
+    x: Tensor, weights: Sequence[Weight], A: Tensor, B: Sequence[Tensor], scale: float
+) -> tuple[list[Tensor], Tensor]:
+    """x (tokens, in) -> x W^T + scale * (x A^T) B^T of each layer (tokens, out); and h (tokens, sum of r) for the backward.
+
+    A (sum of r, in) has the layers' A below each other, in x's dtype as their B (out, r). For a GPU.
+    """
+    h = gpu_low_rank.shrink(x, A.T, scale)
+    parts = h.split([b.shape[1] for b in B], dim=1)
+    return [matmul(x, weight).addmm_(part, b.T) for weight, part, b in zip(weights, parts, B)], h
+
+
+def lora_group_backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Weight],
+    h: Tensor,
+    A: Tensor,
+    B: Sequence[Tensor],
+    scale: float,
+    wants_dx: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+    """The gradients of `lora_group`: to x where wanted, and in `dtype` to A and to each B; dy None: the output is not used."""
+    dh, dx = torch.empty_like(h), None
+    dB: list[Tensor | None] = []
+    ranks = [b.shape[1] for b in B]
+    for dy, weight, b, own, part in zip(dys, weights, B, dh.split(ranks, dim=1), h.split(ranks, dim=1)):
+        if dy is None:
+            own.zero_()
+            dB.append(None)
+            continue
+        gpu_low_rank.shrink(dy, b, scale, out=own)
+        dB.append(gpu_low_rank.factor_gradient(dy, part, dtype))
+        if wants_dx and dx is None:
+            dx = matmul_t(dy, weight)
+        elif dx is not None:
+            dx.addmm_(dy, weight.to(dy.dtype) if isinstance(weight, Tensor) else dequantize(weight, dy.dtype))
+    if dx is not None:
+        dx.addmm_(dh, A)
+    return dx, gpu_low_rank.factor_gradient(dh, x, dtype), dB
+
+
 def low_rank_routed(y: Tensor, x: Tensor, routing: Routing) -> list[Tensor | None]:
     """y (tokens, out) += s (x A^T) B^T in place, each range of tokens with its factor pair; returns h of each range.
 
@@ -350,7 +423,8 @@ def low_rank_routed_backward(
     """Gradients to each factor pair's A and B, summed over its ranges (None for a pair no range uses); dx is added to."""
     if triton.usable("low_rank_routed", dy) and triton.fits(dy, dy if dx is None else dx, routing):
         return triton.low_rank_routed_backward(dy, x, hidden, routing, dx)
-    return reference.low_rank_routed_backward(dy, x, hidden, routing, dx, one=low_rank_backward)
+    one = partial(low_rank_backward, dtype=routing.gradient_dtype)
+    return reference.low_rank_routed_backward(dy, x, hidden, routing, dx, one=one)
 
 
 def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update) -> None:
@@ -368,7 +442,12 @@ def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, update: Up
 def adamw_steps(steps: Sequence[multi_tensor.Step]) -> None:
     """`adamw_step` of many parameters of one optimizer, whose updates have beta1, beta2, epsilon and step in common."""
     together = [step for step in steps if multi_tensor.fits(step)]
-    multi_tensor.adamw_steps(together)
+    if together and triton.usable("adamw_steps", together[0][0]):
+        triton.adamw_steps(together)
+    elif together and multi_tensor.self_check.allows("adamw_steps", together[0][0].device):
+        multi_tensor.adamw_steps(together)
+    else:
+        together = []
     taken = {id(step[0]) for step in together}
     for step in steps:
         if id(step[0]) not in taken:

@@ -4,8 +4,9 @@ for each would take longer than the work.
     adamw_steps        float32 parameters with moments in float32, the bits of `reference_adamw.adamw`: every operation is a
                        launch of its own and so rounds by itself
     sums_of_squares    of gradients of any size, in float64
+    copy_together      into tensors of another dtype
 
-Both are compared with the reference once, at first use on a GPU.
+The first two are compared with the reference once, at first use on a GPU.
 """
 
 # PyTorch's multi-tensor operations have no other names.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference_adamw as reference
-from graftlm.kernels.moments import Moments, zero_moments
+from graftlm.kernels.moments import Moments
 from graftlm.kernels.reference_adamw import Update
 from graftlm.kernels.self_check import SelfCheck, sample
 
@@ -31,16 +32,16 @@ Step = tuple[Tensor, Tensor, Moments, Update]
 
 
 def fits(step: Step) -> bool:
-    """Whether `adamw_steps` takes this parameter: a small one in float32 on a GPU, all of it there."""
-    parameter, gradient, moments, _ = step
+    """Whether a joint step takes this parameter: a small one in float32 on a GPU, all of it there."""
+    parameter, gradient, moments, update = step
     return (
         parameter.device.type == "cuda"
+        and update.gate is None
         and parameter.dtype == gradient.dtype == torch.float32
         and not moments.eight_bit
         and parameter.numel() <= LARGEST
         and parameter.is_contiguous()
         and parameter.device == gradient.device == moments.device
-        and self_check.allows("adamw_steps", parameter.device)
     )
 
 
@@ -94,27 +95,18 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     return list(norms)
 
 
+@torch.no_grad()
+def copy_together(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into the target at its place, of its shape; all targets have one dtype, and all sources."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
 # ---- the checks before first use ----------------------------------------------------------------------------------
 
 
 def check_adamw_steps(device: torch.device) -> bool:
-    """Three steps over two parameters of different rates end in the reference's bits."""
-    shapes, rates = ((7, 13), (1001,)), (0.01, 0.16)
-    ours, truth = ([sample(*shape, device=device) for shape in shapes] for _ in range(2))
-    mine, theirs = (
-        [zero_moments(p.numel(), eight_bit=False, device=device) for p in ours] for _ in range(2)
-    )  # fmt: skip
-    for number in (1, 2, 3):
-        gradients = [p.roll(number) * 10.0 ** (p * 4) for p in truth]
-        updates = [
-            reference.update_of(number, r, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1, factor=0.3)
-            for r in rates
-        ]
-        adamw_steps(list(zip(ours, gradients, mine, updates)))
-        for one in zip(truth, gradients, theirs, updates):
-            reference.adamw(*one)
-    pairs = [*zip(ours, truth), *((a.mean, b.mean) for a, b in zip(mine, theirs))]
-    return all(torch.equal(a, b) for a, b in pairs)
+    return reference.many_agree(adamw_steps, device)
 
 
 def check_sums_of_squares(device: torch.device) -> bool:

@@ -24,8 +24,8 @@ Letters: n values, b blocks of 256.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -115,16 +115,19 @@ class Update:
     factor: float = 1.0
     key: tuple[int | str, ...] = ()
     """The key of the random bits: (seed, name of the parameter, step)."""
+    gate: Tensor | None = None
+    """() float32 on the parameter's device: where it is not finite, the step changes nothing."""
 
 
 def update_of(
     step: int, learning_rate: float, *, beta1: float, beta2: float, epsilon: float, weight_decay: float, factor: float = 1.0,
-    key: tuple[int | str, ...] = (),
+    key: tuple[int | str, ...] = (), gate: Tensor | None = None,
 ) -> Update:  # fmt: skip
     """The numbers of optimizer step `step`, counted from 1."""
     return Update(
         beta1=beta1, beta2=beta2, epsilon=epsilon, rate=learning_rate / (1 - beta1**step),
         decay=1 - learning_rate * weight_decay, fix=1 / math.sqrt(1 - beta2**step), factor=factor, key=key,
+        gate=gate,
     )  # fmt: skip
 
 
@@ -192,6 +195,8 @@ def adamw(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update)
     `gradient` has the parameter's shape. The moments may be on another device: they are fetched and put back a slab at a
     time, on the current stream.
     """
+    if update.gate is not None and not math.isfinite(float(update.gate)):
+        return
     flat = parameter.detach().reshape(-1)  # a copy where the parameter has gaps
     gradient = gradient.detach().reshape(-1)
     for first in range(0, flat.numel(), SLAB):
@@ -280,7 +285,25 @@ def agrees(step: Callable[[Tensor, Tensor, Moments, Update], None], device: torc
                 )  # fmt: skip
                 step(ours, gradient, mine, update)
                 adamw(truth, gradient, theirs, update)
+                step(ours, gradient, mine, replace(update, gate=wave.new_tensor(math.nan)))  # changes nothing
             pairs = zip((ours, *mine.tensors().values()), (truth, *theirs.tensors().values()))
             if not all(torch.equal(a, b) for a, b in pairs):
                 return False
     return True
+
+
+def many_agree(steps: Callable[[Sequence[tuple[Tensor, Tensor, Moments, Update]]], None], device: torch.device) -> bool:
+    """Whether three of a backend's joint steps over parameters of different sizes, rates and decays end in these bits."""
+    shapes, rates = ((7, 13), (1001,), (3, 1400)), (0.01, 0.16, 0.04)
+    ours, truth = ([sample(*shape, device=device) for shape in shapes] for _ in range(2))
+    mine, theirs = ([zero_moments(p.numel(), eight_bit=False, device=device) for p in ours] for _ in range(2))
+    for number in (1, 2, 3):
+        gradients = [p.roll(number) * 10.0 ** (p * 4) for p in truth]
+        updates = [
+            update_of(number, r, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=10 * r, factor=0.3) for r in rates
+        ]
+        steps(list(zip(ours, gradients, mine, updates)))
+        for one in zip(truth, gradients, theirs, updates):
+            adamw(*one)
+    pairs = [*zip(ours, truth), *((a.mean, b.mean) for a, b in zip(mine, theirs))]
+    return all(torch.equal(a, b) for a, b in pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 FactorRange = tuple[int, int, int]
@@ -21,6 +22,8 @@ class Routing:
     A: FactorList
     B: FactorList
     scale: Sequence[float]
+    gradient_dtype: torch.dtype | None = None
+    """Of the gradients to A and B: on a GPU these may be copies in another dtype. None: that of A and B."""
 
     def only(self, tokens: int) -> tuple[Tensor, Tensor, float] | None:
         """The one A, B and scale that all of `tokens` use, if there is one."""

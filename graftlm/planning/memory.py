@@ -31,10 +31,12 @@ from graftlm.planning.method import AdapterShape, TrainingSetting
 from graftlm.planning.shapes import ModelShape, Weights
 
 CHUNK_LOGITS, CHUNK_ROWS = 1 << 23, 96  # values, and fewest rows, of logits at once: those of `training/loss.py`
+CHUNK_LOGITS_GPU, CHUNK_LOGITS_CAPPED = 1 << 27, 1 << 25
 MOMENT_BLOCK, SMALL = 256, 4096  # of 8-bit moments: `kernels/moments.py`
 NF4_BLOCK, NF4_GROUP = 64, 256  # `kernels/stored.py`
 PANEL = 16 << 20  # bytes of an upcast weight at once on a processor: `kernels/native`
 SLAB = 1 << 22  # values that the optimizer works on at once on a GPU: `kernels/reference_adamw.py`
+PROCESSORS = 148  # of the GPU that has the most (B200); an H200 has 132
 UPDATE_BYTES = 40  # of temporaries for each of them
 
 # What a processor's run takes beyond its tensors: what libraries make once they are used. Where large tensors are mmap-
@@ -152,15 +154,23 @@ def bytes_per_value(shape: ModelShape, setting: TrainingSetting) -> int:
     return 2 if setting.full and setting.precision == "bfloat16" else FLOAT32
 
 
+def _copied(shape: ModelShape, setting: TrainingSetting, device: Device) -> int:
+    """Bytes of the copy of an adapter's value in the compute dtype that a GPU keeps (`adapters/factor_copies.py`)."""
+    if device != "cuda" or setting.dora or shape.mixture:
+        return 0
+    return 2 if setting.compute_dtype == "bfloat16" else FLOAT32
+
+
 def optimizer_bytes(trained: int, setting: TrainingSetting) -> int:
     """AdamW's mean and mean square: 4 bytes each, or one each and a float32 scale for 256 (Dettmers et al. 2022)."""
     per_value = 1 + 4 / MOMENT_BLOCK if setting.optimizer == "adamw-8bit" else FLOAT32
     return int(2 * per_value * trained)
 
 
-def chunk_rows(shape: ModelShape, load: Workload) -> int:
+def chunk_rows(shape: ModelShape, load: Workload, device: Device) -> int:
     """Tokens whose logits exist at once: the trained ones in pieces of one size."""
-    pieces = math.ceil(load.target_tokens / max(CHUNK_ROWS, CHUNK_LOGITS // shape.vocabulary))
+    most = CHUNK_LOGITS if device != "cuda" else CHUNK_LOGITS_GPU if shape.plain_head else CHUNK_LOGITS_CAPPED
+    pieces = math.ceil(load.target_tokens / max(CHUNK_ROWS, most // shape.vocabulary))
     return math.ceil(load.target_tokens / max(1, pieces))
 
 
@@ -182,7 +192,7 @@ def logit_bytes(
     time: of several the sum so far is there too. `late`: it is made at another moment.
     """
     c = 2 if setting.compute_dtype == "bfloat16" else 4
-    rows = chunk_rows(shape, load)
+    rows = chunk_rows(shape, load, device)
     chunk = rows * shape.vocabulary * (c if shape.plain_head else c + 3 * FLOAT32)
     states = (load.tokens + 2 * load.target_tokens) * shape.width * c
     head = shape.vocabulary * shape.width
@@ -210,6 +220,21 @@ def backward_bytes(shape: ModelShape, setting: TrainingSetting, adapter_shape: A
         widest = max((w.inner for w in shape.weights if adapter_shape.layers.get(w.key)), default=0)
         values = max(values, 2 * widest + shape.width)
     return values * c * load.tokens
+
+
+def deterministic_bytes(shape: ModelShape, setting: TrainingSetting, load: Workload, device: Device) -> int:
+    """What attention's backward pass on a GPU takes beyond the usual for the same bits in every repeat, in one layer.
+
+    Flash attention keeps ceil(processors / (examples x heads)) float32 sums of the queries' gradients instead of one (Dao
+    2023).
+    """
+    if not setting.deterministic or device != "cuda":
+        return 0
+    sums = math.ceil(PROCESSORS / max(1, load.examples * shape.heads))
+    queries = max(
+        (w.inner for w in shape.weights if w.part == "attention" and w.out == shape.width), default=shape.width
+    )
+    return (sums - 1) * load.tokens * queries * FLOAT32
 
 
 def _inner(shape: ModelShape) -> int:
@@ -329,7 +354,7 @@ def _moments(
     saved = saved_activations(shape, setting, adapter_shape, load, fused=fused, shares_keys=shares_keys)
     held = saved.outside + (saved.inputs if setting.activation_checkpointing else saved.layers)
     again = saved.layer if setting.activation_checkpointing else 0
-    beside = backward_bytes(shape, setting, adapter_shape, load)
+    beside = max(backward_bytes(shape, setting, adapter_shape, load), deterministic_bytes(shape, setting, load, device))
     wide = upcast_bytes(shape, setting, device, fused_dequant=fused_dequant)
     logits = partial(logit_bytes, shape, setting, adapter_shape, load, device, fused_dequant=fused_dequant)
     # Made once more where it is tied, or looked up; but one tensor with the head's where rows are upcast (`embedding.py`).
@@ -339,7 +364,7 @@ def _moments(
     update = SLAB * UPDATE_BYTES if device == "cuda" else 0
     present = MemoryParts(
         weights=weight_bytes(shape, setting),
-        adapters=0 if setting.full else trained * FLOAT32,
+        adapters=0 if setting.full else trained * (FLOAT32 + _copied(shape, setting, device)),
         optimizer=0 if setting.offload_optimizer else optimizer_bytes(trained, setting),
         runtime=runtime_bytes(shape, device),
     )

@@ -38,6 +38,8 @@ class TrainingSetting:
     dora: bool = False
     dropout: bool = False
     """Whether adapters drop some of their inputs."""
+    deterministic: bool = False
+    """Whether a GPU's results are the same bits in every repeat."""
 
     @property
     def full(self) -> bool:

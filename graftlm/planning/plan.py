@@ -205,7 +205,7 @@ def plan_model(
     """
     notes = list(notes)
     load = _load(model, config, dataset, notes)
-    fused = card.kind == "cpu" or find_spec("liger_kernel") is not None
+    fused = card.kind == "cpu" or find_spec("triton") is not None
     case = PlanCase(shape=model.shape, targets=config.targets, rank=config.rank, load=load, card=card, fused=fused)
     facts = Facts(
         case=case,
@@ -223,8 +223,8 @@ def plan_model(
         )
     if not fused:
         notes.append(
-            "Planned without the extra `gpu` (liger-kernel), which is not installed here: with it norms and gated products are "
-            "one operation each, and less is saved for backward."
+            "Planned without triton, which is not installed here and comes with PyTorch for GPUs on Linux: with it norms and "
+            "gated products are one operation each, and less is saved for backward."
         )
     rows = tuple(
         _row(case, s, config) for s in methods_of(case.shape) if not (s.offload_optimizer and card.kind != "cuda")

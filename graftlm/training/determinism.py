@@ -6,8 +6,8 @@ ways for them, and cuBLAS one if its workspace has a fixed size.
 
 What it costs: flash attention's backward keeps ceil(processors / (examples x heads)) partial sums of the queries' gradients in
 float32 instead of one, and adds them up at its end (Dao 2023, the parameter `deterministic` of flash-attn). For one example of
-4,096 tokens with 32 heads of 128 on the 132 processors of an H200 that is 5 x 64 MiB, freed after each layer. A plan does not
-count it, and the time has not been measured.
+4,096 tokens with 32 heads of 128 on the 132 processors of an H200 that is 5 x 64 MiB, freed after each layer. The estimate
+before training counts it (`planning/memory.py`); the time has not been measured.
 """
 
 from __future__ import annotations

@@ -29,21 +29,36 @@ from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredLinear
 from graftlm.segments import Segments
 
-CHUNK_LOGITS = 1 << 23  # values of logits that exist at once: 32 MB in float32
+CHUNK_LOGITS = 1 << 23  # values of logits that exist at once on a CPU: 32 MB in float32
+CHUNK_LOGITS_GPU = 1 << 27  # on a GPU, which small matmuls leave idle: 256 MB in bfloat16
+CHUNK_LOGITS_CAPPED = 1 << 25  # there, where autograd keeps them with their upcast copy and probabilities
 CHUNK_ROWS = 96  # but at least so many rows: for each chunk the head is read, decoded and packed anew
 
 
-def head_pieces(first: int, last: int, vocabulary: int) -> list[tuple[int, int]]:
+def chunk_logits(device: str, plain_head: bool) -> int:
+    """Values of logits that may exist at once on a kind of device; `plain_head`: they become their gradient in place."""
+    return CHUNK_LOGITS if device != "cuda" else CHUNK_LOGITS_GPU if plain_head else CHUNK_LOGITS_CAPPED
+
+
+def head_pieces(first: int, last: int, vocabulary: int, most_logits: int) -> list[tuple[int, int]]:
     """(first, last) pieces of rows whose logits may exist at once, all of about one size: a short one would cost its own
     matmul with the head."""
     count = last - first
-    pieces = -(-count // max(CHUNK_ROWS, CHUNK_LOGITS // vocabulary))
+    pieces = -(-count // max(CHUNK_ROWS, most_logits // vocabulary))
     return [(first + count * i // pieces, first + count * (i + 1) // pieces) for i in range(pieces)]
 
 
-def _chunks(target_ranges: Sequence[tuple[int, int, int]], vocabulary: int) -> list[tuple[int, int, int]]:
+def _chunks(
+    target_ranges: Sequence[tuple[int, int, int]], vocabulary: int, device: torch.device
+) -> list[tuple[int, int, int]]:
     """(slot, first, last) pieces of all ranges; a piece never crosses from one slot into the next."""
-    return [(slot, a, b) for slot, first, last in target_ranges for a, b in head_pieces(first, last, vocabulary)]
+    most = chunk_logits(device.type, plain_head=False)
+    return [(slot, a, b) for slot, first, last in target_ranges for a, b in head_pieces(first, last, vocabulary, most)]
+
+
+def _plain_pieces(hidden: Tensor, vocabulary: int) -> list[tuple[int, int]]:
+    """The pieces of hidden states (n, w) in front of a plain head."""
+    return head_pieces(0, len(hidden), vocabulary, chunk_logits(hidden.device.type, plain_head=True))
 
 
 def _piece(base: Base, hidden: Tensor, labels: Tensor, slot: int, context: ForwardContext) -> Tensor:
@@ -67,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (n, w)
         totals: list[Tensor | None] = [None] * len(trained)  # None: no token's loss depends on it
-        for slot, first, last in _chunks(target_ranges, base.structure.vocabulary):
+        for slot, first, last in _chunks(target_ranges, base.structure.vocabulary, hidden.device):
             with torch.enable_grad():
                 part = hidden[first:last].detach().requires_grad_(gradient is not None)
                 loss = _piece(base, part, labels[first:last], slot, context)
@@ -120,11 +135,20 @@ class _PlainHeadLoss(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (n,)
         dh = torch.empty_like(hidden) if wants_hidden else None  # (n, w)
         dW: Tensor | None = None  # (V, w)
-        for first, last in head_pieces(0, len(hidden), head.out_features):
+        for first, last in _plain_pieces(hidden, head.out_features):
             asked = weights[first:last] if wants_hidden or wants_head else None
-            logits, losses[first:last] = _own_gradient(hidden[first:last], head, labels[first:last], asked)
+            logits, found = _own_gradient(hidden[first:last], head, labels[first:last], asked)
+            whole = last - first == len(hidden)  # nothing to copy together
+            if whole:
+                losses = found
+            else:
+                losses[first:last] = found
             if dh is not None:
-                dh[first:last] = kernels.matmul_t(logits, head.value, head.bf16_matmul)
+                own = kernels.matmul_t(logits, head.value, head.bf16_matmul)
+                if whole:
+                    dh = own
+                else:
+                    dh[first:last] = own
             if wants_head and not late:
                 dW = _added(dW, logits, hidden, first, head)
             del logits  # before the next chunk's are made: else there would be two at once
@@ -133,7 +157,7 @@ class _PlainHeadLoss(torch.autograd.Function):
         )  # kept until the backward pass is over
         ctx.tied, ctx.later = tied, (hidden.detach(), head, labels, weights, context) if late else None
         ctx.mark_non_differentiable(losses)
-        return (losses * weights).sum(), losses
+        return torch.dot(losses, weights) if losses.is_cuda else (losses * weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -174,7 +198,7 @@ def _head_gradient(
     assert head.weight is not None
     dW: Tensor | None = None
     with context:
-        for first, last in head_pieces(0, len(hidden), len(head.weight)):
+        for first, last in _plain_pieces(hidden, len(head.weight)):
             logits, _ = _own_gradient(hidden[first:last], head, labels[first:last], weights[first:last])
             dW = _added(dW, logits, hidden, first, head)
             del logits
@@ -227,7 +251,7 @@ def weighted_loss(
     if torch.is_grad_enabled():
         total, losses = _HeadLoss.apply(hidden, base, labels, weights, target_ranges, context, *trained)  # pyright: ignore
         return total, losses
-    chunks = _chunks(target_ranges, base.structure.vocabulary)
+    chunks = _chunks(target_ranges, base.structure.vocabulary, hidden.device)
     parts = [_piece(base, hidden[a:b], labels[a:b], slot, context) for slot, a, b in chunks]
     losses = torch.cat(parts) if parts else hidden.new_zeros(0)
     return (losses * weights).sum(), losses

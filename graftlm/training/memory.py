@@ -182,6 +182,7 @@ def _setting(config: TrainConfig, base: Base) -> TrainingSetting:
         compute_dtype="bfloat16" if base.compute_dtype == "bfloat16" else "float32", optimizer=config.optimizer,
         optimizer_in_backward=config.optimizer_in_backward, offload_optimizer=config.offload_optimizer,
         activation_checkpointing=config.activation_checkpointing, dora=config.dora, dropout=config.lora_dropout > 0,
+        deterministic=config.deterministic,
     )  # fmt: skip
 
 

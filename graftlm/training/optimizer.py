@@ -16,8 +16,9 @@ would meet weights that have moved already.
 
 What is promised about numbers that are not finite: the loss is checked before the backward pass begins, and where it is not
 finite nothing is updated. A gradient that is not finite stops the run with its tensor's name before that tensor is touched;
-the tensors between it and the loss have had their step by then. On a GPU, which every look would wait for, all are looked at
-once behind the backward pass, when all have had their step. Nothing of that step is written to disk.
+the tensors between it and the loss have had their step by then. On a GPU, which every look would wait for, the losses are the
+gate of the steps (`kernels.Update`), and losses and gradients are looked at once, behind the backward pass, when all have had
+their step. Nothing of that step is written to disk.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class AdamW:
         return learning_rate * self.lr_multipliers.get(name, 1.0)
 
     def _step_of(
-        self, name: str, gradient: Tensor, learning_rate: float, clip_coefficient: float
+        self, name: str, gradient: Tensor, learning_rate: float, clip_coefficient: float, gate: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Moments, kernels.Update]:
         """What `kernels.adamw_step` is given for one parameter in this step; its moments are made if it has none."""
         parameter = self.parameters[name]
@@ -113,7 +114,7 @@ class AdamW:
         update = kernels.update_of(
             self.steps, self.rate_of(name, learning_rate), beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon,
             weight_decay=self.weight_decay if parameter.ndim >= 2 else 0.0, factor=clip_coefficient,
-            key=(self.seed, name, self.steps),
+            key=(self.seed, name, self.steps), gate=gate,
         )  # fmt: skip
         return parameter, gradient, self.moments[name], update
 
@@ -139,13 +140,15 @@ class AdamW:
 
     @contextmanager
     def step_in_backward(
-        self, learning_rate: float, refusal: Callable[[str], Exception], on_gradient: GradientHook | None = None
-    ) -> Iterator[None]:
+        self, learning_rate: float, refusal: Callable[[str], Exception], on_gradient: GradientHook | None = None,
+        gate: Tensor | None = None,
+    ) -> Iterator[None]:  # fmt: skip
         """While open, a backward pass updates each parameter as soon as its gradient is complete, and frees it.
 
         A gradient that is not finite raises `refusal(name)` before that parameter is touched; those whose gradients came
-        earlier (the layers behind it) have had their step by then, from finite gradients. On a GPU it raises for the first of
-        them once the backward pass is over, and all have had their step.
+        earlier (the layers behind it) have had their step by then, from finite gradients. On a GPU nothing is raised: the
+        caller reads `squares`, tells `take_squares` of them and asks `not_finite`. Where `gate` () is not finite, the steps
+        change nothing.
         """
         self.steps += 1
         self.squares, self._square_values = {}, {}
@@ -156,13 +159,13 @@ class AdamW:
                 assert gradient is not None
                 parameter.grad = None
                 square = kernels.sum_of_squares(gradient)
-                if square.device.type == "cpu" and not math.isfinite(float(square)):
+                if not _looked_at_later(square) and not math.isfinite(float(square)):
                     raise refusal(name)
                 assert name not in self.squares, f"'{name}' got a gradient twice in one step"
                 self.squares[name] = square
                 if on_gradient is not None:
                     on_gradient(name, gradient, self.rate_of(name, learning_rate))
-                kernels.adamw_step(*self._step_of(name, gradient, learning_rate, 1.0))
+                kernels.adamw_step(*self._step_of(name, gradient, learning_rate, 1.0, gate))
 
             return take
 
@@ -172,10 +175,16 @@ class AdamW:
         finally:
             for handle in handles:
                 handle.remove()
-        self._square_values = dict(zip(self.squares, _read(list(self.squares.values()))))
-        bad = next((name for name, value in self._square_values.items() if not math.isfinite(value)), None)
-        if bad is not None:
-            raise refusal(bad)
+        if gate is None:
+            self.take_squares(_read(list(self.squares.values())))
+
+    def take_squares(self, values: Sequence[float]) -> None:
+        """The numbers in `squares`, in their order, where somebody else has read them."""
+        self._square_values = dict(zip(self.squares, values, strict=True))
+
+    def not_finite(self) -> str | None:
+        """The first parameter of the last `step_in_backward` whose gradient was not finite."""
+        return next((name for name, value in self._square_values.items() if not math.isfinite(value)), None)
 
     # ---- checkpoints ----
 
@@ -234,20 +243,45 @@ def in_backward_steps_of(
 ) -> Iterator[None]:
     """Around a backward pass: the trials with `--optimizer-in-backward` take their step in it; for others this is a no-op.
 
-    `token_losses` are the micro-batch's; where one is not finite no step is taken. Raises Diverged for a gradient that is not
-    finite.
+    `token_losses` are the micro-batch's; where one is not finite no step changes anything. Raises Diverged for a gradient that
+    is not finite; on a GPU `check_gradients_of_backward` does.
     """
     stepping = [trial for trial in trials if trial.optimizer.in_backward]
+    gate = token_losses.detach().sum() if stepping and _looked_at_later(token_losses) else None
+    if gate is None and stepping and not bool(torch.isfinite(token_losses).all()):
+        stepping = []
     with ExitStack() as stack:
-        if stepping and bool(torch.isfinite(token_losses).all()):
-            for trial in stepping:
-                check = update_checks.get(trial.slot)
-                on_gradient = check.observe_gradient if check is not None and not check.done else None
-                learning_rate = trial.schedule(trial.step)
-                stack.enter_context(
-                    trial.optimizer.step_in_backward(learning_rate, partial(_not_finite, trial), on_gradient)
-                )
+        for trial in stepping:
+            check = update_checks.get(trial.slot)
+            on_gradient = check.observe_gradient if check is not None and not check.done else None
+            learning_rate = trial.schedule(trial.step)
+            stack.enter_context(
+                trial.optimizer.step_in_backward(learning_rate, partial(_not_finite, trial), on_gradient, gate)
+            )
         yield
+
+
+def _looked_at_later(tensor: Tensor) -> bool:
+    """Whether a look at this tensor would wait for a GPU."""
+    return tensor.is_cuda
+
+
+def squares_of_backward(trials: Sequence[Trial]) -> list[Tensor]:
+    """What was taken in a backward pass on a GPU and is still to be read: `squares`, trial by trial."""
+    found = [square for trial in trials if trial.optimizer.in_backward for square in trial.optimizer.squares.values()]
+    return [square for square in found if _looked_at_later(square)]
+
+
+def check_gradients_of_backward(trials: Sequence[Trial], values: Sequence[float]) -> None:
+    """Raise Diverged if a gradient that was used in the backward pass on a GPU is not finite; `values` are those of
+    `squares_of_backward`."""
+    rest = iter(values)
+    for trial in trials if values else ():
+        if trial.optimizer.in_backward:
+            trial.optimizer.take_squares([next(rest) for _ in trial.optimizer.squares])
+            bad = trial.optimizer.not_finite()
+            if bad is not None:
+                raise _not_finite(trial, bad)
 
 
 def _not_finite(trial: Trial, name: str) -> Diverged:

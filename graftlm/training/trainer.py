@@ -10,6 +10,7 @@ follows from them: so every rank does the same, and has the same weights after i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,13 @@ from graftlm.training.micro_batch import (
     forward,
     micro_batches,
 )
-from graftlm.training.optimizer import check_one_micro_batch, clip_coefficient, in_backward_steps_of
+from graftlm.training.optimizer import (
+    check_gradients_of_backward,
+    check_one_micro_batch,
+    clip_coefficient,
+    in_backward_steps_of,
+    squares_of_backward,
+)
 from graftlm.training.sanity_checks import (
     UpdateCheck,
     check_eval_is_finite,
@@ -164,8 +171,10 @@ def optimizer_step(
         with in_backward_steps_of(trials, token_losses, update_checks):  # no-op unless --optimizer-in-backward
             backward(loss)
         losses.add(items, micro_batch, token_losses)
-    loss_sums, nonfinite = losses.read(step_items, ranks)
+    loss_sums, nonfinite, squares = losses.read(squares_of_backward(trials), step_items, ranks)
     _add_up_gradients(trials, ranks)
+    if not nonfinite:
+        check_gradients_of_backward(trials, squares)
 
     # Clip and step: each trial by its own gradients' norm, at its own learning rate. A failed check ends one trial.
     results: list[StepResult | None] = []
@@ -199,40 +208,46 @@ class _StepLosses:
 
     def __init__(self) -> None:
         self._parts: list[tuple[Sequence[BatchItem], MicroBatch, Tensor]] = []
-        self._sums: list[Tensor] = []  # of each range of a micro-batch, and 0 if all are finite
+        self._sums: list[Tensor] = []  # of each range of a micro-batch
 
     def add(self, items: Sequence[BatchItem], micro_batch: MicroBatch, token_losses: Tensor) -> None:
         """Losses (n,) of a micro-batch's target tokens."""
         self._parts.append((items, micro_batch, token_losses))
         self._sums += [token_losses[first:last].sum() for _, first, last in micro_batch.target_ranges]
-        self._sums.append(torch.isfinite(token_losses).logical_not().any().to(token_losses.dtype))
 
-    def read(self, step_items: Sequence[BatchItem], ranks: Ranks) -> tuple[dict[int, float], list[BatchItem]]:
-        """The sum of each slot's losses, and the examples whose loss is not finite, over all ranks."""
-        sums, nonfinite = self._read()
-        if ranks.size == 1:
-            return sums, nonfinite
-        slots = sorted({item.slot for item in step_items})
-        bad = {id(item) for item in nonfinite}
-        found = ranks.total(
-            [*(sums.get(slot, 0.0) for slot in slots), *(float(id(item) in bad) for item in step_items)]
-        )
-        flags = found[len(slots) :]
-        return dict(zip(slots, found)), [item for item, flag in zip(step_items, flags) if flag]
+    def read(
+        self, also: Sequence[Tensor], step_items: Sequence[BatchItem], ranks: Ranks
+    ) -> tuple[dict[int, float], list[BatchItem], list[float]]:
+        """The sum of each slot's losses and the examples whose loss is not finite, over all ranks; and the numbers () float64
+        in `also`."""
+        sums, nonfinite, numbers = self._read(also)
+        if ranks.size > 1:
+            slots = sorted({item.slot for item in step_items})
+            bad = {id(item) for item in nonfinite}
+            found = ranks.total(
+                [*(sums.get(slot, 0.0) for slot in slots), *(float(id(item) in bad) for item in step_items)]
+            )
+            sums = dict(zip(slots, found))
+            nonfinite = [item for item, flag in zip(step_items, found[len(slots) :]) if flag]
+        return sums, nonfinite, numbers
 
-    def _read(self) -> tuple[dict[int, float], list[BatchItem]]:
+    def _read(self, also: Sequence[Tensor]) -> tuple[dict[int, float], list[BatchItem], list[float]]:
         """The same of this rank's examples."""
         if not self._sums:
-            return {}, []  # fewer examples than ranks
-        values = iter(torch.stack(self._sums).tolist())
-        sums: dict[int, float] = {}
+            return {}, [], []  # fewer examples than ranks
+        sums = torch.stack(self._sums) if len(self._sums) > 1 else self._sums[0].reshape(1)
+        joined = torch.cat([sums.double(), torch.stack(list(also))]) if also else sums
+        numbers: list[float] = joined.tolist()
+        values = iter(numbers[: len(self._sums)])
+        by_slot: dict[int, float] = {}
         nonfinite: list[BatchItem] = []
         for items, micro_batch, token_losses in self._parts:
-            for slot, _, _ in micro_batch.target_ranges:
-                sums[slot] = sums.get(slot, 0.0) + next(values)
-            if next(values):
+            found = [next(values) for _ in micro_batch.target_ranges]
+            for (slot, _, _), value in zip(micro_batch.target_ranges, found):
+                by_slot[slot] = by_slot.get(slot, 0.0) + value
+            if not all(map(math.isfinite, found)):
                 nonfinite += nonfinite_items(items, token_losses, micro_batch.target_counts)
-        return sums, nonfinite
+        return by_slot, nonfinite, numbers[len(self._sums) :]
 
 
 def _own_share(items: Sequence[BatchItem], ranks: Ranks) -> list[BatchItem]:

@@ -9,7 +9,8 @@ Tensors on the CPU stay real. An operation between devices that CUDA would refus
 is read, it is 0, or True: so comparisons of the package's own checks pass, and every read is a synchronisation that is
 written down with its line. Triton's programs are counted and not run.
 
-What it cannot know: values that decide shapes. `unique` finds `distinct` values (0, 1, ...), `nonzero` that share of the rows.
+What it cannot know: values that decide shapes. `unique` finds `distinct` values (0, 1, ...), `nonzero` that share of the rows,
+`searchsorted` as many of each of these values.
 It also says nothing about time, CUDA's context, the allocator's gaps, or whether a kernel is right.
 
 A launch is a dispatched operation that is not a view and not an allocation; some take more than one kernel. A multi-tensor
@@ -102,6 +103,8 @@ class FakeCard(TorchDispatchMode):
         args, kwargs = tree_map_only(torch.Tensor, self._as_fake, (args, kwargs))
         with self._fake:
             out = func(*args, **kwargs)
+        if name == "searchsorted":
+            out.known = [len(args[0]) * min(i, self.distinct) // self.distinct for i in range(out.numel())]
         if name not in _ALLOCATIONS and not func.is_view:
             self.trace.launches[name] += _launches_of(name, args)
         return tree_map_only(torch.Tensor, self._given_back, out)
@@ -242,8 +245,7 @@ def where() -> str:
 def install() -> None:
     """Make this process believe in a card: `torch.cuda`, PyTorch's ways around the dispatcher, and Triton's launches.
 
-    It cannot be taken back. `inference_mode` becomes `no_grad`, which fake tensors need. Fused operations are composed, as
-    where liger-kernel is not installed, until `use_liger`.
+    It cannot be taken back. `inference_mode` becomes `no_grad`, which fake tensors need.
     """
     _install_cuda()
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()  # type: ignore[assignment]
@@ -257,11 +259,9 @@ def install() -> None:
     allows = trusted.allows
     trusted.allows = lambda self, op, device: device.type == "cuda" or allows(self, op, device)
     importlib.import_module("graftlm.kernels.liger")._installed = lambda: False
-
-
-def use_liger() -> None:
-    """Norms, gated activations, rotations and cross entropy by liger-kernel from here on; it must be installed."""
-    importlib.import_module("graftlm.kernels.liger")._installed = lambda: True
+    importlib.import_module("graftlm.base.fused")._agree = lambda own, ours, inputs: (
+        True
+    )  # as it finds where all reads are 0
 
 
 def _install_cuda() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fake_card import FakeCard, hidden, use_liger
+from fake_card import FakeCard, hidden
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase
 
 from graftlm import demo, kernels
@@ -40,11 +40,11 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _base(layers: int, *, experts: int = 0, times: int = 1, **how: Any) -> Base:
+def _base(layers: int, *, experts: int = 0, times: int = 1, vocabulary: int = VOCABULARY, **how: Any) -> Base:
     """A base of random weights; `times` widens its layers."""
     kind = MixtralConfig if experts else LlamaConfig
     mixture = {"num_local_experts": experts, "num_experts_per_tok": 2} if experts else {}
-    wide = {"hidden_size": 256 * times, "intermediate_size": 512 * times}
+    wide = {"hidden_size": 256 * times, "intermediate_size": 512 * times, "vocab_size": vocabulary}
     config = kind(**{**_SIZES, **mixture, **wide, "num_hidden_layers": layers})
     return random_base(config, _tokenizer(), **{"device": "cuda", **how})
 
@@ -82,16 +82,16 @@ def train(
     lengths: tuple[int, ...] = (64, 50),
     experts: int = 0,
     times: int = 1,
-    liger: bool = False,
+    vocabulary: int = VOCABULARY,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """One optimizer step with each number of layers, the second: in the first the optimizer's states are made."""
-    if liger:
-        use_liger()
     traces: list[dict[str, Any]] = []
     for count in layers:
         with FakeCard(distinct=max(experts, 1)) as card:
-            base = _base(count, experts=experts, times=times, precision=base_precision, training=True)
+            base = _base(
+                count, experts=experts, times=times, vocabulary=vocabulary, precision=base_precision, training=True
+            )
             assert base.packs, base.no_packing_reason
             trial = _trial(base, method, list(lengths), options)
             optimizer_step(base, [trial], sum(lengths))
@@ -141,7 +141,7 @@ def _engine(layers: int, adapters: int, *, cache_tokens: int = 4096, how: dict[s
     engine = Engine(base, EngineLimits(cache_tokens=cache_tokens, max_num_batched_tokens=8192))
     for i in range(adapters):
         adapter = new_adapter(base, select_layers(base, ("all-linear",)), AdapterPlan(rank=16, alpha=32.0), i)
-        attach(base, pack_for_decoding(adapter), slot=1 + i)
+        attach(base, pack_for_decoding(adapter, base.activation_dtype), slot=1 + i)
         engine.adapter_cache.pin(f"a{i}", 1 + i)
     return engine
 

@@ -179,15 +179,35 @@ def test_dora_takes_more_than_plain_adapters() -> None:
     assert found.activations - plain.activations == 30 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576) * 4 * LOAD.tokens
 
 
+def test_the_same_bits_on_a_gpu_are_planned_with_what_its_attention_then_keeps() -> None:
+    """One example of 4,096 tokens with 32 heads of 128: a sum is 64 MiB."""
+    shape, one = find("llama-2-7b").shape, Workload(tokens=4096, target_tokens=4096, longest=4096)
+    same = replace(METHODS[-1], deterministic=True)
+    assert memory.deterministic_bytes(shape, same, one, "cuda") == 4 * 64 << 20
+    assert memory.deterministic_bytes(shape, same, replace(one, examples=5), "cuda") == 0
+    few, adapter = replace(shape, heads=16), adapter_shape(shape, ("attention",), 8)
+    for device in ("cuda", "cpu"):
+        off, on = (
+            requirement(few, setting, adapter, one, device, fused=True).moments["backward"].workspace
+            for setting in (METHODS[-1], same)
+        )
+        assert on == max(off, memory.deterministic_bytes(few, same, one, device))
+        assert (on > off) == (device == "cuda")
+
+
 @pytest.mark.parametrize("trained", [1, 500, 2042, 2048])
 def test_the_logits_that_are_planned_are_those_of_the_largest_piece(trained: int) -> None:
-    shape = find("llama-3.2-1b").shape
-    largest = max(last - first for first, last in loss.head_pieces(0, trained, shape.vocabulary))
-    assert memory.chunk_rows(shape, replace(LOAD, target_tokens=trained)) == largest
+    llama = find("llama-3.2-1b").shape
+    for device in ("cpu", "cuda"):
+        for plain in (True, False):
+            shape, most = replace(llama, plain_head=plain), loss.chunk_logits(device, plain)
+            largest = max(last - first for first, last in loss.head_pieces(0, trained, shape.vocabulary, most))
+            assert memory.chunk_rows(shape, replace(LOAD, target_tokens=trained), device) == largest
 
 
 def test_the_plans_constants_are_the_implementations() -> None:
     assert (memory.CHUNK_LOGITS, memory.CHUNK_ROWS) == (loss.CHUNK_LOGITS, loss.CHUNK_ROWS)
+    assert (memory.CHUNK_LOGITS_GPU, memory.CHUNK_LOGITS_CAPPED) == (loss.CHUNK_LOGITS_GPU, loss.CHUNK_LOGITS_CAPPED)
     assert (memory.MOMENT_BLOCK, memory.SMALL) == (moments.MOMENT_BLOCK, moments.SMALL)
     assert (memory.NF4_BLOCK, memory.NF4_GROUP) == (stored.BLOCK, stored.GROUP)
     assert kernels.native.PANEL_BYTES_FOR_MANY <= memory.PANEL

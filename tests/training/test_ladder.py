@@ -17,6 +17,7 @@ from graftlm import kernels
 from graftlm.base.loading import Base, load_base
 from graftlm.errors import ConfigError, Diverged, RunError, Stopped
 from graftlm.kernels import reference_adamw
+from graftlm.training import optimizer as optimizer_module
 from graftlm.training.logging import Recorder
 from graftlm.training.optimizer import AdamW
 from graftlm.training.trainer import optimizer_step, train
@@ -114,6 +115,33 @@ def test_no_more_than_a_few_gradients_exist_at_once(monkeypatch: pytest.MonkeyPa
     optimizer_step(base, [trial], 1000)
     assert len(counts) == len(trial.parameters)
     assert max(counts) <= 2
+
+
+def test_on_a_gpu_losses_and_gradients_are_looked_at_behind_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told that a look waits for a GPU: the same weights and norm; what is not finite is named as it is on a CPU."""
+    found: list[tuple[dict[str, Tensor], float]] = []
+    for later in (False, True):
+        base, trial = started("llama")
+        monkeypatch.setattr(optimizer_module, "_looked_at_later", lambda tensor, later=later: later)
+        (result,) = optimizer_step(base, [trial], 1000)
+        assert result is not None
+        found.append((weights(trial), result.grad_norm))
+    assert found[0][1] == found[1][1] > 0
+    assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
+
+    name = next(n for n in trial.parameters if n.endswith("layers.1.mlp.down_proj.weight"))
+    handle = trial.parameters[name].register_hook(lambda g: g * float("nan"))
+    with pytest.raises(Diverged, match=rf"the gradient of '{name}' is not finite at step 2 on rows tiny:"):
+        optimizer_step(base, [trial], 1000)
+    handle.remove()
+
+    base, trial = started("llama")
+    with torch.no_grad():
+        base.model.model.norm.weight[0] = float("inf")
+    before = weights(trial)
+    with pytest.raises(Diverged, match=r"loss (nan|inf) at step 1 on rows tiny:"):
+        optimizer_step(base, [trial], 1000)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in weights(trial).items())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_tensor_is_touched() -> None:

@@ -170,7 +170,7 @@ def test_a_head_in_bfloat16_gets_the_same_gradients(monkeypatch: pytest.MonkeyPa
     ("count", "vocabulary"), [(0, 9), (1, 9), (2042, 49152), (2040, 49152), (17, 1 << 30), (5000, 128)]
 )
 def test_rows_meet_the_head_in_pieces_of_one_size(count: int, vocabulary: int) -> None:
-    pieces = loss_module.head_pieces(7, 7 + count, vocabulary)
+    pieces = loss_module.head_pieces(7, 7 + count, vocabulary, loss_module.CHUNK_LOGITS)
     assert [row for first, last in pieces for row in range(first, last)] == [*range(7, 7 + count)]
     sizes = {last - first for first, last in pieces}
     most = max(loss_module.CHUNK_ROWS, loss_module.CHUNK_LOGITS // vocabulary)

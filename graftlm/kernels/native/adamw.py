@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -62,6 +63,8 @@ def fits(parameter: Tensor, gradient: Tensor, moments: Moments) -> bool:
 
 def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: reference.Update, level: int = -1) -> None:
     """One step of `reference_adamw.adamw`; `level` limits the instruction set (0 plain C, 1 AVX2)."""
+    if update.gate is not None and not math.isfinite(float(update.gate)):
+        return
     gradient = gradient.detach().contiguous()
     start, turn = word_keys(*update.key)
     scales = (moments.mean_scale, moments.square_scale)

@@ -7,6 +7,7 @@
     routed.py      low-rank terms routed by token
     adamw.py       the optimizer's step
     dropout.py     LoRA's dropout
+    fused.py       norms, gated activations, rotary positions
     cross_entropy.py  losses, and logits that become their gradient
 
 Each file of launches ends with its own check against the reference, which runs before its first use (`self_check.py`).
@@ -19,8 +20,9 @@ import importlib.util
 from torch import Tensor
 
 from graftlm.kernels.self_check import SelfCheck
-from graftlm.kernels.triton import adamw, blocks, cross_entropy, dropout, routed, weights
+from graftlm.kernels.triton import adamw, blocks, cross_entropy, dropout, fused, routed, weights
 from graftlm.kernels.triton.adamw import step as adamw_step
+from graftlm.kernels.triton.adamw import steps as adamw_steps
 from graftlm.kernels.triton.blocks import blocks_dequantize
 from graftlm.kernels.triton.cross_entropy import cross_entropy_in_place
 from graftlm.kernels.triton.device import FLOATS
@@ -32,10 +34,12 @@ __all__ = [
     "FLOATS",
     "adamw",
     "adamw_step",
+    "adamw_steps",
     "blocks_dequantize",
     "cross_entropy_in_place",
     "dropped",
     "fits",
+    "fused",
     "int8_dequantize",
     "low_rank_routed",
     "low_rank_routed_backward",
@@ -63,8 +67,10 @@ self_check = SelfCheck(
         "matmul_t": weights.check_matmul_t,
         "low_rank_routed": routed.check,
         "adamw_step": adamw.check,
+        "adamw_steps": adamw.check_steps,
         "dropped": dropout.check,
         "cross_entropy": cross_entropy.check,
+        "fused": fused.check,
     },
 )
 

@@ -1,8 +1,11 @@
-"""AdamW's step on a GPU: one launch for a parameter, with moments in 32 or in 8 bits, there or in the host's memory."""
+"""AdamW's step on a GPU: one launch for a parameter, with moments in 32 or in 8 bits, there or in the host's memory; and one
+launch for many small parameters with moments in 32 bits, as an adapter has them.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +13,11 @@ from torch import Tensor
 from graftlm.kernels import reference_adamw as reference
 from graftlm.kernels.counter_rng import word_keys
 from graftlm.kernels.moments import MOMENT_BLOCK, ZERO_MEAN_CODE, Moments
+from graftlm.kernels.transfer import to_device
 from graftlm.kernels.triton.device import ceil, launch
 
 BLOCKS = 4  # of 256 values in a program: 8 values a thread
+TILE = 2048  # values of a small parameter in a program
 PARAMETERS = (torch.float32, torch.bfloat16)
 SLAB = 1 << 24  # values whose moments come from the host at once, whole blocks: 128 MiB in 32 bits
 
@@ -42,6 +47,7 @@ def _signed(word: int) -> int:
 
 def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: reference.Update) -> None:
     """One step of `reference_adamw.adamw`, in place; moments on the host come and go a slab at a time, without waiting."""
+    torch.autograd.graph.increment_version(parameter)  # PyTorch does not see what a program writes
     if moments.device == parameter.device:
         return _launch(parameter, gradient, moments, update)
     flat, gradient, device = parameter.detach().view(-1), gradient.detach().reshape(-1), parameter.device
@@ -68,14 +74,46 @@ def _launch(parameter: Tensor, gradient: Tensor, moments: Moments, update: refer
         parameter.detach().view(torch.int16) if rounded else parameter.detach(), gradient.detach().contiguous(),
         moments.mean, moments.square, moments.mean if mean_scale is None else mean_scale,
         moments.square if square_scale is None else square_scale, codes[0][0], codes[1][0], codes[0][1], codes[1][1],
-        count, update.factor, update.beta1, 1 - update.beta1, update.beta2, 1 - update.beta2, update.epsilon,
-        update.decay, update.rate, update.fix, _signed(start + first), _signed(turn), ROUNDED=rounded,
-        EIGHT=moments.eight_bit, BLOCKS=BLOCKS, ZERO=ZERO_MEAN_CODE, OTHER_BITS=reference.OTHER_BITS,
+        moments.mean if update.gate is None else update.gate, count, update.factor, update.beta1, 1 - update.beta1,
+        update.beta2, 1 - update.beta2, update.epsilon, update.decay, update.rate, update.fix, _signed(start + first),
+        _signed(turn), GATED=update.gate is not None, ROUNDED=rounded, EIGHT=moments.eight_bit, BLOCKS=BLOCKS,
+        ZERO=ZERO_MEAN_CODE, OTHER_BITS=reference.OTHER_BITS,
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
-# ---- the check before first use -----------------------------------------------------------------------------------
+def steps(some: Sequence[tuple[Tensor, Tensor, Moments, reference.Update]]) -> None:
+    """`reference_adamw.adamw` of many parameters, all float32 on one device, their moments too; see `multi_tensor.fits`.
+
+    beta1, beta2, epsilon and `fix` are the same for all. Where they lie and their rates go to the device in one small copy.
+    """
+    if not some:
+        return
+    gradients = [gradient.detach().contiguous() for _, gradient, _, _ in some]  # held until the launch
+    table = torch.empty(len(some), 8, dtype=torch.int64)
+    table[:, :5] = torch.tensor(
+        [
+            [p.data_ptr(), g.data_ptr(), moments.mean.data_ptr(), moments.square.data_ptr(), p.numel()]
+            for (p, _, moments, _), g in zip(some, gradients)
+        ]
+    )
+    table.view(torch.float32)[:, 10:13] = torch.tensor([[u.factor, u.decay, u.rate] for _, _, _, u in some])
+    first, parameter = some[0][3], some[0][0]
+    (there,) = to_device([table], parameter.device)
+    largest = max(p.numel() for p, _, _, _ in some)
+    launch(
+        "adamw", "steps", (ceil(largest, TILE), len(some)), parameter, there, there.view(torch.float32), first.beta1,
+        1 - first.beta1, first.beta2, 1 - first.beta2, first.epsilon, first.fix, TILE=TILE, enable_fp_fusion=False,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([p for p, _, _, _ in some])
+
+
+# ---- the checks before first use ----------------------------------------------------------------------------------
+
+
+def check_steps(device: torch.device) -> bool:
+    """Three steps over parameters of several tiles and rates end in the reference's bits."""
+    return reference.many_agree(steps, device)
 
 
 def check(device: torch.device) -> bool:

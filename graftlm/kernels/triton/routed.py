@@ -3,7 +3,7 @@
 A table of tiles (factor index, first token, last token) and the addresses of all A and B are inputs, so one launch handles
 any mixture of adapters and ranks.
 
-    forward        h = x A^T          shrink over `in`       y += s h B^T      expand over `out`
+    forward        h = s x A^T        shrink over `in`       y += h B^T        expand over `out`
     backward       dh = s dy B        shrink over `out`      dx += dh A        expand over `in`
 
 The gradients to A and B are sums over a pair's own tokens: plain matmuls in a loop over ranges.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
+from graftlm.kernels.gpu_low_rank import factor_gradient
 from graftlm.kernels.routing import FactorList, FactorRange, Routing
 from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.transfer import to_device
@@ -110,10 +111,10 @@ def fits(x: Tensor, y: Tensor, routing: Routing) -> bool:
 
 
 def low_rank_routed(y: Tensor, x: Tensor, routing: Routing) -> list[Tensor | None]:
-    """As the reference's: y += s (x A^T) B^T, each range with its factor pair; returns h of each range."""
+    """As the reference's: y += s (x A^T) B^T, each range with its factor pair; returns h = s x A^T of each range."""
     routes = _Routes(routing, x)
-    h = routes.shrink(x, 0, scaled=False)  # (tokens, R)
-    routes.expand(h, y, 1, scaled=True)
+    h = routes.shrink(x, 0, scaled=True)  # (tokens, R)
+    routes.expand(h, y, 1, scaled=False)
     return [
         None if a is None or routing.B[factor_index] is None or first == last else h[first:last, : len(a)]
         for (factor_index, first, last) in routing.ranges
@@ -139,8 +140,9 @@ def low_rank_routed_backward(
         a, b = routing.A[factor_index], routing.B[factor_index]
         if h is None or a is None or b is None:
             continue
-        da = (dh[first:last, : len(a)].T @ x[first:last]).to(a.dtype)  # (r, in)
-        db = (dy[first:last].T @ h).mul_(routing.scale[factor_index]).to(b.dtype)  # (out, r)
+        dtype = routing.gradient_dtype
+        da = factor_gradient(dh[first:last, : len(a)], x[first:last], dtype or a.dtype)  # (r, in)
+        db = factor_gradient(dy[first:last], h, dtype or b.dtype)  # (out, r)
         old_a, old_b = dA[factor_index], dB[factor_index]
         dA[factor_index] = da if old_a is None else old_a.add_(da)
         dB[factor_index] = db if old_b is None else old_b.add_(db)

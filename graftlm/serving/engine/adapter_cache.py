@@ -289,7 +289,7 @@ class AdapterCache:
             error = ""
             try:
                 with torch.inference_mode():
-                    adapter = pack_for_decoding(self._load(cached.folder))
+                    adapter = pack_for_decoding(self._load(cached.folder), self.base.activation_dtype)
             except GraftError as problem:
                 error = str(problem)
             except Exception as problem:  # whatever is wrong with a file must not end the loader
@@ -303,12 +303,16 @@ class AdapterCache:
             self.on_loaded()
 
 
-def pack_for_decoding(adapter: Adapter) -> Adapter:
+def pack_for_decoding(adapter: Adapter, gpu_dtype: torch.dtype | None = None) -> Adapter:
     """An adapter whose low-rank parts lie in memory as decoding reads them, and all of it in one arena.
 
+    On a GPU they get the dtype of its matmuls, `gpu_dtype`: a cast at each use would be a launch.
     What was read from a file is a view of the whole of it, so a tensor that is kept would keep the file in memory too.
     """
-    layers = {name: part.for_decoding() if isinstance(part, LowRank) else part for name, part in adapter.layers.items()}
+    layers = {
+        name: part.for_decoding(gpu_dtype) if isinstance(part, LowRank) else part
+        for name, part in adapter.layers.items()
+    }
     arena = _Arena([p for part in layers.values() for p in part.named().values()])
     return replace(adapter, layers={name: _copied_into(part, arena) for name, part in layers.items()})
 

@@ -51,16 +51,20 @@ def pick(shares, bits, parts, OFFSET: tl.constexpr, LARGEST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["start", "turn"])
 def step(
-    parameter, gradient, mean, square, mean_scale, square_scale, mean_code, square_code, mean_parts, square_parts, count,
-    factor, beta1, rest1, beta2, rest2, epsilon, decay, rate, fix, start, turn,
-    ROUNDED: tl.constexpr, EIGHT: tl.constexpr, BLOCKS: tl.constexpr, ZERO: tl.constexpr, OTHER_BITS: tl.constexpr,
+    parameter, gradient, mean, square, mean_scale, square_scale, mean_code, square_code, mean_parts, square_parts, gate,
+    count, factor, beta1, rest1, beta2, rest2, epsilon, decay, rate, fix, start, turn,
+    GATED: tl.constexpr, ROUNDED: tl.constexpr, EIGHT: tl.constexpr, BLOCKS: tl.constexpr, ZERO: tl.constexpr,
+    OTHER_BITS: tl.constexpr,
 ):  # fmt: skip
     """`parameter` is float32, or the 16-bit integers of a bfloat16 tensor where ROUNDED; moments are codes where EIGHT.
 
-    `mean_parts` and `square_parts` (4, 8) are starts, density, last and bend of a code, those of no decade first.
+    `mean_parts` and `square_parts` (4, 8) are starts, density, last and bend of a code, those of no decade first. Nothing is
+    stored where GATED and the number at `gate` is not finite.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = block[:, None] * 256 + tl.arange(0, 256)[None, :]  # (BLOCKS, 256)
+    if GATED:
+        count = tl.where(tl.abs(tl.load(gate)) < float("inf"), count, 0)
     inside = i < count
     whole = block * 256 < count
     g = tl.load(gradient + i, mask=inside, other=0.0).to(tl.float32) * factor
@@ -102,3 +106,27 @@ def step(
     else:
         tl.store(mean + i, m, mask=inside)
         tl.store(square + i, v, mask=inside)
+
+
+@triton.jit
+def steps(table, numbers, beta1, rest1, beta2, rest2, epsilon, fix, TILE: tl.constexpr):
+    """`step` of many float32 parameters with float32 moments: program (i, j) takes values i TILE ... of parameter j.
+
+    Row j of `table` (n, 8) has the addresses of parameter, gradient, mean and square and their number of values, and, as the
+    float32 `numbers` (n, 16) from 10 on: factor, decay, rate.
+    """
+    row, own = table + tl.program_id(1) * 8, numbers + tl.program_id(1) * 16 + 10
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = i < tl.load(row + 4)
+    parameter = tl.load(row).to(tl.pointer_type(tl.float32))
+    gradient = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    mean = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    square = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+    g = tl.load(gradient + i, mask=inside, other=0.0) * tl.load(own)
+    m = tl.load(mean + i, mask=inside, other=0.0) * beta1 + g * rest1
+    v = tl.load(square + i, mask=inside, other=0.0) * beta2 + g * g * rest2
+    bottom = tl.sqrt_rn(v) * fix + epsilon
+    p = tl.load(parameter + i, mask=inside, other=0.0)
+    tl.store(parameter + i, p * tl.load(own + 1) - tl.div_rn(m, bottom) * tl.load(own + 2), mask=inside)
+    tl.store(mean + i, m, mask=inside)
+    tl.store(square + i, v, mask=inside)
