@@ -71,7 +71,7 @@ def _launch(parameter: Tensor, gradient: Tensor, moments: Moments, update: refer
         count, update.factor, update.beta1, 1 - update.beta1, update.beta2, 1 - update.beta2, update.epsilon,
         update.decay, update.rate, update.fix, _signed(start + first), _signed(turn), ROUNDED=rounded,
         EIGHT=moments.eight_bit, BLOCKS=BLOCKS, ZERO=ZERO_MEAN_CODE, OTHER_BITS=reference.OTHER_BITS,
-        enable_fp_fusion=False,
+        fuse=False,
     )  # fmt: skip
 
 
