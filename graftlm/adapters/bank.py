@@ -197,7 +197,7 @@ class LayerBank:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def groups(self, x: Tensor) -> bool:
-        """Whether `of_all` knows the current adapter: none, or one LoRA for all tokens, of a rank that the grouped matmul takes."""
+        """Whether `of_all` knows the current adapter: none, or one LoRA for all tokens, of a rank that can be grouped."""
         slots = {slot for slot, _, _ in context.current().segments.slot_ranges}
         found = self.adapters.get(next(iter(slots)))
         if len(slots) != 1 or found is None:
