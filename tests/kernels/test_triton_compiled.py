@@ -26,7 +26,7 @@ MOST_SHARED = 99 << 10  # bytes that consumer cards give a program
 # Instructions a weight value, in the loop where there is one.
 OF_A_VALUE = {
     "nf4_dequantize": 10,
-    "nf4_dequantize float32": 11,
+    "nf4_dequantize float32": 12,
     "int8_dequantize": 7,
     "nf4_product": 13,
     "nf4_product back": 9,
