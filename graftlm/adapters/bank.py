@@ -202,8 +202,9 @@ class LayerBank:
         found = self.adapters.get(next(iter(slots)))
         if len(slots) != 1 or found is None:
             return len(slots) == 1
-        plain = isinstance(found, LowRank) and found.magnitude is None and not found.dropout
-        return plain and kernels.has_grouped_matmul(x, found.rank)
+        if not isinstance(found, LowRank) or found.magnitude is not None or found.dropout:
+            return False
+        return kernels.has_grouped_matmul(x, found.rank)
 
     def of_all(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """x (S, in), rows sorted by expert, W (E, out, in) -> (S, out) with the adapter; see `StoredStack.of_all`."""

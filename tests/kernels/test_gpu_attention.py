@@ -81,8 +81,10 @@ def test_with_block_tables_single_tokens_are_read_from_their_blocks(monkeypatch:
         answers: list[Tensor] = []
         for query, used, blocks in zip(q, seqused_k.tolist(), block_table.tolist()):
             first = 0 if window_size[0] < 0 else max(0, used - 1 - window_size[0])
-            seen = [t[blocks].flatten(0, 1)[first:used].transpose(0, 1)[None] for t in (k, v)]  # (1, K, M, D)
-            answers.append(F.scaled_dot_product_attention(query[None, :, None], *seen, scale=scale, enable_gqa=True)[0])
+            keys, values = (t[blocks].flatten(0, 1)[first:used].transpose(0, 1)[None] for t in (k, v))  # (1, K, M, D)
+            answers.append(
+                F.scaled_dot_product_attention(query[None, :, None], keys, values, scale=scale, enable_gqa=True)[0]
+            )
         return torch.cat([answer.transpose(0, 1) for answer in answers])
 
     monkeypatch.setattr(gpu_paged, "_call", lambda: stand_in)

@@ -19,7 +19,7 @@ FEW_ROWS = 16
 # (columns of the result, values summed at a time) of a program, x W^T and dy W. The codes of one row of W lie side by side: for
 # x W^T few columns and long runs, which also makes programs for every core of a large GPU; for dy W the row is what is made.
 # Float32 is multiplied without tensor cores, from registers: there smaller ones.
-TILES = {
+TILES: dict[tuple[type, int], tuple[tuple[int, int], tuple[int, int]]] = {  # by form, and bytes of x's dtype
     (Nf4, 2): ((16, 256), (64, 64)),
     (Nf4, 4): ((16, 64), (64, 32)),
     (GgufBlocks, 2): ((16, 128), (64, 32)),
