@@ -25,7 +25,7 @@ from graftlm import kernels
 from graftlm.adapters.layer_adapter import LayerAdapter, LowRank, ModulesToSave, TrainableTokens, combined_norm
 from graftlm.base import context
 from graftlm.base.embedding import StoredEmbedding
-from graftlm.base.modules import Stored, stored_matmul
+from graftlm.base.modules import Stored, grouped_matmul, stored_matmul
 from graftlm.base.precision import Weight
 
 
@@ -256,6 +256,26 @@ class LayerBank:
         B = [copies.of(part, x.dtype)[1] for part in parts]
         factors = (*(part.A for part in parts), *(part.B for part in parts))
         return list(_LoRAGroup.apply(x, [m.value for m in modules], A, B, parts[0].scale, *factors))  # pyright: ignore
+
+    def groups(self, x: Tensor) -> bool:
+        """Whether `of_all` knows the current adapter: none, or one LoRA for all tokens, of a rank that can be grouped."""
+        slots = {slot for slot, _, _ in context.current().segments.slot_ranges}
+        found = self.adapters.get(next(iter(slots)))
+        if len(slots) != 1 or found is None:
+            return len(slots) == 1
+        if not isinstance(found, LowRank) or found.magnitude is not None or found.dropout:
+            return False
+        return kernels.has_grouped_matmul(x, found.rank)
+
+    def of_all(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """x (S, in), rows sorted by expert, W (E, out, in) -> (S, out) with the adapter; see `StoredStack.of_all`."""
+        y = grouped_matmul(x, weight, ends)
+        adapter = self.adapters.get(context.current().segments.slot_ranges[0][0])
+        if adapter is None:
+            return y
+        assert isinstance(adapter, LowRank)
+        A, B = adapter.stacked(x.dtype)  # (E, r, in), (E, out, r)
+        return y.add(grouped_matmul(grouped_matmul(x, A, ends), B, ends), alpha=adapter.scale)
 
     def _cached_routing(self, ranges: Sequence[tuple[int, int, int]], weight: Weight) -> _InferenceRouting | None:
         """These ranges for the decoding kernels, cached for the next call; None if an adapter is not `decode_ready`."""

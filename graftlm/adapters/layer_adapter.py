@@ -60,6 +60,12 @@ class LowRank:
             return ()
         return self.copies.of(self, dtype)
 
+    def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (E, r, in) and B (E, out, r) of all experts of a stack in `dtype`, each end to end; gradients flow to A and B."""
+        A = self.A.view(self.experts, self.rank, -1)
+        B = self.B.view(-1, self.rank, self.experts).permute(2, 0, 1)
+        return A.to(dtype), B.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
     def for_decoding(self, gpu_dtype: torch.dtype | None = None) -> LowRank:
         """The same values in the layout that decodes fastest: B transposed in memory, and bfloat16 if that is lossless.
 

@@ -45,6 +45,10 @@ class LinearBank(Protocol):
         """The outputs (T, out) of modules with the same x (T, in), without biases; None where each must run alone."""
         ...
 
+    def groups(self, x: Tensor) -> bool: ...
+
+    def of_all(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor: ...
+
 
 class _StoredMatmul(torch.autograd.Function):
     """x W^T for x (T, in) and W (out, in); gradients to x, and to W if it is dense and trained.
@@ -69,6 +73,33 @@ class _StoredMatmul(torch.autograd.Function):
             assert dense is not None
             dw = kernels.weight_gradient(dy, x, ctx.bf16_matmul, dense.dtype)
         return dx, dw, None, None
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """Each expert's rows of x (S, in) times its W[e]^T, W (E, out, in); gradients to x, and to W where it is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:  # (S, out)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, ends)
+        return kernels.grouped_matmul(x, weight, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        dy = grads[0].contiguous()  # (S, out)
+        x, weight, ends = ctx.saved_tensors
+        dx = kernels.grouped_matmul_t(dy, weight, ends) if ctx.needs_input_grad[0] else None
+        dw = kernels.grouped_weight_gradient(dy, x, ends) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (S, in), W (E, out, in) -> (S, out): each expert's rows, which end at `ends` (E,) int32, times its W^T.
+
+    Differentiable; only where `kernels.has_grouped_matmul`.
+    """
+    y = _GroupedMatmul.apply(x.contiguous(), weight, ends)
+    assert isinstance(y, Tensor)
+    return y
 
 
 def stored_matmul(x: Tensor, weight: Weight, bias: Tensor | None = None, bf16_matmul: bool = False) -> Tensor:
@@ -230,6 +261,21 @@ class StoredStack(Stored):
         if bank is not None:
             return bank(x, self, weight, None, expert, token_indices)
         return stored_matmul(x, weight, None, self.bf16_matmul)
+
+    def groups(self, x: Tensor) -> bool:
+        """Whether `of_all` takes rows of x's dtype and device with this weight and the current adapters."""
+        if self.dense is None or self.dense.dtype != x.dtype:
+            return False
+        fits = kernels.has_grouped_matmul(x, self.in_features, self.out_features)
+        return fits and (self.bank is None or self.bank.groups(x))
+
+    def of_all(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (S, in), rows of all experts sorted by expert, which end at `ends` (experts,) int32 -> (S, out)."""
+        assert self.dense is not None
+        bank = self.bank
+        if bank is not None:
+            return bank.of_all(x, self.dense, ends)
+        return grouped_matmul(x, self.dense, ends)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in={self.in_features}, out={self.out_features}, {self.precision}"

@@ -24,6 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from graftlm.base.embedding import StoredEmbedding
+from graftlm.base.grouped_experts import grouped_experts
 from graftlm.base.modules import Stored, StoredLinear, StoredStack, WeightHandle
 from graftlm.base.precision import DTYPES, embedding_dtype, embedding_precision
 from graftlm.base.transformers_log import first_line
@@ -317,6 +318,9 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     hidden (T, in), top_k_index and top_k_weights (T, k) -> (T, in). Registered with transformers' experts interface. How many
     tokens each expert gets is read once for all.
     """
+    grouped = grouped_experts(module, hidden, top_k_index, top_k_weights)
+    if grouped is not None:
+        return grouped
     out = torch.zeros_like(hidden)
     first: StoredStack = module.gate_up_proj if module.has_gate else module.up_proj
     first_bias = getattr(module, "gate_up_proj_bias" if module.has_gate else "up_proj_bias", None)

@@ -5,6 +5,7 @@
     blocks_dequantize  embedding_rows                           a weight in a GGUF file's blocks, some of its rows
     dequantize                                                  any of them
     matmul        matmul_t        weight_gradient               matmuls with a weight, dense or stored
+    grouped_matmul  grouped_matmul_t  grouped_weight_gradient   those of all experts of a mixture
     low_rank      low_rank_backward                             one adapter: y += s (x A^T) B^T
     low_rank_routed  low_rank_routed_backward                   each range of tokens with its own adapter
     lora_linear   lora_linear_backward                          x W^T and the adapters' low-rank terms together
@@ -35,6 +36,7 @@ from torch import Tensor
 from graftlm.kernels import (
     counter_rng,
     gpu_attention,
+    gpu_grouped,
     gpu_low_rank,
     gpu_matmul,
     multi_tensor,
@@ -97,11 +99,15 @@ __all__ = [
     "embedding_rows",
     "gated",
     "gated_backward",
+    "grouped_matmul",
+    "grouped_matmul_t",
+    "grouped_weight_gradient",
     "groups_lora",
     "has_bf16_matmul",
     "has_decoder_stack",
     "has_fast_matmul",
     "has_fused_ops",
+    "has_grouped_matmul",
     "has_segment_attention",
     "int8_dequantize",
     "int8_quantize",
@@ -292,6 +298,29 @@ def causal_attention(
     Differentiable, unlike the other functions: it is made of PyTorch's operations.
     """
     return gpu_attention.causal(q, k, v, scale, window, softcap) if q.is_cuda else None
+
+
+def has_grouped_matmul(x: Tensor, *widths: int) -> bool:
+    """Whether `grouped_matmul` takes rows of x's dtype and device, and these numbers of columns."""
+    return not any(width % gpu_grouped.MULTIPLE for width in widths) and gpu_grouped.usable(x)
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (S, in), W (E, out, in) -> (S, out): each expert's rows, which end at `ends` (E,) int32, times its W^T.
+
+    Only where `has_grouped_matmul`, as its two gradients.
+    """
+    return gpu_grouped.grouped_matmul(x, weight, ends)
+
+
+def grouped_matmul_t(dy: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """dy (S, out), W (E, out, in) -> the gradient to x (S, in)."""
+    return gpu_grouped.grouped_matmul_t(dy, weight, ends)
+
+
+def grouped_weight_gradient(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """dy (S, out), x (S, in) -> the gradient to W (E, out, in)."""
+    return gpu_grouped.grouped_weight_gradient(dy, x, ends)
 
 
 def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

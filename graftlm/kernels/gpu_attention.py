@@ -1,6 +1,6 @@
 """Attention on a GPU by PyTorch's own operations, in bounded memory: for a server's paged KV cache.
 
-    attend_rows    single tokens, each over its own sequence's past (decode)
+    attend_rows    single tokens, each over its own sequence's past (decode); from its blocks where `gpu_paged` can
     causal         the last L of M tokens: a prompt, or a part of one over what is cached (prefill)
 
 Keys and values are never copied once more for each query head that shares them, and no sequence is padded to a much longer
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftlm.kernels import gpu_paged
 from graftlm.kernels.native.rows import DecodeAttention
 
 MOST_VALUES = 1 << 26  # 128 MiB in 16 bits
@@ -78,6 +79,9 @@ def attend_rows(
     softcap: float = 0.0,
 ) -> None:
     """out[rows] (T, H, V) = attention of q[rows] (T, H, D) over keys (positions, K, D) and values (positions, K, V)."""
+    if gpu_paged.usable(q, keys, values, softcap):
+        gpu_paged.attend_rows(q, keys, values, out, of, scale=scale, window=window)
+        return
     most = max(1, MOST_VALUES // (keys.shape[1] * max(keys.shape[2], values.shape[2])))
     for group in _groups(of, window, most):
         rows = of.rows[group.first : group.last]  # (n,)

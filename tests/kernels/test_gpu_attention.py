@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from graftlm import kernels
 from graftlm.base.attention import causal
-from graftlm.kernels import gpu_attention, reference
+from graftlm.kernels import gpu_attention, gpu_paged, reference
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,6 +64,40 @@ def test_the_last_queries_of_a_text_get_causal_attention(
         found = gpu_attention.causal(q.to(dtype), k.to(dtype), v.to(dtype), scale, window, softcap)
         expected = causal(q, k, v, 3, scale, window, softcap)
         torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_with_block_tables_single_tokens_are_read_from_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in that does what PyTorch's page says of `varlen_attn`: no CPU has it."""
+    assert "block_table" in inspect.signature(varlen_attn).parameters
+
+    def stand_in(
+        q: Tensor, k: Tensor, v: Tensor, ends: Tensor, ends_k: None, max_q: int, max_k: int, *, scale: float,
+        window_size: tuple[int, int], enable_gqa: bool, seqused_k: Tensor, block_table: Tensor,
+    ) -> Tensor:  # fmt: skip
+        assert ends.dtype == seqused_k.dtype == block_table.dtype == torch.int32
+        assert ends.tolist() == list(range(len(q) + 1))
+        assert max_k == max(seqused_k.tolist())
+        assert enable_gqa == (q.shape[1] != k.shape[2])
+        answers: list[Tensor] = []
+        for query, used, blocks in zip(q, seqused_k.tolist(), block_table.tolist()):
+            first = 0 if window_size[0] < 0 else max(0, used - 1 - window_size[0])
+            keys, values = (t[blocks].flatten(0, 1)[first:used].transpose(0, 1)[None] for t in (k, v))  # (1, K, M, D)
+            answers.append(
+                F.scaled_dot_product_attention(query[None, :, None], keys, values, scale=scale, enable_gqa=True)[0]
+            )
+        return torch.cat([answer.transpose(0, 1) for answer in answers])
+
+    monkeypatch.setattr(gpu_paged, "_call", lambda: stand_in)
+    assert gpu_paged.check(torch.device("cpu"))
+    q, keys, out = randn(2, 4, 8).bfloat16(), randn(32, 2, 8, seed=1).bfloat16(), torch.zeros(2, 4, 8).bfloat16()
+    assert not gpu_paged.usable(q, keys, keys, 0.0)  # nothing is activated
+    monkeypatch.setattr(gpu_paged, "_activated", lambda: "FA3")
+    assert not gpu_paged.usable(q.float(), keys, keys, 0.0)
+    assert not gpu_paged.usable(q, keys, keys, 2.0)
+    rows, visible, table = torch.tensor([0, 1]), torch.tensor([9, 3]), torch.tensor([[1, 0], [0, 1]])
+    of = kernels.DecodeAttention(rows, visible, table, 16, (9, 3))
+    gpu_attention.attend_rows(q, keys, keys, out, of, scale=0.3)
+    assert "paged" in of.kept
 
 
 @given(st.lists(st.integers(1, 50), max_size=12), st.integers(1, 120))

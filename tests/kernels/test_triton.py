@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: their answers in Triton's interpreter, and that a GPU's compiler takes them.
+"""The Triton kernels without a GPU: their answers in Triton's interpreter.
 
 The interpreter is chosen by an environment variable that triton reads when it is imported: hence a process of its own.
 """
@@ -6,11 +6,9 @@ The interpreter is chosen by an environment variable that triton reads when it i
 import importlib.util
 import os
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,26 +16,15 @@ import torch
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def run(what: str, **environment: str) -> str:
+def test_triton_kernels_give_the_reference_s_answers_in_the_interpreter() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     done = subprocess.run(
-        [sys.executable, __file__, what],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+        [sys.executable, __file__],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
-
-
-def test_triton_kernels_give_the_reference_s_answers_in_the_interpreter() -> None:
-    assert "all agree" in run("answers", TRITON_INTERPRET="1")
-
-
-def test_triton_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Path) -> None:
-    assert "compiled 23" in run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert "all agree" in done.stdout
 
 
 def test_on_a_gpu_training_and_serving_go_to_the_kernels_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +97,7 @@ def stored_weights() -> None:
 
     pick = random.Random(1)
     for round_ in range(6):
-        outer, inner = pick.randint(2, 70), pick.choice([1, 64, 65, pick.randint(1, 300)])
+        outer, inner = pick.randint(2, 70), [64, 320, 1, 65, 576, pick.randint(1, 300)][round_]
         whole = reference.nf4_quantize(randn(outer, inner, seed=round_))
         weight = whole.narrow(1, outer - 1)
         small = reference.int8_quantize(randn(outer, inner, seed=round_))
@@ -293,104 +280,13 @@ def own_checks() -> None:
         assert triton.self_check.allows(operation, torch.device("cpu")), triton.self_check.reason
 
 
-def compile_for_a_gpu() -> None:
-    """Down to machine code for compute capability 8.0, which takes no GPU; consumer cards give a block 99 KiB."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from graftlm.kernels.triton.device import STAGES
-    from graftlm.kernels.triton.programs import adamw, blocks, cross_entropy, dropout, fused, routed, weights
-    from graftlm.kernels.triton.weights import FEW_ROWS, TILES
-
-    weight = {"packed": "*u8", "absmax": "*u8", "group_scale": "*fp32", "offset": "*fp32", "start": "i64"}
-    weight |= {"nf4_code": "*fp32", "dynamic_code": "*fp32"}
-    routes = {"tiles": "*i32", "pointers": "*i64", "ranks": "*i32", "scales": "*fp32", "wide": "i32"}
-    routes |= {"h": "*bf16", "h_stride": "i32"}
-    sizes = dict.fromkeys(["rows", "summed", "made", "inner", "row_stride"], "i32")
-    tile = {"RANK_FIRST": False, "SCALED": True, "TOKENS": 64, "R": 128, "WIDE": 64, "UPCAST": False}
-    forward, backward = (
-        {
-            "TRANSPOSED": transposed,
-            "ROWS": FEW_ROWS,
-            "MADE": TILES[which][0],
-            "SUMMED": TILES[which][1],
-            "UPCAST": False,
-        }
-        for transposed, which in ((False, "x W^T"), (True, "dy W"))
-    )
-    int8 = {"values": "*i8", "scale": "*fp32", "out": "*bf16", "inner": "i32", "count": "i64"}
-    step = dict.fromkeys(
-        ["mean_scale", "square_scale", "mean_code", "square_code", "mean_parts", "square_parts", "gate"], "*fp32"
-    )
-    step |= dict.fromkeys(["factor", "beta1", "rest1", "beta2", "rest2", "epsilon", "decay", "rate", "fix"], "fp32")
-    step |= {"gradient": "*bf16", "count": "i64", "start": "i32", "turn": "i32"}
-    small = {"parameter": "*i16", "mean": "*u8", "square": "*u8"}
-    large = dict.fromkeys(["parameter", "mean", "square"], "*fp32")
-    of_step = {"BLOCKS": 4, "ZERO": 127, "OTHER_BITS": 0x2545F491}
-    of_blocks = {"blocks": "*u8"}
-    of_loss = {"stride": "i64", "labels": "*i64", "weights": "*fp32", "losses": "*fp32", "columns": "i32"}
-    of_dropout = {"x": "*bf16", "keys": "*i32", "out": "*bf16", "scale": "fp32"}
-    of_dropout |= dict.fromkeys(["row_stride", "features", "module_key", "threshold"], "i32")
-    of_norm = dict.fromkeys(["x", "weight", "y", "dy", "dx"], "*bf16") | dict.fromkeys(["r", "dw"], "*fp32")
-    of_norm |= dict.fromkeys(["x_stride", "dy_stride", "rows", "features", "step"], "i32")
-    of_norm |= {"epsilon": "fp32", "offset": "fp32"}
-    of_gate = dict.fromkeys(["gate", "up", "y", "dy", "dgate", "dup"], "*bf16") | {"features": "i32"}
-    of_gate |= dict.fromkeys(["gate_stride", "up_stride", "dy_stride", "out_stride"], "i32")
-    of_rotary = dict.fromkeys(["q", "k", "yq", "yk", "cos", "sin"], "*bf16")
-    of_rotary |= dict.fromkeys(["q_token", "q_head", "k_token", "k_head", "q_heads", "k_heads"], "i32")
-    of_rotary |= dict.fromkeys(["width", "period", "turned"], "i32")
-    into = of_blocks | {"out": "*bf16", "count": "i64"}
-    for kernel, types, constants in (
-        (blocks.dequantize, into, {"KIND": 3, "TILE": 1024}),  # q5_1
-        (blocks.dequantize, into, {"KIND": 4, "TILE": 1024}),  # q8_0
-        (blocks.dequantize, into, {"KIND": 6, "TILE": 1024}),  # q5_k
-        (blocks.few_rows, of_blocks | sizes | {"x": "*bf16", "y": "*bf16"}, forward | {"KIND": 5}),  # q4_k
-        (blocks.few_rows, of_blocks | sizes | {"x": "*fp32", "y": "*fp32"}, backward | {"KIND": 7}),  # q6_k
-        (weights.nf4_dequantize, weight | {"out": "*bf16", "count": "i64"}, {"TILE": 1024}),
-        (weights.int8_dequantize, int8, {"TILE": 1024}),
-        (weights.nf4_matmul, weight | sizes | {"x": "*bf16", "y": "*bf16"}, forward),
-        (weights.nf4_matmul, weight | sizes | {"x": "*fp32", "y": "*fp32"}, backward),
-        (routed.shrink, routes | {"x": "*bf16", "x_stride": "i32"}, tile),
-        (routed.expand, routes | {"y": "*bf16", "y_stride": "i32"}, tile),
-        (adamw.step, step | small, of_step | {"ROUNDED": True, "EIGHT": True, "GATED": True}),
-        (adamw.step, step | large, of_step | {"ROUNDED": False, "EIGHT": False, "GATED": False}),
-        (adamw.steps, step | {"table": "*i64", "numbers": "*fp32"}, {"TILE": 2048}),
-        (dropout.dropped, of_dropout, {"TILE": 1024}),
-        (cross_entropy.in_place, of_loss | {"logits": "*bf16"}, {"GRADIENT": True, "TILE": 8192}),
-        (cross_entropy.in_place, of_loss | {"logits": "*fp32"}, {"GRADIENT": False, "TILE": 8192}),
-        (fused.rms_norm, of_norm, {"ROWS": 1, "TILE": 8192}),
-        (fused.rms_norm_backward, of_norm, {"WEIGHT": True, "ROWS": 1, "TILE": 8192}),
-        (fused.rms_norm_backward, of_norm, {"WEIGHT": False, "ROWS": 16, "TILE": 128}),
-        (fused.gated, of_gate, {"GELU": True, "TILE": 1024}),
-        (fused.gated_backward, of_gate, {"GELU": True, "TILE": 1024}),
-        (fused.rotary, of_rotary, {"BACK": True, "HEADS": 8, "HALF": 64, "REST": 32}),
-    ):
-        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-        fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-        options = {"enable_fp_fusion": False, "num_stages": STAGES}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
-        assert compiled.asm["cubin"]
-        assert compiled.metadata.shared <= 99 << 10, (kernel.__name__, compiled.metadata.shared)
-        if kernel in (adamw.step, adamw.steps):  # every operation rounds by itself, as IEEE 754 wants it
-            code = str(compiled.asm["ptx"])
-            assert "div.rn.f32" in code
-            assert "sqrt.rn.f32" in code
-            assert not re.search(r"\bfma|\.approx|\.ftz|div\.full", code)
-    print("compiled 23")
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "compile":
-        compile_for_a_gpu()
-    else:
-        own_checks()
-        stored_weights()
-        stored_blocks()
-        routed()
-        optimizer()
-        dropped()
-        cross_entropy()
-        fused_operations()
-        print("all agree")
+    own_checks()
+    stored_weights()
+    stored_blocks()
+    routed()
+    optimizer()
+    dropped()
+    cross_entropy()
+    fused_operations()
+    print("all agree")

@@ -2,8 +2,9 @@
 
     programs/      the Triton programs
     device.py      what every launch needs
-    weights.py     stored weights: dequantize, and matmul with few rows
-    blocks.py      the same for weights in the blocks of GGUF files
+    weights.py     NF4 and int8 weights, dequantized
+    blocks.py      weights in the blocks of GGUF files, dequantized
+    product.py     the matmul of any of them
     routed.py      low-rank terms routed by token
     adamw.py       the optimizer's step
     dropout.py     LoRA's dropout
@@ -20,15 +21,16 @@ import importlib.util
 from torch import Tensor
 
 from graftlm.kernels.self_check import SelfCheck
-from graftlm.kernels.triton import adamw, blocks, cross_entropy, dropout, fused, routed, weights
+from graftlm.kernels.triton import adamw, blocks, cross_entropy, dropout, fused, product, routed, weights
 from graftlm.kernels.triton.adamw import step as adamw_step
 from graftlm.kernels.triton.adamw import steps as adamw_steps
 from graftlm.kernels.triton.blocks import blocks_dequantize
 from graftlm.kernels.triton.cross_entropy import cross_entropy_in_place
 from graftlm.kernels.triton.device import FLOATS
 from graftlm.kernels.triton.dropout import dropped
+from graftlm.kernels.triton.product import matmul, matmul_t
 from graftlm.kernels.triton.routed import fits, low_rank_routed, low_rank_routed_backward
-from graftlm.kernels.triton.weights import int8_dequantize, matmul, matmul_t, nf4_dequantize
+from graftlm.kernels.triton.weights import int8_dequantize, nf4_dequantize
 
 __all__ = [
     "FLOATS",
@@ -63,8 +65,8 @@ self_check = SelfCheck(
         "nf4_dequantize": weights.check_nf4_dequantize,
         "int8_dequantize": weights.check_int8_dequantize,
         "blocks_dequantize": blocks.check_dequantize,
-        "matmul": weights.check_matmul,
-        "matmul_t": weights.check_matmul_t,
+        "matmul": lambda device: product.check(device, False),
+        "matmul_t": lambda device: product.check(device, True),
         "low_rank_routed": routed.check,
         "adamw_step": adamw.check,
         "adamw_steps": adamw.check_steps,

@@ -78,7 +78,7 @@ def _launch(parameter: Tensor, gradient: Tensor, moments: Moments, update: refer
         update.beta2, 1 - update.beta2, update.epsilon, update.decay, update.rate, update.fix, _signed(start + first),
         _signed(turn), GATED=update.gate is not None, ROUNDED=rounded, EIGHT=moments.eight_bit, BLOCKS=BLOCKS,
         ZERO=ZERO_MEAN_CODE, OTHER_BITS=reference.OTHER_BITS,
-        enable_fp_fusion=False,
+        fuse=False,
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def steps(some: Sequence[tuple[Tensor, Tensor, Moments, reference.Update]]) -> N
     largest = max(p.numel() for p, _, _, _ in some)
     launch(
         "adamw", "steps", (ceil(largest, TILE), len(some)), parameter, there, there.view(torch.float32), first.beta1,
-        1 - first.beta1, first.beta2, 1 - first.beta2, first.epsilon, first.fix, TILE=TILE, enable_fp_fusion=False,
+        1 - first.beta1, first.beta2, 1 - first.beta2, first.epsilon, first.fix, TILE=TILE, fuse=False,
     )  # fmt: skip
     torch.autograd.graph.increment_version([p for p, _, _, _ in some])
 

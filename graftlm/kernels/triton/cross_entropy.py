@@ -22,7 +22,7 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | Non
         launch(
             "cross_entropy", "in_place", (rows,), wide, wide, wide.stride(0), labels.contiguous(),
             losses if weights is None else weights.contiguous(), losses, columns, GRADIENT=weights is not None, TILE=tile,
-            num_warps=8 if tile > 2048 else 4,
+            fuse=True, num_warps=8 if tile > 2048 else 4,
         )  # fmt: skip
         if wide is not logits and weights is not None:
             logits.copy_(wide)

@@ -20,13 +20,17 @@ def programs(name: str) -> Any:
     return importlib.import_module(f"graftlm.kernels.triton.programs.{name}")
 
 
-def launch(file: str, program: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, **options: Any) -> None:
+def launch(
+    file: str, program: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, fuse: bool, **options: Any
+) -> None:
     """Run a program of `programs/FILE.py` on the card of `like`, whatever card is this thread's current one.
 
-    Triton launches on the current one, and every thread begins with the first card.
+    Triton launches on the current one, and every thread begins with the first card. `fuse` lets the compiler join a
+    multiplication and an addition, which then round once: not where values are the reference's bit for bit. Triton's own
+    default differs between its versions.
     """
     with torch.cuda.device_of(like):
-        getattr(programs(file), program)[grid](*arguments, **options)
+        getattr(programs(file), program)[grid](*arguments, enable_fp_fusion=fuse, **options)
 
 
 def interpreted() -> bool:

@@ -20,7 +20,7 @@ def dropped(x: Tensor, token_keys: Tensor, module_key: int, dropout: float) -> T
         scale = float(torch.tensor(1.0 / (1.0 - dropout), dtype=x.dtype))  # rounded as the reference's mask is
         launch(
             "dropout", "dropped", (len(x), ceil(x.shape[1], TILE)), x, x, x.stride(0), token_keys.contiguous(), out,
-            x.shape[1], module_key & 0x7FFFFFFF, reference.threshold(dropout), scale, TILE=TILE, enable_fp_fusion=False,
+            x.shape[1], module_key & 0x7FFFFFFF, reference.threshold(dropout), scale, TILE=TILE, fuse=False,
         )  # fmt: skip
     return out
 

@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[
     if rows:
         launch(
             "fused", "rms_norm", (ceil(rows, tile["ROWS"]),), x, x, x.stride(0), weight.detach().contiguous(), y, r, rows,
-            features, epsilon, offset, **tile,
+            features, epsilon, offset, fuse=True, **tile,
         )  # fmt: skip
     return y, r
 
@@ -64,7 +64,7 @@ def rms_norm_backward(
     dw = torch.empty(programs, features, dtype=torch.float32, device=x.device) if wants_weight else dx
     launch(
         "fused", "rms_norm_backward", (programs,), x, dy, dy.stride(0), x, x.stride(0), weight.detach().contiguous(), r, dx,
-        dw, rows, features, offset, programs * tile["ROWS"], WEIGHT=wants_weight, **tile,
+        dw, rows, features, offset, programs * tile["ROWS"], WEIGHT=wants_weight, fuse=True, **tile,
     )  # fmt: skip
     return dx, (dw[0] if programs == 1 else dw.sum(0)) if wants_weight else None
 
@@ -76,7 +76,7 @@ def gated(gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
     if y.numel():
         launch(
             "fused", "gated", (rows, ceil(features, TILE)), gate, gate, gate.stride(0), up, up.stride(0), y, features,
-            GELU=kind == GATES[1], TILE=TILE,
+            GELU=kind == GATES[1], TILE=TILE, fuse=True,
         )  # fmt: skip
     return y
 
@@ -93,7 +93,7 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate) -> tuple[Te
     if gate.numel():
         launch(
             "fused", "gated_backward", (rows, ceil(features, TILE)), gate, dy, dy.stride(0), gate, gate.stride(0), up,
-            up.stride(0), dgate, dup, dgate.stride(0), features, GELU=kind == GATES[1], TILE=TILE,
+            up.stride(0), dgate, dup, dgate.stride(0), features, GELU=kind == GATES[1], TILE=TILE, fuse=True,
         )  # fmt: skip
     return dgate, dup
 
@@ -109,7 +109,7 @@ def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> lis
         launch(
             "fused", "rotary", (tokens,), q, q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), yq, yk, q.shape[1],
             k.shape[1] if len(parts) > 1 else 0, width, cos.contiguous(), sin.contiguous(), period, turned, BACK=back,
-            HEADS=HEADS, HALF=_power(turned // 2), REST=0 if turned == width else _power(width - turned),
+            HEADS=HEADS, HALF=_power(turned // 2), REST=0 if turned == width else _power(width - turned), fuse=True,
         )  # fmt: skip
     return out
 

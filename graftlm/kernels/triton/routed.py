@@ -25,6 +25,17 @@ from graftlm.kernels.transfer import to_device
 from graftlm.kernels.triton.device import STAGES, ceil, launch, needs_upcast
 
 LARGEST_RANK = 128  # one program holds a whole row of h; larger ranks go to the reference
+WIDE = 64  # columns of y in a program that expands
+
+
+def shrink_summed(dtype: torch.dtype, padded: int) -> int:
+    """How much of `wide` a program sums at a time. Float32 is multiplied without tensor cores, from registers: there less."""
+    return 16 if dtype == torch.float32 else 32 if padded > 64 else 64
+
+
+def expand_summed(dtype: torch.dtype, padded: int) -> int:
+    """How many of R ranks a program sums at a time."""
+    return min(padded, 16 if dtype == torch.float32 else 64)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -80,8 +91,8 @@ class _Routes:
             launch(
                 "routed", "shrink", (self.count,), x,
                 x, x.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, h, h.stride(0), x.shape[1],
-                RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
-                UPCAST=needs_upcast(x), num_stages=STAGES,
+                RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded,
+                SUMMED=shrink_summed(x.dtype, self.padded), UPCAST=needs_upcast(x), num_stages=STAGES, fuse=True,
             )  # fmt: skip
         return h
 
@@ -89,10 +100,10 @@ class _Routes:
         """y += h M in place, M = A (side 0) or B^T (side 1)."""
         if self.count:
             launch(
-                "routed", "expand", (self.count, ceil(y.shape[1], 64)), y,
+                "routed", "expand", (self.count, ceil(y.shape[1], WIDE)), y,
                 h, h.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, y, y.stride(0), y.shape[1],
-                RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=64,
-                UPCAST=needs_upcast(h), num_stages=STAGES,
+                RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=WIDE,
+                SUMMED=expand_summed(h.dtype, self.padded), UPCAST=needs_upcast(h), num_stages=STAGES, fuse=True,
             )  # fmt: skip
 
 

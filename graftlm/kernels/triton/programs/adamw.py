@@ -2,7 +2,7 @@
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
 """One fused AdamW step, memory read and written once; `reference_adamw.py` has the formula and the reasons.
 
-Every operation rounds by itself (launch with `enable_fp_fusion=False`), divisions and roots as IEEE 754 wants them, so the
+Every operation rounds by itself (launch with `fuse=False`), divisions and roots as IEEE 754 wants them, so the
 results are the reference's bit for bit.
 
 A program takes BLOCKS blocks of 256 values, the values that share a scale in 8-bit moments.

@@ -1,19 +1,15 @@
 # pyright: basic
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
-"""Decoding the blocks of GGUF files, and their matmul with a few rows; `reference_blocks.py` has the formulas.
+"""Decoding the blocks of GGUF files; `reference_blocks.py` has the formulas.
 
-As `programs/weights.py`: each program makes one tile of the result and decodes codes in registers, every operation rounded by
-itself (launch with `enable_fp_fusion=False`), so that values are the reference's bit for bit.
-
-KIND is the place of a block's kind in `BLOCK_SIZES`. Letters: x (rows, in), W (out, in), y (rows, out).
+Every operation rounds by itself (launch with `fuse=False`), so that values are the reference's bit for bit.
+KIND is the place of a block's kind in `BLOCK_SIZES`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from graftlm.kernels.triton.programs.dot import dot
 
 
 @triton.jit
@@ -81,31 +77,15 @@ def block_values(value, inside, blocks, KIND: tl.constexpr):
 
 
 @triton.jit
+def tile(blocks, start, row, there, column, inner, SIDE: tl.constexpr, KIND: tl.constexpr):
+    """W[row, column : column + SIDE] (ROWS, SIDE) float32 for `product.few_rows`; `start` is 0."""
+    across = column + tl.arange(0, SIDE)
+    inside = there[:, None] & (across[None, :] < inner)
+    return block_values(row[:, None].to(tl.int64) * inner + across[None, :], inside, blocks, KIND)
+
+
+@triton.jit
 def dequantize(blocks, out, count, KIND: tl.constexpr, TILE: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = i < count
     tl.store(out + i, block_values(i, inside, blocks, KIND).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def few_rows(
-    x, blocks, y, rows, summed, made, inner, row_stride,
-    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, MADE: tl.constexpr, SUMMED: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """y (rows, made) = x (rows, summed) @ W.T, or @ W when TRANSPOSED; W (out, in) with `inner` = in."""
-    row = tl.arange(0, ROWS)
-    column = tl.program_id(0).to(tl.int64) * MADE + tl.arange(0, MADE)
-    total = tl.zeros((ROWS, MADE), dtype=tl.float32)
-    for first in range(0, summed, SUMMED):
-        k = first + tl.arange(0, SUMMED)
-        x_inside = (row[:, None] < rows) & (k[None, :] < summed)
-        part = tl.load(x + row[:, None] * row_stride + k[None, :], mask=x_inside, other=0.0)  # (ROWS, SUMMED)
-        inside = (k[:, None] < summed) & (column[None, :] < made)
-        value = (
-            k[:, None].to(tl.int64) * inner + column[None, :] if TRANSPOSED else column[None, :] * inner + k[:, None]
-        )
-        weight = block_values(value, inside, blocks, KIND)
-        total = dot(part, weight.to(part.dtype), total, UPCAST)  # (ROWS, MADE)
-    y_inside = (row[:, None] < rows) & (column[None, :] < made)
-    tl.store(y + row[:, None].to(tl.int64) * made + column[None, :], total.to(y.dtype.element_ty), mask=y_inside)

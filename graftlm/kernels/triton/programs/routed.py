@@ -28,18 +28,18 @@ def tile_of(tiles, pointers, ranks, like, TOKENS: tl.constexpr):
 @triton.jit
 def shrink(
     x, x_stride, tiles, pointers, ranks, scales, h, h_stride, wide,
-    RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, SUMMED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """h[t, :r] = x[t] @ M.T for each tile of tokens, M (r, wide) its factor pair's A, or B transposed when not RANK_FIRST."""
     factor_index, rank, matrix, token, there = tile_of(tiles, pointers, ranks, x, TOKENS)
     r = tl.arange(0, R)
     total = tl.zeros((TOKENS, R), dtype=tl.float32)
-    for begin in range(0, wide, WIDE):
-        w = begin + tl.arange(0, WIDE)
+    for begin in range(0, wide, SUMMED):
+        w = begin + tl.arange(0, SUMMED)
         x_inside = there[:, None] & (w[None, :] < wide)
         part = tl.load(x + token[:, None].to(tl.int64) * x_stride + w[None, :], mask=x_inside, other=0.0)
-        place = r[None, :] * wide + w[:, None] if RANK_FIRST else w[:, None] * rank + r[None, :]  # (WIDE, R)
+        place = r[None, :] * wide + w[:, None] if RANK_FIRST else w[:, None] * rank + r[None, :]  # (SUMMED, R)
         columns = tl.load(matrix + place, mask=(w[:, None] < wide) & (r[None, :] < rank), other=0.0)
         total = dot(part, columns, total, UPCAST)
     if SCALED:
@@ -52,17 +52,22 @@ def shrink(
 def expand(
     h, h_stride, tiles, pointers, ranks, scales, y, y_stride, wide,
     RANK_FIRST: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SUMMED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """y[t] += h[t, :r] @ M for each tile of tokens, M (r, wide) its factor pair's A, or B transposed when not RANK_FIRST."""
+    """y[t] += h[t, :r] @ M for each tile of tokens, M (r, wide) its factor pair's A, or B transposed when not RANK_FIRST.
+
+    SUMMED of the R columns of h at a time: what a program holds of a large rank would not fit its registers.
+    """
     factor_index, rank, matrix, token, there = tile_of(tiles, pointers, ranks, h, TOKENS)
-    r = tl.arange(0, R)
     w = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    h_inside = there[:, None] & (r[None, :] < rank)
-    part = tl.load(h + token[:, None].to(tl.int64) * h_stride + r[None, :], mask=h_inside, other=0.0)  # (TOKENS, R)
-    place = r[:, None] * wide + w[None, :] if RANK_FIRST else w[None, :] * rank + r[:, None]  # (R, WIDE)
-    rows = tl.load(matrix + place, mask=(w[None, :] < wide) & (r[:, None] < rank), other=0.0)
-    total = dot(part, rows, tl.zeros((TOKENS, WIDE), dtype=tl.float32), UPCAST)
+    total = tl.zeros((TOKENS, WIDE), dtype=tl.float32)
+    for begin in range(0, R, SUMMED):
+        r = begin + tl.arange(0, SUMMED)
+        h_inside = there[:, None] & (r[None, :] < rank)
+        part = tl.load(h + token[:, None].to(tl.int64) * h_stride + r[None, :], mask=h_inside, other=0.0)
+        place = r[:, None] * wide + w[None, :] if RANK_FIRST else w[None, :] * rank + r[:, None]  # (SUMMED, WIDE)
+        rows = tl.load(matrix + place, mask=(w[None, :] < wide) & (r[:, None] < rank), other=0.0)
+        total = dot(part, rows, total, UPCAST)
     if SCALED:
         total = total * tl.load(scales + factor_index)
     inside = there[:, None] & (w[None, :] < wide)

@@ -1,13 +1,10 @@
 # pyright: basic
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
-"""Dequantizing stored weights, and the matmul of an NF4 weight with few rows.
+"""Decoding NF4 and int8 weights.
 
-Each program computes one tile of the result. Codes are decoded in registers, from two tables small enough for the first-level
-cache (16 and 256 floats), so a dense weight never exists in memory. Accumulation is in float32. Values are decoded with
-separate rounding of multiplication and addition (launch with `enable_fp_fusion=False`), which makes them bit-identical to the
-reference.
-
-Letters: x (rows, in), W (out, in), y (rows, out).
+NF4 is decoded a block of 64 values at a time: its scale once, and its codes from words of eight, which come in wide loads. The
+code's 16 values are looked up in shared memory (`tl.gather`), which takes no 64-bit address for each. Every operation rounds by
+itself (launch with `fuse=False`), which makes values bit-identical to the reference.
 """
 
 from __future__ import annotations
@@ -15,61 +12,60 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graftlm.kernels.triton.programs.dot import dot
+
+@triton.jit
+def nf4_blocks(stored, first, block, inside, word_inside):
+    """The 64 values of each block `first + block`, block (...,) int32: (..., 64) float32.
+
+    `stored` is (packed in words of 8 codes, absmax, group scale, offset, NF4 code, dynamic code). The scale of a block that is
+    not `inside` (...,) is the offset; a word that is not `word_inside` (..., 8) counts as 0.
+    """
+    packed, absmax, group_scale, offset, nf4_code, dynamic_code = stored
+    coded = tl.load(absmax + first + block, mask=inside, other=0).to(tl.int32)
+    group = tl.load(group_scale + (first + block) // 256, mask=inside, other=0.0)
+    scale = tl.load(dynamic_code + coded) * group + tl.load(offset)
+    at = tl.expand_dims(block, -1) * 8 + tl.arange(0, 8)  # (..., 8)
+    words = tl.load(packed + first * 8 + at, mask=word_inside, other=0)
+    # Within a word the bytes come from the lowest on, within a byte the high half comes first.
+    pairs = tl.join(words, words >> 16)
+    pairs = tl.join(pairs, pairs >> 8)
+    codes = tl.join(pairs >> 4, pairs) & 15  # (..., 8, 2, 2, 2)
+    table = tl.load(nf4_code + tl.arange(0, 16))
+    values = tl.gather(table, tl.reshape(codes, (codes.numel,)), 0)
+    return tl.reshape(values, block.shape + (64,)) * tl.expand_dims(scale, -1)  # noqa: RUF005  (Triton knows no *)
 
 
 @triton.jit
-def nf4_values(value, inside, packed, absmax, group_scale, offset, nf4_code, dynamic_code):
-    """Decode the values numbered `value` (any shape); 0 where not `inside`."""
-    pair = tl.load(packed + value // 2, mask=inside, other=0).to(tl.int32)
-    nibble = tl.where(value % 2 == 0, pair >> 4, pair & 15)
-    block = value // 64
-    coded = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-    product = tl.load(dynamic_code + coded) * tl.load(group_scale + block // 256, mask=inside, other=0.0)
-    scale = product + tl.load(offset)
-    return tl.where(inside, tl.load(nf4_code + nibble) * scale, 0.0)
+def nf4_tile(stored, start, row, there, column, inner, SIDE: tl.constexpr, KIND: tl.constexpr):
+    """W[row, column : column + SIDE] (ROWS, SIDE) float32 for `product.few_rows`.
+
+    Anything finite where a row is not `there`, or from `inner` on. Value number `start` is W's first; `start`, `inner`,
+    `column` and SIDE are multiples of 64.
+    """
+    across = column // 64 + tl.arange(0, SIDE // 64)
+    block = row[:, None] * (inner // 64) + across[None, :]  # (ROWS, SIDE / 64)
+    inside = there[:, None] & (across[None, :] < inner // 64)
+    values = nf4_blocks(stored, start // 64, block, inside, tl.expand_dims(inside, -1))
+    return tl.reshape(values, (row.shape[0], SIDE))
 
 
 @triton.jit
-def nf4_dequantize(
-    packed, absmax, group_scale, offset, nf4_code, dynamic_code, out, start, count, TILE: tl.constexpr
-):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = i < count
-    values = nf4_values(start + i, inside, packed, absmax, group_scale, offset, nf4_code, dynamic_code)
-    tl.store(out + i, values.to(out.dtype.element_ty), mask=inside)
+def nf4_dequantize(stored, out, start, count, words, BLOCKS: tl.constexpr):
+    """out (count,) = the values from number `start` on; `words` is the number of those that are stored."""
+    first = start // 64 + tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    word_inside = first * 8 + block[:, None] * 8 + tl.arange(0, 8) < words  # (BLOCKS, 8)
+    inside = (first + block) * 8 < words
+    values = tl.reshape(nf4_blocks(stored, first, block, inside, word_inside), (BLOCKS * 64,))
+    place = first * 64 - start + tl.arange(0, BLOCKS * 64)
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=(place >= 0) & (place < count))
 
 
 @triton.jit
-def int8_dequantize(values, scale, out, inner, count, TILE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = i < count
-    dense = tl.load(values + i, mask=inside, other=0).to(tl.float32) * tl.load(
-        scale + i // inner, mask=inside, other=0.0
-    )
-    tl.store(out + i, dense.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def nf4_matmul(
-    x, packed, absmax, group_scale, offset, nf4_code, dynamic_code, y, start, rows, summed, made, inner, row_stride,
-    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, MADE: tl.constexpr, SUMMED: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """y (rows, made) = x (rows, summed) @ W.T, or @ W when TRANSPOSED; W (out, in) with `inner` = in."""
-    row = tl.arange(0, ROWS)
-    column = tl.program_id(0).to(tl.int64) * MADE + tl.arange(0, MADE)
-    total = tl.zeros((ROWS, MADE), dtype=tl.float32)
-    for first in range(0, summed, SUMMED):
-        k = first + tl.arange(0, SUMMED)
-        x_inside = (row[:, None] < rows) & (k[None, :] < summed)
-        part = tl.load(x + row[:, None] * row_stride + k[None, :], mask=x_inside, other=0.0)  # (ROWS, SUMMED)
-        if TRANSPOSED:
-            value = start + k[:, None].to(tl.int64) * inner + column[None, :]
-        else:
-            value = start + column[None, :] * inner + k[:, None]
-        inside = (k[:, None] < summed) & (column[None, :] < made)
-        weight = nf4_values(value, inside, packed, absmax, group_scale, offset, nf4_code, dynamic_code)
-        total = dot(part, weight.to(part.dtype), total, UPCAST)  # (ROWS, MADE)
-    y_inside = (row[:, None] < rows) & (column[None, :] < made)
-    tl.store(y + row[:, None].to(tl.int64) * made + column[None, :], total.to(y.dtype.element_ty), mask=y_inside)
+def int8_dequantize(values, scale, out, inner, TILE: tl.constexpr):
+    """out (rows, inner) = values (rows, inner) times each row's scale; a program takes TILE values of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < inner
+    value = tl.load(values + row * inner + column, mask=inside, other=0).to(tl.float32) * tl.load(scale + row)
+    tl.store(out + row * inner + column, value.to(out.dtype.element_ty), mask=inside)
