@@ -53,8 +53,9 @@ def fuse(model: nn.Module, activation_dtype: torch.dtype) -> FusedCounts:
     """
     norms = gates = rotary = 0
     rotations: dict[Any, FunctionType | None] = {}
+    first = next(model.parameters(), None)
     for module in model.modules():
-        parameter = next(module.parameters(), None)
+        parameter = next(module.parameters(), first)  # one whose weights are compressed has none of its own
         device = torch.device("cpu") if parameter is None else parameter.device
         if "graft_fused" in module.__dict__ or not kernels.has_fused_ops(device, activation_dtype):
             continue

@@ -378,3 +378,13 @@ def test_a_rotation_that_is_called_in_another_way_is_the_models_own() -> None:
     assert asked == [(4, ["cos", "sin"])]
     rotary(q, q, angles, angles)
     assert len(asked) == 1
+
+
+def test_a_module_without_parameters_of_its_own_is_asked_for_on_its_models_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compressed weights are none: on a GPU such a module would run the CPU's fused operations as plain PyTorch."""
+    seen: set[str] = set()
+    monkeypatch.setattr(kernels, "has_fused_ops", lambda device, dtype: bool(seen.add(device.type)))
+    fuse(nn.Sequential(nn.Linear(4, 4, device="meta"), nn.SiLU()), torch.float32)
+    assert seen == {"meta"}
