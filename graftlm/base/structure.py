@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftlm.base import context
+from graftlm.base.activation_offload import ActivationOffload
 from graftlm.base.context import ForwardContext
 from graftlm.base.modules import Stored, StoredLinear, WeightHandle
 from graftlm.base.surgery import head_and_embedding
@@ -100,8 +101,11 @@ def _copy_with_submodule(module: nn.Module, path: Sequence[str], other: nn.Modul
     return copy
 
 
-def _checkpointed_forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward that saves its inputs alone and is recomputed in backward; its random numbers are counter-based."""
+def _checkpointed_forward(forward: Any, offload: ActivationOffload | None, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward that saves its inputs alone and is recomputed in backward; its random numbers are counter-based.
+
+    With `offload` the inputs wait in the host's memory.
+    """
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     forward_context = context.current()  # autograd may recompute it in another thread
@@ -110,7 +114,8 @@ def _checkpointed_forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
         with forward_context:
             return forward(*args, **kwargs)
 
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    with nullcontext() if offload is None else offload.saving():
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class ModelStructure:
@@ -253,11 +258,12 @@ class ModelStructure:
         with nullcontext() if forward_context is None else forward_context:
             return model_copy(input_ids=ids, use_cache=False).logits[0]
 
-    def checkpoint_layers(self, on: bool) -> int:
-        """Turn activation checkpointing of the layers on or off; returns the number of layers."""
+    def checkpoint_layers(self, on: bool, offload: ActivationOffload | None = None) -> int:
+        """Turn activation checkpointing of the layers on or off; returns the number of layers. With `offload` their inputs,
+        which it saves, wait in the host's memory."""
         for layer in self.layers:
             # Not with transformers' own: that needs training mode, in which OPT's layers apply dropout.
             layer.__dict__.pop("forward", None)
             if on:
-                layer.forward = partial(_checkpointed_forward, layer.forward)
+                layer.forward = partial(_checkpointed_forward, layer.forward, offload)
         return len(self.layers)

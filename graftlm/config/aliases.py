@@ -347,6 +347,7 @@ ALIASES: dict[str, tuple[Alias, ...]] = {
         ("gradient_checkpointing", "enable_gradient_checkpointing"),
         (Alias("activation_checkpointing", _checkpointing, switch=True),),
     ),
+    "activation_offloading": (Alias("offload_activations", _truth, switch=True),),
     "full_determinism": (Alias("deterministic", _truth, switch=True),),
     "disable_gradient_checkpointing": (Alias("activation_checkpointing", _when(False, True), switch=True),),
     **dict.fromkeys(("train_from_scratch", "reinit_weights"), (Alias("init", _when("random"), switch=True),)),

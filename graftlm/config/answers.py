@@ -177,8 +177,7 @@ ANSWERS: dict[str, OptionAnswer] = {
     ),
     "data_seed": OptionAnswer("one seed decides order, initial A and dropout: --seed"),
     **_each(
-        "label_smoothing_factor router_aux_loss_coef activation_offloading use_dft_loss unfrozen_parameters "
-        "freeze_trainable_layers",
+        "label_smoothing_factor router_aux_loss_coef use_dft_loss unfrozen_parameters freeze_trainable_layers",
         OptionAnswer(
             "the loss is the mean over the target tokens of a whole step, and nothing is added; leave it out",
             (*_NO, 0.0),

@@ -155,6 +155,10 @@ class TrainConfig(Config):
     offload_optimizer: bool = option(
         False, "GPU only: keep the optimizer states in host memory", group="memory and speed"
     )
+    offload_activations: bool = option(
+        False, "GPU only, with --activation-checkpointing: keep what each layer saves, its input, in host memory until the "
+        "backward pass", group="memory and speed",
+    )  # fmt: skip
     ranks: int = option(
         1, "processes that train together, one on each GPU: each computes its share of a step's examples, and gradients are "
         "added up (data parallel)", group="memory and speed", ge=1,
@@ -247,6 +251,13 @@ class TrainConfig(Config):
         self._check_ranks()
         if self.offload_optimizer and self.device is not None and self.device.startswith("cpu"):
             raise ValueError(OFFLOAD_ON_CPU)
+        if self.offload_activations and not self.activation_checkpointing:
+            raise ValueError(
+                "--offload-activations brings what --activation-checkpointing saves to host memory, and that is not given; "
+                "give both, or leave it out"
+            )
+        if self.offload_activations and self.device is not None and not self.device.startswith("cuda"):
+            raise ValueError(OFFLOAD_ACTIVATIONS_ON_CPU)
         if self.method != "full" and self.init == "random":
             raise ValueError(f"--init random trains every weight and needs --method full, found {self.method}")
         if self.method != "full" and self.save_precision is not None:
@@ -355,6 +366,10 @@ class TrainConfig(Config):
 
 OFFLOAD_ON_CPU = (
     "--offload-optimizer moves the optimizer states from a GPU to host memory, and in a run on the CPU they already are there; "
+    "leave it out"
+)
+OFFLOAD_ACTIVATIONS_ON_CPU = (
+    "--offload-activations brings activations from a GPU to host memory, and in a run without a GPU they already are there; "
     "leave it out"
 )
 SCORE_OPTIONS = ("score", "score_prompts", "score_max_tokens", "best_by")

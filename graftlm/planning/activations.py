@@ -54,7 +54,7 @@ class SavedActivations:
     layers: int
     """Of all layers together."""
     inputs: int
-    """Of the layers' inputs alone: what activation checkpointing saves."""
+    """Of the layers' inputs alone: what activation checkpointing saves; two of them if they wait in the host's memory."""
     outside: int
     """Of the modules before and after the layers."""
     behind: int
@@ -101,10 +101,16 @@ def saved_activations(
     return SavedActivations(
         layer=layers // count,
         layers=layers - unsaved,
-        inputs=count * shape.width * c * load.tokens,
+        inputs=(min(2, count) if setting.offload_activations else count) * shape.width * c * load.tokens,
         outside=front + behind,
         behind=behind,
     )
+
+
+def offloaded_bytes(shape: ModelShape, setting: TrainingSetting, load: Workload) -> int:
+    """Of the layers' inputs, in the host's memory (`base/activation_offload.py`)."""
+    c = 2 if setting.compute_dtype == "bfloat16" else 4
+    return shape.layers * shape.width * c * load.tokens if setting.offload_activations else 0
 
 
 # ---- the table: bytes per token, each module's own -------------------------------------------------------------------

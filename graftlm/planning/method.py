@@ -35,6 +35,8 @@ class TrainingSetting:
     optimizer_in_backward: bool = False
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
+    offload_activations: bool = False
+    """Whether what activation checkpointing saves waits in the host's memory."""
     dora: bool = False
     dropout: bool = False
     """Whether adapters drop some of their inputs."""
@@ -55,6 +57,7 @@ class TrainingSetting:
         parts += ["--optimizer-in-backward"] if self.optimizer_in_backward else []
         parts += ["--offload-optimizer"] if self.offload_optimizer else []
         parts += ["--activation-checkpointing"] if self.activation_checkpointing else []
+        parts += ["--offload-activations"] if self.offload_activations else []
         return " ".join(parts)
 
     def checkpointed(self) -> TrainingSetting:

@@ -181,7 +181,8 @@ def _setting(config: TrainConfig, base: Base) -> TrainingSetting:
         key=config.method, label=config.method, method=config.method, precision=base.precision,
         compute_dtype="bfloat16" if base.compute_dtype == "bfloat16" else "float32", optimizer=config.optimizer,
         optimizer_in_backward=config.optimizer_in_backward, offload_optimizer=config.offload_optimizer,
-        activation_checkpointing=config.activation_checkpointing, dora=config.dora, dropout=config.lora_dropout > 0,
+        activation_checkpointing=config.activation_checkpointing, offload_activations=config.offload_activations,
+        dora=config.dora, dropout=config.lora_dropout > 0,
         deterministic=config.deterministic,
     )  # fmt: skip
 

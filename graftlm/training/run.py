@@ -29,10 +29,11 @@ from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.attach import Adapter, AdapterPlan, attach, detach, new_adapter, select_layers
 from graftlm.adapters.peft_format import AdapterFolder
 from graftlm.adapters.store import open_adapter
+from graftlm.base.activation_offload import ActivationOffload
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base
 from graftlm.config import Precision, TrainConfig
-from graftlm.config.train import OFFLOAD_ON_CPU
+from graftlm.config.train import OFFLOAD_ACTIVATIONS_ON_CPU, OFFLOAD_ON_CPU
 from graftlm.data.dataset import Dataset, load, split
 from graftlm.data.sampler import Sampler, make_sampler
 from graftlm.data.sources import Source, is_hub_id, named_source, read, share, token_limit
@@ -267,8 +268,12 @@ def stored_precision(config: TrainConfig) -> Precision:
 
 
 def set_checkpointing(config: TrainConfig, base: Base) -> None:
-    """Switch activation checkpointing on where the config asks for it; ModelError for a model without layers to recompute."""
-    if config.activation_checkpointing and base.structure.checkpoint_layers(True) == 0:
+    """Switch activation checkpointing on where the config asks for it; ModelError for a model without layers to recompute,
+    ConfigError for --offload-activations without a GPU."""
+    if config.offload_activations and base.device.type != "cuda":
+        raise ConfigError(OFFLOAD_ACTIVATIONS_ON_CPU)
+    offload = ActivationOffload() if config.offload_activations else None
+    if config.activation_checkpointing and base.structure.checkpoint_layers(True, offload) == 0:
         raise ModelError(
             f"{type(base.model).__name__} has no layers that Graft could recompute, so --activation-checkpointing would "
             "do nothing; leave it out, and use a smaller --micro-batch-tokens"
