@@ -25,8 +25,9 @@ from functools import partial
 from typing import Literal
 
 from graftlm.config import Precision
-from graftlm.planning.activations import FLOAT32, Workload, saved_activations
+from graftlm.planning.activations import FLOAT32, Workload, offloaded_bytes, saved_activations
 from graftlm.planning.answers import AnswerLoad, answer_logit_bytes, answer_workspace_bytes, kv_cache_bytes
+from graftlm.planning.full_step import HOST_SLAB, full_ends
 from graftlm.planning.method import AdapterShape, TrainingSetting
 from graftlm.planning.shapes import ModelShape, Weights
 
@@ -35,9 +36,7 @@ CHUNK_LOGITS_GPU, CHUNK_LOGITS_CAPPED = 1 << 27, 1 << 25
 MOMENT_BLOCK, SMALL = 256, 4096  # of 8-bit moments: `kernels/moments.py`
 NF4_BLOCK, NF4_GROUP = 64, 256  # `kernels/stored.py`
 PANEL = 16 << 20  # bytes of an upcast weight at once on a processor: `kernels/native`
-SLAB = 1 << 22  # values that the optimizer works on at once on a GPU: `kernels/reference_adamw.py`
 PROCESSORS = 148  # of the GPU that has the most (B200); an H200 has 132
-UPDATE_BYTES = 40  # of temporaries for each of them
 
 # What a processor's run takes beyond its tensors: what libraries make once they are used. Where large tensors are mmap-
 # backed, tensors and this are all there is (bench/memory.py: 30M, activation checkpointing, 212 MB measured, 202 MB of
@@ -100,7 +99,7 @@ class MemoryRequirement:
     loading: int
     """Bytes at the peak while the base is loaded."""
     host: int
-    """Bytes of optimizer states in the host's memory instead."""
+    """Bytes of optimizer states, and of activations, in the host's memory instead."""
     saved: int
     """Bytes of the adapter, or of the trained model, on disk."""
 
@@ -189,7 +188,7 @@ def logit_bytes(
     Logits of a plain head become their own gradient in place (`training/loss.py`); through a soft cap or a scale autograd
     keeps them, their upcast copy and probabilities, and makes their gradient: four times. The head is upcast for its
     matmuls where it is stored in another dtype than they run in. Where it is trained its gradient is made a chunk at a
-    time: of several the sum so far is there too. `late`: it is made at another moment.
+    time, in the compute dtype: of several the sum so far is there too, in float32. `late`: it is made at another moment.
     """
     c = 2 if setting.compute_dtype == "bfloat16" else 4
     rows = chunk_rows(shape, load, device)
@@ -201,7 +200,7 @@ def logit_bytes(
     if late or (not setting.full and adapter_shape.whole < head):
         return chunk + states + wide
     if load.target_tokens > rows:
-        return chunk + states + head * FLOAT32 + max(wide, head * FLOAT32)
+        return chunk + states + head * FLOAT32 + max(wide, head * c)
     return chunk + states + max(wide, head * bytes_per_value(shape, setting))
 
 
@@ -240,6 +239,11 @@ def deterministic_bytes(shape: ModelShape, setting: TrainingSetting, load: Workl
 def _inner(shape: ModelShape) -> int:
     """Values of a token inside a feed-forward part."""
     return shape.inner_width * (shape.experts_per_token if shape.mixture else 1)
+
+
+def _product_bytes(shape: ModelShape, setting: TrainingSetting, load: Workload) -> int:
+    """The gradient of the product of gate and up, and the one that it is made from, beside which a weight is upcast."""
+    return (_inner(shape) + shape.width) * (2 if setting.compute_dtype == "bfloat16" else 4) * load.tokens
 
 
 def _saves_product(shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShape) -> bool:
@@ -331,21 +335,15 @@ def requirement(
         moment=at,
         moments=moments,
         loading=loading_bytes(shape, setting, device),
-        host=states if setting.offload_optimizer else 0,
+        host=(states if setting.offload_optimizer else 0) + offloaded_bytes(shape, setting, load),
         saved=saved_bytes(shape, setting, adapter_shape),
     )
 
 
 def _moments(
-    shape: ModelShape,
-    setting: TrainingSetting,
-    adapter_shape: AdapterShape,
-    load: Workload,
-    device: Device,
-    trained: int,
-    fused: bool,
-    fused_dequant: bool,
-) -> dict[str, MemoryParts]:
+    shape: ModelShape, setting: TrainingSetting, adapter_shape: AdapterShape, load: Workload, device: Device, trained: int,
+    fused: bool, fused_dequant: bool,
+) -> dict[str, MemoryParts]:  # fmt: skip
     """The parts at each moment of a step."""
     value = bytes_per_value(shape, setting)
     gradients = trained * value
@@ -356,12 +354,12 @@ def _moments(
     again = saved.layer if setting.activation_checkpointing else 0
     beside = max(backward_bytes(shape, setting, adapter_shape, load), deterministic_bytes(shape, setting, load, device))
     wide = upcast_bytes(shape, setting, device, fused_dequant=fused_dequant)
+    alone = wide + (_product_bytes(shape, setting, load) if device == "cuda" else 0)
     logits = partial(logit_bytes, shape, setting, adapter_shape, load, device, fused_dequant=fused_dequant)
     # Made once more where it is tied, or looked up; but one tensor with the head's where rows are upcast (`embedding.py`).
     shared = device == "cpu" and not shape.head and setting.precision != setting.compute_dtype
     embedding = shape.embedding * value if setting.full and not shared else 0
     late = shared and setting.full and setting.optimizer_in_backward  # made when the layers have run back
-    update = SLAB * UPDATE_BYTES if device == "cuda" else 0
     present = MemoryParts(
         weights=weight_bytes(shape, setting),
         adapters=0 if setting.full else trained * (FLOAT32 + _copied(shape, setting, device)),
@@ -377,17 +375,20 @@ def _moments(
             present,
             gradients=before + (0 if late else _held_back(shape, setting, value, more=before > 0)),
             activations=held - saved.behind + again,
-            workspace=max(beside, wide),
+            workspace=max(beside, alone),
         ),
         "end": replace(
             present,
             gradients=0 if late else after,
             activations=saved.outside + saved.layer,
-            workspace=beside + wide + embedding,
+            workspace=max(beside, alone) if device == "cuda" else beside + wide + embedding,
             logits=logits() if late else 0,
         ),
-        "update": replace(present, gradients=after, workspace=min(update, trained * UPDATE_BYTES)),
+        "update": replace(present, gradients=after),
     }
+    if device == "cuda" and setting.full:
+        states = optimizer_bytes(min(2 * HOST_SLAB, shape.largest), setting) if setting.offload_optimizer else 0
+        found.update(full_ends(shape, setting, load, present, saved, value, max(beside, alone), states))
     if device == "cpu" and not _mmap_allocations(setting, load):
         head = shape.vocabulary * shape.width * value if setting.full else 0
         left = 0 if before or setting.optimizer_in_backward else gradients - (head if head >= HEAP_LIMIT else 0)

@@ -48,6 +48,7 @@ _ALLOCATIONS = {
 }  # fmt: skip
 _READS = {"_local_scalar_dense", "item", "equal", "allclose", "is_nonzero"}
 _SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "_unique", "unique_dim", "unique_consecutive", "bincount"}
+_WRITTEN = 1 << 20  # bytes of pinned memory that a fill does write
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 
 
@@ -85,9 +86,13 @@ class FakeCard(TorchDispatchMode):
         asked = kwargs.get("device")
         to = None if asked is None else torch.device(asked).type
         if kwargs.pop("pin_memory", None):
-            return _pinned_copy(func(*args, **kwargs))
+            if func is torch.ops.aten.zeros.default:  # nobody reads them, and memory that is not written to takes none
+                func = torch.ops.aten.empty.memory_format
+            return _pinned(func(*args, **kwargs))
+        if name in ("fill_", "zero_") and _is_pinned(tensors[0]) and tensors[0].nbytes > _WRITTEN:
+            return args[0]
         if name in ("_pin_memory", "pin_memory", "is_pinned"):
-            return _is_pinned(tensors[0]) if name == "is_pinned" else _pinned_copy(tensors[0].clone())
+            return _is_pinned(tensors[0]) if name == "is_pinned" else _pinned(tensors[0].clone())
         if not any(isinstance(x, FakeTensor) for x in tensors) and to != "cuda":
             with _disable_current_modes():
                 return func(*args, **kwargs)
@@ -202,18 +207,25 @@ class FakeCard(TorchDispatchMode):
 
 
 _entered: list[FakeCard] = []  # innermost last; there is one in a process at a time
-_pinned: dict[int, int] = {}  # address -> bytes of host tensors that were asked for in pinned memory
+_pinned_bytes: dict[int, int] = {}  # address -> bytes of host tensors that were asked for in pinned memory
+_most_pinned = [0]
 
 
-def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     storage = tensor.untyped_storage()
-    _pinned[storage.data_ptr()] = storage.nbytes()
-    weakref.finalize(storage, _pinned.pop, storage.data_ptr(), None)
+    _pinned_bytes[storage.data_ptr()] = storage.nbytes()
+    _most_pinned[0] = max(_most_pinned[0], sum(_pinned_bytes.values()))
+    weakref.finalize(storage, _pinned_bytes.pop, storage.data_ptr(), None)
     return tensor
 
 
+def most_pinned_bytes() -> int:
+    """The most bytes of the host's memory that were pinned at once in this process."""
+    return _most_pinned[0]
+
+
 def _is_pinned(tensor: torch.Tensor) -> bool:
-    return not isinstance(tensor, FakeTensor) and tensor.untyped_storage().data_ptr() in _pinned
+    return not isinstance(tensor, FakeTensor) and tensor.untyped_storage().data_ptr() in _pinned_bytes
 
 
 def _launches_of(name: str, args: Any) -> int:
@@ -293,10 +305,28 @@ def _install_cuda() -> None:
         "mem_get_info": lambda device=None: (PROPERTIES.total_memory - held(), PROPERTIES.total_memory),
         "get_rng_state": lambda device=None: torch.empty(0), "set_rng_state": lambda *a, **k: None,
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
+        "set_sync_debug_mode": lambda mode: None,
+        "Stream": _Stream, "current_stream": _Stream, "stream": lambda stream: contextlib.nullcontext(),
     }  # fmt: skip
     for name, stand_in in given.items():
         assert hasattr(torch.cuda, name), f"torch.cuda.{name} is gone"
         setattr(torch.cuda, name, stand_in)
+
+
+class _Stream:
+    """A stream of launches; here they all have happened at once."""
+
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self) -> object:
+        return object()
 
 
 def _install_tensors() -> None:
@@ -315,6 +345,7 @@ def _install_tensors() -> None:
 
     for kind in (torch.Tensor, FakeTensor):
         kind.tolist, kind.data_ptr = tolist, data_ptr  # type: ignore[assignment]
+    FakeTensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     torch.tensor = tensor  # type: ignore[assignment]
 
 

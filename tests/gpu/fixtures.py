@@ -54,6 +54,11 @@ def compile_guard() -> Path:
     return folder
 
 
+def _path() -> str:
+    """This checkout first, then what the environment has (a package that is not installed)."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
 class Worker:
     """The process with the fake card; one question at a time."""
 
@@ -61,7 +66,7 @@ class Worker:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the object)
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py"), str(guard)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stderr=self._log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
         )  # fmt: skip
         self._known: dict[str, Any] = {}
 
@@ -90,7 +95,7 @@ class Worker:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=120)
 
     def _end_of_log(self) -> str:
         self._log.seek(0)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fake_card import FakeCard, hidden
+from fake_card import FakeCard, hidden, most_pinned_bytes
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase
 
 from graftlm import demo, kernels
@@ -24,6 +26,7 @@ from graftlm.base.loading import Base, load_base, load_tokenizer, random_base
 from graftlm.config import TrainConfig
 from graftlm.data.dataset import Dataset, DatasetPart, make_example
 from graftlm.errors import TrainingError
+from graftlm.kernels import reference
 from graftlm.serving.engine.adapter_cache import pack_for_decoding
 from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.request import Request, SamplingParams
@@ -99,6 +102,29 @@ def train(
             optimizer_step(base, [trial], sum(lengths))
             traces.append(card.trace.to_json())
     return traces
+
+
+def memory(
+    model: dict[str, Any], method: str, base_precision: str, lengths: list[int], **options: Any
+) -> dict[str, int]:
+    """The most bytes of a step, the second, for a Llama of any size; `base`: the base alone, `host`: pinned memory."""
+    reference.SLAB = 1 << 40  # each weight is stored in one piece: sooner traced, and loading is not counted
+    with FakeCard() as card:
+        base = random_base(LlamaConfig(**model), _tokenizer(), precision=base_precision, device="cuda", training=True)
+        held = card.bytes
+        trial = _trial(base, method, lengths, options)
+        optimizer_step(base, [trial], sum(lengths))
+        card.reset()
+        optimizer_step(base, [trial], sum(lengths))
+        return {"peak": card.trace.peak_bytes, "base": held, "host": most_pinned_bytes()}
+
+
+def gpu_job(job: str) -> dict[str, Any]:
+    """The figures of a job of `bench/gpu.py`, on tiny shapes."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+    jobs = importlib.import_module("gpu_jobs")
+    with FakeCard():
+        return dict(jobs.figures_of(job, jobs.Where(device="cuda", small=True)))
 
 
 def check_updates(layers: int, method: str, base_precision: str, experts: int = 0, **options: Any) -> dict[str, Any]:

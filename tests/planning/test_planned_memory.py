@@ -14,8 +14,8 @@ from graftlm.adapters import peft_format as adapter_format
 from graftlm.base.loading import load_base
 from graftlm.base.precision import nbytes, quantize
 from graftlm.config import Precision
-from graftlm.kernels import moments, stored
-from graftlm.planning import memory
+from graftlm.kernels import moments, reference_adamw, stored
+from graftlm.planning import full_step, memory
 from graftlm.planning.activations import Workload
 from graftlm.planning.instantiate import instantiate
 from graftlm.planning.memory import optimizer_bytes, requirement, saved_bytes, stored_bytes, weight_bytes
@@ -188,8 +188,10 @@ def test_the_same_bits_on_a_gpu_are_planned_with_what_its_attention_then_keeps()
     few, adapter = replace(shape, heads=16), adapter_shape(shape, ("attention",), 8)
     for device in ("cuda", "cpu"):
         off, on = (
-            requirement(few, setting, adapter, one, device, fused=True).moments["backward"].workspace
-            for setting in (METHODS[-1], same)
+            requirement(few, replace(METHODS[-1], deterministic=on), adapter, one, device, fused=True).moments[
+                "backward"
+            ]
+            for on in (False, True)
         )
         assert on == max(off, memory.deterministic_bytes(few, same, one, device))
         assert (on > off) == (device == "cuda")
@@ -211,3 +213,39 @@ def test_the_plans_constants_are_the_implementations() -> None:
     assert (memory.MOMENT_BLOCK, memory.SMALL) == (moments.MOMENT_BLOCK, moments.SMALL)
     assert (memory.NF4_BLOCK, memory.NF4_GROUP) == (stored.BLOCK, stored.GROUP)
     assert kernels.native.PANEL_BYTES_FOR_MANY <= memory.PANEL
+
+
+def test_the_constants_of_a_full_steps_end_are_the_implementations() -> None:
+    assert full_step.HOST_SLAB == kernels.triton.adamw.SLAB
+    assert full_step.SQUARES_SLAB == reference_adamw.SLAB
+
+
+@pytest.mark.parametrize("method", ["full-8bit", "qlora"])
+def test_activations_on_the_host_leave_two_layers_inputs_on_the_gpu(method: str) -> None:
+    shape = find("llama-2-7b").shape
+    off = next(m for m in METHODS if m.key == method).checkpointed()
+    adapter = NO_ADAPTER if off.full else adapter_shape(shape, ("all-linear",), 8)
+    load = Workload(tokens=4096, target_tokens=4096, longest=4096)
+    before, after = (
+        requirement(shape, replace(off, offload_activations=on), adapter, load, "cuda", fused=True)
+        for on in (False, True)
+    )
+    one = 4096 * shape.width * 2
+    assert after.host - before.host == shape.layers * one
+    assert before.moments["loss"].activations - after.moments["loss"].activations == (shape.layers - 2) * one
+    assert "--offload-activations" in after.setting.flags
+
+
+@pytest.mark.parametrize(
+    ("tied", "tokens", "lookups"), [(False, 4096, -1), (False, 16, 0), (True, 4096, 0), (True, 16, 1)]
+)
+def test_the_lookups_gradient_on_a_gpu_is_not_there_while_the_first_layer_runs_back(
+    tied: bool, tokens: int, lookups: int
+) -> None:
+    """With few tokens the moment behind the layers is the higher one: then it is. A tied head's waits for it: then both are."""
+    shape = find("llama-2-7b").shape
+    shape = replace(shape, head=0) if tied else shape
+    full = next(m for m in METHODS if m.key == "full-8bit")
+    load = Workload(tokens=tokens, target_tokens=tokens, longest=tokens)
+    found = requirement(shape, full, NO_ADAPTER, load, "cuda", fused=True).moments["end"]
+    assert found.gradients == 2 * (shape.parameters + lookups * shape.embedding)
