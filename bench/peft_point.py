@@ -1,4 +1,4 @@
-"""The same point by transformers + PEFT, with bitsandbytes if it is installed, for `gpu.py`.
+"""The same point by transformers + PEFT, with bitsandbytes if it is installed, for `gpu_steps.py`.
 
 As in their documentation: a base in bfloat16, or in NF4 with double quantization and prepared by
 `prepare_model_for_kbit_training`; LoRA on all linear layers; autocast to bfloat16; AdamW; the gradient's norm clipped to 1;
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from point import Clock, Point, examples, llama, rates
+from point import Point, examples, llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -97,14 +97,14 @@ def prepare(model: Any, point: Point) -> tuple[Any, torch.optim.Optimizer, str]:
     return model, torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True), "torch AdamW, fused"
 
 
-def peer_steps(model: Any, point: Point, device: torch.device, steps: int, warm_up: int = 2) -> dict[str, Any]:
-    """Train as `point.train_steps` does, the peer's way; raises what PyTorch raises."""
+def stepper(model: Any, point: Point, device: torch.device) -> tuple[Callable[[], float], str]:
+    """A function that takes one optimizer step over the point's examples, the peer's way, and its optimizer's name."""
     model, optimizer, name = prepare(model, point)
     rows = examples(point.batch, point.sequence, model.config.vocab_size).examples
     ids = torch.stack([torch.from_numpy(row.ids.astype("int64")) for row in rows]).to(device)  # (batch, sequence)
     trained = [p for p in model.parameters() if p.requires_grad]
-    clock = Clock(device, float("inf"))
-    for _ in range(warm_up + steps):
+
+    def step() -> float:
         narrow = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
         with narrow:
             loss = model(input_ids=ids, labels=ids).loss
@@ -112,8 +112,6 @@ def peer_steps(model: Any, point: Point, device: torch.device, steps: int, warm_
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        clock.ends.append(time.perf_counter())
-        clock.losses.append(float(loss.detach()))
-    return {**rates(clock.ends, warm_up, point.tokens), "losses": clock.losses, "optimizer": name}
+        return float(loss.detach())
+
+    return step, name

@@ -1,4 +1,4 @@
-"""The benchmarks' own logic, and the GPU script run for real on a tiny shape; nothing here asserts a time."""
+"""The benchmarks' own logic; nothing here asserts a time. The GPU script has `test_bench_gpu.py`."""
 
 from __future__ import annotations
 
@@ -14,27 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers.utils import import_utils
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
-import gpu  # noqa: E402
 import ladder  # noqa: E402
 import memory  # noqa: E402
 import memory_runs  # noqa: E402
-import peft_point  # noqa: E402
 import point  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import suite  # noqa: E402
+import traced  # noqa: E402
 import train as training  # noqa: E402
 
 from graftlm import demo  # noqa: E402
 from graftlm.config import TrainConfig  # noqa: E402
 from graftlm.data.sampler import make_sampler  # noqa: E402
-from graftlm.planning.instantiate import instantiate  # noqa: E402
 
 MACHINE = {"processor": "A", "threads": 2, "instructions": "AVX2"}
 
@@ -332,6 +329,17 @@ def test_every_run_of_the_memory_benchmark_has_a_name_of_its_own_and_real_bases_
         assert {"dora", "lora_dropout", "score", "activation_checkpointing", "optimizer_in_backward"} <= options
 
 
+def test_the_page_has_the_traced_tables_and_every_row_has_a_name_of_its_own() -> None:
+    names = [row.name for rows in traced.sections().values() for row in rows]
+    assert len(set(names)) == len(names)
+    rows = json.loads(traced.RESULTS.read_text(encoding="utf-8"))["rows"]
+    assert set(rows) <= set(names)
+    page = traced.PAGE.read_text(encoding="utf-8")
+    assert traced.with_tables(page, rows) == page
+    with pytest.raises(ValueError, match="lacks the marks"):
+        traced.with_tables("no marks", rows)
+
+
 # ---- the memory ladder -----------------------------------------------------------------------------------------------
 
 
@@ -410,152 +418,6 @@ def test_a_process_that_dies_or_takes_too_long_is_reported() -> None:
         heard.extend(point.in_process(_sleeps, [], 4, "forkserver"))
     with pytest.raises(RuntimeError, match="status 7"):
         heard.extend(point.in_process(_dies, [], 60, "forkserver"))
-
-
-# ---- the GPU script --------------------------------------------------------------------------------------------------
-
-
-def _gpu(place: Path, *more: str) -> None:
-    gpu.main(["--device", "cpu", "--shape", "tiny", "--steps", "1", "--json", str(place), *more])
-
-
-def test_the_gpu_script_runs_on_a_tiny_shape_and_goes_on_where_it_stopped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = tmp_path / "gpu.json"
-    _gpu(place, "--only", "tiny/qlora/32x1/checkpointed")
-    first = json.loads(place.read_text())
-    assert set(first["points"]) == {"graft/tiny/qlora/32x1/checkpointed", "peft/tiny/qlora/32x1/checkpointed"}
-    assert first["machine"]["matrix_rate"] > 0
-    for found in first["points"].values():
-        assert found["tokens_per_second"] > 0
-        assert found["share"] > 0
-        assert found["peak_memory"] > 0
-        assert found["tokens_per_step"] == 32
-    capsys.readouterr()
-    _gpu(place, "--only", "graft/tiny/qlora/32x1/checkpointed", "graft/tiny/full/32x1/checkpointed")
-    said = capsys.readouterr().out
-    assert "2 points, 1 measured before" in said
-    second = json.loads(place.read_text())
-    assert len(second["points"]) == 3
-    for name, found in first["points"].items():
-        assert second["points"][name] == found, f"{name} was measured again"
-    full = second["points"]["graft/tiny/full/32x1/checkpointed"]
-    assert full["options"]["optimizer"] == "adamw-8bit"
-    assert "| tiny full | 32 | 1 | checkpointed |" in said
-
-
-def test_points_that_run_out_of_memory_or_fail_do_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = {
-        f"graft/tiny/lora/{n}x1/kept": point.Point(model="tiny", method="lora", sequence=n, batch=1) for n in (8, 9, 10)
-    }
-
-    def train(base: Any, one: point.Point, steps: int) -> dict[str, Any]:
-        if one.sequence == 8:
-            raise torch.OutOfMemoryError("tried to allocate 3 GiB\nand more")
-        if one.sequence == 10:
-            raise RuntimeError("an illegal access")
-        return {"tokens_per_second": 5.0, "seconds_per_step": 1.0, "timed_steps": 1, "losses": []}
-
-    monkeypatch.setattr(gpu, "train_steps", train)
-    found = dict(gpu.measure_group(points, "cpu", 1))
-    first, second, third = (found[name] for name in points)
-    assert first["out_of_memory"]
-    assert first["error"] == "tried to allocate 3 GiB"
-    assert second["tokens_per_second"] == 5.0
-    assert third == {"error": "RuntimeError: an illegal access"}
-    assert [gpu.done(f) for f in (first, second, third, None)] == [True, True, False, False]
-
-
-def test_a_process_that_is_lost_costs_the_point_it_was_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = {
-        f"graft/tiny/lora/{n}x1/kept": point.Point(model="tiny", method="lora", sequence=n, batch=1) for n in (8, 9, 10)
-    }
-    asked: list[list[str]] = []
-
-    def lost(work: Any, arguments: Any, seconds: float, start: str) -> Iterator[Any]:
-        names = list(arguments[0])
-        asked.append(names)
-        yield names[0], {"tokens_per_second": 5.0, "peak_memory": 1, "seconds": 1}
-        if len(names) > 1:
-            raise RuntimeError("its process ended with status -9")
-
-    monkeypatch.setattr(gpu, "in_process", lost)
-    result: dict[str, Any] = {"machine": {"matrix_rate": 1e12, "device_memory": None}, "points": {}, "bars": []}
-    place = tmp_path / "gpu.json"
-    gpu.measure(result, points, "cpu", 1, place, gpu.time.monotonic() + 60)
-    assert [len(names) for names in asked] == [3, 1]
-    assert [("error" in found) for found in json.loads(place.read_text())["points"].values()] == [False, True, False]
-
-
-def test_when_the_time_is_up_nothing_more_is_begun(tmp_path: Path) -> None:
-    result: dict[str, Any] = {"machine": {"matrix_rate": 1e12, "device_memory": None}, "points": {}, "bars": []}
-    one = {"graft/tiny/lora/8x1/kept": point.Point(model="tiny", method="lora", sequence=8, batch=1)}
-    gpu.measure(result, one, "cpu", 1, tmp_path / "gpu.json", gpu.time.monotonic())
-    assert result["points"] == {}
-
-
-def test_a_base_larger_than_the_device_is_not_tried(tmp_path: Path) -> None:
-    result: dict[str, Any] = {"machine": {"matrix_rate": 1e12, "device_memory": 80 * 2**30}, "points": {}, "bars": []}
-    points = {n: p for n, p in gpu.points_of("70b", True, "cuda").items() if n.startswith("graft/70b/lora/")}
-    gpu.measure(result, points, "cuda", 1, tmp_path / "gpu.json", gpu.time.monotonic() + 60)
-    (found,) = result["points"].values()
-    assert found["out_of_memory"]
-    assert "128 GiB" in found["error"]
-
-
-def test_the_points_are_those_that_were_asked_for_and_every_bar_has_its_own() -> None:
-    for model in ("7b", "13b", "70b"):
-        points = gpu.points_of(model, False, "cuda")
-        ours = [p for p in points.values() if p.side == "graft" and p.sequence == 2048]
-        assert {(p.batch, p.checkpointing) for p in ours} == {(1, True), (1, False), (4, True), (4, False)}
-        quick = gpu.points_of(model, True, "cuda")
-        wanted = {f"graft/{m}/{v}/512x1/checkpointed" for m, v, _, _ in gpu.BARS if m == model}
-        assert wanted <= set(quick) <= set(points)
-        for group in gpu.groups_of(points):
-            (kind,) = {(p.side, p.method, p.stored) for p in group.values()}
-            assert len(group) == 1 or kind[:2] != ("graft", "full")
-
-
-def test_a_memory_bar_is_met_missed_or_not_measured() -> None:
-    names = {v: f"graft/7b/{v}/512x1/checkpointed" for v in ("qlora", "lora", "full")}
-    found = {names["qlora"]: {"peak_memory": 6 * 2**30}, names["lora"]: {"peak_memory": 16 * 2**30 + 1},
-             names["full"]: {"out_of_memory": True}}  # fmt: skip
-    assert [bar["met"] for bar in gpu.judged(found, ["7b"])] == [True, False, False, None]
-
-
-def test_operations_per_token_are_six_for_each_trained_value_and_four_for_each_frozen_one() -> None:
-    shape = instantiate(point.llama("7b"))
-    embedding = 32000 * 4096
-    attention = 6 * 512 * 4096 * 32
-    assert gpu.flops_per_token(shape, "full", 512, 0) == 6 * (shape.parameters - embedding - shape.small) + attention
-    adapters = 16 * 32 * (4 * 8192 + 3 * (4096 + 11008))
-    frozen = 4 * (shape.parameters - embedding - shape.small)
-    assert gpu.flops_per_token(shape, "lora", 512, 16) == frozen + 6 * adapters + attention
-    assert gpu.weight_bytes(shape, "nf4") / 2**30 == pytest.approx(3.6, abs=0.1)
-
-
-def test_the_peer_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = point.Point(model="tiny", method="qlora", sequence=8, batch=1)
-    assert peft_point.missing(one) == ""
-    find = peft_point.importlib.util.find_spec
-    monkeypatch.setattr(
-        peft_point.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
-    )
-    assert peft_point.missing(one) == "bitsandbytes is not installed"
-
-
-def test_both_sides_store_and_train_as_many_values() -> None:
-    one = point.Point(model="tiny", method="qlora", sequence=8, batch=1, rank=3)
-    base = point.base_of(point.llama("tiny"), "nf4", "cpu")
-    found = point.train_steps(base, one, steps=1, warm_up=1)
-    assert len(found["losses"]) == 2
-    bank = next(m.bank for m in base.stored().values() if m.bank is not None)
-    assert {slot.rank for slot in bank.adapters.values()} == {3}  # type: ignore[attr-defined]
-    model, _, _ = peft_point.prepare(peft_point.build(one, torch.device("cpu")), one)
-    ours = sum(p.numel() for m in base.stored().values() if m.bank is not None
-               for slot in m.bank.adapters.values() for p in slot.named().values())  # type: ignore[attr-defined] # fmt: skip
-    assert ours == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_measuring_changes_nothing_that_was_given() -> None:
