@@ -13,7 +13,7 @@ so that libraries and kernels are there already:
     e2e             batches of 16 from E2E: seconds a step, the whole peak, and the eval loss after the same steps
 
 No run clips its gradients, since the optimizer step in backward cannot. Optimizer states in the host's memory are the
-ladder's fourth rung and need a GPU: `bench/gpu.py` has them. Nothing else may run meanwhile.
+ladder's fourth rung and need a GPU: `bench/traced.py` traces them. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations

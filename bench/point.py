@@ -5,7 +5,7 @@
         found = train_steps(base, Point(model="7b", method="qlora", sequence=2048, batch=4))
 
 Every token but the first of an example is a target token, so the head costs its maximum. A batch is one micro-batch.
-`in_process` runs a function in a process of its own, with a limit on its time; `scaling.py` and `gpu.py` differ in
+`in_process` runs a function in a process of its own, with a limit on its time; `scaling.py` and `ladder.py` differ in
 which points they take and what they make of them.
 """
 
