@@ -24,6 +24,7 @@ from torch import Tensor
 from graftlm import errors
 from graftlm.distributed.deal import deal
 from graftlm.errors import GraftError, RunError
+from graftlm.jsonfile import parse_json
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up."""
@@ -121,7 +122,7 @@ class Ranks:
         """RunError, on every rank, where one has another value (JSON) than the first under the same name."""
         if self.size == 1:
             return
-        own = json.loads(json.dumps(dict(values)))
+        own = parse_json(json.dumps(dict(values)))
         first = self.from_first(lambda: own)
         with self.agreeing():
             for name, value in first.items():
@@ -140,7 +141,7 @@ class Ranks:
         if self.rank == sender:
             sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         dist.broadcast(sent, sender)
-        return json.loads(bytes(sent.tolist()))
+        return parse_json(bytes(sent.tolist()).decode())
 
 
 ALONE = Ranks()

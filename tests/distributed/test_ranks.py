@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +9,19 @@ import pytest
 import tiny
 import tiny_run
 import torch
-from forked import on_ranks
+from forked import Forks
 from safetensors.torch import load_file
 
-from graftlm.commands.train import train
-from graftlm.config import TrainConfig
-from graftlm.distributed.group import Ranks
-from graftlm.errors import DataError
-from graftlm.training import trainer
 from graftlm.training.run_folder import read_metrics
-from graftlm.training.trainer import StepResult
-from graftlm.training.view import View
 
 FULL = {"method": "full", "base_precision": "float32", "learning_rate": 1e-3}
 
 
-def over(count: int, place: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
+def over(forks: Forks, count: int, place: Path, name: str = "ranks", **changes: Any) -> list[dict[str, Any]]:
     """What each rank of a tiny run in `place`/`name` returned or raised."""
-    config = TrainConfig.build({**tiny_run.options(place, **changes), "out": str(place / name), "ranks": count})
-    return on_ranks(count, place / f"{name}-ended", lambda ranks: train(config, View(quiet=True), ranks=ranks))
+    how = {key: changes.pop(key) for key in ("stop_after", "other") if key in changes}
+    config = {**tiny_run.options(place, **changes), "out": str(place / name)}
+    return forks.run("run", count, place / f"{name}-ended-{len(list(place.iterdir()))}", config=config, **how)
 
 
 def alone(place: Path, name: str = "alone", **changes: Any) -> dict[str, Any]:
@@ -66,105 +58,71 @@ def assert_same(one: Path, other: Path) -> None:
     ids=["dropout", "qlora with dora", "checkpointing", "full", "full in 8 bits", "scored"],
 )
 def test_a_run_over_ranks_has_the_losses_and_weights_of_one_rank(
-    count: int, options: dict[str, Any], tmp_path: Path
+    forks: Forks, count: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
     before = alone(tmp_path, **options)
-    ended = over(count, tmp_path, "ranks", **options)
+    ended = over(forks, count, tmp_path, **options)
     assert [found.get("found") for found in ended[1:]] == [{}] * (count - 1), ended
     assert ended[0]["found"]["num_tokens"] == before["num_tokens"]
     assert ended[0]["found"]["eval_loss_after"] == pytest.approx(before["eval_loss_after"], rel=2e-5)
     assert_same(tmp_path / "alone", tmp_path / "ranks")
 
 
-def test_experts_that_no_token_of_a_rank_chose_are_trained_by_the_others(tmp_path: Path) -> None:
+def test_experts_that_no_token_of_a_rank_chose_are_trained_by_the_others(forks: Forks, tmp_path: Path) -> None:
     options = {"model": str(tiny.folder("mixtral")), "batch_size": 2, "eval_data": None}
     options["epsilon"] = 1e-3  # else the step of a gradient that is all but 0 is its rounding, made large
     alone(tmp_path, **options)
-    over(2, tmp_path, "ranks", **options)
+    over(forks, 2, tmp_path, **options)
     assert_same(tmp_path / "alone", tmp_path / "ranks")
 
 
-def test_a_step_with_fewer_examples_than_ranks_is_taken_by_some_of_them(tmp_path: Path) -> None:
+def test_a_step_with_fewer_examples_than_ranks_is_taken_by_some_of_them(forks: Forks, tmp_path: Path) -> None:
     options = {"steps": None, "epochs": 1, "batch_size": 11, "eval_data": None}  # 12 rows: 11 and 1
     alone(tmp_path, **options)
-    over(3, tmp_path, "ranks", **options)
+    over(forks, 3, tmp_path, **options)
     assert_same(tmp_path / "alone", tmp_path / "ranks")
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(forks: Forks, tmp_path: Path) -> None:
     alone(tmp_path)
-    config = TrainConfig.build({**tiny_run.options(tmp_path), "out": str(tmp_path / "ranks"), "ranks": 2})
-
-    def stopping(ranks: Ranks) -> Any:
-        if ranks.rank == 1:
-            stop_after(2)
-        return train(config, View(quiet=True), ranks=ranks)
-
-    ended = on_ranks(2, tmp_path / "first", stopping)
+    ended = over(forks, 2, tmp_path, stop_after=2)
     assert [found["kind"] for found in ended] == ["Stopped", "Stopped"], ended
     assert "stopped after step 2 of 6" in ended[0]["error"]
-    over(3, tmp_path, "ranks", resume=True)
+    over(forks, 3, tmp_path, resume=True)
     assert_same(tmp_path / "alone", tmp_path / "ranks")
 
 
-def stop_after(step: int) -> None:
-    """In this process alone: a SIGTERM once a step was taken."""
-    taken = trainer.optimizer_step
-
-    def step_and_signal(*given: Any) -> list[StepResult | None]:
-        results = taken(*given)
-        if results[0] is not None and results[0].step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return results
-
-    trainer.optimizer_step = step_and_signal
-
-
-def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_the_same_words(tmp_path: Path) -> None:
-    ended = over(2, tmp_path, "ranks", learning_rate=1e30, max_grad_norm=0, eval_data=None)
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_the_same_words(forks: Forks, tmp_path: Path) -> None:
+    ended = over(forks, 2, tmp_path, learning_rate=1e30, max_grad_norm=0, eval_data=None)
     assert [found["kind"] for found in ended] == ["Diverged", "Diverged"]
     assert ended[1]["error"] in ended[0]["error"]  # the first adds the checkpoint to go on from
     assert "loss nan at step 2" in ended[1]["error"]
 
 
-def test_what_every_rank_finds_is_said_once_and_what_one_finds_has_its_number(tmp_path: Path) -> None:
-    options = tiny_run.options(tmp_path)
+def test_what_every_rank_finds_is_said_once_and_what_one_finds_has_its_number(forks: Forks, tmp_path: Path) -> None:
     bad = tiny_run.write_rows(tmp_path / "bad.jsonl", [{"prompt": "a"}])
-    config = TrainConfig.build({**options, "data": [str(bad)], "ranks": 2})
-    ended = on_ranks(2, tmp_path / "all", lambda ranks: train(config, View(quiet=True), ranks=ranks))
+    ended = over(forks, 2, tmp_path, data=[str(bad)])
     assert [found["kind"] for found in ended] == ["DataError"] * 2
     assert ended[0]["error"] == ended[1]["error"]
     assert not ended[0]["error"].startswith("rank")
-
-    def only_one(ranks: Ranks) -> None:
-        with ranks.agreeing():
-            if ranks.rank == 1:
-                raise DataError("a file is gone")
-
-    ended = on_ranks(3, tmp_path / "one", only_one)
+    ended = forks.run("one_fails", 3, tmp_path / "one")
     assert {(found["kind"], found["error"], found["everywhere"]) for found in ended} == {
         ("DataError", "rank 1 of 3: a file is gone", True)
     }
 
 
-def test_an_output_folder_that_is_taken_is_refused_on_every_rank(tmp_path: Path) -> None:
+def test_an_output_folder_that_is_taken_is_refused_on_every_rank(forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "ranks").mkdir()
     (tmp_path / "ranks" / "notes.txt").write_text("mine")
-    ended = over(2, tmp_path, "ranks")
+    ended = over(forks, 2, tmp_path)
     assert {found["error"] for found in ended} == {found["error"] for found in ended[:1]}
     assert "already holds other files" in ended[1]["error"]
     assert (tmp_path / "ranks" / "notes.txt").read_text() == "mine"
 
 
-def test_a_rank_with_other_rows_is_named_before_anything_is_written(tmp_path: Path) -> None:
-    options = {**tiny_run.options(tmp_path), "out": str(tmp_path / "ranks"), "ranks": 2}
+def test_a_rank_with_other_rows_is_named_before_anything_is_written(forks: Forks, tmp_path: Path) -> None:
     other = str(tiny_run.write_rows(tmp_path / "other.jsonl", tiny_run.rows(12, seed=5)))
-
-    def call(ranks: Ranks) -> Any:
-        given = {**options, "data": [other]} if ranks.rank == 1 else options
-        return train(TrainConfig.build(given), View(quiet=True), ranks=ranks)
-
-    ended = on_ranks(2, tmp_path / "ended", call)
+    ended = over(forks, 2, tmp_path, other={"data": [other]})
     assert {found["kind"] for found in ended} == {"RunError"}, ended
     assert all(found["error"].startswith("rank 1 of 2: data is '") for found in ended)
     assert "every rank needs the same options, the same files" in ended[0]["error"]

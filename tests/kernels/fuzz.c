@@ -309,9 +309,10 @@ static void round_of_attention(int sets) {
         if (graft_attention(&call, 0) || graft_attention(&call, 1)) fail("attention's memory", choice);
         const float *found[] = {out, dq, dk, dv};
         const double *truth[] = {o, tq, tk, tv};
+        /* Gradients are differences of sums that reach some hundreds: where they cancel, float32 leaves a few 1e-4. */
         for (int t = 0; t < 4; t++)
             for (int64_t i = 0; i < (t < 2 ? q_n : k_n); i++)
-                if (!(fabs(found[t][i] - truth[t][i]) <= 1e-4 * (1 + fabs(truth[t][i])))) fail("attention", choice);
+                if (!(fabs(found[t][i] - truth[t][i]) <= 5e-4 + 1e-4 * fabs(truth[t][i]))) fail("attention", choice);
     }
     free_all();
 }

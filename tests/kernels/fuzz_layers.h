@@ -202,7 +202,7 @@ static void round_of_layers(int choice) {
             for (int64_t c = 0; c < width; c++) wrong += pow(x[t * width + c] - n[c], 2), all += n[c] * n[c];
         }
         free(n);
-        if (!(sqrt(wrong) <= 1e-4 * sqrt(all))) {
+        if (!(sqrt(wrong) <= 5e-4 * sqrt(all))) { /* weights differ by 2^8, and one layer's rounding is the next one's input */
             fprintf(stderr, "off by %g\n", sqrt(wrong / all));
             fail("layers", choice);
         }

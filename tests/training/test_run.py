@@ -180,7 +180,7 @@ def test_the_config_a_full_run_saved_is_the_same_run_again(tmp_path: Path) -> No
 def test_activation_checkpointing_that_would_do_nothing_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelStructure, "checkpoint_layers", lambda self, on: 0)
+    monkeypatch.setattr(ModelStructure, "checkpoint_layers", lambda self, on, offload: 0)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM has no layers.*use a smaller --micro-batch-tokens"):
         train(tmp_path, activation_checkpointing=True)
     train(tmp_path, eval_data=None, steps=1)
