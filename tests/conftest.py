@@ -1,6 +1,6 @@
 """For all tests: this folder is importable (`import tiny`), one thread, and a cache folder that is nobody's own.
 
-Processes that a test starts have one thread too: one test more runs at once than there are cores.
+Processes that a test starts have one thread too: as many tests run at once as there are cores.
 
 `pytest --record` (what `make prove` runs) keeps what the proofs showed in bench/results/proofs.json: a test says it with
 pytest's own `record_property`, and when, where, how long and with what end is added here.
@@ -35,12 +35,6 @@ def graft_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of this test's own."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many tests wait for a process that they have started, and half a core was idle."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_finish() -> None:
