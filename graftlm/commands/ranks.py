@@ -92,7 +92,7 @@ def _of_rank(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.on_machine))
         return config
     own = f"{device.type}:{os.environ.get('LOCAL_RANK', '0')}"
-    return TrainConfig.build({**config.to_json(), "device": str(default_device(own))})
+    return config.model_copy(update={"device": str(default_device(own))})  # one GPU is refused from a user alone
 
 
 def _launch(config: TrainConfig, place: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Every rank knows the whole step from the seed, so that nothing is sent but sums: of losses and flags (`total`, on the host,
 in float64) and of gradients (`add_up`). With one rank, `ALONE`, every function gives back what it was given.
 
-Errors: what every rank finds, each of them raises (`agree` makes that sure while a run is being set up). What one rank alone
+Errors: what every rank finds, each of them raises (`agreeing` makes that sure while a run is being set up). What one rank alone
 meets later ends its process, and the launcher ends the others.
 """
 

@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 MERGE = """
-import json, os, sys, threading, time
+import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -36,11 +36,7 @@ from graftlm.adapters import peft_format as adapter_format
 from graftlm.adapters.merge import Merger, WeightedAdapter
 from graftlm.adapters.merge_writer import write_merged_model
 from graftlm.base.meta_base import load_meta_base
-
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
+from graftlm.planning.peak_memory import PeakMemory
 
 def merge(place, adapter, out, onto, precision):
     base = load_meta_base(place, precision=precision)
@@ -49,20 +45,9 @@ def merge(place, adapter, out, onto, precision):
 
 def measure(place, adapter, out, onto, precision):
     merge(small, small_adapter, out + "-small", onto, precision)  # every library that merging needs is there
-    before = anonymous()
-    peak, done = [before], threading.Event()
-
-    def watch():
-        while not done.is_set():
-            peak.append(max(peak.pop(), anonymous()))
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    written = merge(place, adapter, out, onto, precision)
-    done.set()
-    watcher.join()
-    return {"before": before, "peak": peak[0], "bytes": written.bytes}
+    with PeakMemory(torch.device("cpu"), 0.002) as memory:
+        written = merge(place, adapter, out, onto, precision)
+    return {"before": memory.start, "peak": memory.bytes, "bytes": written.bytes}
 
 small, small_adapter, place, adapter, out, *cases = sys.argv[1:]
 for case in cases:  # each in a fork of its own: what they import is imported once

@@ -28,32 +28,17 @@ SIZES: dict[str, Any] = {
 LARGEST = 40_000 * 832 * 4
 
 LOAD = """
-import json, os, sys, threading, time
+import json, os, sys
 import torch
 torch.set_num_threads(1)
 from graftlm.base import loading as load
-
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
+from graftlm.planning.peak_memory import PeakMemory
 
 def measure(place, precision):
     load.load_base(small, precision=precision, compute_dtype="float32", device="cpu")  # every library is there then
-    before = anonymous()
-    peak, done = [before], threading.Event()
-
-    def watch():
-        while not done.is_set():
-            peak.append(max(peak.pop(), anonymous()))
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    base = load.load_base(place, precision=precision, compute_dtype="float32", device="cpu")
-    done.set()
-    watcher.join()
-    return {"before": before, "peak": peak[0], "bytes": base.bytes}
+    with PeakMemory(torch.device("cpu"), 0.002) as memory:
+        base = load.load_base(place, precision=precision, compute_dtype="float32", device="cpu")
+    return {"before": memory.start, "peak": memory.bytes, "bytes": base.bytes}
 
 small, *cases = sys.argv[1:]
 for place, precision in zip(cases[::2], cases[1::2]):  # each in a fork of its own: what they import is imported once

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import torch
 
 import graftlm as graft
+from graftlm.commands import ranks
 from graftlm.commands.ranks import started_for
 from graftlm.config import TrainConfig
 from graftlm.distributed.deal import deal
+from graftlm.distributed.group import Ranks
 from graftlm.errors import ConfigError
 
 
@@ -90,6 +93,14 @@ def test_a_launcher_s_number_of_ranks_is_taken_and_another_refused(tmp_path: Pat
     asked = TrainConfig.build({**tiny_run.options(tmp_path), "ranks": 4})
     with pytest.raises(ConfigError, match="--ranks 4 inside a launcher that has started 2"):
         started_for(asked, 2)
+
+
+def test_each_rank_takes_the_gpu_of_its_number_on_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "default_device", lambda asked: torch.device(asked or "cuda"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    config = TrainConfig.build({**tiny_run.options(tmp_path), "device": "cuda", "ranks": 2})
+    own = ranks._of_rank(config, Ranks(rank=3, size=4, on_machine=2))
+    assert (own.device, own.ranks) == ("cuda:1", 2)
 
 
 def test_rows_in_memory_and_callbacks_are_refused_over_ranks(tmp_path: Path) -> None:
