@@ -214,7 +214,7 @@ def resolve(config: TrainConfig, base: Base, trial: Trial, micro_batch_tokens: i
         **config.to_json(),
         "base_precision": base.precision,
         "compute_dtype": base.compute_dtype,
-        "device": str(base.device),
+        "device": base.device.type if config.ranks > 1 else str(base.device),  # each rank has its own
         "save_precision": (config.save_precision or base.precision) if full else None,
         "max_length": config.max_length or base.structure.max_positions or None,
         "alpha": None if full or config.from_adapter is not None else config.scale_numerator,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
@@ -21,6 +22,7 @@ from graftlm.config import TrainConfig
 from graftlm.distributed.deal import deal
 from graftlm.distributed.group import Ranks
 from graftlm.errors import ConfigError
+from graftlm.training.run import resolve
 
 
 def written(place: Path, **changes: object) -> Path:
@@ -101,6 +103,12 @@ def test_each_rank_takes_the_gpu_of_its_number_on_its_machine(tmp_path: Path, mo
     config = TrainConfig.build({**tiny_run.options(tmp_path), "device": "cuda", "ranks": 2})
     own = ranks._of_rank(config, Ranks(rank=3, size=4, on_machine=2))
     assert (own.device, own.ranks) == ("cuda:1", 2)
+    base = SimpleNamespace(
+        precision="bfloat16", compute_dtype="bfloat16", device=torch.device("cuda:1"),
+        structure=SimpleNamespace(max_positions=8),
+    )  # fmt: skip
+    written = resolve(own, base, SimpleNamespace(eval_every=1, eval_examples=()), 64)  # pyright: ignore[reportArgumentType]
+    assert TrainConfig.build({k: v for k, v in written.items() if v is not None}).device == "cuda"
 
 
 def test_rows_in_memory_and_callbacks_are_refused_over_ranks(tmp_path: Path) -> None:
