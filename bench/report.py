@@ -182,6 +182,7 @@ def page(results: Results, figures: str = "cpu.json") -> str:
     about = (
         f"Written by `make bench` from `{figures}`. Parts ran one after another; nothing else should run meanwhile, which is "
         "not checked. `trl bf16` is TRL with its own bfloat16; where TRL ran in float32 and bfloat16, ratios are to the faster."
+        " `held`: a processor with AVX-512 that PyTorch, oneDNN, MKL and Graft's kernels used as one with AVX2 alone."
     )
     lines = ["# CPU benchmarks", "", about, ""]
     for instructions, parts in results.items():

@@ -240,7 +240,7 @@ def bare_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from graftlm.training.loss import head_pieces
+    from graftlm.training.loss import chunk_logits, head_pieces
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work["model"]))
@@ -266,7 +266,7 @@ def bare_side(work: dict[str, Any], turns: Turns) -> dict[str, Any]:
                 w,
                 *((None, None) if work["method"] == "full" else (A, B)),
             )
-        for first, last in head_pieces(0, targets, len(W)):
+        for first, last in head_pieces(0, targets, len(W), chunk_logits("cpu", plain_head=True)):
             step(hidden[first:last], None, W, None, None, work["method"] == "full")
         turns.end() if number == work["steps"] else turns.next()
     return {"seconds_per_step": turns.counted, "seconds": turns.seconds}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 from transformers.utils import import_utils
 
 ROOT = Path(__file__).parents[1]
@@ -266,6 +267,15 @@ def test_the_median_step_after_those_that_do_not_count() -> None:
     assert turns.counted == 2.0
     turns.seconds = [9.0, 5.0]
     assert turns.counted == 5.0
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("engine", ["float32", "own"])
+def test_the_matmuls_of_a_step_run_alone(method: str, engine: str) -> None:
+    work = {"model": str(tiny_run.folder()), "method": method, "engine": engine, "rank": 4, "batch": 2, "steps": 2,
+            "tokens": [20, 30], "targets": [7, 9]}  # fmt: skip
+    found = training.bare_side(work, training.Turns(None, warm_up=1))
+    assert len(found["seconds"]) == 2
 
 
 @pytest.mark.prove

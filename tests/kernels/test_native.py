@@ -323,3 +323,17 @@ def test_a_contiguous_copy_is_made_of_a_transposed_int8_weight() -> None:
     transposed = Int8(weight.values.T, torch.ones(9))
     assert close(native.matmul(randn(2, 6), transposed), reference.matmul(randn(2, 6), transposed))
     assert close(native.matmul_t(randn(2, 9), transposed), reference.matmul_t(randn(2, 9), transposed))
+
+
+@needs_library
+def test_what_holds_pytorch_to_narrower_instructions_holds_the_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.instruction_sets()[-1] != "AVX-512":
+        pytest.skip("this processor has nothing wider than AVX2")
+    try:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+        held = library.Library()
+        assert held.instructions == "AVX2"
+        assert not held.has_bf16_matmul
+    finally:  # the instruction set is the process's
+        monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+        assert library.Library().instructions == "AVX-512"

@@ -11,7 +11,7 @@ from torch import Tensor
 from graftlm.kernels import reference_adamw as reference
 from graftlm.kernels.counter_rng import word_keys
 from graftlm.kernels.moments import Moments
-from graftlm.kernels.native.library import TWO_TYPES, calls
+from graftlm.kernels.native.library import TWO_TYPES, calls, get
 from graftlm.kernels.self_check import sample
 
 _pointer, _float, _int = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
@@ -75,7 +75,7 @@ def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: referenc
         update.epsilon, update.decay, update.rate, update.fix, start & 0xFFFFFFFF, turn,
         TWO_TYPES[parameter.dtype], TWO_TYPES[gradient.dtype],
     )  # fmt: skip
-    calls().graft_adamw(ctypes.byref(given), level, torch.get_num_threads())
+    calls().graft_adamw(ctypes.byref(given), _allowed(level), torch.get_num_threads())
 
 
 def sum_of_squares(tensor: Tensor, level: int = -1) -> Tensor:
@@ -84,9 +84,13 @@ def sum_of_squares(tensor: Tensor, level: int = -1) -> Tensor:
     parts = torch.empty(calls().graft_sum_parts(flat.numel()), dtype=torch.float64)
     threads = torch.get_num_threads()
     total = calls().graft_sum_of_squares(
-        flat.data_ptr(), TWO_TYPES[flat.dtype], flat.numel(), parts.data_ptr(), level, threads
+        flat.data_ptr(), TWO_TYPES[flat.dtype], flat.numel(), parts.data_ptr(), _allowed(level), threads
     )
     return torch.tensor(total, dtype=torch.float64)
+
+
+def _allowed(level: int) -> int:
+    return get().widest if level < 0 else level
 
 
 # ---- the checks before first use ----------------------------------------------------------------------------------

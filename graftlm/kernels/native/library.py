@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -42,6 +43,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "graft_blocks_matvec": (None, [_pointer, _int] + [_long] * 2 + [_pointer] + [_long] * 2 + [_pointer, _int]),
     # gemm.py
     "graft_gemm_level": (_int, []),
+    "graft_gemm_choose": (_int, [_int]),
     "graft_gemm_narrow": (_int, []),
     "graft_gemm": (_int, [_long] * 2 + [_pointer, _int] + [_pointer] * 3 + [_long, _float, _int, _int]),
     # attention.py
@@ -64,6 +66,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "graft_sum_parts": (_long, [_long]),
     "graft_sum_of_squares": (ctypes.c_double, [_pointer, _int, _long, _pointer, _int, _int]),
 }
+
+_HELD = {"default": 0, "avx2": 1}
+"""Values of ATEN_CPU_CAPABILITY, by which PyTorch is held to narrower instructions than the processor has: so are we."""
 
 
 def _openmp_of_torch() -> int:
@@ -91,6 +96,7 @@ class Library:
         self.instructions = ""
         self.has_fast_matmul = False  # whether our matmul is faster than PyTorch's here
         self.has_bf16_matmul = False  # whether it has instructions for bfloat16
+        self.widest = -1  # the choice that stands for the widest
         try:
             names = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
             found = [path for path in names if path.exists()]
@@ -107,17 +113,21 @@ class Library:
             return
         self.calls = calls
         calls.graft_openmp(_openmp_of_torch() or None)
+        self.widest = _HELD.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), -1)
+        calls.graft_gemm_choose(self.widest)
         self.choose(-1)
 
     def choose(self, choice: int) -> None:
-        """Use instruction set `choice`; -1 for the widest one this machine has."""
+        """Use instruction set `choice`; -1 for the widest one that this machine has and PyTorch is allowed."""
         assert self.calls is not None
+        choice = self.widest if choice < 0 else choice
         tables = (reference.NF4_CODE, reference.NF4_MIDPOINTS, reference.DYNAMIC_CODE, reference.DYNAMIC_BINS)
         chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
         self.instructions = self.calls.graft_name(chosen).decode()
         self.has_bf16_matmul = self.instructions == "AVX-512" and bool(self.calls.graft_gemm_narrow())
         pays = {2: "AVX-512", 3: "AVX2"}  # by level: see gemm.c
-        self.has_fast_matmul = pays.get(self.calls.graft_gemm_level()) == self.instructions
+        level = self.calls.graft_gemm_level()
+        self.has_fast_matmul = pays.get(3 if level == 2 and self.widest == 1 else level) == self.instructions
 
 
 _library: Library | None = None
