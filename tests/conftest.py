@@ -24,6 +24,7 @@ import torch
 os.environ.setdefault("GRAFT_CACHE", tempfile.mkdtemp(prefix="graft-test-cache-"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+os.fsync = lambda _: None  # a run flushes 47 times, which takes as long as its steps; no test cuts the power
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `tools`, which is not installed
 
