@@ -82,8 +82,8 @@ def advise(facts: Facts) -> Advice:
     reasons.append(
         Reason(
             rules.LEARNING_RATE,
-            f"Learning rate {rate:g}: {kind} of a model {facts.case.shape.width:,} wide; "
-            f"{'an adapter would take' if full else 'full training would take'} about ten times {'more' if full else 'less'}.",
+            f"Learning rate {rate:g}: {kind} of a {_family(facts)}model {facts.case.shape.width:,} wide; "
+            f"{'an adapter' if full else 'full training'} would take {_rate(facts, not full):g}.",
         )
     )
     batch, epochs = _batch(facts)
@@ -251,8 +251,14 @@ def _rate(facts: Facts, full: bool) -> float:
     lowest, highest = rules.RATE_BOUNDS
     rate = min(highest, max(lowest, rules.RATE * rules.RATE_WIDTH / facts.case.shape.width))
     rate /= rules.ADAPTER_OVER_FULL if full else 1
+    rate *= rules.GEMMA_3[full] if _family(facts) else 1
     power = 10 ** math.floor(math.log10(rate))
     return round(round(rate / power) * power, 12)
+
+
+def _family(facts: Facts) -> str:
+    """What a model is called whose learning rate does not follow from its width alone; "" for all others."""
+    return "Gemma 3 " if facts.case.shape.architecture.startswith("Gemma3") else ""
 
 
 def _batch(facts: Facts) -> tuple[int, int]:

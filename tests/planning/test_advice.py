@@ -206,6 +206,13 @@ def test_the_rate_falls_with_the_width_within_bounds(width: int, rate: float) ->
     assert rule_of(found, "Learning rate") is rules.LEARNING_RATE
 
 
+def test_gemma_3_takes_the_rates_that_searches_found_for_it() -> None:
+    adapter, full = advise(facts("gemma-3-270m")), advise(facts("gemma-3-270m", goal="quality"))
+    assert (adapter.learning_rate, full.learning_rate) == (6e-4, 2e-5)
+    said = "an adapter of a Gemma 3 model 640 wide; full training would take 2e-05."
+    assert rule_of(adapter, said) is rules.LEARNING_RATE
+
+
 def test_full_takes_a_tenth_of_an_adapters_learning_rate() -> None:
     adapter, full = advise(facts()), advise(facts(goal="quality"))
     assert adapter.learning_rate == pytest.approx(10 * full.learning_rate)
