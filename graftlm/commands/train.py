@@ -138,7 +138,7 @@ def _set_up(config: TrainConfig, view: View, given: Given, ranks: Ranks, held: E
     if config.deterministic:
         held.enter_context(deterministic_algorithms(device, loaded=given.base is not None))
     memory = held.enter_context(PeakMemory(device))
-    base = held.enter_context(_base(config, given.base))
+    base = held.enter_context(_base(config, given.base, ranks))
     release_memory()  # what loading used
     set_checkpointing(config, base)
     view.base(base)
@@ -177,8 +177,8 @@ def _planned(session: Session, memory: PeakMemory, ranks: Ranks, held: ExitStack
 
 
 @contextmanager
-def _base(config: TrainConfig, loaded: Base | None) -> Iterator[Base]:
-    """The base that the config names, or the one that is loaded already."""
+def _base(config: TrainConfig, loaded: Base | None, ranks: Ranks) -> Iterator[Base]:
+    """The base that the config names, or the one that is loaded already; with --layout shard the ranks share its weights."""
     if loaded is not None:
         with borrowed(loaded, compute_dtype_of(config), adds_tokens=bool(config.trainable_tokens)) as base:
             yield base
@@ -186,6 +186,7 @@ def _base(config: TrainConfig, loaded: Base | None) -> Iterator[Base]:
     yield load_base(
         config.model, precision=stored_precision(config), compute_dtype=compute_dtype_of(config), device=config.device,
         init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
+        ranks=ranks if config.layout == "shard" else ALONE, trains_base=config.method == "full",
     )  # fmt: skip
 
 
@@ -238,14 +239,16 @@ def _trained(run: _SetUp, save_when_stopped: bool, ranks: Ranks) -> tuple[dict[s
             )
         trained = time.perf_counter()
         with working("saving"):
-            return session.finish(), trained
+            return session.finish(ranks), trained
 
 
 def _follow(run: _SetUp, ranks: Ranks) -> None:
     """Take the steps on a rank that writes nothing. Raises Stopped when all ranks stop."""
     session = run.session
-    follower = Follower(session.trial, ranks)
+    follower = Follower(session.config, session.trial, ranks)
     with signals(follower, session.view.note):
         train_trials(session.base, [session.trial], run.micro_batch_tokens, follower, ranks)
     if follower.stopped is not None and not session.trial.done:
+        follower.save()
         raise Stopped(follower.stopped, "stopped with the first rank")
+    session.finish_with_the_first(ranks)

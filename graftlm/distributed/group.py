@@ -81,6 +81,15 @@ class Ranks:
         if waiting:
             _add_up(waiting)
 
+    def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Give every rank the sum of each parameter's gradient; what no rank has a gradient of keeps none."""
+        if self.size == 1:
+            return
+        for parameter, having in zip(parameters, self.total([float(p.grad is not None) for p in parameters])):
+            if having and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.add_up([p.grad for p in parameters if p.grad is not None])
+
     def from_first(self, call: Callable[[], Any]) -> Any:
         """What `call` returns on the first rank, as JSON values on all; a GraftError that it raises there, all raise."""
         if self.size == 1:
@@ -95,6 +104,12 @@ class Ranks:
         if "error" in message:
             raise _everywhere(message["kind"], message["error"])
         return message["found"]
+
+    def of_all(self, value: Any) -> list[Any]:
+        """The value of every rank, JSON, by rank."""
+        if self.size == 1:
+            return [value]
+        return [self._sent({"value": value}, sender)["value"] for sender in range(self.size)]
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
