@@ -38,22 +38,20 @@ def read_model(config: Any, how: Reading, random_seed: int | None) -> tuple[PreT
 
     Raises ModelError.
     """
-    folder, form = Path(how.folder), (how.precision, how.activation_dtype)
+    folder, precision, dtype = Path(how.folder), how.precision, how.activation_dtype
     if random_seed is not None:
         model: Any = random_model(config, random_seed, how.trust_remote_code)
     elif gguf_of(folder) is not None:
-        return *load_gguf(folder, config, *form, how.device), []
+        return *load_gguf(folder, config, precision, dtype, how.device), []
     elif (quantized := _quantization_of(folder)) is not None:
         model = load_dequantized(how.folder, quantized, how.trust_remote_code)
     else:
-        model, replacements, unused = stream_checkpoint(how.folder, *form, how.device, how.trust_remote_code, how.ranks)
-        note = (
-            f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ..."
-            if unused
-            else ""
+        model, replacements, unused = stream_checkpoint(
+            how.folder, precision, dtype, how.device, how.trust_remote_code, how.ranks
         )
-        return model, replacements, [note] if note else []
-    model, replacements = convert_model(model, *form)
+        what = f"{len(unused)} tensors of the checkpoint have no place in this architecture"
+        return model, replacements, [f"{what}: {unused[0]}, ..."] if unused else []
+    model, replacements = convert_model(model, precision, dtype)
     return model.to(how.device), replacements, []
 
 

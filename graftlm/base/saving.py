@@ -142,7 +142,7 @@ def send_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _groups(model: Any, dtype: torch.dtype) -> tuple[dict[str, DenseWeight], dict[tuple[str, ...], dict[str, Tensor]]]:
     """The weights, and which of them make which of the tensors that transformers saves (without values): mostly one makes one,
     or the experts of a stack; where that does not give all of them, all together."""
-    ignored = set(model._keys_to_ignore_on_save or ())
+    ignored: set[str] = set(model._keys_to_ignore_on_save or ())
     weights = {name: weight for name, weight in dense_weights(model, dtype).items() if name not in ignored}
     empty = {name: torch.empty(w.shape, dtype=w.dtype, device="meta") for name, w in weights.items()}
     all_at_once = revert_weight_conversion(model, dict(empty))

@@ -94,10 +94,9 @@ def train_as_rank(config: TrainConfig) -> dict[str, Any]:
         try:
             view = View(quiet=not ranks.first)
             return train(_of_rank(config, ranks), view, ranks=ranks)
-        except TrainingError as error:  # follows from what all ranks know
-            error.everywhere = True
-            raise
         except GraftError as error:
+            if isinstance(error, TrainingError) and not error.alone:  # follows from what all ranks know
+                error.everywhere = True
             if error.everywhere:
                 raise
             raise type(error)(f"rank {ranks.rank} of {ranks.size}: {error}") from error

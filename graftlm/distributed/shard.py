@@ -40,7 +40,7 @@ def rows_of(count: int, ranks: Ranks) -> tuple[int, int]:
     return min(ranks.rank * each, count), min((ranks.rank + 1) * each, count)
 
 
-def is_split(tensor: Tensor) -> bool:
+def is_split(tensor: object) -> bool:
     """Whether each rank has some rows of this tensor."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
@@ -137,6 +137,8 @@ class Piece:
 
 class _Root(nn.Module):
     """What a pass runs in: FSDP2 begins and ends a pass with the module that is called first."""
+
+    through: Sequence[Any]
 
     def __init__(self, model: nn.Module, units: Sequence[nn.Module], through: Sequence[Any]) -> None:
         super().__init__()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from graftlm.errors import DataError
 from graftlm.kernels.moments import zero_moments
 from graftlm.kernels.self_check import sample
 from graftlm.segments import Segments
+from graftlm.training import checkpoint, trainer
 from graftlm.training import optimizer as optimizers
-from graftlm.training import trainer
 from graftlm.training.loss import weighted_loss
 from graftlm.training.optimizer import AdamW
 from graftlm.training.trainer import StepResult
@@ -52,6 +54,13 @@ def one_fails(ranks: Ranks) -> None:
     """An error of the second rank alone, in the set-up."""
     with ranks.agreeing():
         if ranks.rank == 1:
+            raise DataError("a file is gone")
+
+
+def one_fails_while_passes_are_made(ranks: Ranks, all_fail: bool) -> None:
+    """An error of the second rank alone, or of all, where the others may wait for it in a pass."""
+    with ranks.failing_alike():
+        if all_fail or ranks.rank == 1:
             raise DataError("a file is gone")
 
 
@@ -155,5 +164,18 @@ def makes_no_blank_pass() -> None:
     trainer.even_passes = lambda base, groups, blank: list(groups)
 
 
-BUGS = {bug.__name__: bug for bug in (averages, leaves_vectors_apart, steps_whole_tensors, makes_no_blank_pass)}
-"""Mistakes that could be made, made in this process."""
+def fills_the_disk_of_the_last_rank() -> None:
+    write = checkpoint.write
+
+    def write_or_fail(path: Path, tensors: Any) -> None:
+        if "rows-00002" in path.name and "000002" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors)
+
+    checkpoint.write = write_or_fail
+
+
+BUGS = {bug.__name__: bug for bug in (
+    averages, leaves_vectors_apart, steps_whole_tensors, makes_no_blank_pass, fills_the_disk_of_the_last_rank,
+)}  # fmt: skip
+"""Mistakes that could be made and what could go wrong, made in this process."""

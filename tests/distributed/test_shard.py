@@ -24,6 +24,7 @@ from graftlm.config import TrainConfig
 from graftlm.distributed.group import Ranks
 from graftlm.distributed.shard import rows_of
 from graftlm.errors import ConfigError, RunError
+from graftlm.files import find_damage
 from graftlm.training.saved_tensors import SavedTensors
 
 SPLIT = {"layout": "shard"}
@@ -131,6 +132,16 @@ def test_a_bug_put_in_on_purpose_is_noticed(forks: Forks, bug: str, tmp_path: Pa
         wrong()
 
 
+def test_a_full_disk_of_one_rank_is_said_by_all_and_leaves_the_checkpoint_before(forks: Forks, tmp_path: Path) -> None:
+    options = {**FULL, "save_every": 1, "eval_data": None, "steps": 3}
+    ended = over(forks, 2, tmp_path, bug="fills_the_disk_of_the_last_rank", **SPLIT, **options)
+    assert {found["kind"] for found in ended} == {"RunError"}, ended
+    assert all("rank 1 of 2: " in found["error"] and "No space left" in found["error"] for found in ended)
+    left = [path.name for path in (tmp_path / "ranks" / "checkpoints").iterdir()]
+    assert left == ["000001"]
+    assert find_damage(tmp_path / "ranks" / "checkpoints" / "000001") is None
+
+
 @pytest.mark.parametrize("fault", ["missing", "cut", "other rows", "more ranks"])
 def test_rows_that_are_not_all_there_are_refused(fault: str, tmp_path: Path) -> None:
     def write(rank: int, **tensors: torch.Tensor) -> None:
@@ -170,6 +181,19 @@ def test_what_goes_over_the_wire_is_the_bound_and_a_rank_holds_its_part(forks: F
     assert found["gathered"] == 2 * found["layers"] + found["outer"]
     assert found["scattered"] == found["layers"] + found["outer"]
     assert found["kept"] == pytest.approx((found["layers"] + found["outer"]) / 2, rel=0.02)
+
+
+def test_an_error_is_said_once_if_all_ranks_meet_it_and_ends_a_rank_that_meets_it_alone(
+    forks: Forks, tmp_path: Path
+) -> None:
+    bad = tiny_run.write_rows(tmp_path / "bad.jsonl", [{"prompt": "a"}])
+    ended = over(forks, 2, tmp_path, data=[str(bad)], **SPLIT)  # found when weights are split already
+    assert [(found["kind"], found["everywhere"]) for found in ended] == [("DataError", True)] * 2
+    assert ended[0]["error"] == ended[1]["error"]
+    ended = forks.run("one_fails_while_passes_are_made", 2, tmp_path / "one", all_fail=False)
+    assert (ended[0], ended[1]["error"], ended[1]["everywhere"]) == ({"found": None}, "a file is gone", False)
+    ended = forks.run("one_fails_while_passes_are_made", 2, tmp_path / "all", all_fail=True)
+    assert [found["everywhere"] for found in ended] == [True, True]
 
 
 def test_a_loss_that_is_not_finite_ends_every_rank_of_a_split_run_alike(forks: Forks, tmp_path: Path) -> None:
