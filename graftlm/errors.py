@@ -29,6 +29,8 @@ class GraftError(Exception):
 
     everywhere = False
     """Whether every rank of a run has raised it."""
+    alone = False
+    """Whether this rank has, and not all of them."""
 
 
 class ConfigError(GraftError):

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,12 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def atomic_folder(target: Path, *, manifest: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, *, manifest: bool = False, sums: Mapping[str, dict[str, Any]] | None = None
+) -> Iterator[Path]:
     """A temporary folder to write into; it replaces `target` on success, else it is removed.
 
+    `sums` are the manifest's entries of files that somebody else has written and summed.
     Raises what the block raises, or OSError; `target` is then unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,12 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Iterator[Path]:
             file.chmod(0o666 & ~_umask())  # safetensors gives permissions to the owner alone
             flush(file)
         if manifest:
-            entries = {str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+            names = {str(file.relative_to(temporary)): file for file in files}
+            known = sums or {}
+            entries = {
+                name: known.get(name) or {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                for name, file in names.items()
+            }
             write_json(temporary / MANIFEST, {"files": entries})
         for folder in {temporary, *(file.parent for file in files)}:
             flush(folder)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from graftlm import kernels
@@ -30,6 +30,7 @@ from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.loading import Base
 from graftlm.base.modules import Stored, StoredLinear, StoredStack
 from graftlm.base.precision import dequantize
+from graftlm.distributed.shard import whole
 from graftlm.errors import ConfigError, nearest
 
 _EXPERTS_OF_V4 = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -226,7 +227,7 @@ def new_adapter(base: Base, layers: Sequence[str], plan: AdapterPlan, seed: int)
             dropout=plan.dropout, dora=plan.dora, seed=seed,
         )  # fmt: skip
     for name in resolve_modules_to_save(base, plan.modules_to_save):
-        weight: Tensor = base.model.get_submodule(name).weight
+        weight = whole(base.model.get_submodule(name).weight)
         by_layer[name] = ModulesToSave(nn.Parameter(weight.detach().to(torch.float32, copy=True)))
     if plan.trainable_tokens:
         name = base.structure.embedding_name
@@ -234,7 +235,7 @@ def new_adapter(base: Base, layers: Sequence[str], plan: AdapterPlan, seed: int)
             raise ConfigError(
                 "trainable-tokens and modules-to-save embeddings exclude each other; the latter trains every row"
             )
-        weight = dequantize(base.structure.embedding.weight.detach(), torch.float32)  # pyright: ignore
+        weight = dequantize(whole(base.structure.embedding.weight.detach()), torch.float32)  # pyright: ignore
         values = weight[list(plan.trainable_tokens)].clone()
         by_layer[name] = TrainableTokens(plan.trainable_tokens, nn.Parameter(values), vocabulary=len(weight))
     return Adapter(plan, by_layer)

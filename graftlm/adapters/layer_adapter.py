@@ -167,7 +167,7 @@ def new_low_rank(
     B = torch.zeros(out_features, rows)
     magnitude = None
     if dora:
-        magnitude = nn.Parameter(torch.linalg.vector_norm(dequantize(module.value, torch.float32), dim=1))
+        magnitude = nn.Parameter(torch.linalg.vector_norm(dequantize(module.whole, torch.float32), dim=1))
     return LowRank(
         A=nn.Parameter(A.to(device)),
         B=nn.Parameter(B.to(device)),

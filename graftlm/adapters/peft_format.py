@@ -102,6 +102,12 @@ def _indices(base: Base, rows: dict[str, list[int]]) -> list[int] | dict[str, li
     return rows[base.structure.embedding_name] if list(rows) == [base.structure.embedding_name] else rows
 
 
+def prove(base: Base, adapter: Adapter, encoder: Encoder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The golden ids and the canary; ranks that share the base's weights all compute it. Raises AdapterError."""
+    golden = canary.golden(encoder)
+    return golden, canary.take(base, adapter, golden["text"])
+
+
 def save(base: Base, adapter: Adapter, folder: Path, about: Mapping[str, Any]) -> None:
     """Write the adapter into an existing folder.
 
@@ -119,7 +125,7 @@ def save(base: Base, adapter: Adapter, folder: Path, about: Mapping[str, Any]) -
     if own_tokens or (adapter.origin is not None and adapter.origin.tokenizer is not None):
         base.tokenizer.save_pretrained(str(folder))
     encoder = Encoder(base.tokenizer, date=(about.get("template") or {}).get("date"))
-    golden = canary.golden(encoder)
+    golden, behaviour = prove(base, adapter, encoder)
     content = {
         **about,
         "format": FORMAT,
@@ -134,7 +140,7 @@ def save(base: Base, adapter: Adapter, folder: Path, about: Mapping[str, Any]) -
         "tensors": {name: {"shape": list(t.shape), "dtype": "F32"} for name, t in sorted(named.items())},
         "tokenizer_digest": encoder.tokenizer_digest,
         "golden": golden,
-        "canary": canary.take(base, adapter, golden["text"]),
+        "canary": behaviour,
         "lineage": {"parents": [adapter.origin.digest] if adapter.origin is not None else []},
         "files": file_entries([path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST]),
     }

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,17 +30,19 @@ from graftlm.base.attention import choose_attention, position_dependent_rotary, 
 from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint, weight_files
 from graftlm.base.fused import FusedCounts, fuse
-from graftlm.base.gguf_loading import load_gguf
 from graftlm.base.modules import Stored
 from graftlm.base.precision import DTYPES, default_compute_dtype, nbytes
-from graftlm.base.quantizer import load_dequantized, stream_checkpoint
-from graftlm.base.random_init import random_model, random_stored_model
+from graftlm.base.random_init import random_stored_model
+from graftlm.base.reading import Reading, read_model
 from graftlm.base.shared_input import find_shared_inputs
+from graftlm.base.splitting import split_weights
 from graftlm.base.structure import ModelStructure
-from graftlm.base.surgery import Replacements, convert_model
+from graftlm.base.surgery import Replacements
 from graftlm.base.transformers_versions import is_known_type, missing_class, own_attention
 from graftlm.config import ComputeDtype, Precision
 from graftlm.config.fields import is_gguf
+from graftlm.distributed.group import ALONE, Ranks
+from graftlm.distributed.shard import SplitWeights
 from graftlm.errors import ModelError
 from graftlm.gguf.folder import folder_of, gguf_of
 from graftlm.heap import mmap_allocations, trim_heap
@@ -117,7 +119,7 @@ class Base:
         """Set `requires_grad` on every parameter that the model's class trains; returns them by name."""
         found: dict[str, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():
-            if name not in self.fixed:
+            if name not in self.fixed and parameter.is_floating_point():
                 found[name] = parameter.requires_grad_(True)
         return found
 
@@ -127,20 +129,29 @@ class Base:
 
     def _compressed(self) -> list[Any]:
         """The compressed weights, tied ones once."""
-        found = {id(m.compressed): m.compressed for m in self.stored().values() if m.compressed is not None}
+        found: dict[int, Any] = {}
+        for module in self.stored().values():
+            value = module.compressed
+            if value is not None:
+                found[id(next(iter(value.tensors().values())))] = value
         return list(found.values())
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The parameters but those that compressed weights consist of, which they are where ranks share them."""
+        parts = {id(part) for value in self._compressed() for part in value.tensors().values()}
+        return [parameter for parameter in self.model.parameters() if id(parameter) not in parts]
 
     @property
     def bytes(self) -> int:
         """Bytes of all weights as they are stored, tied ones once."""
         compressed = sum(nbytes(value) for value in self._compressed())
-        return compressed + sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return compressed + sum(p.numel() * p.element_size() for p in self._parameters())
 
     @property
     def parameters(self) -> int:
         """How many values the base has, in whatever form they are stored."""
         compressed = sum(value.numel for value in self._compressed())
-        return compressed + sum(p.numel() for p in self.model.parameters())
+        return compressed + sum(p.numel() for p in self._parameters())
 
 
 def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True) -> Path:
@@ -304,10 +315,13 @@ def load_base(
     seed: int = 0,
     trust_remote_code: bool = False,
     training: bool = False,
+    ranks: Ranks = ALONE,
+    trains_base: bool = False,
 ) -> Base:
     """Find, check and load a base model.
 
-    `compute_dtype` defaults to the hardware's, for `training` or otherwise. Raises ModelError.
+    `compute_dtype` defaults to the hardware's, for `training` or otherwise. Several `ranks` share its weights; `trains_base`
+    says whether they are then trained. Raises ModelError.
     """
     place = default_device(device)
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
@@ -331,25 +345,21 @@ def load_base(
                 f"--base-precision gguf keeps the blocks of a GGUF file, and {name} is "
                 f"{'to be random' if init == 'random' else 'none'}; take float32, bfloat16, int8 or nf4"
             )
-        quantized = _quantization_of(folder)
-        notes: list[str] = []
-        if init == "random":
-            model, replacements = convert_model(random_model(config, seed, trust_remote_code), precision, dtype)
-            model = _moved(model, place)
-        elif gguf_of(folder) is not None:
-            model, replacements = load_gguf(folder, config, precision, dtype, place)
-        elif quantized is not None:
-            model, replacements = convert_model(
-                load_dequantized(str(folder), quantized, trust_remote_code), precision, dtype
-            )
-            model = _moved(model, place)
-        else:
-            model, replacements, unused = stream_checkpoint(str(folder), precision, dtype, place, trust_remote_code)
-            if unused:
-                notes.append(
-                    f"{len(unused)} tensors of the checkpoint have no place in this architecture: {unused[0]}, ..."
-                )
-        return _understood(name, folder, model, replacements, tokenizer, precision, chosen, init == "random", notes)
+        how = Reading(str(folder), precision, dtype, place, trust_remote_code, ranks)
+        model, replacements, notes = read_model(config, how, None if init == "pretrained" else seed)
+        understand = partial(
+            _understood, name, folder, model, replacements, tokenizer, precision, chosen, init == "random", notes
+        )
+        if ranks.size == 1:
+            return understand(None)
+        weights = split_weights(model, replacements, ranks, place, trained=trains_base)
+        with torch.no_grad():
+            return weights.run(partial(_with_its_head, understand, weights, model))
+
+
+def _with_its_head(understand: Callable[[SplitWeights], Base], weights: SplitWeights, model: Any) -> Base:
+    with weights.gathered(model.get_output_embeddings()):
+        return understand(weights)
 
 
 def random_base(
@@ -371,7 +381,7 @@ def random_base(
     with working(f"making a {name}"), _memory_explained(name, precision, place):
         chosen = compute_dtype or default_compute_dtype(place, training=training)
         model, replacements = random_stored_model(config, precision, DTYPES[chosen], place, seed)
-        return _understood(name, Path(), model, replacements, tokenizer, precision, chosen, True, [])
+        return _understood(name, Path(), model, replacements, tokenizer, precision, chosen, True, [], None)
 
 
 def _understood(
@@ -384,8 +394,9 @@ def _understood(
     compute_dtype: ComputeDtype,
     random: bool,
     notes: list[str],
+    weights: SplitWeights | None,
 ) -> Base:
-    """Make a base of a model with stored weights: find its parts and choose its attention."""
+    """Make a base of a model with stored weights: find its parts and choose its attention. `weights`: those are split."""
     implementation, note = own_attention(model)
     if note:
         set_attention(model, implementation)
@@ -397,7 +408,7 @@ def _understood(
         tokenizer=tokenizer,
         precision=precision,
         compute_dtype=compute_dtype,
-        structure=ModelStructure(model, DTYPES[compute_dtype]),
+        structure=ModelStructure(model, DTYPES[compute_dtype], weights),
         not_converted=replacements.not_converted,
         fixed=frozenset(replacements.fixed),
         random=random,
@@ -410,22 +421,6 @@ def _understood(
     for module in base.stored().values():
         module.bf16_mixed = compute_dtype == "bf16-mixed"
     return base
-
-
-def _moved(model: Any, device: torch.device) -> Any:
-    return model.to(device)
-
-
-def _quantization_of(folder: Path) -> str | None:
-    """The quantization method that a checkpoint's config names, or None."""
-    config = read_json(folder / "config.json", ModelError)
-    inner = config.get("text_config")
-    found = config.get("quantization_config") or (isinstance(inner, dict) and inner.get("quantization_config"))
-    if not found:
-        return None
-    if not isinstance(found, dict):
-        raise ModelError(f"{folder}/config.json: quantization_config is {found!r}, expected an object")
-    return str(found.get("quant_method") or "bitsandbytes")
 
 
 @torch.no_grad()

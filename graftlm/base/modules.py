@@ -14,6 +14,7 @@ Letters: T tokens, `in`, `out` features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,8 @@ from graftlm.base import context
 from graftlm.base.precision import Weight, dequantize, nbytes, quantize
 from graftlm.base.shared_input import SharedInput
 from graftlm.config import Precision
+from graftlm.distributed.group import Ranks
+from graftlm.distributed.shard import Piece, is_split, whole
 from graftlm.kernels import GgufBlocks
 
 
@@ -130,7 +133,10 @@ class Stored(nn.Module):
         self.shape = shape
         self.precision: Precision = precision
         self.transposed = transposed  # the original module has this weight transposed
-        self.compressed: Any = None
+        self._form: Any = None
+        self._split: tuple[str, ...] = ()  # tensors of the form that are parameters, split over ranks
+        self.pieces: list[Piece] = []
+        """This rank's rows of the weight, where it is split."""
         self.bf16_mixed = False  # the compute dtype is bf16-mixed
         self.bank: LinearBank | None = None
         self.register_parameter("weight", None)
@@ -139,6 +145,17 @@ class Stored(nn.Module):
     def dense(self) -> nn.Parameter | None:
         """The dense weight, or None; `weight` may be a handle that the model's own code reads."""
         return self._parameters["weight"]
+
+    @property
+    def compressed(self) -> Any:
+        """The weight in a compressed form, or None."""
+        return (
+            replace(self._form, **{name: self._parameters[name] for name in self._split}) if self._split else self._form
+        )
+
+    @compressed.setter
+    def compressed(self, value: Any) -> None:
+        self._form = value
 
     @property
     def bf16_matmul(self) -> bool:
@@ -174,6 +191,25 @@ class Stored(nn.Module):
             assert isinstance(dense, Tensor)
             self.register_parameter("weight", nn.Parameter(dense.contiguous(), requires_grad=False))
 
+    def split(self, ranks: Ranks) -> None:
+        """Keep this rank's rows of each stored tensor; until `SplitWeights` gathers them, the weight has no values here."""
+        if self.pieces:
+            return
+        value = self.value
+        parts = {"weight": value} if isinstance(value, Tensor) else value.tensors()
+        self.pieces = [Piece.of([self], name, part, ranks) for name, part in parts.items() if part.ndim]
+        if not isinstance(value, Tensor):
+            self._form = replace(value, **{piece.name: piece.parameter.detach() for piece in self.pieces})
+            self._split = tuple(piece.name for piece in self.pieces)
+
+    @property
+    def whole(self) -> Weight:
+        """The weight as it is stored, of all ranks that share it: each of them asks for it."""
+        value = self.value
+        if isinstance(value, Tensor):
+            return whole(value)
+        return replace(value, **{name: whole(part) for name, part in value.tensors().items() if is_split(part)})
+
     def tie(self, other: Stored) -> None:
         """Share the weight of another module: these layers are tied."""
         self.compressed = other.compressed
@@ -188,8 +224,8 @@ class Stored(nn.Module):
         return self.compressed
 
     def original(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a dense tensor in the original module's layout."""
-        weight = dequantize(self.value, dtype).detach()
+        """The weight as a dense tensor in the original module's layout; of ranks that share it, each asks for it."""
+        weight = dequantize(self.whole, dtype).detach()
         return weight.transpose(-1, -2).contiguous() if self.transposed else weight
 
     @property
@@ -200,7 +236,7 @@ class Stored(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stored:
         """Move compressed tensors with the module; their dtypes are part of the format and do not change."""
         super()._apply(fn, recurse)
-        if self.compressed is not None:
+        if self.compressed is not None and not self._split:
             probe = next(iter(self.compressed.tensors().values()))
             device = fn(probe.new_empty(0)).device
             if device != probe.device:

@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from graftlm.base.fingerprint import tensors_in, weight_files
 from graftlm.base.modules import Stored
 from graftlm.base.precision import DTYPES, embedding_precision
+from graftlm.base.splitting import shared_weights, stays_whole
 from graftlm.base.surgery import (
     Replacements,
     find_replacements,
@@ -37,6 +38,7 @@ from graftlm.base.surgery import (
 )
 from graftlm.base.transformers_log import LoadReport, first_line, quiet
 from graftlm.config import Precision
+from graftlm.distributed.group import ALONE, Ranks
 from graftlm.errors import ModelError
 
 
@@ -45,9 +47,14 @@ class StoredFormConfig(QuantizationConfigMixin):
     """Selects our quantizer in transformers' loader; never written to a file."""
 
     def __init__(
-        self, precision: Precision = "float32", activation_dtype: torch.dtype = torch.float32, device: str = "cpu"
+        self,
+        precision: Precision = "float32",
+        activation_dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.quant_method = "graft"  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.ranks = ranks
         self.precision: Precision = precision
         self.activation_dtype = activation_dtype
         self.device = device
@@ -56,8 +63,9 @@ class StoredFormConfig(QuantizationConfigMixin):
 class _StoreOp(ConversionOps):
     """Stores one finished tensor (renamed, split or stacked for the architecture) in its module, on its device."""
 
-    def __init__(self, replacements: dict[str, Stored], device: str) -> None:
-        self.replacements, self.device = replacements, device
+    def __init__(self, replacements: dict[str, Stored], device: str, ranks: Ranks, whole: set[str]) -> None:
+        """Over several ranks each weight is split as soon as it is stored, but for those in `whole`."""
+        self.replacements, self.device, self.ranks, self.whole = replacements, device, ranks, whole
         self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (name, found, expected)
 
     @torch.no_grad()
@@ -66,6 +74,8 @@ class _StoreOp(ConversionOps):
             stored, found = self.replacements[name], value[0] if isinstance(value, list) else value
             if tuple(found.shape) == stored.original_shape:
                 stored.set_weight(found.to(self.device))
+                if self.ranks.size > 1 and name not in self.whole:
+                    stored.split(self.ranks)
             else:
                 self.mismatched.append((name, tuple(found.shape), stored.original_shape))
             if context.get("missing_keys") is not None:
@@ -94,7 +104,9 @@ class StoredFormQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         precision, activation_dtype = self.quantization_config.precision, self.quantization_config.activation_dtype
         self.replacements = find_replacements(model, precision)
-        self.store_op = _StoreOp(self.replacements.all(), self.quantization_config.device)
+        stored, shared = self.replacements.all(), shared_weights(model)
+        whole = {name for name in stored if stays_whole(name, self.replacements, shared)}
+        self.store_op = _StoreOp(stored, self.quantization_config.device, self.quantization_config.ranks, whole)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         keep = DTYPES[embedding_precision(precision)]
         head, embedding = head_and_embedding(model)
@@ -133,9 +145,12 @@ class StoredFormQuantizer(HfQuantizer):
 
 
 def stream_checkpoint(
-    path: str, precision: Precision, activation_dtype: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Replacements, list[str]]:
+    path: str, precision: Precision, activation_dtype: torch.dtype, device: torch.device, trust_remote_code: bool,
+    ranks: Ranks = ALONE,
+) -> tuple[PreTrainedModel, Replacements, list[str]]:  # fmt: skip
     """Load a model folder tensor by tensor into its stored form; also returns the tensors that the architecture does not use.
+
+    Several `ranks` share the stored weights: each keeps its rows of each.
 
     transformers reads on the CPU, where it needs no other package, and each tensor is moved before it is converted. Peak
     memory: the final form plus the largest tensor twice, in the checkpoint's dtype and converted. Raises ModelError for tensors
@@ -146,7 +161,7 @@ def stream_checkpoint(
         with quiet(), report:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
-                quantization_config=StoredFormConfig(precision, activation_dtype, str(device)),
+                quantization_config=StoredFormConfig(precision, activation_dtype, str(device), ranks),
                 dtype=_reading_dtype(path, activation_dtype),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,

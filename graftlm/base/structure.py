@@ -11,10 +11,10 @@ structure.logits(hidden)           the model's own code from there on, for a few
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,12 @@ from graftlm.base.context import ForwardContext
 from graftlm.base.modules import Stored, StoredLinear, WeightHandle
 from graftlm.base.surgery import head_and_embedding
 from graftlm.base.transformers_log import first_line
+from graftlm.distributed.group import ALONE, Ranks
+from graftlm.distributed.shard import SplitWeights
 from graftlm.errors import ModelError
 from graftlm.kernels import to_device
+
+_T = TypeVar("_T")
 
 
 class _BodyOutput(dict[str, Any]):
@@ -121,12 +125,14 @@ def _checkpointed_forward(forward: Any, offload: ActivationOffload | None, *args
 class ModelStructure:
     """The parts of a causal language model: body, head, embedding, layers."""
 
-    def __init__(self, model: PreTrainedModel, activation_dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, activation_dtype: torch.dtype, weights: SplitWeights | None = None
+    ) -> None:
         """Find the parts and check that body and head together give the model's logits. Raises ModelError if not.
 
-        `activation_dtype` is the dtype of the hidden states.
+        `activation_dtype` is the dtype of the hidden states. Weights that are split over ranks must be there: a pass runs.
         """
-        self.model, self._activation_dtype = model, activation_dtype
+        self.model, self._activation_dtype, self.weights = model, activation_dtype, weights
         names = {id(module): name for name, module in model.named_modules()}
         head, embedding = head_and_embedding(model)
         self.head_name, self.embedding_name = names[id(head)], names[id(embedding)]
@@ -144,6 +150,19 @@ class ModelStructure:
     @property
     def head(self) -> nn.Module:
         return self.model.get_submodule(self.head_name)
+
+    @property
+    def sharing(self) -> Ranks:
+        """The ranks that the weights are split over."""
+        return ALONE if self.weights is None else self.weights.ranks
+
+    def in_pass(self, call: Callable[[], _T]) -> _T:
+        """What `call` returns; while it runs, weights that are split over ranks are there, each where it is used."""
+        return call() if self.weights is None else self.weights.run(call)
+
+    def with_head(self) -> AbstractContextManager[None]:
+        """In a pass: the head's weight is there."""
+        return nullcontext() if self.weights is None else self.weights.gathered(self.head)
 
     def _model_with_readable_head(self) -> Any:
         """The model with a head whose weight the model's own code can read."""
@@ -233,6 +252,9 @@ class ModelStructure:
 
     def hidden(self, ids: Tensor, forward_context: ForwardContext) -> Tensor:
         """The body alone: ids (T,) laid out as the context's segments -> hidden states (T, width)."""
+        return self.in_pass(partial(self._hidden, ids, forward_context))
+
+    def _hidden(self, ids: Tensor, forward_context: ForwardContext) -> Tensor:
         segments = forward_context.segments
         with forward_context:
             if segments.batched:
@@ -250,12 +272,15 @@ class ModelStructure:
         The class's forward runs with its body replaced by the given states, so soft caps and scales are applied. The context's
         segments are those of the n rows; a head with adapters needs it.
         """
+        return self.in_pass(partial(self._logits, hidden, forward_context))
+
+    def _logits(self, hidden: Tensor, forward_context: ForwardContext | None) -> Tensor:
         states = hidden if hidden.ndim == 3 else hidden[None]
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
         model_copy = _copy_with_submodule(
             self._model_with_readable_head(), self.body_name.split("."), _FixedHiddenStates(self.body, states)
         )
-        with nullcontext() if forward_context is None else forward_context:
+        with self.with_head(), nullcontext() if forward_context is None else forward_context:
             return model_copy(input_ids=ids, use_cache=False).logits[0]
 
     def checkpoint_layers(self, on: bool, offload: ActivationOffload | None = None) -> int:

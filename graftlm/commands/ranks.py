@@ -32,6 +32,8 @@ from graftlm.training.run_folder import SUMMARY
 from graftlm.training.view import View
 
 ENDED = "ended-{}.json"
+_SPLITS = (2, 13)
+"""The first PyTorch whose FSDP2 splits frozen whole numbers, as int8 and NF4 weights are."""
 _SAVING_SECONDS = 600
 """How long the ranks of a run that is stopped may take for their step and a checkpoint."""
 
@@ -39,13 +41,29 @@ _SAVING_SECONDS = 600
 def train_over_ranks(config: TrainConfig) -> dict[str, Any]:
     """Train over as many ranks as the config asks for, or torchrun has started; returns the summary, empty on ranks but the
     first. Raises as `train`, and TrainingError for a rank that died."""
+    if config.layout == "shard":
+        _check_torch()
     there = launched()
     if there > 1:
         return _among_others(started_for(config, there))
     if config.ranks == 1:
+        if config.layout == "shard":
+            raise ConfigError(
+                "--layout shard splits a model over ranks, and there is one; give --ranks N, or leave it out"
+            )
         return train(config)
     with tempfile.TemporaryDirectory(prefix="graft-ranks-") as place:
         return _launch(config, Path(place))
+
+
+def _check_torch() -> None:
+    """Raise ConfigError for a PyTorch whose FSDP2 cannot split every kind of stored weight."""
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < _SPLITS:
+        raise ConfigError(
+            f"--layout shard needs PyTorch {'.'.join(map(str, _SPLITS))} or newer, found {torch.__version__}; "
+            "install it, or take --layout replicate"
+        )
 
 
 def _among_others(config: TrainConfig) -> dict[str, Any]:
@@ -76,10 +94,9 @@ def train_as_rank(config: TrainConfig) -> dict[str, Any]:
         try:
             view = View(quiet=not ranks.first)
             return train(_of_rank(config, ranks), view, ranks=ranks)
-        except TrainingError as error:  # follows from what all ranks know
-            error.everywhere = True
-            raise
         except GraftError as error:
+            if isinstance(error, TrainingError) and not error.alone:  # follows from what all ranks know
+                error.everywhere = True
             if error.everywhere:
                 raise
             raise type(error)(f"rank {ranks.rank} of {ranks.size}: {error}") from error

@@ -14,6 +14,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from graftlm import __version__
 from graftlm.adapters.attach import coverage, detach, notes_for_peft
 from graftlm.base.chat import Encoder
@@ -81,7 +83,9 @@ def train(
     started = time.perf_counter()
     with ExitStack() as held:
         with ranks.agreeing():  # whatever is wrong is found, on every rank, before the first step
-            run = _set_up(config, view, given, ranks, held)
+            inputs = _check_inputs(config, given, ranks, held)
+        with ranks.failing_alike() if config.layout == "shard" else ranks.agreeing():
+            run = _set_up(config, view, given, inputs, ranks, held)
         session = run.session
         ranks.check_alike({"graftlm": __version__, "step": session.trial.step, **session.identity.values})
         if ranks.first:
@@ -116,8 +120,19 @@ class _SetUp:
     micro_batch_tokens: int
 
 
-def _set_up(config: TrainConfig, view: View, given: Given, ranks: Ranks, held: ExitStack) -> _SetUp:
-    """Load, read and make all that a run needs; `held` gives back at its end what must be given back. Raises GraftError."""
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What a run is made of, checked as far as it can be without the base."""
+
+    sources: Sequence[Source]
+    eval_source: Source | None
+    callbacks: Sequence[Callback]
+    score: Score | None
+    device: torch.device
+
+
+def _check_inputs(config: TrainConfig, given: Given, ranks: Ranks, held: ExitStack) -> _Inputs:
+    """Look at all that a run needs before the base is loaded, and lock its folder; `held` frees it. Raises GraftError."""
     check_trackers(config.track)
     callbacks = list(given.callbacks)
     if config.early_stopping is not None:
@@ -132,13 +147,19 @@ def _set_up(config: TrainConfig, view: View, given: Given, ranks: Ranks, held: E
         held.enter_context(locked(config.out))
         remove_leftovers(config.out)
         check_free(config.out, config.resume)
+    return _Inputs(sources=sources, eval_source=eval_source, callbacks=callbacks, score=score, device=device)
+
+
+def _set_up(config: TrainConfig, view: View, given: Given, inputs: _Inputs, ranks: Ranks, held: ExitStack) -> _SetUp:
+    """Load, read and make all that a run needs; `held` gives back at its end what must be given back. Raises GraftError."""
+    sources, eval_source, device = inputs.sources, inputs.eval_source, inputs.device
     held.enter_context(
         mmap_allocations(device.type == "cpu" and (config.activation_checkpointing or config.optimizer_in_backward))
     )
     if config.deterministic:
         held.enter_context(deterministic_algorithms(device, loaded=given.base is not None))
     memory = held.enter_context(PeakMemory(device))
-    base = held.enter_context(_base(config, given.base))
+    base = held.enter_context(_base(config, given.base, ranks))
     release_memory()  # what loading used
     set_checkpointing(config, base)
     view.base(base)
@@ -149,9 +170,9 @@ def _set_up(config: TrainConfig, view: View, given: Given, ranks: Ranks, held: E
         data = TrainingData(encoder, *read_data(config, sources, encoder, base, given.eval_source))
         view.data(data.dataset, data.eval_dataset, encoder.notes)
         slot = 0 if adapter is None else 1
-        session = Session(config, base, adapter, data, view, slot=slot, callbacks=callbacks)
-        if score is not None:
-            session.trial.scorer = _make_scorer(config, score, sources, eval_source, data, base)
+        session = Session(config, base, adapter, data, view, slot=slot, callbacks=inputs.callbacks)
+        if inputs.score is not None:
+            session.trial.scorer = _make_scorer(config, inputs.score, sources, eval_source, data, base)
     except BaseException:
         if adapter is not None:
             detach(base, 1)
@@ -177,8 +198,8 @@ def _planned(session: Session, memory: PeakMemory, ranks: Ranks, held: ExitStack
 
 
 @contextmanager
-def _base(config: TrainConfig, loaded: Base | None) -> Iterator[Base]:
-    """The base that the config names, or the one that is loaded already."""
+def _base(config: TrainConfig, loaded: Base | None, ranks: Ranks) -> Iterator[Base]:
+    """The base that the config names, or the one that is loaded already; with --layout shard the ranks share its weights."""
     if loaded is not None:
         with borrowed(loaded, compute_dtype_of(config), adds_tokens=bool(config.trainable_tokens)) as base:
             yield base
@@ -186,6 +207,7 @@ def _base(config: TrainConfig, loaded: Base | None) -> Iterator[Base]:
     yield load_base(
         config.model, precision=stored_precision(config), compute_dtype=compute_dtype_of(config), device=config.device,
         init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
+        ranks=ranks if config.layout == "shard" else ALONE, trains_base=config.method == "full",
     )  # fmt: skip
 
 
@@ -238,14 +260,16 @@ def _trained(run: _SetUp, save_when_stopped: bool, ranks: Ranks) -> tuple[dict[s
             )
         trained = time.perf_counter()
         with working("saving"):
-            return session.finish(), trained
+            return session.finish(ranks), trained
 
 
 def _follow(run: _SetUp, ranks: Ranks) -> None:
     """Take the steps on a rank that writes nothing. Raises Stopped when all ranks stop."""
     session = run.session
-    follower = Follower(session.trial, ranks)
+    follower = Follower(session.config, session.trial, ranks)
     with signals(follower, session.view.note):
         train_trials(session.base, [session.trial], run.micro_batch_tokens, follower, ranks)
     if follower.stopped is not None and not session.trial.done:
+        follower.save()
         raise Stopped(follower.stopped, "stopped with the first rank")
+    session.finish_with_the_first(ranks)

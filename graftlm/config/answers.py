@@ -35,7 +35,9 @@ _BEST = "the step with the lowest eval loss is saved; leave it out"
 _LOGGED = "every step is in metrics.jsonl, and --track adds tensorboard, wandb or mlflow; leave it out"
 _NAMED = "set it in the environment: WANDB_PROJECT, WANDB_ENTITY, MLFLOW_EXPERIMENT_NAME; a run is named after --out"
 _PUBLISHED = "after the run: graft adapters publish OUT --name NAME, then graft adapters push OWNER/NAME NAME"
-_ONE_DEVICE = "each GPU holds the whole model here: give --ranks N, or start graft train with torchrun; leave this out"
+_SEVERAL_GPUS = (
+    "give --ranks N, or start graft train with torchrun, and --layout shard to split the model (FSDP2); leave this out"
+)
 _ALWAYS_ON = "prefix caching, chunked prefill and JSON schemas are always on; leave it out"
 _NO = (False, None, "none", "None", 0, "false")
 _YES = (True, None, "auto", "true")
@@ -237,7 +239,7 @@ ANSWERS: dict[str, OptionAnswer] = {
         "deepspeed fsdp fsdp_config ddp ddp_find_unused_parameters local_rank context_parallel_size "
         "sequence_parallel_degree "
         "dp_shard_size",
-        OptionAnswer(_ONE_DEVICE, (*_NO, "", -1)),
+        OptionAnswer(_SEVERAL_GPUS, (*_NO, "", -1)),
     ),
     "stage": OptionAnswer(
         "graft train is supervised fine-tuning; rows of text are trained in full as they are", ("sft", None)

@@ -163,6 +163,10 @@ class TrainConfig(Config):
         1, "processes that train together, one on each GPU: each computes its share of a step's examples, and gradients are "
         "added up (data parallel)", group="memory and speed", ge=1,
     )  # fmt: skip
+    layout: Literal["auto", "replicate", "shard"] = option(
+        "auto", "with --ranks: `replicate` has the whole model on every rank; `shard` splits its weights, and in full training "
+        "gradients and optimizer states, over the ranks (FSDP); auto is replicate", group="memory and speed",
+    )  # fmt: skip
     deterministic: bool = option(
         False, "the same bits in every repeat and after --resume on a GPU too, where attention's backward pass then takes more "
         "time and memory; on a CPU they are the same anyway", group="memory and speed",
@@ -296,10 +300,15 @@ class TrainConfig(Config):
                 f"--batch-size {self.batch_size} leaves some of {self.ranks} ranks without an example; "
                 f"give --batch-size {self.ranks} or more, or fewer --ranks"
             )
-        if self.optimizer_in_backward:
+        if self.optimizer_in_backward and self.layout != "shard":
             raise ValueError(
                 "--optimizer-in-backward frees each gradient before those of all ranks can be added up, found "
-                f"--ranks {self.ranks}; leave one of the two out"
+                f"--ranks {self.ranks}; leave one of the two out, or take --layout shard, which adds them up at once"
+            )
+        if self.layout == "shard" and self.score is not None:
+            raise ValueError(
+                "--layout shard leaves no rank with a whole model that could answer eval prompts, found --score "
+                f"{self.score}; leave one of the two out, or take --layout replicate"
             )
         if self.device is not None and ":" in self.device:
             raise ValueError(

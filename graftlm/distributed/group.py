@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from graftlm import errors
 from graftlm.distributed.deal import deal
@@ -29,6 +31,7 @@ from graftlm.jsonfile import parse_json
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up."""
 _BUFFER = 1 << 25  # values of gradients that are added up at once: 128 MB in float32
+_SOON = 5.0  # seconds in which ranks that fail for the same reason have all failed
 _T = TypeVar("_T")
 
 
@@ -81,6 +84,15 @@ class Ranks:
         if waiting:
             _add_up(waiting)
 
+    def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Give every rank the sum of each parameter's gradient; what no rank has a gradient of keeps none."""
+        if self.size == 1:
+            return
+        for parameter, having in zip(parameters, self.total([float(p.grad is not None) for p in parameters])):
+            if having and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.add_up([p.grad for p in parameters if p.grad is not None])
+
     def from_first(self, call: Callable[[], Any]) -> Any:
         """What `call` returns on the first rank, as JSON values on all; a GraftError that it raises there, all raise."""
         if self.size == 1:
@@ -95,6 +107,12 @@ class Ranks:
         if "error" in message:
             raise _everywhere(message["kind"], message["error"])
         return message["found"]
+
+    def of_all(self, value: Any) -> list[Any]:
+        """The value of every rank, JSON, by rank."""
+        if self.size == 1:
+            return [value]
+        return [self._sent({"value": value}, sender)["value"] for sender in range(self.size)]
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
@@ -117,6 +135,36 @@ class Ranks:
         told = self._sent({} if own is None else {"kind": type(own).__name__, "error": str(own)}, sender=failed[0])
         where = "" if len(failed) == self.size else f"rank {failed[0]} of {self.size}: "
         raise _everywhere(told["kind"], where + told["error"]) from own
+
+    @contextmanager
+    def failing_alike(self) -> Iterator[None]:
+        """Around a part of the set-up in which ranks make passes together: a GraftError that all meet, all raise as one.
+
+        What one meets alone it raises, and its process ends: the others wait for it in a pass, and cannot come to an end.
+        """
+        try:
+            yield
+        except GraftError as error:
+            if self.size == 1 or error.everywhere:
+                raise
+            told = self._of_all_soon({"kind": type(error).__name__, "error": str(error)})
+            if told is not None:
+                raise _everywhere(told["kind"], told["error"]) from error
+            error.alone = True
+            raise
+
+    def _of_all_soon(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """The first rank's message, if every rank has one within seconds; in the store in which ranks met, where nobody has to
+        wait for the others."""
+        store: Any = distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+        names = [f"graft-failed-{rank}" for rank in range(self.size)]
+        store.set(names[self.rank], json.dumps(message))
+        until = time.monotonic() + _SOON
+        while not store.check(names):
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.05)
+        return parse_json(store.get(names[0]).decode())
 
     def check_alike(self, values: Mapping[str, Any]) -> None:
         """RunError, on every rank, where one has another value (JSON) than the first under the same name."""

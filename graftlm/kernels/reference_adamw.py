@@ -117,17 +117,19 @@ class Update:
     """The key of the random bits: (seed, name of the parameter, step)."""
     gate: Tensor | None = None
     """() float32 on the parameter's device: where it is not finite, the step changes nothing."""
+    first: int = 0
+    """The place of the first value in the whole parameter, where this is a part of one: its random words begin there."""
 
 
 def update_of(
     step: int, learning_rate: float, *, beta1: float, beta2: float, epsilon: float, weight_decay: float, factor: float = 1.0,
-    key: tuple[int | str, ...] = (), gate: Tensor | None = None,
+    key: tuple[int | str, ...] = (), gate: Tensor | None = None, first: int = 0,
 ) -> Update:  # fmt: skip
     """The numbers of optimizer step `step`, counted from 1."""
     return Update(
         beta1=beta1, beta2=beta2, epsilon=epsilon, rate=learning_rate / (1 - beta1**step),
         decay=1 - learning_rate * weight_decay, fix=1 / math.sqrt(1 - beta2**step), factor=factor, key=key,
-        gate=gate,
+        gate=gate, first=first,
     )  # fmt: skip
 
 
@@ -237,7 +239,7 @@ def _slab(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update,
 
     words = None
     if moments.eight_bit or parameter.dtype != torch.float32:
-        words = uniform_words(len(value), *update.key, first=first, device=device)
+        words = uniform_words(len(value), *update.key, first=update.first + first, device=device)
     if parameter.dtype == torch.bfloat16:
         assert words is not None
         parameter.copy_(stochastic_round(value, words))

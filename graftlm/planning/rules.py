@@ -164,7 +164,8 @@ LEARNING_RATE = Rule(
     measurement=(
         "rates that searches found: bundled base (width 192) LoRA 6.3e-3 and full 2e-3, the rule gives 6e-3 and 6e-4; SmolLM2 "
         "(576) 2e-3 and 2e-4 on E2E and T0, the rule the same, and three times as much on a style; Gemma 3 270M (640) 6e-4 and "
-        f"2e-5 on T0 and E2E, where width alone gives 2e-3 and 2e-4 ({_QUALITY}); for Llama 3 of width 4096 {_SCHULMAN} have 2.9e-4"
+        f"2e-5 on T0 and E2E, where width alone gives 2e-3 and 2e-4 ({_QUALITY}); for Llama 3 of width 4096 {_SCHULMAN} "
+        "have 2.9e-4"
     ),
 )
 BATCH = Rule(

@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON; and who may go on.
 
-    checkpoints/000040/  trainable.safetensors  optimizer.safetensors  state.json  manifest.json
+    checkpoints/000040/  trainable.safetensors  optimizer.safetensors  [rows-*]  state.json  manifest.json
     best.json            which step is the best, by eval loss or score
 
 There is no generator state: randomness follows from (seed, draw, position, layer). A checkpoint is complete or not there
@@ -24,33 +24,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from graftlm import kernels
 from graftlm.adapters.attach import Adapter
 from graftlm.base.loading import Base
-from graftlm.base.safetensors_writer import TensorSpec, write_tensors
 from graftlm.config import ComputeDtype, TrainConfig
 from graftlm.config.aliases import FORMER, renamed
 from graftlm.data.dataset import Dataset
+from graftlm.distributed.group import ALONE, Ranks
+from graftlm.distributed.shard import is_split, local
 from graftlm.errors import ConfigError, Diverged, RunError, nearest
 from graftlm.files import atomic_folder, find_damage, remove_leftovers, write_json
 from graftlm.jsonfile import read_json
-from graftlm.tensorfile import read_header
+from graftlm.training.saved_tensors import OPTIMIZER, TRAINABLE, SavedTensors, rows_file, write, written_by_all
 from graftlm.training.trial import Evaluation, ExampleLoss, Trial
 
 if TYPE_CHECKING:
     from graftlm.training.view import View
 
-TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+STATE = "state.json"
+_MOST_RANKS = 1 << 16
 _MOST_STATE_BYTES = 1 << 30  # it holds three numbers for each eval row
 # Options that change neither what is trained nor the numbers, so a run may go on with others.
 _FREE = {
-    "activation_checkpointing", "allow_change", "deterministic", "device", "keep_checkpoints", "micro_batch_tokens",
-    "offload_activations", "offload_optimizer", "optimizer_in_backward", "out", "ranks", "resume", "save_every",
-    "save_precision", "track", "trust_remote_code",
+    "activation_checkpointing", "allow_change", "deterministic", "device", "keep_checkpoints", "layout",
+    "micro_batch_tokens", "offload_activations", "offload_optimizer", "optimizer_in_backward", "out", "ranks", "resume",
+    "save_every", "save_precision", "track", "trust_remote_code",
 }  # fmt: skip
 _ADDED_LATER: dict[str, Any] = {"best_by": "loss"}
 """Options that checkpoints written before them do not hold, with the value they stood for; null needs no entry."""
@@ -61,19 +61,53 @@ def finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or math.isfinite(float(kernels.sum_of_squares(tensor)))
 
 
-def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int) -> Path:
+def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int, ranks: Ranks = ALONE) -> Path:
     """Write a checkpoint of `trial` after its current step, with `extra` in its state; keeps the newest `keep` and the best.
 
-    Raises OSError or SafetensorError where it cannot be written (see `run_folder.writing`), and Diverged for a tensor
-    that is not finite; the older checkpoints are then as they were.
+    Of several ranks each calls this: the first writes, and where ranks share what is trained, each its rows.
+
+    Raises OSError or SafetensorError where it cannot be written (see `run_folder.writing`), RunError where another rank cannot,
+    and Diverged for a tensor that is not finite; the older checkpoints are then as they were.
     """
     place = run / "checkpoints" / f"{trial.step:06d}"
-    tensors = {n: p.detach().cpu().contiguous() for n, p in trial.parameters.items()}
-    states = {n: t.detach().cpu().contiguous() for n, t in trial.optimizer.state().items()}
-    for name, tensor in (*tensors.items(), *states.items()):
-        if not finite(tensor):
+    sharing = trial.optimizer.sharing
+    if not ranks.first and sharing.size == 1:
+        return place
+    moments = trial.optimizer.state()
+    split = {name for name, parameter in trial.parameters.items() if is_split(parameter)}
+    tensors = {name: local(parameter) for name, parameter in trial.parameters.items()}
+    _check_finite(trial, {**tensors, **moments})
+    whole = {name: t for name, t in tensors.items() if name not in split}
+    states = {key: t for key, t in moments.items() if key.partition(".")[2] not in split}
+    if ranks.first:
+        remove_leftovers(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
+    folder_of = atomic_folder(place, manifest=True) if sharing.size == 1 else written_by_all(place, sharing)
+    with folder_of as folder:
+        if split:
+            rows = {f"value.{name}": tensor for name, tensor in tensors.items() if name in split}
+            rows |= {key: tensor for key, tensor in moments.items() if key not in states}
+            write(folder / rows_file(sharing.rank, sharing.size), rows)
+        if ranks.first:
+            write(folder / TRAINABLE, whole)
+            write(folder / OPTIMIZER, states)
+            how = {} if sharing.size == 1 else {"ranks": sharing.size}
+            write_json(folder / STATE, {**_state_of(trial), **how, **extra})
+    if ranks.first:
+        write_best(run, trial)
+        _remove_old(run, trial.step, keep)
+    return place
+
+
+def _check_finite(trial: Trial, tensors: Mapping[str, Tensor]) -> None:
+    """Raise Diverged, on every rank, for a tensor that is not finite; of split ones each rank looks at its rows."""
+    bad = trial.optimizer.sharing.total([float(not finite(tensor)) for tensor in tensors.values()])
+    for name, found in zip(tensors, bad):
+        if found:
             raise Diverged(f"{trial.name}: '{name}' is not finite after step {trial.step}; lower --learning-rate")
-    state = {
+
+
+def _state_of(trial: Trial) -> dict[str, Any]:
+    return {
         "step": trial.step,
         "optimizer_steps": trial.optimizer.steps,
         "tokens": trial.tokens,
@@ -83,26 +117,7 @@ def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int) -> Path:
         "first": _to_json(trial.first_evaluation),
         "last": _to_json(trial.last_evaluation),
         "best": _to_json(trial.best_evaluation),
-        **extra,
     }
-    remove_leftovers(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
-    with atomic_folder(place, manifest=True) as folder:
-        _write(folder / TRAINABLE, tensors)
-        _write(folder / OPTIMIZER, states)
-        write_json(folder / STATE, state)
-    write_best(run, trial)
-    _remove_old(run, trial.step, keep)
-    return place
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One tensor after another, the widest types first, so that each begins at a multiple of its type.
-
-    The library's own function makes all of the file in memory before it writes: once more what a run holds already.
-    """
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
-    write_tensors(path, specs, ordered.__getitem__)
 
 
 def _remove_old(run: Path, step: int, keep: int) -> None:
@@ -153,6 +168,17 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
+def _newest_of_all(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """`newest`, which of ranks that share what is trained the first alone looks for: it reads every file to its end."""
+
+    def look() -> list[Any]:
+        found, problems = newest(run)
+        return [found and found.name, problems]
+
+    name, problems = ranks.from_first(look)
+    return run / "checkpoints" / name if name else None, problems
+
+
 def describe_newest(run: Path) -> str:
     """The checkpoint that a failed run would go on from, as the end of a sentence."""
     try:
@@ -174,8 +200,9 @@ def load(folder: Path, trial: Trial) -> None:
     """Put a checkpoint back into `trial`. Raises RunError for one that holds something else than this trial has."""
     state = read_state(folder)
     load_parameters(folder, trial)
+    saved = _tensors_of(folder)
     try:
-        trial.optimizer.load(_read_tensors(folder / OPTIMIZER), int(state["optimizer_steps"]))
+        trial.optimizer.load(_moments_of(saved, trial), int(state["optimizer_steps"]))
         trial.step, trial.tokens, trial.target_tokens = (int(state[k]) for k in ("step", "tokens", "target_tokens"))
         trial.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
         trial.scores = [(int(step), float(score)) for step, score in state.get("scores", ())]
@@ -189,16 +216,34 @@ def load(folder: Path, trial: Trial) -> None:
         ) from None
 
 
+def _tensors_of(folder: Path) -> SavedTensors:
+    ranks = read_state(folder).get("ranks", 1)
+    if not isinstance(ranks, int) or not 1 <= ranks <= _MOST_RANKS:
+        raise RunError(f"{folder}/{STATE}: ranks is {ranks!r}, expected a number of ranks; start over in another --out")
+    return SavedTensors(folder, ranks)
+
+
+def _moments_of(saved: SavedTensors, trial: Trial) -> dict[str, Tensor]:
+    """This rank's part of the optimizer's states. Raises ValueError for states of other tensors."""
+    found: dict[str, Tensor] = {}
+    for name in sorted(saved.with_moments):
+        if name not in trial.parameters:
+            raise ValueError(f"the states hold '{name}', which is not trained")
+        for kind, tensor in saved.own_moments(name, trial.parameters[name]).items():
+            found[f"{kind}.{name}"] = tensor
+    return found
+
+
 def load_parameters(folder: Path, trial: Trial) -> None:
     """Put only the trained tensors of a checkpoint back. Raises RunError for other names, shapes or types."""
-    tensors = _read_tensors(folder / TRAINABLE)
-    if set(tensors) != set(trial.parameters):
-        odd = sorted(set(tensors) ^ set(trial.parameters))[0]
+    saved = _tensors_of(folder)
+    if saved.names != set(trial.parameters):
+        odd = sorted(saved.names ^ set(trial.parameters))[0]
         raise RunError(
             f"{folder} holds other tensors than this run trains, for one '{odd}'; start over in another --out"
         )
     for name, parameter in trial.parameters.items():
-        own, other = ((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in (tensors[name], parameter))
+        own, other = saved.kind(name), (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
         if own != other:
             raise RunError(
                 f"{folder} holds '{name}' as {own[1]} of shape {own[0]}, this run trains it as {other[1]} of shape {other[0]}; "
@@ -206,15 +251,7 @@ def load_parameters(folder: Path, trial: Trial) -> None:
             )
     with torch.no_grad():
         for name, parameter in trial.parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    read_header(file, RunError)
-    try:
-        return load_file(file)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise RunError(f"{file} cannot be read: {error}") from None
+            local(parameter).copy_(saved.own_rows(name, parameter))
 
 
 def restore_best(run: Path, trial: Trial) -> str | None:
@@ -222,7 +259,7 @@ def restore_best(run: Path, trial: Trial) -> str | None:
     if trial.best_evaluation is None or trial.best_evaluation.step == trial.step:
         return None
     folder = run / "checkpoints" / f"{trial.best_evaluation.step:06d}"
-    problem = find_damage(folder)
+    problem = trial.optimizer.sharing.from_first(lambda: find_damage(folder))
     if problem is None:
         load_parameters(folder, trial)
     else:
@@ -307,7 +344,7 @@ def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdent
     ConfigError for an --allow-change that names nothing.
     """
     allowed = _allowed(config.allow_change, identity)
-    found, damaged = newest(config.out)
+    found, damaged = _newest_of_all(config.out, trial.optimizer.sharing)
     for problem in damaged:
         view.note(f"passed over the damaged checkpoint {problem}")
     if found is None:

@@ -97,9 +97,8 @@ class Recorder(TrainerCallback):
         return True
 
     def save_due(self) -> None:
-        """Save what is due; a best step in the middle needs a checkpoint, one at the end becomes the result."""
-        due = self.config.save_every is not None and self.trial.step % self.config.save_every == 0
-        if (due or self._improved) and not self.trial.done:
+        """Save what is due."""
+        if _is_due(self.config, self.trial, self._improved):
             self.save()
         self._improved = False
 
@@ -107,7 +106,9 @@ class Recorder(TrainerCallback):
         """Write a checkpoint of this step, unless there is one."""
         if self._saved != self.trial.step:
             with writing(self.config.out):
-                checkpoint.save(self.config.out, self.trial, self.identity.to_json(), self.config.keep_checkpoints)
+                checkpoint.save(
+                    self.config.out, self.trial, self.identity.to_json(), self.config.keep_checkpoints, self.ranks
+                )
             self._saved = self.trial.step
             self.callbacks.save(self.config.out / "checkpoints" / f"{self.trial.step:06d}")
 
@@ -131,18 +132,36 @@ class Recorder(TrainerCallback):
             self.metrics.write(line)
 
 
-class Follower(TrainerCallback):
-    """Of every rank but the first: it writes nothing, and stops when the first one does."""
+def _is_due(config: TrainConfig, trial: Trial, improved: bool) -> bool:
+    """Whether to save: a best step in the middle needs a checkpoint, one at the end becomes the result."""
+    due = config.save_every is not None and trial.step % config.save_every == 0
+    return (due or improved) and not trial.done
 
-    def __init__(self, trial: Trial, ranks: Ranks) -> None:
-        self.trial, self.ranks = trial, ranks
+
+class Follower(TrainerCallback):
+    """Of every rank but the first: it writes its rows of what ranks share, no more, and stops when the first one does."""
+
+    def __init__(self, config: TrainConfig, trial: Trial, ranks: Ranks) -> None:
+        self.config, self.trial, self.ranks = config, trial, ranks
         self.stopped: int | None = None
+        self._improved = False
+        self._saved = -1
 
     def on_step_end(self, trial: Trial, result: StepResult) -> None: ...
 
-    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None: ...
+    def on_evaluate(self, trial: Trial, evaluation: Evaluation, best: bool) -> None:
+        self._improved = best and evaluation.step > 0
+
+    def save(self) -> None:
+        """Save with the first rank, unless that was done."""
+        if self._saved != self.trial.step:
+            checkpoint.save(self.config.out, self.trial, {}, self.config.keep_checkpoints, self.ranks)
+            self._saved = self.trial.step
 
     def on_iteration_end(self, trials: Sequence[Trial]) -> bool:
+        if _is_due(self.config, self.trial, self._improved):
+            self.save()
+        self._improved = False
         self.stopped, ended = agreed_stop(self.ranks, self.stopped, None)
         if self.stopped is not None and not self.trial.done:
             return False

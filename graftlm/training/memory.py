@@ -136,6 +136,7 @@ def estimate(
                 beside=beside,
                 answers=answers,
             )
+            took = _of_one_rank(took, shape, base.structure.sharing.size)
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = MemoryEstimate(
@@ -151,6 +152,26 @@ def estimate(
             break
     assert found is not None
     return found
+
+
+def _of_one_rank(took: MemoryRequirement, shape: ModelShape, ranks: int) -> MemoryRequirement:
+    """What each of `ranks` that share the weights takes: its rows of them, and in full training of gradients and optimizer
+    states; and what is gathered: the layer that runs, the next one and a copy on the way, or twice head or embedding."""
+    if ranks == 1:
+        return took
+    value = took.parts.weights / shape.parameters  # bytes, as it is stored
+    gathered = int(value * max(3 * shape.stored // max(1, shape.layers), 2 * shape.head, 2 * shape.embedding))
+    trained = ranks if took.setting.method == "full" else 1
+
+    def of_one(parts: MemoryParts) -> MemoryParts:
+        return replace(
+            parts, weights=parts.weights // ranks, gradients=parts.gradients // trained,
+            optimizer=parts.optimizer // trained, workspace=parts.workspace + gathered,
+        )  # fmt: skip
+
+    moments = {name: of_one(parts) for name, parts in took.moments.items()}
+    moment = max(moments, key=lambda name: moments[name].total)
+    return replace(took, moments=moments, moment=moment, parts=moments[moment], loading=took.loading // ranks)
 
 
 def _answers(base: Base, scorer: Scorer) -> AnswerLoad:

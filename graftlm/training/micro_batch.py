@@ -10,8 +10,9 @@ Letters: T tokens of the micro-batch, n target tokens among them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,6 +68,15 @@ def micro_batches(base: Base, items: Sequence[BatchItem], micro_batch_tokens: in
     return [[items[i] for i in group] for group in groups]
 
 
+def even_passes(
+    base: Base, groups: Sequence[Sequence[BatchItem]], blank: Callable[[], BatchItem]
+) -> list[Sequence[BatchItem]]:
+    """This rank's micro-batches and, where ranks share the weights, blank ones behind them, until all ranks make equally many
+    passes: in each pass every rank sends its rows. A blank one is the example of `blank` with the weight 0."""
+    (most,) = base.structure.sharing.largest([len(groups)])
+    return [*groups, *([replace(blank(), weight=0.0)] for _ in range(most - len(groups)))]
+
+
 def collate(base: Base, items: Sequence[BatchItem]) -> MicroBatch:
     """Lay examples end to end, in the order given."""
     segments = Segments(
@@ -105,11 +115,25 @@ def collate(base: Base, items: Sequence[BatchItem]) -> MicroBatch:
 
 def forward(base: Base, micro_batch: MicroBatch, *, defer_tied_head_gradient: bool = False) -> tuple[Tensor, Tensor]:
     """The forward pass: the weighted loss (), with gradients where they are on, and each target token's loss (n,)."""
+    structure = base.structure
+    defer = (
+        defer_tied_head_gradient and structure.weights is None
+    )  # the head is not there any more in the backward pass
+    return structure.in_pass(partial(_forward, base, micro_batch, defer))
+
+
+def _forward(base: Base, micro_batch: MicroBatch, defer_tied_head_gradient: bool) -> tuple[Tensor, Tensor]:
     context = ForwardContext(micro_batch.segments, defer_tied_head_gradient=defer_tied_head_gradient)
     hidden = base.hidden(micro_batch.ids, context)  # (T, width)
-    return weighted_loss(
-        base, hidden[micro_batch.sources], micro_batch.labels, micro_batch.weights, micro_batch.target_ranges, context
-    )
+    with base.structure.with_head():
+        return weighted_loss(
+            base,
+            hidden[micro_batch.sources],
+            micro_batch.labels,
+            micro_batch.weights,
+            micro_batch.target_ranges,
+            context,
+        )
 
 
 def backward(loss: Tensor) -> None:
@@ -128,14 +152,23 @@ def example_losses(
     examples: Sequence[Example],
     slot: int,
     micro_batch_tokens: int,
+    blank: Example | None = None,
 ) -> list[ExampleLoss]:
-    """Each example's summed loss through the adapter in `slot`, in the examples' order, without dropout."""
+    """Each example's summed loss through the adapter in `slot`, in the examples' order, without dropout.
+
+    `blank` is any example at all, for passes that this rank makes for the others alone; needed where it may have no own.
+    """
     items = [BatchItem(example, slot, (0, i), 1.0) for i, example in enumerate(examples)]
     found: dict[int, ExampleLoss] = {}
     with working("measuring eval rows", len(examples), "rows") as task:
-        for group in micro_batches(base, items, micro_batch_tokens):
+        groups = micro_batches(base, items, micro_batch_tokens)
+        for i, group in enumerate(
+            even_passes(base, groups, lambda: BatchItem(blank or examples[0], slot, (0, 0), 0.0))
+        ):
             micro_batch = collate(base, group)
             _, losses = forward(base, micro_batch)
+            if i >= len(groups):
+                continue
             at = 0
             for item, count in zip(group, micro_batch.target_counts):
                 index = item.rng_key[1]

@@ -35,9 +35,12 @@ from torch import Tensor, nn
 
 from graftlm import kernels
 from graftlm.base.loading import Base
+from graftlm.distributed.deal import deal
+from graftlm.distributed.group import ALONE, Ranks
+from graftlm.distributed.shard import add_up_rows, is_split, local, offset, sharing
 from graftlm.errors import ConfigError, Diverged
 from graftlm.kernels import Moments
-from graftlm.kernels.moments import SMALL
+from graftlm.kernels.moments import MOMENT_BLOCK, SMALL
 from graftlm.segments import pack
 from graftlm.training.sanity_checks import UpdateCheck
 from graftlm.training.trial import Trial, name_rows
@@ -73,6 +76,8 @@ class AdamW:
         self.seed = seed
         self.lr_multipliers = lr_multipliers or {}
         self.eight_bit, self.in_backward, self.state_device = eight_bit, in_backward, state_device
+        self.sharing = next((sharing(p) for p in parameters.values() if is_split(p)), ALONE)
+        """The ranks that the larger ones of the parameters are split over."""
         self.steps = 0
         self.moments: dict[str, Moments] = {}
         self.squares: dict[str, Tensor] = {}
@@ -85,8 +90,9 @@ class AdamW:
         """The 2-norm over all gradients, summed in float64 in a fixed order; after `step_in_backward`, over those it used."""
         if not self.in_backward:
             gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            self.squares = dict(zip(gradients, kernels.sums_of_squares(list(gradients.values()))))
-            self._square_values = dict(zip(gradients, _read(list(self.squares.values()))))
+            self.squares = dict(zip(gradients, kernels.sums_of_squares([local(g) for g in gradients.values()])))
+            found = add_up_rows(list(gradients.values()), _read(list(self.squares.values())))
+            self._square_values = dict(zip(gradients, found))
         return math.sqrt(math.fsum(self._square_values.values()))
 
     def step(self, learning_rate: float, clip_coefficient: float = 1.0) -> None:
@@ -96,7 +102,7 @@ class AdamW:
             [
                 self._step_of(name, parameter.grad, learning_rate, clip_coefficient)
                 for name, parameter in self.parameters.items()
-                if parameter.grad is not None
+                if parameter.grad is not None and local(parameter).numel()
             ]
         )
 
@@ -109,20 +115,23 @@ class AdamW:
     ) -> tuple[Tensor, Tensor, Moments, kernels.Update]:
         """What `kernels.adamw_step` is given for one parameter in this step; its moments are made if it has none."""
         parameter = self.parameters[name]
+        own = local(parameter)
         if name not in self.moments:
-            self.moments[name] = kernels.zero_moments(parameter.numel(), **self._kept(name))
+            self.moments[name] = kernels.zero_moments(own.numel(), **self._kept(name))
         update = kernels.update_of(
             self.steps, self.rate_of(name, learning_rate), beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon,
             weight_decay=self.weight_decay if parameter.ndim >= 2 else 0.0, factor=clip_coefficient,
-            key=(self.seed, name, self.steps), gate=gate,
+            key=(self.seed, name, self.steps), gate=gate, first=offset(parameter),
         )  # fmt: skip
-        return parameter, gradient, self.moments[name], update
+        return own, local(gradient), self.moments[name], update
 
     def _kept(self, name: str) -> _Kept:
         parameter = self.parameters[name]
         device = self.state_device or parameter.device
+        # Blocks of a whole parameter, which a rank's rows must begin and end with, whatever the number of ranks.
+        in_blocks = not is_split(parameter) or math.prod(parameter.shape[1:]) % MOMENT_BLOCK == 0
         return {
-            "eight_bit": self.eight_bit and parameter.numel() >= SMALL,
+            "eight_bit": self.eight_bit and parameter.numel() >= SMALL and in_blocks,
             "device": device,
             "pinned": device.type == "cpu" and parameter.device.type == "cuda",
         }
@@ -148,7 +157,8 @@ class AdamW:
         A gradient that is not finite raises `refusal(name)` before that parameter is touched; those whose gradients came
         earlier (the layers behind it) have had their step by then, from finite gradients. On a GPU nothing is raised: the
         caller reads `squares`, tells `take_squares` of them and asks `not_finite`. Where `gate` () is not finite, the steps
-        change nothing.
+        change nothing. The same is so for parameters that ranks share, since none may stop alone; those that are not split
+        have their step behind the backward pass, when their gradients are added up.
         """
         self.steps += 1
         self.squares, self._square_values = {}, {}
@@ -158,29 +168,40 @@ class AdamW:
                 gradient = parameter.grad
                 assert gradient is not None
                 parameter.grad = None
-                square = kernels.sum_of_squares(gradient)
-                if not _looked_at_later(square) and not math.isfinite(float(square)):
+                square = kernels.sum_of_squares(local(gradient))
+                if not self.looks_later(square) and not math.isfinite(float(square)):
                     raise refusal(name)
                 assert name not in self.squares, f"'{name}' got a gradient twice in one step"
                 self.squares[name] = square
                 if on_gradient is not None:
                     on_gradient(name, gradient, self.rate_of(name, learning_rate))
-                kernels.adamw_step(*self._step_of(name, gradient, learning_rate, 1.0, gate))
+                if local(gradient).numel():
+                    kernels.adamw_step(*self._step_of(name, gradient, learning_rate, 1.0, gate))
 
             return take
 
-        handles = [p.register_post_accumulate_grad_hook(taker(name)) for name, p in self.parameters.items()]
+        after = {n: p for n, p in self.parameters.items() if self.sharing.size > 1 and not is_split(p)}
+        handles = [p.register_post_accumulate_grad_hook(taker(n)) for n, p in self.parameters.items() if n not in after]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        if gate is None:
+        self.sharing.add_up_gradients(list(after.values()))
+        for name, parameter in after.items():
+            if parameter.grad is not None:
+                taker(name)(parameter)
+        if gate is None and self.sharing.size == 1:
             self.take_squares(_read(list(self.squares.values())))
 
     def take_squares(self, values: Sequence[float]) -> None:
         """The numbers in `squares`, in their order, where somebody else has read them."""
-        self._square_values = dict(zip(self.squares, values, strict=True))
+        found = add_up_rows([self.parameters[name] for name in self.squares], values)
+        self._square_values = dict(zip(self.squares, found, strict=True))
+
+    def looks_later(self, tensor: Tensor) -> bool:
+        """Whether numbers are looked at behind the backward pass: a look would wait for a GPU, or for the other ranks."""
+        return tensor.is_cuda or self.sharing.size > 1
 
     def not_finite(self) -> str | None:
         """The first parameter of the last `step_in_backward` whose gradient was not finite."""
@@ -207,7 +228,7 @@ class AdamW:
         for name, tensors in parts.items():
             if name not in self.parameters:
                 raise ValueError(f"the states hold '{name}', which is not trained")
-            count = self.parameters[name].numel()
+            count = local(self.parameters[name]).numel()
             try:
                 found = Moments(**tensors)
                 found.check(count)
@@ -247,8 +268,9 @@ def in_backward_steps_of(
     is not finite; on a GPU `check_gradients_of_backward` does.
     """
     stepping = [trial for trial in trials if trial.optimizer.in_backward]
-    gate = token_losses.detach().sum() if stepping and _looked_at_later(token_losses) else None
-    if gate is None and stepping and not bool(torch.isfinite(token_losses).all()):
+    ranks = stepping[0].optimizer.sharing if stepping else ALONE
+    gate = token_losses.detach().sum() if stepping and token_losses.is_cuda and ranks.size == 1 else None
+    if gate is None and stepping and any(ranks.total([float(not bool(torch.isfinite(token_losses).all()))])):
         stepping = []
     with ExitStack() as stack:
         for trial in stepping:
@@ -261,15 +283,10 @@ def in_backward_steps_of(
         yield
 
 
-def _looked_at_later(tensor: Tensor) -> bool:
-    """Whether a look at this tensor would wait for a GPU."""
-    return tensor.is_cuda
-
-
 def squares_of_backward(trials: Sequence[Trial]) -> list[Tensor]:
-    """What was taken in a backward pass on a GPU and is still to be read: `squares`, trial by trial."""
-    found = [square for trial in trials if trial.optimizer.in_backward for square in trial.optimizer.squares.values()]
-    return [square for square in found if _looked_at_later(square)]
+    """What was taken in a backward pass on a GPU, or by ranks, and is still to be read: `squares`, trial by trial."""
+    stepping = [trial.optimizer for trial in trials if trial.optimizer.in_backward]
+    return [square for one in stepping for square in one.squares.values() if one.looks_later(square)]
 
 
 def check_gradients_of_backward(trials: Sequence[Trial], values: Sequence[float]) -> None:
@@ -293,20 +310,22 @@ def _not_finite(trial: Trial, name: str) -> Diverged:
     )
 
 
-def check_one_micro_batch(base: Base, trials: Sequence[Trial], micro_batch_tokens: int) -> None:
-    """Raise ConfigError if a trial steps inside the backward pass and a step of `trials` needs several micro-batches."""
+def check_one_micro_batch(base: Base, trials: Sequence[Trial], micro_batch_tokens: int, ranks: Ranks = ALONE) -> None:
+    """Raise ConfigError if a trial steps inside the backward pass and a rank's share of a step needs several micro-batches."""
     if not any(trial.optimizer.in_backward for trial in trials):
         return
     most, worst = 0, ""
     for step in range(min(t.step for t in trials), max(t.sampler.steps for t in trials)):
         active = [t for t in trials if t.step <= step < t.sampler.steps]
         lengths = [len(t.examples[i].ids) for t in active for _, i in t.sampler.step(step)]
-        if sum(lengths) <= most or len(lengths) == 1:
-            continue
-        groups = pack(lengths, [0] * len(lengths), micro_batch_tokens, equal_lengths=not base.packs)
-        if len(groups) > 1:
-            most = sum(lengths)
-            worst = f"step {step + 1} needs {len(groups)}: its {len(lengths)} examples hold {most:,} tokens"
+        for share in deal(lengths, ranks.size):
+            own = [lengths[i] for i in share]
+            if sum(own) <= most or len(own) == 1:
+                continue
+            groups = pack(own, [0] * len(own), micro_batch_tokens, equal_lengths=not base.packs)
+            if len(groups) > 1:
+                most = sum(own)
+                worst = f"step {step + 1} needs {len(groups)}: its {len(own)} examples hold {most:,} tokens"
     if not worst:
         return
     batch = " + ".join(str(t.sampler.batch_size) for t in trials)

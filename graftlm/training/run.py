@@ -32,6 +32,8 @@ from graftlm.adapters.store import open_adapter
 from graftlm.base.activation_offload import ActivationOffload
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base
+from graftlm.base.precision import DTYPES
+from graftlm.base.saving import send_weights
 from graftlm.config import Precision, TrainConfig
 from graftlm.config.train import OFFLOAD_ACTIVATIONS_ON_CPU, OFFLOAD_ON_CPU
 from graftlm.data.dataset import Dataset, load, split
@@ -116,7 +118,7 @@ class Session:
             trackers = open_trackers(config.track, out, self.resolved)
         self.recorder = Recorder(config, self.trial, self.identity, self.view, metrics, trackers, self.callbacks, ranks)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """Put the best step back, save it as the result, and remove the checkpoint that stood for it; returns the summary.
 
         A checkpoint of the last step is written first, so that a run whose result cannot be written is not lost. Raises
@@ -125,7 +127,7 @@ class Session:
         config, trial, out = self.config, self.trial, self.config.out
         with writing(out):
             try:  # one more is kept, for this one goes again once the result is there
-                checkpoint.save(out, trial, self.identity.to_json(), config.keep_checkpoints + 1)
+                checkpoint.save(out, trial, self.identity.to_json(), config.keep_checkpoints + 1, ranks)
             except (OSError, SafetensorError) as error:  # the result is smaller and may still find room
                 self.view.note(f"no checkpoint could be written at the end ({error}); saving the result")
             trial.optimizer.forget()  # writing the result takes memory of its own
@@ -139,6 +141,20 @@ class Session:
             summary = self._summary(saved)
             write_json(out / SUMMARY, summary)
         return summary
+
+    def finish_with_the_first(self, ranks: Ranks) -> None:
+        """On another rank than the first: what of `finish` takes all ranks, where they share the base's weights."""
+        config, base, trial = self.config, self.base, self.trial
+        if base.structure.weights is None:
+            return
+        checkpoint.save(config.out, trial, {}, config.keep_checkpoints + 1, ranks)
+        trial.optimizer.forget()
+        release_memory()
+        checkpoint.restore_best(config.out, trial)
+        if self.adapter is not None:
+            adapter_format.prove(base, self.adapter, self.training_data.encoder)
+        else:
+            send_weights(base.model, DTYPES[config.save_precision or base.precision])
 
     def save_so_far(self) -> dict[str, Any]:
         """Save the best step of a run that is interrupted, beside its checkpoints, which stay; returns the summary until here.

@@ -30,7 +30,7 @@ from graftlm.adapters.attach import Adapter
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base
 from graftlm.base.precision import DTYPES
-from graftlm.base.saving import save_model
+from graftlm.base.saving import save_model, save_split_model
 from graftlm.config import TrainConfig
 from graftlm.data.dataset import Dataset
 from graftlm.errors import RunError
@@ -268,7 +268,11 @@ def save_result(
         }
     place = config.out / name.format("model")
     with atomic_folder(place) as folder:
-        save_model(base.model, str(folder), DTYPES[config.save_precision or base.precision])
+        dtype = DTYPES[config.save_precision or base.precision]
+        if base.structure.weights is None:
+            save_model(base.model, str(folder), dtype)
+        else:
+            save_split_model(base.model, folder, dtype)
         base.tokenizer.save_pretrained(str(folder))
         write_json(folder / "graft.json", {"format": 1, **manifest, "tokenizer_digest": encoder.tokenizer_digest})
     return {"model_folder": str(place), "saved_bytes": _bytes(place)}

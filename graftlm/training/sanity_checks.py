@@ -16,6 +16,7 @@ its type:
                          a tensor is called unchanged by mistake once in e^20 times
 
 Frozen tensors must not have changed by a bit. Tensors that never got a gradient, and experts that no token reached, are named.
+Of weights that ranks share, each rank looks at its own rows; what they found is added up before anything follows from it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from graftlm.adapters.bank import LayerBank, LowRank
 from graftlm.base.loading import Base
 from graftlm.base.modules import StoredStack
 from graftlm.data.dataset import Example
+from graftlm.distributed.shard import everywhere, is_split, local, offset
 from graftlm.errors import Diverged, TrainingError
 from graftlm.training.micro_batch import BatchItem, collate, count_target_tokens, forward
 from graftlm.training.trial import ExampleLoss, Trial, name_rows
@@ -75,7 +77,7 @@ def _weighted_sum(words: Tensor, odd: Tensor, block: int) -> Tensor:
 
 def _words(tensor: Tensor) -> Tensor:
     """A tensor's bits as a row of the widest words, up to 32 bits, that divide it."""
-    flat = tensor.detach().reshape(-1).contiguous()
+    flat = local(tensor.detach()).reshape(-1).contiguous()
     width = next(size for size in (4, 2, 1) if flat.nbytes % size == 0)
     begins_between = flat.storage_offset() * flat.element_size() % width
     return (flat.clone() if begins_between else flat).view(_WORDS[width])
@@ -97,6 +99,8 @@ def _base_tensors(base: Base) -> Iterator[tuple[str, Tensor]]:
         packed = module.compressed
         if packed is not None:
             for part, value in packed.tensors().items():
+                if is_split(value):
+                    continue  # a parameter
                 yield f"{name.removesuffix('.stored')} ({part})", value
 
 
@@ -128,6 +132,7 @@ class UpdateCheck:
         """`check_frozen`: whether it also checks that nothing frozen changes; of trials that begin together one does."""
         self.base, self.parameters, self.epsilon = base, parameters, epsilon
         self.steps = 0
+        self._ranks = base.structure.sharing
         own = {id(p) for p in parameters.values()}
         frozen = (
             {n: t for n, t in _base_tensors(base) if id(t) not in own and not t.requires_grad} if check_frozen else {}
@@ -159,7 +164,8 @@ class UpdateCheck:
     @torch.no_grad()
     def observe_gradient(self, name: str, gradient: Tensor, rate: float, clip_coefficient: float = 1.0) -> None:
         """Observe one tensor's gradient: `rate` is its own learning rate, clipping multiplies it by `clip_coefficient`."""
-        parameter, observed = self.parameters[name], self._observed[name]
+        whole, observed = self.parameters[name], self._observed[name]
+        parameter, gradient = local(whole), local(gradient)
         block, eps = _block(parameter.device), torch.finfo(parameter.dtype).eps
         flat = parameter.detach().reshape(-1)
         for part, weight in zip(gradient.detach().reshape(-1).split(block), flat.split(block)):
@@ -170,10 +176,13 @@ class UpdateCheck:
             observed[1].add_((shows >= 1).any() if parameter.dtype == torch.float32 else shows.clamp_max(1).nansum())
             if observed.device.type == "cpu" and observed[1] >= _enough(parameter):  # a GPU would be waited for
                 break
-        view = self._views.get(id(parameter))
+        view = self._views.get(id(whole))
         if view is not None:
             stack, of_experts = view
             hit = of_experts(gradient.detach()).any(dim=1)
+            if is_split(whole):
+                first = offset(whole) // max(1, math.prod(whole.shape[1:]))
+                hit = torch.nn.functional.pad(hit, (first, len(whole) - first - len(hit)))
             self._reached[stack] = self._reached[stack] | hit if stack in self._reached else hit
 
     def after_step(self, name: str) -> list[str]:
@@ -188,13 +197,16 @@ class UpdateCheck:
         judged = [name for name, parameter in self.parameters.items() if shown[name] >= _enough(parameter)]
         frozen = {n: t for n, t in _base_tensors(self.base) if n in self._frozen}
         now = checksums([*frozen.values(), *(self.parameters[n] for n in judged)])
-        still = [n for n, found in zip(judged, now[len(frozen) :]) if found == self._before[n]]
+        before = [*(self._frozen[n] for n in frozen), *(self._before[n] for n in judged)]
+        # Of a split tensor this rank's rows may be as they were, and another's not.
+        changes = self._ranks.total([float(found != known) for found, known in zip(now, before)])
+        still = [n for n, change in zip(judged, changes[len(frozen) :]) if not change]
         if still:
             raise TrainingError(
                 f"{name}: '{still[0]}'{_more(still)} got gradients and has not changed in {STEPS} steps: the optimizer holds "
                 "other tensors than the model uses. This is a fault of Graft, please report it; nothing was saved"
             )
-        changed = [n for n, found in zip(frozen, now) if found != self._frozen[n]]
+        changed = [n for n, change in zip(frozen, changes) if change]
         if changed:
             raise TrainingError(
                 f"{name}: the frozen tensor '{changed[0]}'{_more(changed)} has changed in {STEPS} steps, so the adapter would "
@@ -205,8 +217,10 @@ class UpdateCheck:
     def _read(self) -> tuple[set[str], dict[str, float], list[tuple[str, int]]]:
         """What was observed, read from the device once: the names that got a gradient; how much should show of each (see
         `_observed`); the experts that no token reached."""
-        rows = [*self._observed.values(), *(hit.double() for hit in self._reached.values())]
-        values: list[float] = torch.cat(rows).tolist()
+        first = self._ranks.first  # all ranks have the whole gradient of a tensor that is not split
+        seen = [t if first or is_split(self.parameters[name]) else t * 0 for name, t in self._observed.items()]
+        rows = [*seen, *(hit.double() for hit in self._reached.values())]
+        values = self._ranks.total(torch.cat(rows).tolist())
         touched = {name for name, got in zip(self._observed, values[0::2]) if got}
         shown = dict(zip(self._observed, values[1::2]))
         missed: list[tuple[str, int]] = []
@@ -342,6 +356,10 @@ def locate_nonfinite(
     return (f"; first {where}" if where else ""), bad
 
 
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
 def _float_tensors(output: Any) -> Iterator[Tensor]:
     """The float tensors in what a module returned, however it is nested."""
     if isinstance(output, Tensor):
@@ -361,7 +379,7 @@ def hook_nonfinite(model: nn.Module) -> Iterator[list[str]]:
     def note(what: str, name: str, module: nn.Module) -> None:
         if found:
             return
-        bad = [n for n, p in module.named_parameters(recurse=False) if not bool(p.isfinite().all())]
+        bad = [n for n, p in module.named_parameters(recurse=False) if not _finite(local(p))]
         name = name.removesuffix(".stored") or type(module).__name__
         found.append(f"{what} of '{name}'" + (f", whose own {bad[0]} is not finite" if bad else ""))
 
@@ -401,7 +419,7 @@ def find_nonfinite(
         with hook_nonfinite(model) as found:
             run(i)
         for name, parameter in named:
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            if parameter.grad is not None and not everywhere(parameter.grad, _finite):
                 found.append(f"the gradient of '{name}'")
                 break
         if found:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from graftlm.base.loading import Base
 from graftlm.distributed.group import ALONE, Ranks
+from graftlm.distributed.shard import is_split
 from graftlm.errors import Diverged, ScoreError, TrainingError
 from graftlm.training.micro_batch import (
     BatchItem,
@@ -27,6 +28,7 @@ from graftlm.training.micro_batch import (
     backward,
     collate,
     count_target_tokens,
+    even_passes,
     example_losses,
     forward,
     micro_batches,
@@ -102,7 +104,7 @@ def train(
     inside the backward pass end the run. Raises ConfigError when a trial steps inside the backward pass and a step needs
     several micro-batches.
     """
-    check_one_micro_batch(base, trials, micro_batch_tokens)
+    check_one_micro_batch(base, trials, micro_batch_tokens, ranks)
     update_checks: dict[int, UpdateCheck] = {}
     active: list[Trial] = []
     new = trials
@@ -165,12 +167,14 @@ def optimizer_step(
     # Forward and backward: gradients add up over the micro-batches; every token uses its own trial's adapter.
     losses = _StepLosses()
     step_items = [item for batch in batches for item in batch.items]
-    for items in micro_batches(base, _own_share(step_items, ranks), micro_batch_tokens):
+    groups = micro_batches(base, _own_share(step_items, ranks), micro_batch_tokens)
+    for i, items in enumerate(even_passes(base, groups, lambda: min(step_items, key=lambda item: item.example.tokens))):
         micro_batch = collate(base, items)
         loss, token_losses = forward(base, micro_batch, defer_tied_head_gradient=in_backward)  # (), (target tokens,)
         with in_backward_steps_of(trials, token_losses, update_checks):  # no-op unless --optimizer-in-backward
             backward(loss)
-        losses.add(items, micro_batch, token_losses)
+        if i < len(groups):
+            losses.add(items, micro_batch, token_losses)
     loss_sums, nonfinite, squares = losses.read(squares_of_backward(trials), step_items, ranks)
     _add_up_gradients(trials, ranks)
     if not nonfinite:
@@ -233,8 +237,8 @@ class _StepLosses:
 
     def _read(self, also: Sequence[Tensor]) -> tuple[dict[int, float], list[BatchItem], list[float]]:
         """The same of this rank's examples."""
-        if not self._sums:
-            return {}, [], []  # fewer examples than ranks
+        if not self._sums:  # fewer examples than ranks
+            return {}, [], torch.stack(list(also)).tolist() if also else []
         sums = torch.stack(self._sums) if len(self._sums) > 1 else self._sums[0].reshape(1)
         joined = torch.cat([sums.double(), torch.stack(list(also))]) if also else sums
         numbers: list[float] = joined.tolist()
@@ -256,14 +260,8 @@ def _own_share(items: Sequence[BatchItem], ranks: Ranks) -> list[BatchItem]:
 
 
 def _add_up_gradients(trials: Sequence[Trial], ranks: Ranks) -> None:
-    """Give every rank the sum of each gradient; what no rank has a gradient of keeps none."""
-    if ranks.size == 1:
-        return
-    parameters = [parameter for trial in trials for parameter in trial.parameters.values()]
-    for parameter, having in zip(parameters, ranks.total([float(p.grad is not None) for p in parameters])):
-        if having and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    ranks.add_up([p.grad for p in parameters if p.grad is not None])
+    """Give every rank the sum of each gradient; those of split weights are summed in the backward pass already."""
+    ranks.add_up_gradients([p for trial in trials for p in trial.parameters.values() if not is_split(p)])
 
 
 def _clip_and_update(trial: Trial, grad_norm: float, learning_rate: float, update_check: UpdateCheck | None) -> None:
@@ -312,7 +310,8 @@ def _example_losses(base: Base, trial: Trial, micro_batch_tokens: int, ranks: Ra
     """The eval loss of every row; each rank measures its share."""
     examples = trial.eval_examples
     own = ranks.own(range(len(examples)), [len(example.ids) for example in examples])
-    found = example_losses(base, [examples[i] for i in own], trial.slot, micro_batch_tokens)
+    blank = min(examples, key=lambda example: example.tokens)
+    found = example_losses(base, [examples[i] for i in own], trial.slot, micro_batch_tokens, blank)
     if ranks.size == 1:
         return found
     losses = [0.0] * len(examples)

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from graftlm.base.context import ForwardContext
+from graftlm.base.loading import load_base
 from graftlm.commands.train import train
 from graftlm.config import TrainConfig
+from graftlm.distributed import shard
 from graftlm.distributed.group import Ranks
 from graftlm.errors import DataError
-from graftlm.training import trainer
+from graftlm.kernels.moments import zero_moments
+from graftlm.kernels.self_check import sample
+from graftlm.segments import Segments
+from graftlm.training import checkpoint, trainer
+from graftlm.training import optimizer as optimizers
+from graftlm.training.loss import weighted_loss
+from graftlm.training.optimizer import AdamW
 from graftlm.training.trainer import StepResult
 from graftlm.training.view import View
 
 
 def run(
-    ranks: Ranks, config: dict[str, Any], stop_after: int | None = None, other: dict[str, Any] | None = None
+    ranks: Ranks,
+    config: dict[str, Any],
+    stop_after: int | None = None,
+    other: dict[str, Any] | None = None,
+    bug: str | None = None,
 ) -> Any:
-    """A training run. The last rank gets a SIGTERM after a step, or has `other` options, where these are given."""
+    """A training run. The last rank gets a SIGTERM after a step, or has `other` options, where these are given; `bug` is one of
+    BUGS."""
+    if bug is not None:
+        BUGS[bug]()
     last = ranks.rank == ranks.size - 1
     if stop_after is not None and last:
         _signal_after(stop_after)
@@ -33,6 +57,13 @@ def one_fails(ranks: Ranks) -> None:
             raise DataError("a file is gone")
 
 
+def one_fails_while_passes_are_made(ranks: Ranks, all_fail: bool) -> None:
+    """An error of the second rank alone, or of all, where the others may wait for it in a pass."""
+    with ranks.failing_alike():
+        if all_fail or ranks.rank == 1:
+            raise DataError("a file is gone")
+
+
 def _signal_after(step: int) -> None:
     """In this process alone: a SIGTERM once a step was taken."""
     taken = trainer.optimizer_step
@@ -44,3 +75,107 @@ def _signal_after(step: int) -> None:
         return results
 
     trainer.optimizer_step = step_and_signal
+
+
+def optimizer_of_rows(ranks: Ranks, forgets_the_place: bool = False) -> Any:
+    """Three steps of AdamW over rows of split parameters; which of them end in the bits that one rank's whole ones have."""
+    if forgets_the_place:
+        optimizers.offset = lambda tensor: 0
+    mesh, rows = init_device_mesh("cpu", (ranks.size,)), [Shard(0)]
+    shapes = {
+        "wide": (20, 256),
+        "odd": (97, 51),
+        "few": (2, 3072),
+    }  # blocks of 256 in each row; none; fewer rows than ranks
+    start = {name: sample(*shape).bfloat16() for name, shape in shapes.items()}
+    made = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.1, "seed": 5, "eight_bit": True}
+    whole = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+    split = {name: nn.Parameter(distribute_tensor(value.clone(), mesh, rows)) for name, value in start.items()}
+    ours, truth = AdamW(split, **made), AdamW(whole, **made)
+    # Without whole blocks in a row, a split one keeps 32 bits.
+    truth.moments["odd"] = zero_moments(97 * 51, eight_bit=False, device=torch.device("cpu"))
+    for step in range(3):
+        for name, value in start.items():
+            gradient = sample(*value.shape).roll(step + 1).bfloat16()
+            whole[name].grad, split[name].grad = gradient, distribute_tensor(gradient, mesh, rows)
+        assert abs(ours.gradient_norm() / truth.gradient_norm() - 1) < 1e-12
+        ours.step(0.01, 0.5)
+        truth.step(0.01, 0.5)
+    found = {name: shard.whole(parameter) for name, parameter in split.items()}
+    return {"same": [name for name in shapes if torch.equal(found[name], whole[name])]}
+
+
+def traffic_of_a_pass(ranks: Ranks, model: str) -> Any:
+    """Bytes that a full pass gathers and scatters, and what a rank keeps, for a model of its own."""
+    sent = {"gathered": 0, "scattered": 0}
+
+    def counted(real: Any, what: str) -> Any:
+        def call(*given: Any, **options: Any) -> Any:
+            whole = given[0] if given else options["input"]  # what is gathered into, what is scattered
+            sent[what] += whole.nbytes
+            return real(*given, **options)
+
+        return call
+
+    base = load_base(model, precision="float32", device="cpu", ranks=ranks, trains_base=True)
+    parameters = base.train_all()
+    dist.all_gather_single = counted(dist.all_gather_single, "gathered")
+    dist.reduce_scatter_single = counted(dist.reduce_scatter_single, "scattered")
+    context = ForwardContext(Segments(lengths=(7,), slots=(0,)))
+    ids = torch.arange(7)
+
+    def passed() -> Any:
+        hidden = base.hidden(ids, context)
+        with base.structure.with_head():
+            return weighted_loss(base, hidden, ids, torch.ones(7), ((0, 0, 7),), context)[0]
+
+    base.structure.in_pass(passed).backward()
+    split = {name: p for name, p in parameters.items() if shard.is_split(p)}
+    layers = sum(padded(p, ranks.size) for name, p in split.items() if ".layers." in name)
+    outer = sum(padded(p, ranks.size) for name, p in split.items() if ".layers." not in name)
+    kept = sum(shard.local(p).nbytes for p in split.values())
+    return {**sent, "layers": layers, "outer": outer, "kept": kept}
+
+
+def padded(parameter: Any, size: int) -> int:
+    """Bytes of a parameter whose rows are as many on each rank."""
+    return -(-len(parameter) // size) * size * (parameter.numel() // len(parameter)) * parameter.element_size()
+
+
+def averages() -> None:
+    split = shard._split
+
+    def split_and_divide(module: Any, *given: Any) -> None:
+        split(module, *given)
+        module.set_gradient_divide_factor(2.0)
+
+    shard._split = split_and_divide
+
+
+def leaves_vectors_apart() -> None:
+    Ranks.add_up_gradients = lambda self, parameters: None
+
+
+def steps_whole_tensors() -> None:
+    optimizers.local = lambda tensor: tensor
+
+
+def makes_no_blank_pass() -> None:
+    trainer.even_passes = lambda base, groups, blank: list(groups)
+
+
+def fills_the_disk_of_the_last_rank() -> None:
+    write = checkpoint.write
+
+    def write_or_fail(path: Path, tensors: Any) -> None:
+        if "rows-00002" in path.name and "000002" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors)
+
+    checkpoint.write = write_or_fail
+
+
+BUGS = {bug.__name__: bug for bug in (
+    averages, leaves_vectors_apart, steps_whole_tensors, makes_no_blank_pass, fills_the_disk_of_the_last_rank,
+)}  # fmt: skip
+"""Mistakes that could be made and what could go wrong, made in this process."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +114,27 @@ def test_the_reference_is_the_same_whatever_its_slabs(monkeypatch: pytest.Monkey
     assert torch.equal(found[0][0], found[1][0])
     for name, tensor in found[0][1].tensors().items():
         assert torch.equal(tensor, found[1][1].tensors()[name])
+
+
+@pytest.mark.parametrize("step_of", [kernels.adamw_step, reference.adamw], ids=["fastest", "reference"])
+def test_a_parameter_in_parts_gets_the_bits_of_the_whole_where_each_part_says_where_it_begins(
+    step_of: Callable[..., None],
+) -> None:
+    whole, slope = randn(3000).bfloat16(), gradient(3000, torch.float32, 1)
+    parts = [whole[first:last].clone() for first, last in ((0, 1024), (1024, 3000))]
+    moments = [zero_moments(len(part), eight_bit=True, device=CPU) for part in parts]
+    of_whole = zero_moments(3000, eight_bit=True, device=CPU)
+    for step in (1, 2):
+        step_of(whole, slope, of_whole, update(step))
+        for part, own, first in zip(parts, moments, (0, 1024)):
+            step_of(part, slope[first : first + len(part)], own, replace(update(step), first=first))
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat([own.mean for own in moments]), of_whole.mean)
+    forgotten = randn(3000).bfloat16()[1024:].clone()
+    step_of(forgotten, slope[1024:], zero_moments(1976, eight_bit=True, device=CPU), update(1))
+    truth = randn(3000).bfloat16()
+    step_of(truth, slope, zero_moments(3000, eight_bit=True, device=CPU), update(1))
+    assert not torch.equal(forgotten, truth[1024:])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

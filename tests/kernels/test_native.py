@@ -216,6 +216,16 @@ def test_kernels_run_on_as_many_threads_as_pytorch_says(monkeypatch: pytest.Monk
 
 
 @needs_library
+def test_a_tensor_without_values_here_is_refused_before_c_reads_it() -> None:
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)  # as a parameter that is gathered for a pass alone has it between passes
+    for nothing in (freed, torch.ones(3, device="meta")):
+        with pytest.raises(ValueError, match=r"a Tensor of shape \(3,\) on .* has no values here that C could read"):
+            library.address(nothing)
+    assert library.address(torch.ones(3)[1:]) > 0
+    library.address(torch.empty(0))  # nothing is read
+
+
 def test_the_interpreter_lock_is_free_while_a_kernel_runs() -> None:
     values = randn(1 << 23)
     native.choose("scalar C")

@@ -19,7 +19,7 @@ def run(*command: str) -> str:
 
 
 QUICK = ["--param", "asan-instrumentation-with-call-threshold=0", "-fno-sanitize=object-size,null,alignment"]
-"""Two thirds of the time to compile: bytes are checked by a call, and not for what AddressSanitizer sees anyway, or alignment."""
+"""Two thirds of the time to compile: bytes are checked by a call, and neither alignment nor what AddressSanitizer sees too."""
 
 
 @pytest.mark.parametrize(

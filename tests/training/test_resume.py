@@ -460,9 +460,9 @@ def test_a_checkpoint_already_written_at_the_step_a_signal_came_is_not_written_a
     written: list[int] = []
     saving = checkpoint.save
 
-    def counted(run: Path, trial: Any, said: Any, keep: int) -> Path:
+    def counted(run: Path, trial: Any, *given: Any) -> Path:
         written.append(trial.step)
-        return saving(run, trial, said, keep)
+        return saving(run, trial, *given)
 
     monkeypatch.setattr(checkpoint, "save", counted)
     stopped_at(tmp_path, stop_after, 4, eval_data=None, save_every=2)

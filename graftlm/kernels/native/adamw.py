@@ -11,7 +11,7 @@ from torch import Tensor
 from graftlm.kernels import reference_adamw as reference
 from graftlm.kernels.counter_rng import word_keys
 from graftlm.kernels.moments import Moments
-from graftlm.kernels.native.library import TWO_TYPES, calls, get
+from graftlm.kernels.native.library import TWO_TYPES, address, calls, get
 from graftlm.kernels.self_check import sample
 
 _pointer, _float, _int = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
@@ -45,7 +45,7 @@ class _Step(ctypes.Structure):
 def _described(code: reference.Code) -> _Code:
     parts = (code.starts, code.density, code.last, code.bend)
     floats = [(_float * len(part))(*part.tolist()) for part in parts]
-    return _Code(code.values.data_ptr(), *floats, code.offset, code.largest)
+    return _Code(address(code.values), *floats, code.offset, code.largest)
 
 
 _MEAN, _SQUARE = _described(reference.MEAN), _described(reference.SQUARE)
@@ -69,10 +69,10 @@ def step(parameter: Tensor, gradient: Tensor, moments: Moments, update: referenc
     start, turn = word_keys(*update.key)
     scales = (moments.mean_scale, moments.square_scale)
     given = _Step(
-        parameter.data_ptr(), gradient.data_ptr(), moments.mean.data_ptr(), moments.square.data_ptr(),
-        *(None if scale is None else scale.data_ptr() for scale in scales), ctypes.addressof(_MEAN), ctypes.addressof(_SQUARE),
+        address(parameter), address(gradient), address(moments.mean), address(moments.square),
+        *(None if scale is None else address(scale) for scale in scales), ctypes.addressof(_MEAN), ctypes.addressof(_SQUARE),
         parameter.numel(), update.factor, update.beta1, 1 - update.beta1, update.beta2, 1 - update.beta2,
-        update.epsilon, update.decay, update.rate, update.fix, start & 0xFFFFFFFF, turn,
+        update.epsilon, update.decay, update.rate, update.fix, (start + update.first) & 0xFFFFFFFF, turn,
         TWO_TYPES[parameter.dtype], TWO_TYPES[gradient.dtype],
     )  # fmt: skip
     calls().graft_adamw(ctypes.byref(given), _allowed(level), torch.get_num_threads())
@@ -84,7 +84,7 @@ def sum_of_squares(tensor: Tensor, level: int = -1) -> Tensor:
     parts = torch.empty(calls().graft_sum_parts(flat.numel()), dtype=torch.float64)
     threads = torch.get_num_threads()
     total = calls().graft_sum_of_squares(
-        flat.data_ptr(), TWO_TYPES[flat.dtype], flat.numel(), parts.data_ptr(), _allowed(level), threads
+        address(flat), TWO_TYPES[flat.dtype], flat.numel(), address(parts), _allowed(level), threads
     )
     return torch.tensor(total, dtype=torch.float64)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import calls
+from graftlm.kernels.native.library import address, calls
 from graftlm.kernels.self_check import close, sample
 
 _LONGS = (
@@ -49,7 +49,7 @@ def _job(
     q, k, v = _rows(q), _rows(k), _rows(v)
     places = (ctypes.c_int64 * len(ends))(*ends)
     job = Job(
-        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), heads=q.shape[1], kv_heads=k.shape[1], width=q.shape[2],
+        q=address(q), k=address(k), v=address(v), heads=q.shape[1], kv_heads=k.shape[1], width=q.shape[2],
         q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1), v_token=v.stride(0),
         v_head=v.stride(1), ends=ctypes.addressof(places), segments=len(ends) - 1, scale=scale, window=window,
         threads=torch.get_num_threads(),
@@ -66,7 +66,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], scale: float
     """q (T, H, D), k and v (T, K, D) -> out (T, H, D), and of each query the logarithm of its sum (T, H)."""
     job, alive = _job(q, k, v, ends, scale, window)
     out, sums = q.new_empty(q.shape), q.new_empty(q.shape[:2])
-    job.out, job.log_sums = out.data_ptr(), sums.data_ptr()
+    job.out, job.log_sums = address(out), address(sums)
     _run(job, False)
     del alive
     return out, sums
@@ -80,9 +80,9 @@ def attention_backward(
     job, alive = _job(q, k, v, ends, scale, window)
     dout = _rows(dout)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    job.dout, job.dout_token, job.dout_head = dout.data_ptr(), dout.stride(0), dout.stride(1)
-    job.out, job.log_sums = out.data_ptr(), sums.data_ptr()
-    job.dq, job.dk, job.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    job.dout, job.dout_token, job.dout_head = address(dout), dout.stride(0), dout.stride(1)
+    job.out, job.log_sums = address(out), address(sums)
+    job.dq, job.dk, job.dv = address(dq), address(dk), address(dv)
     _run(job, True)
     del alive
     return dq, dk, dv

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference_fused as reference
-from graftlm.kernels.native.library import TWO_TYPES, calls
+from graftlm.kernels.native.library import TWO_TYPES, address, calls
 from graftlm.kernels.reference_fused import GATES, Gate
 from graftlm.kernels.self_check import close, sample
 
@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[
     x, w = x.contiguous(), _values(weight)
     y, r = torch.empty_like(x), torch.empty(len(x))
     calls().graft_norm(
-        x.data_ptr(), w.data_ptr(), offset, epsilon, *x.shape, y.data_ptr(), r.data_ptr(), TWO_TYPES[x.dtype],
+        address(x), address(w), offset, epsilon, *x.shape, address(y), address(r), TWO_TYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return y, r
@@ -45,8 +45,8 @@ def rms_norm_backward(
     dw = torch.empty(n) if wants_weight else None
     partial = torch.empty(-(-rows // _ROWS_PER_BLOCK), n) if wants_weight else None
     calls().graft_norm_back(
-        dy.data_ptr(), x.data_ptr(), w.data_ptr(), offset, r.data_ptr(), rows, n, dx.data_ptr(),
-        None if dw is None else dw.data_ptr(), None if partial is None else partial.data_ptr(), TWO_TYPES[x.dtype],
+        address(dy), address(x), address(w), offset, address(r), rows, n, address(dx),
+        None if dw is None else address(dw), None if partial is None else address(partial), TWO_TYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return dx, dw
@@ -63,7 +63,7 @@ def gated(gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
     gate, up, row = _side_by_side(gate, up)
     y = torch.empty(gate.shape, dtype=gate.dtype)
     calls().graft_gate(
-        gate.data_ptr(), up.data_ptr(), row, *gate.shape, y.data_ptr(), GATES.index(kind), TWO_TYPES[gate.dtype],
+        address(gate), address(up), row, *gate.shape, address(y), GATES.index(kind), TWO_TYPES[gate.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -74,13 +74,13 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate) -> tuple[Te
     gate, up, row = _side_by_side(gate, up)
     dy = dy.to(gate.dtype).contiguous()
     rows, n = gate.shape
-    halves = row == 2 * n and up.data_ptr() == gate.data_ptr() + n * gate.element_size()
+    halves = row == 2 * n and address(up) == address(gate) + n * gate.element_size()
     if halves:
         dg, du = torch.empty(rows, 2 * n, dtype=gate.dtype).chunk(2, dim=1)
     else:
         dg, du = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
     calls().graft_gate_back(
-        dy.data_ptr(), gate.data_ptr(), up.data_ptr(), row, rows, n, dg.data_ptr(), du.data_ptr(), dg.stride(0),
+        address(dy), address(gate), address(up), row, rows, n, address(dg), address(du), dg.stride(0),
         GATES.index(kind), TWO_TYPES[gate.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dg, du
@@ -101,11 +101,11 @@ def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, back: bool) -> lis
     parts = [x if x.stride(2) == 1 else x.contiguous() for x in parts]
     out = [torch.empty(x.shape, dtype=x.dtype) for x in parts]
     for part, x, y in zip(table, parts, out):
-        part.x, part.y, part.heads = x.data_ptr(), y.data_ptr(), x.shape[1]
+        part.x, part.y, part.heads = address(x), address(y), x.shape[1]
         (part.x_token, part.x_head), (part.y_token, part.y_head) = x.stride()[:2], y.stride()[:2]
     c, s, first = _values(cos), _values(sin), parts[0]
     calls().graft_rotary(
-        ctypes.addressof(table), len(parts), len(first), first.shape[2], c.shape[1], c.data_ptr(), s.data_ptr(),
+        ctypes.addressof(table), len(parts), len(first), first.shape[2], c.shape[1], address(c), address(s),
         max(len(c), 1), int(back), TWO_TYPES[first.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -116,7 +116,7 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, weights: Tensor | Non
     labels, losses = labels.to(torch.int64).contiguous(), torch.empty(len(logits))
     scale = None if weights is None else _values(weights)
     if calls().graft_cross_entropy(
-        own.data_ptr(), *own.shape, labels.data_ptr(), None if scale is None else scale.data_ptr(), losses.data_ptr(),
+        address(own), *own.shape, address(labels), None if scale is None else address(scale), address(losses),
         TWO_TYPES[logits.dtype], torch.get_num_threads(),
     ):  # fmt: skip
         raise IndexError(f"a label is not in 0 .. {logits.shape[-1] - 1}")

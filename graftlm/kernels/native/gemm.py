@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import BLOCK_KINDS, TWO_TYPES, calls, get
+from graftlm.kernels.native.library import BLOCK_KINDS, TWO_TYPES, address, calls, get
 from graftlm.kernels.reference_blocks import sample_blocks
 from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.stored import GgufBlocks, Nf4, Weight
@@ -50,22 +50,22 @@ def _fill(matrix: Matrix, value: Weight, transposed: bool, summed: int) -> Any:
         if seen.dtype not in (torch.float32, torch.bfloat16):
             seen = seen.float()
         matrix.kind = _BFLOAT16 if seen.dtype == torch.bfloat16 else _FLOAT32
-        matrix.start, matrix.row, matrix.values = 0, seen.stride(0) if rows else seen.stride(1), seen.data_ptr()
+        matrix.start, matrix.row, matrix.values = 0, seen.stride(0) if rows else seen.stride(1), address(seen)
         matrix.along = int(rows == (summed == 0))
         return seen
     matrix.along = int(not transposed)
     matrix.row = value.shape[-1]
     if isinstance(value, Nf4):
-        matrix.kind, matrix.start, matrix.values = _NF4, value.start, value.packed.data_ptr()
-        matrix.absmax, matrix.scale = value.absmax.data_ptr(), value.absmax_scale.data_ptr()
-        matrix.offset = value.offset.data_ptr()
+        matrix.kind, matrix.start, matrix.values = _NF4, value.start, address(value.packed)
+        matrix.absmax, matrix.scale = address(value.absmax), address(value.absmax_scale)
+        matrix.offset = address(value.offset)
         return value
     if isinstance(value, GgufBlocks):
         blocks = value.data.contiguous()
-        matrix.kind, matrix.start, matrix.values = BLOCK_KINDS[value.kind], 0, blocks.data_ptr()
+        matrix.kind, matrix.start, matrix.values = BLOCK_KINDS[value.kind], 0, address(blocks)
         return blocks
     values, scale = value.values.contiguous(), value.scale.contiguous()
-    matrix.kind, matrix.start, matrix.values, matrix.scale = _INT8, 0, values.data_ptr(), scale.data_ptr()
+    matrix.kind, matrix.start, matrix.values, matrix.scale = _INT8, 0, address(values), address(scale)
     return values, scale
 
 
@@ -112,7 +112,7 @@ def multiply(
     if not any(k) and not add:
         return out.zero_()
     if calls().graft_gemm(
-        m, n, k, count, a, b, out.data_ptr(), out.stride(0) if m > 1 else n, alpha, int(add), torch.get_num_threads()
+        m, n, k, count, a, b, address(out), out.stride(0) if m > 1 else n, alpha, int(add), torch.get_num_threads()
     ):
         raise MemoryError(f"no memory to multiply {m} by {k[0]} by {n}")
     return out

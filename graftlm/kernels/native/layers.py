@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels.native.gemm import Matrix, describe
-from graftlm.kernels.native.library import calls
+from graftlm.kernels.native.library import address, calls
 from graftlm.kernels.stored import Weight
 
 _pointer, _long, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -103,7 +103,7 @@ class DecoderStack:
             assert layer.keys.is_contiguous()
             assert layer.values.is_contiguous()
             self._alive += [layer.keys, layer.values]
-            to.keys, to.values = layer.keys.data_ptr(), layer.values.data_ptr()
+            to.keys, to.values = address(layer.keys), address(layer.values)
             to.scale, to.softcap, to.window = layer.scale, layer.softcap, layer.window
         first = layers[0]
         self.width, self.positions = len(first.norm), len(cosine)
@@ -121,7 +121,7 @@ class DecoderStack:
             return None
         values = tensor.detach().to(torch.float32).contiguous()
         self._alive.append(values)
-        return values.data_ptr()
+        return address(values)
 
     def run(
         self, x: Tensor, positions: Tensor, table: Tensor, ranges: Sequence[int], factors: Sequence[AdapterTable]
@@ -133,8 +133,8 @@ class DecoderStack:
         """
         rows_of, tables = (_long * len(ranges))(*ranges), adapter_table([ctypes.addressof(f) for f in factors])
         given = _Pass(
-            rows=len(x), threads=torch.get_num_threads(), x=x.data_ptr(), position=positions.data_ptr(),
-            table=table.data_ptr(), table_stride=table.stride(0), routes=len(factors),
+            rows=len(x), threads=torch.get_num_threads(), x=address(x), position=address(positions),
+            table=address(table), table_stride=table.stride(0), routes=len(factors),
             ranges=ctypes.addressof(rows_of), factors=ctypes.addressof(tables),
         )  # fmt: skip
         if calls().graft_layers(ctypes.addressof(self._stack), ctypes.addressof(given)):

@@ -14,6 +14,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.stored import BLOCK_SIZES
@@ -71,6 +72,17 @@ _HELD = {"default": 0, "avx2": 1}
 """Values of ATEN_CPU_CAPABILITY, by which PyTorch is held to narrower instructions than the processor has: so are we."""
 
 
+def address(tensor: Tensor) -> int:
+    """Where C finds a tensor's values. ValueError for one whose values are not in this process's memory: a DTensor, of which
+    each rank has a part, a parameter that is gathered for a pass alone, a tensor on the meta device."""
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise ValueError(
+            f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} on {tensor.device} has no values here that C could read"
+        )
+    return place
+
+
 def _openmp_of_torch() -> int:
     """The address of GOMP_parallel in the OpenMP library that PyTorch has loaded, or 0."""
     try:
@@ -122,7 +134,7 @@ class Library:
         assert self.calls is not None
         choice = self.widest if choice < 0 else choice
         tables = (reference.NF4_CODE, reference.NF4_MIDPOINTS, reference.DYNAMIC_CODE, reference.DYNAMIC_BINS)
-        chosen = self.calls.graft_init(*(table.data_ptr() for table in tables), choice)
+        chosen = self.calls.graft_init(*(address(table) for table in tables), choice)
         self.instructions = self.calls.graft_name(chosen).decode()
         self.has_bf16_matmul = self.instructions == "AVX-512" and bool(self.calls.graft_gemm_narrow())
         pays = {2: "AVX-512", 3: "AVX2"}  # by level: see gemm.c

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import TWO_TYPES, calls
+from graftlm.kernels.native.library import TWO_TYPES, address, calls
 from graftlm.kernels.routing import Routing
 from graftlm.kernels.self_check import close, sample
 
@@ -39,7 +39,7 @@ def dense(x: Tensor, weight: Tensor) -> Tensor:
     rows, inner = x.shape
     y = torch.empty(rows, len(weight))
     calls().graft_dense_rows(
-        weight.data_ptr(), TWO_TYPES[weight.dtype], len(weight), inner, x.data_ptr(), x.stride(0), rows, y.data_ptr(),
+        address(weight), TWO_TYPES[weight.dtype], len(weight), inner, address(x), x.stride(0), rows, address(y),
         torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -64,7 +64,7 @@ class Factors:
         known = A.dtype in TWO_TYPES and B.dtype in TWO_TYPES and A.device.type == "cpu"
         self.ready = known and A.is_contiguous() and B.T.is_contiguous()
         if self.ready:
-            self._struct = _Factors(A.data_ptr(), B.data_ptr(), len(A), scale, TWO_TYPES[A.dtype], TWO_TYPES[B.dtype])
+            self._struct = _Factors(address(A), address(B), len(A), scale, TWO_TYPES[A.dtype], TWO_TYPES[B.dtype])
             self.at = ctypes.addressof(self._struct)
 
 
@@ -88,7 +88,7 @@ class DecodeRouting:
     def add(self, y: Tensor, x: Tensor) -> None:
         """y (rows, out) += scale (x A^T) B^T in each range; both float32, y's rows end to end."""
         if calls().graft_routed_rows(
-            self._ranges, self._factors, len(self.ranges), x.shape[1], y.shape[1], x.data_ptr(), x.stride(0), y.data_ptr(),
+            self._ranges, self._factors, len(self.ranges), x.shape[1], y.shape[1], address(x), x.stride(0), address(y),
             torch.get_num_threads(),
         ):  # fmt: skip
             raise MemoryError(f"no memory for the low-rank states of {len(x)} rows")
@@ -117,7 +117,7 @@ class DecodeAttention:
         self.lengths = lengths
         self.kept: dict[Any, Any] = {}  # what `gpu_attention` made for one layer and needs for the next
         self._struct: Any = _AttentionStruct(
-            tokens=len(rows), row=rows.data_ptr(), visible=visible.data_ptr(), table=self.table.data_ptr(),
+            tokens=len(rows), row=address(rows), visible=address(visible), table=address(self.table),
             table_stride=self.table.shape[1], block=block,
         )  # fmt: skip
         self._at = ctypes.addressof(self._struct)
@@ -146,7 +146,7 @@ class DecodeAttention:
         struct.key_heads, struct.value_width = keys.shape[1], values.shape[2]
         struct.scale, struct.window, struct.softcap = scale, window, softcap
         if calls().graft_attend_rows(
-            self._at, q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), torch.get_num_threads()
+            self._at, address(q), address(keys), address(values), address(out), torch.get_num_threads()
         ):
             raise MemoryError(f"no memory for the scores of {len(self.rows)} tokens")
 

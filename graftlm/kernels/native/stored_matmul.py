@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import BLOCK_KINDS, calls
+from graftlm.kernels.native.library import BLOCK_KINDS, address, calls
 from graftlm.kernels.native.weights import dequantize_into, nf4_pointers
 from graftlm.kernels.reference_blocks import sample_blocks
 from graftlm.kernels.self_check import close, sample
@@ -67,14 +67,14 @@ def _few_rows(x: Tensor, weight: Quantized) -> Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(len(x), outer)  # (rows, out) float32
-    of_x = (x.data_ptr(), x.stride(0), len(x), y.data_ptr(), torch.get_num_threads())
+    of_x = (address(x), x.stride(0), len(x), address(y), torch.get_num_threads())
     if isinstance(weight, Nf4):
         if calls().graft_nf4_matvec(*nf4_pointers(weight), weight.start, outer, inner, *of_x):
             raise MemoryError(f"no memory for a copy of x {tuple(x.shape)}")
     elif isinstance(weight, GgufBlocks):
-        calls().graft_blocks_matvec(weight.data.data_ptr(), BLOCK_KINDS[weight.kind], outer, inner, *of_x)
+        calls().graft_blocks_matvec(address(weight.data), BLOCK_KINDS[weight.kind], outer, inner, *of_x)
     else:
-        calls().graft_int8_matvec(weight.values.data_ptr(), weight.scale.data_ptr(), outer, inner, *of_x)
+        calls().graft_int8_matvec(address(weight.values), address(weight.scale), outer, inner, *of_x)
     return y.to(dtype)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels import reference
-from graftlm.kernels.native.library import BLOCK_KINDS, TYPES, calls
+from graftlm.kernels.native.library import BLOCK_KINDS, TYPES, address, calls
 from graftlm.kernels.reference_blocks import blocks_dequantize as blocks_truth
 from graftlm.kernels.reference_blocks import sample_blocks
 from graftlm.kernels.self_check import sample
@@ -22,22 +22,20 @@ def nf4_quantize(weight: Tensor) -> Nf4:
     packed = torch.empty(-(-n // 2), dtype=torch.uint8)
     largest = torch.empty(blocks, dtype=torch.float32)
     threads = torch.get_num_threads()
-    calls().graft_nf4_quantize(flat.data_ptr(), TYPES[flat.dtype], n, packed.data_ptr(), largest.data_ptr(), threads)
+    calls().graft_nf4_quantize(address(flat), TYPES[flat.dtype], n, address(packed), address(largest), threads)
     offset = largest.mean() if blocks else torch.zeros(())
     absmax = torch.empty(blocks, dtype=torch.uint8)
     scale = torch.empty(-(-blocks // GROUP), dtype=torch.float32)
-    calls().graft_absmax_quantize(
-        largest.data_ptr(), blocks, offset.data_ptr(), absmax.data_ptr(), scale.data_ptr(), threads
-    )
+    calls().graft_absmax_quantize(address(largest), blocks, address(offset), address(absmax), address(scale), threads)
     return Nf4(packed, absmax, scale, offset, tuple(weight.shape))
 
 
 def nf4_pointers(weight: Nf4) -> tuple[int, int, int, int]:
     return (
-        weight.packed.data_ptr(),
-        weight.absmax.data_ptr(),
-        weight.absmax_scale.data_ptr(),
-        weight.offset.data_ptr(),
+        address(weight.packed),
+        address(weight.absmax),
+        address(weight.absmax_scale),
+        address(weight.offset),
     )
 
 
@@ -46,16 +44,16 @@ def dequantize_into(out: Tensor, weight: Quantized, row: int = 0, column: int = 
     rows, columns = out.shape
     inner = weight.shape[-1]
     first = row * inner + column
-    to = (out.data_ptr(), TYPES[out.dtype], int(stream), torch.get_num_threads())
+    to = (address(out), TYPES[out.dtype], int(stream), torch.get_num_threads())
     if isinstance(weight, Nf4):
         calls().graft_nf4_dequantize(*nf4_pointers(weight), weight.start + first, rows, inner, columns, *to)
     elif isinstance(weight, GgufBlocks):
-        data = weight.data.data_ptr() + row * weight.data.shape[-1]
+        data = address(weight.data) + row * weight.data.shape[-1]
         calls().graft_blocks_dequantize(
             data, BLOCK_KINDS[weight.kind], rows, inner, column, columns, to[0], to[1], to[3]
         )  # `stream` is left aside: blocks are decoded through the first-level cache
     else:
-        values, scale = weight.values.data_ptr() + first, weight.scale.data_ptr() + 4 * row
+        values, scale = address(weight.values) + first, address(weight.scale) + 4 * row
         calls().graft_int8_dequantize(values, scale, rows, inner, columns, *to)
 
 
@@ -90,7 +88,7 @@ def _result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> t
     if out is None:
         out = torch.empty(shape, dtype=dtype)
         if out.nbytes >= LARGE_BYTES:
-            calls().graft_huge_pages(out.data_ptr(), out.nbytes)
+            calls().graft_huge_pages(address(out), out.nbytes)
         return out, False
     if tuple(out.shape) != shape or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and of shape {shape}; it has shape {tuple(out.shape)}")

@@ -67,6 +67,7 @@ def _launch(parameter: Tensor, gradient: Tensor, moments: Moments, update: refer
     if not count:
         return
     start, turn = word_keys(*update.key)
+    start += update.first + first
     codes = [_code_of(signed, parameter.device) for signed in (True, False)]
     mean_scale, square_scale = moments.mean_scale, moments.square_scale
     launch(
@@ -75,7 +76,7 @@ def _launch(parameter: Tensor, gradient: Tensor, moments: Moments, update: refer
         moments.mean, moments.square, moments.mean if mean_scale is None else mean_scale,
         moments.square if square_scale is None else square_scale, codes[0][0], codes[1][0], codes[0][1], codes[1][1],
         moments.mean if update.gate is None else update.gate, count, update.factor, update.beta1, 1 - update.beta1,
-        update.beta2, 1 - update.beta2, update.epsilon, update.decay, update.rate, update.fix, _signed(start + first),
+        update.beta2, 1 - update.beta2, update.epsilon, update.decay, update.rate, update.fix, _signed(start),
         _signed(turn), GATED=update.gate is not None, ROUNDED=rounded, EIGHT=moments.eight_bit, BLOCKS=BLOCKS,
         ZERO=ZERO_MEAN_CODE, OTHER_BITS=reference.OTHER_BITS,
         fuse=False,

@@ -1,0 +1,283 @@
+"""A model whose weights are split over the ranks by PyTorch's FSDP2: each rank keeps some rows of every matrix.
+
+    weights = SplitWeights(model, units, rest, ranks, device)   once, when a base is loaded
+    weights.run(call)                   a pass: every unit gathers its weights when it runs, and frees them behind it
+    with weights.gathered(module): ...  the weights of a unit that is not run, whole: the head's, for the loss
+
+    local(tensor), offset(tensor)       this rank's rows of a split tensor, and the place of the first value
+    whole(tensor)                       all rows, on every rank; every rank calls it
+
+Outside of a pass a split parameter is a DTensor, and nothing but this package handles one. Inside, modules have the whole
+weight, a plain Parameter. Of n ranks each has ceil(rows / n) rows, the last ones fewer or none: so FSDP2 splits.
+"""
+
+# fully_shard gives a module another class, which the types do not follow.
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.distributed.group import ALONE, Ranks
+
+if TYPE_CHECKING:  # a run of one rank does not load them
+    from torch.distributed.device_mesh import DeviceMesh
+
+_T = TypeVar("_T")
+
+
+def rows_of(count: int, ranks: Ranks) -> tuple[int, int]:
+    """(first, last + 1) of `count` rows: those that this rank keeps."""
+    each = -(-count // ranks.size)
+    return min(ranks.rank * each, count), min((ranks.rank + 1) * each, count)
+
+
+def is_split(tensor: object) -> bool:
+    """Whether each rank has some rows of this tensor."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a split tensor, sharing its memory, without its history; any other tensor itself."""
+    found: Any = tensor.detach() if is_split(tensor) else tensor
+    return found.to_local() if is_split(tensor) else tensor
+
+
+def offset(tensor: Tensor) -> int:
+    """The place of this rank's first value among the values of the whole tensor."""
+    if not is_split(tensor):
+        return 0
+    first, _ = rows_of(tensor.shape[0], sharing(tensor))
+    return first * math.prod(tensor.shape[1:])
+
+
+def sharing(tensor: Tensor) -> Ranks:
+    """The ranks that a tensor is split over."""
+    if not is_split(tensor):
+        return ALONE
+    mesh: DeviceMesh = tensor.device_mesh
+    return Ranks(mesh.get_local_rank(), mesh.size())
+
+
+def add_up_rows(tensors: Sequence[Tensor], values: Sequence[float]) -> list[float]:
+    """What each rank found in its rows of each tensor, added up over the ranks; of one that is not split, as it is."""
+    split = [is_split(tensor) for tensor in tensors]
+    if not any(split):
+        return list(values)
+    ranks = sharing(tensors[split.index(True)])
+    sums = iter(ranks.total([value for value, is_part in zip(values, split) if is_part]))
+    return [next(sums) if is_part else value for value, is_part in zip(values, split)]
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a split tensor, which every rank asks for; any other tensor itself."""
+    found: Any = tensor
+    return found.full_tensor() if is_split(tensor) else tensor
+
+
+def everywhere(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:
+    """Whether the rows of every rank pass a test, which all make; of a tensor that is not split, whether it passes."""
+    passed = test(local(tensor))
+    return not any(add_up_rows([tensor], [float(not passed)]))
+
+
+@dataclass(eq=False)
+class Piece:
+    """This rank's rows of one parameter, which is `name` in each of `modules` (of tied ones there are several)."""
+
+    modules: Sequence[nn.Module]
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    own: Tensor | None
+    """Until FSDP2 has them."""
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], name: str, tensor: Tensor, ranks: Ranks) -> Piece:
+        """The piece of a whole tensor. The parameter has its shape and no values until the model is split."""
+        first, last = rows_of(len(tensor), ranks)
+        piece = cls(modules, name, tuple(tensor.shape), tensor.detach()[first:last].clone())
+        piece._put(nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+        return piece
+
+    def train(self) -> None:
+        """Say that the parameter is trained, which FSDP2 has to know before the first pass."""
+        self.parameter.requires_grad_()
+
+    def fill(self, mesh: DeviceMesh) -> None:
+        """Give FSDP2's parameter its values."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        parameter = self.parameter
+        assert self.own is not None
+        rows = DTensor.from_local(
+            self.own, mesh, [Shard(0)], run_check=False, shape=torch.Size(self.shape), stride=parameter.stride()
+        )
+        self._put(nn.Parameter(rows, requires_grad=parameter.requires_grad))
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        found = self.modules[0]._parameters[self.name]
+        assert found is not None
+        return found
+
+    def _put(self, parameter: nn.Parameter) -> None:
+        for module in self.modules:
+            module._parameters[self.name] = parameter
+
+
+class _Root(nn.Module):
+    """What a pass runs in: FSDP2 begins and ends a pass with the module that is called first."""
+
+    through: Sequence[Any]
+
+    def __init__(self, model: nn.Module, units: Sequence[nn.Module], through: Sequence[Any]) -> None:
+        super().__init__()
+        self.add_module("model", model)
+        self.units = nn.ModuleList(units)
+        self.__dict__["through"] = through
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        for unit in self.through:
+            unit.unshard()
+        found = call()
+        for unit in self.through:
+            unit.reshard()
+        return found
+
+
+class _Beside(nn.Module):
+    """A unit that is gathered otherwise than by FSDP2's own hooks; these are on this module, which nobody calls."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.modules_of_unit = nn.ModuleList(modules)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Modules whose weights are gathered together, and their pieces."""
+
+    modules: Sequence[nn.Module]
+    pieces: Sequence[Piece]
+    when: Literal["called", "forward", "by hand", "pass"] = "called"
+    """When it is gathered: when its module is called, and again for the backward pass; when it is called alone; when the
+    caller says so (`SplitWeights.gathered`); from the begin of a pass to its end."""
+
+
+class SplitWeights:
+    """The weights of one model, split over the ranks."""
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], rest: Sequence[Piece], ranks: Ranks, device: torch.device
+    ) -> None:
+        """`units` are the innermost first; `rest` are pieces of no unit, gathered for a whole pass. What is in no piece
+        stays whole on every rank."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.ranks = ranks
+        self._running = False
+        self._by_hand: dict[nn.Module, Any] = {}
+        self._open: set[nn.Module] = set()
+        mesh = init_device_mesh(device.type, (ranks.size,))
+        pieces = [*(piece for unit in units for piece in unit.pieces), *rest]
+        split = {piece.parameter for piece in pieces}
+        kept = {parameter for parameter in model.parameters() if parameter not in split}
+        through: list[nn.Module] = []
+        beside: list[nn.Module] = []
+        for unit in units:
+            module: Any = unit.modules[0]
+            if unit.when != "called":
+                module = _Beside(unit.modules)
+                beside.append(module)
+            if unit.when == "by hand":
+                self._by_hand.update(dict.fromkeys(unit.modules, module))
+            elif unit.when == "pass":
+                through.append(module)
+            if unit.when == "called":
+                module.register_forward_hook(_without_views)
+            _split(module, mesh, kept)
+            if unit.when == "forward":
+                unit.modules[0].register_forward_pre_hook(partial(_gather, module))
+                unit.modules[0].register_forward_hook(partial(_free, module), always_call=True)
+            for piece in unit.pieces:
+                piece.fill(mesh)
+            kept |= {piece.parameter for piece in unit.pieces}  # not the root's
+        self._root: Any = _Root(model, beside, through)
+        _split(self._root, mesh, kept)
+        for piece in rest:
+            piece.fill(mesh)
+        self._root.set_reduce_scatter_unused_params(True)
+        with torch.no_grad():
+            self.run(lambda: None)  # FSDP2 takes over the values that were filled in
+        for piece in pieces:
+            piece.own = None  # it pads those of a rank with fewer rows, in a copy
+
+    def run(self, call: Callable[[], _T]) -> _T:
+        """What `call` returns, run as one pass; a pass within a pass is a part of it. Every rank makes the same passes."""
+        if self._running:
+            return call()
+        self._running = True
+        try:
+            found = self._root(call)
+            if not torch.is_grad_enabled():
+                # No backward pass follows, in which FSDP2 would free the root's weights and forget the order of the units;
+                # with this order left, the next backward pass would gather a unit that it does not need yet.
+                self._root.reset_iter_state()
+            return found
+        except BaseException:
+            self._root.reset_iter_state()
+            raise
+        finally:
+            self._running = False
+
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """The weights of a unit that is gathered by hand, within a pass; of any other module nothing is done."""
+        unit = self._by_hand.get(module)
+        if unit is None or module in self._open:
+            yield
+            return
+        self._open.add(module)
+        unit.unshard()
+        try:
+            yield
+        finally:
+            self._open.discard(module)
+            unit.reshard()
+
+
+def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
+    """A unit's output as tensors of their own: FSDP2 hooks on to them, and code that writes into a view would lose its hook."""
+    if isinstance(output, Tensor):
+        return output.clone() if output.requires_grad and output._base is not None else output
+    if type(output) is tuple:
+        return tuple(_without_views(module, args, each) for each in output)
+    return output
+
+
+def _gather(unit: Any, *call: Any) -> None:
+    unit.unshard()
+
+
+def _free(unit: Any, *call: Any) -> None:
+    unit.reshard()
+
+
+def _split(module: Any, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
+    """Let FSDP2 split a unit, summing gradients in float32 and dividing by nothing."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=kept)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # else a multiplying sum, which gloo does not have
