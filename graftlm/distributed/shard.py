@@ -135,7 +135,7 @@ class Piece:
             module._parameters[self.name] = parameter
 
 
-class _Root(nn.Module):
+class _SplitPass(nn.Module):
     """What a pass runs in: FSDP2 begins and ends a pass with the module that is called first."""
 
     through: Sequence[Any]
@@ -212,7 +212,7 @@ class SplitWeights:
             for piece in unit.pieces:
                 piece.fill(mesh)
             kept |= {piece.parameter for piece in unit.pieces}  # not the root's
-        self._root: Any = _Root(model, beside, through)
+        self._root: Any = _SplitPass(model, beside, through)
         _split(self._root, mesh, kept)
         for piece in rest:
             piece.fill(mesh)
