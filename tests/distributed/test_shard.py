@@ -54,10 +54,9 @@ IN_BACKWARD = {**FULL, "optimizer_in_backward": True, "max_grad_norm": 0}
         pytest.param(2, {"base_precision": "int8", "lora_dropout": 0.2}, marks=pytest.mark.prove),
         pytest.param(3, {**IN_BACKWARD, "batch_size": 4}, marks=pytest.mark.prove),
         pytest.param(3, {**FULL, "activation_checkpointing": True, "batch_size": 4}, marks=pytest.mark.prove),
-        pytest.param(2, {**FULL, "optimizer": "adamw-8bit"}, marks=pytest.mark.prove),
         pytest.param(3, {**FULL, "micro_batch_tokens": 40}, marks=pytest.mark.prove),
     ],
-    ids=["qlora", "in backward", "int8", "in backward on three", "checkpointing", "8 bits", "uneven passes"],
+    ids=["qlora", "in backward", "int8", "in backward on three", "checkpointing", "uneven passes"],
 )
 def test_a_split_run_has_the_losses_and_weights_of_one_rank(
     forks: Forks, count: int, options: dict[str, Any], tmp_path: Path
