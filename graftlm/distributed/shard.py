@@ -37,6 +37,15 @@ _ranks_of: WeakKeyDictionary[DeviceMesh, Ranks] = WeakKeyDictionary()
 """The ranks that were given for a mesh of processes."""
 
 
+SPLITS = (2, 13)
+"""The first PyTorch whose FSDP2 splits frozen whole numbers, as int8 and NF4 weights are."""
+
+
+def can_split() -> bool:
+    """Whether this PyTorch can split a model."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= SPLITS
+
+
 def rows_of(count: int, ranks: Ranks) -> tuple[int, int]:
     """(first, last + 1) of `count` rows: those that this rank keeps."""
     each = -(-count // ranks.size)
