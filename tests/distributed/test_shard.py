@@ -134,11 +134,20 @@ def test_a_bug_put_in_on_purpose_is_noticed(forks: Forks, bug: str, tmp_path: Pa
         wrong()
 
 
-def test_a_full_disk_of_one_rank_is_said_by_all_and_leaves_the_checkpoint_before(forks: Forks, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("fills_the_disk_of_the_last_rank", ("rank 1 of 2: ", "No space left")),
+        pytest.param("cannot_rename_its_folder", ("rank 0 of 2: ", "Input/output error"), marks=pytest.mark.prove),
+    ],
+)
+def test_a_rank_that_cannot_write_is_said_by_all_and_leaves_the_checkpoint_before(
+    forks: Forks, fault: str, said: tuple[str, str], tmp_path: Path
+) -> None:
     options = {**FULL, "save_every": 1, "eval_data": None, "steps": 3}
-    ended = over(forks, 2, tmp_path, bug="fills_the_disk_of_the_last_rank", **SPLIT, **options)
+    ended = over(forks, 2, tmp_path, bug=fault, **SPLIT, **options)
     assert {found["kind"] for found in ended} == {"RunError"}, ended
-    assert all("rank 1 of 2: " in found["error"] and "No space left" in found["error"] for found in ended)
+    assert all(part in found["error"] for found in ended for part in said), ended
     left = [path.name for path in (tmp_path / "ranks" / "checkpoints").iterdir()]
     assert left == ["000001"]
     assert find_damage(tmp_path / "ranks" / "checkpoints" / "000001") is None
