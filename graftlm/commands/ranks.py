@@ -24,6 +24,7 @@ from graftlm.base.loading import default_device
 from graftlm.commands.train import train
 from graftlm.config import TrainConfig
 from graftlm.distributed.group import Ranks, joined, launched
+from graftlm.distributed.shard import SPLITS, can_split
 from graftlm.errors import ConfigError, GraftError, RunError, Stopped, TrainingError
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
@@ -32,8 +33,6 @@ from graftlm.training.run_folder import SUMMARY
 from graftlm.training.view import View
 
 ENDED = "ended-{}.json"
-_SPLITS = (2, 13)
-"""The first PyTorch whose FSDP2 splits frozen whole numbers, as int8 and NF4 weights are."""
 _SAVING_SECONDS = 600
 """How long the ranks of a run that is stopped may take for their step and a checkpoint."""
 
@@ -41,8 +40,11 @@ _SAVING_SECONDS = 600
 def train_over_ranks(config: TrainConfig) -> dict[str, Any]:
     """Train over as many ranks as the config asks for, or torchrun has started; returns the summary, empty on ranks but the
     first. Raises as `train`, and TrainingError for a rank that died."""
-    if config.layout == "shard":
-        _check_torch()
+    if config.layout == "shard" and not can_split():
+        raise ConfigError(
+            f"--layout shard needs PyTorch {'.'.join(map(str, SPLITS))} or newer, found {torch.__version__}; install it, or "
+            "take --layout replicate"
+        )
     there = launched()
     if there > 1:
         return _among_others(started_for(config, there))
@@ -54,16 +56,6 @@ def train_over_ranks(config: TrainConfig) -> dict[str, Any]:
         return train(config)
     with tempfile.TemporaryDirectory(prefix="graft-ranks-") as place:
         return _launch(config, Path(place))
-
-
-def _check_torch() -> None:
-    """Raise ConfigError for a PyTorch whose FSDP2 cannot split every kind of stored weight."""
-    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if found < _SPLITS:
-        raise ConfigError(
-            f"--layout shard needs PyTorch {'.'.join(map(str, _SPLITS))} or newer, found {torch.__version__}; "
-            "install it, or take --layout replicate"
-        )
 
 
 def _among_others(config: TrainConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from graftlm.base.shared_base import borrowed
 from graftlm.config import TrainConfig
 from graftlm.data.sources import Source, named_source, share
 from graftlm.distributed.group import ALONE, Ranks
+from graftlm.distributed.shard import can_split
 from graftlm.errors import Diverged, ScoreError, Stopped
 from graftlm.files import remove_leftovers
 from graftlm.heap import mmap_allocations, release_memory
@@ -35,7 +36,7 @@ from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.checkpoint import compute_dtype_of
 from graftlm.training.determinism import deterministic_algorithms
 from graftlm.training.logging import Follower, check_trackers, signals
-from graftlm.training.memory import dry_run, estimate
+from graftlm.training.memory import dry_run, estimate, fits_whole
 from graftlm.training.run import (
     Session,
     TrainingData,
@@ -84,6 +85,7 @@ def train(
     with ExitStack() as held:
         with ranks.agreeing():  # whatever is wrong is found, on every rank, before the first step
             inputs = _check_inputs(config, given, ranks, held)
+        config = _with_layout(config, inputs.device, ranks, view)
         with ranks.failing_alike() if config.layout == "shard" else ranks.agreeing():
             run = _set_up(config, view, given, inputs, ranks, held)
         session = run.session
@@ -148,6 +150,19 @@ def _check_inputs(config: TrainConfig, given: Given, ranks: Ranks, held: ExitSta
         remove_leftovers(config.out)
         check_free(config.out, config.resume)
     return _Inputs(sources=sources, eval_source=eval_source, callbacks=callbacks, score=score, device=device)
+
+
+def _with_layout(config: TrainConfig, device: torch.device, ranks: Ranks, view: View) -> TrainConfig:
+    """The config with the layout that `auto` stands for: the weights are split where a rank has no room for all of them."""
+    if ranks.size == 1 or config.layout != "auto":
+        return config
+    with ranks.agreeing():
+        no_choice = config.score is not None or not can_split()
+        fits = no_choice or fits_whole(config, stored_precision(config), device, ranks.on_machine)
+    (split,) = ranks.largest([not fits])
+    if split:
+        view.note("the model is split over the ranks (--layout shard): a rank alone has no room for it")
+    return config.model_copy(update={"layout": "shard" if split else "replicate"})
 
 
 def _set_up(config: TrainConfig, view: View, given: Given, inputs: _Inputs, ranks: Ranks, held: ExitStack) -> _SetUp:

@@ -165,7 +165,8 @@ class TrainConfig(Config):
     )  # fmt: skip
     layout: Literal["auto", "replicate", "shard"] = option(
         "auto", "with --ranks: `replicate` has the whole model on every rank; `shard` splits its weights, and in full training "
-        "gradients and optimizer states, over the ranks (FSDP); auto is replicate", group="memory and speed",
+        "gradients and optimizer states, over the ranks (FSDP); auto splits where a rank has no room for all of it",
+        group="memory and speed",
     )  # fmt: skip
     deterministic: bool = option(
         False, "the same bits in every repeat and after --resume on a GPU too, where attention's backward pass then takes more "

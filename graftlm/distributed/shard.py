@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,17 @@ if TYPE_CHECKING:  # a run of one rank does not load them
     from torch.distributed.device_mesh import DeviceMesh
 
 _T = TypeVar("_T")
+_ranks_of: WeakKeyDictionary[DeviceMesh, Ranks] = WeakKeyDictionary()
+"""The ranks that were given for a mesh of processes."""
+
+
+SPLITS = (2, 13)
+"""The first PyTorch whose FSDP2 splits frozen whole numbers, as int8 and NF4 weights are."""
+
+
+def can_split() -> bool:
+    """Whether this PyTorch can split a model."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= SPLITS
 
 
 def rows_of(count: int, ranks: Ranks) -> tuple[int, int]:
@@ -64,7 +76,7 @@ def sharing(tensor: Tensor) -> Ranks:
     if not is_split(tensor):
         return ALONE
     mesh: DeviceMesh = tensor.device_mesh
-    return Ranks(mesh.get_local_rank(), mesh.size())
+    return _ranks_of.get(mesh) or Ranks(mesh.get_local_rank(), mesh.size())
 
 
 def add_up_rows(tensors: Sequence[Tensor], values: Sequence[float]) -> list[float]:
@@ -135,7 +147,7 @@ class Piece:
             module._parameters[self.name] = parameter
 
 
-class _Root(nn.Module):
+class _SplitPass(nn.Module):
     """What a pass runs in: FSDP2 begins and ends a pass with the module that is called first."""
 
     through: Sequence[Any]
@@ -189,6 +201,7 @@ class SplitWeights:
         self._by_hand: dict[nn.Module, Any] = {}
         self._open: set[nn.Module] = set()
         mesh = init_device_mesh(device.type, (ranks.size,))
+        _ranks_of[mesh] = ranks
         pieces = [*(piece for unit in units for piece in unit.pieces), *rest]
         split = {piece.parameter for piece in pieces}
         kept = {parameter for parameter in model.parameters() if parameter not in split}
@@ -212,7 +225,7 @@ class SplitWeights:
             for piece in unit.pieces:
                 piece.fill(mesh)
             kept |= {piece.parameter for piece in unit.pieces}  # not the root's
-        self._root: Any = _Root(model, beside, through)
+        self._root: Any = _SplitPass(model, beside, through)
         _split(self._root, mesh, kept)
         for piece in rest:
             piece.fill(mesh)

@@ -22,8 +22,9 @@ import torch
 from graftlm.adapters.attach import Adapter
 from graftlm.adapters.bank import LowRank
 from graftlm.base.loading import Base
+from graftlm.base.precision import default_compute_dtype
 from graftlm.base.transformers_log import fails_in_the_model
-from graftlm.config import TrainConfig
+from graftlm.config import ComputeDtype, Precision, TrainConfig
 from graftlm.data.sampler import epoch_length
 from graftlm.errors import GraftError, ModelError, TrainingError
 from graftlm.formatting import size
@@ -33,7 +34,7 @@ from graftlm.planning.fitting import PlanCase, changes
 from graftlm.planning.hardware import Card, local
 from graftlm.planning.instantiate import common_name
 from graftlm.planning.memory import MemoryParts, MemoryRequirement, requirement
-from graftlm.planning.method import NO_ADAPTER, AdapterShape, TrainingSetting
+from graftlm.planning.method import NO_ADAPTER, AdapterShape, TrainingSetting, adapter_shape
 from graftlm.planning.models import find
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
@@ -111,7 +112,11 @@ def estimate(
     card = local(str(base.device) if base.device.type == "cuda" else "cpu")
     if card.kind == "cpu":
         card = replace(card, memory=card.memory // ranks)
-    shape, setting, adapter_shape = shape_of(config, base), _setting(config, base), _adapted(base, adapters)
+    shape, setting, adapted = (
+        shape_of(config, base),
+        _setting(config, base.precision, base.compute_dtype),
+        _adapted(base, adapters),
+    )
     longest = max(d.tokens for trial in trials for d in trial.examples)
     sizes = [config.micro_batch_tokens] if config.micro_batch_tokens else _sizes(longest)
     if config.optimizer_in_backward and not config.micro_batch_tokens:
@@ -124,11 +129,11 @@ def estimate(
         load = replace(load, small=tokens < DEFAULT_MICRO_BATCH_TOKENS)
         took = case = None
         if shape is not None:
-            beside = spare + max(0, sum(adapter.count for adapter in adapters) - adapter_shape.values(shape))
+            beside = spare + max(0, sum(adapter.count for adapter in adapters) - adapted.values(shape))
             took = requirement(
                 shape,
                 setting,
-                adapter_shape,
+                adapted,
                 load,
                 card.kind,
                 fused=fused,
@@ -152,6 +157,25 @@ def estimate(
             break
     assert found is not None
     return found
+
+
+def fits_whole(config: TrainConfig, precision: Precision, device: torch.device, on_machine: int) -> bool:
+    """Whether a rank is expected to have room for the whole model and what is trained, with a small micro-batch; of the ranks
+    `on_machine` share a processor's memory. True where nothing is known of the model."""
+    card = local(str(device) if device.type == "cuda" else "cpu")
+    usable = card.usable if card.kind != "cpu" else replace(card, memory=card.memory // on_machine).usable
+    try:
+        shape = find(config.model, trust_remote_code=config.trust_remote_code).shape
+        adapter = adapter_shape(shape, config.targets, config.rank, dora=config.dora)
+    except GraftError:  # it is said, or does without a plan, when the base is loaded
+        return True
+    setting = _setting(config, precision, config.compute_dtype or default_compute_dtype(device, training=True))
+    small = Workload(
+        tokens=MIN_MICRO_BATCH_TOKENS, target_tokens=MIN_MICRO_BATCH_TOKENS, longest=MIN_MICRO_BATCH_TOKENS
+    )
+    trained = NO_ADAPTER if config.method == "full" else adapter
+    took = requirement(shape, setting, trained, small, card.kind, fused=False, fused_dequant=card.fused_dequant)
+    return took.training <= usable
 
 
 def _of_one_rank(took: MemoryRequirement, shape: ModelShape, ranks: int) -> MemoryRequirement:
@@ -197,10 +221,10 @@ def shape_of(config: TrainConfig, base: Base) -> ModelShape | None:
     return replace(shape, packs=base.packs, plain_head=base.structure.head_is_plain_matmul)
 
 
-def _setting(config: TrainConfig, base: Base) -> TrainingSetting:
+def _setting(config: TrainConfig, precision: Precision, compute_dtype: ComputeDtype) -> TrainingSetting:
     return TrainingSetting(
-        key=config.method, label=config.method, method=config.method, precision=base.precision,
-        compute_dtype="bfloat16" if base.compute_dtype == "bfloat16" else "float32", optimizer=config.optimizer,
+        key=config.method, label=config.method, method=config.method, precision=precision,
+        compute_dtype="bfloat16" if compute_dtype == "bfloat16" else "float32", optimizer=config.optimizer,
         optimizer_in_backward=config.optimizer_in_backward, offload_optimizer=config.offload_optimizer,
         activation_checkpointing=config.activation_checkpointing, offload_activations=config.offload_activations,
         dora=config.dora, dropout=config.lora_dropout > 0,

@@ -179,7 +179,11 @@ def written_by_all(place: Path, ranks: Ranks) -> Iterator[Path]:
                 raise RunError(f"{folder} could not be written to ({error})") from None
         for entries in ranks.of_all(sums):
             sums.update(entries)
-    ranks.total([0.0])  # nobody reads it before
+        with ranks.agreeing():  # nobody goes on before it is in place
+            try:
+                held.close()
+            except OSError as error:
+                raise RunError(f"{place} could not be written to ({error})") from None
 
 
 def _opened(held: ExitStack, place: Path, sums: Mapping[str, dict[str, Any]]) -> str:

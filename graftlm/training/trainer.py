@@ -159,22 +159,13 @@ def optimizer_step(
     `UpdateCheck.after_step` fails. Errors inside the backward pass do not reach `on_failure`.
     """
     started = time.perf_counter()
-    in_backward = any(trial.optimizer.in_backward for trial in trials)
     batches = [_draw(trial) for trial in trials]
     for trial in trials:
         trial.optimizer.zero_grad()
 
     # Forward and backward: gradients add up over the micro-batches; every token uses its own trial's adapter.
-    losses = _StepLosses()
     step_items = [item for batch in batches for item in batch.items]
-    groups = micro_batches(base, _own_share(step_items, ranks), micro_batch_tokens)
-    for i, items in enumerate(even_passes(base, groups, lambda: min(step_items, key=lambda item: item.example.tokens))):
-        micro_batch = collate(base, items)
-        loss, token_losses = forward(base, micro_batch, defer_tied_head_gradient=in_backward)  # (), (target tokens,)
-        with in_backward_steps_of(trials, token_losses, update_checks):  # no-op unless --optimizer-in-backward
-            backward(loss)
-        if i < len(groups):
-            losses.add(items, micro_batch, token_losses)
+    losses = _forward_and_backward(base, trials, step_items, micro_batch_tokens, update_checks, ranks)
     loss_sums, nonfinite, squares = losses.read(squares_of_backward(trials), step_items, ranks)
     _add_up_gradients(trials, ranks)
     if not nonfinite:
@@ -205,6 +196,24 @@ def optimizer_step(
         counts = batch.tokens, batch.target_tokens
         results.append(StepResult(trial.step, mean_loss, learning_rate, grad_norm, *counts, seconds))
     return results
+
+
+def _forward_and_backward(
+    base: Base, trials: Sequence[Trial], step_items: Sequence[BatchItem], micro_batch_tokens: int,
+    update_checks: Mapping[int, UpdateCheck], ranks: Ranks,
+) -> _StepLosses:  # fmt: skip
+    """Run this rank's share of a step's examples, one micro-batch after another."""
+    in_backward = any(trial.optimizer.in_backward for trial in trials)
+    losses = _StepLosses()
+    groups = micro_batches(base, _own_share(step_items, ranks), micro_batch_tokens)
+    for i, items in enumerate(even_passes(base, groups, lambda: min(step_items, key=lambda item: item.example.tokens))):
+        micro_batch = collate(base, items)
+        loss, token_losses = forward(base, micro_batch, defer_tied_head_gradient=in_backward)  # (), (target tokens,)
+        with in_backward_steps_of(trials, token_losses, update_checks):  # no-op unless --optimizer-in-backward
+            backward(loss)
+        if i < len(groups):
+            losses.add(items, micro_batch, token_losses)
+    return losses
 
 
 class _StepLosses:

@@ -14,8 +14,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from graftlm import files
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import load_base
+from graftlm.commands import train as train_command
 from graftlm.commands.train import train
 from graftlm.config import TrainConfig
 from graftlm.distributed import shard
@@ -41,9 +43,11 @@ def run(
 ) -> Any:
     """A training run. The last rank gets a SIGTERM after a step, or has `other` options, where these are given; `bug` is one of
     BUGS."""
-    if bug is not None:
-        BUGS[bug]()
     last = ranks.rank == ranks.size - 1
+    if bug == "has_no_room_on_the_last_rank":
+        train_command.fits_whole = lambda *given: not last
+    elif bug is not None:
+        BUGS[bug]()
     if stop_after is not None and last:
         _signal_after(stop_after)
     given = {**config, **(other or {})} if last else config
@@ -175,7 +179,19 @@ def fills_the_disk_of_the_last_rank() -> None:
     checkpoint.write = write_or_fail
 
 
+def cannot_rename_its_folder() -> None:
+    put = files._put
+
+    def put_or_fail(temporary: Path, target: Path) -> None:
+        if target.name == "000002":
+            raise OSError(errno.EIO, "Input/output error")
+        put(temporary, target)
+
+    files._put = put_or_fail
+
+
 BUGS = {bug.__name__: bug for bug in (
     averages, leaves_vectors_apart, steps_whole_tensors, makes_no_blank_pass, fills_the_disk_of_the_last_rank,
+    cannot_rename_its_folder,
 )}  # fmt: skip
 """Mistakes that could be made and what could go wrong, made in this process."""
