@@ -17,8 +17,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graftlm import errors
 from graftlm.base.loading import default_device
 from graftlm.commands.train import train
@@ -89,7 +87,7 @@ def _of_rank(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """The config with the rank's own GPU; on a processor, which the ranks share, each takes its part of the threads."""
     device = default_device(config.device)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.on_machine))
+        ranks.take_threads()
         return config
     own = f"{device.type}:{os.environ.get('LOCAL_RANK', '0')}"
     return config.model_copy(update={"device": str(default_device(own))})  # one GPU is refused from a user alone

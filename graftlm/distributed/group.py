@@ -46,6 +46,10 @@ class Ranks:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
 
+    def take_threads(self) -> None:
+        """Take this rank's part of the processor's threads, which the ranks on this machine share."""
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.on_machine))
+
     def own(self, items: Sequence[_T], lengths: Sequence[int]) -> list[_T]:
         """The items that this rank computes, by their lengths in tokens."""
         if self.size == 1:
@@ -176,3 +180,15 @@ def joined() -> Iterator[Ranks]:
 def launched() -> int:
     """How many ranks a launcher such as torchrun has started, this process being one of them; 1 where none has."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+_LAUNCHERS = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+"""Environment variables by which torchrun tells a process that it is a rank; others of its own begin with TORCHELASTIC_."""
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process that is no rank, although this one may be."""
+    return {n: v for n, v in environment.items() if n not in _LAUNCHERS and not n.startswith("TORCHELASTIC_")}
