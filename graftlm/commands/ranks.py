@@ -14,6 +14,8 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from graftlm import errors
 from graftlm.base.loading import default_device
 from graftlm.commands.train import train
 from graftlm.config import TrainConfig
-from graftlm.distributed.group import Ranks, joined, launched
+from graftlm.distributed.group import Ranks, joined, launched, lost_others
 from graftlm.errors import ConfigError, GraftError, RunError, Stopped, TrainingError
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
@@ -48,8 +50,13 @@ def train_over_ranks(config: TrainConfig) -> dict[str, Any]:
 
 def _among_others(config: TrainConfig) -> dict[str, Any]:
     """Train as one of torchrun's ranks. What ends all of them, the first one says; the others leave without a word."""
+
+    def tell(message: str) -> None:
+        sys.stderr.write(f"{TrainingError.__name__}: {message}\n")
+        sys.stderr.flush()
+
     try:
-        return train_as_rank(config)
+        return train_as_rank(config, tell)
     except (GraftError, Stopped) as error:
         if os.environ["RANK"] == "0" or (isinstance(error, GraftError) and not error.everywhere):
             raise
@@ -65,22 +72,39 @@ def started_for(config: TrainConfig, ranks: int) -> TrainConfig:
     return TrainConfig.build({**config.to_json(), "ranks": ranks})
 
 
-def train_as_rank(config: TrainConfig) -> dict[str, Any]:
+def train_as_rank(config: TrainConfig, tell: Callable[[str], None]) -> dict[str, Any]:
     """Train as one of the ranks that were started; returns the summary, empty on ranks but the first.
 
-    Raises as `train`. An error of this rank alone has its number in front.
+    Raises as `train`. An error of this rank alone has its number in front. A rank that hangs ends this process: `tell` is
+    called with the reason, on one of the ranks.
     """
-    with joined() as ranks:
-        try:
-            view = View(quiet=not ranks.first)
-            return train(_of_rank(config, ranks), view, ranks=ranks)
-        except TrainingError as error:  # follows from what all ranks know
-            error.everywhere = True
+
+    def ended(reason: str) -> None:
+        tell(f"{reason}; every rank was ended. {_GO_ON}")
+
+    with joined(ended, config.rank_timeout) as ranks, naming(ranks):
+        return train(_of_rank(config, ranks), View(quiet=not ranks.first), ranks=ranks)
+
+
+@contextmanager
+def naming(ranks: Ranks) -> Iterator[None]:
+    """Put the rank's number in front of an error that it alone met; say that it lost the others, where that is what it met."""
+    try:
+        yield
+    except TrainingError as error:  # follows from what all ranks know
+        error.everywhere = True
+        raise
+    except GraftError as error:
+        if error.everywhere:
             raise
-        except GraftError as error:
-            if error.everywhere:
-                raise
-            raise type(error)(f"rank {ranks.rank} of {ranks.size}: {error}") from error
+        raise type(error)(f"rank {ranks.rank} of {ranks.size}: {error}") from error
+    except RuntimeError as error:
+        if not lost_others(error):
+            raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+        lost = TrainingError(f"rank {ranks.rank} of {ranks.size} has lost the others ({said}). {_GO_ON}")
+        lost.everywhere = True  # the one that is gone has the reason
+        raise lost from None
 
 
 def _of_rank(config: TrainConfig, ranks: Ranks) -> TrainConfig:

@@ -83,6 +83,7 @@ def train(
         with ranks.agreeing():  # whatever is wrong is found, on every rank, before the first step
             run = _set_up(config, view, given, ranks, held)
         session = run.session
+        ranks.check_shared(config.out)
         ranks.check_alike({"graftlm": __version__, "step": session.trial.step, **session.identity.values})
         if ranks.first:
             session.open_run_folder(run.plan, ranks)

@@ -163,6 +163,10 @@ class TrainConfig(Config):
         1, "processes that train together, one on each GPU: each computes its share of a step's examples, and gradients are "
         "added up (data parallel)", group="memory and speed", ge=1,
     )  # fmt: skip
+    rank_timeout: int = option(
+        45, "seconds after which a rank that shows no progress is ended, and the run with it; more where steps take longer, "
+        "and around loading, saving and generating", group="memory and speed", ge=5,
+    )  # fmt: skip
     deterministic: bool = option(
         False, "the same bits in every repeat and after --resume on a GPU too, where attention's backward pass then takes more "
         "time and memory; on a CPU they are the same anyway", group="memory and speed",

@@ -118,7 +118,8 @@ def train(
 
         active = [trial for trial in (*active, *new) if not trial.done]
         if active:
-            results = optimizer_step(base, active, micro_batch_tokens, update_checks, callback.on_failure, ranks)
+            with ranks.pulse.phase("step", f"in step {active[0].step + 1}"):
+                results = optimizer_step(base, active, micro_batch_tokens, update_checks, callback.on_failure, ranks)
             for trial, result in zip(active, results):
                 if result is not None:
                     callback.on_step_end(trial, result)
@@ -171,6 +172,7 @@ def optimizer_step(
         with in_backward_steps_of(trials, token_losses, update_checks):  # no-op unless --optimizer-in-backward
             backward(loss)
         losses.add(items, micro_batch, token_losses)
+        ranks.pulse.beat()
     loss_sums, nonfinite, squares = losses.read(squares_of_backward(trials), step_items, ranks)
     _add_up_gradients(trials, ranks)
     if not nonfinite:
@@ -296,7 +298,8 @@ def _draw(trial: Trial) -> _Batch:
 def _evaluate(
     base: Base, trial: Trial, micro_batch_tokens: int, callback: TrainerCallback, ranks: Ranks = ALONE
 ) -> None:
-    losses = tuple(_example_losses(base, trial, micro_batch_tokens, ranks))
+    with ranks.pulse.phase("evaluation", f"in the evaluation after step {trial.step}"):
+        losses = tuple(_example_losses(base, trial, micro_batch_tokens, ranks))
     try:
         check_eval_is_finite(base, trial, losses)
         scorer = trial.scorer
