@@ -40,6 +40,7 @@ class Task:
         self.done = done
         self.total = self.total if total is None else total
         self.note = self.note if note is None else note
+        _tell()
         if self._moved is not None:
             self._moved(self)
 
@@ -72,11 +73,28 @@ class Display(Protocol):
 
 
 _displays: list[Display] = []  # the last one draws
+_listeners: list[Callable[[], None]] = []
+
+
+@contextmanager
+def heard(listener: Callable[[], None]) -> Iterator[None]:
+    """Call `listener` at every sign of progress during the block, whether or not it is drawn."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def _tell() -> None:
+    for listener in _listeners:
+        listener()
 
 
 def begin(what: str, total: float | None = None, unit: Unit = "", *, done: float = 0) -> Task:
     """Start a task; `end` ends it, and `working` does both."""
     task = Task(what, total, unit, done)
+    _tell()
     if _displays:
         display = _displays[-1]
         task._moved = display.moved  # pyright: ignore[reportPrivateUsage]
@@ -86,6 +104,7 @@ def begin(what: str, total: float | None = None, unit: Unit = "", *, done: float
 
 def end(task: Task) -> None:
     """End a task."""
+    _tell()
     if _displays:
         _displays[-1].end(task)
 

@@ -73,7 +73,7 @@ def test_a_comparison_of_a_loaded_model_loads_its_base_for_every_run_and_leaves_
 ) -> None:
     trained: list[TrainConfig] = []
 
-    def here(config: TrainConfig, on_event: Any) -> dict[str, Any]:
+    def here(config: TrainConfig, on_event: Any, worker: Any) -> dict[str, Any]:
         trained.append(config)
         return train_command(config, View(quiet=True))
 
@@ -127,7 +127,7 @@ def test_rows_are_one_file_whatever_holds_them(
 def test_other_rows_are_another_file_so_those_of_finished_runs_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def here(config: TrainConfig, on_event: Any) -> dict[str, Any]:
+    def here(config: TrainConfig, on_event: Any, worker: Any) -> dict[str, Any]:
         return train_command(config, View(quiet=True))
 
     monkeypatch.setattr(compare_runs, "train_in_subprocess", here)

@@ -30,6 +30,7 @@ from graftlm.experiments.compare.run import (
 from graftlm.experiments.compare.view import CompareView
 from graftlm.experiments.reports.comparison import write_reports
 from graftlm.experiments.row_files import write_row_files
+from graftlm.experiments.workers import workers_for
 from graftlm.files import write_json
 from graftlm.training.run_folder import locked
 
@@ -47,27 +48,28 @@ def compare(config: CompareConfig, view: CompareView | None = None, rows: Mappin
         claim(config.out)
         write_row_files(rows)
         try:
-            with _terminated_as_interrupted():
+            with terminated_as_interrupted():
                 return _compare(config, view)
         except (KeyboardInterrupt, Stopped) as stopped:
             number = stopped.signal_number if isinstance(stopped, Stopped) else int(signal.SIGINT)
             raise Stopped(
                 number,
-                f"stopped; finished runs are kept in {config.out}, the one in the middle left a checkpoint. "
+                f"stopped; finished runs are kept in {config.out}, those in the middle left checkpoints. "
                 "Go on with the same command",
             ) from None
 
 
 def _compare(config: CompareConfig, view: CompareView) -> Comparison:
+    workers = workers_for(config.workers, config.device)
     data = load_comparison_data(config)
     view.comparison_data(config, data)
     done = Progress()
-    search_learning_rates(config, data, done, view)
-    train_variants(config, data, done, view)
+    search_learning_rates(config, data, done, view, workers)
+    train_variants(config, data, done, view, workers)
     if len(done.failed) == len(config.variants):
         reasons = "; ".join(f"{name}: {why}" for name, why in done.failed.items())
         raise TrainingError(f"no method could be trained: {reasons}")
-    score_models(config, data, done, view)
+    score_models(config, data, done, view, workers)
     comparison = collect(config, data, done.learning_rates, done.failed)
     write_json(config.out / MARK, {"written_by": "graft compare", **comparison.to_json()})
     write_reports(comparison, config.out)
@@ -75,8 +77,8 @@ def _compare(config: CompareConfig, view: CompareView) -> Comparison:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends the comparison as Ctrl-C does: the run in the middle is told to leave a checkpoint."""
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: the processes that it has started are told to leave checkpoints."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number, "stopped")

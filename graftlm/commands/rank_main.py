@@ -13,7 +13,7 @@ from pathlib import Path
 from graftlm import progress
 from graftlm.commands.ranks import ENDED, train_as_rank
 from graftlm.config import TrainConfig
-from graftlm.errors import GraftError, RunError, Stopped
+from graftlm.errors import GraftError, RunError, Stopped, TrainingError
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 
@@ -21,9 +21,13 @@ from graftlm.jsonfile import read_json
 def main(place: Path) -> int:
     """Train as this rank; returns the exit status."""
     ended = place / ENDED.format(os.environ["RANK"])
+
+    def tell(message: str) -> None:
+        write_json(ended, {"kind": TrainingError.__name__, "error": message, "own": True})
+
     try:
         with progress.shown():
-            train_as_rank(TrainConfig.build(read_json(place / "config.json", RunError)))
+            train_as_rank(TrainConfig.build(read_json(place / "config.json", RunError)), tell)
     except Stopped as stopped:
         write_json(ended, {"stopped": stopped.signal_number, "error": str(stopped)})
     except GraftError as error:

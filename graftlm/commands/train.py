@@ -89,6 +89,7 @@ def train(
         with ranks.failing_alike() if config.layout == "shard" else ranks.agreeing():
             run = _set_up(config, view, given, inputs, ranks, held)
         session = run.session
+        ranks.check_shared(config.out)
         ranks.check_alike({"graftlm": __version__, "step": session.trial.step, **session.identity.values})
         if ranks.first:
             session.open_run_folder(run.plan, ranks)

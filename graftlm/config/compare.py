@@ -25,6 +25,8 @@ from graftlm.config.fields import (
     option,
     plain_number,
     refuse_eval_weight,
+    refuse_one_gpu,
+    workers_option,
 )
 from graftlm.config.train import SCORE_OPTIONS, TrainConfig
 from graftlm.errors import ConfigError, nearest
@@ -88,7 +90,7 @@ class Variant:
 
 # Options that a variant may set: what is trained and how, but not the data or the number of steps.
 _OWN_GROUPS = ("adapter", "optimization", "memory and speed")
-_NEVER_OWN = {"trainable_tokens", "epochs", "steps", "batch_size", "seed", "ranks", "layout"}
+_NEVER_OWN = {"trainable_tokens", "epochs", "steps", "batch_size", "seed", "ranks", "rank_timeout", "layout"}
 
 
 def _ownable() -> tuple[str, ...]:
@@ -204,6 +206,7 @@ class CompareConfig(Config):
     max_grad_norm: float = shared("max_grad_norm")
     micro_batch_tokens: int | None = shared("micro_batch_tokens")
     activation_checkpointing: bool = shared("activation_checkpointing")
+    workers: int = workers_option("runs at once")
 
     # The comparison's own folder
     out: Path = option(
@@ -215,6 +218,7 @@ class CompareConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         refuse_eval_weight(self.eval_data)
+        refuse_one_gpu(self.workers, self.device)
         if not self.methods:
             raise ValueError("methods is empty; name at least one of full, lora, qlora")
         twice = [name for name in self.methods if self.methods.count(name) > 1]

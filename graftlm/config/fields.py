@@ -221,3 +221,19 @@ def temperature_option() -> Any:
     """The temperature of sampling."""
     help = "sampling temperature; 0, or less than 0.00001, is greedy decoding"
     return option(0.0, help, ge=0, le=MOST_TEMPERATURE)
+
+
+def workers_option(what: str) -> Any:
+    """How many processes train at once."""
+    place = "one on each of this machine's GPUs, as CUDA_VISIBLE_DEVICES names them; with --device cpu they share the processor"
+    help = f"{what}, {place}"
+    return option(1, help, group="memory and speed", ge=1)
+
+
+def refuse_one_gpu(workers: int, device: str | None) -> None:
+    """Refuse `--device cuda:1` for several workers, each of which takes a GPU."""
+    if workers > 1 and device is not None and ":" in device:
+        raise ValueError(
+            f"--device {device} is one GPU, found --workers {workers}, each of which takes one; "
+            f"give --device {device.partition(':')[0]}, or leave it out; CUDA_VISIBLE_DEVICES chooses among them"
+        )

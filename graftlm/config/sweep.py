@@ -30,6 +30,8 @@ from graftlm.config.fields import (
     flag_name,
     option,
     refuse_eval_weight,
+    refuse_one_gpu,
+    workers_option,
 )
 from graftlm.config.train import SCORE_OPTIONS, TrainConfig
 from graftlm.errors import ConfigError, nearest
@@ -220,8 +222,9 @@ class SweepConfig(Config):
     sampler: Sampler = option("tpe", "Optuna sampler that chooses the next trial", group="sweep")
     pruner: Pruner = option("none", "Optuna pruner that ends poor trials early", group="sweep")
     at_once: int | None = option(
-        None, "most trials trained at once; default as many as memory holds, at most 8", group="sweep", ge=1
-    )
+        None, "most trials that a worker trains at once; default as many as memory holds, at most 8 and its part of --trials",
+        group="sweep", ge=1,
+    )  # fmt: skip
     storage: str | None = option(
         None, "Optuna storage: a journal file, sqlite:///FILE or postgresql://...; default a journal in --out",
         group="sweep",
@@ -274,6 +277,7 @@ class SweepConfig(Config):
     # Memory and speed
     micro_batch_tokens: int | None = shared("micro_batch_tokens")
     activation_checkpointing: bool = shared("activation_checkpointing")
+    workers: int = workers_option("workers on the search")
 
     # The sweep's own folder
     out: Path = option(Path("runs/sweep"), "folder of the sweep; the same command continues it", group="run")
@@ -289,6 +293,7 @@ class SweepConfig(Config):
                 "runs with graft compare"
             )
         refuse_eval_weight(self.eval_data)
+        refuse_one_gpu(self.workers, self.device)
         if not self.search:
             raise ValueError("search is empty; name at least one option, such as --search learning-rate=1e-5..1e-2")
         space = self.space
@@ -346,7 +351,7 @@ class SweepConfig(Config):
 _PASSED = set(SweepConfig.model_fields) & set(TrainConfig.model_fields) - {"out", "store"}  # both a sweep's own
 _FREE = {
     "at_once", "device", "keep_checkpoints", "name", "out", "publish", "save_every", "search_seed", "storage", "store",
-    "micro_batch_tokens", "activation_checkpointing", "trials", "trust_remote_code",
+    "micro_batch_tokens", "activation_checkpointing", "trials", "trust_remote_code", "workers",
 }  # fmt: skip
 
 

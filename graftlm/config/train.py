@@ -168,6 +168,10 @@ class TrainConfig(Config):
         "gradients and optimizer states, over the ranks (FSDP); auto splits where a rank has no room for all of it",
         group="memory and speed",
     )  # fmt: skip
+    rank_timeout: int = option(
+        45, "seconds after which a rank that shows no progress is ended, and the run with it; more where steps take longer, "
+        "and around loading, saving and generating", group="memory and speed", ge=5,
+    )  # fmt: skip
     deterministic: bool = option(
         False, "the same bits in every repeat and after --resume on a GPU too, where attention's backward pass then takes more "
         "time and memory; on a CPU they are the same anyway", group="memory and speed",

@@ -4,18 +4,21 @@ Every rank knows the whole step from the seed, so that nothing is sent but sums:
 in float64) and of gradients (`add_up`). With one rank, `ALONE`, every function gives back what it was given.
 
 Errors: what every rank finds, each of them raises (`agreeing` makes that sure while a run is being set up). What one rank alone
-meets later ends its process, and the launcher ends the others.
+meets later ends its process, and the launcher ends the others. One that hangs is found by `watch.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,13 +26,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from graftlm import errors
+from graftlm import errors, progress
 from graftlm.distributed.deal import deal
+from graftlm.distributed.pulse import SECONDS, Pulse
+from graftlm.distributed.watch import watched
 from graftlm.errors import GraftError, RunError
 from graftlm.jsonfile import parse_json
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others before it gives up."""
+TIMEOUT = timedelta(hours=6)
+"""How long a rank waits for the others: longer than one may save, or generate answers. `watch.py` ends those that hang."""
+_SEEN_WITHIN = 30.0  # seconds until a file that one node has written is seen by another
 _BUFFER = 1 << 25  # values of gradients that are added up at once: 128 MB in float32
 _SOON = 5.0  # seconds in which ranks that fail for the same reason have all failed
 _T = TypeVar("_T")
@@ -43,11 +49,17 @@ class Ranks:
     size: int = 1
     on_machine: int = 1
     """How many of them share this machine's processor and memory."""
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    """Its signs of progress."""
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
+
+    def take_threads(self) -> None:
+        """Take this rank's part of the processor's threads, which the ranks on this machine share."""
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.on_machine))
 
     def own(self, items: Sequence[_T], lengths: Sequence[int]) -> list[_T]:
         """The items that this rank computes, by their lengths in tokens."""
@@ -60,7 +72,8 @@ class Ranks:
         if self.size == 1:
             return list(values)
         summed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(summed)
+        with self.pulse.waiting():
+            dist.all_reduce(summed)
         return summed.tolist()
 
     def largest(self, values: Sequence[int]) -> list[int]:
@@ -68,7 +81,8 @@ class Ranks:
         if self.size == 1:
             return list(values)
         found = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        with self.pulse.waiting():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 
     def add_up(self, gradients: Sequence[Tensor]) -> None:
@@ -76,13 +90,14 @@ class Ranks:
         if self.size == 1:
             return
         waiting: list[Tensor] = []
-        for gradient in gradients:
-            if waiting and sum(t.numel() for t in waiting) + gradient.numel() > _BUFFER:
+        with self.pulse.waiting():
+            for gradient in gradients:
+                if waiting and sum(t.numel() for t in waiting) + gradient.numel() > _BUFFER:
+                    _add_up(waiting)
+                    waiting = []
+                waiting.append(gradient)
+            if waiting:
                 _add_up(waiting)
-                waiting = []
-            waiting.append(gradient)
-        if waiting:
-            _add_up(waiting)
 
     def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Give every rank the sum of each parameter's gradient; what no rank has a gradient of keeps none."""
@@ -180,11 +195,28 @@ class Ranks:
                         "files and the same version of Graft"
                     )
 
+    def check_shared(self, folder: Path) -> None:
+        """RunError, on every rank, where one does not see what the first writes into a folder."""
+        if self.size == 1:
+            return
+        name: str = self.from_first(lambda: _token(folder))
+        try:
+            with self.agreeing():
+                if not self.first and not _appears(folder / name):
+                    raise RunError(
+                        f"--out {folder} is not the folder that rank 0 writes to: its files do not appear here. Put it on "
+                        "storage that all nodes share, under the same path"
+                    )
+        finally:
+            if self.first:
+                (folder / name).unlink(missing_ok=True)
+
     def _sent(self, message: dict[str, Any], sender: int) -> dict[str, Any]:
         """The sender's message on every rank."""
         data = json.dumps(message).encode() if self.rank == sender else b""
         length = torch.tensor([len(data)])
-        dist.broadcast(length, sender)
+        with self.pulse.waiting():
+            dist.broadcast(length, sender)
         sent = torch.zeros(int(length), dtype=torch.uint8)
         if self.rank == sender:
             sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -193,6 +225,23 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _token(folder: Path) -> str:
+    name = f".shared-{uuid.uuid4().hex}"
+    (folder / name).touch()
+    return name
+
+
+def _appears(file: Path) -> bool:
+    until = time.monotonic() + _SEEN_WITHIN
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        with contextlib.suppress(OSError):
+            os.listdir(file.parent)  # network file systems read the folder anew
+        time.sleep(0.2)
+    return True
 
 
 def _everywhere(kind: str, message: str) -> GraftError:
@@ -209,18 +258,41 @@ def _add_up(gradients: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(tell: Callable[[str], None], seconds: float = SECONDS) -> Iterator[Ranks]:
     """This process as one of the ranks that a launcher started: torchrun's environment variables say which.
 
-    Sums of numbers go through gloo, those of a GPU's gradients through NCCL.
+    Sums of numbers go through gloo, those of a GPU's gradients through NCCL. A rank that shows no progress for about `seconds`
+    is named to `tell`, on one rank, and all of them end with status 2.
     """
+    pulse = Pulse(seconds)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed_c10d.PrefixStore("graft", dist.TCPStore(*address))  # pyright: ignore[reportPrivateImportUsage]
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        with progress.heard(pulse.beat), watched(pulse, rank, size, store, tell):
+            yield Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), pulse)
     finally:
         dist.destroy_process_group()
+
+
+def lost_others(error: RuntimeError) -> bool:
+    """Whether an error says that another rank, or the network, is gone: what that one ended with is the reason."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def launched() -> int:
     """How many ranks a launcher such as torchrun has started, this process being one of them; 1 where none has."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+_LAUNCHERS = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+"""Environment variables by which torchrun tells a process that it is a rank; others of its own begin with TORCHELASTIC_."""
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process that is no rank, although this one may be."""
+    return {n: v for n, v in environment.items() if n not in _LAUNCHERS and not n.startswith("TORCHELASTIC_")}

@@ -120,7 +120,8 @@ def train(
 
         active = [trial for trial in (*active, *new) if not trial.done]
         if active:
-            results = optimizer_step(base, active, micro_batch_tokens, update_checks, callback.on_failure, ranks)
+            with ranks.pulse.phase("step", f"in step {active[0].step + 1}"):
+                results = optimizer_step(base, active, micro_batch_tokens, update_checks, callback.on_failure, ranks)
             for trial, result in zip(active, results):
                 if result is not None:
                     callback.on_step_end(trial, result)
@@ -213,6 +214,7 @@ def _forward_and_backward(
             backward(loss)
         if i < len(groups):
             losses.add(items, micro_batch, token_losses)
+        ranks.pulse.beat()
     return losses
 
 
@@ -303,7 +305,8 @@ def _draw(trial: Trial) -> _Batch:
 def _evaluate(
     base: Base, trial: Trial, micro_batch_tokens: int, callback: TrainerCallback, ranks: Ranks = ALONE
 ) -> None:
-    losses = tuple(_example_losses(base, trial, micro_batch_tokens, ranks))
+    with ranks.pulse.phase("evaluation", f"in the evaluation after step {trial.step}"):
+        losses = tuple(_example_losses(base, trial, micro_batch_tokens, ranks))
     try:
         check_eval_is_finite(base, trial, losses)
         scorer = trial.scorer

@@ -73,7 +73,7 @@ def test_a_run_and_all_that_reads_it_are_plain(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_comparison_and_its_table_are_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(config: TrainConfig, on_event: Any) -> dict[str, Any]:
+    def here(config: TrainConfig, on_event: Any, worker: Any) -> dict[str, Any]:
         for step in (1, 2):
             on_event({"event": "step", "step": step, "steps": 2, "loss": 2.0})
         return train(config, View(quiet=True))

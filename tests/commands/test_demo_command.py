@@ -82,13 +82,13 @@ def test_the_configs_read_back_from_json(tmp_path: Path) -> None:
 def test_a_demonstration_plans_compares_and_answers_in_every_voice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(config: TrainConfig, on_event: Any) -> dict[str, Any]:
+    def train(config: TrainConfig, on_event: Any, worker: Any = None) -> dict[str, Any]:
         return train_command(config, View(quiet=True))
 
     monkeypatch.setattr(compare_module, "train_in_subprocess", train)
     monkeypatch.setattr(demonstration, "train_in_subprocess", train)
     monkeypatch.setattr(
-        compare_module, "score_in_subprocess", lambda request, told: scoring.measure(request, lambda out: None)
+        compare_module, "score_in_subprocess", lambda request, *told: scoring.measure(request, lambda out: None)
     )
     monkeypatch.setattr(demonstration, "BATCH", 2)
     text = StringIO()

@@ -16,7 +16,7 @@ from graftlm.errors import Stopped
 
 
 def test_a_run_that_is_stopped_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopping(*args: Any) -> None:
+    def stopping(*args: Any, **options: Any) -> None:
         raise Stopped(signal.SIGTERM, "stopped after step 2")
 
     monkeypatch.setattr("graftlm.commands.train.train", stopping)

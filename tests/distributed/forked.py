@@ -20,6 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SECONDS = 60.0
+ENDED = "RANK_ENDED"  # environment variable: the file of what a rank found
 
 
 class Forks:
@@ -33,7 +34,8 @@ class Forks:
         )  # fmt: skip
 
     def run(self, scenario: str, count: int, place: Path, **options: Any) -> list[dict[str, Any]]:
-        """What each rank of a scenario returned (`found`) or raised (`kind`, `error`, `everywhere`), by rank."""
+        """What each rank of a scenario returned (`found`) or raised (`kind`, `error`, `everywhere`), by rank; of one that
+        was killed its `kind` alone."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         asked = {"scenario": scenario, "count": count, "place": str(place), "options": options}
@@ -62,7 +64,12 @@ def on_ranks(scenario: str, count: int, place: Path, options: dict[str, Any]) ->
         os.waitpid(child, 0)
     if children:
         return [{"kind": "traceback", "error": f"{len(children)} of {count} ranks still waited after {SECONDS:.0f} s"}]
-    return [json.loads((place / f"{rank}.json").read_text()) for rank in range(count)]
+    return [_ended(place / f"{rank}.json") for rank in range(count)]
+
+
+def _ended(file: Path) -> dict[str, Any]:
+    """What a rank has written; of one that was killed, nothing."""
+    return json.loads(file.read_text()) if file.is_file() else {"kind": "killed"}
 
 
 def _fork(rank: int, count: int, place: Path, scenario: str, options: dict[str, Any]) -> int:
@@ -76,6 +83,7 @@ def _fork(rank: int, count: int, place: Path, scenario: str, options: dict[str, 
     from graftlm.errors import GraftError, Stopped
 
     found: dict[str, Any] = {}
+    os.environ[ENDED] = str(place / f"{rank}.json")
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{place}/store", rank=rank, world_size=count, timeout=timedelta(seconds=SECONDS)

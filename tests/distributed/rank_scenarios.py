@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,12 @@ from graftlm import files
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import load_base
 from graftlm.commands import train as train_command
+from graftlm.commands.ranks import naming
 from graftlm.commands.train import train
 from graftlm.config import TrainConfig
-from graftlm.distributed import shard
+from graftlm.distributed import group, shard, watch
 from graftlm.distributed.group import Ranks
+from graftlm.distributed.pulse import Pulse
 from graftlm.errors import DataError
 from graftlm.kernels.moments import zero_moments
 from graftlm.kernels.self_check import sample
@@ -31,7 +38,10 @@ from graftlm.training import optimizer as optimizers
 from graftlm.training.loss import weighted_loss
 from graftlm.training.optimizer import AdamW
 from graftlm.training.trainer import StepResult
+from graftlm.training.trial import Trial
 from graftlm.training.view import View
+
+group._SEEN_WITHIN = 1.0  # pyright: ignore[reportPrivateUsage]
 
 
 def run(
@@ -40,9 +50,16 @@ def run(
     stop_after: int | None = None,
     other: dict[str, Any] | None = None,
     bug: str | None = None,
+    fault: dict[str, Any] | None = None,
 ) -> Any:
     """A training run. The last rank gets a SIGTERM after a step, or has `other` options, where these are given; `bug` is one of
-    BUGS."""
+    BUGS. With a `fault`, one of FAULTS on one rank, the ranks are watched."""
+    if fault is not None:
+        ranks = replace(ranks, pulse=Pulse(3))
+        with naming(ranks), _watched(ranks, Path(config["out"]).parent / "watch"):
+            if ranks.rank == fault["rank"]:
+                FAULTS[fault["kind"]](fault["step"])
+            return run(ranks, config)
     last = ranks.rank == ranks.size - 1
     if bug == "has_no_room_on_the_last_rank":
         train_command.fits_whole = lambda *given: not last
@@ -195,3 +212,66 @@ BUGS = {bug.__name__: bug for bug in (
     cannot_rename_its_folder,
 )}  # fmt: skip
 """Mistakes that could be made and what could go wrong, made in this process."""
+
+
+# ---- faults of one rank ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _watched(ranks: Ranks, file: Path) -> Iterator[None]:
+    def tell(message: str) -> None:
+        Path(os.environ["RANK_ENDED"]).write_text(json.dumps({"kind": "watch", "told": message}))
+
+    watch.PERIOD = 0.1
+    with watch.watched(ranks.pulse, ranks.rank, ranks.size, dist.FileStore(str(file), ranks.size), tell):
+        yield
+
+
+def _hang(step: int) -> None:
+    _before_step(step, lambda: time.sleep(1000))
+
+
+def _freeze(step: int) -> None:
+    _before_step(step, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def _before_step(step: int, do: Any) -> None:
+    taken = trainer.optimizer_step
+
+    def with_fault(base: Any, trials: Any, *given: Any) -> list[StepResult | None]:
+        if trials[0].step + 1 == step:
+            do()
+        return taken(base, trials, *given)
+
+    trainer.optimizer_step = with_fault
+
+
+def _killed_while_saving(step: int) -> None:
+    _when_written(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _full_disk(step: int) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _when_written(step, full)
+
+
+def _when_written(step: int, do: Any) -> None:
+    """When the tensors of a step's checkpoint are written, and its manifest is not."""
+    save, sha256 = checkpoint.save, files.sha256
+
+    def at_the_manifest(path: Path) -> str:
+        files.sha256 = sha256
+        do()
+        return sha256(path)
+
+    def saving(out: Path, trial: Trial, *given: Any) -> Any:
+        if trial.step == step:
+            files.sha256 = at_the_manifest
+        return save(out, trial, *given)
+
+    checkpoint.save = saving
+
+
+FAULTS = {"hang": _hang, "freeze": _freeze, "killed while saving": _killed_while_saving, "full disk": _full_disk}

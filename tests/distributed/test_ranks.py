@@ -19,7 +19,7 @@ FULL = {"method": "full", "base_precision": "float32", "learning_rate": 1e-3}
 
 def over(forks: Forks, count: int, place: Path, name: str = "ranks", **changes: Any) -> list[dict[str, Any]]:
     """What each rank of a tiny run in `place`/`name` returned or raised."""
-    how = {key: changes.pop(key) for key in ("stop_after", "other", "bug") if key in changes}
+    how = {key: changes.pop(key) for key in ("stop_after", "other", "bug", "fault") if key in changes}
     config = {**tiny_run.options(place, **changes), "out": str(place / name)}
     return forks.run("run", count, place / f"{name}-ended-{len(list(place.iterdir()))}", config=config, **how)
 

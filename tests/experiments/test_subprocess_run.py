@@ -42,7 +42,7 @@ def test_a_child_that_was_stopped_stops_the_parent() -> None:
 
 
 def test_a_run_that_is_stopped_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopping(*args: Any) -> None:
+    def stopping(*args: Any, **options: Any) -> None:
         raise Stopped(signal.SIGTERM, "stopped after step 2")
 
     monkeypatch.setattr(train_command, "train", stopping)

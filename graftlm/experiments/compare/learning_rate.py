@@ -11,7 +11,7 @@ whose loss is not finite counts as infinitely bad.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 CLOSE = 0.01
@@ -44,25 +44,31 @@ class RateSearch:
 
 
 def search_learning_rate(
-    start: float, loss_at: Callable[[float], TriedRate], *, blind: bool = True
+    start: float, losses_at: Callable[[Sequence[float]], Sequence[TriedRate]], *, blind: bool = True
 ) -> RateSearch | None:
-    """Search around `start`; `loss_at` trains with a rate. None where every rate diverged."""
+    """Search around `start`; `losses_at` trains with rates, at once where it can. None where every rate diverged."""
     known: dict[int, TriedRate] = {}
 
+    def learn(*rungs: int) -> None:
+        """Try what is not known, as far as the number of runs allows. Only what is needed in any case is tried at once."""
+        new = [rung for rung in rungs if rung not in known][: MOST_RUNS - len(known)]
+        if new:
+            known.update(zip(new, losses_at([rate_of(start, rung) for rung in new]), strict=True))
+
     def loss(rung: int) -> float:
-        if rung not in known and len(known) < MOST_RUNS:
-            known[rung] = loss_at(rate_of(start, rung))
+        learn(rung)
         return known[rung].loss if rung in known else math.inf
 
     stride = 2 if blind else 1
     best = 0
-    loss(0)
+    learn(0, stride)
     for direction in (1, -1):
         while loss(best + direction * stride) < loss(best):
             best += direction * stride
         if best != 0:
             break  # it got better this way, so the other way gets worse
     if stride == 2:
+        learn(best - 1, best + 1)
         best = min((best - 1, best, best + 1), key=loss)
     finite = [tried for tried in known.values() if math.isfinite(tried.loss)]
     if not finite:

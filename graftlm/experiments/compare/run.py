@@ -7,7 +7,8 @@
     base/nf4.json        what the untrained base scores in each precision
     rows/                rows that were in memory, as files
 
-Runs go seed by seed, so an interrupted comparison compares like with like. Called again, a finished run is not repeated and a
+Runs go seed by seed, so an interrupted comparison compares like with like; with several workers, as many at once, and each
+comes out the same. Called again, a finished run is not repeated and a
 stopped one resumes from its checkpoint. A method that cannot be trained (no memory, a loss that is not finite) is a result
 too: the others go on, and the report says why it is missing.
 
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.config.aliases import renamed, renamed_summary
 from graftlm.config.compare import Variant
-from graftlm.errors import Diverged, ModelError, RunError, TrainingError
+from graftlm.errors import Diverged, GraftError, ModelError, RunError, TrainingError
 from graftlm.experiments.compare.data import ComparisonData, write_search_rows
 from graftlm.experiments.compare.learning_rate import (
     RateSearch,
@@ -39,6 +41,7 @@ from graftlm.experiments.compare.learning_rate import (
 from graftlm.experiments.compare.scoring import SCORES, ScoringRequest, Target
 from graftlm.experiments.row_files import ROWS
 from graftlm.experiments.subprocess_run import score_in_subprocess, train_in_subprocess
+from graftlm.experiments.workers import Worker, spread
 from graftlm.files import write_json
 from graftlm.jsonfile import parse_json, read_json
 from graftlm.training.run_folder import LOCK
@@ -92,7 +95,7 @@ def claim(out: Path) -> None:
 
 
 def search_learning_rates(
-    config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView
+    config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView, workers: Sequence[Worker]
 ) -> None:
     """Find a learning rate for every variant that was given none; a variant whose every rate diverges has failed."""
     steps = search_steps(config.search_steps, comparison_data.steps)
@@ -109,7 +112,8 @@ def search_learning_rates(
             variant.adapter, known, config.training(variant, seed=0, rate=None, out=config.out).peak_learning_rate
         )
         try:
-            found = _found_rate(config, variant, start, blind, steps, files, view)
+            runs = _ShortRuns(config, variant, steps, files, view, workers)
+            found = search_learning_rate(start, runs.losses, blind=blind)
         except (ModelError, TrainingError) as error:
             done.failed[variant.name] = str(error)
             view.failed(variant.name, str(error))
@@ -123,18 +127,34 @@ def search_learning_rates(
         view.rate(variant.name, found)
 
 
-def _found_rate(
-    config: CompareConfig, variant: Variant, start: float, blind: bool, steps: int, files: tuple[tuple[str, ...], str],
-    view: CompareView,
-) -> RateSearch | None:  # fmt: skip
-    def loss_at(rate: float) -> TriedRate:
-        out = search_folder(config, variant, rate)
-        data, eval_data = files
-        changes: dict[str, Any] = {"steps": steps, "epochs": None, "eval_every": steps}
-        training = config.training(variant, seed=0, rate=rate, out=out, data=data, eval_data=eval_data, **changes)
-        with view.running(f"search {variant.name}, {rate:g}", steps) as stepped:
+@dataclass(frozen=True)
+class _ShortRuns:
+    """The runs of the search for one variant's learning rate."""
+
+    config: CompareConfig
+    variant: Variant
+    steps: int
+    files: tuple[tuple[str, ...], str]
+    """Rows to train on and rows to score on."""
+    view: CompareView
+    workers: Sequence[Worker]
+
+    def losses(self, rates: Sequence[float]) -> list[TriedRate]:
+        """The loss after a short run with each rate."""
+        found: dict[float, TriedRate] = {}
+        spread(rates, self.workers, self._loss, found.__setitem__)
+        return [found[rate] for rate in rates]
+
+    def _loss(self, rate: float, worker: Worker) -> TriedRate:
+        out = search_folder(self.config, self.variant, rate)
+        data, eval_data = self.files
+        changes: dict[str, Any] = {"steps": self.steps, "epochs": None, "eval_every": self.steps}
+        training = self.config.training(
+            self.variant, seed=0, rate=rate, out=out, data=data, eval_data=eval_data, **changes
+        )
+        with self.view.running(f"search {self.variant.name}, {rate:g}", self.steps) as stepped:
             try:
-                summary = run_once(training, stepped)
+                summary = run_once(training, stepped, worker)
             except Diverged as error:
                 write_json(out / RESULT, {"asked": _options(training), "diverged": str(error)})
                 return TriedRate(rate, float("inf"))
@@ -142,33 +162,40 @@ def _found_rate(
             shutil.rmtree(out / unused, ignore_errors=True)
         return TriedRate(rate, summary["eval_loss_after"], summary["eval_loss_before"])
 
-    return search_learning_rate(start, loss_at, blind=blind)
-
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-def train_variants(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
+def train_variants(
+    config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView, workers: Sequence[Worker]
+) -> None:
     """Train every variant with every seed; those that cannot be trained are noted in `done.failed`."""
-    for seed in range(config.seeds):
-        for variant in config.variants:
-            if variant.name in done.failed:
-                continue
-            rate = done.learning_rates[variant.name]
-            training = config.training(
-                variant, seed=seed, rate=rate.rate,
-                out=run_folder(config, variant, seed),
-            )  # fmt: skip
-            label = f"{variant.name}, seed {seed}"
-            try:
-                with view.running(label, comparison_data.steps) as stepped:
-                    summary = run_once(training, stepped)
-            except (ModelError, TrainingError) as error:
-                done.failed[variant.name] = f"seed {seed}: {error}"
-                view.failed(variant.name, str(error))
-                continue
-            _same_data(training.out, comparison_data)
-            view.trained(label, summary)
+
+    def train(run: tuple[Variant, int], worker: Worker) -> dict[str, Any] | GraftError | None:
+        variant, seed = run
+        if variant.name in done.failed:
+            return None
+        rate = done.learning_rates[variant.name].rate
+        training = config.training(variant, seed=seed, rate=rate, out=run_folder(config, variant, seed))
+        try:
+            with view.running(f"{variant.name}, seed {seed}", comparison_data.steps) as stepped:
+                summary = run_once(training, stepped, worker)
+        except (ModelError, TrainingError) as error:
+            return error
+        _same_data(training.out, comparison_data)
+        return summary
+
+    def ended(run: tuple[Variant, int], result: dict[str, Any] | GraftError | None) -> None:
+        variant, seed = run
+        if isinstance(result, GraftError):
+            if variant.name not in done.failed:
+                done.failed[variant.name] = f"seed {seed}: {result}"
+                view.failed(variant.name, str(result))
+        elif result is not None:
+            view.trained(f"{variant.name}, seed {seed}", result)
+
+    runs = [(variant, seed) for seed in range(config.seeds) for variant in config.variants]
+    spread(runs, workers, train, ended)
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:
@@ -176,7 +203,7 @@ def _options(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if name not in ("out", "resume")}
 
 
-def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
+def run_once(config: TrainConfig, stepped: Any, worker: Worker) -> dict[str, Any]:
     """The summary of a run: read if it is finished, else trained, from its checkpoint where it left one.
 
     Raises RunError where the folder holds a run of other options, and Diverged again for a run that diverged.
@@ -200,7 +227,7 @@ def run_once(config: TrainConfig, stepped: Any) -> dict[str, Any]:
     if (out / "adapter").exists() or (out / "model").exists():
         shutil.rmtree(out)  # it was killed after its end, before its summary was written
     began = (out / "config.json").is_file()
-    summary = train_in_subprocess(config.model_copy(update={"resume": True}) if began else config, stepped)
+    summary = train_in_subprocess(config.model_copy(update={"resume": True}) if began else config, stepped, worker)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(out / RESULT, {"asked": options, "summary": summary, "finished": finished})
     return summary
@@ -225,24 +252,28 @@ def _same_data(out: Path, comparison_data: ComparisonData) -> None:
 # ---- scores ---------------------------------------------------------------------------------------------
 
 
-def score_models(config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView) -> None:
+def score_models(
+    config: CompareConfig, comparison_data: ComparisonData, done: Progress, view: CompareView, workers: Sequence[Worker]
+) -> None:
     """Measure the loss on general text and the task score of the bases and of every trained model that has none yet."""
-    requests = list(_requests(config, comparison_data, done))
+    requests = [request for request in _requests(config, comparison_data, done) if request.left()]
     left = sum(len(request.left()) for request in requests)
     if not left or (comparison_data.general is None and config.metric is None):
         return
     with view.running("general text" + (f", {config.metric}" if config.metric else ""), left) as stepped:
-        count = 0
+        count, counting = 0, threading.Lock()
 
         def heard(event: dict[str, Any]) -> None:
             nonlocal count
             if event["event"] == "scored":
-                count += 1
-                stepped({"event": "step", "step": count, "steps": left})
+                with counting:
+                    count += 1
+                    stepped({"event": "step", "step": count, "steps": left})
 
-        for request in requests:
-            if request.left():
-                score_in_subprocess(request, heard)
+        def score(request: ScoringRequest, worker: Worker) -> None:
+            score_in_subprocess(request, heard, worker)
+
+        spread(requests, workers, score, lambda request, result: None)
 
 
 def _requests(config: CompareConfig, comparison_data: ComparisonData, done: Progress) -> Iterator[ScoringRequest]:

@@ -2,7 +2,8 @@
 
     one base + n x (A and B, their gradients, their two moments) + activations of one micro-batch        <= usable memory
 
-A micro-batch has the same size however many trials share it, so a further trial costs its adapter and its optimizer states.
+A micro-batch has the same size however many trials share it, so a further trial costs its adapter and its optimizer states. Of
+several workers each takes its part of the trials, on a GPU with memory of its own or in its part of the processor's.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ def plan_concurrency(config: SweepConfig, base: Base, datasets: Mapping[tuple[st
     training, trial, adapter = _largest(config, base, datasets)
 
     def estimate_of(count: int) -> MemoryEstimate:
-        return estimate(training, base, [trial] * count, [adapter] * count)
+        return estimate(training, base, [trial] * count, [adapter] * count, ranks=config.workers)
 
     def fits(found: MemoryEstimate) -> bool:
         return found.requirement is None or found.requirement.training <= found.card.usable
 
     one = estimate_of(1)
     refuse(one)
-    most = min(config.at_once or AT_ONCE, trials_wanted(config))
+    wanted = trials_wanted(config)
+    most = min(config.at_once or min(AT_ONCE, -(-wanted // config.workers)), wanted)
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -170,18 +170,19 @@ def train_trials(
         adapters = [session.adapter for session in sessions if session.adapter is not None]
         training = sessions[0].config.model_copy(update={"micro_batch_tokens": concurrency.micro_batch_tokens})
         spare = concurrency.count * concurrency.largest_adapter - sum(adapter.count for adapter in adapters)
-        ahead = estimate(training, base, first, adapters, spare=spare)
+        ahead = estimate(training, base, first, adapters, spare=spare, ranks=study.config.workers)
         use_mmap = base.device.type == "cpu" and ahead.load.mmap_allocations
         with mmap_allocations(use_mmap), view.sweeping(study.wanted, study.ended()):
             view.planned(concurrency, dry_run(base, first, ahead) - memory.start)
             train(base, first, concurrency.micro_batch_tokens, trial_scheduler)
 
 
-def publish_best(config: SweepConfig, found: SweepResult, running: int, view: SweepView) -> None:
+def publish_best(config: SweepConfig, found: SweepResult, view: SweepView) -> None:
     """Publish the best adapter where that is asked for and the sweep is done."""
     if config.publish is None:
         return
     best = found.best
+    running = sum(tried.state == "running" for tried in found.tried)
     if running:
         view.note(
             f"{running} trials are still being trained by other workers; the last one publishes '{config.publish}'"

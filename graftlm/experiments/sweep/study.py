@@ -93,11 +93,9 @@ class Study:
         self.config = config
         self.out = config.out
         self.where = redacted(config.storage or str(config.out / JOURNAL))
-        self.name = config.name or config.out.resolve().name
-        _make_folder(config.out)
-        with self._exclusive():  # workers that begin at the same moment must agree on what the folder is
-            self.home = _claim_folder(config, self.name)
-        with storage_errors(self.where), self._exclusive():  # two workers must not make the same tables
+        self.name = study_name(config)
+        self.home = claim_folder(config)
+        with storage_errors(self.where), _exclusive(self.out):  # two workers must not make the same tables
             storage = open_storage(config.storage, config.out)
             self.study = optuna.create_study(
                 storage=storage, study_name=self.name, direction="minimize", load_if_exists=True
@@ -118,7 +116,7 @@ class Study:
         Raises RunError where the storage holds another sweep, or a study of another program.
         """
         now = parse_json(json.dumps({**self.config.identity, **content}))
-        with storage_errors(self.where), self._exclusive():
+        with storage_errors(self.where), _exclusive(self.out):
             known: dict[str, Any] | None = self.study.user_attrs.get(IDENTITY)
             if known is None:
                 if self.study.get_trials(deepcopy=False):
@@ -147,7 +145,7 @@ class Study:
 
     def next(self) -> ClaimedTrial | None:
         """Claim a trial: one that lost its worker, else a new one; None where none is left to begin."""
-        with storage_errors(self.where), self._exclusive():
+        with storage_errors(self.where), _exclusive(self.out):
             return self._abandoned() or self._new()
 
     def _abandoned(self) -> ClaimedTrial | None:
@@ -196,13 +194,6 @@ class Study:
         """Numbers of the trials that count; surplus ones do not."""
         return [t.number for t in self.study.get_trials(deepcopy=False) if not t.user_attrs.get(SURPLUS)]
 
-    def running(self) -> int:
-        """Trials that a worker owns."""
-        import optuna
-
-        with storage_errors(self.where):
-            return len(self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)))
-
     def ended(self) -> int:
         """Trials that have ended."""
         with storage_errors(self.where):
@@ -224,16 +215,6 @@ class Study:
             return None
         return held
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Only one worker of this folder at a time."""
-        descriptor = os.open(self.out / FOLDER_LOCK, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
 
 def trial_folder(out: Path, number: int) -> Path:
     """The run folder of a trial."""
@@ -241,6 +222,29 @@ def trial_folder(out: Path, number: int) -> Path:
 
 
 # ---- the sweep's own folder ------------------------------------------------------------------------------------------
+
+
+def claim_folder(config: SweepConfig) -> str:
+    """Make `--out` this sweep's folder; returns its identity for other machines. Raises RunError where it is another's."""
+    _make_folder(config.out)
+    with _exclusive(config.out):  # workers that begin at the same moment must agree on what the folder is
+        return _claim_folder(config, study_name(config))
+
+
+def study_name(config: SweepConfig) -> str:
+    """The name of the study in the storage."""
+    return config.name or config.out.resolve().name
+
+
+@contextmanager
+def _exclusive(out: Path) -> Iterator[None]:
+    """Only one worker of this folder at a time."""
+    descriptor = os.open(out / FOLDER_LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make_folder(out: Path) -> None:
@@ -254,7 +258,6 @@ def _make_folder(out: Path) -> None:
 
 
 def _claim_folder(config: SweepConfig, name: str) -> str:
-    """Make `--out` this sweep's folder; returns its identity for other machines. Raises RunError where it is another's."""
     out = config.out
     held = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     if not held:
@@ -396,6 +399,7 @@ __all__ = [
     "SURPLUS",
     "ClaimedTrial",
     "Study",
+    "claim_folder",
     "grid_size",
     "open_storage",
     "redacted",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
 
 from rich.console import Console
 
@@ -57,11 +59,15 @@ class SweepView(View):
         self.note(f"trial {claim.number:>3}  {described(claim.params)}{again}")
 
     def on_step_end(self, trial: Trial, result: StepResult) -> None:
+        self.stepped(trial.name, trial.step, trial.sampler.steps, result.loss)
+
+    def stepped(self, name: str, step: int, steps: int, loss: float) -> None:
+        """A trial has taken a step."""
         if self._all is None:
             return
-        if trial.name not in self._bars:
-            self._bars[trial.name] = begin(f"trial {int(trial.name):>3}", trial.sampler.steps, "steps")
-        self._bars[trial.name].to(trial.step, note=f"loss {result.loss:.3f}")
+        if name not in self._bars:
+            self._bars[name] = begin(f"trial {int(name):>3}", steps, "steps")
+        self._bars[name].to(step, note=f"loss {loss:.3f}")
 
     def ended(self, claim: ClaimedTrial, trial: Trial) -> None:
         """A trial has ended."""
@@ -71,14 +77,65 @@ class SweepView(View):
             self.note(
                 f"trial {claim.number:>3}  eval loss {trial.best_evaluation.loss:.4f} after step {trial.best_evaluation.step}"
             )
+        self.over(trial.name)
+
+    def over(self, name: str) -> None:
+        """A trial takes no further step."""
         if self._all is not None:
-            if trial.name in self._bars:
-                end(self._bars.pop(trial.name))
+            if name in self._bars:
+                end(self._bars.pop(name))
             self._all.to(self._all.done + 1)
+
+    def counted(self, ended: int) -> None:
+        """So many trials have ended, at least."""
+        if self._all is not None:
+            self._all.to(max(self._all.done, ended))
 
     def found(self, found: SweepResult, most: int = 20) -> None:
         """The table of trials, best first."""
         print_table(self.console, found, most)
+
+
+class WorkersView:
+    """What the workers of a sweep tell, in one view: the facts of the first, each note once, and all trials' bars."""
+
+    def __init__(self, view: SweepView, trials: int) -> None:
+        self._view, self._trials = view, trials
+        self._notes: set[str] = set()
+        self._lock = threading.Lock()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(self._view.sweeping(self._trials, 0))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._open.close()
+
+    def of(self, worker: int) -> Callable[[dict[str, Any]], None]:
+        """The function that takes a worker's events (`experiments/subprocess_run.py`), from any thread."""
+
+        def heard(event: dict[str, Any]) -> None:
+            with self._lock:
+                self._heard(worker, event)
+
+        return heard
+
+    def _heard(self, worker: int, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "trial":
+                self._view.stepped(event["name"], event["step"], event["steps"], event["loss"])
+            case "trial-ended":
+                self._view.over(event["name"])
+            case "trials":
+                self._view.counted(event["ended"])
+            case "fact" if worker == 0:
+                self._view.fact(event["label"], event["text"])
+            case "note" if event["text"] not in self._notes:
+                self._notes.add(event["text"])
+                self._view.note(event["text"])
+            case _:
+                pass
 
 
 class TrialView(View):

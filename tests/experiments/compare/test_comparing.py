@@ -6,8 +6,11 @@ Runs are made in this process, which is what their own process does (`tests/expe
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -31,6 +34,7 @@ from graftlm.experiments.compare.data import load_comparison_data, write_search_
 from graftlm.experiments.compare.results import Comparison
 from graftlm.experiments.compare.view import CompareView
 from graftlm.experiments.reports.comparison import command_of
+from graftlm.experiments.workers import Worker, workers_for
 from graftlm.training.view import View
 
 
@@ -58,12 +62,12 @@ class Runs:
         self.done: list[TrainConfig] = []
         self.before: Callable[[TrainConfig], None] = lambda config: None
 
-    def train(self, config: TrainConfig, on_event: Any) -> dict[str, Any]:
+    def train(self, config: TrainConfig, on_event: Any, worker: Worker) -> dict[str, Any]:
         self.before(config)
         self.done.append(config)
         return train(config, View(quiet=True))
 
-    def score(self, request: scoring.ScoringRequest, on_event: Any) -> None:
+    def score(self, request: scoring.ScoringRequest, on_event: Any, worker: Worker) -> None:
         scoring.measure(request, lambda out: on_event({"event": "scored", "out": out}))
 
 
@@ -258,6 +262,76 @@ def test_nothing_is_reported_where_no_method_could_be_trained(tmp_path: Path, ru
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_rates_that_are_searched_by_several_workers_are_those_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blind: bool
+) -> None:
+    together: list[int] = []
+
+    def search(place: Path, workers: int) -> dict[str, module.RateSearch]:
+        place.mkdir()
+        together.clear()
+        asked = config(place, learning_rate="" if blind else "full=1e-3", search_steps=2, workers=workers)
+        at_once = 0
+
+        def train(run: TrainConfig, on_event: Any, worker: Worker) -> dict[str, Any]:
+            nonlocal at_once
+            at_once += 1
+            together.append(at_once)
+            run.out.mkdir(parents=True, exist_ok=True)
+            time.sleep(0.05)
+            at_once -= 1
+            away = math.log10(run.peak_learning_rate / 3e-3)
+            return {"eval_loss_after": min(1 + away**2, 3.0), "eval_loss_before": 4.0}
+
+        monkeypatch.setattr(module, "train_in_subprocess", train)
+        done, view = module.Progress(), CompareView(Console(quiet=True))
+        found = workers_for(asked.workers, asked.device)
+        module.search_learning_rates(asked, load_comparison_data(asked), done, view, found)
+        return done.learning_rates
+
+    alone = search(tmp_path / "one", 1)
+    assert max(together) == 1
+    assert search(tmp_path / "three", 3) == alone
+    assert max(together) == 2
+    assert len(alone["lora"].tried) >= 3
+
+
+@pytest.mark.prove
+def test_two_workers_train_what_one_does(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = {"methods": ["lora", "qlora"], "seeds": 1, "eval_every": 2}
+    compared(config(tmp_path, **shared, out=str(tmp_path / "one")))
+    monkeypatch.undo()
+    found, _ = compared(config(tmp_path, **shared, workers=2))
+    assert [len(line.losses) for line in found.lines] == [1, 1]
+    for method in ("lora", "qlora"):
+        one, two = (
+            tiny_run.lines(tmp_path / place / "runs" / method / "seed-0" / "metrics.jsonl") for place in ("one", "out")
+        )
+        assert [line["kind"] for line in one] == [line["kind"] for line in two]
+        for key in ("loss", "eval_loss", "grad_norm"):
+            figures, others = ([line[key] for line in lines if key in line] for lines in (one, two))
+            assert figures == pytest.approx(others, rel=1e-6)
+
+
+def test_a_method_that_fails_with_several_workers_is_left_out_once(tmp_path: Path, runs: Runs) -> None:
+    def fail(asked: TrainConfig) -> None:
+        if asked.method == "full":
+            raise TrainingError("memory runs out")
+
+    def train(asked: TrainConfig, on_event: Any, worker: Worker) -> dict[str, Any]:
+        with one_at_a_time:  # PyTorch's switches are those of the process
+            return Runs.train(runs, asked, on_event, worker)
+
+    one_at_a_time = threading.Lock()
+    runs.before = fail
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "train_in_subprocess", train)
+        found, text = compared(config(tmp_path, workers=2))
+    assert text.count("left out: memory runs out") == 1
+    assert [line.name for line in found.lines] == ["lora"]
 
 
 def test_rates_are_searched_on_training_rows_alone_and_the_runs_take_what_was_found(tmp_path: Path, runs: Runs) -> None:

@@ -17,14 +17,17 @@ from rich.console import Console
 
 from graftlm.adapters.store import Store
 from graftlm.cli import app
+from graftlm.commands import subprocess_main
 from graftlm.commands import sweep as command
 from graftlm.commands.sweep import sweep
 from graftlm.commands.train import train as train_alone
 from graftlm.config import SweepConfig, TrainConfig
+from graftlm.distributed.group import Ranks
 from graftlm.errors import ConfigError, DataError, Diverged, RunError, Stopped, TrainingError
 from graftlm.experiments.sweep import concurrency, study, trial_scheduler
 from graftlm.experiments.sweep.results import SweepResult, read
-from graftlm.experiments.sweep.view import SweepView
+from graftlm.experiments.sweep.view import SweepView, WorkersView
+from graftlm.experiments.workers import Worker
 from graftlm.planning.hardware import Card
 from graftlm.training import memory as memory_estimate
 from graftlm.training.view import View
@@ -291,6 +294,79 @@ def test_four_workers_share_a_sweep_one_is_killed_and_no_trial_is_lost_or_run_tw
     by_itself = alone(lost.folder or "", tmp_path / "alone")
     together = tiny_run.lines(Path(lost.folder or "") / "metrics.jsonl")
     assert losses(together) == pytest.approx(losses(by_itself), rel=1e-5)
+
+
+@pytest.mark.prove
+def test_two_workers_of_one_command_come_to_what_one_process_does(tmp_path: Path) -> None:
+    space = {"rank": "1|2|4|8"}
+    one = swept(tmp_path, search=space, out=str(tmp_path / "one"), rank=None)
+    two, text = heard(
+        tmp_path, search=space, workers=2, at_once=1, rank=None, publish="best", store=str(tmp_path / "store")
+    )
+    by_rank = {tried.params["rank"]: tried for tried in two.tried}
+    assert [tried.state for tried in two.tried] == ["complete"] * 4
+    for tried in one.tried:
+        other = by_rank[tried.params["rank"]]
+        assert other.loss == pytest.approx(tried.loss, rel=1e-5)
+        assert [loss for _, loss in other.eval_losses] == pytest.approx(
+            [loss for _, loss in tried.eval_losses], rel=1e-5
+        )
+    assert text.count("matmuls in float32 on cpu") == 1  # facts of one worker
+    assert (tmp_path / "sweep" / "report.md").is_file()
+    assert two.best is not None
+    assert Store(tmp_path / "store").find("best@1").digest == two.best.digest
+
+
+def test_a_worker_tells_its_facts_its_trials_and_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child of a sweep with several workers, in this process, and its parent's view."""
+    monkeypatch.setattr(Ranks, "take_threads", lambda ranks: None)
+    asked = SweepConfig.build({k: v for k, v in options(tmp_path, workers=2).items() if v is not None})
+    told = StringIO()
+    subprocess_main.main(StringIO(json.dumps(asked.model_dump(mode="json", exclude_unset=True))), told, "sweep")
+    events = [json.loads(line) for line in told.getvalue().splitlines()]
+    assert events[-1] == {"event": "done", "summary": {}}
+    ended = [event["name"] for event in events if event["event"] == "trial-ended"]
+    assert sorted(ended) == ["0000", "0001"]
+    steps = [event["step"] for event in events if event["event"] == "trial" and event["name"] == "0000"]
+    assert steps == list(range(1, 7))
+    text = StringIO()
+    with WorkersView(SweepView(Console(file=text, width=120)), 2) as seen:
+        for event in events:
+            seen.of(0)(event)
+            seen.of(1)(event)
+    assert text.getvalue().count("matmuls in float32 on cpu") == 1
+    assert text.getvalue().count("eval loss") == 2
+
+
+def test_a_worker_that_dies_leaves_its_trials_to_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(asked: SweepConfig, on_event: Any, worker: Worker) -> None:
+        if worker.name == "worker 1":
+            raise TrainingError("the training process ended with status -9: no message")
+        on_event({"event": "note", "text": "one of several"})
+        on_event({"event": "note", "text": "one of several"})
+        if finishes:
+            command.search(asked, SweepView(Console(quiet=True)))
+        else:
+            study.Study(asked).identify({})
+
+    monkeypatch.setattr(Ranks, "take_threads", lambda ranks: None)
+    monkeypatch.setattr(command, "sweep_in_subprocess", work)
+    finishes = True
+    found, text = heard(tmp_path, workers=2)
+    assert [tried.state for tried in found.tried] == ["complete"] * 2
+    assert "worker 1: the training process ended with status -9" in text
+    assert text.count("one of several") == 1
+    finishes = False
+    with pytest.raises(TrainingError, match=r"worker 1: .* 2 trials are left, which the same command goes on with"):
+        heard(tmp_path, workers=2, out=str(tmp_path / "left"))
+
+
+def test_a_loaded_model_and_several_workers_are_refused(tmp_path: Path) -> None:
+    given = {k: v for k, v in options(tmp_path, workers=2).items() if v is not None}
+    with pytest.raises(
+        ConfigError, match="workers=2 starts processes of their own, which do not have the loaded model"
+    ):
+        sweep(SweepConfig.build(given), SweepView(Console(quiet=True)), base=object())  # type: ignore[arg-type]
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
