@@ -508,10 +508,12 @@ def adamw_steps(steps: Sequence[multi_tensor.Step]) -> None:
             adamw_step(*step)
 
 
-def sums_of_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`sum_of_squares` of each tensor."""
+def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """`sum_of_squares` of each tensor, (n,)."""
     found = multi_tensor.sums_of_squares(tensors)
-    return [sum_of_squares(tensor) for tensor in tensors] if found is None else found
+    if found is not None or not tensors:
+        return torch.zeros(0, dtype=torch.float64) if found is None else found
+    return torch.stack([sum_of_squares(tensor) for tensor in tensors])
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:

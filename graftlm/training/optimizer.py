@@ -85,8 +85,9 @@ class AdamW:
         """The 2-norm over all gradients, summed in float64 in a fixed order; after `step_in_backward`, over those it used."""
         if not self.in_backward:
             gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            self.squares = dict(zip(gradients, kernels.sums_of_squares(list(gradients.values()))))
-            self._square_values = dict(zip(gradients, _read(list(self.squares.values()))))
+            squares = kernels.sums_of_squares(list(gradients.values()))  # (n,)
+            self.squares = dict(zip(gradients, squares.unbind()))
+            self._square_values = dict(zip(gradients, squares.tolist()))
         return math.sqrt(math.fsum(self._square_values.values()))
 
     def step(self, learning_rate: float, clip_coefficient: float = 1.0) -> None:
