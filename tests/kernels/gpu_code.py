@@ -141,11 +141,11 @@ def _dropout_products() -> dict[str, Specialisation]:
         types |= dict.fromkeys(names, "i32")
         for rank in (16, 128):
             summed = 16 if kind == "*fp32" else 32 if rank > 64 else 64
-            shared = {"R": rank, "SUMMED": summed, "UPCAST": False}
+            shared, wide = {"R": rank, "SUMMED": summed, "UPCAST": False}, WIDE[4 if kind == "*fp32" else 2]
             rest = f"{rank}{' float32' if kind == '*fp32' else ''}"
             for program, constants in (
-                ("shrink", {"TOKENS": TOKENS}), ("factor_gradient", {"WIDE": WIDE}),
-                ("expand", {"TOKENS": TOKENS, "WIDE": WIDE, "SUMMED": min(rank, summed)}),
+                ("shrink", {"TOKENS": TOKENS}), ("factor_gradient", {"WIDE": wide}),
+                ("expand", {"TOKENS": TOKENS, "WIDE": wide, "SUMMED": min(rank, summed)}),
             ):  # fmt: skip
                 found[f"dropped {program} {rest}"] = Specialisation(
                     "dropout", program, types, {**shared, **constants}, fuse=True

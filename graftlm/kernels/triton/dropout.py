@@ -18,7 +18,8 @@ from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.triton.device import FLOATS, STAGES, agree, ceil, constants, launch, needs_upcast
 
 TILE = 1024
-TOKENS, WIDE = 64, 64  # of a program
+TOKENS = 64  # of a program
+WIDE = {2: 64, 4: 32}  # columns of x in one that makes them, by bytes of a value: float32 is multiplied from registers
 LARGEST_RANK = 128
 
 
@@ -54,8 +55,8 @@ class _Layers:
         self.offsets = constants(tuple(accumulate(ranks, initial=0)), torch.int32, device)
         self.numbers = reference.threshold(drops.dropout), _factor(drops.dropout, like.dtype)
         self.padded = max(16, 1 << (max(ranks) - 1).bit_length())
-        # Float32 is multiplied without tensor cores, from registers.
         self.summed = 16 if like.dtype == torch.float32 else 32 if self.padded > 64 else 64
+        self.wide = WIDE[like.element_size()]
         self.upcast = needs_upcast(like)
 
 
@@ -76,9 +77,9 @@ def factor_gradient(dh: Tensor, x: Tensor, ranks: Sequence[int], drops: Dropout,
     x, of = x if x.stride(1) == 1 else x.contiguous(), _Layers(drops, ranks, x)
     dA = torch.empty(dh.shape[1], x.shape[1], dtype=dtype, device=x.device)
     launch(
-        "dropout", "factor_gradient", (ceil(x.shape[1], WIDE), len(ranks)), x, dh, dh.stride(0), x, x.stride(0), of.keys,
-        of.module_keys, of.offsets, dA, len(x), x.shape[1], *of.numbers, R=of.padded, WIDE=WIDE, SUMMED=of.summed,
-        UPCAST=of.upcast, num_stages=STAGES, fuse=True,
+        "dropout", "factor_gradient", (ceil(x.shape[1], of.wide), len(ranks)), x, dh, dh.stride(0), x, x.stride(0), of.keys,
+        of.module_keys, of.offsets, dA, len(x), x.shape[1], *of.numbers, R=of.padded, WIDE=of.wide,
+        SUMMED=of.summed, UPCAST=of.upcast, num_stages=STAGES, fuse=True,
     )  # fmt: skip
     return dA
 
@@ -87,9 +88,9 @@ def expand(dx: Tensor, dh: Tensor, A: Tensor, ranks: Sequence[int], drops: Dropo
     """dx (T, in) += drop(dh A), each layer's part under its own mask: the gradient of `shrink` to x."""
     of = _Layers(drops, ranks, dx)
     launch(
-        "dropout", "expand", (ceil(len(dx), TOKENS), ceil(dx.shape[1], WIDE)), dx, dh, dh.stride(0), of.keys, of.module_keys,
+        "dropout", "expand", (ceil(len(dx), TOKENS), ceil(dx.shape[1], of.wide)), dx, dh, dh.stride(0), of.keys, of.module_keys,
         of.offsets, A.contiguous(), dx, dx.stride(0), len(dx), dx.shape[1], len(ranks), *of.numbers, TOKENS=TOKENS,
-        R=of.padded, WIDE=WIDE, SUMMED=min(of.padded, of.summed), UPCAST=of.upcast, num_stages=STAGES, fuse=True,
+        R=of.padded, WIDE=of.wide, SUMMED=min(of.padded, of.summed), UPCAST=of.upcast, num_stages=STAGES, fuse=True,
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from graftlm.kernels.self_check import close, sample
 from graftlm.kernels.triton.device import FLOATS, STAGES, launch, needs_upcast
 
 WIDEST = 256  # head that a program holds
-TILE_BYTES = 1 << 14  # keys, or values, that a program reads at once
+# Numbers of keys, or of values, that a program reads at once. Float32 is multiplied without tensor cores, from registers.
+TILE_NUMBERS = {2: 1 << 13, 4: 1 << 11}  # by bytes of one
 LEAST_TILE = 16  # of heads: what tensor cores take
 PROGRAMS = 256  # that fill a large GPU
 MOST_SPLITS = 16
@@ -44,7 +45,7 @@ def splits_of(tokens: int, key_heads: int) -> int:
 
 def positions_of(width: int, itemsize: int) -> int:
     """Positions that a program takes at once, for a head of `width` padded to a power of two."""
-    return max(16, min(128, TILE_BYTES // (width * itemsize)))
+    return max(16, min(128, TILE_NUMBERS[itemsize] // width))
 
 
 def _power(n: int) -> int:
