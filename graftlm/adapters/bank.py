@@ -291,7 +291,7 @@ class LayerBank:
             return y
         assert isinstance(adapter, LowRank)
         A, B = adapter.stacked(x.dtype)  # (E, r, in), (E, out, r)
-        return y.add(grouped_matmul(grouped_matmul(x, A, ends), B, ends), alpha=adapter.scale)
+        return y.add_(grouped_matmul(grouped_matmul(x, A, ends), B, ends), alpha=adapter.scale)
 
     def _cached_routing(self, ranges: Sequence[tuple[int, int, int]], weight: Weight) -> _InferenceRouting | None:
         """These ranges for the decoding kernels, cached for the next call; None if an adapter is not `decode_ready`."""

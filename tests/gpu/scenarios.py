@@ -112,10 +112,12 @@ def train(
 def memory(
     model: dict[str, Any], method: str, base_precision: str, lengths: list[int], **options: Any
 ) -> dict[str, int]:
-    """The most bytes of a step, the second, for a Llama of any size; `base`: the base alone, `host`: pinned memory."""
+    """The most bytes of a step, the second, for a Llama of any size, or a Mixtral where `model` has experts; `base`: the base
+    alone, `host`: pinned memory."""
     reference.SLAB = 1 << 40  # each weight is stored in one piece: sooner traced, and loading is not counted
     with FakeCard() as card:
-        base = random_base(LlamaConfig(**model), _tokenizer(), precision=base_precision, device="cuda", training=True)
+        config = (MixtralConfig if "num_local_experts" in model else LlamaConfig)(**model)
+        base = random_base(config, _tokenizer(), precision=base_precision, device="cuda", training=True)
         held = card.bytes
         trial = _trial(base, method, lengths, options)
         optimizer_step(base, [trial], sum(lengths))
