@@ -232,7 +232,8 @@ class LayerBank:
                 return routing.matmul(x, weight, bias, module.bf16_matmul)
         used = [(self.adapters[slot], first, last) for slot, first, last in ranges if slot in self.adapters]
         if all(isinstance(part, LowRank) and part.magnitude is None for part, _, _ in used):
-            if expert is None and any(part.dropout for part, _, _ in used) and kernels.groups_lora(x.device):
+            dropping = any(isinstance(part, LowRank) and part.dropout for part, _, _ in used)
+            if expert is None and dropping and kernels.groups_lora(x.device):
                 alone = self.together(x, [module])
                 if alone is not None:
                     return alone[0] if bias is None else alone[0] + bias.to(alone[0].dtype)

@@ -92,13 +92,13 @@ def check(device: torch.device) -> bool:
     for dtype, tolerance, window, softcap, splits in (
         (torch.float32, 1e-5, 0, 1.5, 2), (torch.bfloat16, 2e-2, 170, 0.0, 4), (torch.float16, 3e-3, 0, 0.0, 1)
     ):  # fmt: skip
-        given = [t.to(dtype) for t in (q, keys, values)]
+        query, k, v = (t.to(dtype) for t in (q, keys, values))
         out, wanted = (torch.zeros(4, 6, 21, dtype=t, device=device) for t in (dtype, torch.float32))
         of = DecodeAttention(rows, visible, table, 7)
-        attend_rows(*given, out, of, scale=0.4, window=window, softcap=softcap, splits=splits)
+        attend_rows(query, k, v, out, of, scale=0.4, window=window, softcap=softcap, splits=splits)
         reference.attend_rows(
-            *(t.float() for t in given), wanted, rows=rows, visible=visible, table=table, block=7, scale=0.4, window=window,
-            softcap=softcap,
+            query.float(), k.float(), v.float(), wanted, rows=rows, visible=visible, table=table, block=7, scale=0.4,
+            window=window, softcap=softcap,
         )  # fmt: skip
         if not close(out, wanted, tolerance):
             return False

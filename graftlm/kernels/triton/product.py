@@ -26,7 +26,7 @@ TILES: dict[tuple[type, int], tuple[tuple[int, int], tuple[int, int]]] = {  # by
     (GgufBlocks, 4): ((16, 128), (128, 16)),
 }
 
-WARPS = {(GgufBlocks, 4): 8}  # of a program; 4 elsewhere
+WARPS: dict[tuple[type, int], int] = {(GgufBlocks, 4): 8}  # of a program; 4 elsewhere
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:

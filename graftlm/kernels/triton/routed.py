@@ -203,7 +203,8 @@ def check(device: torch.device) -> bool:
         return False
     factors = [(a.contiguous(), b.T.contiguous()) for a, b in zip(A[1:], B[1:]) if a is not None and b is not None]
     table = FactorTable(
-        *(torch.tensor([0, *(pair[side].data_ptr() for pair in factors), 0], device=device) for side in (0, 1)),
+        torch.tensor([0, *(a.data_ptr() for a, _ in factors), 0], device=device),
+        torch.tensor([0, *(b.data_ptr() for _, b in factors), 0], device=device),
         torch.tensor([0, *(len(a) for a, _ in factors), 0], dtype=torch.int32, device=device),
         torch.tensor([*scale, 0.0], device=device),
     )

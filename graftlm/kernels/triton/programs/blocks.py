@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
 """Decoding the blocks of GGUF files; `reference_blocks.py` has the formulas.
 

@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportOperatorIssue=false
 # (What `triton.jit` compiles looks like Python and is not: its values have no Python types.)
 """Attention of single tokens over a paged KV cache, read from its blocks.
 
