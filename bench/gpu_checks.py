@@ -21,7 +21,7 @@ import torch
 from gpu_jobs import Figures, Where
 
 PACKAGES = (
-    "torch", "triton", "transformers", "accelerate", "peft", "liger_kernel", "bitsandbytes", "trl", "pydantic", "re2",
+    "torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "trl", "pydantic", "re2",
     "safetensors", "datasets", "yaml", "rich", "typer", "numpy", "jinja2", "graftlm",
 )  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {

@@ -47,16 +47,18 @@ OFFLOAD, OFFLOAD_ACTIVATIONS = {"offload_optimizer": True}, {"offload_activation
 Options = dict[str, Any]
 
 
-def llama(size: str) -> dict[str, Any]:
-    """The config's values of Llama 2 in one of its sizes."""
-    known = {**built_in()[f"llama-2-{size}"], "max_position_embeddings": 4096}
-    return {name: value for name, value in known.items() if name not in ("hub", "model_type")}
+def values_of(size: str) -> dict[str, Any]:
+    """The config's values of Llama 2 in one of its sizes, of Mixtral for 8x7b."""
+    name = f"mixtral-{size}" if "x" in size else f"llama-2-{size}"
+    known = {**built_in()[name], "max_position_embeddings": 4096}
+    given = {name: None if value == "none" else value for name, value in known.items()}
+    return {name: value for name, value in given.items() if name not in ("hub", "model_type")}
 
 
 def run(size: str, method: Any, words: str, tokens: int, batch: int = 1, options: Options | None = None) -> TracedRun:
     label = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[method]
     name = f"{size.upper()} {label}{words}, {tokens:,}{f' x {batch}' if batch > 1 else ''}"
-    return TracedRun(name=name, model=llama(size), method=method, tokens=tokens, batch=batch, options=options or {})
+    return TracedRun(name=name, model=values_of(size), method=method, tokens=tokens, batch=batch, options=options or {})
 
 
 def field_rows() -> list[TracedRun]:
@@ -72,7 +74,7 @@ def field_rows() -> list[TracedRun]:
 
 
 def other_rows() -> list[TracedRun]:
-    """What the other rows have not: activations saved, several examples, float32, adapters of other kinds."""
+    """What the other rows have not: activations saved, several examples, float32, adapters of other kinds, a mixture."""
     return [
         run("7b", "full", " in float32", 2048, 2),
         run("7b", "lora", "", 512),
@@ -81,6 +83,7 @@ def other_rows() -> list[TracedRun]:
         run("7b", "lora", ", DoRA", 2048, options={"dora": True}),
         run("7b", "qlora", "", 512),
         run("13b", "qlora", "", 512),
+        run("8x7b", "lora", ", checkpointed", 2048, options=CHECKPOINTED),
     ]
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -37,6 +37,19 @@ class KVCache(Protocol):
     ) -> torch.Tensor: ...  # fmt: skip
 
 
+class RowsOnDevice(Protocol):
+    """What the rows of a decoding step are, told on the device alone (`serving.engine.graph_decoder` implements it)."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(T,) on the device."""
+        ...
+
+    def add_adapters(self, module: Any, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add to y (T, out), the output of a layer for x (T, in), the low-rank term of each row's own adapter."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segments:
     """A packed batch; all tuples have one entry for each segment."""
@@ -51,6 +64,8 @@ class Segments:
     """The KV cache; None if no segment has cached tokens."""
     rng_keys: tuple[tuple[int, int], ...] = ()
     """(trial seed, draw) of each segment: the key of its random numbers; empty without dropout."""
+    on_device: RowsOnDevice | None = None
+    """Where the rows' positions and adapters are known; `slots` and `cached` then say nothing. None: here."""
     batched: bool = False
     """True if the input is (examples, length) with the model's own attention instead of (1, tokens) with ours."""
 
@@ -79,6 +94,8 @@ class Segments:
     @cached_property
     def positions(self) -> torch.Tensor:
         """Position of each token within its own segment, (T,)."""
+        if self.on_device is not None:
+            return self.on_device.positions
         pasts = self.cached or (0,) * len(self.lengths)
         if max(self.lengths) == 1:
             return torch.tensor(pasts)

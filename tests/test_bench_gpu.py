@@ -72,8 +72,8 @@ sys.meta_path = [Absent if finder is PathFinder else finder for finder in sys.me
 PYDANTIC = ("pydantic", "pydantic_core", "annotated_types", "typing_inspection")
 
 
-def test_it_runs_without_pydantic_liger_bitsandbytes_and_trl_where_the_first_is_carried(tmp_path: Path) -> None:
-    absent = (*PYDANTIC, "liger_kernel", "bitsandbytes", "trl")
+def test_it_runs_without_pydantic_bitsandbytes_and_trl_where_the_first_is_carried(tmp_path: Path) -> None:
+    absent = (*PYDANTIC, "bitsandbytes", "trl")
     (tmp_path / "sitecustomize.py").write_text(_ABSENT.format(absent=absent), encoding="utf-8")
     wheels = tmp_path / "wheels"
     wheels.mkdir()

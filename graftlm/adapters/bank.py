@@ -151,18 +151,19 @@ class _LoRALinear(torch.autograd.Function):
 
 
 class _LoRAGroup(torch.autograd.Function):
-    """x (T, in) -> x W^T + s (x A^T) B^T of n layers, (T, out) each; gradients to x, every A and every B.
+    """x (T, in) -> x W^T + s (drop(x) A^T) B^T of n layers, (T, out) each; gradients to x, every A and every B.
 
     `A` (sum of r, in) and `B` are copies of the factors, which are the A of all layers and then the B of all.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Sequence[Weight], A: Tensor, B: Sequence[Tensor], scale: float, *factors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ys, h = kernels.lora_group(x, weights, A, B, scale)
+        ctx: Any, x: Tensor, weights: Sequence[Weight], A: Tensor, B: Sequence[Tensor], scale: float,
+        drops: kernels.Dropout | None, *factors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ys, h = kernels.lora_group(x, weights, A, B, scale, drops)
         ctx.save_for_backward(x, h, A, *B)
-        ctx.weights, ctx.scale, ctx.gradient_dtype = weights, scale, factors[0].dtype
+        ctx.weights, ctx.scale, ctx.drops, ctx.gradient_dtype = weights, scale, drops, factors[0].dtype
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -171,9 +172,9 @@ class _LoRAGroup(torch.autograd.Function):
         x, h, A, *B = ctx.saved_tensors
         dys = [None if dy is None else dy.contiguous() for dy in grads]
         dx, dA, dB = kernels.lora_group_backward(
-            dys, x, ctx.weights, h, A, B, ctx.scale, ctx.needs_input_grad[0], ctx.gradient_dtype
+            dys, x, ctx.weights, h, A, B, ctx.scale, ctx.needs_input_grad[0], ctx.gradient_dtype, ctx.drops
         )
-        return dx, None, None, None, None, *dA.split([b.shape[1] for b in B]), *dB
+        return dx, None, None, None, None, None, *dA.split([b.shape[1] for b in B]), *dB
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,11 @@ class LayerBank:
         token_indices: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x (T, in) -> (T, out). For an expert, `token_indices` (T,) are its tokens' ascending indices in the micro-batch."""
+        on_device = context.current().segments.on_device
+        if on_device is not None:
+            y = stored_matmul(x, weight, None, module.bf16_matmul)
+            on_device.add_adapters(module, y, x)
+            return y if bias is None else y + bias.to(y.dtype)
         ranges = _ranges(len(x), token_indices)
         if expert is None and not torch.is_grad_enabled():
             routing = self._cached_routing(ranges, weight)
@@ -226,6 +232,11 @@ class LayerBank:
                 return routing.matmul(x, weight, bias, module.bf16_matmul)
         used = [(self.adapters[slot], first, last) for slot, first, last in ranges if slot in self.adapters]
         if all(isinstance(part, LowRank) and part.magnitude is None for part, _, _ in used):
+            dropping = any(isinstance(part, LowRank) and part.dropout for part, _, _ in used)
+            if expert is None and dropping and kernels.groups_lora(x.device):
+                alone = self.together(x, [module])
+                if alone is not None:
+                    return alone[0] if bias is None else alone[0] + bias.to(alone[0].dtype)
             y = self._forward_lora(x, weight, used, expert, token_indices, module.bf16_matmul)
             return y if bias is None else y + bias.to(y.dtype)
         parts = [
@@ -240,22 +251,28 @@ class LayerBank:
     def together(self, x: Tensor, modules: Sequence[Stored]) -> list[Tensor] | None:
         """x (T, in) -> the output of each of `modules`, which get the same x, (T, out) without biases.
 
-        None unless one LoRA adapter, without dropout or DoRA, is on all of them, for all tokens.
+        None unless one LoRA adapter without DoRA is on all of them, for all tokens, with the same dropout if any.
         """
         ranges = _ranges(len(x), None)
         if len(ranges) != 1 or not len(x):
             return None
         found = [m.bank.adapters.get(ranges[0][0]) if isinstance(m.bank, LayerBank) else None for m in modules]
-        parts = [p for p in found if isinstance(p, LowRank) and p.magnitude is None and not p.dropout and not p.experts]
+        parts = [p for p in found if isinstance(p, LowRank) and p.magnitude is None and not p.experts]
         copies = parts[0].copies if parts else None
-        if copies is None or len(parts) != len(modules) or len({(p.scale, p.A.dtype) for p in parts}) != 1:
+        if copies is None or len(parts) != len(modules) or len({(p.scale, p.A.dtype, p.dropout) for p in parts}) != 1:
             return None
         A = copies.joined(parts, x.dtype)
         if A is None:
             return None
+        keys = _slot_use(parts[0], 0, 0, len(x), None, len(x)).token_keys
+        drops = None
+        if keys is not None:
+            if not kernels.drops_in_products(x, A, [p.rank for p in parts]):
+                return None
+            drops = kernels.Dropout(keys, tuple(p.dropout_key for p in parts), parts[0].dropout)
         B = [copies.of(part, x.dtype)[1] for part in parts]
         factors = (*(part.A for part in parts), *(part.B for part in parts))
-        return list(_LoRAGroup.apply(x, [m.value for m in modules], A, B, parts[0].scale, *factors))  # pyright: ignore
+        return list(_LoRAGroup.apply(x, [m.value for m in modules], A, B, parts[0].scale, drops, *factors))  # pyright: ignore
 
     def groups(self, x: Tensor) -> bool:
         """Whether `of_all` knows the current adapter: none, or one LoRA for all tokens, of a rank that can be grouped."""
@@ -275,7 +292,7 @@ class LayerBank:
             return y
         assert isinstance(adapter, LowRank)
         A, B = adapter.stacked(x.dtype)  # (E, r, in), (E, out, r)
-        return y.add(grouped_matmul(grouped_matmul(x, A, ends), B, ends), alpha=adapter.scale)
+        return y.add_(grouped_matmul(grouped_matmul(x, A, ends), B, ends), alpha=adapter.scale)
 
     def _cached_routing(self, ranges: Sequence[tuple[int, int, int]], weight: Weight) -> _InferenceRouting | None:
         """These ranges for the decoding kernels, cached for the next call; None if an adapter is not `decode_ready`."""

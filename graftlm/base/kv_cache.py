@@ -51,12 +51,13 @@ class PagedKVCache:
 
     def __init__(
         self, layers: dict[int, LayerKVSpec], *, blocks: int, block: int, batch_slots: int, max_blocks: int, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, spare: bool = False,
     ) -> None:  # fmt: skip
+        """`spare`: memory for one block more, number `blocks`, which is no sequence's: rows that are nobody's write there."""
         self.layers, self.blocks, self.block = layers, blocks, block
 
         def memory(heads: int, width: int) -> Tensor:
-            return torch.zeros(blocks * block, heads, width, dtype=dtype, device=device)
+            return torch.zeros((blocks + spare) * block, heads, width, dtype=dtype, device=device)
 
         self.keys = {i: memory(kept.key_heads, kept.width) for i, kept in layers.items()}
         self.values = {i: memory(kept.key_heads, kept.value_width) for i, kept in layers.items()}

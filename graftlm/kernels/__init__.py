@@ -10,8 +10,9 @@
     low_rank_routed  low_rank_routed_backward                   each range of tokens with its own adapter
     lora_linear   lora_linear_backward                          x W^T and the adapters' low-rank terms together
     lora_group    lora_group_backward                           the same for layers with the same input
-    dropped                                                     LoRA's dropout
+    dropped       drops_in_products                             LoRA's dropout
     is_few_rows   add_routed      attend_rows                   the operations of decoding, one by one
+    add_by_table  reads_blocks    Graphs                        those whose launches do not depend on lengths and adapters
     has_decoder_stack  DecoderStack                             all layers of a model in one call: `native/layers.py`
     rms_norm      gated           rotary                        fused elementwise operations and their backwards: `fused.py`
     cross_entropy_in_place                                      losses, and logits overwritten by their gradient
@@ -55,12 +56,13 @@ from graftlm.kernels.fused import (
     rotary,
     rotary_backward,
 )  # fmt: skip
+from graftlm.kernels.gpu_graph import Graphs
 from graftlm.kernels.moments import Moments, zero_moments
 from graftlm.kernels.multi_tensor import copy_together
 from graftlm.kernels.native.layers import MOST_RANK, DecoderLayer, DecoderStack, adapter_table
 from graftlm.kernels.native.rows import DecodeAttention, DecodeRouting, Factors
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
-from graftlm.kernels.routing import Routing
+from graftlm.kernels.routing import TABLE_TOKENS, Dropout, FactorTable, Routing, tiles_of
 from graftlm.kernels.stored import BLOCK, BLOCK_SIZES, GROUP, GgufBlocks, Int8, Nf4, Quantized, Weight, row_bytes
 from graftlm.kernels.transfer import to_device
 
@@ -69,12 +71,17 @@ __all__ = [
     "BLOCK_SIZES",
     "GROUP",
     "MOST_RANK",
+    "MOST_TABLE_RANK",
+    "TABLE_TOKENS",
     "DecodeAttention",
     "DecodeRouting",
     "DecoderLayer",
     "DecoderStack",
+    "Dropout",
+    "FactorTable",
     "Factors",
     "GgufBlocks",
+    "Graphs",
     "Int8",
     "Moments",
     "Nf4",
@@ -85,6 +92,7 @@ __all__ = [
     "adamw_step",
     "adamw_steps",
     "adapter_table",
+    "add_by_table",
     "add_routed",
     "attend_rows",
     "attention",
@@ -96,6 +104,7 @@ __all__ = [
     "cross_entropy_in_place",
     "dequantize",
     "dropped",
+    "drops_in_products",
     "embedding_rows",
     "gated",
     "gated_backward",
@@ -125,6 +134,7 @@ __all__ = [
     "moments_in",
     "nf4_dequantize",
     "nf4_quantize",
+    "reads_blocks",
     "rms_norm",
     "rms_norm_backward",
     "rotary",
@@ -133,6 +143,7 @@ __all__ = [
     "stochastic_round",
     "sum_of_squares",
     "sums_of_squares",
+    "tiles_of",
     "to_device",
     "update_of",
     "weight_gradient",
@@ -141,6 +152,8 @@ __all__ = [
 
 
 FLOATS = tuple(native.TYPES)  # dtypes of the faster backends
+MOST_TABLE_RANK = triton.routed.LARGEST_RANK
+"""The largest rank of a `FactorTable`."""
 
 _PANEL_BYTES, _PANEL_ROWS = 1 << 18, 64
 """Size of a weight gradient's panel in the compute dtype if the gradient has another dtype; and its fewest rows."""
@@ -393,15 +406,22 @@ def groups_lora(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def drops_in_products(x: Tensor, A: Tensor, ranks: Sequence[int]) -> bool:
+    """Whether `lora_group` takes dropout with x (tokens, in) and A (sum of r, in) of these ranks."""
+    return triton.usable("dropped_products", x) and triton.dropout.fits(x, A, ranks)
+
+
 def lora_group(
-    x: Tensor, weights: Sequence[Weight], A: Tensor, B: Sequence[Tensor], scale: float
+    x: Tensor, weights: Sequence[Weight], A: Tensor, B: Sequence[Tensor], scale: float, drops: Dropout | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """x (tokens, in) -> x W^T + scale * (x A^T) B^T of each layer (tokens, out); and h (tokens, sum of r) for the backward.
 
-    A (sum of r, in) has the layers' A below each other, in x's dtype as their B (out, r). For a GPU.
+    A (sum of r, in) has the layers' A below each other, in x's dtype as their B (out, r). With `drops` it is drop(x) A^T, each
+    layer with its own mask; only where `drops_in_products`. For a GPU.
     """
-    h = gpu_low_rank.shrink(x, A.T, scale)
-    parts = h.split([b.shape[1] for b in B], dim=1)
+    ranks = [b.shape[1] for b in B]
+    h = gpu_low_rank.shrink(x, A.T, scale) if drops is None else triton.dropout.shrink(x, A, ranks, scale, drops)
+    parts = h.split(ranks, dim=1)
     return [matmul(x, weight).addmm_(part, b.T) for weight, part, b in zip(weights, parts, B)], h
 
 
@@ -415,6 +435,7 @@ def lora_group_backward(
     scale: float,
     wants_dx: bool,
     dtype: torch.dtype,
+    drops: Dropout | None = None,
 ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
     """The gradients of `lora_group`: to x where wanted, and in `dtype` to A and to each B; dy None: the output is not used."""
     dh, dx = torch.empty_like(h), None
@@ -431,6 +452,10 @@ def lora_group_backward(
             dx = matmul_t(dy, weight)
         elif dx is not None:
             dx.addmm_(dy, weight.to(dy.dtype) if isinstance(weight, Tensor) else dequantize(weight, dy.dtype))
+    if drops is not None:
+        if dx is not None:
+            triton.dropout.expand(dx, dh, A, ranks, drops)
+        return dx, triton.dropout.factor_gradient(dh, x, ranks, drops, dtype), dB
     if dx is not None:
         dx.addmm_(dh, A)
     return dx, gpu_low_rank.factor_gradient(dh, x, dtype), dB
@@ -483,10 +508,12 @@ def adamw_steps(steps: Sequence[multi_tensor.Step]) -> None:
             adamw_step(*step)
 
 
-def sums_of_squares(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`sum_of_squares` of each tensor."""
+def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """`sum_of_squares` of each tensor, (n,)."""
     found = multi_tensor.sums_of_squares(tensors)
-    return [sum_of_squares(tensor) for tensor in tensors] if found is None else found
+    if found is not None or not tensors:
+        return torch.zeros(0, dtype=torch.float64) if found is None else found
+    return torch.stack([sum_of_squares(tensor) for tensor in tensors])
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
@@ -513,6 +540,23 @@ def add_routed(y: Tensor, x: Tensor, routes: DecodeRouting) -> None:
     """
     if not native.add_routed(y, x, routes):
         low_rank_routed(y, x, routes.routing)
+
+
+def add_by_table(y: Tensor, x: Tensor, table: FactorTable, tiles: Tensor, largest: int) -> None:
+    """y (tokens, out) += s (x A^T) B^T in place: `tiles` (3, n) int64 are entries of the table, first tokens and last tokens.
+
+    A tile has at most TABLE_TOKENS tokens, an entry a rank of at most `largest`. Only where `reads_blocks` or on a CPU.
+    """
+    if x.is_cuda:
+        triton.add_by_table(y, x, table, tiles, largest)
+    else:
+        reference.add_by_table(y, x, table, tiles)
+
+
+def reads_blocks(keys: Tensor, values: Tensor) -> bool:
+    """Whether `attend_rows` needs no length on the host, for keys (positions, K, D) and values (positions, K, V) on a GPU;
+    and `add_by_table` runs there."""
+    return gpu_attention.reads_blocks(keys, values) and triton.usable("low_rank_routed", keys)
 
 
 def attend_rows(

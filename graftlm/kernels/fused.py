@@ -1,4 +1,4 @@
-"""Fused elementwise operations, in C on the CPU and in Triton on GPUs; there by liger-kernel, if installed, where ours fail.
+"""Fused elementwise operations, in C on the CPU and in Triton on GPUs.
 
     rms_norm   rms_norm_backward     saves 1 / rms(x) of each row
     gated      gated_backward        SwiGLU and GeGLU; saves gate and up
@@ -12,12 +12,11 @@ which defines the results, is used. No gradients are recorded here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftlm.kernels import liger, native, triton
+from graftlm.kernels import native, triton
 from graftlm.kernels import reference_fused as reference
 from graftlm.kernels.native import fused as compiled
 from graftlm.kernels.native.library import TWO_TYPES
@@ -27,7 +26,7 @@ from graftlm.kernels.reference_fused import Gate
 def has_fused_ops(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these operations are faster here than PyTorch's separate operations."""
     if device.type == "cuda":
-        return _on_gpu(torch.empty(0, dtype=dtype, device=device)) is not None
+        return triton.usable("fused", torch.empty(0, dtype=dtype, device=device))
     return dtype in TWO_TYPES and native.usable("fused", torch.empty(0, dtype=dtype, device=device))
 
 
@@ -35,19 +34,12 @@ def _in_c(x: Tensor) -> bool:
     return x.dtype in TWO_TYPES and native.usable("fused", x)
 
 
-def _on_gpu(x: Tensor) -> Any:
-    """Our kernels; liger's where ours cannot run or fail their check; None where neither can, as on a CPU."""
-    if triton.usable("fused", x):
-        return triton.fused
-    return liger if liger.usable(x.device) else None
-
-
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """x (rows, n) -> y = x r (w + offset) in x's type, and r (rows,) = 1 / sqrt(mean(x^2) + epsilon) for the backward."""
     if _in_c(x):
         return compiled.rms_norm(x, weight, epsilon, offset)
-    if (fast := _on_gpu(x)) is not None:
-        return fast.rms_norm(x, weight, epsilon, offset)
+    if triton.usable("fused", x):
+        return triton.fused.rms_norm(x, weight, epsilon, offset)
     return reference.rms_norm(x, weight, epsilon, offset)
 
 
@@ -57,8 +49,8 @@ def rms_norm_backward(
     """The gradients of `rms_norm` to x (rows, n), in its type, and to the weight (n,), in float32, where it is wanted."""
     if _in_c(x):
         return compiled.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
-    if (fast := _on_gpu(x)) is not None:
-        return fast.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
+    if triton.usable("fused", x):
+        return triton.fused.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
     return reference.rms_norm_backward(dy, x, weight, r, offset, wants_weight)
 
 
@@ -66,8 +58,8 @@ def gated(gate: Tensor, up: Tensor, kind: Gate = "silu") -> Tensor:
     """act(gate) * up, all (rows, n)."""
     if _in_c(gate):
         return compiled.gated(gate, up, kind)
-    if (fast := _on_gpu(gate)) is not None:
-        return fast.gated(gate, up, kind)
+    if triton.usable("fused", gate):
+        return triton.fused.gated(gate, up, kind)
     return reference.gated(gate, up, kind)
 
 
@@ -75,8 +67,8 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: Gate = "silu") ->
     """The gradients of `gated` to gate and up (rows, n); halves of one tensor where gate and up are."""
     if _in_c(gate):
         return compiled.gated_backward(dy, gate, up, kind)
-    if (fast := _on_gpu(gate)) is not None:
-        return fast.gated_backward(dy, gate, up, kind)
+    if triton.usable("fused", gate):
+        return triton.fused.gated_backward(dy, gate, up, kind)
     return reference.gated_backward(dy, gate, up, kind)
 
 
@@ -87,8 +79,8 @@ def rotary(parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     """
     if _in_c(parts[0]):
         return compiled.rotary(parts, cos, sin, back=False)
-    if (fast := _on_gpu(parts[0])) is not None:
-        return fast.rotary(parts, cos, sin, back=False)
+    if triton.usable("fused", parts[0]):
+        return triton.fused.rotary(parts, cos, sin, back=False)
     return [reference.rotary(x, cos, sin) for x in parts]
 
 
@@ -96,8 +88,8 @@ def rotary_backward(parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[T
     """The gradients of `rotary` to each part from those to its results."""
     if _in_c(parts[0]):
         return compiled.rotary(parts, cos, sin, back=True)
-    if (fast := _on_gpu(parts[0])) is not None:
-        return fast.rotary(parts, cos, sin, back=True)
+    if triton.usable("fused", parts[0]):
+        return triton.fused.rotary(parts, cos, sin, back=True)
     return [reference.rotary_backward(dy, cos, sin) for dy in parts]
 
 

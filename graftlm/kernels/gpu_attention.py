@@ -1,12 +1,14 @@
 """Attention on a GPU by PyTorch's own operations, in bounded memory: for a server's paged KV cache.
 
-    attend_rows    single tokens, each over its own sequence's past (decode); from its blocks where `gpu_paged` can
+    attend_rows    single tokens, each over its own sequence's past (decode): from its blocks, where a kernel can
     causal         the last L of M tokens: a prompt, or a part of one over what is cached (prefill)
 
-Keys and values are never copied once more for each query head that shares them, and no sequence is padded to a much longer
-one: sequences are taken in groups of like length, so that the copies that a group gathers from its blocks, and the scores of a
-part of a prompt, hold at most MOST_VALUES values each. A sequence whose own keys have more is a group of its own; its copies
-are as large as its share of one layer's cache. Nothing here reads a value from the GPU.
+Single tokens are read from their blocks by FlashAttention where it is activated (`gpu_paged`), else by our own program
+(`triton/paged.py`). Where neither can, blocks are gathered: keys and values are never copied once more for each query head
+that shares them, and no sequence is padded to a much longer one. Sequences are taken in groups of like length, so that the
+copies that a group gathers from its blocks, and the scores of a part of a prompt, hold at most MOST_VALUES values each. A
+sequence whose own keys have more is a group of its own; its copies are as large as its share of one layer's cache. Nothing
+here reads a value from the GPU.
 
 Letters: n sequences, H query heads, K key-value heads, G = H / K, D head width, V width of a value, L queries, M keys.
 """
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftlm.kernels import gpu_paged
+from graftlm.kernels import gpu_paged, triton
 from graftlm.kernels.native.rows import DecodeAttention
 
 MOST_VALUES = 1 << 26  # 128 MiB in 16 bits
@@ -78,14 +80,27 @@ def attend_rows(
     window: int = 0,
     softcap: float = 0.0,
 ) -> None:
-    """out[rows] (T, H, V) = attention of q[rows] (T, H, D) over keys (positions, K, D) and values (positions, K, V)."""
+    """out[rows] (T, H, V) = attention of q[rows] (T, H, D) over keys (positions, K, D) and values (positions, K, V).
+
+    Needs the lengths on the host (`of.lengths`) only where blocks are gathered, see `reads_blocks`.
+    """
     if gpu_paged.usable(q, keys, values, softcap):
         gpu_paged.attend_rows(q, keys, values, out, of, scale=scale, window=window)
         return
+    if triton.usable("attend_rows", q) and triton.paged.fits(q, keys, values, out):
+        triton.paged.attend_rows(q, keys, values, out, of, scale=scale, window=window, softcap=softcap)
+        return
+    assert len(of.lengths) == len(of.rows)
     most = max(1, MOST_VALUES // (keys.shape[1] * max(keys.shape[2], values.shape[2])))
     for group in _groups(of, window, most):
         rows = of.rows[group.first : group.last]  # (n,)
         out.index_copy_(0, rows, _of_group(q[rows], keys, values, group, scale, softcap))
+
+
+def reads_blocks(keys: Tensor, values: Tensor) -> bool:
+    """Whether tokens of the dtype of keys (positions, K, D) and values are read from their blocks by our own program."""
+    like = keys.new_empty(1, 1, keys.shape[2])
+    return triton.usable("attend_rows", keys) and triton.paged.fits(like, keys, values, like)
 
 
 def _of_group(q: Tensor, keys: Tensor, values: Tensor, group: _Gathered, scale: float, softcap: float) -> Tensor:

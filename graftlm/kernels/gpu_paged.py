@@ -1,8 +1,8 @@
 """Attention of single tokens straight from the blocks of a paged KV cache: PyTorch's `varlen_attn` with a block table.
 
 PyTorch's own flash attention refuses block tables; FlashAttention 3 (H100) and 4 have them, where they are installed and
-activated (`torch.nn.attention.activate_flash_attention_impl("FA3")`). Elsewhere `usable` says no, and `gpu_attention` gathers
-the blocks of a group of sequences instead.
+activated (`torch.nn.attention.activate_flash_attention_impl("FA3")`). Elsewhere `usable` says no, and `gpu_attention` has other
+ways.
 
 Letters: n sequences, H query heads, K key-value heads, D head width.
 """
@@ -62,7 +62,8 @@ def attend_rows(
     """As `gpu_attention.attend_rows`: q (T, H, D), keys and values (positions, K, D), out (T, H, D)."""
     if "paged" not in of.kept:  # the same for all layers
         ends = torch.arange(len(of.rows) + 1, dtype=torch.int32, device=q.device)
-        of.kept["paged"] = ends, of.visible.to(torch.int32), of.table.to(torch.int32), max(of.lengths)
+        longest = max(of.lengths, default=of.table.shape[1] * of.block)  # a bound will do
+        of.kept["paged"] = ends, of.visible.to(torch.int32), of.table.to(torch.int32), longest
     ends, visible, table, longest = of.kept["paged"]
     answer = _call()(
         q[of.rows], keys.unflatten(0, (-1, of.block)), values.unflatten(0, (-1, of.block)), ends, None, 1, longest,

@@ -84,15 +84,13 @@ def _pieces(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield some
 
 
-def sums_of_squares(tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Each tensor's sum of squares, () float64 on its device; None where this is not for them."""
+def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Each tensor's sum of squares (n,), float64 on their device; None where this is not for them."""
     if not tensors or any(t.device.type != "cuda" for t in tensors):
         return None
     if not self_check.allows("sums_of_squares", tensors[0].device):
         return None
-    norms = torch._foreach_norm([t.detach() for t in tensors], 2.0, torch.float64)
-    torch._foreach_mul_(norms, norms)
-    return list(norms)
+    return torch.stack(torch._foreach_norm([t.detach() for t in tensors], 2.0, torch.float64)).square()
 
 
 @torch.no_grad()

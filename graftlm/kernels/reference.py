@@ -16,6 +16,7 @@ A (r, in), B (out, r). `matmul_t` multiplies with W untransposed: the gradient o
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from graftlm.kernels.reference_blocks import blocks_dequantize
-from graftlm.kernels.routing import Routing
+from graftlm.kernels.routing import FactorTable, Routing
 from graftlm.kernels.stored import BLOCK, GROUP, GgufBlocks, Int8, Nf4, Quantized, Weight
 
 SLAB = 1 << 20  # values worked on at once: bounds temporaries to a few times 4 MiB whatever the weight's size
@@ -275,6 +276,20 @@ def low_rank_routed_backward(
         dA[factor_index] = da if old_a is None else old_a.add_(da)
         dB[factor_index] = db if old_b is None else old_b.add_(db)
     return dA, dB
+
+
+def add_by_table(y: Tensor, x: Tensor, table: FactorTable, tiles: Tensor) -> None:
+    """y (tokens, out) += s (x A^T) B^T in place, on a CPU: `tiles` (3, n) are an entry, first token, last token."""
+
+    def matrix(address: Tensor, rows: int, columns: int) -> Tensor:
+        memory: Any = (ctypes.c_char * (rows * columns * x.element_size())).from_address(int(address))
+        return torch.frombuffer(memory, dtype=x.dtype).view(rows, columns)
+
+    for entry, first, last in tiles.T.tolist():
+        rank = int(table.ranks[entry])
+        if rank and first < last:
+            A, B = matrix(table.A[entry], rank, x.shape[1]), matrix(table.B[entry], rank, y.shape[1]).T
+            low_rank(y[first:last], x[first:last], A, B, float(table.scale[entry]))
 
 
 # ---- attention of single tokens over a paged KV cache --------------------------------------------------------------

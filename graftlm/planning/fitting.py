@@ -132,8 +132,7 @@ class Change:
 def changes(case: PlanCase, setting: TrainingSetting) -> list[Change]:
     """What makes a training fit that does not, cheapest first: each alone if one is enough, else one on top of the other.
 
-    In order of cost: a little speed, then a third more time, then precision, then length,
-    then cards.
+    In order of cost: a little speed, then a third more time, then copies to the host, then precision, then length, then cards.
     """
     done: list[Change] = []
     now, how = case, setting
@@ -161,6 +160,10 @@ def changes(case: PlanCase, setting: TrainingSetting) -> list[Change]:
     if not how.activation_checkpointing and case.shape.layers:
         text = "--activation-checkpointing: activations are recomputed in the backward pass, about a third more time"
         if add(text, now, how.checkpointed()):
+            return done
+    if how.activation_checkpointing and not how.offload_activations and case.card.kind == "cuda":
+        text = "--offload-activations: what checkpointing keeps waits in the host's memory, copied beside the computing"
+        if add(text, now, replace(how, offload_activations=True)):
             return done
     for text, by in _lower(how):
         if add(text, now, by):
@@ -200,8 +203,10 @@ def _lower(how: TrainingSetting) -> list[tuple[str, TrainingSetting]]:
     if not how.optimizer_in_backward:
         how = replace(how, optimizer_in_backward=True)
         found.append(("--optimizer-in-backward: no gradient stays; one micro-batch a step", how))
-    again = how.activation_checkpointing
-    lora = TrainingSetting(key="lora", label="", method="lora", precision="bfloat16", activation_checkpointing=again)
+    lora = TrainingSetting(
+        key="lora", label="", method="lora", precision="bfloat16",
+        activation_checkpointing=how.activation_checkpointing, offload_activations=how.offload_activations,
+    )  # fmt: skip
     found.append(("--method lora: a small adapter is trained, the base stays", lora))
     found.append(("--method qlora: and the base is stored in 4 bits", replace(lora, method="qlora", precision="nf4")))
     return found

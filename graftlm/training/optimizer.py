@@ -90,8 +90,9 @@ class AdamW:
         """The 2-norm over all gradients, summed in float64 in a fixed order; after `step_in_backward`, over those it used."""
         if not self.in_backward:
             gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            self.squares = dict(zip(gradients, kernels.sums_of_squares([local(g) for g in gradients.values()])))
-            found = add_up_rows(list(gradients.values()), _read(list(self.squares.values())))
+            squares = kernels.sums_of_squares([local(gradient) for gradient in gradients.values()])  # (n,)
+            self.squares = dict(zip(gradients, squares.unbind()))
+            found = add_up_rows(list(gradients.values()), squares.tolist())
             self._square_values = dict(zip(gradients, found))
         return math.sqrt(math.fsum(self._square_values.values()))
 

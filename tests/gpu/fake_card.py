@@ -25,7 +25,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ from fake_trace import Trace
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 GIB = 1 << 30
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H200", total_memory=141 * GIB, multi_processor_count=132, major=9, minor=0, warp_size=32
 )
-_PACKAGES = ("graftlm", "liger_kernel", "transformers")  # whose lines are named
+_PACKAGES = ("graftlm", "transformers")  # whose lines are named
 _ALLOCATIONS = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_", "lift_fresh", "detach",
     "alias", "record_stream", "_pin_memory",
@@ -62,6 +62,33 @@ class FakeCard(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._held: dict[int, int] = {}
         self.bytes = 0
+        self.capturing = False
+        self._numbers: dict[int, int] = {}  # of storages, in the order in which they were allocated
+        self._allocated = 0
+        self._record: list[str] | None = None
+        self._before_record = 0
+
+    def record(self, region: Callable[[], Any]) -> list[str]:
+        """What a region launches, each with its numbers, and its tensors' shapes and places: those that are there before are
+        known by when they were allocated, those of the region by their order in it."""
+        self._record, self._before_record = [], self._allocated
+        try:
+            region()
+            return self._record
+        finally:
+            self._record = None
+
+    def note(self, name: str, *given: Any) -> None:
+        """A launch, if one records."""
+        if self._record is not None:
+            self._record.append(f"{name} {tree_map(self._described, given)}")
+
+    def _described(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value if isinstance(value, int | float | str | bool | None) else str(value)
+        number = self._numbers.get(value.untyped_storage()._cdata, -1)
+        place = f"new {number - self._before_record}" if number > self._before_record else f"at {number}"
+        return f"{place}+{value.storage_offset()} {tuple(value.shape)} {value.stride()} {value.dtype}"
 
     def reset(self) -> None:
         """Count from here on; what is held stays."""
@@ -110,9 +137,11 @@ class FakeCard(TorchDispatchMode):
             out = func(*args, **kwargs)
         if name == "searchsorted":
             out.known = [len(args[0]) * min(i, self.distinct) // self.distinct for i in range(out.numel())]
+        given = tree_map_only(torch.Tensor, self._given_back, out)
         if name not in _ALLOCATIONS and not func.is_view:
             self.trace.launches[name] += _launches_of(name, args)
-        return tree_map_only(torch.Tensor, self._given_back, out)
+            self.note(name, args, kwargs, given)
+        return given
 
     def _as_fake(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
@@ -128,7 +157,12 @@ class FakeCard(TorchDispatchMode):
     # ---- synchronisations and copies ----
 
     def _sync(self, what: str) -> None:
+        self._refuse_in_capture(what)
         self.trace.synchronisations[f"{what} at {where()}"] += 1
+
+    def _refuse_in_capture(self, what: str) -> None:
+        if self.capturing:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {where()}")
 
     def _read(self, name: str, tensors: list[torch.Tensor]) -> Any:
         self._sync("item" if name == "_local_scalar_dense" else name)
@@ -172,6 +206,7 @@ class FakeCard(TorchDispatchMode):
             return
         if "meta" in (source.device.type, target):
             return
+        self._refuse_in_capture("a copy from or to the host")
         host = source if target == "cuda" else tensors[0]
         pinned = _is_pinned(host) if target == "cuda" or name == "copy_" else non_blocking
         kind = "pinned" if pinned else "pageable"
@@ -198,11 +233,14 @@ class FakeCard(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // 512) * 512  # as the caching allocator rounds
         self._held[key] = size
+        self._allocated += 1
+        self._numbers[key] = self._allocated
         self.bytes += size
         self.trace.peak_bytes = max(self.trace.peak_bytes, self.bytes)
         weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
+        self._numbers.pop(key, None)
         self.bytes -= self._held.pop(key, 0)
 
 
@@ -238,7 +276,7 @@ def _launches_of(name: str, args: Any) -> int:
 
 
 def where() -> str:
-    """The innermost line of the package, behind those of liger or transformers that it was called through."""
+    """The innermost line of the package, behind those of transformers that it was called through."""
     frame, found = sys._getframe(1), list[str]()
     while frame is not None and not (found and found[-1].startswith("graftlm/")):
         parts = Path(frame.f_code.co_filename).parts
@@ -270,10 +308,16 @@ def install() -> None:
     trusted = importlib.import_module("graftlm.kernels.self_check").SelfCheck
     allows = trusted.allows
     trusted.allows = lambda self, op, device: device.type == "cuda" or allows(self, op, device)
-    importlib.import_module("graftlm.kernels.liger")._installed = lambda: False
-    importlib.import_module("graftlm.base.fused")._agree = lambda own, ours, inputs: (
-        True
-    )  # as it finds where all reads are 0
+    importlib.import_module("graftlm.base.fused")._agree = _both_run  # as it finds where all reads are 0
+
+
+def _both_run(own: Callable[[], Any], ours: Callable[[], Any], inputs: Any) -> bool:
+    """In place of a comparison of values: whether a module's own code and ours run at all."""
+    try:
+        ours(), own()
+    except Exception:
+        return False
+    return True
 
 
 def _install_cuda() -> None:
@@ -306,11 +350,34 @@ def _install_cuda() -> None:
         "get_rng_state": lambda device=None: torch.empty(0), "set_rng_state": lambda *a, **k: None,
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
         "set_sync_debug_mode": lambda mode: None,
+        "CUDAGraph": _Graph, "graph": _capturing, "graph_pool_handle": lambda: (0, 1),
         "Stream": _Stream, "current_stream": _Stream, "stream": lambda stream: contextlib.nullcontext(),
     }  # fmt: skip
     for name, stand_in in given.items():
         assert hasattr(torch.cuda, name), f"torch.cuda.{name} is gone"
         setattr(torch.cuda, name, stand_in)
+
+
+class _Graph:
+    """A captured sequence of launches, which is one launch; nothing is computed in any case."""
+
+    def replay(self) -> None:
+        _entered[-1].trace.launches["graph"] += 1
+
+
+@contextlib.contextmanager
+def _capturing(
+    graph: _Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
+    """What is launched in here is not counted, and what waits for the card or copies from or to the host is refused."""
+    card = _entered[-1]
+    before, card.capturing = card.trace, True
+    card.trace = Trace(peak_bytes=before.peak_bytes)
+    try:
+        yield
+    finally:
+        before.peak_bytes = card.trace.peak_bytes
+        card.trace, card.capturing = before, False
 
 
 class _Stream:
@@ -420,6 +487,7 @@ def _launch(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwa
     card = _entered[-1]
     name = f"triton {self.__name__}"
     card.trace.launches[name] += 1
+    card.note(name, args, grid, kwargs)
     for tensor in (*args, *kwargs.values()):
         if isinstance(tensor, torch.Tensor):
             if tensor.device.type != "cuda":

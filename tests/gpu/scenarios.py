@@ -11,6 +11,9 @@ import functools
 import importlib
 import sys
 import threading
+import types
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ from graftlm.errors import TrainingError
 from graftlm.kernels import reference
 from graftlm.serving.engine.adapter_cache import pack_for_decoding
 from graftlm.serving.engine.engine import Engine
+from graftlm.serving.engine.graph_decoder import GraphDecoder
 from graftlm.serving.engine.request import Request, SamplingParams
+from graftlm.serving.engine.runner import PagedRunner
 from graftlm.serving.engine.scheduler import EngineLimits
 from graftlm.training.run import make_adapter, make_trial, set_checkpointing
 from graftlm.training.sanity_checks import UpdateCheck
@@ -107,10 +112,12 @@ def train(
 def memory(
     model: dict[str, Any], method: str, base_precision: str, lengths: list[int], **options: Any
 ) -> dict[str, int]:
-    """The most bytes of a step, the second, for a Llama of any size; `base`: the base alone, `host`: pinned memory."""
+    """The most bytes of a step, the second, for a Llama of any size, or a Mixtral where `model` has experts; `base`: the base
+    alone, `host`: pinned memory."""
     reference.SLAB = 1 << 40  # each weight is stored in one piece: sooner traced, and loading is not counted
     with FakeCard() as card:
-        base = random_base(LlamaConfig(**model), _tokenizer(), precision=base_precision, device="cuda", training=True)
+        config = (MixtralConfig if "num_local_experts" in model else LlamaConfig)(**model)
+        base = random_base(config, _tokenizer(), precision=base_precision, device="cuda", training=True)
         held = card.bytes
         trial = _trial(base, method, lengths, options)
         optimizer_step(base, [trial], sum(lengths))
@@ -177,9 +184,17 @@ def serve(layers: list[int], **given: Any) -> list[dict[str, Any]]:
     return [_served(count, **given) for count in layers]
 
 
+_SAMPLING = {field.name for field in fields(SamplingParams)}
+
+
 def _served(
-    layers: int, sequences: int = 4, prompt: int = 20, adapters: int = 0, temperature: float = 0.0, **how: Any
+    layers: int, sequences: int = 4, prompt: int = 20, adapters: int = 0, every_other: bool = False, **given: Any
 ) -> dict[str, Any]:
+    """`given` are a request's sampling, of each or of every other sequence, and how the base is."""
+    asked = {name: value for name, value in given.items() if name in _SAMPLING}
+    if "bias" in asked:
+        asked["bias"] = {int(token): value for token, value in asked["bias"].items()}
+    how = {name: value for name, value in given.items() if name not in _SAMPLING}
     with FakeCard() as card:
         tokens = -(-(prompt + 64) // 16) * 16 * sequences
         engine = _engine(layers, adapters, cache_tokens=tokens, how={"precision": "bfloat16", **how})
@@ -188,18 +203,53 @@ def _served(
             engine.add_request(
                 Request(
                     id=f"r{i}", prompt=tuple(range(3, 3 + prompt - i)), max_tokens=40, adapter=name,
-                    sampling=SamplingParams(temperature=temperature),
+                    sampling=SamplingParams(**({} if every_other and i % 2 else asked)),
                 )
             )  # fmt: skip
         card.reset()
         engine.step()
         traces = {"prefill": card.trace.to_json()}
-        for _ in range(2):
+        for _ in range(3):  # the second of a kind is captured, the third replayed
             card.reset()
             engine.step()
         assert engine.num_running == sequences
         assert engine.paged, engine.decoding
+        assert isinstance(engine.runner, PagedRunner)
+        assert not getattr(engine.runner.decoder, "why_eager", "")
         return {**traces, "decode": card.trace.to_json()}
+
+
+def region(layers: int, adapters: int, experts: int = 0, **how: Any) -> dict[str, Any]:
+    """What two decoding steps of one kind launch, whose texts, lengths, adapters and numbers of sequences differ: all launches
+    of each with their tensors' places and shapes, and the trace of both."""
+    with FakeCard(distinct=max(experts, 1)) as card:
+        engine = _engine(layers, adapters, how={"precision": "bfloat16", "experts": experts, **how})
+        assert isinstance(engine.runner, PagedRunner)
+        decoder = engine.runner.decoder
+        if not isinstance(decoder, GraphDecoder):
+            return {"reason": engine.runner.why_no_decoder}
+        runs: list[list[str]] = []
+        traces: list[dict[str, Any]] = []
+
+        def capture(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+            def replay() -> None:
+                card.reset()
+                runs.append(card.record(step))
+                traces.append(card.trace.to_json())
+
+            return replay, step()
+
+        decoder.graphs = types.SimpleNamespace(capture=capture)  # type: ignore[assignment]
+        steps = (((4, 40, 17), (0, 1, 2)), ((4, 40, 17), (0, 1, 2)), ((300, 2, 99, 1000), (1, 1, 2, 2)))
+        with torch.inference_mode():
+            for pasts, slots in steps:
+                n = len(pasts)
+                found = decoder.hidden(
+                    torch.arange(n), (1,) * n, pasts, range(n), [min(slot, adapters) for slot in slots]
+                )
+                assert found is not None
+                assert found.shape[0] == n
+        return {"runs": runs, "traces": traces}
 
 
 def attend(lengths: list[int], heads: int = 32, key_heads: int = 8, width: int = 128) -> dict[str, Any]:

@@ -16,6 +16,7 @@ LLAMA: dict[str, Any] = {
 BF16 = {"base_precision": "bfloat16"}
 CHECKPOINTED = {"activation_checkpointing": True}
 IN_BACKWARD = {**BF16, **CHECKPOINTED, "optimizer": "adamw-8bit", "optimizer_in_backward": True, "max_grad_norm": 0.0}
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 RUNS: dict[str, tuple[Any, int, int, dict[str, Any]]] = {
     "qlora, checkpointed": ("qlora", 2048, 1, CHECKPOINTED),
     "lora": ("lora", 1024, 2, {}),
@@ -23,13 +24,17 @@ RUNS: dict[str, tuple[Any, int, int, dict[str, Any]]] = {
     "full in bfloat16, checkpointed": ("full", 1024, 1, {**BF16, **CHECKPOINTED}),
     "activations on the host": ("qlora", 2048, 1, {**CHECKPOINTED, "offload_activations": True}),
     "states on the host": ("full", 1024, 1, {**IN_BACKWARD, "offload_optimizer": True}),
+    "lora of a mixture": ("lora", 1024, 2, MIXTURE),
+    "lora of a mixture, checkpointed": ("lora", 2048, 1, {**MIXTURE, **CHECKPOINTED}),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_plan_is_within_three_percent_of_what_a_step_holds(card: Worker, name: str) -> None:
     method, tokens, batch, options = RUNS[name]
-    run = TracedRun(name=name, model=LLAMA, method=method, tokens=tokens, batch=batch, options=options)
+    experts = {key: options[key] for key in options if key in MIXTURE}
+    options = {key: value for key, value in options.items() if key not in MIXTURE}
+    run = TracedRun(name=name, model=LLAMA | experts, method=method, tokens=tokens, batch=batch, options=options)
     traced, planned = trace(card, run), plan(run)
     assert planned.training == pytest.approx(traced["peak"], rel=0.03), (planned.moment, planned.parts)
     assert planned.host == pytest.approx(traced["host"], rel=0.03, abs=1 << 20)

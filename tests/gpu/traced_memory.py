@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from fixtures import Worker
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from graftlm.config import Method, Precision
 from graftlm.planning.activations import Workload
@@ -32,7 +32,7 @@ class TracedRun:
 
     name: str
     model: dict[str, Any]
-    """The values of a `LlamaConfig`."""
+    """The values of a `LlamaConfig`; of a `MixtralConfig` where it has `num_local_experts`."""
     method: Method
     tokens: int
     """Of an example."""
@@ -77,4 +77,5 @@ def plan(run: TracedRun, *, fused: bool = True) -> MemoryRequirement:
 
 @cache
 def _shape(model: tuple[tuple[str, Any], ...]) -> ModelShape:
-    return instantiate(LlamaConfig(**dict(model)))
+    given = dict(model)
+    return instantiate((MixtralConfig if "num_local_experts" in given else LlamaConfig)(**given))

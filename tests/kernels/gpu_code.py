@@ -44,6 +44,8 @@ class Code:
 
 
 def specialisations() -> dict[str, Specialisation]:
+    from graftlm.kernels.triton import blocks
+
     stored = {"stored": ("*i32", "*u8", "*fp32", "*fp32", "*fp32", "*fp32"), "start": "i64"}
     found = {
         "int8_dequantize": Specialisation(
@@ -59,10 +61,11 @@ def specialisations() -> dict[str, Specialisation]:
     for name, out in (("nf4_dequantize", "*bf16"), ("nf4_dequantize float32", "*fp32")):
         types = {**stored, "out": out, "count": "i64", "words": "i64"}
         found[name] = Specialisation("weights", "nf4_dequantize", types, {"BLOCKS": 64}, values=4096)
-    found |= _products(stored) | _routed() | _steps() | _fused()
-    for name, number, which in (("q5_1", 3, "dequantize"), ("q8_0", 4, "dequantize"), ("q5_k", 6, "dequantize")):
-        types = {"blocks": "*u8", "out": "*bf16", "count": "i64"}
-        found[f"{which} {name}"] = Specialisation("blocks", which, types, {"KIND": number, "TILE": 1024}, values=1024)
+    found |= _products(stored) | _routed() | _steps() | _fused() | _paged() | _dropout_products()
+    for kind, number in blocks.KINDS.items():
+        types = {"stored": "*i16", "out": "*bf16", "count": "i64"}
+        constants = {"KIND": number, "TILE": blocks.TILE}
+        found[f"{kind}_dequantize"] = Specialisation("blocks", "dequantize", types, constants, values=blocks.TILE)
     of_loss = {"stride": "i64", "labels": "*i64", "weights": "*fp32", "losses": "*fp32", "columns": "i32"}
     for name, logits, gradient in (("cross_entropy", "*bf16", True), ("cross_entropy float32", "*fp32", False)):
         found[name] = Specialisation(
@@ -78,25 +81,75 @@ def specialisations() -> dict[str, Specialisation]:
 
 def _products(stored: dict[str, Any]) -> dict[str, Specialisation]:
     from graftlm.kernels.stored import GgufBlocks, Nf4
-    from graftlm.kernels.triton.product import FEW_ROWS, TILES
+    from graftlm.kernels.triton.blocks import KINDS
+    from graftlm.kernels.triton.product import FEW_ROWS, TILES, WARPS
     from graftlm.kernels.triton.programs import blocks, weights
 
     found: dict[str, Specialisation] = {}
     sizes = dict.fromkeys(["rows", "summed", "made", "inner", "row_stride"], "i32")
-    for form, tile in TILES.items():
-        nf4, size = form[0] is Nf4, form[1]
-        assert nf4 or form[0] is GgufBlocks
-        kind = 0 if nf4 else 5 if size == 2 else 7  # q4_k, q6_k
-        types = sizes | (stored if nf4 else {"stored": "*u8", "start": "i64"})
+    for (form, size), tile in TILES.items():
+        kinds = {"nf4": 0} if form is Nf4 else KINDS
+        assert form in (Nf4, GgufBlocks)
+        types = sizes | (stored if form is Nf4 else {"stored": "*i16", "start": "i64"})
         types |= dict.fromkeys(["x", "y"], "*bf16" if size == 2 else "*fp32")
-        for transposed in (False, True):
-            made, summed = tile[transposed]
-            constants = {
-                "DECODE": weights.nf4_tile if nf4 else blocks.tile, "KIND": kind, "TRANSPOSED": transposed, "ROWS": FEW_ROWS,
-                "MADE": made, "SUMMED": summed, "UPCAST": False,
-            }  # fmt: skip
-            name = f"{'nf4' if nf4 else 'gguf'}_product{' float32' if size == 4 else ''}{' back' if transposed else ''}"
-            found[name] = Specialisation("product", "few_rows", types, constants, values=made * summed)
+        for kind, number in kinds.items():
+            for transposed in (False, True):
+                made, summed = tile[transposed]
+                constants = {
+                    "DECODE": weights.nf4_tile if form is Nf4 else blocks.tile, "KIND": number, "TRANSPOSED": transposed,
+                    "ROWS": FEW_ROWS, "MADE": made, "SUMMED": summed, "UPCAST": False,
+                }  # fmt: skip
+                name = f"{kind}_product{' float32' if size == 4 else ''}{' back' if transposed else ''}"
+                found[name] = Specialisation(
+                    "product", "few_rows", types, constants, values=made * summed, warps=WARPS.get((form, size), 4)
+                )
+    return found
+
+
+def _paged() -> dict[str, Specialisation]:
+    from graftlm.kernels.triton.paged import positions_of
+
+    types = dict.fromkeys(["rows", "visible", "table"], "*i64") | {"sums": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(["q_row", "q_head", "table_stride", "heads", "width", "value_width", "window"], "i32")
+    found: dict[str, Specialisation] = {}
+    for name, kind, width, windowed in (
+        ("", "*bf16", 128, False),
+        (" wide", "*bf16", 256, True),
+        (" float32", "*fp32", 128, True),
+    ):
+        size = 2 if kind == "*bf16" else 4
+        shared = {"GROUP": 4, "GROUP_TILE": 16, "WIDTH": width, "VALUE_WIDTH": width, "BLOCK": 16, "UPCAST": False}
+        shared |= {"POSITIONS": positions_of(width, size), "WINDOWED": windowed, "CAPPED": windowed}
+        for splits in (1, 16):
+            given = types | dict.fromkeys(["q", "keys", "values"], kind) | {"out": kind if splits == 1 else "*fp32"}
+            found[f"attend{name}{' split' if splits > 1 else ''}"] = Specialisation(
+                "paged", "attend", given, {**shared, "SPLITS": splits}, fuse=True
+            )
+    types = {"parts": "*fp32", "sums": "*fp32", "rows": "*i64", "out": "*bf16", "heads": "i32", "value_width": "i32"}
+    found["combine"] = Specialisation("paged", "combine", types, {"VALUE_WIDTH": 256, "SPLITS": 16}, fuse=True)
+    return found
+
+
+def _dropout_products() -> dict[str, Specialisation]:
+    from graftlm.kernels.triton.dropout import TOKENS, WIDE
+
+    found: dict[str, Specialisation] = {}
+    for kind in ("*bf16", "*fp32"):
+        types = dict.fromkeys(["x", "A", "h", "dh", "dx"], kind) | {"dA": "*fp32", "scale": "fp32", "factor": "fp32"}
+        types |= dict.fromkeys(["keys", "module_keys", "offsets"], "*i32")
+        names = ["x_stride", "h_stride", "dh_stride", "dx_stride", "tokens", "wide", "modules", "threshold"]
+        types |= dict.fromkeys(names, "i32")
+        for rank in (16, 128):
+            summed = 16 if kind == "*fp32" else 32 if rank > 64 else 64
+            shared, wide = {"R": rank, "SUMMED": summed, "UPCAST": False}, WIDE[4 if kind == "*fp32" else 2]
+            rest = f"{rank}{' float32' if kind == '*fp32' else ''}"
+            for program, constants in (
+                ("shrink", {"TOKENS": TOKENS}), ("factor_gradient", {"WIDE": wide}),
+                ("expand", {"TOKENS": TOKENS, "WIDE": wide, "SUMMED": min(rank, summed)}),
+            ):  # fmt: skip
+                found[f"dropped {program} {rest}"] = Specialisation(
+                    "dropout", program, types, {**shared, **constants}, fuse=True
+                )
     return found
 
 
@@ -165,7 +218,7 @@ def _fused() -> dict[str, Specialisation]:
     }
 
 
-ODD = {"rows", "module_key", "threshold", "turn"}  # numbers that are no multiple of 16
+ODD = {"rows", "module_key", "modules", "threshold", "tokens", "turn", "window"}  # numbers that are no multiple of 16
 
 
 def compiled(capability: int, of: Specialisation) -> Code:

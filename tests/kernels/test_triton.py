@@ -167,6 +167,46 @@ def routed() -> None:
                 assert_close(ours, truth.to(ours.dtype), (round_, ours.shape))
 
 
+def attention_over_blocks() -> None:
+    """Heads of any number and width, pasts in any number of parts, tokens anywhere in q."""
+    from graftlm.kernels import reference, triton
+    from graftlm.kernels.native.rows import DecodeAttention
+
+    pick = random.Random(7)
+    for round_ in range(6):
+        dtype, K = FLOATS[round_ % 3], pick.randint(1, 3)
+        H, D, V, block = (
+            K * pick.choice([1, 3, 17]),
+            pick.choice([1, 40, 64]),
+            pick.choice([7, 64]),
+            pick.choice([1, 16]),
+        )
+        n, T, most = pick.randint(1, 3), 5, 300 // block
+        visible = torch.tensor([pick.choice([1, most * block, pick.randint(1, most * block)]) for _ in range(n)])
+        table = torch.randperm(n * most, generator=torch.Generator().manual_seed(round_)).view(n, most)
+        keys, values = randn(n * most * block, K, D, dtype=dtype), randn(n * most * block, K, V, dtype=dtype, seed=1)
+        q, chosen = randn(H, T, D, dtype=dtype, seed=2).transpose(0, 1), torch.randperm(T)[:n]
+        out = torch.full((T, H, V), 7.0, dtype=dtype)
+        expected = out.float()
+        options = {"scale": 0.37, "window": pick.choice([0, 9, 200]), "softcap": pick.choice([0.0, 1.5])}
+        of = DecodeAttention(chosen, visible, table, block)
+        triton.paged.attend_rows(q, keys, values, out, of, splits=pick.choice([1, 2, 8]), **options)
+        reference.attend_rows(
+            q.float(),
+            keys.float(),
+            values.float(),
+            expected,
+            rows=chosen,
+            visible=visible,
+            table=table,
+            block=block,
+            **options,
+        )
+        assert_close(out, expected.to(dtype), (round_, H, K, D, V, block, options))
+    assert triton.paged.splits_of(1, 8) == 16
+    assert triton.paged.splits_of(128, 8) == 1
+
+
 def optimizer() -> None:
     from graftlm.kernels import reference_adamw as reference
     from graftlm.kernels import triton
@@ -285,6 +325,7 @@ if __name__ == "__main__":
     stored_weights()
     stored_blocks()
     routed()
+    attention_over_blocks()
     optimizer()
     dropped()
     cross_entropy()

@@ -18,7 +18,8 @@ CAPABILITIES = (80, 89, 90, 100)  # A100, RTX 4090, H100 and H200, B200
 # `make test` compiles the product with NF4 for each of them, and the other programs once or twice.
 QUICK = (
     *(f"{capability}:nf4_product" for capability in CAPABILITIES), "80:nf4_dequantize", "100:nf4_dequantize",
-    "89:nf4_product back", "80:shrink 128", "90:expand 128", "90:int8_dequantize", "89:gguf_product", "90:adamw 8 bits",
+    "89:nf4_product back", "80:shrink 128", "90:expand 128", "90:int8_dequantize", "89:q4_k_product", "90:q6_k_product back",
+    "90:adamw 8 bits", "90:attend split", "80:attend wide", "90:dropped factor_gradient 16", "80:dropped expand 128",
     "80:cross_entropy", "100:dropped", "89:adamw of many", "80:rms_norm back", "90:gated back", "89:rotary",
 )  # fmt: skip
 REGISTERS = 255  # a thread has no more
@@ -30,6 +31,19 @@ OF_A_VALUE = {
     "int8_dequantize": 7,
     "nf4_product": 13,
     "nf4_product back": 9,
+    "q4_0_dequantize": 12,
+    "q4_k_dequantize": 13,
+    "q6_k_dequantize": 22,
+    "q4_0_product": 10,
+    "q4_1_product": 11,
+    "q8_0_product": 9,
+    "q4_k_product": 13,
+    "q6_k_product": 19,
+    "q4_0_product back": 12,
+    "q4_1_product back": 12,
+    "q8_0_product back": 13,
+    "q4_k_product back": 12,
+    "q6_k_product back": 19,
 }
 
 Compile = Callable[[tuple[str, ...]], dict[str, dict[str, Any]]]

@@ -109,6 +109,16 @@ def test_the_cheapest_change_comes_first() -> None:
     assert texts[2].startswith("--base-precision int8")
 
 
+def test_long_examples_are_told_to_keep_their_layers_inputs_on_the_host() -> None:
+    """At 24k tokens these are gigabytes: less costly than fewer bits. A processor has no other memory to keep them in."""
+    here = case(load=Workload(tokens=24_000, target_tokens=20_000, longest=24_000))
+    found = changes(here, BY_KEY["lora"].checkpointed())
+    assert found[0].text.startswith("--offload-activations")
+    assert found[0].peak < here.of(BY_KEY["lora"].checkpointed()).peak - 4 * (1 << 30)
+    on_processor = changes(replace(here, card=replace(here.card, kind="cpu")), BY_KEY["lora"].checkpointed())
+    assert not any("--offload-activations" in change.text for change in on_processor)
+
+
 def test_what_one_card_cannot_hold_at_all_is_said_to_take_several() -> None:
     here = case("llama-2-70b")
     last = changes(here, BY_KEY["qlora"])[-1]

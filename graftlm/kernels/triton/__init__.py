@@ -6,6 +6,7 @@
     blocks.py      weights in the blocks of GGUF files, dequantized
     product.py     the matmul of any of them
     routed.py      low-rank terms routed by token
+    paged.py       attention of single tokens over a paged KV cache
     adamw.py       the optimizer's step
     dropout.py     LoRA's dropout
     fused.py       norms, gated activations, rotary positions
@@ -21,7 +22,7 @@ import importlib.util
 from torch import Tensor
 
 from graftlm.kernels.self_check import SelfCheck
-from graftlm.kernels.triton import adamw, blocks, cross_entropy, dropout, fused, product, routed, weights
+from graftlm.kernels.triton import adamw, blocks, cross_entropy, dropout, fused, paged, product, routed, weights
 from graftlm.kernels.triton.adamw import step as adamw_step
 from graftlm.kernels.triton.adamw import steps as adamw_steps
 from graftlm.kernels.triton.blocks import blocks_dequantize
@@ -29,7 +30,7 @@ from graftlm.kernels.triton.cross_entropy import cross_entropy_in_place
 from graftlm.kernels.triton.device import FLOATS
 from graftlm.kernels.triton.dropout import dropped
 from graftlm.kernels.triton.product import matmul, matmul_t
-from graftlm.kernels.triton.routed import fits, low_rank_routed, low_rank_routed_backward
+from graftlm.kernels.triton.routed import add_by_table, fits, low_rank_routed, low_rank_routed_backward
 from graftlm.kernels.triton.weights import int8_dequantize, nf4_dequantize
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "adamw",
     "adamw_step",
     "adamw_steps",
+    "add_by_table",
     "blocks_dequantize",
     "cross_entropy_in_place",
+    "dropout",
     "dropped",
     "fits",
     "fused",
@@ -48,6 +51,7 @@ __all__ = [
     "matmul",
     "matmul_t",
     "nf4_dequantize",
+    "paged",
     "self_check",
     "status",
     "usable",
@@ -71,8 +75,10 @@ self_check = SelfCheck(
         "adamw_step": adamw.check,
         "adamw_steps": adamw.check_steps,
         "dropped": dropout.check,
+        "dropped_products": dropout.check_products,
         "cross_entropy": cross_entropy.check,
         "fused": fused.check,
+        "attend_rows": paged.check,
     },
 )
 

@@ -11,15 +11,21 @@ from graftlm.kernels.stored import BLOCK_SIZES, GgufBlocks
 from graftlm.kernels.triton.device import FLOATS, agree, ceil, launch
 
 KINDS = {kind: i for i, kind in enumerate(BLOCK_SIZES)}  # KIND of the programs
+TILE = 2048  # values of a program
+
+
+def words_of(weight: GgufBlocks) -> Tensor:
+    """Its blocks as words of two bytes, end to end, of which two begin at a multiple of four bytes."""
+    data = weight.data.contiguous()
+    return (data.clone() if data.storage_offset() % 4 else data).view(torch.int16)
 
 
 def blocks_dequantize(weight: GgufBlocks, dtype: torch.dtype = torch.float32) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if out.numel():
         launch(
-            "blocks", "dequantize", (ceil(out.numel(), 1024),), out,
-            weight.data.contiguous(), out, out.numel(),
-            KIND=KINDS[weight.kind], TILE=1024, fuse=False,
+            "blocks", "dequantize", (ceil(out.numel(), TILE),), out, words_of(weight), out, out.numel(),
+            KIND=KINDS[weight.kind], TILE=TILE, fuse=False,
         )  # fmt: skip
     return out
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.kernels.transfer import to_device
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STAGES = 2  # loads in flight; more need more shared memory than consumer GPUs have (99 KiB)
 
@@ -31,6 +33,12 @@ def launch(
     """
     with torch.cuda.device_of(like):
         getattr(programs(file), program)[grid](*arguments, enable_fp_fusion=fuse, **options)
+
+
+@functools.lru_cache(maxsize=4096)
+def constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a GPU, cached: every layer of every micro-batch uses the same."""
+    return to_device([torch.tensor(numbers, dtype=dtype)], device)[0]
 
 
 def interpreted() -> bool:

@@ -22,9 +22,11 @@ FEW_ROWS = 16
 TILES: dict[tuple[type, int], tuple[tuple[int, int], tuple[int, int]]] = {  # by form, and bytes of x's dtype
     (Nf4, 2): ((16, 256), (64, 64)),
     (Nf4, 4): ((16, 64), (64, 32)),
-    (GgufBlocks, 2): ((16, 128), (64, 32)),
-    (GgufBlocks, 4): ((16, 64), (64, 16)),
+    (GgufBlocks, 2): ((32, 128), (128, 32)),
+    (GgufBlocks, 4): ((16, 128), (128, 16)),
 }
+
+WARPS: dict[tuple[type, int], int] = {(GgufBlocks, 4): 8}  # of a program; 4 elsewhere
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
@@ -72,12 +74,13 @@ def few_rows(x: Tensor, weight: Nf4 | GgufBlocks, transposed: bool) -> Tensor:
     if isinstance(weight, Nf4):
         stored, start, decode, kind = weights.nf4_arguments(weight), weight.start, programs("weights").nf4_tile, 0
     else:
-        stored, start, decode, kind = weight.data.contiguous(), 0, programs("blocks").tile, blocks.KINDS[weight.kind]
-    columns, values = TILES[type(weight), x.element_size()][int(transposed)]
+        stored, start, decode, kind = blocks.words_of(weight), 0, programs("blocks").tile, blocks.KINDS[weight.kind]
+    form = type(weight), x.element_size()
+    columns, values = TILES[form][int(transposed)]
     launch(
         "product", "few_rows", (ceil(made, columns),), x, x, stored, y, start, len(x), summed, made, inner, x.stride(0),
         DECODE=decode, KIND=kind, TRANSPOSED=transposed, ROWS=FEW_ROWS, MADE=columns, SUMMED=values,
-        UPCAST=needs_upcast(x), num_stages=STAGES, fuse=False,
+        UPCAST=needs_upcast(x), num_stages=STAGES, num_warps=WARPS.get(form, 4), fuse=False,
     )  # fmt: skip
     return y
 

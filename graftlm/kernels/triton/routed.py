@@ -1,7 +1,7 @@
 """Low-rank terms routed by token on a GPU.
 
-A table of tiles (factor index, first token, last token) and the addresses of all A and B are inputs, so one launch handles
-any mixture of adapters and ranks.
+A table of tiles (3, tiles: factor index, first token, last token of each) and the addresses of all A and B are inputs, so one
+launch handles any mixture of adapters and ranks.
 
     forward        h = s x A^T        shrink over `in`       y += h B^T        expand over `out`
     backward       dh = s dy B        shrink over `out`      dx += dh A        expand over `in`
@@ -19,10 +19,9 @@ from torch import Tensor
 
 from graftlm.kernels import reference
 from graftlm.kernels.gpu_low_rank import factor_gradient
-from graftlm.kernels.routing import FactorList, FactorRange, Routing
+from graftlm.kernels.routing import TABLE_TOKENS, FactorList, FactorRange, FactorTable, Routing, tiles_of
 from graftlm.kernels.self_check import close, sample
-from graftlm.kernels.transfer import to_device
-from graftlm.kernels.triton.device import STAGES, ceil, launch, needs_upcast
+from graftlm.kernels.triton.device import STAGES, ceil, constants, launch, needs_upcast
 
 LARGEST_RANK = 128  # one program holds a whole row of h; larger ranks go to the reference
 WIDE = 64  # columns of y in a program that expands
@@ -38,24 +37,13 @@ def expand_summed(dtype: torch.dtype, padded: int) -> int:
     return min(padded, 16 if dtype == torch.float32 else 64)
 
 
-@functools.lru_cache(maxsize=4096)
-def _table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a GPU, cached: every layer of every micro-batch uses the same."""
-    return to_device([torch.tensor(numbers, dtype=dtype)], device)[0]
-
-
 @functools.lru_cache(maxsize=256)
 def _tiles(ranges: tuple[FactorRange, ...], ranks: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """(factor index, first token, last token) of each tile, one after the other, and how many tokens a tile has at most."""
+    """The factor index of each tile, then the first token of each, then the last; and how many tokens a tile has at most."""
     longest = max((last - first for factor_index, first, last in ranges if ranks[factor_index]), default=0)
     tokens = 64 if longest > 32 else 32 if longest > 16 else 16
-    tiles = (
-        (factor_index, begin, min(begin + tokens, last))
-        for factor_index, first, last in ranges
-        if ranks[factor_index]
-        for begin in range(first, last, tokens)
-    )
-    return tuple(number for tile in tiles for number in tile), tokens
+    tiles = tiles_of([part for part in ranges if ranks[part[0]]], tokens)
+    return tuple(number for field in zip(*tiles) for number in field), tokens
 
 
 class _Routes:
@@ -73,38 +61,66 @@ class _Routes:
         self.largest = max((ranks[factor_index] for factor_index, first, last in ranges if first < last), default=0)
         tiles, self.tokens = _tiles(tuple(ranges), ranks)
         self.count, device = len(tiles) // 3, like.device
-        self.tiles, self.ranks = (_table(numbers, torch.int32, device) for numbers in (tiles, ranks))
-        self.scale = _table(tuple(routing.scale), torch.float32, device)
+        self.tiles, self.ranks = (constants(numbers, torch.int32, device) for numbers in (tiles, ranks))
+        self.scale = constants(tuple(routing.scale), torch.float32, device)
         self.pointers = [
-            _table(tuple(0 if m is None else m.data_ptr() for m in side), torch.int64, device) for side in self.matrices
+            constants(tuple(0 if m is None else m.data_ptr() for m in side), torch.int64, device)
+            for side in self.matrices
         ]
 
-    @property
-    def padded(self) -> int:
-        """The least power of two that the tensor cores take and every rank fits."""
-        return max(16, 1 << (self.largest - 1).bit_length())
-
-    def shrink(self, x: Tensor, side: int, scaled: bool) -> Tensor:
-        """h (tokens, largest rank) = x M^T, M = A (side 0) or B^T (side 1); rows outside all tiles are not written."""
+    def shrink(self, x: Tensor, side: int) -> Tensor:
+        """h (tokens, largest rank) = s x M^T, M = A (side 0) or B^T (side 1); rows outside all tiles are not written."""
         h = torch.empty(len(x), self.largest, dtype=x.dtype, device=x.device)
         if self.count:
-            launch(
-                "routed", "shrink", (self.count,), x,
-                x, x.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, h, h.stride(0), x.shape[1],
-                RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded,
-                SUMMED=shrink_summed(x.dtype, self.padded), UPCAST=needs_upcast(x), num_stages=STAGES, fuse=True,
+            _shrink(
+                x, h, self.tiles, self.count, self.pointers[side], self.ranks, self.scale, self.tokens,
+                side == 0 or self.transposed,
             )  # fmt: skip
         return h
 
-    def expand(self, h: Tensor, y: Tensor, side: int, scaled: bool) -> None:
+    def expand(self, h: Tensor, y: Tensor, side: int) -> None:
         """y += h M in place, M = A (side 0) or B^T (side 1)."""
         if self.count:
-            launch(
-                "routed", "expand", (self.count, ceil(y.shape[1], WIDE)), y,
-                h, h.stride(0), self.tiles, self.pointers[side], self.ranks, self.scale, y, y.stride(0), y.shape[1],
-                RANK_FIRST=side == 0 or self.transposed, SCALED=scaled, TOKENS=self.tokens, R=self.padded, WIDE=WIDE,
-                SUMMED=expand_summed(h.dtype, self.padded), UPCAST=needs_upcast(h), num_stages=STAGES, fuse=True,
+            _expand(
+                h, y, self.tiles, self.count, self.pointers[side], self.ranks, self.scale, self.tokens,
+                side == 0 or self.transposed,
             )  # fmt: skip
+
+
+def _padded(rank: int) -> int:
+    """The least power of two that the tensor cores take and the rank fits."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _shrink(
+    x: Tensor, h: Tensor, tiles: Tensor, count: int, pointers: Tensor, ranks: Tensor, scale: Tensor, tokens: int,
+    rank_first: bool,
+) -> None:  # fmt: skip
+    padded = _padded(h.shape[1])
+    launch(
+        "routed", "shrink", (count,), x, x, x.stride(0), tiles, pointers, ranks, scale, h, h.stride(0), x.shape[1],
+        RANK_FIRST=rank_first, SCALED=True, TOKENS=tokens, R=padded, SUMMED=shrink_summed(x.dtype, padded),
+        UPCAST=needs_upcast(x), num_stages=STAGES, fuse=True,
+    )  # fmt: skip
+
+
+def _expand(
+    h: Tensor, y: Tensor, tiles: Tensor, count: int, pointers: Tensor, ranks: Tensor, scale: Tensor, tokens: int,
+    rank_first: bool,
+) -> None:  # fmt: skip
+    padded = _padded(h.shape[1])
+    launch(
+        "routed", "expand", (count, ceil(y.shape[1], WIDE)), y, h, h.stride(0), tiles, pointers, ranks, scale, y, y.stride(0),
+        y.shape[1], RANK_FIRST=rank_first, SCALED=False, TOKENS=tokens, R=padded, WIDE=WIDE,
+        SUMMED=expand_summed(h.dtype, padded), UPCAST=needs_upcast(h), num_stages=STAGES, fuse=True,
+    )  # fmt: skip
+
+
+def add_by_table(y: Tensor, x: Tensor, table: FactorTable, tiles: Tensor, largest: int) -> None:
+    """As the reference's, for ranks up to `largest`; what is launched depends on the shapes alone."""
+    h = torch.empty(len(x), largest, dtype=x.dtype, device=x.device)
+    _shrink(x, h, tiles, tiles.shape[1], table.A, table.ranks, table.scale, TABLE_TOKENS, True)
+    _expand(h, y, tiles, tiles.shape[1], table.B, table.ranks, table.scale, TABLE_TOKENS, True)
 
 
 def fits(x: Tensor, y: Tensor, routing: Routing) -> bool:
@@ -124,8 +140,8 @@ def fits(x: Tensor, y: Tensor, routing: Routing) -> bool:
 def low_rank_routed(y: Tensor, x: Tensor, routing: Routing) -> list[Tensor | None]:
     """As the reference's: y += s (x A^T) B^T, each range with its factor pair; returns h = s x A^T of each range."""
     routes = _Routes(routing, x)
-    h = routes.shrink(x, 0, scaled=True)  # (tokens, R)
-    routes.expand(h, y, 1, scaled=False)
+    h = routes.shrink(x, 0)  # (tokens, R)
+    routes.expand(h, y, 1)
     return [
         None if a is None or routing.B[factor_index] is None or first == last else h[first:last, : len(a)]
         for (factor_index, first, last) in routing.ranges
@@ -142,9 +158,9 @@ def low_rank_routed_backward(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """As the reference's: gradients to each factor pair's A and B; the one to x is added to `dx`."""
     routes = _Routes(routing, dy)
-    dh = routes.shrink(dy, 1, scaled=True)  # (tokens, R)
+    dh = routes.shrink(dy, 1)  # (tokens, R)
     if dx is not None:
-        routes.expand(dh, dx, 0, scaled=False)
+        routes.expand(dh, dx, 0)
     dA: list[Tensor | None] = [None] * len(routing.A)
     dB: list[Tensor | None] = [None] * len(routing.B)
     for (factor_index, first, last), h in zip(routing.ranges, hidden, strict=True):
@@ -183,4 +199,16 @@ def check(device: torch.device) -> bool:
         backward(dy.to(dtype), x.to(dtype), hidden, routing, dx)
         outcomes.append([y.float(), dx.float()])
     *found, truth = outcomes
-    return all(close(ours, wanted) for ours in found for ours, wanted in zip(ours, truth, strict=True))
+    if not all(close(ours, wanted) for ours in found for ours, wanted in zip(ours, truth, strict=True)):
+        return False
+    factors = [(a.contiguous(), b.T.contiguous()) for a, b in zip(A[1:], B[1:]) if a is not None and b is not None]
+    table = FactorTable(
+        torch.tensor([0, *(a.data_ptr() for a, _ in factors), 0], device=device),
+        torch.tensor([0, *(b.data_ptr() for _, b in factors), 0], device=device),
+        torch.tensor([0, *(len(a) for a, _ in factors), 0], dtype=torch.int32, device=device),
+        torch.tensor([*scale, 0.0], device=device),
+    )
+    tiles = torch.tensor([*tiles_of(ranges, TABLE_TOKENS), (0, 0, 0)], device=device).T.contiguous()
+    y = torch.ones(43, 70, device=device)
+    add_by_table(y, x, table, tiles, 17)
+    return close(y, truth[0])

@@ -134,6 +134,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
+            self.engine.warm_up()
             self._work()
         except Exception:
             _log.exception("the engine's thread has died")

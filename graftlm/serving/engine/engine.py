@@ -168,6 +168,11 @@ class Engine:
     # ---- from the engine's thread -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Make what the first requests would wait for: a GPU's graphs, seconds."""
+        self.runner.warm_up()
+
+    @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Do one step; returns what is new, in no order between requests."""
         began, cpu_began = time.perf_counter(), time.thread_time()

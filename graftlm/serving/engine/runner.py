@@ -27,8 +27,9 @@ from graftlm.base.kv_cache import LayerKVSpec, PagedAttention, PagedKVCache
 from graftlm.base.loading import Base
 from graftlm.kernels import to_device
 from graftlm.segments import Segments
+from graftlm.serving.engine.graph_decoder import GraphDecoder, graph_decoder_of
 from graftlm.serving.engine.kv_cache import BlockPool, hash_block, hash_root
-from graftlm.serving.engine.native_decoder import native_decoder_of
+from graftlm.serving.engine.native_decoder import NativeDecoder, native_decoder_of
 from graftlm.serving.engine.sequence import Sequence
 
 Work = list[tuple[Sequence, int]]
@@ -48,12 +49,16 @@ class PagedRunner:
         max_blocks = min(blocks, -(-limit // block)) if limit else blocks
         self.kv_cache = PagedKVCache(
             layers, blocks=blocks, block=block, batch_slots=batch_slots, max_blocks=max_blocks,
-            dtype=base.activation_dtype, device=base.device,
+            dtype=base.activation_dtype, device=base.device, spare=base.device.type == "cuda",
         )  # fmt: skip
         self.max_model_len = min(limit or blocks * block, blocks * block)
         """Tokens of the longest sequence that the memory and the model take."""
         positions = min(self.max_model_len, max_blocks * block)
-        self.decoder, self.why_no_decoder = native_decoder_of(base, self.kv_cache, positions)
+        self.decoder: NativeDecoder | GraphDecoder | None
+        if base.device.type == "cuda":
+            self.decoder, self.why_no_decoder = graph_decoder_of(base, self.kv_cache, batch_slots)
+        else:
+            self.decoder, self.why_no_decoder = native_decoder_of(base, self.kv_cache, positions)
         self._batch_slots = list(range(batch_slots - 1, -1, -1))
 
     @property
@@ -64,6 +69,11 @@ class PagedRunner:
     def kv_cache_usage(self) -> float:
         """The share of the blocks that running sequences hold."""
         return self.blocks.used / self.blocks.count
+
+    def warm_up(self) -> None:
+        """What the first requests would wait for."""
+        if isinstance(self.decoder, GraphDecoder):
+            self.decoder.capture_all()
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a sequence a batch slot and the cached beginning of its tokens, if there are blocks for the rest."""
@@ -147,19 +157,19 @@ class PagedRunner:
         return sequences, hidden[to_device([torch.tensor(ends)], hidden.device)[0]]
 
     def _hidden(self, work: Work) -> Tensor:
-        """The states of all new tokens (T, width): by the native decoder where it can, else by the model's own code."""
+        """The states of all new tokens (T, width): by the decoder where it can, else by the model's own code."""
         lengths = tuple(n for _, n in work)
         computed = tuple(s.num_computed for s, _ in work)
         batch_slots, slots = [s.batch_slot for s, _ in work], tuple(s.adapter_slot for s, _ in work)
         new = [t for s, n in work for t in s.tokens[s.num_computed : s.num_computed + n]]
-        (ids,) = to_device([torch.tensor(new)], self.base.device)  # (T,)
+        ids = torch.tensor(new)  # (T,)
         if self.decoder is not None:
             hidden = self.decoder.hidden(ids, lengths, computed, batch_slots, slots)
             if hidden is not None:
                 return hidden
         attention = PagedAttention(self.kv_cache, lengths, computed, batch_slots)
         segments = Segments(lengths=lengths, slots=slots, cached=computed, kv_cache=attention)
-        return self.base.hidden(ids, ForwardContext(segments))
+        return self.base.hidden(to_device([ids], self.base.device)[0], ForwardContext(segments))
 
 
 class _Group:
@@ -199,6 +209,9 @@ class StackedRunner:
     def kv_cache_usage(self) -> float:
         """The share of the tokens that running sequences may grow to."""
         return self._reserved / self.tokens
+
+    def warm_up(self) -> None:
+        """Nothing is made before it is needed."""
 
     def admit(self, sequence: Sequence) -> bool:
         """Count a sequence in, at its longest, if it still fits."""

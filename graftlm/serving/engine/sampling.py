@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,32 +37,26 @@ def sample_all(logits: Tensor, sequences: Sequences[Sequence]) -> list[tuple[int
                 apply_penalties(row, sequence.request.sampling, sequence.request.prompt, sequence.generated)
             if sequence.matcher is not None:
                 sequence.matcher.restrict(row)
-    random = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
-    tokens = [0] * len(sequences) if len(random) == len(sequences) else logits.argmax(-1).tolist()
-    if random:
-        params = [sequences[i].request.sampling for i in random]
-        numbers = [uniform(p.seed, sequences[i].index, sequences[i].num_generated) for i, p in zip(random, params)]
-        rows = logits if len(random) == len(logits) else logits[torch.tensor(random, device=logits.device)]
-        for i, token in zip(random, sample(rows, params, numbers)):
-            tokens[i] = token
-    wanted = [s.request.logprobs for s in sequences]
-    return [
-        (token, None if count is None else logprobs_of(row, token, count))
-        for token, row, count in zip(tokens, unchanged, wanted)
-    ]
+    params = [s.request.sampling for s in sequences]
+    numbers = [0.0 if p.greedy else uniform(p.seed, s.index, s.num_generated) for p, s in zip(params, sequences)]
+    tokens = sample(logits, params, numbers)
+    counts = [s.request.logprobs for s in sequences]
+    wanted = [i for i, count in enumerate(counts) if count is not None]
+    found = _logprobs([(unchanged[i], tokens[i], counts[i] or 0) for i in wanted])
+    logprobs = dict(zip(wanted, found))
+    return [(token, logprobs.get(i)) for i, token in enumerate(tokens)]
 
 
 def apply_penalties(row: Tensor, sampling: SamplingParams, prompt: Sequences[int], answer: Sequences[int]) -> None:
     """Apply penalties and biases to a row of logits (V,) in place."""
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*prompt, *answer}), device=row.device)
+        seen = _on(row.device, sorted({*prompt, *answer}))
         values = row[seen]
         penalty = sampling.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if answer and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = Counter(answer)
-        ids = torch.tensor(list(counts), device=row.device)
-        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+        ids, times = _on(row.device, list(counts)), _on(row.device, list(counts.values()), row.dtype)
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
     apply_logit_bias(row, sampling.bias)
 
@@ -70,8 +65,12 @@ def apply_logit_bias(row: Tensor, bias: Mapping[int, float]) -> None:
     """Add to the logits of single tokens, in place; ids beyond the vocabulary are left out."""
     known = {token: value for token, value in bias.items() if 0 <= token < len(row)}
     if known:
-        ids = torch.tensor(list(known), device=row.device)
-        row[ids] += torch.tensor(list(known.values()), dtype=row.dtype, device=row.device)
+        row[_on(row.device, list(known))] += _on(row.device, list(known.values()), row.dtype)
+
+
+def _on(device: torch.device, values: Sequences[Any], dtype: torch.dtype | None = None) -> Tensor:
+    """Values of the host on a device, without waiting for it."""
+    return to_device([torch.tensor(values, dtype=dtype)], device)[0]
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -80,30 +79,52 @@ def uniform(seed: int, index: int, position: int) -> float:
 
 
 def sample(logits: Tensor, samplings: Sequences[SamplingParams], numbers: Sequences[float]) -> list[int]:
-    """One token for each row of logits (n, V), none of them greedy."""
+    """One token for each row of logits (n, V): the likeliest where it is greedy, else drawn with the row's number.
+
+    The host waits for the device once, and a second time where the cut of a tail lies beyond the likeliest that are looked at.
+    """
     device = logits.device
-    (temperature,) = to_device([torch.tensor([s.temperature for s in samplings])], device)
-    p = torch.softmax(logits.float() / temperature[:, None], dim=-1)  # (n, V)
-    u = to_device([torch.tensor(numbers, dtype=torch.float64)], device)[0][:, None]  # (n, 1)
-    found = [0] * len(samplings)
-    # How a row is drawn depends on the row alone: from the whole vocabulary in its order, or from the likeliest in theirs.
-    whole = [i for i, s in enumerate(samplings) if s.top_k == 0 and s.top_p >= 1 and s.min_p == 0]
-    if whole:
-        all_whole = len(whole) == len(samplings)
-        for i, token in zip(whole, _pick(p, u) if all_whole else _pick(p[whole], u[whole])):
-            found[i] = token
-    left = [i for i in range(len(samplings)) if i not in set(whole)]
-    h = min(p.shape[1], max(_HEAD, *(s.top_k for s in samplings), 0))
-    while left:
-        kept, ids = _head(p[left], h, [samplings[i] for i in left])
-        places = torch.tensor(_pick(kept, u[left]), device=device)
-        tokens = ids.gather(1, places[:, None])[:, 0].tolist()
-        short = ((kept[:, -1] > 0) & (h < p.shape[1])).tolist()  # the cut may lie beyond what was looked at
-        for i, token in zip(left, tokens):
-            found[i] = token
-        left = [i for i, again in zip(left, short) if again]
-        h = p.shape[1]
-    return found
+    random = [i for i, s in enumerate(samplings) if not s.greedy]
+    if not random:
+        return logits.argmax(-1).tolist()
+    drawn = [samplings[i] for i in random]
+    rows = _on(device, random) if len(random) < len(samplings) else None
+    temperature = _on(device, [s.temperature for s in drawn])
+    p = torch.softmax((logits if rows is None else logits[rows]).float() / temperature[:, None], dim=-1)  # (n, V)
+    u = _on(device, [numbers[i] for i in random], torch.float64)[:, None]  # (n, 1)
+    h = min(p.shape[1], max(_HEAD, *(s.top_k for s in drawn), 0))
+    found, short = _draw(p, u, drawn, h)
+    if rows is not None:
+        found = logits.argmax(-1).index_copy_(0, rows, found)
+    read = (found if short is None else torch.cat([found, short])).tolist()
+    tokens, again = read[: len(samplings)], [j for j, is_short in enumerate(read[len(samplings) :]) if is_short]
+    if again:
+        at = _on(device, again)
+        whole, _ = _draw(p[at], u[at], [drawn[j] for j in again], p.shape[1])
+        for j, token in zip(again, whole.tolist()):
+            tokens[random[j]] = token
+    return tokens
+
+
+def _draw(p: Tensor, u: Tensor, samplings: Sequences[SamplingParams], h: int) -> tuple[Tensor, Tensor | None]:
+    """One token for each row of p (n, V) by u (n, 1), and where tails are cut off whether the cut may lie beyond the h
+    likeliest; both (n,) int64.
+
+    How a row is drawn depends on the row alone: from the whole vocabulary in its order, or from the likeliest in theirs.
+    """
+    cut = [i for i, s in enumerate(samplings) if s.top_k or s.top_p < 1 or s.min_p]
+    if not cut:
+        return _pick(p, u), None
+    rows = _on(p.device, cut) if len(cut) < len(samplings) else None
+    own, theirs = (p, u) if rows is None else (p[rows], u[rows])
+    kept, ids = _head(own, h, [samplings[i] for i in cut])
+    tokens = ids.gather(1, _pick(kept, theirs)[:, None])[:, 0]
+    short = ((kept[:, -1] > 0) & (h < p.shape[1])).long()
+    if rows is None:
+        return tokens, short
+    return _pick(p, u).index_copy_(0, rows, tokens), torch.zeros_like(u[:, 0], dtype=torch.int64).index_copy_(
+        0, rows, short
+    )
 
 
 def _head(p: Tensor, h: int, samplings: Sequences[SamplingParams]) -> tuple[Tensor, Tensor]:
@@ -111,22 +132,23 @@ def _head(p: Tensor, h: int, samplings: Sequences[SamplingParams]) -> tuple[Tens
     device = p.device
     values, ids = p.topk(h, dim=-1)  # (n, h)
     values = values.double()
-    ks = torch.tensor([min(s.top_k or h, h) - 1 for s in samplings], device=device)[:, None]
-    least = values.gather(1, ks)  # the k-th value
-    unlimited = torch.tensor([s.top_k == 0 for s in samplings], device=device)[:, None]
+    top_k = _on(device, [s.top_k for s in samplings])[:, None]
+    unlimited = top_k == 0
+    least = values.gather(1, torch.where(unlimited, h, top_k.clamp_max(h)) - 1)  # the k-th value
     values = torch.where(unlimited | (values >= least), values, 0.0)
     mass = torch.where(unlimited, 1.0, values.sum(1, keepdim=True))
-    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)[:, None]
+    top_p = _on(device, [s.top_p for s in samplings], torch.float64)[:, None]
     before = (values.cumsum(1) - values) / mass
     inside = (before < top_p) | (top_p >= 1)
     last = torch.where(inside, values, torch.inf).amin(1, keepdim=True)  # equally likely ones stay together
     values = torch.where(values >= last, values, 0.0)
-    min_p = torch.tensor([s.min_p for s in samplings], dtype=torch.float64, device=device)[:, None]
+    min_p = _on(device, [s.min_p for s in samplings])[:, None]
     return torch.where(values >= min_p * values[:, :1], values, 0.0), ids
 
 
-def _pick(p: Tensor, u: Tensor) -> list[int]:
-    """The index at which the running sum of each row of p (n, m), not normalized, passes the share u (n, 1) of its total."""
+def _pick(p: Tensor, u: Tensor) -> Tensor:
+    """(n,) int64: the index at which the running sum of each row of p (n, m), not normalized, passes the share u (n, 1) of its
+    total."""
     n, m = p.shape
     parts = (m + _PART - 1) // _PART
     padded = torch.nn.functional.pad(p, (0, parts * _PART - m)).view(n, parts, _PART)
@@ -138,14 +160,26 @@ def _pick(p: Tensor, u: Tensor) -> list[int]:
     start = torch.where(part > 0, sums.gather(1, (part - 1).clamp_min(0)), 0.0)
     place = torch.searchsorted(within, target - start, right=True)
     last = (within < within[:, -1:]).sum(1, keepdim=True)  # the last one that adds something
-    return (part * _PART + torch.minimum(place, last))[:, 0].clamp_max(m - 1).tolist()
+    return (part * _PART + torch.minimum(place, last))[:, 0].clamp_max(m - 1)
 
 
-def logprobs_of(row: Tensor, token: int, count: int) -> TokenLogprobs:
-    """The log probability of `token` in a row of logits (V,), and the `count` likeliest tokens with theirs."""
-    logprobs = torch.log_softmax(row.float(), dim=-1)
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
+def _logprobs(rows: Sequences[tuple[Tensor, int, int]]) -> list[TokenLogprobs]:
+    """Of each (row of logits (V,), token, count): the token's log probability, and the `count` likeliest tokens with theirs.
+
+    All are read from the device at once.
+    """
+    parts: list[Tensor] = []
+    for row, token, count in rows:
+        logprobs = torch.log_softmax(row.float(), dim=-1)
         values, ids = logprobs.topk(min(count, len(logprobs)))
-        top = tuple(zip(ids.tolist(), values.tolist()))
-    return TokenLogprobs(token, float(logprobs[token]), top)
+        parts += [logprobs[token : token + 1].double(), ids.double(), values.double()]  # exactly what they were
+    read = torch.cat(parts).tolist() if parts else []
+    found: list[TokenLogprobs] = []
+    at = 0
+    for row, token, count in rows:
+        count = min(count, len(row))
+        ids = [int(number) for number in read[at + 1 : at + 1 + count]]
+        values = read[at + 1 + count : at + 1 + 2 * count]
+        found.append(TokenLogprobs(token, read[at], tuple(zip(ids, values))))
+        at += 1 + 2 * count
+    return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import RequestError
+from graftlm.kernels import to_device
 from graftlm.serving.engine.schema_endings import endless
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -109,7 +110,7 @@ class GrammarMatcher:
         self._look()
         if not self.failure:
             allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: len(row)]
-            row.masked_fill_(torch.from_numpy(allowed == 0).to(row.device), float("-inf"))
+            row.masked_fill_(to_device([torch.from_numpy(allowed == 0)], row.device)[0], float("-inf"))
 
     def accept(self, token: int) -> bool:
         """Go on by a token; True when the answer is complete with it, or `failure` says why it cannot go on."""

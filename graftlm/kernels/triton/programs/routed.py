@@ -3,6 +3,7 @@
 """Low-rank terms routed by token: one launch handles any mixture of adapters and ranks.
 
 Each program takes one tile of tokens with the same factor pair, finds its matrix by its address, and accumulates in float32.
+A tile whose factor pair has rank 0, or without tokens, does nothing: a table of tiles may have room for more than there are.
 
 Letters: x (tokens, in), y (tokens, out); a factor pair's A (r, in) and B (out, r), h (tokens, R) with R >= every r.
 """
@@ -18,8 +19,8 @@ from graftlm.kernels.triton.programs.dot import dot
 @triton.jit
 def tile_of(tiles, pointers, ranks, like, TOKENS: tl.constexpr):
     """This program's factor index, its rank and matrix, the tile's tokens (TOKENS,), and which of them there are."""
-    tile = tl.program_id(0)
-    factor_index, first, last = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    tile, count = tl.program_id(0), tl.num_programs(0)
+    factor_index, first, last = tl.load(tiles + tile), tl.load(tiles + count + tile), tl.load(tiles + 2 * count + tile)
     matrix = tl.load(pointers + factor_index).to(tl.pointer_type(like.dtype.element_ty))
     token = first + tl.arange(0, TOKENS)
     return factor_index, tl.load(ranks + factor_index), matrix, token, token < last
@@ -35,7 +36,7 @@ def shrink(
     factor_index, rank, matrix, token, there = tile_of(tiles, pointers, ranks, x, TOKENS)
     r = tl.arange(0, R)
     total = tl.zeros((TOKENS, R), dtype=tl.float32)
-    for begin in range(0, wide, SUMMED):
+    for begin in range(0, tl.where(rank > 0, wide, 0), SUMMED):
         w = begin + tl.arange(0, SUMMED)
         x_inside = there[:, None] & (w[None, :] < wide)
         part = tl.load(x + token[:, None].to(tl.int64) * x_stride + w[None, :], mask=x_inside, other=0.0)

@@ -1,0 +1,40 @@
+"""A sequence of launches captured once and launched again as one: CUDA graphs.
+
+What is captured is fixed: the kernels, their order, shapes, numbers and addresses. So a region reads what changes from memory
+on the GPU, waits for nothing, copies nothing from or to the host, and its shapes depend on nothing but what it was captured
+for. It has run before, so that every kernel is loaded and every check made. What it allocates stays its own, in a pool
+that graphs share which never run at the same time.
+
+Traced; no graph has been captured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Graphs:
+    """Graphs on one GPU which share their memory: none runs before the result of the one before it was used."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def capture(self, region: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What launches all that `region` launches, and the tensor that it writes then.
+
+        Other threads may use the GPU meanwhile. Raises RuntimeError for a region that cannot be captured.
+        """
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            out = region()
+        return graph.replay, out

@@ -1,0 +1,179 @@
+"""Decoding on a GPU by CUDA graphs: a step of up to 8, 16, ... sequences is captured once and launched as one from then on.
+
+    decoder, reason = graph_decoder_of(base, cache, most=128)
+    states = decoder.hidden(ids, lengths, pasts, batch_slots, slots)     # None: this step needs the model's own code
+
+A step of decoding is hundreds of short kernels, and launching them takes the host longer than the GPU needs to run them. What
+a step launches depends here on the number of its rows, rounded up, and on the largest rank of its adapters: tokens, positions,
+blocks, lengths and adapters are read on the GPU from memory that does not move (`base/decode_inputs.py`,
+`adapters/factor_tables.py`). The first step of a kind runs eagerly, which loads its kernels and makes their checks; the second
+is captured; later ones fill in their numbers, one copy from the host, and are replayed. Where a capture fails, steps go on
+eagerly, and `why_eager` says why.
+
+Steps with prompts in them are not decoding, and adapters of other kinds (DoRA, whole layers, rows of the embedding, experts)
+are not in tables: those steps run as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from graftlm import kernels
+from graftlm.adapters.factor_tables import FactorTables
+from graftlm.base.context import ForwardContext
+from graftlm.base.decode_inputs import DecodeInputs
+from graftlm.base.kv_cache import PagedKVCache
+from graftlm.base.loading import Base
+from graftlm.base.modules import StoredStack
+from graftlm.segments import Segments
+
+RANKS = (0, 16, 32, 64, 128)  # those of a step's adapters are rounded up to one of these
+MOST_ROWS = 512  # of a captured step: with more, kernels take longer than their launches
+_TILES = 16  # of rows with one adapter, beside one for each TABLE_TOKENS rows
+
+assert RANKS[-1] == kernels.MOST_TABLE_RANK
+
+
+class Capturing(Protocol):
+    """What captures a region: `kernels.Graphs`."""
+
+    def capture(self, region: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]: ...
+
+
+def row_counts(most: int) -> list[int]:
+    """The numbers of rows that steps are captured for: the smaller, the closer, up to `most` or MOST_ROWS."""
+    most = min(most, MOST_ROWS)
+    counts = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
+    return [n for n in counts if n < most] + [most]
+
+
+@dataclass(eq=False)
+class _CapturedStep:
+    """Steps of one number of rows and one largest rank: their inputs, and the graph once there is one."""
+
+    inputs: DecodeInputs
+    rank: int
+    tables: FactorTables
+    runs: int = 0
+    replay: Callable[[], None] | None = None
+    out: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        return self.inputs.positions
+
+    def add_adapters(self, module: Any, y: Tensor, x: Tensor) -> None:
+        table = self.tables.of(module) if self.rank else None
+        if table is not None:
+            kernels.add_by_table(y, x, table, self.inputs.tiles, self.rank)
+
+    def run(self, base: Base) -> Tensor:
+        """The forward pass of all rows, (rows, width): what is captured."""
+        rows = self.inputs.rows
+        segments = Segments(lengths=(1,) * rows, slots=(0,) * rows, kv_cache=self.inputs.attention(), on_device=self)
+        return base.hidden(self.inputs.ids, ForwardContext(segments))
+
+
+class GraphDecoder:
+    """Steps of decoding of one base over one KV cache, of up to `most` sequences."""
+
+    def __init__(self, base: Base, cache: PagedKVCache, most: int, graphs: Capturing) -> None:
+        self.base, self.cache, self.graphs = base, cache, graphs
+        self.why_eager = ""
+        """Why no further step is captured, if one could not be."""
+        self._counts = row_counts(most)
+        self._tables = FactorTables(base, entries=self._counts[-1] + 1)
+        self._blocks = torch.zeros(self._counts[-1], cache.tables.shape[1], dtype=torch.int64, device=cache.device)
+        self._inputs: dict[int, DecodeInputs] = {}
+        self._steps: dict[tuple[int, int, tuple[int, ...]], _CapturedStep] = {}
+
+    def hidden(
+        self,
+        ids: Tensor,
+        lengths: Sequence[int],
+        pasts: Sequence[int],
+        batch_slots: Sequence[int],
+        slots: Sequence[int],
+    ) -> Tensor | None:
+        """ids (n,) on the host, of sequences in the order of their slots -> their states behind the last norm (n, width).
+
+        As `NativeDecoder.hidden`; the states are overwritten by the next step. None where a segment has several tokens, there
+        are more than this was made for, or an adapter is not in tables.
+        """
+        n = len(lengths)
+        if max(lengths) > 1 or n > self._counts[-1]:
+            return None
+        found = self._tables.entries_of(set(slots))
+        if found is None:
+            return None
+        entries, largest = found
+        step = self._step(n, largest)
+        ranges = Segments(lengths=tuple(lengths), slots=tuple(slots)).slot_ranges if largest else ()
+        tiles = kernels.tiles_of([(entries[slot], a, b) for slot, a, b in ranges if slot], kernels.TABLE_TOKENS)
+        if len(tiles) > step.inputs.tiles.shape[1]:
+            return None
+        step.inputs.fill(ids, pasts, batch_slots, tiles)
+        return self._run(step)[:n]
+
+    def capture_all(self) -> None:
+        """Capture the steps of the bare base before the first request, so that none waits for it; the largest first, whose
+        memory the others use too."""
+        for rows in reversed(self._counts):
+            step = self._step(rows, 0)
+            step.inputs.fill(torch.empty(0, dtype=torch.int64), (), (), ())
+            while step.runs < 2:
+                self._run(step)
+
+    def _step(self, n: int, largest: int) -> _CapturedStep:
+        rows = next(count for count in self._counts if count >= n)
+        rank = next(rank for rank in RANKS if rank >= largest)
+        layers = self._tables.layers if rank else ()  # those that have adapters run other kernels
+        key = rows, rank, layers
+        if key not in self._steps:
+            self._steps = {k: s for k, s in self._steps.items() if not k[1] or k[2] == self._tables.layers}
+            if rows not in self._inputs:
+                tiles = min(rows, -(-rows // kernels.TABLE_TOKENS) + _TILES)
+                self._inputs[rows] = DecodeInputs(self.cache, self._blocks, rows=rows, tiles=tiles)
+            self._steps[key] = _CapturedStep(self._inputs[rows], rank, self._tables)
+        return self._steps[key]
+
+    def _run(self, step: _CapturedStep) -> Tensor:
+        step.runs += 1
+        if step.replay is None and step.runs > 1 and not self.why_eager:
+            try:
+                step.replay, step.out = self.graphs.capture(lambda: step.run(self.base))
+            except RuntimeError as error:  # torch's errors of CUDA are, memory that is short too
+                self.why_eager = f"a step could not be captured ({str(error).strip().splitlines()[0][:200]})"
+        if step.replay is None or step.out is None:
+            return step.run(self.base)
+        step.replay()
+        return step.out
+
+
+def graph_decoder_of(base: Base, cache: PagedKVCache, most: int) -> tuple[GraphDecoder | None, str]:
+    """Decoding by graphs of a base over `cache`, for up to `most` sequences; or None, and why its kernels are launched one by
+    one."""
+    if base.device.type != "cuda":
+        return None, f"CUDA graphs are for GPUs; this is {base.device}"
+    if base.keeps_state:
+        return None, "a forward pass changes something in this model's modules"
+    for layer, keys in cache.keys.items():
+        if not kernels.reads_blocks(keys, cache.values[layer]):
+            return None, f"the kernels of decoding do not run here, or not with the heads of layer {layer}"
+    like = torch.empty(0, dtype=base.activation_dtype, device=base.device)
+    for name, module in base.stored().items():
+        if isinstance(module, StoredStack) and not (
+            module.dense is not None
+            and module.dense.dtype == like.dtype
+            and kernels.has_grouped_matmul(like, module.in_features, module.out_features)
+        ):
+            return (
+                None,
+                f"the experts of {name} are taken one by one, and how many rows each gets decides what is launched",
+            )
+    return GraphDecoder(base, cache, most, kernels.Graphs(base.device)), ""
