@@ -224,8 +224,11 @@ ANSWERS: dict[str, OptionAnswer] = {
     **_each(
         "save_only_model save_safetensors logging_steps logging_dir logging_first_step logging_strategy "
         "disable_tqdm log_level "
-        "plot_loss include_num_input_tokens_seen include_tokens_per_second ddp_timeout",
+        "plot_loss include_num_input_tokens_seen include_tokens_per_second",
         OptionAnswer(_LOGGED, None),
+    ),
+    "ddp_timeout": OptionAnswer(
+        "a rank that shows no progress is ended after --rank-timeout seconds; leave it out", None
     ),
     **_each(
         "wandb_project wandb_entity wandb_name wandb_run_id wandb_watch wandb_log_model run_name "
