@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from graftlm.config import PlanConfig
 from graftlm.config.fields import is_gguf
-from graftlm.errors import ModelError
+from graftlm.errors import ConfigError, ModelError
 from graftlm.formatting import duration
 from graftlm.planning import hardware
 from graftlm.planning.hardware import Card
@@ -45,7 +45,7 @@ def plan(config: PlanConfig, sources: Sequence[Source] | None = None) -> PlanRep
     plans = tuple(_plan(model, card, config, sources) for model in models)
     return PlanReport(
         card=card, plans=plans, data=config.data, epochs=config.epochs, price_per_hour=config.price_per_hour,
-        explain=config.explain,
+        explain=config.explain, gpus=config.gpus,
     )  # fmt: skip
 
 
@@ -59,6 +59,14 @@ def _plan(model: NamedModel, card: Card, config: PlanConfig, sources: Sequence[S
 
 
 def _card(config: PlanConfig) -> Card:
+    """The card that is planned for. Raises ConfigError for several that are no GPUs."""
+    found = _named_card(config)
+    if config.gpus > 1 and found.kind != "cuda":
+        raise ConfigError(f"--gpus {config.gpus} is for GPUs, found {found.name}; give --gpu NAME or --memory 24GB")
+    return found
+
+
+def _named_card(config: PlanConfig) -> Card:
     if config.gpu is not None:
         return hardware.card(config.gpu)
     with working("looking at this machine"):

@@ -25,6 +25,10 @@ class PlanConfig(Config):
         None, "GPU to plan for, such as rtx-4090 or h100; default this machine's", group="hardware"
     )
     memory: str | None = option(None, "plan for a GPU with this memory instead, such as 24GB", group="hardware")
+    gpus: int = option(
+        1, "GPUs that train together: the layout, the bytes on each and the bytes that it sends in a step",
+        group="hardware", ge=1, le=4096,
+    )  # fmt: skip
     price_per_hour: float | None = option(None, "price of a GPU hour, in any currency", group="hardware", gt=0)
 
     # The run

@@ -267,8 +267,8 @@ def joined(tell: Callable[[str], None], seconds: float = SECONDS) -> Iterator[Ra
     pulse = Pulse(seconds)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     rank, size = dist.get_rank(), dist.get_world_size()
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = distributed_c10d.PrefixStore("graft", dist.TCPStore(*address))  # pyright: ignore[reportPrivateImportUsage]
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore("graft", dist.TCPStore(host, port))  # pyright: ignore[reportPrivateImportUsage]
     try:
         with progress.heard(pulse.beat), watched(pulse, rank, size, store, tell):
             yield Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), pulse)

@@ -19,7 +19,8 @@ from graftlm.formatting import count, size
 from graftlm.planning import rules
 from graftlm.planning.alternatives import alternatives
 from graftlm.planning.facts import LARGEST_RANK, RANKS, Facts
-from graftlm.planning.fitting import cards_needed, changes, fits
+from graftlm.planning.fitting import changes, fits
+from graftlm.planning.layouts import cards_needed
 from graftlm.planning.memory import MemoryRequirement
 from graftlm.planning.method import METHODS, TrainingSetting, adapter_shape
 from graftlm.planning.rules import Reason, Rule
@@ -188,7 +189,7 @@ def _full(facts: Facts, wanted: Reason, reasons: list[Reason]) -> tuple[Training
         )
         return found[0], 1
     lean = facts.by_key("full-8bit").checkpointed()
-    many = cards_needed(facts.case.of(lean), facts.case.shape, card)
+    many = cards_needed(facts.case, lean)
     if facts.goal == "quality" and many is not None and card.kind == "cuda":
         text = f"{wanted} Full training in bfloat16 with 8-bit AdamW needs {many} x {card.name}, its weights split over them."
         reasons.append(Reason(wanted.rule, text))

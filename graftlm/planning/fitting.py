@@ -1,22 +1,20 @@
 """What fits where: cards for a requirement, one or several; the largest batch and length for a card; and what to change.
 
-On several cards weights, gradients and optimizer states are split, each layer gathered when it runs (FSDP: Zhao et al.
-2023); activations, logits and workspace stay whole on each. `graft train` holds the whole model on each card.
+How a training lies on several cards is in `layouts.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from graftlm.planning.activations import Workload
 from graftlm.planning.hardware import Card, cards
-from graftlm.planning.memory import MemoryParts, MemoryRequirement, requirement
+from graftlm.planning.layouts import cards_needed, layout_of
+from graftlm.planning.memory import MemoryRequirement, requirement
 from graftlm.planning.method import AdapterShape, TrainingSetting, adapter_shape
 from graftlm.planning.shapes import ModelShape
 
-MOST_CARDS = 16
 _LONGEST = 1 << 20
 
 
@@ -47,29 +45,6 @@ class PlanCase:
 def fits(found: MemoryRequirement, card: Card) -> bool:
     """Whether a training finds room on one card."""
     return found.peak <= card.usable
-
-
-def split_bytes(found: MemoryRequirement, shape: ModelShape, count: int) -> int:
-    """Bytes on each of `count` cards: the split parts, one layer gathered, and what stays whole, at the highest moment."""
-    if count == 1:
-        return found.peak
-
-    def at(parts: MemoryParts) -> int:
-        split = parts.weights + parts.gradients + parts.optimizer + parts.adapters
-        gathered = parts.weights // max(1, shape.layers)
-        return math.ceil(split / count) + (parts.total - split) + gathered
-
-    return max(at(parts) for parts in found.moments.values())
-
-
-def cards_needed(found: MemoryRequirement, shape: ModelShape, card: Card, most: int = MOST_CARDS) -> int | None:
-    """How many of a card a training needs, in powers of two up to `most`; None where these are too few."""
-    count = 1
-    while count <= most:
-        if split_bytes(found, shape, count) <= card.usable:
-            return count
-        count *= 2
-    return None
 
 
 def smallest_card(found: MemoryRequirement) -> Card | None:
@@ -173,14 +148,11 @@ def changes(case: PlanCase, setting: TrainingSetting) -> list[Change]:
         text = f"--max-length {shorter} --overlong truncate: longer examples lose their ends"
         add(text, *_cut(now, how, shorter))
         return done
-    count = cards_needed(now.of(how), case.shape, case.card)
-    if count is not None and case.card.kind == "cuda":
-        done.append(
-            Change(
-                text=f"{count} x {case.card.name}, weights split over them (FSDP, which graft train does not do itself)",
-                peak=split_bytes(now.of(how), case.shape, count),
-            )
-        )
+    count = cards_needed(now, how)
+    found = None if count is None else layout_of(now, how, count)
+    if found is not None and case.card.kind == "cuda":
+        text = f"{count} x {case.card.name}, weights split over them (FSDP; docs/distributed.md)"
+        done.append(Change(text=text, peak=found.bytes))
     return done
 
 

@@ -23,7 +23,6 @@ from graftlm.planning.facts import Facts
 from graftlm.planning.fitting import (
     Change,
     PlanCase,
-    cards_needed,
     changes,
     fits,
     largest_batch,
@@ -31,6 +30,7 @@ from graftlm.planning.fitting import (
     smallest_card,
 )
 from graftlm.planning.hardware import Card
+from graftlm.planning.layouts import Layout, cards_needed, layout_of
 from graftlm.planning.memory import MemoryRequirement
 from graftlm.planning.method import TrainingSetting, methods_of
 from graftlm.planning.models import NamedModel, built_in
@@ -58,6 +58,8 @@ class MethodPlan:
     fits: bool
     cards: int | None
     """How many of the card it takes, split over them; None for more than 16."""
+    layout: Layout | None
+    """How it lies on the `--gpus` that were asked for; None where it does not fit them, or one was asked for."""
     smallest: Card | None
     """The smallest known card that it fits."""
     batch: int
@@ -76,6 +78,7 @@ class MethodPlan:
             "highest_at": found.moment, "peak_bytes": found.peak, "training_bytes": found.training,
             "loading_bytes": found.loading, "host_bytes": found.host, "saved_bytes": found.saved,
             "checkpointed_bytes": self.checkpointed, "fits": self.fits, "cards": self.cards,
+            "layout": None if self.layout is None else self.layout.to_json(),
             "smallest_card": None if self.smallest is None else self.smallest.key,
             "largest_batch": self.batch, "longest_example": self.length,
             "seconds_per_step": None if self.time is None else self.time.step,
@@ -137,6 +140,8 @@ class PlanReport:
     """The data as they were named."""
     epochs: float
     price_per_hour: float | None
+    gpus: int = 1
+    """How many of the card were asked about."""
     explain: bool = False
     """Whether the advice is printed with the measurements behind it."""
 
@@ -159,7 +164,7 @@ class PlanReport:
             "efficiency": EFFICIENCY[self.card.kind],
         }  # fmt: skip
         plans = [{**plan.to_json(), "epoch": self._epochs(plan)} for plan in self.plans]
-        return {"card": card, "plans": plans}
+        return {"card": card, "gpus": self.gpus, "plans": plans}
 
     def _epochs(self, plan: ModelPlan) -> dict[str, Any] | None:
         """Seconds, and cost, of `--epochs` with each method."""
@@ -253,12 +258,13 @@ def _row(case: PlanCase, setting: TrainingSetting, config: PlanConfig) -> Method
     setting = replace(setting, compute_dtype=case.card.compute_dtype)
     found = case.of(setting)
     good = fits(found, case.card)
-    count = cards_needed(found, case.shape, case.card) if case.card.kind == "cuda" else (1 if good else None)
+    count = cards_needed(case, setting) if case.card.kind == "cuda" else (1 if good else None)
     return MethodPlan(
         requirement=found,
         checkpointed=case.of(setting.checkpointed()).peak,
         fits=good,
         cards=count,
+        layout=layout_of(case, setting, config.gpus) if config.gpus > 1 else None,
         smallest=smallest_card(found) if case.card.kind == "cuda" else None,
         batch=largest_batch(case, setting),
         length=longest_example(case, setting),

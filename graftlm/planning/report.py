@@ -51,6 +51,8 @@ def _model(plan: ModelPlan, report: PlanReport, console: Console) -> None:
     )
     _memory(plan, report.card, console)
     _fitting(plan, report, console)
+    if report.gpus > 1:
+        _together(plan, report, console)
     for row in plan.rows:
         if not row.fits and row.changes and row.requirement.setting.key in ("full", "lora", "qlora"):
             _changes(row, report.card, console)
@@ -109,7 +111,7 @@ def _fitting(plan: ModelPlan, report: PlanReport, where: Console) -> None:
         f"{EFFICIENCY[report.card.kind]:.0%} of the card's rate and {BANDWIDTH_REACHED:.0%} of its bandwidth."
     )
     if any((row.cards or 1) > 1 for row in plan.rows):
-        note += " on N: with weights split over N cards (FSDP), which graft train does not do itself."
+        note += " on N: with weights split over N cards (FSDP; docs/distributed.md)."
     where.print()
     table(where, columns, [[cells[name] for name in names] for cells in rows], title="where it fits", note=note)
 
@@ -136,6 +138,29 @@ def _reach(plan: ModelPlan, row: MethodPlan, report: PlanReport) -> dict[str, st
             cost = None if seconds is None else report.cost(seconds, row.cards or 1)
             cells["cost"] = "-" if cost is None else f"{cost:,.2f}"
     return cells
+
+
+def _together(plan: ModelPlan, report: PlanReport, where: Console) -> None:
+    """How each method lies on the cards that were asked about."""
+    columns = [
+        Column("method"), Column("layout", words=True), Column("on each", right=True),
+        Column("on the host", right=True, drop=2), Column("sent a step", right=True), Column("over PCIe", right=True, drop=1),
+    ]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for row in plan.rows:
+        found = row.layout
+        label = row.requirement.setting.label
+        if found is None:
+            rows.append([label, Text("does not fit", style="red"), "-", "-", "-", "-"])
+            continue
+        values = (found.bytes, found.host, found.moved, found.copied)
+        rows.append([label, found.words, *(_cell(value) for value in values)])
+    note = (
+        "layout: the first that fits. replicate: the whole model on each; shard: a part of every matrix, layers gathered as "
+        "they run. What graft train has of these is in docs/distributed.md; the bytes were simulated, not measured."
+    )
+    where.print()
+    table(where, columns, rows, title=f"on {report.gpus} x {report.card.name}", note=note)
 
 
 def _changes(row: MethodPlan, card: Card, console: Console) -> None:
