@@ -80,11 +80,11 @@ def atomic_folder(
             flush(file)
         if manifest:
             names = {str(file.relative_to(temporary)): file for file in files}
-            known = sums or {}
+            known = dict(sums or {})  # also of files that another machine has written and this one may not see yet
             entries = {
-                name: known.get(name) or {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                name: known.pop(name, None) or {"bytes": file.stat().st_size, "sha256": sha256(file)}
                 for name, file in names.items()
-            }
+            } | known
             write_json(temporary / MANIFEST, {"files": entries})
         for folder in {temporary, *(file.parent for file in files)}:
             flush(folder)

@@ -126,3 +126,12 @@ def test_only_what_a_writer_leaves_is_cleared_away(tmp_path: Path) -> None:
 def test_a_manifest_that_says_nothing_is_damage(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     assert find_damage(tmp_path) == "its manifest is missing or unreadable"
+
+
+def test_a_file_that_another_machine_wrote_is_in_the_manifest_although_it_cannot_be_seen_yet(tmp_path: Path) -> None:
+    sums = {"rows-00002-of-00002.safetensors": {"bytes": 3, "sha256": "0" * 64}}
+    with atomic_folder(tmp_path / "made", manifest=True, sums=sums) as folder:
+        (folder / "own.txt").write_text("here")
+    entries = json.loads((tmp_path / "made" / files.MANIFEST).read_text())["files"]
+    assert set(entries) == {"own.txt", *sums}
+    assert find_damage(tmp_path / "made") is not None

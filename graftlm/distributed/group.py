@@ -90,14 +90,20 @@ class Ranks:
         if self.size == 1:
             return
         waiting: list[Tensor] = []
+        for piece in _pieces(gradients):
+            if waiting and sum(t.numel() for t in waiting) + piece.numel() > _BUFFER:
+                self._add_up(waiting)
+                waiting = []
+            waiting.append(piece)
+        if waiting:
+            self._add_up(waiting)
+
+    def _add_up(self, pieces: Sequence[Tensor]) -> None:
+        flat = torch.cat([piece.reshape(-1).float() for piece in pieces])
         with self.pulse.waiting():
-            for gradient in gradients:
-                if waiting and sum(t.numel() for t in waiting) + gradient.numel() > _BUFFER:
-                    _add_up(waiting)
-                    waiting = []
-                waiting.append(gradient)
-            if waiting:
-                _add_up(waiting)
+            dist.all_reduce(flat)
+        for piece, summed in zip(pieces, flat.split([p.numel() for p in pieces])):
+            piece.copy_(summed.view_as(piece))
 
     def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Give every rank the sum of each parameter's gradient; what no rank has a gradient of keeps none."""
@@ -250,11 +256,10 @@ def _everywhere(kind: str, message: str) -> GraftError:
     return error
 
 
-def _add_up(gradients: Sequence[Tensor]) -> None:
-    flat = torch.cat([gradient.detach().reshape(-1).float() for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(summed.view_as(gradient))
+def _pieces(gradients: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Views of all gradients, none larger than a buffer where its memory can be cut."""
+    for gradient in gradients:
+        yield from gradient.detach().view(-1).split(_BUFFER) if gradient.is_contiguous() else (gradient.detach(),)
 
 
 @contextmanager

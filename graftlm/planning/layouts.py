@@ -15,7 +15,7 @@ The first that fits is taken: it moves the least. A card of n holds, at the high
 and sends or receives (n - 1) / n of what is gathered and summed. `bench/ranks.py` holds the bytes against simulated steps. An
 offloaded layer's part crosses PCIe twice a micro-batch.
 
-`graft train` has replicate; what it has of the others is in docs/distributed.md.
+`graft train` has the first two.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from graftlm.planning.method import TrainingSetting
 
 if TYPE_CHECKING:
     from graftlm.planning.fitting import PlanCase
+    from graftlm.planning.shapes import ModelShape
 
 MOST_CARDS = 16
 NCCL_BYTES = 400_000_000  # of a communicator's buffers on each card; from experience, as the context's in `hardware.py`
@@ -129,6 +130,16 @@ def cards_needed(case: PlanCase, setting: TrainingSetting, most: int = MOST_CARD
             return count
         count *= 2
     return None
+
+
+def gathered_bytes(shape: ModelShape, setting: TrainingSetting) -> int:
+    """The most that a rank of split weights holds of other ranks' parts at once: layers, or the head and, where it is trained,
+    its whole gradient, that in float32 for the sum, and a copy on the way."""
+    wide = 4 if setting.precision == "float32" else 2
+    layer = sum(stored_bytes(w, setting.precision) for w in shape.weights) // max(1, shape.layers)
+    largest = max(shape.embedding, shape.head)
+    value = bytes_per_value(shape, setting) if setting.full else 0
+    return max((4 if setting.full else 3) * layer, 2 * largest * wide, 3 * largest * value)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------

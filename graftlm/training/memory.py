@@ -33,6 +33,7 @@ from graftlm.planning.answers import AnswerLoad
 from graftlm.planning.fitting import PlanCase, changes
 from graftlm.planning.hardware import Card, local
 from graftlm.planning.instantiate import common_name
+from graftlm.planning.layouts import gathered_bytes
 from graftlm.planning.memory import MemoryParts, MemoryRequirement, requirement
 from graftlm.planning.method import NO_ADAPTER, AdapterShape, TrainingSetting, adapter_shape
 from graftlm.planning.models import find
@@ -180,11 +181,10 @@ def fits_whole(config: TrainConfig, precision: Precision, device: torch.device, 
 
 def _of_one_rank(took: MemoryRequirement, shape: ModelShape, ranks: int) -> MemoryRequirement:
     """What each of `ranks` that share the weights takes: its rows of them, and in full training of gradients and optimizer
-    states; and what is gathered: the layer that runs, the next one and a copy on the way, or twice head or embedding."""
+    states; and what is gathered."""
     if ranks == 1:
         return took
-    value = took.parts.weights / shape.parameters  # bytes, as it is stored
-    gathered = int(value * max(3 * shape.stored // max(1, shape.layers), 2 * shape.head, 2 * shape.embedding))
+    gathered = gathered_bytes(shape, took.setting)
     trained = ranks if took.setting.method == "full" else 1
 
     def of_one(parts: MemoryParts) -> MemoryParts:

@@ -99,13 +99,12 @@ class AdamW:
     def step(self, learning_rate: float, clip_coefficient: float = 1.0) -> None:
         """Update every parameter that has a gradient, taken times `clip_coefficient`."""
         self.steps += 1
-        kernels.adamw_steps(
-            [
-                self._step_of(name, parameter.grad, learning_rate, clip_coefficient)
-                for name, parameter in self.parameters.items()
-                if parameter.grad is not None and local(parameter).numel()
-            ]
-        )
+        steps = [
+            self._step_of(name, parameter.grad, learning_rate, clip_coefficient)
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None
+        ]
+        kernels.adamw_steps([step for step in steps if step[0].numel()])  # a rank may have no rows of a tensor
 
     def rate_of(self, name: str, learning_rate: float) -> float:
         """The learning rate of one parameter."""
@@ -176,8 +175,9 @@ class AdamW:
                 self.squares[name] = square
                 if on_gradient is not None:
                     on_gradient(name, gradient, self.rate_of(name, learning_rate))
-                if local(gradient).numel():
-                    kernels.adamw_step(*self._step_of(name, gradient, learning_rate, 1.0, gate))
+                step = self._step_of(name, gradient, learning_rate, 1.0, gate)
+                if step[0].numel():
+                    kernels.adamw_step(*step)
 
             return take
 

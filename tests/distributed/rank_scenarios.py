@@ -123,7 +123,8 @@ def optimizer_of_rows(ranks: Ranks, forgets_the_place: bool = False) -> Any:
         ours.step(0.01, 0.5)
         truth.step(0.01, 0.5)
     found = {name: shard.whole(parameter) for name, parameter in split.items()}
-    return {"same": [name for name in shapes if torch.equal(found[name], whole[name])]}
+    same = [name for name in shapes if torch.equal(found[name], whole[name])]
+    return {"same": same, "states": sorted(ours.moments)}
 
 
 def traffic_of_a_pass(ranks: Ranks, model: str) -> Any:

@@ -183,6 +183,8 @@ def test_rows_that_are_not_all_there_are_refused(fault: str, tmp_path: Path) -> 
 def test_each_rank_steps_its_rows_with_the_bits_of_the_whole_parameter(forks: Forks, tmp_path: Path) -> None:
     ended = forks.run("optimizer_of_rows", 3, tmp_path / "steps")
     assert [found["found"]["same"] for found in ended] == [["wide", "odd", "few"]] * 3, ended
+    # also of "few", of which the last rank has no row: a checkpoint asks all ranks about all states
+    assert [found["found"]["states"] for found in ended] == [["few", "odd", "wide"]] * 3
     forgotten = forks.run("optimizer_of_rows", 3, tmp_path / "forgotten", forgets_the_place=True)
     assert "wide" not in forgotten[2]["found"]["same"]  # else the test above could not fail
 

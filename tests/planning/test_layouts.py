@@ -18,7 +18,7 @@ from graftlm.errors import ConfigError
 from graftlm.planning.activations import Workload
 from graftlm.planning.fitting import PlanCase
 from graftlm.planning.hardware import card
-from graftlm.planning.layouts import cards_needed, layout_of, replicated, sharded
+from graftlm.planning.layouts import cards_needed, gathered_bytes, layout_of, replicated, sharded
 from graftlm.planning.method import METHODS, TrainingSetting
 from graftlm.planning.models import find
 
@@ -132,3 +132,12 @@ def test_several_cards_that_are_no_gpus_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="--gpus 2 is for GPUs, found this machine's processor"):
         plan(PlanConfig.build({"models": ["llama-2-7b"], "gpu": "cpu", "gpus": 2}))
+
+
+def test_a_head_is_gathered_in_its_own_type_and_where_it_is_trained_with_its_gradient() -> None:
+    shape = find("llama-3.1-8b").shape
+    head = shape.vocabulary * shape.width
+    by_key = {setting.key: setting for setting in METHODS}
+    assert gathered_bytes(shape, by_key["qlora"]) == 2 * head * 2  # 16 bits beside NF4
+    full = next(setting for setting in METHODS if setting.full)
+    assert gathered_bytes(shape, full) >= 2 * head * 2
