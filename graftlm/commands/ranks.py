@@ -92,7 +92,7 @@ def train_as_rank(config: TrainConfig, tell: Callable[[str], None]) -> dict[str,
     """
 
     def ended(reason: str) -> None:
-        tell(f"{reason}; every rank was ended. {_GO_ON}")
+        tell(f"{reason}; every rank was ended. {_GO_ON}, or give a longer --rank-timeout")
 
     with joined(ended, config.rank_timeout) as ranks, naming(ranks):
         return train(_of_rank(config, ranks), View(quiet=not ranks.first), ranks=ranks)

@@ -92,8 +92,14 @@ def add_up_rows(tensors: Sequence[Tensor], values: Sequence[float]) -> list[floa
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a split tensor, which every rank asks for; any other tensor itself."""
+    if not is_split(tensor):
+        return tensor
     found: Any = tensor
-    return found.full_tensor() if is_split(tensor) else tensor
+    with sharing(tensor).pulse.waiting():
+        gathered: Tensor = found.full_tensor()
+        if gathered.is_cuda:  # else the wait comes later, wherever the values are read
+            torch.cuda.current_stream(gathered.device).synchronize()
+    return gathered
 
 
 def everywhere(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:

@@ -139,7 +139,9 @@ def hanging(seen: dict[int, _Seen], now: float) -> tuple[list[int], str] | None:
         found = [rank for rank, one in still.items() if one.message["beats"] == least]
         one = still[found[0]]
         return found, f"{_seconds(now - one.moved)} shown no progress, {one.message['where']}"
-    if there and all(one.message["waits"] % 2 and now - one.moved > PATIENT for one in there.values()):
+    if there and all(
+        one.message["waits"] % 2 and now - one.moved > max(PATIENT, one.message["limit"]) for one in there.values()
+    ):
         first = min(there)
         return [
             first

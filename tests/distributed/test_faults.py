@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
+import torch
 from forked import Forks
+from safetensors.torch import load_file
 from test_ranks import over
 
+from graftlm import files, progress
+from graftlm.base import safetensors_writer
+from graftlm.base.loading import resolve
 from graftlm.distributed import pulse as pulse_module
 from graftlm.distributed.pulse import PATIENT, Pulse
 from graftlm.distributed.watch import _Seen, hanging
-from graftlm.training import checkpoint
+from graftlm.errors import ModelError
+from graftlm.training import checkpoint, saved_tensors
 
 
 class Clock:
@@ -45,6 +52,46 @@ def test_a_rank_may_be_silent_four_times_as_long_as_in_its_last_steps_and_at_lea
     assert found[-1] == 120  # of the 30 seconds; what the first step compiled is forgotten
     with pulse.phase("evaluation", "in an evaluation"):
         assert pulse.limit == PATIENT
+
+
+def test_a_sign_of_life_says_how_long_the_next_may_take_and_the_next_takes_it_back() -> None:
+    pulse = Pulse(45)
+    with progress.heard(pulse.beat):
+        progress.sign_of_life(progress.LONG)
+        assert (pulse.limit, pulse.beats) == (progress.LONG, 1)
+        progress.sign_of_life()
+        assert (pulse.limit, pulse.beats) == (PATIENT, 2)
+    assert Pulse(2 * PATIENT).limit == 2 * PATIENT
+
+
+def test_every_block_of_a_file_that_is_written_or_summed_is_a_sign_of_life(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(safetensors_writer, "_BLOCK", 100)
+    monkeypatch.setattr(safetensors_writer, "_FLUSHED", 250)
+    monkeypatch.setattr(files, "_BLOCK", 100)
+    tensors = {"wide": torch.arange(100.0), "narrow": torch.arange(30, dtype=torch.uint8)}
+    pulse, file = Pulse(45), tmp_path / "some.safetensors"
+    with progress.heard(pulse.beat):
+        saved_tensors.write(file, tensors)
+        assert pulse.beats == 4 + 1
+        assert files.sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert pulse.beats == 5 + -(-file.stat().st_size // 100)
+    found = load_file(file)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_rank_may_wait_an_hour_while_another_downloads_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulse, found = Pulse(45), []
+
+    def download(*given: Any, **options: Any) -> str:
+        found.append(pulse.limit)
+        raise OSError("no network here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with progress.heard(pulse.beat), pytest.raises(ModelError, match="no network here"):
+        resolve("owner/name")
+    assert found == [progress.LONG]
 
 
 def test_the_time_that_a_rank_waits_for_others_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
