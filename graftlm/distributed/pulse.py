@@ -32,6 +32,9 @@ class Pulse:
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self.beats = 0
+        self.passes = 0
+        """How often a pass that all ranks make together has begun, and ended. Signs of progress do not tell how far a rank is
+        beside another: the first has more, of what it alone writes and draws."""
         self.waits = 0
         """How often it has begun to wait, and stopped: odd while it waits."""
         self.where = "while the run was set up"

@@ -246,6 +246,7 @@ class SplitWeights:
         if self._running:
             return call()
         self._running = True
+        self.ranks.pulse.passes += 1
         try:
             found = self._root(call)
             if not torch.is_grad_enabled():
@@ -258,6 +259,7 @@ class SplitWeights:
             raise
         finally:
             self._running = False
+            self.ranks.pulse.passes += 1
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:

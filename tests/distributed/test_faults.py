@@ -18,7 +18,9 @@ from graftlm import files, progress
 from graftlm.base import safetensors_writer
 from graftlm.base.loading import resolve
 from graftlm.distributed import pulse as pulse_module
+from graftlm.distributed.group import Ranks
 from graftlm.distributed.pulse import PATIENT, Pulse
+from graftlm.distributed.shard import SplitWeights
 from graftlm.distributed.watch import _Seen, hanging
 from graftlm.errors import ModelError
 from graftlm.training import checkpoint, saved_tensors
@@ -108,7 +110,16 @@ def test_the_time_that_a_rank_waits_for_others_is_not_its_own(monkeypatch: pytes
 
 
 def seen(now: float, moved: float, told: float | None = None, **message: Any) -> _Seen:
-    known = {"beats": 7, "waits": 4, "limit": 45, "silence": 180, "where": "in step 3", "over": False, **message}
+    known = {
+        "beats": 7,
+        "passes": 7,
+        "waits": 4,
+        "limit": 45,
+        "silence": 180,
+        "where": "in step 3",
+        "over": False,
+        **message,
+    }
     return _Seen(known, now - moved, now - (1 if told is None else told))
 
 
@@ -120,15 +131,45 @@ def seen(now: float, moved: float, told: float | None = None, **message: Any) ->
         ([seen(999, 46), seen(999, 50, waits=5)], ([0], "has for 46 s shown no progress, in step 3")),
         ([seen(999, 50, waits=5), seen(999, 46, limit=120)], None),
         ([seen(999, 50, waits=5), seen(999, 50, waits=3)], None),
-        ([seen(999, 46, beats=9), seen(999, 46, beats=8)], ([1], "has for 46 s shown no progress, in step 3")),
-        ([seen(999, 46), seen(999, 46)], ([0, 1], "has for 46 s shown no progress, in step 3")),
+        (
+            [seen(999, 46, passes=9), seen(999, 46, passes=8, beats=90)],
+            ([1], "has for 46 s shown no progress, in step 3"),
+        ),
+        (
+            [seen(999, 46, passes=8, beats=90), seen(999, 46, passes=9)],
+            ([0], "has for 46 s shown no progress, in step 3"),
+        ),
+        ([seen(999, 46, beats=90), seen(999, 46)], ([0, 1], "has for 46 s shown no progress, in step 3")),
         ([seen(999, 50, waits=5), seen(999, 181, 181, waits=5)], ([1], "has for 181 s not answered, in step 3")),
         ([seen(999, 50, waits=5), seen(999, 700, 700, over=True)], None),
     ],
-    ids=["all well", "second hangs", "first hangs", "slow steps", "all wait", "behind", "equal", "stopped", "done"],
+    ids=[
+        "all well",
+        "second hangs",
+        "first hangs",
+        "slow steps",
+        "all wait",
+        "behind",
+        "first behind",
+        "equal",
+        "stopped",
+        "done",
+    ],
 )
 def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks: list[_Seen], found: Any) -> None:
     assert hanging(dict(enumerate(ranks)), 999) == found
+
+
+def test_a_pass_that_ranks_make_together_counts_when_it_begins_and_when_it_ends() -> None:
+    weights: Any = object.__new__(SplitWeights)
+    weights.ranks, weights._running, weights._root = Ranks(0, 2), False, lambda call: call()
+    pulse, found = weights.ranks.pulse, []
+
+    def inner() -> None:
+        found.append(pulse.passes)
+
+    weights.run(lambda: weights.run(inner))  # a pass within a pass is a part of it
+    assert (found, pulse.passes) == ([1], 2)
 
 
 def test_ranks_that_all_wait_for_one_another_are_ended_late() -> None:
