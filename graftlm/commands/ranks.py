@@ -114,7 +114,7 @@ def naming(ranks: Ranks) -> Iterator[None]:
             raise
         said = next(iter(str(error).splitlines()), type(error).__name__)[:160]
         lost = TrainingError(f"rank {ranks.rank} of {ranks.size} has lost the others ({said}). {_GO_ON}")
-        lost.everywhere = True  # the one that is gone has the reason
+        lost.everywhere = lost.lost = True  # the one that is gone has the reason
         raise lost from None
 
 

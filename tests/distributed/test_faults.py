@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
 import torch
+import torch.distributed as dist
 from forked import Forks
 from safetensors.torch import load_file
 from test_ranks import over
@@ -17,12 +21,13 @@ from test_ranks import over
 from graftlm import files, progress
 from graftlm.base import safetensors_writer
 from graftlm.base.loading import resolve
+from graftlm.distributed import group
 from graftlm.distributed import pulse as pulse_module
 from graftlm.distributed.group import Ranks
 from graftlm.distributed.pulse import PATIENT, Pulse
 from graftlm.distributed.shard import SplitWeights
 from graftlm.distributed.watch import _Seen, hanging
-from graftlm.errors import ModelError
+from graftlm.errors import GraftError, ModelError, RunError, Stopped
 from graftlm.training import checkpoint, saved_tensors
 
 
@@ -170,6 +175,40 @@ def test_a_pass_that_ranks_make_together_counts_when_it_begins_and_when_it_ends(
 
     weights.run(lambda: weights.run(inner))  # a pass within a pass is a part of it
     assert (found, pulse.passes) == ([1], 2)
+
+
+def together(error: GraftError, *, lost: bool = False) -> GraftError:
+    error.everywhere, error.lost = True, lost
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "taken_apart", "ended"),
+    [
+        (None, True, False),
+        (Stopped(15, "all stop"), True, False),
+        (together(RunError("all found it")), True, False),
+        (together(RunError("the others are gone"), lost=True), False, False),
+        (RunError("of this rank alone"), False, True),
+        (ZeroDivisionError("a bug"), False, True),
+    ],
+    ids=["done", "stopped", "everywhere", "lost", "own", "bug"],
+)
+def test_a_rank_that_fails_by_itself_does_not_wait_for_the_others_to_take_the_group_apart(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, taken_apart: bool, ended: bool
+) -> None:
+    done: list[str] = []
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **options: done.append("made"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("taken apart"))
+    monkeypatch.setattr(group.atexit, "register", lambda call, *given: at_exit.append(partial(call, *given)))
+    monkeypatch.setattr(group.os, "_exit", lambda status: done.append(f"status {status}"))
+    with nullcontext() if error is None else pytest.raises(type(error)), group._process_group():
+        if error is not None:
+            raise error
+    for call in at_exit:
+        call()
+    assert done == ["made", *["taken apart"] * taken_apart, *["status 2"] * ended]
 
 
 def test_ranks_that_all_wait_for_one_another_are_ended_late() -> None:
