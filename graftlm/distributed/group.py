@@ -79,6 +79,10 @@ class Ranks:
             dist.all_reduce(summed)
         return summed.tolist()
 
+    def wait_for_all(self) -> None:
+        """Go on once every rank has come here."""
+        self.total([0.0])
+
     def largest(self, values: Sequence[int]) -> list[int]:
         """The largest of each value that any rank gives. Every rank gives equally many."""
         if self.size == 1:
