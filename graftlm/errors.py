@@ -31,6 +31,8 @@ class GraftError(Exception):
     """Whether every rank of a run has raised it."""
     alone = False
     """Whether this rank has, and not all of them."""
+    lost = False
+    """Whether it says no more than that another rank is gone."""
 
 
 class ConfigError(GraftError):

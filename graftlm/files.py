@@ -20,8 +20,10 @@ from typing import Any
 
 from graftlm.errors import RunError
 from graftlm.jsonfile import read_json
+from graftlm.progress import sign_of_life
 
 MANIFEST = "manifest.json"
+_BLOCK = 1 << 24  # bytes of a file that are read at once
 _LEFT = re.compile(r"\..+\.[0-9]+(\.partial|\.old)?")
 
 
@@ -55,8 +57,12 @@ def write_text(path: Path, text: str) -> None:
 
 def sha256(path: Path) -> str:
     """The checksum of a file, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+            sign_of_life()
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -114,6 +120,7 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        sign_of_life()
     finally:
         os.close(descriptor)
 

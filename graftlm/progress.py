@@ -40,7 +40,7 @@ class Task:
         self.done = done
         self.total = self.total if total is None else total
         self.note = self.note if note is None else note
-        _tell()
+        sign_of_life()
         if self._moved is not None:
             self._moved(self)
 
@@ -72,13 +72,15 @@ class Display(Protocol):
     def end(self, task: Task) -> None: ...
 
 
+LONG = 3600.0
+"""Seconds for which a library may be called that reports nothing itself: it downloads or converts a whole model."""
 _displays: list[Display] = []  # the last one draws
-_listeners: list[Callable[[], None]] = []
+_listeners: list[Callable[[float], None]] = []
 
 
 @contextmanager
-def heard(listener: Callable[[], None]) -> Iterator[None]:
-    """Call `listener` at every sign of progress during the block, whether or not it is drawn."""
+def heard(listener: Callable[[float], None]) -> Iterator[None]:
+    """Call `listener` at every sign of progress during the block, whether or not it is drawn; see `sign_of_life`."""
     _listeners.append(listener)
     try:
         yield
@@ -86,15 +88,19 @@ def heard(listener: Callable[[], None]) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def _tell() -> None:
+def sign_of_life(quiet_for: float = 0.0) -> None:
+    """Tell the listeners that work goes on, and that the next sign may take `quiet_for` seconds; moves of tasks are signs.
+
+    For each tensor or block of bytes of what is not drawn, or takes long between two moves.
+    """
     for listener in _listeners:
-        listener()
+        listener(quiet_for)
 
 
 def begin(what: str, total: float | None = None, unit: Unit = "", *, done: float = 0) -> Task:
     """Start a task; `end` ends it, and `working` does both."""
     task = Task(what, total, unit, done)
-    _tell()
+    sign_of_life()
     if _displays:
         display = _displays[-1]
         task._moved = display.moved  # pyright: ignore[reportPrivateUsage]
@@ -104,7 +110,7 @@ def begin(what: str, total: float | None = None, unit: Unit = "", *, done: float
 
 def end(task: Task) -> None:
     """End a task."""
-    _tell()
+    sign_of_life()
     if _displays:
         _displays[-1].end(task)
 

@@ -21,6 +21,7 @@ from graftlm.adapters.store.remote import reason
 from graftlm.base.loading import load_base, load_config, resolve
 from graftlm.config import ImportConfig, Precision
 from graftlm.errors import AdapterError, ConfigError
+from graftlm.progress import LONG, sign_of_life
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 WANTED = (
@@ -72,6 +73,7 @@ def fetch(source: str, revision: str | None = None, beside: Sequence[str] = ()) 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    sign_of_life(LONG)
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=[*WANTED, *beside]))
     except RepositoryNotFoundError:

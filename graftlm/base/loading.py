@@ -47,7 +47,7 @@ from graftlm.errors import ModelError
 from graftlm.gguf.folder import folder_of, gguf_of
 from graftlm.heap import mmap_allocations, trim_heap
 from graftlm.jsonfile import MOST_TOKENIZER_BYTES, read_json, read_json_value
-from graftlm.progress import working
+from graftlm.progress import LONG, sign_of_life, working
 from graftlm.segments import Segments
 
 _READ_BY_TRANSFORMERS = (
@@ -170,6 +170,7 @@ def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True)
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = [p for p in _WANTED if weights or "safetensors" not in p] + (["*.py"] if trust_remote_code else [])
+    sign_of_life(LONG)  # of several processes one downloads, and the others wait for its lock
     try:
         found = snapshot_download(name, allow_patterns=patterns)
     except RepositoryNotFoundError:
@@ -178,6 +179,7 @@ def resolve(name: str, trust_remote_code: bool = False, *, weights: bool = True)
         raise ModelError(
             f"model '{name}' is not a directory here and the hub did not give it: {str(error).splitlines()[0]}"
         ) from None
+    sign_of_life()
     return _checked(Path(found), name, weights)
 
 

@@ -40,6 +40,7 @@ from graftlm.base.transformers_log import LoadReport, first_line, quiet
 from graftlm.config import Precision
 from graftlm.distributed.group import ALONE, Ranks
 from graftlm.errors import ModelError
+from graftlm.progress import LONG, sign_of_life
 
 
 @register_quantization_config("graft")
@@ -80,6 +81,7 @@ class _StoreOp(ConversionOps):
                 self.mismatched.append((name, tuple(found.shape), stored.original_shape))
             if context.get("missing_keys") is not None:
                 context["missing_keys"].discard(name)
+            sign_of_life()
         return {}
 
     def __deepcopy__(self, memo: Any) -> _StoreOp:
@@ -247,6 +249,7 @@ def load_dequantized(path: str, method: str, trust_remote_code: bool) -> PreTrai
         )
     try:
         with quiet():
+            sign_of_life(LONG)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True, **extra
             )

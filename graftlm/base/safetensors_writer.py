@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.progress import sign_of_life
+
+_BLOCK = 1 << 24  # bytes that are written at once
+_FLUSHED = (
+    1 << 30
+)  # bytes after which they are flushed: of a large file at its end alone, it could take longer than a rank may
 INDEX = "model.safetensors.index.json"
 _NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.uint8: "U8",
@@ -52,7 +58,7 @@ def raw(tensor: Tensor) -> memoryview:
 def write_tensors(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[str], Tensor]) -> int:
     """Write a safetensors file; `value` gives each tensor in turn. Returns the bytes of all tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    place = unflushed = 0
     for name, spec in specs.items():
         header[name] = {
             "dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [place, place + spec.nbytes],
@@ -65,10 +71,22 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], value: Callable[[
         for name, spec in specs.items():
             tensor = value(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), f"{name} is not as it was announced"
-            stream.write(raw(tensor))
+            for block in _blocks(raw(tensor)):
+                stream.write(block)
+                unflushed += len(block)
+                if unflushed >= _FLUSHED:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    unflushed = 0
+                sign_of_life()
         stream.flush()
         os.fsync(stream.fileno())
     return place
+
+
+def _blocks(data: memoryview) -> Iterator[memoryview]:
+    for first in range(0, len(data), _BLOCK):
+        yield data[first : first + _BLOCK]
 
 
 def write_index(folder: Path, places: Mapping[str, str], total_bytes: int) -> None:

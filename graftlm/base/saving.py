@@ -19,6 +19,7 @@ from graftlm.base.modules import Stored, StoredStack
 from graftlm.base.safetensors_writer import TensorSpec, total, write_index, write_tensors
 from graftlm.base.transformers_log import quiet
 from graftlm.distributed.shard import whole
+from graftlm.progress import LONG, sign_of_life
 
 _MOST_BYTES = 4_000_000_000  # of a file
 
@@ -75,7 +76,11 @@ def _same(tensor: Tensor) -> Tensor:
 
 def dense_state_dict(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every weight with transformers' name and layout as a dense `dtype` tensor, without tied copies."""
-    return {name: weight.make() for name, weight in dense_weights(model, dtype).items()}
+    state: dict[str, Tensor] = {}
+    for name, weight in dense_weights(model, dtype).items():
+        state[name] = weight.make()
+        sign_of_life()
+    return state
 
 
 def save_model(model: PreTrainedModel, folder: str, dtype: torch.dtype) -> None:
@@ -93,6 +98,7 @@ def _save(model: PreTrainedModel, folder: str, dtype: torch.dtype, state: dict[s
         config.rescale_every = rescale
     try:
         with quiet():
+            sign_of_life(LONG)
             model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
     finally:
         config.use_cache, config.dtype = cache, kind
@@ -101,6 +107,7 @@ def _save(model: PreTrainedModel, folder: str, dtype: torch.dtype, state: dict[s
         config._attn_implementation = implementation
         if experts is not None:
             config._experts_implementation = experts
+        sign_of_life()
 
 
 # ---- weights that ranks share ----------------------------------------------------------------------------------------
@@ -137,6 +144,7 @@ def send_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for group in groups:
         for name in group:
             weights[name].make()
+            sign_of_life()
 
 
 def _groups(model: Any, dtype: torch.dtype) -> tuple[dict[str, DenseWeight], dict[tuple[str, ...], dict[str, Tensor]]]:

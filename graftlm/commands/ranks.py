@@ -92,7 +92,7 @@ def train_as_rank(config: TrainConfig, tell: Callable[[str], None]) -> dict[str,
     """
 
     def ended(reason: str) -> None:
-        tell(f"{reason}; every rank was ended. {_GO_ON}")
+        tell(f"{reason}; every rank was ended. {_GO_ON}, or give a longer --rank-timeout")
 
     with joined(ended, config.rank_timeout) as ranks, naming(ranks):
         return train(_of_rank(config, ranks), View(quiet=not ranks.first), ranks=ranks)
@@ -114,7 +114,7 @@ def naming(ranks: Ranks) -> Iterator[None]:
             raise
         said = next(iter(str(error).splitlines()), type(error).__name__)[:160]
         lost = TrainingError(f"rank {ranks.rank} of {ranks.size} has lost the others ({said}). {_GO_ON}")
-        lost.everywhere = True  # the one that is gone has the reason
+        lost.everywhere = lost.lost = True  # the one that is gone has the reason
         raise lost from None
 
 

@@ -269,6 +269,7 @@ def _trained(run: _SetUp, save_when_stopped: bool, ranks: Ranks) -> tuple[dict[s
             step = trial.step
             if save_when_stopped:
                 session.save_so_far()
+            ranks.wait_for_all()
             raise Stopped(
                 recorder.stopped,
                 f"stopped after step {step} of {trial.sampler.steps}; {checkpoint.describe_newest(config.out)}. "
@@ -287,5 +288,6 @@ def _follow(run: _SetUp, ranks: Ranks) -> None:
         train_trials(session.base, [session.trial], run.micro_batch_tokens, follower, ranks)
     if follower.stopped is not None and not session.trial.done:
         follower.save()
+        ranks.wait_for_all()  # once one has ended, torchrun gives the others 30 seconds: the first may save for longer
         raise Stopped(follower.stopped, "stopped with the first rank")
     session.finish_with_the_first(ranks)

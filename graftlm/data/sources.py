@@ -33,6 +33,7 @@ from graftlm.data.lines import (
 from graftlm.data.tables import read_csv
 from graftlm.errors import ConfigError, DataError, nearest
 from graftlm.jsonfile import RowParser, parse_json
+from graftlm.progress import LONG, sign_of_life
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MOST_FILE_BYTES = 4 << 30
@@ -287,6 +288,7 @@ def _read_dataset(name: str) -> Iterator[RawRow | Fault]:
     path, _, split = name.partition("@")
     if Path(name).is_dir():
         path, split = name, ""
+    sign_of_life(LONG)
     try:
         rows: Any = datasets.load_dataset(path, split=split or "train")
     except Exception as error:  # the library may raise anything

@@ -9,9 +9,12 @@ meets later ends its process, and the launcher ends the others. One that hangs i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +33,7 @@ from graftlm import errors, progress
 from graftlm.distributed.deal import deal
 from graftlm.distributed.pulse import SECONDS, Pulse
 from graftlm.distributed.watch import watched
-from graftlm.errors import GraftError, RunError
+from graftlm.errors import GraftError, RunError, Stopped
 from graftlm.jsonfile import parse_json
 
 TIMEOUT = timedelta(hours=6)
@@ -75,6 +78,10 @@ class Ranks:
         with self.pulse.waiting():
             dist.all_reduce(summed)
         return summed.tolist()
+
+    def wait_for_all(self) -> None:
+        """Go on once every rank has come here."""
+        self.total([0.0])
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """The largest of each value that any rank gives. Every rank gives equally many."""
@@ -270,15 +277,44 @@ def joined(tell: Callable[[str], None], seconds: float = SECONDS) -> Iterator[Ra
     is named to `tell`, on one rank, and all of them end with status 2.
     """
     pulse = Pulse(seconds)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.PrefixStore("graft", dist.TCPStore(host, port))  # pyright: ignore[reportPrivateImportUsage]
-    try:
+    with _process_group():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.PrefixStore("graft", dist.TCPStore(host, port))  # pyright: ignore[reportPrivateImportUsage]
         with progress.heard(pulse.beat), watched(pulse, rank, size, store, tell):
             yield Ranks(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), pulse)
-    finally:
-        dist.destroy_process_group()
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """torch's process group, taken apart where all ranks leave the block.
+
+    NCCL takes it apart with all ranks together. One that leaves by itself would wait there for the others, its error unsaid; so
+    it leaves the group as it is, and its process ends with status 2 once its error was said.
+    """
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    failed = threading.Event()
+    atexit.register(_end_if, failed)  # what is registered first is called last
+    try:
+        yield
+    except BaseException as error:
+        together = isinstance(error, Stopped) or (isinstance(error, GraftError) and error.everywhere)
+        if together and not (isinstance(error, GraftError) and error.lost):
+            dist.destroy_process_group()
+        elif not together:
+            failed.set()
+        raise
+    dist.destroy_process_group()
+
+
+def _end_if(failed: threading.Event) -> None:
+    """End this process without the destructors of its process group, which may wait for other ranks."""
+    if not failed.is_set():
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(2)
 
 
 def lost_others(error: RuntimeError) -> bool:

@@ -5,7 +5,8 @@
     with pulse.waiting():                        in a sum: who waits for the others is not the one that hangs
 
 Outside of a phase (reading files, saving, generating answers) signs may be `PATIENT` seconds apart; every move of a progress
-bar is one. `watch.py` reads the pulses of all ranks.
+bar is one, and every tensor and block of bytes that is read or written. Before a library is called that gives none, a sign says
+how long the next may take. `watch.py` reads the pulses of all ranks.
 """
 
 from __future__ import annotations
@@ -31,18 +32,28 @@ class Pulse:
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self.beats = 0
+        self.passes = 0
+        """How often a pass that all ranks make together has begun, and ended. Signs of progress do not tell how far a rank is
+        beside another: the first has more, of what it alone writes and draws."""
         self.waits = 0
         """How often it has begun to wait, and stopped: odd while it waits."""
         self.where = "while the run was set up"
-        self.limit = max(seconds, PATIENT)
+        self._limit = max(seconds, PATIENT)
+        self._quiet_for = 0.0
         self.silence = _SILENT * seconds
         self._seconds = seconds
         self._pauses: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
         self._longest = 0.0
         self._last = time.monotonic()
 
-    def beat(self) -> None:
-        """A sign of progress."""
+    @property
+    def limit(self) -> float:
+        """How many seconds it may be until the next sign."""
+        return max(self._limit, self._quiet_for)
+
+    def beat(self, quiet_for: float = 0.0) -> None:
+        """A sign of progress; the next may take `quiet_for` seconds, where that is longer than usual."""
+        self._quiet_for = quiet_for
         now = time.monotonic()
         self._longest = max(self._longest, now - self._last)
         self._last = now
@@ -51,10 +62,10 @@ class Pulse:
     @contextmanager
     def phase(self, kind: str, where: str) -> Iterator[None]:
         """Around work that is done again and again; `where` says in which part of the run it is, for a message."""
-        before = self.where, self.limit
+        before = self._limit
         pauses = self._pauses[kind]
         self.where = where
-        self.limit = max(self._seconds, _SLOWER * max(pauses)) if pauses else max(self._seconds, PATIENT)
+        self._limit = max(self._seconds, _SLOWER * max(pauses)) if pauses else max(self._seconds, PATIENT)
         self.beat()
         self._longest = 0.0
         try:
@@ -62,7 +73,7 @@ class Pulse:
         finally:
             self.beat()
             pauses.append(self._longest)
-            _, self.limit = before
+            self._limit = before
             self.where = f"after what was done {where}"
 
     @contextmanager

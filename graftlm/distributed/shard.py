@@ -92,8 +92,14 @@ def add_up_rows(tensors: Sequence[Tensor], values: Sequence[float]) -> list[floa
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a split tensor, which every rank asks for; any other tensor itself."""
+    if not is_split(tensor):
+        return tensor
     found: Any = tensor
-    return found.full_tensor() if is_split(tensor) else tensor
+    with sharing(tensor).pulse.waiting():
+        gathered: Tensor = found.full_tensor()
+        if gathered.is_cuda:  # else the wait comes later, wherever the values are read
+            torch.cuda.current_stream(gathered.device).synchronize()
+    return gathered
 
 
 def everywhere(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:
@@ -240,6 +246,7 @@ class SplitWeights:
         if self._running:
             return call()
         self._running = True
+        self.ranks.pulse.passes += 1
         try:
             found = self._root(call)
             if not torch.is_grad_enabled():
@@ -252,6 +259,7 @@ class SplitWeights:
             raise
         finally:
             self._running = False
+            self.ranks.pulse.passes += 1
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:

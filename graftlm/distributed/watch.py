@@ -80,7 +80,8 @@ class Watch:
         self._ticks += 1
         pulse = self.pulse
         message = {
-            "beats": pulse.beats, "waits": pulse.waits, "limit": pulse.limit, "silence": pulse.silence, "where": pulse.where,
+            "beats": pulse.beats, "passes": pulse.passes, "waits": pulse.waits, "limit": pulse.limit,
+            "silence": pulse.silence, "where": pulse.where,
             "ticks": self._ticks, "host": socket.gethostname(), "pid": os.getpid(), "over": over,
         }  # fmt: skip
         self._store.set(str(self.rank), json.dumps(message))
@@ -124,7 +125,7 @@ def hanging(seen: dict[int, _Seen], now: float) -> tuple[list[int], str] | None:
     """The ranks that hang, and why, as the end of a sentence; None while all is well.
 
     A rank hangs that shows no progress and does not wait for others, or whose process says nothing at all. Where it cannot be
-    told who waits for whom, those that have come least far.
+    told who waits for whom, as within passes that gather weights, those that have come through the fewest.
     """
     there = {rank: one for rank, one in seen.items() if not one.message["over"]}
     silent = [rank for rank, one in there.items() if now - one.told > one.message["silence"]]
@@ -135,11 +136,13 @@ def hanging(seen: dict[int, _Seen], now: float) -> tuple[list[int], str] | None:
         r: one for r, one in there.items() if now - one.moved > one.message["limit"] and not one.message["waits"] % 2
     }
     if still:
-        least = min(one.message["beats"] for one in still.values())
-        found = [rank for rank, one in still.items() if one.message["beats"] == least]
+        least = min(one.message["passes"] for one in still.values())
+        found = [rank for rank, one in still.items() if one.message["passes"] == least]
         one = still[found[0]]
         return found, f"{_seconds(now - one.moved)} shown no progress, {one.message['where']}"
-    if there and all(one.message["waits"] % 2 and now - one.moved > PATIENT for one in there.values()):
+    if there and all(
+        one.message["waits"] % 2 and now - one.moved > max(PATIENT, one.message["limit"]) for one in there.values()
+    ):
         first = min(there)
         return [
             first

@@ -21,6 +21,7 @@ from graftlm.gguf.header import GgufFile, read_gguf
 from graftlm.gguf.layout import GgufLayout, checkpoint_names
 from graftlm.gguf.tokenizer import tokenizer_of
 from graftlm.jsonfile import read_json
+from graftlm.progress import LONG, sign_of_life
 
 POINTER = "model.gguf.json"
 BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
@@ -51,6 +52,7 @@ def _downloaded(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, wanted = name.rpartition("/")
+    sign_of_life(LONG)
     try:
         return Path(hf_hub_download(repository, wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -168,6 +168,7 @@ def example_losses(
             micro_batch = collate(base, group)
             _, losses = forward(base, micro_batch)
             if i >= len(groups):
+                task.to(len(found))  # a sign of progress
                 continue
             at = 0
             for item, count in zip(group, micro_batch.target_counts):

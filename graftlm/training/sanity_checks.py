@@ -35,6 +35,7 @@ from graftlm.base.modules import StoredStack
 from graftlm.data.dataset import Example
 from graftlm.distributed.shard import everywhere, is_split, local, offset
 from graftlm.errors import Diverged, TrainingError
+from graftlm.progress import sign_of_life
 from graftlm.training.micro_batch import BatchItem, collate, count_target_tokens, forward
 from graftlm.training.trial import ExampleLoss, Trial, name_rows
 
@@ -418,6 +419,7 @@ def find_nonfinite(
             parameter.grad = None
         with hook_nonfinite(model) as found:
             run(i)
+        sign_of_life()
         for name, parameter in named:
             if parameter.grad is not None and not everywhere(parameter.grad, _finite):
                 found.append(f"the gradient of '{name}'")

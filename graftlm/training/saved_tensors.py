@@ -29,6 +29,7 @@ from graftlm.errors import RunError
 from graftlm.files import atomic_folder, sha256
 from graftlm.kernels import Moments
 from graftlm.kernels.moments import MOMENT_BLOCK
+from graftlm.progress import sign_of_life
 from graftlm.tensorfile import TensorInfo, read_header
 
 TRAINABLE, OPTIMIZER = "trainable.safetensors", "optimizer.safetensors"
@@ -156,6 +157,7 @@ def _read(file: Path, info: TensorInfo, first: int, last: int) -> Tensor:
         raise RunError(f"{file} cannot be read: {error.strerror}") from None
     if read != tensor.nbytes:
         raise RunError(f"{file} is cut short")
+    sign_of_life()
     return tensor
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -29,7 +30,7 @@ from graftlm.config import TrainConfig
 from graftlm.distributed import group, shard, watch
 from graftlm.distributed.group import Ranks
 from graftlm.distributed.pulse import Pulse
-from graftlm.errors import DataError
+from graftlm.errors import DataError, Stopped
 from graftlm.kernels.moments import zero_moments
 from graftlm.kernels.self_check import sample
 from graftlm.segments import Segments
@@ -69,6 +70,20 @@ def run(
         _signal_after(stop_after)
     given = {**config, **(other or {})} if last else config
     return train(TrainConfig.build({**given, "ranks": ranks.size}), View(quiet=True), ranks=ranks)
+
+
+def stop_while_the_first_saves_slowly(ranks: Ranks, config: dict[str, Any]) -> list[str]:
+    """The checkpoints that are there when a rank leaves a run that was stopped."""
+    save = checkpoint.save
+
+    def slowly(*given: Any, **options: Any) -> Path:
+        time.sleep(1.0 if ranks.first else 0.0)
+        return save(*given, **options)
+
+    checkpoint.save = slowly
+    with pytest.raises(Stopped):
+        run(ranks, config, stop_after=2)
+    return [place.name for place in (Path(config["out"]) / "checkpoints").glob("[0-9]*")]
 
 
 def one_fails(ranks: Ranks) -> None:

@@ -92,6 +92,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(forks: Forks, tmp_path: Path
     assert_same(tmp_path / "alone", tmp_path / "ranks")
 
 
+def test_ranks_of_a_run_that_is_stopped_leave_once_the_first_has_saved(forks: Forks, tmp_path: Path) -> None:
+    config = {**tiny_run.options(tmp_path), "out": str(tmp_path / "ranks")}
+    ended = forks.run("stop_while_the_first_saves_slowly", 2, tmp_path / "ended", config=config)
+    assert [found["found"] for found in ended] == [["000002"]] * 2, ended
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_the_same_words(forks: Forks, tmp_path: Path) -> None:
     ended = over(forks, 2, tmp_path, learning_rate=1e30, max_grad_norm=0, eval_data=None)
     assert [found["kind"] for found in ended] == ["Diverged", "Diverged"]

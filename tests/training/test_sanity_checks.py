@@ -9,10 +9,17 @@ import tiny
 import torch
 from torch import nn
 
+from graftlm import progress
 from graftlm.base.loading import Base, load_base
 from graftlm.errors import Diverged, TrainingError
 from graftlm.training.optimizer import AdamW
-from graftlm.training.sanity_checks import UpdateCheck, check_gradients_reach_every_tensor, checksums, expert_group
+from graftlm.training.sanity_checks import (
+    UpdateCheck,
+    check_gradients_reach_every_tensor,
+    checksums,
+    expert_group,
+    find_nonfinite,
+)
 from graftlm.training.trainer import train
 
 ROWS = tiny.examples()
@@ -248,3 +255,16 @@ def test_eval_rows_that_are_not_finite_name_the_module_too() -> None:
         Diverged, match=r"after step 0 on eval rows .*; first the output of 'model\.layers\.0\.mlp\.up_proj'"
     ):
         train(base, [trial], 1000, tiny.Heard())
+
+
+def test_every_example_that_is_run_alone_is_a_sign_of_life() -> None:
+    signs, seen = [0], []
+    model = nn.Linear(2, 1)
+
+    def run(i: int) -> None:
+        seen.append(sum(signs))
+        model(torch.full((1, 2), float("nan") if i == 1 else 1.0))
+
+    with progress.heard(lambda quiet_for: signs.append(1)):
+        _, bad = find_nonfinite(model, ["a", "b", "c"], [], run)
+    assert (seen, sum(signs), bad) == ([0, 1, 2], 3, ["b"])
