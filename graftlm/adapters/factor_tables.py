@@ -32,7 +32,10 @@ class FactorTables:
         head = base.structure.head
         self._layers = [m for m in base.stored().values() if isinstance(m, StoredLinear) and m is not head]
         self._others = [m for m in base.stored().values() if not isinstance(m, StoredLinear)]
-        shape, device = (len(self._layers), entries), base.device
+        padded = -(-entries // 4) * 4  # each layer's begin at 16 bytes: Triton compiles anew for other addresses
+        shape, device = (len(self._layers), padded), base.device
+        self.dtype = base.activation_dtype
+        """Of the factors: what is multiplied by them is cast to it."""
         self._there = [torch.zeros(shape, dtype=dtype, device=device) for dtype in _FIELDS]
         self._here = [torch.zeros(shape, dtype=dtype) for dtype in _FIELDS]
         self._table_of: dict[Any, kernels.FactorTable] = {
@@ -91,7 +94,7 @@ class FactorTables:
             part = bank.adapters.get(slot) if isinstance(bank, LayerBank) else None
             if part is None:
                 continue
-            if not isinstance(part, LowRank) or not _fits(part, self._base.activation_dtype):
+            if not isinstance(part, LowRank) or not _fits(part, self.dtype):
                 self._here[2][:, entry] = 0
                 return None
             A, B = part.A.detach(), part.B.detach()

@@ -70,6 +70,7 @@ class _CapturedStep:
     def add_adapters(self, module: Any, y: Tensor, x: Tensor) -> None:
         table = self.tables.of(module) if self.rank else None
         if table is not None:
+            x = x.to(self.tables.dtype).contiguous()  # a mixture's router multiplies in float32
             kernels.add_by_table(y, x, table, self.inputs.tiles, self.rank)
 
     def run(self, base: Base) -> Tensor:
