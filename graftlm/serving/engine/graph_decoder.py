@@ -38,9 +38,7 @@ _log = logging.getLogger("graft.serve")
 
 RANKS = (0, 16, 32, 64, 128)  # those of a step's adapters are rounded up to one of these
 MOST_ROWS = 512  # of a captured step: with more, kernels take longer than their launches
-_TILES = (
-    16  # of rows with one adapter, beside one for each TABLE_TOKENS rows; a step that needs more has one for each row
-)
+_TILES = 16  # of rows with one adapter, beside one for each TABLE_TOKENS rows; where more are needed, one for each row
 
 assert RANKS[-1] == kernels.MOST_TABLE_RANK
 
