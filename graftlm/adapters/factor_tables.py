@@ -32,7 +32,10 @@ class FactorTables:
         head = base.structure.head
         self._layers = [m for m in base.stored().values() if isinstance(m, StoredLinear) and m is not head]
         self._others = [m for m in base.stored().values() if not isinstance(m, StoredLinear)]
-        shape, device = (len(self._layers), entries), base.device
+        padded = -(-entries // 4) * 4  # each layer's begin at 16 bytes: Triton compiles anew for other addresses
+        shape, device = (len(self._layers), padded), base.device
+        self.dtype = base.activation_dtype
+        """Of the factors: what is multiplied by them is cast to it."""
         self._there = [torch.zeros(shape, dtype=dtype, device=device) for dtype in _FIELDS]
         self._here = [torch.zeros(shape, dtype=dtype) for dtype in _FIELDS]
         self._table_of: dict[Any, kernels.FactorTable] = {
@@ -85,21 +88,21 @@ class FactorTables:
             return None
         if any(isinstance(m.bank, LayerBank) and slot in m.bank.adapters for m in self._others):
             return None
-        largest = 0
-        for i, layer in enumerate(self._layers):
+        rows: list[tuple[int, int, int, float]] = []  # of each layer
+        for layer in self._layers:
             bank = layer.bank
             part = bank.adapters.get(slot) if isinstance(bank, LayerBank) else None
             if part is None:
+                rows.append((0, 0, 0, 0.0))
                 continue
-            if not isinstance(part, LowRank) or not _fits(part, self._base.activation_dtype):
-                self._here[2][:, entry] = 0
+            if not isinstance(part, LowRank) or not _fits(part, self.dtype):
                 return None
             A, B = part.A.detach(), part.B.detach()
             self._kept += (A, B)
-            for field, value in zip(self._here, (A.data_ptr(), B.data_ptr(), len(A), part.scale)):
-                field[i, entry] = value
-            largest = max(largest, len(A))
-        return entry, largest
+            rows.append((A.data_ptr(), B.data_ptr(), len(A), part.scale))
+        for field, values in zip(self._here, zip(*rows)):  # a field at once: layers are hundreds
+            field[:, entry] = torch.tensor(values, dtype=field.dtype)
+        return entry, max((rank for _, _, rank, _ in rows), default=0)
 
 
 _FIELDS = (torch.int64, torch.int64, torch.int32, torch.float32)  # of a FactorTable

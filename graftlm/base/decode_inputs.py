@@ -28,9 +28,10 @@ class DecodeInputs:
         """`table` (R or more, blocks) int64 on the cache's device has the rows' blocks; several inputs may share it."""
         self.cache, self.rows = cache, rows
         self._table = table[:rows]
-        self._numbers = torch.zeros(4 * rows + 3 * tiles, dtype=torch.int64, device=cache.device)
-        *parts, of_tiles = self._numbers.split([rows] * 4 + [3 * tiles])
-        self.ids, self.positions, self._places, self._visible = parts  # (R,) each
+        stride = rows + rows % 2  # 16 bytes: Triton compiles anew for addresses that are not multiples of them
+        self._numbers = torch.zeros(4 * stride + 3 * tiles, dtype=torch.int64, device=cache.device)
+        *parts, of_tiles = self._numbers.split([stride] * 4 + [3 * tiles])
+        self.ids, self.positions, self._places, self._visible = (part[:rows] for part in parts)  # (R,) each
         self.tiles = of_tiles.view(3, tiles)
         """Entry, first row and last row of each range of rows with one adapter, for `kernels.add_by_table`."""
         self._own = torch.arange(rows, device=cache.device)
@@ -41,9 +42,10 @@ class DecodeInputs:
         """Row i is token ids[i] (n,), at position pasts[i] of the sequence in batch slot batch_slots[i]; `ranges` are tiles."""
         cache, n, block = self.cache, len(pasts), self.cache.block
         most = max(pasts, default=0) // block + 1
-        table = torch.full((self.rows, most), cache.blocks)
+        rows = self.rows + self.rows % 2  # as they lie on the device
+        table = torch.full((rows, most), cache.blocks)
         table[:n] = cache.tables[list(batch_slots), :most]
-        numbers = torch.zeros(4, self.rows, dtype=torch.int64)
+        numbers = torch.zeros(4, rows, dtype=torch.int64)
         numbers[0, :n], numbers[1, :n] = ids, torch.tensor(pasts, dtype=torch.int64)
         positions = numbers[1]
         numbers[2] = table.gather(1, (positions // block)[:, None])[:, 0] * block + positions % block
@@ -51,7 +53,8 @@ class DecodeInputs:
         tiles = torch.zeros(self.tiles.shape, dtype=torch.int64)
         if ranges:
             tiles[:, : len(ranges)] = torch.tensor(ranges).T
-        given, blocks = kernels.to_device([torch.cat([numbers.flatten(), tiles.flatten()]), table], cache.device)
+        flat = torch.cat([numbers.flatten(), tiles.flatten()])
+        given, blocks = kernels.to_device([flat, table[: self.rows]], cache.device)
         self._numbers.copy_(given)
         self._table[:, :most].copy_(blocks)
 
@@ -81,7 +84,9 @@ class DecodeStepAttention:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys.index_copy_(0, self._places, k.to(keys.dtype))
         values.index_copy_(0, self._places, v.to(values.dtype))
-        out = q.new_empty(*q.shape[:2], v.shape[2])
+        out = keys.new_empty(*q.shape[:2], v.shape[2])
         factor = q.shape[2] ** -0.5 if scale is None else scale
-        kernels.attend_rows(q, keys, values, out, self._rows, scale=factor, window=window or 0, softcap=softcap or 0.0)
-        return out
+        kernels.attend_rows(
+            q.to(keys.dtype), keys, values, out, self._rows, scale=factor, window=window or 0, softcap=softcap or 0.0
+        )
+        return out.to(q.dtype)  # a model may rotate in float32

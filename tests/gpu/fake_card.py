@@ -351,7 +351,8 @@ def _install_cuda() -> None:
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
         "set_sync_debug_mode": lambda mode: None,
         "CUDAGraph": _Graph, "graph": _capturing, "graph_pool_handle": lambda: (0, 1),
-        "Stream": _Stream, "current_stream": _Stream, "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": _Stream, "current_stream": _Stream, "set_stream": lambda stream: None,
+        "stream": lambda stream: contextlib.nullcontext(),
     }  # fmt: skip
     for name, stand_in in given.items():
         assert hasattr(torch.cuda, name), f"torch.cuda.{name} is gone"

@@ -134,12 +134,18 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            self.engine.warm_up()
+            self._warm_up()
             self._work()
         except Exception:
             _log.exception("the engine's thread has died")
         finally:
             self._end()
+
+    def _warm_up(self) -> None:
+        try:
+            self.engine.warm_up()
+        except Exception:  # what it makes is only made earlier
+            _log.exception("the engine could not warm up, and goes on")
 
     def _end(self) -> None:
         """Send an error to all listeners and callers."""

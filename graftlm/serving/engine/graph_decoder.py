@@ -4,18 +4,20 @@
     states = decoder.hidden(ids, lengths, pasts, batch_slots, slots)     # None: this step needs the model's own code
 
 A step of decoding is hundreds of short kernels, and launching them takes the host longer than the GPU needs to run them. What
-a step launches depends here on the number of its rows, rounded up, and on the largest rank of its adapters: tokens, positions,
-blocks, lengths and adapters are read on the GPU from memory that does not move (`base/decode_inputs.py`,
-`adapters/factor_tables.py`). The first step of a kind runs eagerly, which loads its kernels and makes their checks; the second
-is captured; later ones fill in their numbers, one copy from the host, and are replayed. Where a capture fails, steps go on
-eagerly, and `why_eager` says why.
+a step launches depends here on the number of its rows, rounded up, on the largest rank of its adapters, rounded up, on which
+layers have adapters, and on whether its adapters are more than usual: tokens, positions, blocks, lengths and adapters are read
+on the GPU from memory that does not move (`base/decode_inputs.py`, `adapters/factor_tables.py`). The first step of a kind runs
+launch by launch, which loads its kernels and makes their checks; the second is captured; later ones fill in their numbers, one
+copy from the host, and are replayed. Where a first run or a capture fails, `why_eager` says why, in the log too: what is
+captured by then is replayed as before, and the model's own code runs all other steps.
 
-Steps with prompts in them are not decoding, and adapters of other kinds (DoRA, whole layers, rows of the embedding, experts)
-are not in tables: those steps run as everywhere.
+Steps with prompts in them are not decoding, more than MOST_ROWS rows are not captured, and adapters of other kinds (DoRA, whole
+layers, rows of the embedding, experts) are not in tables: those steps run as everywhere.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,9 +34,11 @@ from graftlm.base.loading import Base
 from graftlm.base.modules import StoredStack
 from graftlm.segments import Segments
 
+_log = logging.getLogger("graft.serve")
+
 RANKS = (0, 16, 32, 64, 128)  # those of a step's adapters are rounded up to one of these
 MOST_ROWS = 512  # of a captured step: with more, kernels take longer than their launches
-_TILES = 16  # of rows with one adapter, beside one for each TABLE_TOKENS rows
+_TILES = 16  # of rows with one adapter, beside one for each TABLE_TOKENS rows; where more are needed, one for each row
 
 assert RANKS[-1] == kernels.MOST_TABLE_RANK
 
@@ -53,8 +57,8 @@ def row_counts(most: int) -> list[int]:
 
 
 @dataclass(eq=False)
-class _CapturedStep:
-    """Steps of one number of rows and one largest rank: their inputs, and the graph once there is one."""
+class CapturedStep:
+    """Steps of one number of rows and of tiles and one largest rank: their inputs, and the graph once there is one."""
 
     inputs: DecodeInputs
     rank: int
@@ -70,6 +74,7 @@ class _CapturedStep:
     def add_adapters(self, module: Any, y: Tensor, x: Tensor) -> None:
         table = self.tables.of(module) if self.rank else None
         if table is not None:
+            x = x.to(self.tables.dtype).contiguous()  # a mixture's router multiplies in float32
             kernels.add_by_table(y, x, table, self.inputs.tiles, self.rank)
 
     def run(self, base: Base) -> Tensor:
@@ -85,12 +90,12 @@ class GraphDecoder:
     def __init__(self, base: Base, cache: PagedKVCache, most: int, graphs: Capturing) -> None:
         self.base, self.cache, self.graphs = base, cache, graphs
         self.why_eager = ""
-        """Why no further step is captured, if one could not be."""
+        """Why no further step is captured, if one could not be; the model's own code runs those that are not."""
         self._counts = row_counts(most)
         self._tables = FactorTables(base, entries=self._counts[-1] + 1)
         self._blocks = torch.zeros(self._counts[-1], cache.tables.shape[1], dtype=torch.int64, device=cache.device)
-        self._inputs: dict[int, DecodeInputs] = {}
-        self._steps: dict[tuple[int, int, tuple[int, ...]], _CapturedStep] = {}
+        self._inputs: dict[tuple[int, int], DecodeInputs] = {}  # by rows and tiles
+        self._steps: dict[tuple[int, int, int, tuple[int, ...]], CapturedStep] = {}
 
     def hidden(
         self,
@@ -103,7 +108,7 @@ class GraphDecoder:
         """ids (n,) on the host, of sequences in the order of their slots -> their states behind the last norm (n, width).
 
         As `NativeDecoder.hidden`; the states are overwritten by the next step. None where a segment has several tokens, there
-        are more than this was made for, or an adapter is not in tables.
+        are more than this was made for, an adapter is not in tables, or the step failed: its keys and values are written anew.
         """
         n = len(lengths)
         if max(lengths) > 1 or n > self._counts[-1]:
@@ -112,47 +117,58 @@ class GraphDecoder:
         if found is None:
             return None
         entries, largest = found
-        step = self._step(n, largest)
         ranges = Segments(lengths=tuple(lengths), slots=tuple(slots)).slot_ranges if largest else ()
         tiles = kernels.tiles_of([(entries[slot], a, b) for slot, a, b in ranges if slot], kernels.TABLE_TOKENS)
-        if len(tiles) > step.inputs.tiles.shape[1]:
+        step = self._step(n, largest, len(tiles))
+        if self.why_eager and step.replay is None:
             return None
         step.inputs.fill(ids, pasts, batch_slots, tiles)
-        return self._run(step)[:n]
+        states = self._run(step)
+        return None if states is None else states[:n]
 
     def capture_all(self) -> None:
         """Capture the steps of the bare base before the first request, so that none waits for it; the largest first, whose
         memory the others use too."""
         for rows in reversed(self._counts):
-            step = self._step(rows, 0)
+            step = self._step(rows, 0, 0)
             step.inputs.fill(torch.empty(0, dtype=torch.int64), (), (), ())
             while step.runs < 2:
-                self._run(step)
+                if self._run(step) is None:
+                    return
 
-    def _step(self, n: int, largest: int) -> _CapturedStep:
+    def _step(self, n: int, largest: int, tiles: int) -> CapturedStep:
         rows = next(count for count in self._counts if count >= n)
         rank = next(rank for rank in RANKS if rank >= largest)
         layers = self._tables.layers if rank else ()  # those that have adapters run other kernels
-        key = rows, rank, layers
+        usual = min(rows, -(-rows // kernels.TABLE_TOKENS) + _TILES)
+        room = usual if tiles <= usual else rows
+        key = rows, room, rank, layers
         if key not in self._steps:
-            self._steps = {k: s for k, s in self._steps.items() if not k[1] or k[2] == self._tables.layers}
-            if rows not in self._inputs:
-                tiles = min(rows, -(-rows // kernels.TABLE_TOKENS) + _TILES)
-                self._inputs[rows] = DecodeInputs(self.cache, self._blocks, rows=rows, tiles=tiles)
-            self._steps[key] = _CapturedStep(self._inputs[rows], rank, self._tables)
+            self._steps = {k: s for k, s in self._steps.items() if not k[2] or k[3] == self._tables.layers}
+            if (rows, room) not in self._inputs:
+                self._inputs[rows, room] = DecodeInputs(self.cache, self._blocks, rows=rows, tiles=room)
+            self._steps[key] = CapturedStep(self._inputs[rows, room], rank, self._tables)
         return self._steps[key]
 
-    def _run(self, step: _CapturedStep) -> Tensor:
+    def _run(self, step: CapturedStep) -> Tensor | None:
+        """The states of all rows; None, and `why_eager` is set, where the step's first run or its capture failed."""
+        if step.replay is not None and step.out is not None:
+            step.replay()
+            return step.out
         step.runs += 1
-        if step.replay is None and step.runs > 1 and not self.why_eager:
-            try:
-                step.replay, step.out = self.graphs.capture(lambda: step.run(self.base))
-            except RuntimeError as error:  # torch's errors of CUDA are, memory that is short too
-                self.why_eager = f"a step could not be captured ({str(error).strip().splitlines()[0][:200]})"
-        if step.replay is None or step.out is None:
-            return step.run(self.base)
-        step.replay()
-        return step.out
+        try:
+            if step.runs == 1:
+                return step.run(self.base)
+            step.replay, step.out = self.graphs.capture(lambda: step.run(self.base))
+            step.replay()
+            return step.out
+        except Exception as error:  # of PyTorch, Triton or memory: the model's own code may do without what failed
+            step.replay = step.out = None
+            what = "run" if step.runs == 1 else "captured"
+            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            self.why_eager = f"a step could not be {what} ({said})"
+            _log.warning("decoding goes on without CUDA graphs: %s", self.why_eager)
+            return None
 
 
 def graph_decoder_of(base: Base, cache: PagedKVCache, most: int) -> tuple[GraphDecoder | None, str]:

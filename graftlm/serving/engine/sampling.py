@@ -142,7 +142,7 @@ def _head(p: Tensor, h: int, samplings: Sequences[SamplingParams]) -> tuple[Tens
     inside = (before < top_p) | (top_p >= 1)
     last = torch.where(inside, values, torch.inf).amin(1, keepdim=True)  # equally likely ones stay together
     values = torch.where(values >= last, values, 0.0)
-    min_p = _on(device, [s.min_p for s in samplings])[:, None]
+    min_p = _on(device, [s.min_p for s in samplings], torch.float64)[:, None]
     return torch.where(values >= min_p * values[:, :1], values, 0.0), ids
 
 

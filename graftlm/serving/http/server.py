@@ -32,6 +32,7 @@ from graftlm.serving.engine.async_engine import AsyncEngine
 from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.kv_cache import USUAL_TOKENS, CacheSize, cache_size, free_memory
 from graftlm.serving.engine.prompts import PromptEncoderCache
+from graftlm.serving.engine.runner import PagedRunner
 from graftlm.serving.engine.scheduler import EngineLimits
 from graftlm.serving.http.api_keys import ApiKeys, read_api_keys
 from graftlm.serving.http.app import create_app
@@ -110,6 +111,9 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
     if engine.paged:
         memory = f"{summary['cache_bytes'] / 1e6:.0f} MB of KV cache"
         note(f"answers    {summary['running']} at once, {memory} for {cache}")
+        why = engine.runner.why_no_decoder if isinstance(engine.runner, PagedRunner) else ""
+        if why and base.device.type == "cuda":
+            note(f"graphs     none, each step is launched kernel by kernel: {why}")
     else:
         note(f"answers    {summary['running']} at once, those of equal length together: {decoding.why_not_blocks}")
         if decoding.cache is None:

@@ -46,6 +46,16 @@ def test_one_bad_step_ends_its_requests_and_not_the_service(
     assert async_engine.failures == 1
 
 
+def test_an_engine_that_could_not_warm_up_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async_engine = AsyncEngine(tiny_engine.engine_of(tiny_engine.base_of()))
+    monkeypatch.setattr(async_engine.engine, "warm_up", broken)
+    async_engine.start()
+    try:
+        assert asyncio.run(asyncio.wait_for(answer(async_engine), 10))[-1].finish_reason == "length"
+    finally:
+        async_engine.close()
+
+
 def test_whoever_waits_is_told_when_the_thread_has_died(
     async_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

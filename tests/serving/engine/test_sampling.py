@@ -153,3 +153,13 @@ def test_the_numbers_of_a_seed_are_even_and_no_two_places_share_one() -> None:
     assert len(set(numbers)) == len(numbers)
     assert 0 < min(numbers) < max(numbers) < 1
     assert abs(sum(numbers) / len(numbers) - 0.5) < 0.02
+
+
+def test_the_share_of_min_p_is_compared_in_double_precision() -> None:
+    """The second of two tokens stays or goes as its share says, which float32 would round to either side of the cut."""
+    for i in range(1, 30):
+        row = torch.tensor([[0.0, -i / 16]])
+        first, second = torch.softmax(row, -1).double()[0].tolist()
+        for factor, token in ((1 - 1e-12, 1), (1 + 1e-12, 0)):
+            s = SamplingParams(temperature=1.0, min_p=second / first * factor)
+            assert sampling.sample(row, [s], [0.9999]) == [token]
