@@ -22,7 +22,11 @@ def main(place: Path) -> int:
     """Train as this rank; returns the exit status."""
     ended = place / ENDED.format(os.environ["RANK"])
 
+    told = False  # of a rank that hangs: the reason, which nothing that follows from its end replaces
+
     def tell(message: str) -> None:
+        nonlocal told
+        told = True
         write_json(ended, {"kind": TrainingError.__name__, "error": message, "own": True})
 
     try:
@@ -31,6 +35,8 @@ def main(place: Path) -> int:
     except Stopped as stopped:
         write_json(ended, {"stopped": stopped.signal_number, "error": str(stopped)})
     except GraftError as error:
+        if told:
+            return 2
         write_json(ended, {"kind": type(error).__name__, "error": str(error), "own": not error.everywhere})
         return 0 if error.everywhere else 2
     else:

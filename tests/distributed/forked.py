@@ -93,7 +93,8 @@ def _fork(rank: int, count: int, place: Path, scenario: str, options: dict[str, 
         found = {"kind": type(error).__name__, "error": str(error), "everywhere": getattr(error, "everywhere", False)}
     except BaseException:
         found = {"kind": "traceback", "error": traceback.format_exc()}
-    (place / f"{rank}.json").write_text(json.dumps(found))
+    if not Path(os.environ[ENDED]).is_file():  # else a hanging rank was told of, and this follows from its end
+        Path(os.environ[ENDED]).write_text(json.dumps(found))
     os._exit(0)
 
 

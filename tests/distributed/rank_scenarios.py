@@ -56,7 +56,7 @@ def run(
     """A training run. The last rank gets a SIGTERM after a step, or has `other` options, where these are given; `bug` is one of
     BUGS. With a `fault`, one of FAULTS on one rank, the ranks are watched."""
     if fault is not None:
-        ranks = replace(ranks, pulse=Pulse(3))
+        ranks = replace(ranks, pulse=Pulse(5))
         with naming(ranks), _watched(ranks, Path(config["out"]).parent / "watch"):
             if ranks.rank == fault["rank"]:
                 FAULTS[fault["kind"]](fault["step"])

@@ -122,7 +122,7 @@ def test_on_a_gpu_losses_and_gradients_are_looked_at_behind_the_backward_pass(mo
     found: list[tuple[dict[str, Tensor], float]] = []
     for later in (False, True):
         base, trial = started("llama")
-        monkeypatch.setattr(optimizer_module, "_looked_at_later", lambda tensor, later=later: later)
+        monkeypatch.setattr(optimizer_module.AdamW, "looks_later", lambda self, tensor, later=later: later)
         (result,) = optimizer_step(base, [trial], 1000)
         assert result is not None
         found.append((weights(trial), result.grad_norm))

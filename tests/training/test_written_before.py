@@ -24,6 +24,7 @@ from graftlm.errors import RunError
 from graftlm.experiments.compare.run import run_once
 from graftlm.experiments.sweep.results import read
 from graftlm.experiments.sweep.study import Study
+from graftlm.experiments.workers import Worker
 from graftlm.training.run_folder import read_evaluation, read_metrics
 from graftlm.training.view import View
 
@@ -101,10 +102,10 @@ def test_figures_of_before_are_read_under_todays_names() -> None:
 
 
 def test_a_comparison_of_before_is_not_trained_again() -> None:
-    summary = run_once(TrainConfig.read("options.yaml", {}), lambda *_: pytest.fail("it was trained again"))
+    summary = run_once(TrainConfig.read("options.yaml", {}), lambda *_: pytest.fail("it was trained again"), Worker())
     assert (summary["target_tokens"], summary["num_tokens"], summary["trainable_parameters"]) == (143, 235, 1820)
     with pytest.raises(RunError, match=r"was run with other options: lora-dropout was 0\.1, now 0\.3"):
-        run_once(TrainConfig.read("options.yaml", {"lora_dropout": 0.3}), lambda *_: None)
+        run_once(TrainConfig.read("options.yaml", {"lora_dropout": 0.3}), lambda *_: None, Worker())
 
 
 def sweep(out: str, **search: str) -> SweepConfig:
