@@ -81,9 +81,7 @@ class DecodeStepAttention:
         softcap: float | None,
     ) -> Tensor:
         """Cache k (R, K, D) and v (R, K, V), and compute attention for q (R, H, D) -> (R, H, V)."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.index_copy_(0, self._places, k.to(keys.dtype))
-        values.index_copy_(0, self._places, v.to(values.dtype))
+        keys, values = self._cache.put(layer, self._places, k, v)
         out = keys.new_empty(*q.shape[:2], v.shape[2])
         factor = q.shape[2] ** -0.5 if scale is None else scale
         kernels.attend_rows(

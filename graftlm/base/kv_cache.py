@@ -66,6 +66,13 @@ class PagedKVCache:
         )  # on the CPU: the engine writes it, forward passes copy it
         self.device = device
 
+    def put(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k (T, K, D) and v (T, K, V) at `places` (T,) of a layer; returns all of its keys and values."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(0, places, k.to(keys.dtype))
+        values.index_copy_(0, places, v.to(values.dtype))
+        return keys, values
+
     @property
     def bytes(self) -> int:
         return sum(t.nbytes for t in (*self.keys.values(), *self.values.values()))
@@ -142,9 +149,7 @@ class PagedAttention:
         softcap: float | None,
     ) -> Tensor:
         """Cache k (T, K, D) and v (T, K, V), and compute attention for q (T, H, D) -> (T, H, V)."""
-        keys, values = self.store.keys[layer], self.store.values[layer]
-        keys.index_copy_(0, self.rows, k.to(keys.dtype))
-        values.index_copy_(0, self.rows, v.to(values.dtype))
+        keys, values = self.store.put(layer, self.rows, k, v)
         out = q.new_empty(*q.shape[:2], v.shape[2])  # (T, H, V)
         if self.singles is not None:
             factor = q.shape[2] ** -0.5 if scale is None else scale

@@ -6,7 +6,7 @@ Each sentence follows a rule of `rules.py`, which names the measurement that sup
                   16 do not fit, or cost decides; not NF4 where it damages this base on these data and something else fits.
     rank          enough values for the data: an adapter holds about 2 bits a value, and what training can add is at most the
                   base's loss on the target tokens
-    learning rate falls with the model's width; an adapter's is about ten times full training's
+    learning rate falls with the model's width; an adapter's is about ten times full training's; Gemma 3 takes lower ones
     batch         small, and enough steps
 """
 
