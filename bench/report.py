@@ -93,7 +93,7 @@ def train_bars(figures: Mapping[str, Any], instructions: str) -> list[Bar]:
         their_speed, their_memory = peer(sides)
         name, bound = (
             f"{SUBJECTS[figures['subject']].title} {_NAMES[method]}",
-            _SPEED[instructions.split()[0]].get(method),
+            _SPEED[instructions.removeprefix("limited to ").split()[0]].get(method),
         )
         ours = sides["graft"]
         for side, label in (("graft", name), ("graft gguf", f"{name} on the GGUF's blocks")):
@@ -182,7 +182,7 @@ def page(results: Results, figures: str = "cpu.json") -> str:
     about = (
         f"Written by `make bench` from `{figures}`. Parts ran one after another; nothing else should run meanwhile, which is "
         "not checked. `trl bf16` is TRL with its own bfloat16; where TRL ran in float32 and bfloat16, ratios are to the faster."
-        " `held`: a processor with AVX-512 that PyTorch, oneDNN, MKL and Graft's kernels used as one with AVX2 alone."
+        " `limited to`: a processor with AVX-512 that PyTorch, oneDNN, MKL and Graft's kernels used as one with AVX2 alone."
     )
     lines = ["# CPU benchmarks", "", about, ""]
     for instructions, parts in results.items():

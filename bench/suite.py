@@ -83,12 +83,12 @@ def parts_of(folder: Path) -> list[Part]:
 def instructions() -> str:
     """The instruction set of matmuls here, PyTorch's and training's; figures are kept separately for each.
 
-    A processor that is held to narrower instructions than it has is named so: both sides are held alike with
+    A processor limited to narrower instructions than it has is named so. This limits both sides alike:
     `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python bench/suite.py`.
     """
     own = default_compute_dtype(torch.device("cpu"), training=True)
     name = torch.backends.cpu.get_cpu_capability() + {"bf16-mixed": " BF16", "bfloat16": " AMX"}.get(own, "")
-    return f"{name} held" if os.environ.get("ATEN_CPU_CAPABILITY") else name
+    return f"limited to {name}" if os.environ.get("ATEN_CPU_CAPABILITY") else name
 
 
 def run(part: Part, seconds: float) -> dict[str, Any]:
