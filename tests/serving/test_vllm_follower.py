@@ -239,6 +239,20 @@ def test_a_name_that_cannot_be_unloaded_is_replaced_in_place(
     assert vllm.in_place == {"formal@prod"}, "only where there is no other way: every later step would read it again"
 
 
+def test_a_name_that_the_server_does_not_give_up_is_named_once(
+    store: Store, vllm: vllm_stub.VllmStub, following: Following
+) -> None:
+    following.step()
+    vllm.dropped.add("terse")
+    store.remove("terse@1")
+    assert [note.split(":")[0] for note in following.step()] == ["refused    terse"]
+    assert following.step() == []
+    vllm.dropped.clear()
+    store.unalias("formal", "prod")
+    following.step()
+    assert vllm.versions() == {"formal": "formal@2"}
+
+
 def test_a_load_that_fails_after_the_trial_brings_the_earlier_one_back(
     store: Store, vllm: vllm_stub.VllmStub, following: Following, monkeypatch: pytest.MonkeyPatch
 ) -> None:

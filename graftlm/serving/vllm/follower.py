@@ -31,6 +31,8 @@ SERVER_SECONDS = 10.0
 LONGEST_WAIT = 15.0
 IN_STEP = ".in-step"
 """A file in `--out` while the server has what the store has; a readiness probe can look for it."""
+_GONE = ""
+"""In the place of a digest: the name is not in the store."""
 _RANK = re.compile(r"rank (\d+) is greater than max_lora_rank (\d+)")
 
 
@@ -96,9 +98,7 @@ class VllmFollower:
                 self._refused[name] = version.digest
                 self._note(f"refused    {self._explained(name, version, error, there.get(name))}")
         for name in [n for n, folder in there.items() if n not in self._wanted and self._is_ours(folder)]:
-            with contextlib.suppress(VllmRefused):  # gone already
-                self._server.unload(name)
-            self._note(f"unloaded   {name}: the store has it no more")
+            self._take(name)
         self._left = self._server.adapters()
         self._mark(True)
 
@@ -169,6 +169,19 @@ class VllmFollower:
             if trial is not None:
                 with contextlib.suppress(VllmRefused):
                     self._server.unload(trial)
+
+    def _take(self, name: str) -> None:
+        """Unload a name that the store no longer has."""
+        if self._refused.get(name) == _GONE:
+            return
+        try:
+            self._server.unload(name)
+        except VllmRefused as error:
+            if error.status != 404:
+                self._refused[name] = _GONE
+                self._note(f"refused    {name}: the store has it no more, and vLLM does not unload it: {error}")
+                return
+        self._note(f"unloaded   {name}: the store has it no more")
 
     def _is_ours(self, folder: str) -> bool:
         return PurePath(folder).parent == PurePath(self._out)
