@@ -5,6 +5,7 @@
 # make compat  the contract tests with the oldest, a middle and the newest release of transformers
 # make prove   the long proofs, run by hand and before a release; their figures go to bench/results/proofs.json
 # make bench  speed and memory beside the peers on the CPU, within an hour, with nothing else running
+# make docker  builds the image of the Dockerfile and tries it, where a Docker daemon runs; ARGS="--build-arg TORCH=cu130" for CUDA
 # make lint | types | unit | format   one of them
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo demo-real test compat prove lint types unit format bench docs clean
+.PHONY: setup demo demo-real test compat prove lint types unit format bench docs docker clean
 
 setup: $(READY)
 
@@ -56,6 +57,9 @@ bench: setup
 
 docs: setup
 	$(BIN)/python -m graftlm.config.options_page > docs/options.md
+
+docker:
+	$(PYTHON) tools/container.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

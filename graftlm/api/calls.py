@@ -280,7 +280,8 @@ def merge(model: Model | str | Path, adapter: Any, out: str | Path, **options: A
 def serve(model: str | Path, **options: Any) -> Any:
     """Serve a base with all of its adapters over HTTP until a signal; options are those of `graft serve`.
 
-    With `engine="vllm"` the adapters are exported instead: a dict with the `vllm serve` command. Raises GraftError.
+    With `engine="vllm"` the adapters are exported instead: a dict with the `vllm serve` command. With `follow` too, a running
+    vLLM is kept in step with the store until a signal. Raises GraftError.
     """
     from graftlm.commands.serve import serve as command
 
@@ -292,7 +293,7 @@ def serve(model: str | Path, **options: Any) -> Any:
     if isinstance(model, Model):
         raise ConfigError(f"graft.serve loads the base itself, for answering; give '{model.name}', its name")
     config = ServeConfig.build({"model": str(model), **options})
-    return command(config, note, lambda url, summary: note(f"ready      {url}"))
+    return command(config, note, lambda url, summary: note(str(summary.get("command") or f"ready      {url}")))
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------

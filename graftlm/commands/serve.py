@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError, nearest
-from graftlm.serving.vllm import export_for_vllm
+from graftlm.serving.vllm import VllmFollower, export_for_vllm
+from graftlm.serving.vllm.client import VllmServer
 
 if TYPE_CHECKING:
     from graftlm.serving.http.model_registry import ServedModel
@@ -28,11 +31,19 @@ def serve(
 ) -> dict[str, Any] | None:
     """Serve until a signal; `ready` is called with the address and a summary once requests are taken.
 
-    With `engine: vllm` the adapters are exported instead, and vLLM's command and what was written is returned. Raises
-    GraftError; ConfigError where the extra `serve` is not installed.
+    With `engine: vllm` the adapters are exported instead, and vLLM's command and what was written is returned; with `follow`
+    too, `ready` is called with it, and a running vLLM is kept in step until a signal. Raises GraftError; ConfigError where
+    the extra `serve` is not installed.
     """
     if config.engine == "vllm":
-        return export_for_vllm(config, note)
+        exported = export_for_vllm(config, note)
+        if config.follow is None:
+            return exported
+        follower = VllmFollower(config, VllmServer(config.follow, os.environ.get("VLLM_API_KEY")), note)
+        ready(config.follow, exported)
+        with _stopped_by_signals(follower):
+            follower.run()
+        return None
     try:
         from graftlm.serving.http.server import Server, build, listen, url_host
     except ModuleNotFoundError as error:
@@ -56,6 +67,29 @@ def serve(
             sock.close()
             built.state.async_engine.close()
     return None
+
+
+@contextmanager
+def _stopped_by_signals(follower: VllmFollower) -> Iterator[None]:
+    """The first signal lets the follower complete a change that it has begun, the second one ends it at once.
+
+    A handler is needed: the first process of a container does not get signals that it has no handler for.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        if follower.stopping:
+            raise KeyboardInterrupt
+        follower.stopping = True
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone gets signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def _run(server: Any, sock: Any, preload: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from graftlm.config.fields import ComputeDtype, Config, Names, Precision, flag_name, option
 
@@ -23,6 +24,7 @@ _FOR_VLLM = frozenset(
         "max_num_seqs",
         "engine",
         "out",
+        "follow",
     }
 )
 
@@ -90,6 +92,31 @@ class ServeConfig(Config):
         group="engine",
     )
     out: Path = option(Path("vllm-adapters"), "folder of the adapters exported for vLLM", group="engine")
+    follow: str | None = option(
+        None,
+        "address of a running vLLM, such as http://127.0.0.1:8000: keep its adapters in step with the store until a signal; "
+        "its API key is read from VLLM_API_KEY",
+        group="engine",
+    )
+
+    @field_validator("follow")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        """The address without a final `/v1`, as OpenAI's clients are given it. Raises ValueError."""
+        if value is None:
+            return None
+        shown = f"follow: '{value[:200]}'"
+        try:
+            place = urlsplit(value)
+            good = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+        except ValueError:  # a port that is no number, brackets that do not close
+            good = False
+            place = urlsplit("")
+        if not good or place.query or place.fragment or any(c <= " " or c == "\x7f" for c in value):
+            raise ValueError(f"{shown} is not the address of a server; give one such as http://127.0.0.1:8000")
+        if place.username is not None or place.password is not None:
+            raise ValueError("follow: the address holds a password; leave it out, and give vLLM's key in VLLM_API_KEY")
+        return value.rstrip("/").removesuffix("/v1").rstrip("/")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -101,6 +128,8 @@ class ServeConfig(Config):
             self._fits_vllm()
         if self.engine == "embedded" and "out" in self.model_fields_set:
             raise ValueError("out: it is for --engine vllm only; leave it out")
+        if self.engine == "embedded" and self.follow is not None:
+            raise ValueError("follow: it is for --engine vllm only; graft serve itself follows its store without it")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max-num-batched-tokens: {self.max_num_batched_tokens} are too few for a batch of {self.max_num_seqs}, since "

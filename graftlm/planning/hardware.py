@@ -265,6 +265,41 @@ def machine_memory() -> int:
     return min(limits)
 
 
+def free_machine_memory() -> int:
+    """Bytes that this process may still take: those that the machine has, or its control groups where these have fewer left.
+
+    A group has left what its limit is above its use; files that were read once and may be dropped are not use, as the kubelet
+    counts.
+    """
+    free = [_available_memory()]
+    for limit in _group_limits():
+        first = limit.name == "memory.limit_in_bytes"  # control groups of version 1
+        used, idle = ("memory.usage_in_bytes", "total_inactive_file") if first else ("memory.current", "inactive_file")
+        try:
+            most = int(limit.read_text(encoding="utf-8"))
+            use = int(limit.with_name(used).read_text(encoding="utf-8"))
+            lines = limit.with_name("memory.stat").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        reclaimed = sum(int(line.split()[1]) for line in lines if line.startswith(f"{idle} "))
+        free.append(most - use + reclaimed)
+    return max(min(free), 0)
+
+
+def _available_memory() -> int:
+    """Bytes that no process of the machine uses."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError):
+        return 4 << 30
+
+
 def _group_limits() -> list[Path]:
     """Where the limits of this process's control groups stand (versions 2 and 1), from its own group up to the root."""
     root = Path("/sys/fs/cgroup")

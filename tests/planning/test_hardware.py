@@ -166,6 +166,34 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest
     assert hardware.machine_memory() == 2_000_000_000
 
 
+def test_free_memory_is_what_a_control_group_has_left_where_that_is_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod's limit, and not its node's memory: a cache planned for the node would end the pod."""
+    pod, old, open_end = tmp_path / "pod", tmp_path / "old", tmp_path / "open"
+    for place, files in (
+        (pod, {"memory.max": "3000000", "memory.current": "1200000", "memory.stat": "anon 7\ninactive_file 200000\n"}),
+        (old, {"memory.limit_in_bytes": "5000000", "memory.usage_in_bytes": "4500000",
+               "memory.stat": "inactive_file 1\ntotal_inactive_file 300000\n"}),
+        (open_end, {"memory.max": "max", "memory.current": "9", "memory.stat": ""}),
+    ):  # fmt: skip
+        place.mkdir()
+        for name, text in files.items():
+            (place / name).write_text(text + "\n")
+    monkeypatch.setattr(hardware, "_available_memory", lambda: 2_500_000)
+    limits = [open_end / "memory.max", pod / "memory.max"]
+    monkeypatch.setattr(hardware, "_group_limits", lambda: limits)
+    assert hardware.free_machine_memory() == 2_000_000
+    limits.append(old / "memory.limit_in_bytes")
+    assert hardware.free_machine_memory() == 800_000
+    (pod / "memory.current").write_text("3500000")  # above its limit for a moment
+    assert hardware.free_machine_memory() == 0
+    limits.clear()
+    assert hardware.free_machine_memory() == 2_500_000
+    monkeypatch.undo()
+    assert 0 < hardware.free_machine_memory() <= hardware.machine_memory()
+
+
 def test_a_processor_that_multiplies_bfloat16_trains_at_twice_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[tuple[float, str, str]] = []
     monkeypatch.setattr("graftlm.kernels.has_bf16_matmul", lambda: True)

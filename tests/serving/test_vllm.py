@@ -52,7 +52,7 @@ def test_the_command_serves_every_name_and_alias_from_one_folder_a_version(tmp_p
     assert words[:3] == ["vllm", "serve", str(tiny_run.folder())]
     options = dict(itertools.pairwise(words))
     assert (options["--host"], options["--port"], options["--max-num-seqs"]) == ("0.0.0.0", "9000", "5")
-    assert (options["--quantization"], options["--max-lora-rank"], options["--max-loras"]) == ("bitsandbytes", "8", "2")
+    assert (options["--quantization"], options["--max-lora-rank"], options["--max-loras"]) == ("bitsandbytes", "8", "4")
     served = modules(said["command"])
     assert served.keys() == {"alpha", "beta", "says", "says@prod"}
     assert served["says@prod"] == served["alpha"] != served["says"] == served["beta"], "a folder for each content"

@@ -6,6 +6,7 @@ publishing.py     the adapter, base and run that a publish records
 content.py        a version's files, and the check before they are read
 journal.py        the one file that changes: an append-only log of events
 replay.py         from the journal's events to names, versions and aliases
+live_names.py     the names as they are now, for a process that stays
 names.py          names, version numbers and aliases
 advice.py         `graft adapters` commands in messages
 lineage.py        what a version was made from, and how two versions differ
@@ -16,6 +17,7 @@ hub.py            push and pull: the Hugging Face hub
 
 from graftlm.adapters.store.advice import DEFAULT
 from graftlm.adapters.store.base_versions import BaseVersions, VerifyFault, VerifyReport, Version
+from graftlm.adapters.store.live_names import LiveNames
 from graftlm.adapters.store.names import Reference, looks_like_a_name, parse
 from graftlm.adapters.store.replay import NamedAdapter, apply_events
 from graftlm.adapters.store.store import Store, open_adapter, resolve
@@ -23,6 +25,7 @@ from graftlm.adapters.store.store import Store, open_adapter, resolve
 __all__ = [
     "DEFAULT",
     "BaseVersions",
+    "LiveNames",
     "NamedAdapter",
     "Reference",
     "Store",

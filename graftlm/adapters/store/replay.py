@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graftlm.adapters.store.journal import Event
+from graftlm.adapters.store.names import Reference
 from graftlm.errors import StoreError
 
 
@@ -42,6 +43,14 @@ class NamedAdapter:
     @property
     def newest(self) -> VersionEntry | None:
         return self.versions[max(self.versions)] if self.versions else None
+
+    def number_of(self, reference: Reference) -> int | None:
+        """The version that a reference to this name means; None for one that is not there."""
+        if reference.alias is not None:
+            number = self.aliases.get(reference.alias)
+        else:
+            number = reference.number or max(self.versions, default=None)
+        return number if number in self.versions else None
 
     def pointing_at(self, number: int) -> list[str]:
         """The aliases that point at a version."""

@@ -9,12 +9,10 @@ with the same tokens under the same adapter uses it again. The tensors are `base
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +20,7 @@ import torch
 from graftlm.base.kv_cache import LayerKVSpec, bytes_per_token
 from graftlm.base.loading import Base
 from graftlm.errors import ConfigError
+from graftlm.planning.hardware import free_machine_memory
 
 BLOCK_TOKENS = 16
 USUAL_TOKENS = 1024
@@ -169,13 +168,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that nobody uses now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (ValueError, OSError):
-        return 4 << 30
+    return free_machine_memory()

@@ -1,17 +1,16 @@
 """What can be asked for by name: the base, and the versions of adapters in the store that were trained on it.
 
-Names are looked up in the store's journal, which is read on whenever it has changed, so an alias that was moved by another
-process means its new version from then on. A name is never a path: what is not in the journal is not there.
+Names are looked up in the store's journal as it is now (`store/live_names.py`), so an alias that was moved by another process
+means its new version from then on. A name is never a path: what is not in the journal is not there.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftlm.adapters.store import NamedAdapter, Store, Version, apply_events, parse
+from graftlm.adapters.store import LiveNames, NamedAdapter, Store, Version, parse
 from graftlm.adapters.store.content import check_place
 from graftlm.errors import StoreError
 from graftlm.serving.http.api_keys import Tenant
@@ -44,31 +43,12 @@ class ModelRegistry:
     def __init__(self, base_name: str, fingerprint: str, store: Store | None = None) -> None:
         self.base_name, self.fingerprint, self.store = base_name, fingerprint, store
         self.base = ServedModel(base_name)
-        self._lock = threading.Lock()
-        self._seen: tuple[int, int, int] | None = None
-        self._journal = None if store is None else store.base_versions(fingerprint).journal
-        self._follower = None if self._journal is None else self._journal.follow()
-        self._all: dict[str, NamedAdapter] = {}
-        self._names: dict[str, NamedAdapter] = {}
-        """Those of all that have versions."""
+        self._live = None if store is None else LiveNames(store.base_versions(fingerprint))
         self._withdrawn: set[str] = set()
 
     def names(self) -> dict[str, NamedAdapter]:
-        """The names that have versions, as they are now."""
-        if self._journal is None or self._follower is None:
-            return {}
-        try:
-            stat = self._journal.path.stat()
-        except OSError:
-            return {}
-        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        with self._lock:
-            if seen != self._seen:
-                anew, events = self._follower.news()
-                self._all = apply_events({} if anew else self._all, events)
-                self._names = {key: name for key, name in self._all.items() if name.versions}
-                self._seen = seen
-            return self._names
+        """The names that have versions, as they are now. Raises StoreError for a journal that never could be read."""
+        return {} if self._live is None else self._live.names()
 
     def find(self, text: str, tenant: Tenant, *, withdrawn_too: bool = False) -> ServedModel:
         """`formal`, `formal@3`, `formal@prod` or the base's name. Raises UnknownModel, whatever the reason."""
@@ -83,12 +63,8 @@ class ModelRegistry:
         name = self.names().get(reference.name)
         if name is None or not tenant.may_use(name.name):
             raise UnknownModel(text)
-        number = reference.number
-        if reference.alias is not None:
-            number = name.aliases.get(reference.alias)
-        elif number is None:
-            number = max(name.versions)
-        entry = name.versions.get(number) if number is not None else None
+        number = name.number_of(reference)
+        entry = name.versions[number] if number is not None else None
         if entry is None or (entry.digest in self._withdrawn and not withdrawn_too):
             raise UnknownModel(text)
         found = self._answerer(name, entry.number)

@@ -520,6 +520,71 @@ def test_an_adapter_damaged_on_disk_fails_its_own_requests_only(tmp_path: Path) 
         assert client.get("/readyz").status_code == 200
 
 
+# ---- several servers over one store ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fleet(guarded: tiny_server.Loopback, place: Path) -> Iterator[tuple[tiny_server.Loopback, tiny_server.Loopback]]:
+    """Two servers over one store, as pods share a volume."""
+    store = guarded.built.state.model_registry.store
+    assert store is not None
+    keys = str(tiny_server.keys_file(place, {"name": "admin", "key": ADMIN, "admin": True}))
+    with tiny_server.serving(store=str(store.root), api_keys=keys) as other:
+        yield guarded, other
+
+
+def _change(server: tiny_server.Loopback, what: str, **body: object) -> None:
+    with server.client(ADMIN) as client:
+        client.post(f"/v1/adapters/{what}", json={"name": "says", **body}).raise_for_status()
+
+
+def _says(server: tiny_server.Loopback, model: str) -> tuple[str, str]:
+    """The answer and the version that gave it."""
+    found = server.answer(model, ADMIN)
+    found.raise_for_status()
+    return found.json()["choices"][0]["text"], found.headers["x-graft-version"]
+
+
+def test_an_alias_that_one_server_moves_or_rolls_back_is_moved_for_the_others_next_request(
+    fleet: tuple[tiny_server.Loopback, tiny_server.Loopback],
+) -> None:
+    for mover, other in (fleet, fleet[::-1]):
+        assert [_says(server, "says@prod") for server in fleet] == [("ALPHA", "says@1")] * 2
+        _change(mover, "alias", alias="prod", version=2)
+        assert _says(other, "says@prod") == _says(mover, "says@prod") == ("BETA", "says@2")
+        _change(other, "rollback", alias="prod")
+        assert _says(mover, "says@prod") == _says(other, "says@prod") == ("ALPHA", "says@1")
+
+
+def test_a_version_that_a_command_publishes_is_served_by_all_and_one_it_removes_by_none(
+    fleet: tuple[tiny_server.Loopback, tiny_server.Loopback],
+) -> None:
+    store = fleet[0].built.state.model_registry.store
+    assert store is not None
+    assert [server.answer("new", ADMIN).status_code for server in fleet] == [404, 404]
+    store.publish(tiny_server.trained("BETA"), "new")
+    store.alias("new", "prod", 1)
+    assert [_says(server, "new@prod") for server in fleet] == [("BETA", "new@1")] * 2
+    store.unalias("new", "prod")
+    store.remove("new@1")
+    assert [server.answer("new@prod", ADMIN).status_code for server in fleet] == [404, 404]
+
+
+def test_a_request_in_flight_keeps_its_version_when_another_server_moves_the_alias(
+    fleet: tuple[tiny_server.Loopback, tiny_server.Loopback],
+) -> None:
+    one, other = fleet
+    body = tiny_server.asked("says@prod", stream=True)
+    with one.client(ADMIN) as client, client.stream("POST", "/v1/completions", json=body) as stream:
+        lines = (line for line in stream.iter_lines() if line.startswith("data: {"))
+        text = json.loads(next(lines)[6:])["choices"][0]["text"]
+        _change(other, "alias", alias="prod", version=2)
+        assert _says(one, "says@prod") == ("BETA", "says@2")
+        text += "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines)
+    _change(other, "rollback", alias="prod")
+    assert (text, stream.headers["x-graft-version"]) == ("ALPHA", "says@1")
+
+
 # ---- what is told ---------------------------------------------------------------------------------------------------
 
 
