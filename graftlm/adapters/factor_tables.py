@@ -44,7 +44,7 @@ class FactorTables:
         }
         self._changes = -1
         self._free = list(range(entries - 1, 0, -1))
-        self._known: dict[int, _Entry] = {}  # by slot
+        self._known: dict[int, _SlotEntry] = {}  # by slot
         self.layers: tuple[int, ...] = ()
         """Which layers have any adapter now."""
 
@@ -93,9 +93,9 @@ class FactorTables:
         for there, here in zip(self._there, self._here):
             there.index_copy_(1, where, kernels.to_device([here[:, numbers]], there.device)[0])
 
-    def _read(self, slot: int) -> _Entry:
+    def _read(self, slot: int) -> _SlotEntry:
         """Write a slot's factors into an entry on the host."""
-        entry = _Entry(self._base.slot_changes.get(slot, 0))
+        entry = _SlotEntry(self._base.slot_changes.get(slot, 0))
         rows = self._rows(slot, entry)
         if rows is not None:
             entry.number, entry.rank = self._free.pop(), max((rank for _, _, rank, _ in rows), default=0)
@@ -104,7 +104,7 @@ class FactorTables:
         self._known[slot] = entry
         return entry
 
-    def _rows(self, slot: int, entry: _Entry) -> list[tuple[int, int, int, float]] | None:
+    def _rows(self, slot: int, entry: _SlotEntry) -> list[tuple[int, int, int, float]] | None:
         """A slot's factors on each layer, as a table's fields, None where they are not of this kind; `entry` keeps them."""
         embedding = self._base.structure.embedding.bank
         if isinstance(embedding, EmbeddingBank) and slot in embedding.adapters:
@@ -127,7 +127,7 @@ class FactorTables:
 
 
 @dataclass(eq=False)
-class _Entry:
+class _SlotEntry:
     """What is known of a slot: its number in the tables, 0 where it has none, and its largest rank."""
 
     changes: int
