@@ -124,7 +124,7 @@ def _command(config: ServeConfig, rank: int, modules: Mapping[str, Path]) -> lis
         command += ["--dtype", config.base_precision]
     slots = min(config.max_loras, len(modules))
     command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
-    command += ["--max-cpu-loras", str(len(modules)), "--max-num-seqs", str(config.max_num_seqs)]
+    command += ["--max-cpu-loras", str(len(modules)), "--max-num-seqs", str(config.on("cuda").max_num_seqs)]
     command += ["--no-enable-prefix-caching"] if follow else []
     command += ["--trust-remote-code"] if config.trust_remote_code else []
     return [*command, "--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())]
