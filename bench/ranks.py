@@ -50,6 +50,8 @@ class Row:
     layout: Literal["shard", "hybrid"] = "shard"
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     in_backward: bool = False
+    offloaded: int = 0
+    """Layers whose rows wait in the host's memory."""
 
     @property
     def name(self) -> str:
@@ -58,7 +60,8 @@ class Row:
         how += ", steps in backward" if self.in_backward else ""
         method = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[self.method]
         where = f"{self.gpus} GPUs" if self.nodes == 1 else f"{self.nodes} x {self.gpus} GPUs, {self.layout}"
-        return f"{self.size.upper()}: {method} in {self.precision}{how}, {self.tokens:,} tokens, {where}"
+        host = f", {self.offloaded} layers on the host" if self.offloaded else ""
+        return f"{self.size.upper()}: {method} in {self.precision}{how}, {self.tokens:,} tokens, {where}{host}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def rows() -> list[Row]:
     return [
         Row(size="7b", tokens=2048, gpus=2, **full),
         Row(size="7b", tokens=2048, gpus=2, in_backward=True, **full, **eight),
+        Row(size="7b", tokens=2048, gpus=2, offloaded=8, **lora),
         Row(size="13b", tokens=2048, gpus=8, **full),
         Row(size="13b", tokens=2048, gpus=2, **lora),
         Row(size="70b", tokens=2048, gpus=8, **full, **eight),
@@ -115,8 +119,8 @@ def planned(row: Row) -> dict[str, int]:
         optimizer=row.optimizer, optimizer_in_backward=row.in_backward, activation_checkpointing=True,
     )  # fmt: skip
     cluster = Cluster(gpus=row.gpus, nodes=row.nodes)
-    sent = laid_out(case, setting, cluster, row.layout)
-    took = of_one_rank(case.of(setting), shape, load, split_of(row.gpus, row.nodes, row.layout))
+    sent = laid_out(case, setting, cluster, row.layout, row.offloaded)
+    took = of_one_rank(case.of(setting), shape, load, split_of(row.gpus, row.nodes, row.layout, row.offloaded))
     return {"planned": took.training, "planned_within": sent.within, "planned_between": sent.between}
 
 

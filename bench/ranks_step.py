@@ -185,7 +185,8 @@ def split_base(row: dict[str, Any]) -> Base:
     hybrid = {"node_ranks": size // nodes} if row["layout"] == "hybrid" else {}
     ranks, device, precision = Ranks(0, size, size // nodes, **hybrid), torch.device("cuda"), row["precision"]
     model, replacements = random_stored_model(LlamaConfig(**row["config"]), precision, torch.bfloat16, device, 0)
-    weights = split_weights(model, replacements, ranks, device, trained=row["method"] == "full")
+    host = {"host_layers": row["offloaded"]} if row["offloaded"] else {}
+    weights = split_weights(model, replacements, ranks, device, trained=row["method"] == "full", **host)
     understood = partial(
         loading._understood, "random", Path(), model, replacements, scenarios._tokenizer(), precision, "bfloat16", True, [],
     )  # fmt: skip

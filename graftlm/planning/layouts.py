@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.planning.activations import FLOAT32, Workload
 from graftlm.planning.method import TrainingSetting
-from graftlm.planning.rank_memory import LayoutName, SplitSizes, host_bytes, of_one_rank, split_of
+from graftlm.planning.rank_memory import LayoutName, SplitSizes, of_one_rank, split_of
 
 if TYPE_CHECKING:
     from graftlm.planning.fitting import PlanCase
@@ -122,7 +122,7 @@ def laid_out(
     return Layout(
         name=name, cluster=cluster, offloaded=offloaded, load=load,
         bytes=found.peak + (NCCL_BYTES if cluster.ranks > 1 else 0),
-        host=found.host if name == "replicate" else host_bytes(sizes, setting, split),
+        host=found.host,
         within=sum(inside for inside, _ in sent), between=sum(outside for _, outside in sent),
         copied=load.micro_batches * (2 * part + gradients),
     )  # fmt: skip
@@ -131,7 +131,7 @@ def laid_out(
 def layout_of(case: PlanCase, setting: TrainingSetting, cluster: Cluster) -> Layout | None:
     """The first layout that fits so many GPUs, with the largest micro-batch that does; if none does without the host, with as
     few offloaded layers as that takes; None where none fits. `case.load` is the step of one GPU alone, which they share."""
-    loads = list(loads_of_one(case.load, cluster.ranks))
+    loads = list(loads_of_one(case.load, setting, cluster.ranks))
     found = _without_host(case, setting, cluster, loads)
     if found is not None or "shard" not in layout_names(setting, cluster):
         return found
@@ -149,11 +149,12 @@ def layout_names(setting: TrainingSetting, cluster: Cluster) -> list[LayoutName]
     return [*names, *(["hybrid"] if min(cluster.gpus, cluster.nodes) > 1 else []), "shard"]
 
 
-def loads_of_one(load: Workload, ranks: int) -> Iterator[Workload]:
-    """The micro-batches that one of the ranks may have of a step, the largest first: halves, down to one example."""
+def loads_of_one(load: Workload, setting: TrainingSetting, ranks: int) -> Iterator[Workload]:
+    """The micro-batches that one of the ranks may have of a step, the largest first: halves, down to one example. With steps
+    in the backward pass there is one of all its examples."""
     own = max(1, -(-load.examples * load.micro_batches // ranks))
-    count = min(load.examples, own)
-    while count:
+    count, least = (own, own) if setting.optimizer_in_backward else (min(load.examples, own), 1)
+    while count >= least:
         part = count / load.examples
         yield replace(
             load, tokens=math.ceil(load.tokens * part), target_tokens=max(1, round(load.target_tokens * part)),

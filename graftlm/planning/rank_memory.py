@@ -132,11 +132,11 @@ def of_one_rank(took: MemoryRequirement, shape: ModelShape, load: Workload, spli
     return replace(
         _highest(took, step.trained() if setting.full else step.frozen()),
         loading=took.loading if setting.precision == "gguf" else step.held + max(beside, gathered),
-        host=took.host - states + states // split.shards + host_bytes(sizes, setting, split),
+        host=took.host - states + states // split.shards + _host_bytes(sizes, setting, split),
     )
 
 
-def host_bytes(sizes: SplitSizes, setting: TrainingSetting, split: Split) -> int:
+def _host_bytes(sizes: SplitSizes, setting: TrainingSetting, split: Split) -> int:
     """Bytes of offloaded layers in the host's memory, of one rank: its rows, and where they are trained their gradients and
     moments."""
     values = split.offloaded * sizes.layer_values

@@ -63,6 +63,14 @@ def sharded(here: PlanCase, setting: TrainingSetting, cards: int, offloaded: int
     [
         ("llama-2-7b", "full-bfloat16", 2048, "a100-80gb", 2, "replicate"),
         ("llama-2-7b", "full", 2048, "a100-80gb", 2, "shard"),
+        (
+            "llama-2-7b",
+            "full-in-backward",
+            2048,
+            "a100-80gb",
+            2,
+            "shard",
+        ),  # frees gradients before they could be summed
         ("llama-2-70b", "full-8bit", 2048, "a100-80gb", 8, "shard"),
         ("llama-2-70b", "full-8bit", 2048, "a100-80gb", 4, None),
         ("llama-2-70b", "lora", 1024, "a100-80gb", 2, "shard"),
@@ -147,10 +155,12 @@ def test_the_sum_over_nodes_keeps_each_layer_s_rows_in_float32_until_the_backwar
 
 def test_a_rank_s_micro_batches_are_halves_of_the_step_s_and_cover_its_part() -> None:
     load = case("llama-2-7b", 512, "h100", 8, 8).load  # 64 examples in a step
-    found = [(part.examples, part.micro_batches, part.tokens) for part in loads_of_one(load, 4)]
+    found = [(part.examples, part.micro_batches, part.tokens) for part in loads_of_one(load, how("lora"), 4)]
     assert found == [(8, 2, 4096), (4, 4, 2048), (2, 8, 1024), (1, 16, 512)]
-    assert [(p.examples, p.micro_batches) for p in loads_of_one(load, 32)] == [(2, 1), (1, 2)]
-    assert [(p.examples, p.micro_batches) for p in loads_of_one(load, 100)] == [(1, 1)]
+    assert [(p.examples, p.micro_batches) for p in loads_of_one(load, how("lora"), 32)] == [(2, 1), (1, 2)]
+    assert [(p.examples, p.micro_batches) for p in loads_of_one(load, how("lora"), 100)] == [(1, 1)]
+    # its step is in the backward pass, of which there is one
+    assert [(p.examples, p.micro_batches) for p in loads_of_one(load, how("full-in-backward"), 4)] == [(16, 1)]
 
 
 def test_a_micro_batch_is_halved_before_a_layout_that_sends_more_is_taken() -> None:
@@ -161,7 +171,9 @@ def test_a_micro_batch_is_halved_before_a_layout_that_sends_more_is_taken() -> N
     count = layout.load.examples
     assert 1 < count < 32
     assert count * layout.load.micro_batches == 32
-    more = replace(here, load=next(load for load in loads_of_one(here.load, 2) if load.examples == 2 * count))
+    more = replace(
+        here, load=next(load for load in loads_of_one(here.load, how("lora"), 2) if load.examples == 2 * count)
+    )
     assert laid_out(more, how("lora"), Cluster(gpus=2), "replicate").bytes > here.card.usable >= layout.bytes
 
 
