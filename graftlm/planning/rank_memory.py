@@ -13,7 +13,7 @@ no count is fitted. L is a layer's matrices as they are stored, V their values, 
     its end         head and embedding are gathered by hand: their whole gradients wait for the end, where they are summed
     over nodes      each layer's rows of that sum in float32 stay until the backward pass ends (`AllReduceState`), beside the
                     gradients that are made of them, if these are others: in 16 bits, or added to an earlier micro-batch's
-    on the host     a layer's rows come to the card before they are gathered
+    on the host     a layer's rows are on the card while its buffer is filled: 2 L and a part, less than between two layers
 
 `bench/ranks.py` holds all of it against simulated steps.
 """
@@ -205,12 +205,11 @@ class _StepOfRank:
     def _forward(self, loss: MemoryParts) -> dict[str, MemoryParts]:
         """Of a forward pass; `loss` has what is there while the logits are, but what is gathered."""
         layer, tied = self.sizes.layer, not self.sizes.head
-        coming = math.ceil(layer / self.split.shards) if self.split.offloaded else 0
         head = self.sizes.head or self.sizes.embedding
         states = replace(loss, logits=self.passing)
         return {
             "lookup": replace(states, activations=0, gathered=2 * self.sizes.embedding),
-            "forward": replace(states, gathered=min(3, self.sizes.layers + 1) * layer + coming + (head if tied else 0)),
+            "forward": replace(states, gathered=min(3, self.sizes.layers + 1) * layer + (head if tied else 0)),
             "head": replace(states, gathered=layer + (1 if tied else 2) * head),  # a tied one stays for all of the pass
             "loss": replace(loss, gathered=layer + head),
         }
