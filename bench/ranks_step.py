@@ -1,9 +1,14 @@
-"""One rank's step on a fake card with its weights split by FSDP2: the process that `bench/ranks.py` starts for each row.
+"""One rank's step on a fake card, its weights split by `graftlm.distributed.shard`: the process that `bench/ranks.py` starts.
 
-    python ranks_step.py '{"config": {...}, "method": "lora", "precision": "nf4", "tokens": 1024, "cards": 2, ...}'
+    python ranks_step.py      {"config": {...}, "method": "lora", "precision": "nf4", "tokens": 1024, "ranks": 2, ...} a line
 
-Prints {"peak": bytes held at once in the second step, "moved": bytes that the rank sends in it}. `split` is the one place that
-says how a model is split.
+Prints a line for each: {"peak": bytes held at once in the second step, "within": bytes that the rank sends to ranks of its
+node in it, "between": to those of other nodes}. With "--where", also what is held at the peak, largest first, and the lines
+that made it. Each row runs in a fork, since a card cannot be taken out of a process again.
+
+The step is the product's: its splitting, its passes, its sums, its optimizer. Stand-ins are the card's tensors, its streams
+(all has happened at once), the collectives, of which the bytes are counted as a ring sends them, and the storages that FSDP2
+empties and fills again, whose bytes the fake card has to be told.
 """
 
 # pyright: basic
@@ -11,8 +16,11 @@ says how a model is split.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
-from dataclasses import replace
+import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
 
 def guard() -> str:
     """The folder of the fake card's guard, compiled by another process: PyTorch must not be loaded before it."""
-    import subprocess
-
     code = "from fixtures import compile_guard; print(compile_guard())"
     place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'gpu'}"}
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **place}, capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -43,29 +47,29 @@ fake_card.install()
 import scenarios  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_state  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
-from graftlm.base.loading import Base, random_base  # noqa: E402
-from graftlm.base.modules import Stored  # noqa: E402
-from graftlm.config import TrainConfig  # noqa: E402
+from graftlm.base import loading  # noqa: E402
+from graftlm.base.loading import Base  # noqa: E402
+from graftlm.base.random_init import random_stored_model  # noqa: E402
+from graftlm.base.splitting import split_weights  # noqa: E402
+from graftlm.distributed.group import Ranks  # noqa: E402
 from graftlm.kernels import reference  # noqa: E402
-from graftlm.planning.memory import optimizer_bytes  # noqa: E402
-from graftlm.planning.method import TrainingSetting  # noqa: E402
-from graftlm.training import micro_batch, trainer  # noqa: E402
-from graftlm.training.micro_batch import BatchItem, collate  # noqa: E402
-from graftlm.training.run import set_checkpointing  # noqa: E402
+from graftlm.training import trainer  # noqa: E402
 
-MOVED = [0]
 _waiting: list[Any] = []
 
 
 class Card(fake_card.FakeCard):
     """The fake card, which also counts storages that FSDP2 empties and fills again."""
+
+    def __init__(self, *, where: bool = False) -> None:
+        super().__init__()
+        self.where = where
+        self.made: dict[int, str] = {}
+        self.at_peak: list[tuple[int, str]] = []
 
     def resize(self, tensor: torch.Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
@@ -75,7 +79,29 @@ class Card(fake_card.FakeCard):
         held = -(-size // 512) * 512
         self.bytes += held - self._held.get(storage._cdata, 0)
         self._held[storage._cdata] = held
+        self._highest()
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        key = tensor.untyped_storage()._cdata
+        if self.where and key not in self._held:
+            self.made[key] = f"{tuple(tensor.shape)} {tensor.dtype} {lines()}"
+        super()._hold(tensor)
+        self._highest()
+
+    def _highest(self) -> None:
         self.trace.peak_bytes = max(self.trace.peak_bytes, self.bytes)
+        if self.where and self.bytes == self.trace.peak_bytes:
+            held = [(size, self.made.get(key, "?")) for key, size in self._held.items() if size > 1 << 24]
+            self.at_peak = [(self.bytes, f"in all, at {lines()}"), *sorted(held, reverse=True)]
+
+
+def lines() -> str:
+    """The lines that led here, the innermost first, without those of the stand-ins."""
+    found = [f for f in traceback.extract_stack(limit=40) if Path(f.filename).name not in _OF_THE_CARD]
+    return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(found))
+
+
+_OF_THE_CARD = {"ranks_step.py", "fake_card.py", "_pytree.py", "eval_frame.py", "_compile.py"}
 
 
 class Stream(fake_card._Stream):
@@ -97,14 +123,37 @@ class Event:
 
 
 class Sending:
-    """FSDP2's gathers and sums, of which only the bytes are counted."""
+    """The collectives of one rank, of which only the bytes are counted: those that it sends in a ring.
 
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
+    In a ring over ranks of several nodes one of a node's ranks sends to the next node, as often as the others to each other.
+    """
 
-    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *given: Any, **options: Any) -> None:
-        ranks = dist.get_world_size()
-        MOVED[0] += max(output_tensor.nbytes, input_tensor.nbytes) * (ranks - 1) // ranks
+    def __init__(self, on_node: int) -> None:
+        self.on_node = on_node
+        self.within = self.between = 0.0
+
+    def install(self) -> None:
+        dist.all_gather_single = self.gather  # type: ignore[assignment]
+        dist.reduce_scatter_single = self.scatter  # type: ignore[assignment]
+        dist.all_reduce = self.sum  # type: ignore[assignment]
+
+    def gather(self, output: Any, input: Any, group: Any = None, async_op: bool = False) -> None:
+        self._count(output.nbytes, group)
+
+    def scatter(self, output: Any, input: Any, op: Any = None, group: Any = None, async_op: bool = False) -> None:
+        self._count(input.nbytes, group)
+
+    def sum(self, tensor: Any, op: Any = None, group: Any = None, async_op: bool = False) -> None:
+        if tensor.is_cuda:
+            self._count(2 * tensor.nbytes, group)
+
+    def _count(self, size: int, group: Any) -> None:
+        ranks = dist.get_process_group_ranks(group) if group is not None else list(range(dist.get_world_size()))
+        nodes = len({rank // self.on_node for rank in ranks})
+        sent = size * (len(ranks) - 1) / len(ranks)
+        crossing = nodes / len(ranks) if nodes > 1 else 0.0
+        self.between += sent * crossing
+        self.within += sent * (1 - crossing)
 
 
 def install(card: Card) -> None:
@@ -120,167 +169,71 @@ def install(card: Card) -> None:
             _waiting.append(state._root_post_backward_final_callback)
 
     _fsdp_state.FSDPState._register_root_post_backward_final_callback = at_the_end  # type: ignore[method-assign]
+    backward = trainer.backward
 
-
-class _Root(nn.Module):
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.model, self.head_unit = model, head
-
-    def forward(self, call: Any) -> Any:
-        return call()
-
-
-class _Head(nn.Module):
-    """The head, gathered by hand for the loss."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-
-def split(base: Base, cards: int) -> tuple[nn.Module, nn.Module]:
-    """Split a base's weights: each layer, the embedding and the head a unit, vectors whole.
-
-    Returns what a pass runs in, and the head's unit."""
-    mesh = init_device_mesh("cuda", (cards,))
-    _compressed_as_parameters(base)
-    for module in base.model.modules():
-        module.__dict__.pop("weight", None)  # handles that stand for weights
-    kept = {
-        p
-        for p in base.model.parameters()
-        if (p.ndim < 2 and p.requires_grad) or (p.ndim == 1 and p.is_floating_point())
-    }
-    kept -= {p for m in base.model.modules() if isinstance(m, Stored) for n, p in m._parameters.items() if n in _PARTS}
-
-    def unit(module: Any) -> Any:
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=kept)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_custom_all_gather(Sending())
-        module.set_custom_reduce_scatter(Sending())
-        return module
-
-    for layer in base.structure.layers:
-        unit(layer)
-    unit(base.structure.embedding)
-    head = unit(_Head(base.structure.head))
-    kept |= set(base.structure.head.parameters())
-    root = unit(_Root(base.model, head))
-    root.set_reduce_scatter_unused_params(True)
-    return root, head
-
-
-_PARTS = ("packed", "absmax", "absmax_scale", "values", "scale")  # of a compressed weight
-
-
-def _compressed_as_parameters(base: Base) -> None:
-    """Codes and scales as frozen parameters, which FSDP2 splits; the form is made of them when it is used."""
-
-    def compressed(module: Stored) -> Any:
-        form = module.__dict__.get("_form_of_parts")
-        return form and replace(form, **{n: module._parameters[n] for n in _PARTS if n in module._parameters})
-
-    forms = {m: m.compressed for m in base.model.modules() if isinstance(m, Stored) and m.compressed is not None}
-    for module, form in forms.items():
-        parts = {n: t for n, t in form.tensors().items() if n in _PARTS}
-        module.compressed = None
-        for name, tensor in parts.items():
-            module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        module.__dict__["_form_of_parts"] = replace(form, **{n: t.to("meta") for n, t in parts.items()})
-    if forms:
-        Stored.compressed = property(compressed)  # type: ignore[assignment]
-
-
-def step(row: dict[str, Any]) -> dict[str, int]:
-    """The second step of a rank."""
-    reference.SLAB = 1 << 40  # each weight is stored in one piece: sooner traced, and loading is not counted
-    with Card() as card:
-        install(card)
-        config = LlamaConfig(**row["config"])
-        base = random_base(config, scenarios._tokenizer(), precision=row["precision"], device="cuda", training=True)
-        full = row["method"] == "full"
-        trial = (
-            None if full else scenarios._trial(base, row["method"], [row["tokens"]], {"activation_checkpointing": True})
-        )
-        if full:
-            _train_all(base)
-        root, head = split(base, row["cards"])
-        _run_in(root, head)
-        states = _moments(root, row) if full else None
-        for _ in range(2):
-            card.reset()
-            MOVED[0] = 0
-            if trial is not None:
-                trainer.optimizer_step(base, [trial], row["tokens"])
-                whole = sum(4 * p.numel() for p in trial.parameters.values())
-            else:
-                _pass(base, root, row)
-                whole = sum(4 * p.numel() for p in root.parameters() if p.ndim == 1)
-        del states
-        ranks = row["cards"]
-        return {"peak": card.trace.peak_bytes, "moved": MOVED[0] + 2 * whole * (ranks - 1) // ranks}
-
-
-def _train_all(base: Base) -> None:
-    for parameter in base.model.parameters():
-        parameter.requires_grad_(True)
-    values = {
-        "model": "random",
-        "data": ["random"],
-        "out": "random",
-        "method": "full",
-        "activation_checkpointing": True,
-    }
-    set_checkpointing(TrainConfig.build(values), base)
-
-
-def _run_in(root: Any, head: Any) -> None:
-    """Let every pass run inside the root, and the loss with the head gathered."""
-    forward, loss_of = micro_batch.forward, micro_batch.weighted_loss
-
-    def loss(*given: Any) -> Any:
-        head.unshard()
-        try:
-            return loss_of(*given)
-        finally:
-            head.reshard()
-
-    def backward(loss: torch.Tensor) -> None:
-        micro_batch.backward(loss)
+    def to_the_end(loss: torch.Tensor) -> None:
+        backward(loss)
         while _waiting:
             _waiting.pop()()
 
-    micro_batch.weighted_loss = loss
-    trainer.forward = lambda *given, **options: root(lambda: forward(*given, **options))
-    trainer.backward = backward
+    trainer.backward = to_the_end
 
 
-def _moments(root: nn.Module, row: dict[str, Any]) -> torch.Tensor:
-    """AdamW's moments of this rank's values; with steps in the backward pass no gradient stays."""
-    setting = TrainingSetting(key="", label="", method="full", precision="bfloat16", optimizer=row["optimizer"])
-    own = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in root.parameters())
+def split_base(row: dict[str, Any]) -> Base:
+    """A base of random weights that the row's ranks share, as `load_base` makes one of a checkpoint's."""
+    size, nodes = row["ranks"], row["nodes"]
+    hybrid = {"node_ranks": size // nodes} if row["layout"] == "hybrid" else {}
+    ranks, device, precision = Ranks(0, size, size // nodes, **hybrid), torch.device("cuda"), row["precision"]
+    model, replacements = random_stored_model(LlamaConfig(**row["config"]), precision, torch.bfloat16, device, 0)
+    host = {"host_layers": row["offloaded"]} if row["offloaded"] else {}
+    weights = split_weights(model, replacements, ranks, device, trained=row["method"] == "full", **host)
+    understood = partial(
+        loading._understood, "random", Path(), model, replacements, scenarios._tokenizer(), precision, "bfloat16", True, [],
+    )  # fmt: skip
+    with torch.no_grad():
+        return weights.run(partial(loading._with_its_head, understood, weights, model))
 
-    def drop(parameter: torch.Tensor) -> None:
-        parameter.grad = None
 
-    for parameter in root.parameters() if row["in_backward"] else ():
-        parameter.register_post_accumulate_grad_hook(drop)
-    return torch.empty(optimizer_bytes(own, setting), dtype=torch.uint8, device="cuda")
+def step(row: dict[str, Any], where: bool = False) -> dict[str, int]:
+    """The second step of a rank."""
+    reference.SLAB = 1 << 40  # each weight is stored in one piece: sooner traced, and loading is not counted
+    sending = Sending(row["ranks"] // row["nodes"])
+    sending.install()
+    with Card(where=where) as card:
+        install(card)
+        base = split_base(row)
+        options = {
+            "activation_checkpointing": True, "optimizer": row["optimizer"], "optimizer_in_backward": row["in_backward"],
+            "max_grad_norm": 0.0 if row["in_backward"] else 1.0,
+        }  # fmt: skip
+        trial = scenarios._trial(base, row["method"], [row["tokens"]] * row["ranks"], options)
+        for _ in range(2):
+            card.reset()
+            sending.within = sending.between = 0.0
+            trainer.optimizer_step(base, [trial], row["tokens"], ranks=base.structure.sharing)
+        if where:
+            sys.stderr.writelines(f"{size / 1e6:10.1f} MB {line}\n" for size, line in card.at_peak)
+        return {"peak": card.trace.peak_bytes, "within": round(sending.within), "between": round(sending.between)}
 
 
-def _pass(base: Base, root: nn.Module, row: dict[str, Any]) -> None:
-    for parameter in root.parameters():
-        parameter.grad = None
-    example = scenarios._examples([row["tokens"]]).examples[0]
-    batch = collate(base, [BatchItem(example, 0, (0, 0), 1.0 / row["tokens"])])
-    loss, _ = trainer.forward(base, batch, defer_tied_head_gradient=row["in_backward"])
-    trainer.backward(loss)
+def forked(row: dict[str, Any]) -> None:
+    """Print a row's figures from a fork of this process."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        if status:
+            raise SystemExit(f"the row {row} failed")
+        return
+    try:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=row["ranks"])
+        sys.stdout.write(json.dumps(step(row, "--where" in sys.argv)) + "\n")
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=asked["cards"])
-    print(json.dumps(step(asked)))
+    for line in sys.stdin:
+        forked(json.loads(line))

@@ -17,6 +17,7 @@ from graftlm.errors import ConfigError, ModelError
 from graftlm.formatting import duration
 from graftlm.planning import hardware
 from graftlm.planning.hardware import Card
+from graftlm.planning.layouts import Cluster
 from graftlm.planning.models import NamedModel, built_in, find
 from graftlm.planning.perplexity import FEWEST_TOKENS, SAMPLE_TOKENS, DomainShift
 from graftlm.planning.plan import ModelPlan, PlanReport, plan_model
@@ -45,7 +46,7 @@ def plan(config: PlanConfig, sources: Sequence[Source] | None = None) -> PlanRep
     plans = tuple(_plan(model, card, config, sources) for model in models)
     return PlanReport(
         card=card, plans=plans, data=config.data, epochs=config.epochs, price_per_hour=config.price_per_hour,
-        explain=config.explain, gpus=config.gpus,
+        explain=config.explain, cluster=Cluster(gpus=config.gpus, nodes=config.nodes),
     )  # fmt: skip
 
 
@@ -61,8 +62,9 @@ def _plan(model: NamedModel, card: Card, config: PlanConfig, sources: Sequence[S
 def _card(config: PlanConfig) -> Card:
     """The card that is planned for. Raises ConfigError for several that are no GPUs."""
     found = _named_card(config)
-    if config.gpus > 1 and found.kind != "cuda":
-        raise ConfigError(f"--gpus {config.gpus} is for GPUs, found {found.name}; give --gpu NAME or --memory 24GB")
+    if config.gpus * config.nodes > 1 and found.kind != "cuda":
+        asked = f"--gpus {config.gpus}" if config.nodes == 1 else f"--nodes {config.nodes}"
+        raise ConfigError(f"{asked} is for GPUs, found {found.name}; give --gpu NAME or --memory 24GB")
     return found
 
 

@@ -1,7 +1,8 @@
 """One rank of `graft train --ranks N`: python -m graftlm.commands.rank_main FOLDER
 
-FOLDER/config.json is the run's config. How the rank ended goes to FOLDER/ended-RANK.json: an error that every rank met, a
-signal that stopped all, or an error of its own; only then its exit status is not 0, so that the launcher ends the others.
+FOLDER/config.json is the run's config. How the rank ended goes to FOLDER/ended-RANK.json: the run's summary, an error that
+every rank met, a signal that stopped all, or an error of its own; only then its exit status is not 0, so that the launcher ends
+the others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import sys
 from pathlib import Path
 
 from graftlm import progress
-from graftlm.commands.ranks import ENDED, train_as_rank
+from graftlm.commands.rank import train_as_rank
+from graftlm.commands.ranks import ENDED
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, RunError, Stopped, TrainingError
 from graftlm.files import write_json
@@ -31,7 +33,7 @@ def main(place: Path) -> int:
 
     try:
         with progress.shown():
-            train_as_rank(TrainConfig.build(read_json(place / "config.json", RunError)), tell)
+            summary = train_as_rank(TrainConfig.build(read_json(place / "config.json", RunError)), tell)
     except Stopped as stopped:
         write_json(ended, {"stopped": stopped.signal_number, "error": str(stopped)})
     except GraftError as error:
@@ -40,7 +42,7 @@ def main(place: Path) -> int:
         write_json(ended, {"kind": type(error).__name__, "error": str(error), "own": not error.everywhere})
         return 0 if error.everywhere else 2
     else:
-        write_json(ended, {})
+        write_json(ended, {"summary": summary})
     return 0
 
 

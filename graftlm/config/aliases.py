@@ -312,6 +312,8 @@ ALIASES: dict[str, tuple[Alias, ...]] = {
     "mask_history": (Alias("train_on", _when("last-assistant", "all-assistant"), switch=True),),
     # the adapter
     **dict.fromkeys(RANKS, (Alias("ranks"),)),
+    "nproc_per_node": (Alias("ranks"), Alias("gpus")),
+    **dict.fromkeys(("nnodes", "num_nodes", "num_machines"), (Alias("nodes"),)),
     **dict.fromkeys(("r", "lora_r", "lora_rank"), (Alias("rank"),)),
     "lora_alpha": (Alias("alpha"),),
     "peft_dropout": (Alias("lora_dropout"),),

@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from graftlm.config.fields import TRAIN_ON_HELP, Config, Names, Sources, TrainOn, option, refuse_eval_weight
 
+MOST_GPUS = 4096
 Goal = Literal["balanced", "quality", "cost", "inference"]
 
 
@@ -26,8 +27,12 @@ class PlanConfig(Config):
     )
     memory: str | None = option(None, "plan for a GPU with this memory instead, such as 24GB", group="hardware")
     gpus: int = option(
-        1, "GPUs that train together: the layout, the bytes on each and the bytes that it sends in a step",
-        group="hardware", ge=1, le=4096,
+        1, "GPUs of each node that train together: the layout, the bytes on each and the bytes that it sends in a step",
+        group="hardware", ge=1, le=MOST_GPUS,
+    )  # fmt: skip
+    nodes: int = option(
+        1, "nodes that train together, each with --gpus GPUs: bytes sent between them are counted apart",
+        group="hardware", ge=1, le=MOST_GPUS,
     )  # fmt: skip
     price_per_hour: float | None = option(None, "price of a GPU hour, in any currency", group="hardware", gt=0)
 
@@ -74,6 +79,11 @@ class PlanConfig(Config):
     def _consistent(self) -> Self:
         if self.gpu is not None and self.memory is not None:
             raise ValueError(f"give --gpu or --memory, not both; found {self.gpu} and {self.memory}")
+        if self.gpus * self.nodes > MOST_GPUS:
+            raise ValueError(
+                f"--nodes {self.nodes} with --gpus {self.gpus} on each are {self.gpus * self.nodes:,} GPUs, and a plan takes "
+                f"at most {MOST_GPUS:,}; --gpus counts those of one node"
+            )
         if self.max_length == 0 and not self.data:
             raise ValueError("max-length 0 takes the data's own longest example; give --data")
         if self.max_length == 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from graftlm.planning.activations import Workload
 from graftlm.planning.hardware import Card, cards
-from graftlm.planning.layouts import cards_needed, layout_of
+from graftlm.planning.layouts import GPUS_OF_A_NODE, Cluster, cards_needed, layout_of
 from graftlm.planning.memory import MemoryRequirement, requirement
 from graftlm.planning.method import AdapterShape, TrainingSetting, adapter_shape
 from graftlm.planning.shapes import ModelShape
@@ -149,7 +149,8 @@ def changes(case: PlanCase, setting: TrainingSetting) -> list[Change]:
         add(text, *_cut(now, how, shorter))
         return done
     count = cards_needed(now, how)
-    found = None if count is None else layout_of(now, how, count)
+    here = min(count or 1, GPUS_OF_A_NODE)
+    found = None if count is None else layout_of(now, how, Cluster(gpus=here, nodes=count // here))
     if found is not None and case.card.kind == "cuda":
         text = f"{count} x {case.card.name}, weights split over them (FSDP; docs/distributed.md)"
         done.append(Change(text=text, peak=found.bytes))

@@ -1,234 +1,213 @@
-"""One training on several cards: what each of them holds, and what they send one another in a step.
+"""One training on several GPUs, of one node or several: what each of them holds, and what they send one another in a step.
 
-    replicate         each card has the whole model; gradients are added up once a step
-    shard             each has a part of every matrix, of its gradient and its moments, and gathers a layer when it runs (FSDP2)
+    replicate         each GPU has the whole model; gradients are added up once a step
+    hybrid            each node has the whole model, split over its GPUs; gradients are added up over nodes (HSDP)
+    shard             all GPUs share one: each has a part of every matrix, of its gradient and its moments, and gathers a layer
+                      when it runs (FSDP2)
     shard, offloaded  the parts of some layers wait in the host's memory
 
-The first that fits is taken: it moves the least. A card of n holds, at the highest of the moments of a step (`memory.py`),
-
-    matrices / n + vectors    trained whole: the same of gradients and moments; an adapter, its gradients and moments are whole
-    + gathered                loss: the head twice; backward: 2 layers, one that runs and one that is fetched, and between two
-                              layers a copy of one; where they are trained 4: a layer's gradients, the same in float32 for
-                              their sum, and one layer that is fetched
-    + activations, logits, workspace of its own micro-batch, and NCCL's buffers
-
-and sends or receives (n - 1) / n of what is gathered and summed. `bench/ranks.py` holds the bytes against simulated steps. An
-offloaded layer's part crosses PCIe twice a micro-batch.
-
-`graft train` has the first two.
+The first that fits is taken, with the largest micro-batch that does: each asks more of the links than the one before. What a
+GPU holds is in `rank_memory.py`; NCCL's buffers come on top. It sends or receives (n - 1) / n of what n GPUs gather, and of
+what they add up, twice that where each of them gets the whole sum. All of it goes around a ring, in which a node's last GPU
+alone sends to the next node: of what N GPUs on each of several nodes send, a part of 1 / N leaves the node. An offloaded
+layer's part crosses PCIe twice a micro-batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from graftlm.planning.activations import FLOAT32
-from graftlm.planning.memory import MemoryRequirement, bytes_per_value, optimizer_bytes, stored_bytes
+from graftlm.planning.activations import FLOAT32, Workload
 from graftlm.planning.method import TrainingSetting
+from graftlm.planning.rank_memory import LayoutName, SplitSizes, of_one_rank, split_of
 
 if TYPE_CHECKING:
     from graftlm.planning.fitting import PlanCase
-    from graftlm.planning.shapes import ModelShape
 
-MOST_CARDS = 16
+GPUS_OF_A_NODE, MOST_GPUS = 8, 64  # of which `cards_needed` counts with
 NCCL_BYTES = 400_000_000  # of a communicator's buffers on each card; from experience, as the context's in `hardware.py`
-SUMMED_AT_ONCE = 4 << 25  # bytes of gradients that are added up at once: `distributed/group.py`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """GPUs that train together."""
+
+    gpus: int
+    """On each node."""
+    nodes: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Processes, one on each GPU."""
+        return self.gpus * self.nodes
+
+    @property
+    def words(self) -> str:
+        """How many, in front of the GPU's name."""
+        return f"{self.gpus}" if self.nodes == 1 else f"{self.nodes} nodes of {self.gpus}"
+
+
+ONE = Cluster(gpus=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a training lies on several cards."""
+    """How a training lies on several GPUs."""
 
-    name: Literal["replicate", "shard"]
-    cards: int
+    name: LayoutName
+    cluster: Cluster
     offloaded: int
     """Layers whose parts wait in the host's memory."""
     bytes: int
-    """On each card, at the highest moment."""
+    """On each GPU, at the highest moment."""
     host: int
-    """Of each card's parts in the host's memory."""
-    moved: int
-    """Sent by each card in an optimizer step."""
+    """Of each GPU's parts in the host's memory."""
+    within: int
+    """Sent by each GPU to others of its node in an optimizer step."""
+    between: int
+    """And to those of other nodes."""
     copied: int
-    """Between each card and the host in an optimizer step, over PCIe."""
-    micro_batches: int
-    """Of each card in a step."""
+    """Between each GPU and the host in an optimizer step, over PCIe."""
+    load: Workload
+    """The micro-batch of each GPU, and how many of them it has in a step."""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each GPU sends in a step."""
+        return self.within + self.between
 
     @property
     def words(self) -> str:
         """The layout in a few words."""
         if not self.offloaded:
             return self.name
-        return f"{self.name}, {self.offloaded} layer{'s' if self.offloaded > 1 else ''} on the host"
+        layers = f"{self.offloaded} layer{'s' if self.offloaded > 1 else ''}"
+        return f"{self.name}, {layers} on the host (--offload-layers {self.offloaded})"
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, in bytes."""
         return {
-            "layout": self.name, "cards": self.cards, "offloaded_layers": self.offloaded, "bytes_per_card": self.bytes,
-            "host_bytes_per_card": self.host, "moved_bytes_per_step": self.moved, "pcie_bytes_per_step": self.copied,
-            "micro_batches_per_card": self.micro_batches,
+            "layout": self.name, "cards": self.cluster.ranks, "gpus": self.cluster.gpus, "nodes": self.cluster.nodes,
+            "offloaded_layers": self.offloaded, "bytes_per_card": self.bytes, "host_bytes_per_card": self.host,
+            "sent_within_node_bytes_per_step": self.within, "sent_between_nodes_bytes_per_step": self.between,
+            "pcie_bytes_per_step": self.copied, "micro_batch_tokens": self.load.tokens,
+            "micro_batches_per_card": self.load.micro_batches,
         }  # fmt: skip
 
 
-def replicated(case: PlanCase, setting: TrainingSetting, cards: int) -> Layout:
-    """The whole model on each card."""
-    found = case.of(setting)
-    beside = min(SUMMED_AT_ONCE, FLOAT32 * found.trained) if cards > 1 else 0
-    peak = max(found.peak, found.moments["update"].total + beside) + (NCCL_BYTES if cards > 1 else 0)
+def laid_out(
+    case: PlanCase, setting: TrainingSetting, cluster: Cluster, name: LayoutName, offloaded: int = 0
+) -> Layout:
+    """A training in one layout; `case.load` is the micro-batch of each GPU, and how many of them it has in a step."""
+    load, shape = case.load, case.shape
+    split = split_of(cluster.gpus, cluster.nodes, name, offloaded)
+    alone = case.of(setting)
+    setting = alone.setting
+    found, sizes = of_one_rank(alone, shape, load, split), SplitSizes.of(shape, setting)
+    values = 0 if name == "replicate" else sizes.layer_values * sizes.layers + sizes.outer_values
+    summed = FLOAT32 * load.micro_batches * (values if setting.full else 0)
+    gathered = load.micro_batches * (2 * sizes.layer * sizes.layers + sizes.embedding + sizes.head) if values else 0
+    whole = FLOAT32 * (found.trained - (values if setting.full else 0))
+    nodes = 1 if name == "hybrid" else cluster.nodes
+    sent = [
+        _ring(gathered + summed, split.shards, nodes),
+        _ring(2 * summed // split.shards, split.copies, split.copies),  # each rank's rows, over the nodes
+        _ring(2 * whole, cluster.ranks, cluster.nodes),
+    ]
+    part = math.ceil(offloaded * sizes.layer / split.shards)
+    gradients = math.ceil(offloaded * sizes.layer_values * sizes.value / split.shards)
     return Layout(
-        name="replicate", cards=cards, offloaded=0, bytes=peak, host=found.host,
-        moved=_summed(FLOAT32 * found.trained, cards), copied=0, micro_batches=_each(case, cards),
+        name=name, cluster=cluster, offloaded=offloaded, load=load,
+        bytes=found.peak + (NCCL_BYTES if cluster.ranks > 1 else 0),
+        host=found.host,
+        within=sum(inside for inside, _ in sent), between=sum(outside for _, outside in sent),
+        copied=load.micro_batches * (2 * part + gradients),
     )  # fmt: skip
 
 
-def sharded(case: PlanCase, setting: TrainingSetting, cards: int, offloaded: int = 0) -> Layout:
-    """A part of every matrix on each card, those of some layers in the host's memory."""
-    found, sizes = case.of(setting), _Sizes.of(case, setting)
-    times = _each(case, cards)
-    gathered = (2 * sizes.layer * case.shape.layers + sizes.outer) * times
-    trained = FLOAT32 * sizes.values * times if setting.full else 0
-    whole = FLOAT32 * (case.shape.small if setting.full else found.trained)
-    part = math.ceil(offloaded * sizes.layer / cards)
-    states = math.ceil(offloaded * sizes.trained_layer / cards) if setting.full else 0
-    return Layout(
-        name="shard", cards=cards, offloaded=offloaded, bytes=max(_moments(found, sizes, case, cards, offloaded)) + NCCL_BYTES,
-        host=part + states, moved=(gathered + trained) * (cards - 1) // cards + _summed(whole, cards),
-        copied=2 * part * times + (math.ceil(offloaded * sizes.gradient_layer / cards) * times if setting.full else 0),
-        micro_batches=times,
-    )  # fmt: skip
-
-
-def layout_of(case: PlanCase, setting: TrainingSetting, cards: int) -> Layout | None:
-    """The first layout that fits so many cards, with as few offloaded layers as that takes; None where none does."""
-    found = _without_host(case, setting, cards)
-    if found is not None or cards == 1 or setting.precision == "gguf":
+def layout_of(case: PlanCase, setting: TrainingSetting, cluster: Cluster) -> Layout | None:
+    """The first layout that fits so many GPUs, with the largest micro-batch that does; if none does without the host, with as
+    few offloaded layers as that takes; None where none fits. `case.load` is the step of one GPU alone, which they share."""
+    loads = list(loads_of_one(case.load, setting, cluster.ranks))
+    found = _without_host(case, setting, cluster, loads)
+    if found is not None or "shard" not in layout_names(setting, cluster):
         return found
+    fitting = [
+        layout for load in loads if (layout := _offloaded(replace(case, load=load), setting, cluster)) is not None
+    ]
+    return min(fitting, key=lambda layout: layout.copied + layout.sent, default=None)
+
+
+def layout_names(setting: TrainingSetting, cluster: Cluster) -> list[LayoutName]:
+    """The layouts that a training can have, in the order in which they are tried."""
+    if cluster.ranks == 1 or setting.precision == "gguf":
+        return ["replicate"]
+    names: list[LayoutName] = [] if setting.optimizer_in_backward else ["replicate"]  # frees gradients before their sum
+    return [*names, *(["hybrid"] if min(cluster.gpus, cluster.nodes) > 1 else []), "shard"]
+
+
+def loads_of_one(load: Workload, setting: TrainingSetting, ranks: int) -> Iterator[Workload]:
+    """The micro-batches that one of the ranks may have of a step, the largest first: halves, down to one example. With steps
+    in the backward pass there is one of all its examples."""
+    own = max(1, -(-load.examples * load.micro_batches // ranks))
+    count, least = (own, own) if setting.optimizer_in_backward else (min(load.examples, own), 1)
+    while count >= least:
+        part = count / load.examples
+        yield replace(
+            load, tokens=math.ceil(load.tokens * part), target_tokens=max(1, round(load.target_tokens * part)),
+            examples=count, micro_batches=-(-own // count),
+        )  # fmt: skip
+        count //= 2
+
+
+def _without_host(
+    case: PlanCase, setting: TrainingSetting, cluster: Cluster, loads: Sequence[Workload]
+) -> Layout | None:
+    for name in layout_names(setting, cluster):
+        for load in loads:
+            found = laid_out(replace(case, load=load), setting, cluster, name)
+            if found.bytes <= case.card.usable:
+                return found
+    return None
+
+
+def _offloaded(case: PlanCase, setting: TrainingSetting, cluster: Cluster) -> Layout | None:
+    """Split over all GPUs, with as few layers on the host as fit; None where all of them are too many."""
     low, high = 1, case.shape.layers
-    if sharded(case, setting, cards, high).bytes > case.card.usable:
+    found = laid_out(case, setting, cluster, "shard", high)
+    if found.bytes > case.card.usable:
         return None
     while low < high:
         middle = (low + high) // 2
-        fits = sharded(case, setting, cards, middle).bytes <= case.card.usable
-        low, high = (low, middle) if fits else (middle + 1, high)
-    return sharded(case, setting, cards, low)
+        tried = laid_out(case, setting, cluster, "shard", middle)
+        if tried.bytes <= case.card.usable:
+            found, high = tried, middle
+        else:
+            low = middle + 1
+    return found
 
 
-def _without_host(case: PlanCase, setting: TrainingSetting, cards: int) -> Layout | None:
-    found = replicated(case, setting, cards)
-    if found.bytes > case.card.usable and cards > 1 and setting.precision != "gguf":
-        found = sharded(case, setting, cards)
-    return found if found.bytes <= case.card.usable else None
-
-
-def cards_needed(case: PlanCase, setting: TrainingSetting, most: int = MOST_CARDS) -> int | None:
-    """How many of the card a training needs without the host, in powers of two up to `most`; None where these are too few."""
+def cards_needed(
+    case: PlanCase, setting: TrainingSetting, *, gpus: int = GPUS_OF_A_NODE, most: int = MOST_GPUS
+) -> int | None:
+    """How many of the card a training needs without the host, its micro-batch on each: in powers of two up to `most`, on nodes
+    of at most `gpus`; None where these are too few."""
     count = 1
     while count <= most:
-        if _without_host(case, setting, count) is not None:
+        here = min(count, gpus)
+        cluster = Cluster(gpus=here, nodes=-(-count // here))
+        load = replace(case.load, micro_batches=max(1, -(-case.load.micro_batches // count)))
+        if _without_host(case, setting, cluster, [load]) is not None:
             return count
         count *= 2
     return None
 
 
-def gathered_bytes(shape: ModelShape, setting: TrainingSetting) -> int:
-    """The most that a rank of split weights holds of other ranks' parts at once: layers, or the head and, where it is trained,
-    its whole gradient, that in float32 for the sum, and a copy on the way."""
-    wide = 4 if setting.precision == "float32" else 2
-    layer = sum(stored_bytes(w, setting.precision) for w in shape.weights) // max(1, shape.layers)
-    largest = max(shape.embedding, shape.head)
-    value = bytes_per_value(shape, setting) if setting.full else 0
-    return max((4 if setting.full else 3) * layer, 2 * largest * wide, 3 * largest * value)
-
-
-# ---- sizes -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """Bytes of the parts that are split."""
-
-    layer: int
-    """Of a layer's matrices, as they are stored."""
-    head: int
-    outer: int
-    """Of embedding and head."""
-    small: int
-    """Of what stays whole: vectors."""
-    values: int
-    """Values of all matrices."""
-    gradient: int
-    """Bytes of the gradients of all matrices, 0 if they are frozen."""
-    moments: int
-    head_gradient: int
-    gradient_layer: int
-    trained_layer: int
-    """Bytes of a layer's gradients and moments."""
-
-    @classmethod
-    def of(cls, case: PlanCase, setting: TrainingSetting) -> _Sizes:
-        shape = case.shape
-        stored = sum(stored_bytes(w, setting.precision) for w in shape.weights)
-        wide = 4 if setting.precision == "float32" else 2
-        whole = case.of(setting).parts.weights
-        outer = (shape.embedding + shape.head) * wide
-        values = shape.stored + shape.embedding + shape.head
-        value = bytes_per_value(shape, setting) if setting.full else 0
-        states = optimizer_bytes(values, setting) if setting.full and not setting.offload_optimizer else 0
-        gradients = 0 if setting.optimizer_in_backward else values * value
-        layers = max(1, shape.layers)
-        return cls(
-            layer=stored // layers, head=shape.vocabulary * shape.width * wide, outer=outer, small=whole - stored - outer,
-            values=values, gradient=gradients, moments=states, head_gradient=shape.vocabulary * shape.width * value,
-            gradient_layer=shape.stored * value // layers,
-            trained_layer=(gradients + states) * shape.stored // max(1, values) // layers,
-        )  # fmt: skip
-
-
-def _moments(found: MemoryRequirement, sizes: _Sizes, case: PlanCase, cards: int, offloaded: int) -> list[int]:
-    """Bytes on a card at each moment of a step."""
-    setting = found.setting
-    left = case.shape.layers - offloaded
-    weights = (sizes.layer * left + sizes.outer) / cards + sizes.small
-    loss, backward = found.moments["loss"], found.moments["backward"]
-    coming = 2 * sizes.layer / cards if offloaded else 0  # from the host
-    if not setting.full:
-        end, update = found.moments["end"], found.moments["update"]
-        between = replace(backward, activations=loss.activations, workspace=0)
-        own = [
-            (loss, 2 * sizes.head),
-            (backward, 2 * sizes.layer),
-            (between, 3 * sizes.layer),
-            (end, 2 * sizes.layer),
-            (update, 0),
-        ]
-        return [math.ceil(weights + coming + parts.total - parts.weights + gathered) for parts, gathered in own]
-    fetched = coming + 4 * sizes.layer
-    summed = 2 * sizes.layer / cards  # a layer's own gradients in float32, as they come from the sum
-    away = sizes.trained_layer * offloaded
-    states = max(0, sizes.moments - away * sizes.moments // max(1, sizes.moments + sizes.gradient)) / cards
-    gradients = max(0, sizes.gradient - away * sizes.gradient // max(1, sizes.moments + sizes.gradient)) / cards
-    before = gradients if case.load.micro_batches > 1 else 0
-    present = weights + states
-    passing = case.load.tokens * case.shape.width * (2 if setting.compute_dtype == "bfloat16" else 4)
-    outside = found.moments["end"].activations
-    return [
-        math.ceil(total)
-        for total in (
-            present + before + loss.activations + loss.logits + loss.workspace + 2 * sizes.head,
-            present + before + sizes.head_gradient + backward.activations + backward.workspace + fetched + summed,
-            present + gradients + sizes.head_gradient + outside + backward.workspace + fetched + summed / 2,
-            present + gradients + 3 * sizes.head_gradient + passing,
-            present + gradients + found.moments["update"].workspace,
-        )
-    ]
-
-
-def _summed(count: int, cards: int) -> int:
-    """Bytes that each of the cards sends so that all have the sum of `count` bytes: a ring's all-reduce."""
-    return 2 * (cards - 1) * count // cards
-
-
-def _each(case: PlanCase, cards: int) -> int:
-    return max(1, -(-case.load.micro_batches // cards))
+def _ring(count: int, ranks: int, nodes: int) -> tuple[int, int]:
+    """Bytes that each of the ranks sends to its own node and to another, on average, so that `count` go around a ring."""
+    sent = (ranks - 1) * count // ranks
+    between = sent * nodes // ranks if nodes > 1 else 0
+    return sent - between, between

@@ -64,6 +64,8 @@ class MemoryParts:
     """Bytes of each part at one moment."""
 
     weights: int = 0
+    gathered: int = 0
+    """Of other ranks' rows: `rank_memory.py`."""
     adapters: int = 0
     gradients: int = 0
     optimizer: int = 0

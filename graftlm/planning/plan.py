@@ -30,7 +30,7 @@ from graftlm.planning.fitting import (
     smallest_card,
 )
 from graftlm.planning.hardware import Card
-from graftlm.planning.layouts import Layout, cards_needed, layout_of
+from graftlm.planning.layouts import ONE, Cluster, Layout, cards_needed, layout_of
 from graftlm.planning.memory import MemoryRequirement
 from graftlm.planning.method import TrainingSetting, methods_of
 from graftlm.planning.models import NamedModel, built_in
@@ -57,9 +57,9 @@ class MethodPlan:
     """Bytes at the peak with activation checkpointing."""
     fits: bool
     cards: int | None
-    """How many of the card it takes, split over them; None for more than 16."""
+    """How many of the card it takes, split over them; None for more than 64."""
     layout: Layout | None
-    """How it lies on the `--gpus` that were asked for; None where it does not fit them, or one was asked for."""
+    """How it lies on the `--gpus` and `--nodes` that were asked for; None where it does not fit, or one GPU was asked for."""
     smallest: Card | None
     """The smallest known card that it fits."""
     batch: int
@@ -140,7 +140,7 @@ class PlanReport:
     """The data as they were named."""
     epochs: float
     price_per_hour: float | None
-    gpus: int = 1
+    cluster: Cluster = ONE
     """How many of the card were asked about."""
     explain: bool = False
     """Whether the advice is printed with the measurements behind it."""
@@ -164,7 +164,7 @@ class PlanReport:
             "efficiency": EFFICIENCY[self.card.kind],
         }  # fmt: skip
         plans = [{**plan.to_json(), "epoch": self._epochs(plan)} for plan in self.plans]
-        return {"card": card, "gpus": self.gpus, "plans": plans}
+        return {"card": card, "gpus": self.cluster.gpus, "nodes": self.cluster.nodes, "plans": plans}
 
     def _epochs(self, plan: ModelPlan) -> dict[str, Any] | None:
         """Seconds, and cost, of `--epochs` with each method."""
@@ -258,13 +258,14 @@ def _row(case: PlanCase, setting: TrainingSetting, config: PlanConfig) -> Method
     setting = replace(setting, compute_dtype=case.card.compute_dtype)
     found = case.of(setting)
     good = fits(found, case.card)
+    cluster = Cluster(gpus=config.gpus, nodes=config.nodes)
     count = cards_needed(case, setting) if case.card.kind == "cuda" else (1 if good else None)
     return MethodPlan(
         requirement=found,
         checkpointed=case.of(setting.checkpointed()).peak,
         fits=good,
         cards=count,
-        layout=layout_of(case, setting, config.gpus) if config.gpus > 1 else None,
+        layout=layout_of(case, setting, cluster) if cluster.ranks > 1 else None,
         smallest=smallest_card(found) if case.card.kind == "cuda" else None,
         batch=largest_batch(case, setting),
         length=longest_example(case, setting),

@@ -51,7 +51,7 @@ def _model(plan: ModelPlan, report: PlanReport, console: Console) -> None:
     )
     _memory(plan, report.card, console)
     _fitting(plan, report, console)
-    if report.gpus > 1:
+    if report.cluster.ranks > 1:
         _together(plan, report, console)
     for row in plan.rows:
         if not row.fits and row.changes and row.requirement.setting.key in ("full", "lora", "qlora"):
@@ -141,26 +141,33 @@ def _reach(plan: ModelPlan, row: MethodPlan, report: PlanReport) -> dict[str, st
 
 
 def _together(plan: ModelPlan, report: PlanReport, where: Console) -> None:
-    """How each method lies on the cards that were asked about."""
+    """How each method lies on the GPUs that were asked about."""
+    several = report.cluster.nodes > 1
     columns = [
-        Column("method"), Column("layout", words=True), Column("on each", right=True),
-        Column("on the host", right=True, drop=2), Column("sent a step", right=True), Column("over PCIe", right=True, drop=1),
+        Column("method"), Column("layout", words=True), Column("micro-batch", right=True, drop=3),
+        Column("on each", right=True), Column("on the host", right=True, drop=2), Column("sent a step", right=True),
+        *([Column("to other nodes", right=True)] if several else []), Column("over PCIe", right=True, drop=1),
     ]  # fmt: skip
     rows: list[list[Cell]] = []
     for row in plan.rows:
         found = row.layout
         label = row.requirement.setting.label
         if found is None:
-            rows.append([label, Text("does not fit", style="red"), "-", "-", "-", "-"])
+            rows.append([label, Text("does not fit", style="red"), *(["-"] * (len(columns) - 2))])
             continue
-        values = (found.bytes, found.host, found.moved, found.copied)
-        rows.append([label, found.words, *(_cell(value) for value in values)])
+        values = (found.bytes, found.host, found.within, *([found.between] if several else []), found.copied)
+        load = found.load
+        times = f"{load.micro_batches} x " if load.micro_batches > 1 else ""
+        rows.append([label, found.words, f"{times}{load.tokens:,}", *(_cell(value) for value in values)])
     note = (
-        "layout: the first that fits. replicate: the whole model on each; shard: a part of every matrix, layers gathered as "
-        "they run. What graft train has of these is in docs/distributed.md; the bytes were simulated, not measured."
+        "layout: the first that fits. replicate: the whole model on each GPU; hybrid: on each node, split over its GPUs; "
+        "shard: split over all, layers gathered as they run. micro-batch: tokens of one on each GPU. What graft train has of "
+        "these is in docs/distributed.md; the bytes were simulated, not measured."
     )
+    if several:
+        note += " sent a step: to GPUs of the same node."
     where.print()
-    table(where, columns, rows, title=f"on {report.gpus} x {report.card.name}", note=note)
+    table(where, columns, rows, title=f"on {report.cluster.words} x {report.card.name}", note=note)
 
 
 def _changes(row: MethodPlan, card: Card, console: Console) -> None:

@@ -33,12 +33,12 @@ from graftlm.planning.answers import AnswerLoad
 from graftlm.planning.fitting import PlanCase, changes
 from graftlm.planning.hardware import Card, local
 from graftlm.planning.instantiate import common_name
-from graftlm.planning.layouts import gathered_bytes
 from graftlm.planning.memory import MemoryParts, MemoryRequirement, requirement
 from graftlm.planning.method import NO_ADAPTER, AdapterShape, TrainingSetting, adapter_shape
 from graftlm.planning.models import find
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
+from graftlm.planning.rank_memory import Split, of_one_rank
 from graftlm.planning.shapes import ModelShape
 from graftlm.progress import working
 from graftlm.training.micro_batch import BatchItem, backward, collate, count_target_tokens, forward, micro_batches
@@ -142,7 +142,7 @@ def estimate(
                 beside=beside,
                 answers=answers,
             )
-            took = _of_one_rank(took, shape, base.structure.sharing.size)
+            took = of_one_rank(took, shape, load, Split(shards=base.structure.sharing.size))
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = MemoryEstimate(
@@ -177,25 +177,6 @@ def fits_whole(config: TrainConfig, precision: Precision, device: torch.device, 
     trained = NO_ADAPTER if config.method == "full" else adapter
     took = requirement(shape, setting, trained, small, card.kind, fused=False, fused_dequant=card.fused_dequant)
     return took.training <= usable
-
-
-def _of_one_rank(took: MemoryRequirement, shape: ModelShape, ranks: int) -> MemoryRequirement:
-    """What each of `ranks` that share the weights takes: its rows of them, and in full training of gradients and optimizer
-    states; and what is gathered."""
-    if ranks == 1:
-        return took
-    gathered = gathered_bytes(shape, took.setting)
-    trained = ranks if took.setting.method == "full" else 1
-
-    def of_one(parts: MemoryParts) -> MemoryParts:
-        return replace(
-            parts, weights=parts.weights // ranks, gradients=parts.gradients // trained,
-            optimizer=parts.optimizer // trained, workspace=parts.workspace + gathered,
-        )  # fmt: skip
-
-    moments = {name: of_one(parts) for name, parts in took.moments.items()}
-    moment = max(moments, key=lambda name: moments[name].total)
-    return replace(took, moments=moments, moment=moment, parts=moments[moment], loading=took.loading // ranks)
 
 
 def _answers(base: Base, scorer: Scorer) -> AnswerLoad:

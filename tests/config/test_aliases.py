@@ -10,14 +10,25 @@ import yaml
 from typer.testing import CliRunner
 
 from graftlm.cli import app
-from graftlm.config import CompareConfig, Config, ExportConfig, GenerateConfig, ServeConfig, SweepConfig, TrainConfig
+from graftlm.config import (
+    CompareConfig,
+    Config,
+    ExportConfig,
+    GenerateConfig,
+    PlanConfig,
+    ServeConfig,
+    SweepConfig,
+    TrainConfig,
+)
 from graftlm.config.aliases import ALIASES, FORMER, renamed, renamed_summary
 from graftlm.config.answers import ANSWERS
 from graftlm.config.translate import JOINT, foreign_names
 from graftlm.errors import ConfigError
 
 NEEDED = {"model": "m", "data": "d.jsonl", "out": "o"}
-CONFIGS: tuple[type[Config], ...] = (TrainConfig, CompareConfig, SweepConfig, ServeConfig, GenerateConfig, ExportConfig)
+CONFIGS: tuple[type[Config], ...] = (
+    TrainConfig, CompareConfig, SweepConfig, ServeConfig, GenerateConfig, ExportConfig, PlanConfig,
+)  # fmt: skip
 
 
 def built(text: str, **more: Any) -> TrainConfig:

@@ -24,7 +24,7 @@ from graftlm import files
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import load_base
 from graftlm.commands import train as train_command
-from graftlm.commands.ranks import naming
+from graftlm.commands.rank import naming
 from graftlm.commands.train import train
 from graftlm.config import TrainConfig
 from graftlm.distributed import group, shard, watch

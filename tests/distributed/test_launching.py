@@ -16,7 +16,7 @@ import tiny_run
 import torch
 
 import graftlm as graft
-from graftlm.commands import ranks
+from graftlm.commands import rank
 from graftlm.commands.ranks import started_for
 from graftlm.config import TrainConfig
 from graftlm.distributed.deal import deal
@@ -37,9 +37,26 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_a_run_over_two_ranks_prints_one_summary_and_a_killed_rank_ends_it(tmp_path: Path) -> None:
-    run = start("-m", "graftlm.cli", "train", str(written(tmp_path, ranks=2)), "--json")
+    # The launcher imports nothing that ranks alone need: they start seconds sooner.
+    imported = tmp_path / "imported.txt"
+    code = (
+        "import pathlib, sys; from graftlm.cli import main\n"
+        f"try: main()\nfinally: pathlib.Path({str(imported)!r}).write_text(' '.join(sys.modules))"
+    )
+    run = start("-c", code, "train", str(written(tmp_path, ranks=2)), "--json")
     out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
+    modules = imported.read_text().split()
+    assert "torch.distributed.launcher.api" in modules
+    for heavy in (
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "graftlm.base",
+        "graftlm.commands.train",
+        "torch._inductor",
+    ):
+        assert heavy not in modules
     summary = json.loads(out)
     assert summary["steps"] == 6
     assert Path(summary["adapter_folder"], "adapter_model.safetensors").is_file()
@@ -98,10 +115,10 @@ def test_a_launcher_s_number_of_ranks_is_taken_and_another_refused(tmp_path: Pat
 
 
 def test_each_rank_takes_the_gpu_of_its_number_on_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "default_device", lambda asked: torch.device(asked or "cuda"))
+    monkeypatch.setattr(rank, "default_device", lambda asked: torch.device(asked or "cuda"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     config = TrainConfig.build({**tiny_run.options(tmp_path), "device": "cuda", "ranks": 2})
-    own = ranks._of_rank(config, Ranks(rank=3, size=4, on_machine=2))
+    own = rank._of_rank(config, Ranks(rank=3, size=4, on_machine=2))
     assert (own.device, own.ranks) == ("cuda:1", 2)
     base = SimpleNamespace(
         precision="bfloat16", compute_dtype="bfloat16", device=torch.device("cuda:1"),

@@ -13,11 +13,14 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from graftlm.base.loading import Base, load_base
+from graftlm.base.structure import ModelStructure
 from graftlm.config import TrainConfig
+from graftlm.distributed.group import Ranks
 from graftlm.errors import ModelError, TrainingError
 from graftlm.planning.hardware import Card
+from graftlm.planning.rank_memory import Split, of_one_rank
 from graftlm.training import memory as memory_module
-from graftlm.training.memory import MemoryEstimate, dry_run, estimate
+from graftlm.training.memory import MemoryEstimate, dry_run, estimate, shape_of
 from graftlm.training.trial import Trial
 
 LENGTHS = (20, 5, 31, 9, 27, 12)
@@ -57,6 +60,20 @@ def test_what_is_foreseen_is_written_down_with_parts_that_sum(tmp_path: Path) ->
     assert parts.pop("total") == sum(parts.values()) == said["predicted"]["peak_bytes"]
     assert said["heaviest_micro_batch"]["longest_example"] == 31
     assert 0 < said["predicted"]["dry_run_bytes"] <= said["predicted"]["peak_bytes"]
+
+
+def test_a_rank_of_a_split_model_is_estimated_as_the_planner_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, base, trial, _ = run(tmp_path)
+    alone = estimate(config, base, [trial])
+    monkeypatch.setattr(ModelStructure, "sharing", Ranks(0, 2))
+    found, shape = estimate(config, base, [trial]), shape_of(config, base)
+    assert alone.requirement is not None
+    assert shape is not None
+    assert found.load == alone.load
+    assert found.requirement == of_one_rank(alone.requirement, shape, found.load, Split(shards=2))
+    assert found.requirement.parts.weights < alone.requirement.parts.weights
 
 
 def small(gigabytes: float) -> Card:

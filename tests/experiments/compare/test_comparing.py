@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import tiny_run
+import torch
 from rich.console import Console
 
 from graftlm.base.chat import Encoder
@@ -27,6 +28,7 @@ from graftlm.commands.train import train
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.data.dataset import load
 from graftlm.data.sources import Source
+from graftlm.distributed.group import Ranks
 from graftlm.errors import ConfigError, DataError, Diverged, ModelError, RunError, Stopped, TrainingError
 from graftlm.experiments.compare import run as module
 from graftlm.experiments.compare import scoring
@@ -300,9 +302,15 @@ def test_rates_that_are_searched_by_several_workers_are_those_of_one(
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(1200)  # each worker imports everything, on a machine that does other work as well
 def test_two_workers_train_what_one_does(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = {"methods": ["lora", "qlora"], "seeds": 1, "eval_every": 2}
-    compared(config(tmp_path, **shared, out=str(tmp_path / "one")))
+    threads = torch.get_num_threads()
+    Ranks(on_machine=2).take_threads()  # a worker's: with more, sums are taken in another order
+    try:
+        compared(config(tmp_path, **shared, out=str(tmp_path / "one")))
+    finally:
+        torch.set_num_threads(threads)
     monkeypatch.undo()
     found, _ = compared(config(tmp_path, **shared, workers=2))
     assert [len(line.losses) for line in found.lines] == [1, 1]
