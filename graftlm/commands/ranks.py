@@ -42,20 +42,25 @@ _SAVING_SECONDS = 600
 def train_over_ranks(config: TrainConfig) -> dict[str, Any]:
     """Train over as many ranks as the config asks for, or torchrun has started; returns the summary, empty on ranks but the
     first. Raises as `train`, and TrainingError for a rank that died."""
-    if config.layout == "shard" and not can_split():
+    if config.splits_model and not can_split():
         raise ConfigError(
-            f"--layout shard needs PyTorch {'.'.join(map(str, SPLITS))} or newer, found {torch.__version__}; install it, or "
-            "take --layout replicate"
+            f"--layout {config.layout} needs PyTorch {'.'.join(map(str, SPLITS))} or newer, found {torch.__version__}; "
+            "install it, or take --layout replicate"
         )
     there = launched()
     if there > 1:
         return _among_others(started_for(config, there))
     if config.ranks == 1:
-        if config.layout == "shard":
+        if config.splits_model:
             raise ConfigError(
-                "--layout shard splits a model over ranks, and there is one; give --ranks N, or leave it out"
+                f"--layout {config.layout} splits a model over ranks, and there is one; give --ranks N, or leave it out"
             )
         return train(config)
+    if config.layout == "hybrid":
+        raise ConfigError(
+            f"--layout hybrid has the model once on each node, and --ranks {config.ranks} starts ranks on this one; take "
+            "--layout shard, or start them on several nodes with torchrun --nnodes"
+        )
     with tempfile.TemporaryDirectory(prefix="graft-ranks-") as place:
         return _launch(config, Path(place))
 

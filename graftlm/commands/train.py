@@ -24,7 +24,6 @@ from graftlm.base.shared_base import borrowed
 from graftlm.config import TrainConfig
 from graftlm.data.sources import Source, named_source, share
 from graftlm.distributed.group import ALONE, Ranks
-from graftlm.distributed.shard import can_split
 from graftlm.errors import Diverged, ScoreError, Stopped
 from graftlm.files import remove_leftovers
 from graftlm.heap import mmap_allocations, release_memory
@@ -35,8 +34,9 @@ from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.checkpoint import compute_dtype_of
 from graftlm.training.determinism import deterministic_algorithms
+from graftlm.training.layout import choose_layout
 from graftlm.training.logging import Follower, check_trackers, signals
-from graftlm.training.memory import dry_run, estimate, fits_whole
+from graftlm.training.memory import dry_run, estimate
 from graftlm.training.run import (
     Session,
     TrainingData,
@@ -85,8 +85,8 @@ def train(
     with ExitStack() as held:
         with ranks.agreeing():  # whatever is wrong is found, on every rank, before the first step
             inputs = _check_inputs(config, given, ranks, held)
-        config = _with_layout(config, inputs.device, ranks, view)
-        with ranks.failing_alike() if config.layout == "shard" else ranks.agreeing():
+        config, ranks = choose_layout(config, stored_precision(config), inputs.device, ranks, view.note)
+        with ranks.failing_alike() if config.splits_model else ranks.agreeing():
             run = _set_up(config, view, given, inputs, ranks, held)
         session = run.session
         ranks.check_shared(config.out)
@@ -153,19 +153,6 @@ def _check_inputs(config: TrainConfig, given: Given, ranks: Ranks, held: ExitSta
     return _Inputs(sources=sources, eval_source=eval_source, callbacks=callbacks, score=score, device=device)
 
 
-def _with_layout(config: TrainConfig, device: torch.device, ranks: Ranks, view: View) -> TrainConfig:
-    """The config with the layout that `auto` stands for: the weights are split where a rank has no room for all of them."""
-    if ranks.size == 1 or config.layout != "auto":
-        return config
-    with ranks.agreeing():
-        no_choice = config.score is not None or not can_split()
-        fits = no_choice or fits_whole(config, stored_precision(config), device, ranks.on_machine)
-    (split,) = ranks.largest([not fits])
-    if split:
-        view.note("the model is split over the ranks (--layout shard): a rank alone has no room for it")
-    return config.model_copy(update={"layout": "shard" if split else "replicate"})
-
-
 def _set_up(config: TrainConfig, view: View, given: Given, inputs: _Inputs, ranks: Ranks, held: ExitStack) -> _SetUp:
     """Load, read and make all that a run needs; `held` gives back at its end what must be given back. Raises GraftError."""
     sources, eval_source, device = inputs.sources, inputs.eval_source, inputs.device
@@ -215,7 +202,8 @@ def _planned(session: Session, memory: PeakMemory, ranks: Ranks, held: ExitStack
 
 @contextmanager
 def _base(config: TrainConfig, loaded: Base | None, ranks: Ranks) -> Iterator[Base]:
-    """The base that the config names, or the one that is loaded already; with --layout shard the ranks share its weights."""
+    """The base that the config names, or the one that is loaded already; with --layout shard or hybrid the ranks share its
+    weights."""
     if loaded is not None:
         with borrowed(loaded, compute_dtype_of(config), adds_tokens=bool(config.trainable_tokens)) as base:
             yield base
@@ -223,7 +211,7 @@ def _base(config: TrainConfig, loaded: Base | None, ranks: Ranks) -> Iterator[Ba
     yield load_base(
         config.model, precision=stored_precision(config), compute_dtype=compute_dtype_of(config), device=config.device,
         init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
-        ranks=ranks if config.layout == "shard" else ALONE, trains_base=config.method == "full",
+        ranks=ranks if config.splits_model else ALONE, trains_base=config.method == "full",
     )  # fmt: skip
 
 

@@ -163,10 +163,10 @@ class TrainConfig(Config):
         1, "processes that train together, one on each GPU: each computes its share of a step's examples, and gradients are "
         "added up (data parallel)", group="memory and speed", ge=1,
     )  # fmt: skip
-    layout: Literal["auto", "replicate", "shard"] = option(
+    layout: Literal["auto", "replicate", "hybrid", "shard"] = option(
         "auto", "with --ranks: `replicate` has the whole model on every rank; `shard` splits its weights, and in full training "
-        "gradients and optimizer states, over the ranks (FSDP); auto splits where a rank has no room for all of it",
-        group="memory and speed",
+        "gradients and optimizer states, over the ranks (FSDP); `hybrid` splits them over the ranks of each node (HSDP); auto "
+        "takes the first that has room for the model: replicate, hybrid, shard", group="memory and speed",
     )  # fmt: skip
     rank_timeout: int = option(
         45, "seconds after which a rank that shows no progress is ended, and the run with it; more where steps take longer, "
@@ -305,14 +305,14 @@ class TrainConfig(Config):
                 f"--batch-size {self.batch_size} leaves some of {self.ranks} ranks without an example; "
                 f"give --batch-size {self.ranks} or more, or fewer --ranks"
             )
-        if self.optimizer_in_backward and self.layout != "shard":
+        if self.optimizer_in_backward and not self.splits_model:
             raise ValueError(
                 "--optimizer-in-backward frees each gradient before those of all ranks can be added up, found "
                 f"--ranks {self.ranks}; leave one of the two out, or take --layout shard, which adds them up at once"
             )
-        if self.layout == "shard" and self.score is not None:
+        if self.splits_model and self.score is not None:
             raise ValueError(
-                "--layout shard leaves no rank with a whole model that could answer eval prompts, found --score "
+                f"--layout {self.layout} leaves no rank with a whole model that could answer eval prompts, found --score "
                 f"{self.score}; leave one of the two out, or take --layout replicate"
             )
         if self.device is not None and ":" in self.device:
@@ -355,6 +355,11 @@ class TrainConfig(Config):
         elif self.from_adapter is not None:
             values.update(dict.fromkeys(_FORMULA))
         return values
+
+    @property
+    def splits_model(self) -> bool:
+        """Whether ranks share the weights, by the layout that is asked for."""
+        return self.layout in ("shard", "hybrid")
 
     @property
     def stored_precision(self) -> Precision:

@@ -9,6 +9,9 @@
 
 Outside of a pass a split parameter is a DTensor, and nothing but this package handles one. Inside, modules have the whole
 weight, a plain Parameter. Of n ranks each has ceil(rows / n) rows, the last ones fewer or none: so FSDP2 splits.
+
+The n ranks are all, or those of a node (`Ranks.node_ranks`): then every node has all rows, weights are gathered within it, and
+gradients that are summed within it are summed over the nodes too.
 """
 
 # fully_shard gives a module another class, which the types do not follow.
@@ -48,8 +51,8 @@ def can_split() -> bool:
 
 def rows_of(count: int, ranks: Ranks) -> tuple[int, int]:
     """(first, last + 1) of `count` rows: those that this rank keeps."""
-    each = -(-count // ranks.size)
-    return min(ranks.rank * each, count), min((ranks.rank + 1) * each, count)
+    each = -(-count // ranks.parts)
+    return min(ranks.part * each, count), min((ranks.part + 1) * each, count)
 
 
 def is_split(tensor: object) -> bool:
@@ -72,7 +75,7 @@ def offset(tensor: Tensor) -> int:
 
 
 def sharing(tensor: Tensor) -> Ranks:
-    """The ranks that a tensor is split over."""
+    """The ranks that share a tensor: over which it is split, once or on each node."""
     if not is_split(tensor):
         return ALONE
     mesh: DeviceMesh = tensor.device_mesh
@@ -80,12 +83,16 @@ def sharing(tensor: Tensor) -> Ranks:
 
 
 def add_up_rows(tensors: Sequence[Tensor], values: Sequence[float]) -> list[float]:
-    """What each rank found in its rows of each tensor, added up over the ranks; of one that is not split, as it is."""
+    """What each rank found in its rows of each tensor, added up over the parts; of one that is not split, as it is.
+
+    The copies of other nodes do not count, and every rank gets the same bits.
+    """
     split = [is_split(tensor) for tensor in tensors]
     if not any(split):
         return list(values)
     ranks = sharing(tensors[split.index(True)])
-    sums = iter(ranks.total([value for value, is_part in zip(values, split) if is_part]))
+    own = [value if ranks.counted else 0.0 for value, is_part in zip(values, split) if is_part]
+    sums = iter(ranks.total(own))
     return [next(sums) if is_part else value for value, is_part in zip(values, split)]
 
 
@@ -105,7 +112,7 @@ def whole(tensor: Tensor) -> Tensor:
 def everywhere(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:
     """Whether the rows of every rank pass a test, which all make; of a tensor that is not split, whether it passes."""
     passed = test(local(tensor))
-    return not any(add_up_rows([tensor], [float(not passed)]))
+    return not any(sharing(tensor).total([float(not passed)]))
 
 
 @dataclass(eq=False)
@@ -133,12 +140,13 @@ class Piece:
 
     def fill(self, mesh: DeviceMesh) -> None:
         """Give FSDP2's parameter its values."""
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
         parameter = self.parameter
         assert self.own is not None
+        lies = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
         rows = DTensor.from_local(
-            self.own, mesh, [Shard(0)], run_check=False, shape=torch.Size(self.shape), stride=parameter.stride()
+            self.own, mesh, lies, run_check=False, shape=torch.Size(self.shape), stride=parameter.stride()
         )
         self._put(nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
@@ -200,14 +208,11 @@ class SplitWeights:
     ) -> None:
         """`units` are the innermost first; `rest` are pieces of no unit, gathered for a whole pass. What is in no piece
         stays whole on every rank."""
-        from torch.distributed.device_mesh import init_device_mesh
-
         self.ranks = ranks
         self._running = False
         self._by_hand: dict[nn.Module, Any] = {}
         self._open: set[nn.Module] = set()
-        mesh = init_device_mesh(device.type, (ranks.size,))
-        _ranks_of[mesh] = ranks
+        mesh = _mesh(ranks, device)
         pieces = [*(piece for unit in units for piece in unit.pieces), *rest]
         split = {piece.parameter for piece in pieces}
         kept = {parameter for parameter in model.parameters() if parameter not in split}
@@ -275,6 +280,19 @@ class SplitWeights:
         finally:
             self._open.discard(module)
             unit.reshard()
+
+
+def _mesh(ranks: Ranks, device: torch.device) -> DeviceMesh:
+    """The ranks as FSDP2 takes them: (n,), or (nodes, ranks of a node), of which the second share the rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if ranks.parts == ranks.size:
+        mesh = init_device_mesh(device.type, (ranks.size,))
+    else:
+        sizes = (ranks.size // ranks.parts, ranks.parts)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("nodes", "rows"))
+    _ranks_of[mesh] = ranks
+    return mesh
 
 
 def _without_views(module: nn.Module, args: Any, output: Any) -> Any:

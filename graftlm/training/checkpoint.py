@@ -65,7 +65,8 @@ def finite(tensor: Tensor) -> bool:
 def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int, ranks: Ranks = ALONE) -> Path:
     """Write a checkpoint of `trial` after its current step, with `extra` in its state; keeps the newest `keep` and the best.
 
-    Of several ranks each calls this: the first writes, and where ranks share what is trained, each its rows.
+    Of several ranks each calls this: the first writes, and where ranks share what is trained, each its rows, those of a node
+    if every node has all of them.
 
     Raises OSError or SafetensorError where it cannot be written (see `run_folder.writing`), RunError where another rank cannot,
     and Diverged for a tensor that is not finite; the older checkpoints are then as they were.
@@ -84,14 +85,14 @@ def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int, ranks: Ra
         remove_leftovers(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
     folder_of = atomic_folder(place, manifest=True) if sharing.size == 1 else written_by_all(place, sharing)
     with folder_of as folder:
-        if split:
+        if split and sharing.counted:
             rows = {f"value.{name}": tensor for name, tensor in tensors.items() if name in split}
             rows |= {key: tensor for key, tensor in moments.items() if key not in states}
-            write(folder / rows_file(sharing.rank, sharing.size), rows)
+            write(folder / rows_file(sharing.part, sharing.parts), rows)
         if ranks.first:
             write(folder / TRAINABLE, whole)
             write(folder / OPTIMIZER, states)
-            how = {} if sharing.size == 1 else {"ranks": sharing.size}
+            how = {} if sharing.size == 1 else {"ranks": sharing.parts}
             write_json(folder / STATE, {**_state_of(trial), **how, **extra})
     if ranks.first:
         write_best(run, trial)

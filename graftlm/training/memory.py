@@ -142,7 +142,7 @@ def estimate(
                 beside=beside,
                 answers=answers,
             )
-            took = _of_one_rank(took, shape, base.structure.sharing.size)
+            took = _of_one_rank(took, shape, base.structure.sharing.parts)
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = MemoryEstimate(
@@ -160,9 +160,11 @@ def estimate(
     return found
 
 
-def fits_whole(config: TrainConfig, precision: Precision, device: torch.device, on_machine: int) -> bool:
-    """Whether a rank is expected to have room for the whole model and what is trained, with a small micro-batch; of the ranks
-    `on_machine` share a processor's memory. True where nothing is known of the model."""
+def fits_whole(
+    config: TrainConfig, precision: Precision, device: torch.device, on_machine: int, parts: int = 1
+) -> bool:
+    """Whether a rank is expected to have room for the whole model and what is trained, or for one of its `parts`, with a small
+    micro-batch; of the ranks `on_machine` share a processor's memory. True where nothing is known of the model."""
     card = local(str(device) if device.type == "cuda" else "cpu")
     usable = card.usable if card.kind != "cpu" else replace(card, memory=card.memory // on_machine).usable
     try:
@@ -176,7 +178,7 @@ def fits_whole(config: TrainConfig, precision: Precision, device: torch.device, 
     )
     trained = NO_ADAPTER if config.method == "full" else adapter
     took = requirement(shape, setting, trained, small, card.kind, fused=False, fused_dequant=card.fused_dequant)
-    return took.training <= usable
+    return _of_one_rank(took, shape, parts).training <= usable
 
 
 def _of_one_rank(took: MemoryRequirement, shape: ModelShape, ranks: int) -> MemoryRequirement:

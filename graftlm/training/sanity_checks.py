@@ -218,10 +218,10 @@ class UpdateCheck:
     def _read(self) -> tuple[set[str], dict[str, float], list[tuple[str, int]]]:
         """What was observed, read from the device once: the names that got a gradient; how much should show of each (see
         `_observed`); the experts that no token reached."""
-        first = self._ranks.first  # all ranks have the whole gradient of a tensor that is not split
-        seen = [t if first or is_split(self.parameters[name]) else t * 0 for name, t in self._observed.items()]
-        rows = [*seen, *(hit.double() for hit in self._reached.values())]
-        values = self._ranks.total(torch.cat(rows).tolist())
+        first, rows = self._ranks.first, self._ranks.counted  # whole gradients are on all ranks, rows once on each node
+        seen = [t if (rows if is_split(self.parameters[n]) else first) else t * 0 for n, t in self._observed.items()]
+        found = [*seen, *(hit.double() for hit in self._reached.values())]
+        values = self._ranks.total(torch.cat(found).tolist())
         touched = {name for name, got in zip(self._observed, values[0::2]) if got}
         shown = dict(zip(self._observed, values[1::2]))
         missed: list[tuple[str, int]] = []

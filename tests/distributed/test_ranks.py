@@ -19,7 +19,7 @@ FULL = {"method": "full", "base_precision": "float32", "learning_rate": 1e-3}
 
 def over(forks: Forks, count: int, place: Path, name: str = "ranks", **changes: Any) -> list[dict[str, Any]]:
     """What each rank of a tiny run in `place`/`name` returned or raised."""
-    how = {key: changes.pop(key) for key in ("stop_after", "other", "bug", "fault") if key in changes}
+    how = {key: changes.pop(key) for key in ("stop_after", "other", "bug", "fault", "nodes") if key in changes}
     config = {**tiny_run.options(place, **changes), "out": str(place / name)}
     return forks.run("run", count, place / f"{name}-ended-{len(list(place.iterdir()))}", config=config, **how)
 
@@ -32,12 +32,12 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] != "event"]
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, rel: float = 2e-5) -> None:
     """Losses, norms and weights of two runs are equal up to the order of sums."""
     for a, b in zip(lines_of(one), lines_of(other), strict=True):
         assert (a["step"], a["kind"], a["num_tokens"]) == (b["step"], b["kind"], b["num_tokens"])
         for key in {"loss", "eval_loss", "grad_norm", "eval_score"} & a.keys():
-            assert a[key] == pytest.approx(b[key], rel=2e-5), (a, b)
+            assert a[key] == pytest.approx(b[key], rel=rel), (a, b)
     (file,) = [*one.glob("adapter/adapter_model.safetensors"), *one.glob("model/model.safetensors")]
     weights, others = load_file(file), load_file(other / file.relative_to(one))
     assert weights.keys() == others.keys()
