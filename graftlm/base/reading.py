@@ -31,6 +31,8 @@ class Reading:
     trust_remote_code: bool = False
     ranks: Ranks = ALONE
     """Those that share the weights: of a plain checkpoint each keeps its rows as soon as a tensor is read."""
+    host_layers: int = 0
+    """Layers whose rows wait on the host."""
 
 
 def read_model(config: Any, how: Reading, random_seed: int | None) -> tuple[PreTrainedModel, Replacements, list[str]]:
@@ -47,7 +49,7 @@ def read_model(config: Any, how: Reading, random_seed: int | None) -> tuple[PreT
         model = load_dequantized(how.folder, quantized, how.trust_remote_code)
     else:
         model, replacements, unused = stream_checkpoint(
-            how.folder, precision, dtype, how.device, how.trust_remote_code, how.ranks
+            how.folder, precision, dtype, how.device, how.trust_remote_code, how.ranks, how.host_layers
         )
         what = f"{len(unused)} tensors of the checkpoint have no place in this architecture"
         return model, replacements, [f"{what}: {unused[0]}, ..."] if unused else []

@@ -211,7 +211,7 @@ def _base(config: TrainConfig, loaded: Base | None, ranks: Ranks) -> Iterator[Ba
     yield load_base(
         config.model, precision=stored_precision(config), compute_dtype=compute_dtype_of(config), device=config.device,
         init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
-        ranks=ranks if config.splits_model else ALONE, trains_base=config.method == "full",
+        ranks=ranks if config.splits_model else ALONE, trains_base=config.method == "full", host_layers=config.host_layers,
     )  # fmt: skip
 
 

@@ -168,6 +168,11 @@ class TrainConfig(Config):
         "gradients and optimizer states, over the ranks (FSDP); `hybrid` splits them over the ranks of each node (HSDP); auto "
         "takes the first that has room for the model: replicate, hybrid, shard", group="memory and speed",
     )  # fmt: skip
+    offload_layers: Literal["auto"] | int = option(
+        "auto", "with --layout shard or hybrid: so many layers' rows, of trained ones also gradients and optimizer states, "
+        "wait in host memory, and are copied to the GPU when they are gathered; auto takes as many as it takes to fit, by the "
+        "plan of `graft plan --gpus`, and none on a CPU", group="memory and speed",
+    )  # fmt: skip
     rank_timeout: int = option(
         45, "seconds after which a rank that shows no progress is ended, and the run with it; more where steps take longer, "
         "and around loading, saving and generating", group="memory and speed", ge=5,
@@ -298,8 +303,15 @@ class TrainConfig(Config):
         return self
 
     def _check_ranks(self) -> None:
+        if self.offload_layers != "auto" and self.offload_layers < 0:
+            raise ValueError(f"offload-layers is {self.offload_layers}; give the number of layers, from 0 on, or auto")
         if self.ranks == 1:
             return
+        if self.layout == "replicate" and self.asks_for_host_layers:
+            raise ValueError(
+                f"--offload-layers {self.offload_layers} is for weights that ranks share and gather, and with --layout "
+                "replicate each has all of them; take --layout shard or hybrid, or leave it out"
+            )
         if self.batch_size < self.ranks:
             raise ValueError(
                 f"--batch-size {self.batch_size} leaves some of {self.ranks} ranks without an example; "
@@ -360,6 +372,16 @@ class TrainConfig(Config):
     def splits_model(self) -> bool:
         """Whether ranks share the weights, by the layout that is asked for."""
         return self.layout in ("shard", "hybrid")
+
+    @property
+    def asks_for_host_layers(self) -> bool:
+        """Whether a number of layers is to wait on the host."""
+        return self.offload_layers not in ("auto", 0)
+
+    @property
+    def host_layers(self) -> int:
+        """How many layers wait on the host; 0 until `auto` is decided."""
+        return 0 if self.offload_layers == "auto" else self.offload_layers
 
     @property
     def stored_precision(self) -> Precision:

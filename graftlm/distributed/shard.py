@@ -12,6 +12,9 @@ weight, a plain Parameter. Of n ranks each has ceil(rows / n) rows, the last one
 
 The n ranks are all, or those of a node (`Ranks.node_ranks`): then every node has all rows, weights are gathered within it, and
 gradients that are summed within it are summed over the nodes too.
+
+Rows of a unit may wait in the host's memory (`Piece.on_host`), trained ones with their gradients and moments: FSDP2 copies them
+to the GPU for each gather, and the summed rows of a gradient back.
 """
 
 # fully_shard gives a module another class, which the types do not follow.
@@ -82,6 +85,15 @@ def sharing(tensor: Tensor) -> Ranks:
     return _ranks_of.get(mesh) or Ranks(mesh.get_local_rank(), mesh.size())
 
 
+def gathered_on(tensor: Tensor) -> torch.device:
+    """Where a tensor is when it is computed with: rows that wait in the host's memory are gathered on their rank's GPU."""
+    if not is_split(tensor):
+        return tensor.device
+    mesh: DeviceMesh = tensor.device_mesh
+    here = tensor.device.type == mesh.device_type
+    return tensor.device if here else torch.device(mesh.device_type, torch.cuda.current_device())
+
+
 def add_up_rows(tensors: Sequence[Tensor], values: Sequence[float]) -> list[float]:
     """What each rank found in its rows of each tensor, added up over the parts; of one that is not split, as it is.
 
@@ -102,6 +114,8 @@ def whole(tensor: Tensor) -> Tensor:
     if not is_split(tensor):
         return tensor
     found: Any = tensor
+    if found.device.type != found.device_mesh.device_type:  # rows on the host are gathered where all others are
+        found = _rows(local(tensor), found, found.device_mesh)
     with sharing(tensor).pulse.waiting():
         gathered: Tensor = found.full_tensor()
         if gathered.is_cuda:  # else the wait comes later, wherever the values are read
@@ -125,12 +139,18 @@ class Piece:
     """Of the whole parameter."""
     own: Tensor | None
     """Until FSDP2 has them."""
+    on_host: bool = False
+    """Whether they wait in the host's memory."""
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module], name: str, tensor: Tensor, ranks: Ranks) -> Piece:
+    def of(
+        cls, modules: Sequence[nn.Module], name: str, tensor: Tensor, ranks: Ranks, *, on_host: bool = False
+    ) -> Piece:
         """The piece of a whole tensor. The parameter has its shape and no values until the model is split."""
         first, last = rows_of(len(tensor), ranks)
-        piece = cls(modules, name, tuple(tensor.shape), tensor.detach()[first:last].clone())
+        own = tensor.detach()[first:last]
+        own = own.cpu() if on_host and tensor.device.type != "cpu" else own.clone()
+        piece = cls(modules, name, tuple(tensor.shape), own, on_host)
         piece._put(nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
         return piece
 
@@ -140,14 +160,13 @@ class Piece:
 
     def fill(self, mesh: DeviceMesh) -> None:
         """Give FSDP2's parameter its values."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
-
         parameter = self.parameter
         assert self.own is not None
-        lies = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
-        rows = DTensor.from_local(
-            self.own, mesh, lies, run_check=False, shape=torch.Size(self.shape), stride=parameter.stride()
-        )
+        if self.own.device.type == mesh.device_type:
+            rows = _rows(self.own, parameter, mesh)
+        else:  # else they would be moved to the mesh's devices
+            rows = torch.empty_like(parameter, device=self.own.device)
+            local(rows).copy_(self.own)
         self._put(nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
     @property
@@ -199,6 +218,11 @@ class Unit:
     """When it is gathered: when its module is called, and again for the backward pass; when it is called alone; when the
     caller says so (`SplitWeights.gathered`); from the begin of a pass to its end."""
 
+    @property
+    def on_host(self) -> bool:
+        """Whether its rows wait in the host's memory: all of them, or none."""
+        return any(piece.on_host for piece in self.pieces)
+
 
 class SplitWeights:
     """The weights of one model, split over the ranks."""
@@ -229,7 +253,7 @@ class SplitWeights:
                 through.append(module)
             if unit.when == "called":
                 module.register_forward_hook(_without_views)
-            _split(module, mesh, kept)
+            _split(module, mesh, kept, on_host=unit.on_host)
             if unit.when == "forward":
                 unit.modules[0].register_forward_pre_hook(partial(_gather, module))
                 unit.modules[0].register_forward_hook(partial(_free, module), always_call=True)
@@ -282,6 +306,14 @@ class SplitWeights:
             unit.reshard()
 
 
+def _rows(own: Tensor, like: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's rows as a tensor of the whole one's shape, split over a mesh; they are moved to its devices."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    lies = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
+    return DTensor.from_local(own, mesh, lies, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def _mesh(ranks: Ranks, device: torch.device) -> DeviceMesh:
     """The ranks as FSDP2 takes them: (n,), or (nodes, ranks of a node), of which the second share the rows."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -312,11 +344,12 @@ def _free(unit: Any, *call: Any) -> None:
     unit.reshard()
 
 
-def _split(module: Any, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
+def _split(module: Any, mesh: DeviceMesh, kept: set[nn.Parameter], *, on_host: bool = False) -> None:
     """Let FSDP2 split a unit, summing gradients in float32 and dividing by nothing."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=kept)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if on_host else OffloadPolicy()
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=kept)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # else a multiplying sum, which gloo does not have

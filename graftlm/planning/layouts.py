@@ -15,7 +15,7 @@ The first that fits is taken: it moves the least. A card of n holds, at the high
 and sends or receives (n - 1) / n of what is gathered and summed. `bench/ranks.py` holds the bytes against simulated steps. An
 offloaded layer's part crosses PCIe twice a micro-batch.
 
-`graft train` has the first two.
+`graft train` has all of them, and `hybrid`, which is `shard` on the cards of each of several nodes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Layout:
         """The layout in a few words."""
         if not self.offloaded:
             return self.name
-        return f"{self.name}, {self.offloaded} layer{'s' if self.offloaded > 1 else ''} on the host"
+        layers = f"{self.offloaded} layer{'s' if self.offloaded > 1 else ''}"
+        return f"{self.name}, {layers} on the host (--offload-layers {self.offloaded})"
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, in bytes."""

@@ -157,8 +157,7 @@ def _together(plan: ModelPlan, report: PlanReport, where: Console) -> None:
         rows.append([label, found.words, *(_cell(value) for value in values)])
     note = (
         "layout: the first that fits. replicate: the whole model on each; shard: a part of every matrix, layers gathered as "
-        "they run (of the cards of one node of several: hybrid). What graft train has of these is in docs/distributed.md; the "
-        "bytes were simulated, not measured."
+        "they run. What graft train has of these is in docs/distributed.md; the bytes were simulated, not measured."
     )
     where.print()
     table(where, columns, rows, title=f"on {report.gpus} x {report.card.name}", note=note)

@@ -48,10 +48,9 @@ _MOST_RANKS = 1 << 16
 _MOST_STATE_BYTES = 1 << 30  # it holds three numbers for each eval row
 # Options that change neither what is trained nor the numbers, so a run may go on with others.
 _FREE = {
-    "activation_checkpointing", "allow_change", "deterministic", "device", "keep_checkpoints", "layout",
-    "micro_batch_tokens", "offload_activations", "offload_optimizer", "optimizer_in_backward", "out", "rank_timeout", "ranks",
-    "resume",
-    "save_every", "save_precision", "track", "trust_remote_code",
+    "activation_checkpointing", "allow_change", "deterministic", "device", "keep_checkpoints", "layout", "micro_batch_tokens",
+    "offload_activations", "offload_layers", "offload_optimizer", "optimizer_in_backward", "out", "rank_timeout", "ranks",
+    "resume", "save_every", "save_precision", "track", "trust_remote_code",
 }  # fmt: skip
 _ADDED_LATER: dict[str, Any] = {"best_by": "loss"}
 """Options that checkpoints written before them do not hold, with the value they stood for; null needs no entry."""

@@ -34,7 +34,7 @@ from graftlm.planning.fitting import PlanCase, changes
 from graftlm.planning.hardware import Card, local
 from graftlm.planning.instantiate import common_name
 from graftlm.planning.layouts import gathered_bytes
-from graftlm.planning.memory import MemoryParts, MemoryRequirement, requirement
+from graftlm.planning.memory import MemoryParts, MemoryRequirement, requirement, stored_bytes
 from graftlm.planning.method import NO_ADAPTER, AdapterShape, TrainingSetting, adapter_shape
 from graftlm.planning.models import find
 from graftlm.planning.peak_memory import PeakMemory
@@ -115,7 +115,7 @@ def estimate(
         card = replace(card, memory=card.memory // ranks)
     shape, setting, adapted = (
         shape_of(config, base),
-        _setting(config, base.precision, base.compute_dtype),
+        setting_of(config, base.precision, base.compute_dtype),
         _adapted(base, adapters),
     )
     longest = max(d.tokens for trial in trials for d in trial.examples)
@@ -142,7 +142,9 @@ def estimate(
                 beside=beside,
                 answers=answers,
             )
-            took = _of_one_rank(took, shape, base.structure.sharing.parts)
+            took = _of_one_rank(
+                took, shape, base.structure.sharing.parts, 0 if card.kind == "cpu" else config.host_layers
+            )
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = MemoryEstimate(
@@ -172,7 +174,7 @@ def fits_whole(
         adapter = adapter_shape(shape, config.targets, config.rank, dora=config.dora)
     except GraftError:  # it is said, or does without a plan, when the base is loaded
         return True
-    setting = _setting(config, precision, config.compute_dtype or default_compute_dtype(device, training=True))
+    setting = setting_of(config, precision, config.compute_dtype or default_compute_dtype(device, training=True))
     small = Workload(
         tokens=MIN_MICRO_BATCH_TOKENS, target_tokens=MIN_MICRO_BATCH_TOKENS, longest=MIN_MICRO_BATCH_TOKENS
     )
@@ -181,18 +183,22 @@ def fits_whole(
     return _of_one_rank(took, shape, parts).training <= usable
 
 
-def _of_one_rank(took: MemoryRequirement, shape: ModelShape, ranks: int) -> MemoryRequirement:
+def _of_one_rank(took: MemoryRequirement, shape: ModelShape, ranks: int, host_layers: int = 0) -> MemoryRequirement:
     """What each of `ranks` that share the weights takes: its rows of them, and in full training of gradients and optimizer
-    states; and what is gathered."""
+    states, but for those of `host_layers`; and what is gathered."""
     if ranks == 1:
         return took
     gathered = gathered_bytes(shape, took.setting)
-    trained = ranks if took.setting.method == "full" else 1
+    full = took.setting.method == "full"
+    trained = ranks if full else 1
+    share = min(host_layers, shape.layers) / max(1, shape.layers)  # of the matrices of all layers
+    away = int(share * sum(stored_bytes(weights, took.setting.precision) for weights in shape.weights))
+    stays = 1 - share * shape.stored / max(1, shape.parameters) if full else 1.0
 
     def of_one(parts: MemoryParts) -> MemoryParts:
         return replace(
-            parts, weights=parts.weights // ranks, gradients=parts.gradients // trained,
-            optimizer=parts.optimizer // trained, workspace=parts.workspace + gathered,
+            parts, weights=(parts.weights - away) // ranks, gradients=int(parts.gradients * stays) // trained,
+            optimizer=int(parts.optimizer * stays) // trained, workspace=parts.workspace + gathered,
         )  # fmt: skip
 
     moments = {name: of_one(parts) for name, parts in took.moments.items()}
@@ -223,7 +229,8 @@ def shape_of(config: TrainConfig, base: Base) -> ModelShape | None:
     return replace(shape, packs=base.packs, plain_head=base.structure.head_is_plain_matmul)
 
 
-def _setting(config: TrainConfig, precision: Precision, compute_dtype: ComputeDtype) -> TrainingSetting:
+def setting_of(config: TrainConfig, precision: Precision, compute_dtype: ComputeDtype) -> TrainingSetting:
+    """The method and its options as a plan counts them."""
     return TrainingSetting(
         key=config.method, label=config.method, method=config.method, precision=precision,
         compute_dtype="bfloat16" if compute_dtype == "bfloat16" else "float32", optimizer=config.optimizer,

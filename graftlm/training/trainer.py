@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graftlm import kernels
 from graftlm.base.loading import Base
 from graftlm.distributed.group import ALONE, Ranks
 from graftlm.distributed.shard import is_split
@@ -249,10 +250,12 @@ class _StepLosses:
     def _read(self, also: Sequence[Tensor]) -> tuple[dict[int, float], list[BatchItem], list[float]]:
         """The same of this rank's examples."""
         if not self._sums:  # fewer examples than ranks
-            return {}, [], torch.stack(list(also)).tolist() if also else []
+            return {}, [], kernels.read_numbers(also)
         sums = torch.stack(self._sums) if len(self._sums) > 1 else self._sums[0].reshape(1)
-        joined = torch.cat([sums.double(), torch.stack(list(also))]) if also else sums
-        numbers: list[float] = joined.tolist()
+        if any(number.device != sums.device for number in also):  # of layers on the host
+            numbers = kernels.read_numbers([*sums.double().unbind(), *also])
+        else:
+            numbers = (torch.cat([sums.double(), torch.stack(list(also))]) if also else sums).tolist()
         values = iter(numbers[: len(self._sums)])
         by_slot: dict[int, float] = {}
         nonfinite: list[BatchItem] = []

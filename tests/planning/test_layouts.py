@@ -72,7 +72,7 @@ def test_qlora_of_70b_fits_two_cards_of_24_gb_only_with_layers_on_the_host_and_w
     part = here.of(setting).parts.weights / here.shape.layers / 2
     assert found.host == pytest.approx(found.offloaded * part, rel=0.05)
     assert found.copied == 2 * found.host
-    assert found.words == f"shard, {found.offloaded} layers on the host"
+    assert found.words == f"shard, {found.offloaded} layers on the host (--offload-layers {found.offloaded})"
     assert cards_needed(here, setting) == 4
 
 
