@@ -322,11 +322,6 @@ class TrainConfig(Config):
                 "--optimizer-in-backward frees each gradient before those of all ranks can be added up, found "
                 f"--ranks {self.ranks}; leave one of the two out, or take --layout shard, which adds them up at once"
             )
-        if self.splits_model and self.score is not None:
-            raise ValueError(
-                f"--layout {self.layout} leaves no rank with a whole model that could answer eval prompts, found --score "
-                f"{self.score}; leave one of the two out, or take --layout replicate"
-            )
         if self.device is not None and ":" in self.device:
             raise ValueError(
                 f"--device {self.device} is one GPU, found --ranks {self.ranks}, each of which takes its own; "

@@ -153,6 +153,15 @@ class Ranks:
             raise _everywhere(message["kind"], message["error"])
         return message["found"]
 
+    def of_first(self, values: Sequence[int]) -> list[int]:
+        """The first rank's values, of which every rank gives equally many."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64)
+        with self.pulse.waiting():
+            dist.broadcast(found, 0)
+        return found.tolist()
+
     def of_all(self, value: Any) -> list[Any]:
         """The value of every rank, JSON, by rank."""
         if self.size == 1:

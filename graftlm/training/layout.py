@@ -66,7 +66,7 @@ def _first_that_fits(
                 f"--offload-layers needs a PyTorch that splits models, {'.'.join(map(str, SPLITS))} or newer, found "
                 f"{torch.__version__}; install it, or leave it out"
             )
-        whole = config.score is not None or not can_split()
+        whole = not can_split()
         whole = whole or (not config.asks_for_host_layers and fits_whole(config, precision, device, ranks.on_machine))
         node = whole or fits_whole(config, precision, device, ranks.on_machine, in_nodes.parts)
     split, over_all = ranks.largest([not whole, not node])

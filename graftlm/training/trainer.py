@@ -312,13 +312,24 @@ def _evaluate(
         losses = tuple(_example_losses(base, trial, micro_batch_tokens, ranks))
     try:
         check_eval_is_finite(base, trial, losses)
-        scorer = trial.scorer
-        score = None if scorer is None else ranks.from_first(lambda: scorer(base, trial.slot))
+        score = _score(base, trial, ranks)
     except (Diverged, ScoreError) as error:
         _fail(trial, error, callback.on_failure)
         return
     evaluation = Evaluation(trial.step, losses, score)
     callback.on_evaluate(trial, evaluation, trial.record(evaluation))
+
+
+def _score(base: Base, trial: Trial, ranks: Ranks) -> float | None:
+    """The score of a trial's answers, from the first rank. Ranks that share the weights generate them together, in one pass."""
+    scorer = trial.scorer
+    if scorer is None:
+        return None
+    if base.structure.weights is None:
+        return ranks.from_first(lambda: scorer(base, trial.slot))
+    with torch.no_grad():
+        answers = base.structure.in_pass(lambda: scorer.answers(base, trial.slot))
+    return ranks.from_first(lambda: scorer.of(answers))
 
 
 def _example_losses(base: Base, trial: Trial, micro_batch_tokens: int, ranks: Ranks) -> list[ExampleLoss]:

@@ -33,6 +33,7 @@ from graftlm.errors import DataError, Stopped
 from graftlm.kernels.moments import zero_moments
 from graftlm.kernels.self_check import sample
 from graftlm.segments import Segments
+from graftlm.serving.engine import sampling
 from graftlm.training import checkpoint, layout, trainer
 from graftlm.training import optimizer as optimizers
 from graftlm.training.loss import weighted_loss
@@ -232,9 +233,19 @@ def cannot_rename_its_folder() -> None:
     files._put = put_or_fail
 
 
+def samples_other_tokens_on_the_last_rank() -> None:
+    sample_all = sampling.sample_all
+
+    def sample_others(*given: Any) -> Any:
+        found = sample_all(*given)
+        return [(token + 1, logprobs) for token, logprobs in found] if dist.get_rank() else found
+
+    sampling.sample_all = sample_others
+
+
 BUGS = {bug.__name__: bug for bug in (
     averages, leaves_vectors_apart, steps_whole_tensors, makes_no_blank_pass, fills_the_disk_of_the_last_rank,
-    cannot_rename_its_folder,
+    cannot_rename_its_folder, samples_other_tokens_on_the_last_rank,
 )}  # fmt: skip
 """Mistakes that could be made and what could go wrong, made in this process."""
 

@@ -16,7 +16,7 @@ import tiny_run
 import torch
 from forked import Forks
 from safetensors.torch import save_file
-from test_ranks import FULL, alone, assert_same, over
+from test_ranks import FULL, alone, assert_same, lines_of, over
 from transformers import AutoModelForCausalLM
 
 from graftlm.base.modules import StoredLinear
@@ -234,10 +234,35 @@ def test_a_stored_weight_keeps_a_rank_s_rows_alone_once_it_is_split() -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, {"bug": "samples_other_tokens_on_the_last_rank"}),
+        pytest.param(4, {**FULL, "layout": "hybrid", "nodes": 2}, marks=pytest.mark.prove),
+        pytest.param(2, {**QLORA, "model": "qwen3"}, marks=pytest.mark.prove),
+    ],
+    ids=["lora", "full over nodes", "tied"],
+)
+def test_a_split_model_is_scored_by_the_answers_of_the_whole_one(
+    forks: Forks, count: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    points = "def points(answers, references):\n    return 1 + sum(map(ord, ''.join(answers))) % 997\n"
+    (tmp_path / "points.py").write_text(points)
+    options = {"score": f"{tmp_path}/points.py:points", "score_max_tokens": 6, "batch_size": 4, "steps": 3, **options}
+    if "model" in options:
+        options["model"] = str(tiny.folder(options["model"]))
+    own = {key: options.pop(key) for key in ("bug", "layout", "nodes") if key in options}
+    alone(tmp_path, **options)
+    of_first(over(forks, count, tmp_path, **{**SPLIT, **own}, **options))
+    scores = [line["eval_score"] for line in lines_of(tmp_path / "ranks") if line["kind"] == "eval"]
+    assert len(set(scores)) > 1 < min(scores)
+    assert scores == [line["eval_score"] for line in lines_of(tmp_path / "alone") if line["kind"] == "eval"]
+    assert_same(tmp_path / "alone", tmp_path / "ranks")
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"ranks": 1}, "--layout shard splits a model over ranks, and there is one"),
-        ({"ranks": 2, "score": "exact-match"}, "leaves no rank with a whole model that could answer eval prompts"),
     ],
 )
 def test_what_a_split_run_cannot_do_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
