@@ -90,6 +90,20 @@ def stop_while_the_first_saves_slowly(ranks: Ranks, config: dict[str, Any]) -> l
     return [place.name for place in (Path(config["out"]) / "checkpoints").glob("[0-9]*")]
 
 
+def look_for_the_newest(ranks: Ranks, run: str) -> Any:
+    """The newest checkpoint of a run, what is wrong with newer ones, and which files this rank has read."""
+    read: list[str] = []
+    sha256 = files.sha256
+
+    def noted(path: Path) -> str:
+        read.append(f"{path.parent.name}/{path.name}")
+        return sha256(path)
+
+    files.sha256 = noted
+    found, problems = checkpoint.newest(Path(run), ranks)
+    return {"found": found and found.name, "problems": problems, "read": read}
+
+
 def one_fails(ranks: Ranks) -> None:
     """An error of the second rank alone, in the set-up."""
     with ranks.agreeing():

@@ -12,6 +12,7 @@ import torch
 from forked import Forks
 from safetensors.torch import load_file
 
+from graftlm.files import atomic_folder
 from graftlm.training.run_folder import read_metrics
 
 FULL = {"method": "full", "base_precision": "float32", "learning_rate": 1e-3}
@@ -90,6 +91,26 @@ def test_a_run_goes_on_with_another_number_of_ranks(forks: Forks, tmp_path: Path
     assert "stopped after step 2 of 6" in ended[0]["error"]
     over(forks, 3, tmp_path, resume=True)
     assert_same(tmp_path / "alone", tmp_path / "ranks")
+
+
+def test_each_rank_reads_a_share_of_a_checkpoint_and_all_find_the_same(forks: Forks, tmp_path: Path) -> None:
+    for step in ("000001", "000002"):
+        with atomic_folder(tmp_path / "checkpoints" / step, manifest=True) as folder:
+            for i in range(5):
+                (folder / f"{i}.bin").write_bytes(bytes(1000 + 300 * i))
+    (tmp_path / "checkpoints" / "000002" / "3.bin").write_bytes(b"?" * 1900)
+    ended = [one["found"] for one in forks.run("look_for_the_newest", 3, tmp_path / "look", run=str(tmp_path))]
+    problems = ["000002: 3.bin has changed since it was written"]
+    assert [(one["found"], one["problems"]) for one in ended] == [("000001", problems)] * 3
+    read = [name for one in ended for name in one["read"]]
+    assert sorted(read) == sorted(set(read))  # none twice
+    assert {name for name in read if name.startswith("000001")} == {f"000001/{i}.bin" for i in range(5)}
+    assert all(sum(name.startswith("000001") for name in one["read"]) < 3 for one in ended)
+
+    (tmp_path / "checkpoints" / "000001" / "0.bin").unlink()
+    ended = forks.run("look_for_the_newest", 3, tmp_path / "again", run=str(tmp_path))
+    assert {(one["kind"], one["everywhere"]) for one in ended} == {("RunError", True)}
+    assert "000001: 0.bin is missing" in ended[2]["error"]
 
 
 def test_ranks_of_a_run_that_is_stopped_leave_once_the_first_has_saved(forks: Forks, tmp_path: Path) -> None:
