@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from graftlm.base.fingerprint import tensors_in, weight_files
 from graftlm.base.modules import Stored
 from graftlm.base.precision import DTYPES, embedding_precision
-from graftlm.base.splitting import modules_on_host, shared_weights, stays_whole
+from graftlm.base.splitting import shared_weights, stays_whole, weights_on_host
 from graftlm.base.surgery import (
     Replacements,
     find_replacements,
@@ -113,8 +113,7 @@ class StoredFormQuantizer(HfQuantizer):
         stored, shared = self.replacements.all(), shared_weights(model)
         whole = {name for name in stored if stays_whole(name, self.replacements, shared)}
         given = self.quantization_config
-        waiting = modules_on_host(model, given.host_layers)
-        on_host = {name for name in stored if model.get_submodule(name.rpartition(".")[0]) in waiting}
+        on_host = weights_on_host(model, given.host_layers, stored)
         self.store_op = _StoreOp(stored, given.device, given.ranks, whole, on_host)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         keep = DTYPES[embedding_precision(precision)]

@@ -15,7 +15,7 @@ whole on every rank: thousandths of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +80,12 @@ def modules_on_host(model: Any, count: int) -> set[nn.Module]:
     for i, layer in enumerate(layers):  # one within another is found later
         of.update(dict.fromkeys(layer.modules(), i))
     return {module for module, i in of.items() if (i + 1) * count // len(layers) > i * count // len(layers)}
+
+
+def weights_on_host(model: Any, count: int, names: Collection[str]) -> set[str]:
+    """Which of the weights, by their parameters' names, wait on the host with `count` layers. Raises ModelError as above."""
+    waiting = modules_on_host(model, count)
+    return {name for name in names if model.get_submodule(name.rpartition(".")[0]) in waiting}
 
 
 def shared_weights(model: Any) -> set[str]:

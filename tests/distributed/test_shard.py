@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_gguf
 import tiny_run
 import torch
 from forked import Forks
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from test_ranks import FULL, alone, assert_same, lines_of, over
 from transformers import AutoModelForCausalLM
 
+from graftlm.adapters.gguf import write_gguf
 from graftlm.base.modules import StoredLinear
 from graftlm.commands.ranks import train_over_ranks
 from graftlm.config import TrainConfig
@@ -68,6 +70,18 @@ def test_a_split_run_has_the_losses_and_weights_of_one_rank(
     summary = of_first(over(forks, count, tmp_path, **SPLIT, **options))
     for key in ("num_tokens", "base_bytes", "base_parameters", "trainable_parameters"):
         assert summary[key] == before[key]
+    assert_same(tmp_path / "alone", tmp_path / "ranks")
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("precision", ["gguf", "nf4"])
+def test_a_model_of_a_gguf_file_is_split_and_trains_as_on_one_rank(
+    forks: Forks, precision: str, tmp_path: Path
+) -> None:
+    write_gguf(tiny_gguf.folder(tmp_path / "model", "llama", **tiny_gguf.MODELS["llama"]), tmp_path / "m.gguf", "q8_0")
+    options = {"model": str(tmp_path / "m.gguf"), "base_precision": precision, "eval_data": None, "steps": 3}
+    alone(tmp_path, **options)
+    of_first(over(forks, 2, tmp_path, **SPLIT, **options, offload_layers=1))
     assert_same(tmp_path / "alone", tmp_path / "ranks")
 
 
@@ -238,7 +252,7 @@ def test_a_stored_weight_keeps_a_rank_s_rows_alone_once_it_is_split() -> None:
     [
         (2, {"bug": "samples_other_tokens_on_the_last_rank"}),
         pytest.param(4, {**FULL, "layout": "hybrid", "nodes": 2}, marks=pytest.mark.prove),
-        pytest.param(2, {**QLORA, "model": "qwen3"}, marks=pytest.mark.prove),
+        pytest.param(2, {**QLORA, "model": "qwen3", "epsilon": 1e-3}, marks=pytest.mark.prove),
     ],
     ids=["lora", "full over nodes", "tied"],
 )
