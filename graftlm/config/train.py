@@ -13,6 +13,7 @@ from graftlm.config.fields import (
     Alphas,
     ComputeDtype,
     Config,
+    CountOrAuto,
     Method,
     Metric,
     Names,
@@ -168,7 +169,7 @@ class TrainConfig(Config):
         "gradients and optimizer states, over the ranks (FSDP); `hybrid` splits them over the ranks of each node (HSDP); auto "
         "takes the first that has room for the model: replicate, hybrid, shard", group="memory and speed",
     )  # fmt: skip
-    offload_layers: Literal["auto"] | int = option(
+    offload_layers: CountOrAuto = option(
         "auto", "with --layout shard or hybrid: so many layers' rows, of trained ones also gradients and optimizer states, "
         "wait in host memory, and are copied to the GPU when they are gathered; auto takes as many as it takes to fit, by the "
         "plan of `graft plan --gpus`, and none on a CPU", group="memory and speed",
@@ -303,8 +304,6 @@ class TrainConfig(Config):
         return self
 
     def _check_ranks(self) -> None:
-        if self.offload_layers != "auto" and self.offload_layers < 0:
-            raise ValueError(f"offload-layers is {self.offload_layers}; give the number of layers, from 0 on, or auto")
         if self.ranks == 1:
             return
         if self.layout == "replicate" and self.asks_for_host_layers:

@@ -80,7 +80,11 @@ def test_more_layers_than_there_are_are_refused_by_all_ranks_in_the_same_words(f
     [
         ({"ranks": 1, "offload_layers": 2}, "is for weights that ranks share, and there is one rank"),
         ({"ranks": 2, "offload_layers": 2, "layout": "replicate"}, "with --layout replicate each has all of them"),
-        ({"ranks": 2, "offload_layers": -1, **SPLIT}, "offload-layers is -1; give the number of layers, from 0 on"),
+        (
+            {"ranks": 2, "offload_layers": -1, **SPLIT},
+            "offload-layers: expected a whole number, from 0 on, or auto, found -1",
+        ),
+        ({"ranks": 2, "offload_layers": "many", **SPLIT}, "offload-layers: expected .* or auto, found 'many'"),
     ],
 )
 def test_layers_on_the_host_where_nothing_is_gathered_are_refused(
