@@ -162,7 +162,7 @@ def new_low_rank(
 
     A depends on (seed, layer name) only, whatever other layers or trials there are.
     """
-    device = module.value.device
+    device = module.device
     experts = module.experts if isinstance(module, StoredStack) else 0
     out_features, in_features = module.shape[-2:]
     bound = 1.0 / math.sqrt(in_features)

@@ -18,8 +18,10 @@ from graftlm.base.gguf_tensors import read_tensor
 from graftlm.base.modules import StoredLinear, WeightHandle
 from graftlm.base.precision import DTYPES, dequantize, embedding_precision
 from graftlm.base.random_init import random_model
+from graftlm.base.splitting import shared_weights, stays_whole, weights_on_host
 from graftlm.base.surgery import Replacements, find_replacements, freeze, replace_modules
 from graftlm.config import Precision
+from graftlm.distributed.group import ALONE, Ranks
 from graftlm.errors import ModelError
 from graftlm.gguf.folder import gguf_of, layout_of
 from graftlm.gguf.header import GgufFile
@@ -29,9 +31,12 @@ from graftlm.progress import working
 
 
 def load_gguf(
-    folder: Path, config: Any, precision: Precision, activation_dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, Replacements]:
+    folder: Path, config: Any, precision: Precision, activation_dtype: torch.dtype, device: torch.device,
+    ranks: Ranks = ALONE, host_layers: int = 0,
+) -> tuple[PreTrainedModel, Replacements]:  # fmt: skip
     """The model of a GGUF file's folder in `precision`: `gguf` keeps each weight's blocks, the others requantize its values.
+
+    Several `ranks` share the stored weights: each keeps its rows of each, those of `host_layers` layers on the host.
 
     Raises ModelError for tensors that are missing, or have other shapes than the config asks for.
     """
@@ -44,6 +49,9 @@ def load_gguf(
     stored = replacements.all()
     names = checkpoint_names(file.path, layout, file.tensors)
     parameters = dict(model.named_parameters())
+    on_host = weights_on_host(model, host_layers, stored)
+    shared = shared_weights(model)
+    split = {name for name in stored if ranks.size > 1 and not stays_whole(name, replacements, shared)}
     _check_names(file, names, parameters)
     outer: dict[str, GgufBlocks] = {}  # embedding and head, which no replacement takes
     with working("reading the GGUF file", len(names), "tensors") as task:
@@ -54,6 +62,8 @@ def load_gguf(
                 value = dequantize(value, _read_dtype(precision, name in stored))
             if name in stored:
                 stored[name].set_weight(value)
+                if name in split:
+                    stored[name].split(ranks, on_host=name in on_host)
             elif isinstance(value, Tensor):
                 _set(model, name, value)
             else:

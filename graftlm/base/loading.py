@@ -322,11 +322,12 @@ def load_base(
     training: bool = False,
     ranks: Ranks = ALONE,
     trains_base: bool = False,
+    host_layers: int = 0,
 ) -> Base:
     """Find, check and load a base model.
 
-    `compute_dtype` defaults to the hardware's, for `training` or otherwise. Several `ranks` share its weights; `trains_base`
-    says whether they are then trained. Raises ModelError.
+    `compute_dtype` defaults to the hardware's, for `training` or otherwise. Several `ranks` share its weights, those of
+    `host_layers` layers in the host's memory; `trains_base` says whether they are then trained. Raises ModelError.
     """
     place = default_device(device)
     folder = resolve(name, trust_remote_code, weights=init == "pretrained")
@@ -350,14 +351,14 @@ def load_base(
                 f"--base-precision gguf keeps the blocks of a GGUF file, and {name} is "
                 f"{'to be random' if init == 'random' else 'none'}; take float32, bfloat16, int8 or nf4"
             )
-        how = Reading(str(folder), precision, dtype, place, trust_remote_code, ranks)
+        how = Reading(str(folder), precision, dtype, place, trust_remote_code, ranks, host_layers)
         model, replacements, notes = read_model(config, how, None if init == "pretrained" else seed)
         understand = partial(
             _understood, name, folder, model, replacements, tokenizer, precision, chosen, init == "random", notes
         )
         if ranks.size == 1:
             return understand(None)
-        weights = split_weights(model, replacements, ranks, place, trained=trains_base)
+        weights = split_weights(model, replacements, ranks, place, trained=trains_base, host_layers=host_layers)
         with torch.no_grad():
             return weights.run(partial(_with_its_head, understand, weights, model))
 

@@ -27,7 +27,7 @@ from graftlm.base.precision import Weight, dequantize, nbytes, quantize
 from graftlm.base.shared_input import SharedInput
 from graftlm.config import Precision
 from graftlm.distributed.group import Ranks
-from graftlm.distributed.shard import Piece, is_split, whole
+from graftlm.distributed.shard import Piece, gathered_on, is_split, whole
 from graftlm.kernels import GgufBlocks
 
 
@@ -191,13 +191,16 @@ class Stored(nn.Module):
             assert isinstance(dense, Tensor)
             self.register_parameter("weight", nn.Parameter(dense.contiguous(), requires_grad=False))
 
-    def split(self, ranks: Ranks) -> None:
-        """Keep this rank's rows of each stored tensor; until `SplitWeights` gathers them, the weight has no values here."""
+    def split(self, ranks: Ranks, *, on_host: bool = False) -> None:
+        """Keep this rank's rows of each stored tensor, or have them wait `on_host`; until `SplitWeights` gathers them, the
+        weight has no values here."""
         if self.pieces:
             return
         value = self.value
         parts = {"weight": value} if isinstance(value, Tensor) else value.tensors()
-        self.pieces = [Piece.of([self], name, part, ranks) for name, part in parts.items() if part.ndim]
+        self.pieces = [
+            Piece.of([self], name, part, ranks, on_host=on_host) for name, part in parts.items() if part.ndim
+        ]
         if not isinstance(value, Tensor):
             self._form = replace(value, **{piece.name: piece.parameter.detach() for piece in self.pieces})
             self._split = tuple(piece.name for piece in self.pieces)
@@ -227,6 +230,12 @@ class Stored(nn.Module):
         """The weight as a dense tensor in the original module's layout; of ranks that share it, each asks for it."""
         weight = dequantize(self.whole, dtype).detach()
         return weight.transpose(-1, -2).contiguous() if self.transposed else weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where its matmul runs."""
+        value = self.value
+        return gathered_on(value if isinstance(value, Tensor) else next(iter(value.tensors().values())))
 
     @property
     def nbytes(self) -> int:
@@ -334,8 +343,7 @@ class WeightHandle:
 
     @property
     def device(self) -> torch.device:
-        value = self.linear.value
-        return value.device if isinstance(value, Tensor) else next(iter(value.tensors().values())).device
+        return self.linear.device
 
     @property
     def tensor(self) -> Tensor:

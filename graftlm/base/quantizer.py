@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from graftlm.base.fingerprint import tensors_in, weight_files
 from graftlm.base.modules import Stored
 from graftlm.base.precision import DTYPES, embedding_precision
-from graftlm.base.splitting import shared_weights, stays_whole
+from graftlm.base.splitting import shared_weights, stays_whole, weights_on_host
 from graftlm.base.surgery import (
     Replacements,
     find_replacements,
@@ -53,9 +53,10 @@ class StoredFormConfig(QuantizationConfigMixin):
         activation_dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         ranks: Ranks = ALONE,
+        host_layers: int = 0,
     ) -> None:
         self.quant_method = "graft"  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.ranks = ranks
+        self.ranks, self.host_layers = ranks, host_layers
         self.precision: Precision = precision
         self.activation_dtype = activation_dtype
         self.device = device
@@ -64,9 +65,12 @@ class StoredFormConfig(QuantizationConfigMixin):
 class _StoreOp(ConversionOps):
     """Stores one finished tensor (renamed, split or stacked for the architecture) in its module, on its device."""
 
-    def __init__(self, replacements: dict[str, Stored], device: str, ranks: Ranks, whole: set[str]) -> None:
-        """Over several ranks each weight is split as soon as it is stored, but for those in `whole`."""
+    def __init__(
+        self, replacements: dict[str, Stored], device: str, ranks: Ranks, whole: set[str], on_host: set[str]
+    ) -> None:
+        """Over several ranks each weight is split as soon as it is stored, but for those in `whole`; some wait `on_host`."""
         self.replacements, self.device, self.ranks, self.whole = replacements, device, ranks, whole
+        self.on_host = on_host
         self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (name, found, expected)
 
     @torch.no_grad()
@@ -76,7 +80,7 @@ class _StoreOp(ConversionOps):
             if tuple(found.shape) == stored.original_shape:
                 stored.set_weight(found.to(self.device))
                 if self.ranks.size > 1 and name not in self.whole:
-                    stored.split(self.ranks)
+                    stored.split(self.ranks, on_host=name in self.on_host)
             else:
                 self.mismatched.append((name, tuple(found.shape), stored.original_shape))
             if context.get("missing_keys") is not None:
@@ -108,7 +112,9 @@ class StoredFormQuantizer(HfQuantizer):
         self.replacements = find_replacements(model, precision)
         stored, shared = self.replacements.all(), shared_weights(model)
         whole = {name for name in stored if stays_whole(name, self.replacements, shared)}
-        self.store_op = _StoreOp(stored, self.quantization_config.device, self.quantization_config.ranks, whole)
+        given = self.quantization_config
+        on_host = weights_on_host(model, given.host_layers, stored)
+        self.store_op = _StoreOp(stored, given.device, given.ranks, whole, on_host)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         keep = DTYPES[embedding_precision(precision)]
         head, embedding = head_and_embedding(model)
@@ -148,11 +154,11 @@ class StoredFormQuantizer(HfQuantizer):
 
 def stream_checkpoint(
     path: str, precision: Precision, activation_dtype: torch.dtype, device: torch.device, trust_remote_code: bool,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ALONE, host_layers: int = 0,
 ) -> tuple[PreTrainedModel, Replacements, list[str]]:  # fmt: skip
     """Load a model folder tensor by tensor into its stored form; also returns the tensors that the architecture does not use.
 
-    Several `ranks` share the stored weights: each keeps its rows of each.
+    Several `ranks` share the stored weights: each keeps its rows of each, those of `host_layers` layers on the host.
 
     transformers reads on the CPU, where it needs no other package, and each tensor is moved before it is converted. Peak
     memory: the final form plus the largest tensor twice, in the checkpoint's dtype and converted. Raises ModelError for tensors
@@ -163,7 +169,7 @@ def stream_checkpoint(
         with quiet(), report:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
-                quantization_config=StoredFormConfig(precision, activation_dtype, str(device), ranks),
+                quantization_config=StoredFormConfig(precision, activation_dtype, str(device), ranks, host_layers),
                 dtype=_reading_dtype(path, activation_dtype),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,

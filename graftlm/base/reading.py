@@ -30,7 +30,9 @@ class Reading:
     device: torch.device
     trust_remote_code: bool = False
     ranks: Ranks = ALONE
-    """Those that share the weights: of a plain checkpoint each keeps its rows as soon as a tensor is read."""
+    """Those that share the weights: of a plain checkpoint or a GGUF file each keeps its rows as soon as a tensor is read."""
+    host_layers: int = 0
+    """Layers whose rows wait on the host."""
 
 
 def read_model(config: Any, how: Reading, random_seed: int | None) -> tuple[PreTrainedModel, Replacements, list[str]]:
@@ -42,12 +44,12 @@ def read_model(config: Any, how: Reading, random_seed: int | None) -> tuple[PreT
     if random_seed is not None:
         model: Any = random_model(config, random_seed, how.trust_remote_code)
     elif gguf_of(folder) is not None:
-        return *load_gguf(folder, config, precision, dtype, how.device), []
+        return *load_gguf(folder, config, precision, dtype, how.device, how.ranks, how.host_layers), []
     elif (quantized := _quantization_of(folder)) is not None:
         model = load_dequantized(how.folder, quantized, how.trust_remote_code)
     else:
         model, replacements, unused = stream_checkpoint(
-            how.folder, precision, dtype, how.device, how.trust_remote_code, how.ranks
+            how.folder, precision, dtype, how.device, how.trust_remote_code, how.ranks, how.host_layers
         )
         what = f"{len(unused)} tensors of the checkpoint have no place in this architecture"
         return model, replacements, [f"{what}: {unused[0]}, ..."] if unused else []

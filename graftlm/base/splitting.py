@@ -5,6 +5,8 @@
     head            gathered for the loss, which leaves nothing for the backward pass but gradients
     both, if tied   one unit, gathered from the begin of a pass to its end
 
+Of some layers, evenly spread, the rows may wait in the host's memory, so that one's copies go beside the computing of others.
+
 Split are the stored weights and these two. Norms, biases, routers, offsets of NF4, weights that layers share, and adapters are
 whole on every rank: thousandths of the model.
 """
@@ -13,7 +15,7 @@ whole on every rank: thousandths of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,19 +32,21 @@ from graftlm.errors import ModelError
 
 
 def split_weights(
-    model: Any, replacements: Replacements, ranks: Ranks, device: torch.device, *, trained: bool
+    model: Any, replacements: Replacements, ranks: Ranks, device: torch.device, *, trained: bool, host_layers: int = 0
 ) -> SplitWeights:
     """Split a loaded model; its stored weights may be split already (`Stored.split`), as each was read.
 
-    `trained`: whether the weights are, so that gradients are summed row by row. Raises ModelError for a model without layers.
+    `trained`: whether the weights are, so that gradients are summed row by row. The rows of `host_layers` layers wait on the
+    host. Raises ModelError for a model without layers, or with fewer.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = _layers(model)
     if not layers:
         raise ModelError(
             f"{type(model).__name__} has no layers that could be gathered one after the other; take --layout replicate"
         )
     head, embedding = head_and_embedding(model)
-    pieces = _stored_pieces(model, replacements, head, ranks)
+    waiting = modules_on_host(model, host_layers)
+    pieces = _stored_pieces(model, replacements, head, ranks, waiting)
     outer = _outer_units(model, head, embedding, ranks)
     units: list[Unit] = []
     taken: set[Piece] = set()
@@ -60,6 +64,30 @@ def split_weights(
         return SplitWeights(model, [*units, *outer], rest, ranks, device)
 
 
+def _layers(model: Any) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def modules_on_host(model: Any, count: int) -> set[nn.Module]:
+    """The modules of `count` layers, evenly spread, whose rows wait on the host. Raises ModelError where there are fewer."""
+    layers = _layers(model)
+    if count > len(layers):
+        raise ModelError(
+            f"--offload-layers {count} is more than {type(model).__name__} has, {len(layers)}; give at most {len(layers)}, or "
+            "auto"
+        )
+    of: dict[nn.Module, int] = {}
+    for i, layer in enumerate(layers):  # one within another is found later
+        of.update(dict.fromkeys(layer.modules(), i))
+    return {module for module, i in of.items() if (i + 1) * count // len(layers) > i * count // len(layers)}
+
+
+def weights_on_host(model: Any, count: int, names: Collection[str]) -> set[str]:
+    """Which of the weights, by their parameters' names, wait on the host with `count` layers. Raises ModelError as above."""
+    waiting = modules_on_host(model, count)
+    return {name for name in names if model.get_submodule(name.rpartition(".")[0]) in waiting}
+
+
 def shared_weights(model: Any) -> set[str]:
     """The parameters that several modules of a model have in common by its class: names of the sources and of the others."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -72,7 +100,7 @@ def stays_whole(name: str, replacements: Replacements, shared: set[str]) -> bool
 
 
 def _stored_pieces(
-    model: Any, replacements: Replacements, head: nn.Module, ranks: Ranks
+    model: Any, replacements: Replacements, head: nn.Module, ranks: Ranks, on_host: set[nn.Module]
 ) -> dict[nn.Module, list[Piece]]:
     """The pieces of each stored module but the head."""
     shared = shared_weights(model)
@@ -80,7 +108,7 @@ def _stored_pieces(
     for name, module in replacements.all().items():
         if module is head or stays_whole(name, replacements, shared):
             continue
-        module.split(ranks)
+        module.split(ranks, on_host=module in on_host)
         found[module] = module.pieces
     return found
 

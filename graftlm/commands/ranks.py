@@ -34,26 +34,36 @@ def train_over_ranks(config: TrainConfig) -> dict[str, Any]:
     first. Raises as `train`, and TrainingError for a rank that died."""
     from graftlm.distributed.group import launched
 
-    if config.layout == "shard":
-        _check_torch()
+    if config.splits_model:
+        _check_torch(config.layout)
     there = launched()
     if there > 1:
         from graftlm.commands.rank import among_others
 
         return among_others(started_for(config, there))
     if config.ranks == 1:
-        if config.layout == "shard":
+        if config.asks_for_host_layers:
             raise ConfigError(
-                "--layout shard splits a model over ranks, and there is one; give --ranks N, or leave it out"
+                f"--offload-layers {config.offload_layers} is for weights that ranks share, and there is one rank; give "
+                "--ranks N with --layout shard, or leave it out"
+            )
+        if config.splits_model:
+            raise ConfigError(
+                f"--layout {config.layout} splits a model over ranks, and there is one; give --ranks N, or leave it out"
             )
         from graftlm.commands.train import train
 
         return train(config)
+    if config.layout == "hybrid":
+        raise ConfigError(
+            f"--layout hybrid has the model once on each node, and --ranks {config.ranks} starts ranks on this one; take "
+            "--layout shard, or start them on several nodes with torchrun --nnodes"
+        )
     with tempfile.TemporaryDirectory(prefix="graft-ranks-") as place:
         return _launch(config, Path(place))
 
 
-def _check_torch() -> None:
+def _check_torch(layout: str) -> None:
     """Raise ConfigError where this PyTorch cannot split a model."""
     import torch
 
@@ -61,8 +71,8 @@ def _check_torch() -> None:
 
     if not can_split():
         raise ConfigError(
-            f"--layout shard needs PyTorch {'.'.join(map(str, SPLITS))} or newer, found {torch.__version__}; install it, or "
-            "take --layout replicate"
+            f"--layout {layout} needs PyTorch {'.'.join(map(str, SPLITS))} or newer, found {torch.__version__}; install it, "
+            "or take --layout replicate"
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from graftlm.base.shared_base import borrowed
 from graftlm.config import TrainConfig
 from graftlm.data.sources import Source, named_source, share
 from graftlm.distributed.group import ALONE, Ranks
-from graftlm.distributed.shard import can_split
 from graftlm.errors import Diverged, ScoreError, Stopped
 from graftlm.files import remove_leftovers
 from graftlm.heap import mmap_allocations, release_memory
@@ -33,10 +32,11 @@ from graftlm.progress import working
 from graftlm.scores import Score, ScoreFunction
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
-from graftlm.training.checkpoint import compute_dtype_of
+from graftlm.training.checkpoint import Newest, compute_dtype_of
 from graftlm.training.determinism import deterministic_algorithms
+from graftlm.training.layout import choose_layout
 from graftlm.training.logging import Follower, check_trackers, signals
-from graftlm.training.memory import dry_run, estimate, fits_whole
+from graftlm.training.memory import dry_run, estimate
 from graftlm.training.run import (
     Session,
     TrainingData,
@@ -85,11 +85,13 @@ def train(
     with ExitStack() as held:
         with ranks.agreeing():  # whatever is wrong is found, on every rank, before the first step
             inputs = _check_inputs(config, given, ranks, held)
-        config = _with_layout(config, inputs.device, ranks, view)
-        with ranks.failing_alike() if config.layout == "shard" else ranks.agreeing():
+        config, ranks = choose_layout(config, stored_precision(config), inputs.device, ranks, view.note)
+        ranks.check_shared(config.out)
+        if config.resume:  # each rank reads a share of its files
+            inputs = replace(inputs, newest=checkpoint.newest(config.out, ranks))
+        with ranks.failing_alike() if config.splits_model else ranks.agreeing():
             run = _set_up(config, view, given, inputs, ranks, held)
         session = run.session
-        ranks.check_shared(config.out)
         ranks.check_alike({"graftlm": __version__, "step": session.trial.step, **session.identity.values})
         if ranks.first:
             session.open_run_folder(run.plan, ranks)
@@ -132,6 +134,8 @@ class _Inputs:
     callbacks: Sequence[Callback]
     score: Score | None
     device: torch.device
+    newest: Newest | None = None
+    """The checkpoint to go on from, where the run does."""
 
 
 def _check_inputs(config: TrainConfig, given: Given, ranks: Ranks, held: ExitStack) -> _Inputs:
@@ -153,19 +157,6 @@ def _check_inputs(config: TrainConfig, given: Given, ranks: Ranks, held: ExitSta
     return _Inputs(sources=sources, eval_source=eval_source, callbacks=callbacks, score=score, device=device)
 
 
-def _with_layout(config: TrainConfig, device: torch.device, ranks: Ranks, view: View) -> TrainConfig:
-    """The config with the layout that `auto` stands for: the weights are split where a rank has no room for all of them."""
-    if ranks.size == 1 or config.layout != "auto":
-        return config
-    with ranks.agreeing():
-        no_choice = config.score is not None or not can_split()
-        fits = no_choice or fits_whole(config, stored_precision(config), device, ranks.on_machine)
-    (split,) = ranks.largest([not fits])
-    if split:
-        view.note("the model is split over the ranks (--layout shard): a rank alone has no room for it")
-    return config.model_copy(update={"layout": "shard" if split else "replicate"})
-
-
 def _set_up(config: TrainConfig, view: View, given: Given, inputs: _Inputs, ranks: Ranks, held: ExitStack) -> _SetUp:
     """Load, read and make all that a run needs; `held` gives back at its end what must be given back. Raises GraftError."""
     sources, eval_source, device = inputs.sources, inputs.eval_source, inputs.device
@@ -175,7 +166,7 @@ def _set_up(config: TrainConfig, view: View, given: Given, inputs: _Inputs, rank
     if config.deterministic:
         held.enter_context(deterministic_algorithms(device, loaded=given.base is not None))
     memory = held.enter_context(PeakMemory(device))
-    base = held.enter_context(_base(config, given.base, ranks))
+    base = held.enter_context(_base(config, given.base, ranks, inputs.newest))
     release_memory()  # what loading used
     set_checkpointing(config, base)
     view.base(base)
@@ -195,11 +186,13 @@ def _set_up(config: TrainConfig, view: View, given: Given, inputs: _Inputs, rank
         raise
     held.enter_context(closing(session))
     _show_what_is_trained(session)
-    plan, tokens = _planned(session, memory, ranks, held)
+    plan, tokens = _planned(session, memory, ranks, held, inputs.newest)
     return _SetUp(session=session, memory=memory, loaded=loaded, plan=plan, micro_batch_tokens=tokens)
 
 
-def _planned(session: Session, memory: PeakMemory, ranks: Ranks, held: ExitStack) -> tuple[dict[str, Any], int]:
+def _planned(
+    session: Session, memory: PeakMemory, ranks: Ranks, held: ExitStack, newest: Newest | None
+) -> tuple[dict[str, Any], int]:
     """Plan the run's memory, go on from a checkpoint where asked, and try the heaviest micro-batch.
 
     Returns the plan as the run folder keeps it, and the most tokens of a micro-batch.
@@ -207,23 +200,24 @@ def _planned(session: Session, memory: PeakMemory, ranks: Ranks, held: ExitStack
     config, base, trial, adapter = session.config, session.base, session.trial, session.adapter
     found = estimate(config, base, [trial], [] if adapter is None else [adapter], ranks=ranks.on_machine)
     held.enter_context(mmap_allocations(base.device.type == "cpu" and found.load.mmap_allocations))
-    session.resume_from_checkpoint(found.micro_batch_tokens)
+    session.resume_from_checkpoint(found.micro_batch_tokens, newest)
     dry_run_bytes = None if trial.done else dry_run(base, [trial], found) - memory.start
     session.view.memory(found, dry_run_bytes)
     return {**found.to_json(), "dry_run_bytes": dry_run_bytes}, found.micro_batch_tokens
 
 
 @contextmanager
-def _base(config: TrainConfig, loaded: Base | None, ranks: Ranks) -> Iterator[Base]:
-    """The base that the config names, or the one that is loaded already; with --layout shard the ranks share its weights."""
+def _base(config: TrainConfig, loaded: Base | None, ranks: Ranks, newest: Newest | None) -> Iterator[Base]:
+    """The base that the config names, or the one that is loaded already; with --layout shard or hybrid the ranks share its
+    weights."""
     if loaded is not None:
-        with borrowed(loaded, compute_dtype_of(config), adds_tokens=bool(config.trainable_tokens)) as base:
+        with borrowed(loaded, compute_dtype_of(config, newest), adds_tokens=bool(config.trainable_tokens)) as base:
             yield base
         return
     yield load_base(
-        config.model, precision=stored_precision(config), compute_dtype=compute_dtype_of(config), device=config.device,
+        config.model, precision=stored_precision(config), compute_dtype=compute_dtype_of(config, newest), device=config.device,
         init=config.init, seed=config.seed, trust_remote_code=config.trust_remote_code, training=True,
-        ranks=ranks if config.layout == "shard" else ALONE, trains_base=config.method == "full",
+        ranks=ranks if config.splits_model else ALONE, trains_base=config.method == "full", host_layers=config.host_layers,
     )  # fmt: skip
 
 

@@ -90,7 +90,17 @@ class Variant:
 
 # Options that a variant may set: what is trained and how, but not the data or the number of steps.
 _OWN_GROUPS = ("adapter", "optimization", "memory and speed")
-_NEVER_OWN = {"trainable_tokens", "epochs", "steps", "batch_size", "seed", "ranks", "rank_timeout", "layout"}
+_NEVER_OWN = {
+    "trainable_tokens",
+    "epochs",
+    "steps",
+    "batch_size",
+    "seed",
+    "ranks",
+    "rank_timeout",
+    "layout",
+    "offload_layers",
+}
 
 
 def _ownable() -> tuple[str, ...]:

@@ -103,6 +103,15 @@ def refuse_unused_sampling_options(temperature: float, given: set[str]) -> None:
             )
 
 
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    raise ValueError(f"expected a whole number, from 0 on, or auto, found {value!r}")
+
+
+CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Tokens = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]  # as they are: a token may hold commas and spaces

@@ -13,6 +13,7 @@ from graftlm.config.fields import (
     Alphas,
     ComputeDtype,
     Config,
+    CountOrAuto,
     Method,
     Metric,
     Names,
@@ -163,10 +164,15 @@ class TrainConfig(Config):
         1, "processes that train together, one on each GPU: each computes its share of a step's examples, and gradients are "
         "added up (data parallel)", group="memory and speed", ge=1,
     )  # fmt: skip
-    layout: Literal["auto", "replicate", "shard"] = option(
+    layout: Literal["auto", "replicate", "hybrid", "shard"] = option(
         "auto", "with --ranks: `replicate` has the whole model on every rank; `shard` splits its weights, and in full training "
-        "gradients and optimizer states, over the ranks (FSDP); auto splits where a rank has no room for all of it",
-        group="memory and speed",
+        "gradients and optimizer states, over the ranks (FSDP); `hybrid` splits them over the ranks of each node (HSDP); auto "
+        "takes the first that has room for the model: replicate, hybrid, shard", group="memory and speed",
+    )  # fmt: skip
+    offload_layers: CountOrAuto = option(
+        "auto", "with --layout shard or hybrid: so many layers' rows, of trained ones also gradients and optimizer states, "
+        "wait in host memory, and are copied to the GPU when they are gathered; auto takes as many as it takes to fit, by the "
+        "plan of `graft plan --gpus`, and none on a CPU", group="memory and speed",
     )  # fmt: skip
     rank_timeout: int = option(
         45, "seconds after which a rank that shows no progress is ended, and the run with it; more where steps take longer, "
@@ -300,20 +306,20 @@ class TrainConfig(Config):
     def _check_ranks(self) -> None:
         if self.ranks == 1:
             return
+        if self.layout == "replicate" and self.asks_for_host_layers:
+            raise ValueError(
+                f"--offload-layers {self.offload_layers} is for weights that ranks share and gather, and with --layout "
+                "replicate each has all of them; take --layout shard or hybrid, or leave it out"
+            )
         if self.batch_size < self.ranks:
             raise ValueError(
                 f"--batch-size {self.batch_size} leaves some of {self.ranks} ranks without an example; "
                 f"give --batch-size {self.ranks} or more, or fewer --ranks"
             )
-        if self.optimizer_in_backward and self.layout != "shard":
+        if self.optimizer_in_backward and not self.splits_model:
             raise ValueError(
                 "--optimizer-in-backward frees each gradient before those of all ranks can be added up, found "
                 f"--ranks {self.ranks}; leave one of the two out, or take --layout shard, which adds them up at once"
-            )
-        if self.layout == "shard" and self.score is not None:
-            raise ValueError(
-                "--layout shard leaves no rank with a whole model that could answer eval prompts, found --score "
-                f"{self.score}; leave one of the two out, or take --layout replicate"
             )
         if self.device is not None and ":" in self.device:
             raise ValueError(
@@ -355,6 +361,21 @@ class TrainConfig(Config):
         elif self.from_adapter is not None:
             values.update(dict.fromkeys(_FORMULA))
         return values
+
+    @property
+    def splits_model(self) -> bool:
+        """Whether ranks share the weights, by the layout that is asked for."""
+        return self.layout in ("shard", "hybrid")
+
+    @property
+    def asks_for_host_layers(self) -> bool:
+        """Whether a number of layers is to wait on the host."""
+        return self.offload_layers not in ("auto", 0)
+
+    @property
+    def host_layers(self) -> int:
+        """How many layers wait on the host; 0 until `auto` is decided."""
+        return 0 if self.offload_layers == "auto" else self.offload_layers
 
     @property
     def stored_precision(self) -> Precision:

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from graftlm import errors, progress
 from graftlm.distributed.deal import deal
 from graftlm.distributed.pulse import SECONDS, Pulse
 from graftlm.distributed.watch import watched
-from graftlm.errors import GraftError, RunError, Stopped
+from graftlm.errors import ConfigError, GraftError, RunError, Stopped
 from graftlm.jsonfile import parse_json
 
 TIMEOUT = timedelta(hours=6)
@@ -54,6 +54,23 @@ class Ranks:
     """How many of them share this machine's processor and memory."""
     pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
     """Its signs of progress."""
+    node_ranks: int = 0
+    """Where each node has all of the split weights: over how many ranks of a node they are split; 0: over all ranks."""
+
+    @property
+    def parts(self) -> int:
+        """Over how many ranks a weight that is split is split."""
+        return self.node_ranks or self.size
+
+    @property
+    def part(self) -> int:
+        """Which of the parts this rank holds, as another rank of each other node does."""
+        return self.rank % self.parts
+
+    @property
+    def counted(self) -> bool:
+        """Whether this rank's rows of split weights are those that are counted and written; other nodes hold copies."""
+        return self.rank < self.parts
 
     @property
     def first(self) -> bool:
@@ -136,6 +153,15 @@ class Ranks:
             raise _everywhere(message["kind"], message["error"])
         return message["found"]
 
+    def of_first(self, values: Sequence[int]) -> list[int]:
+        """The first rank's values, of which every rank gives equally many."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64)
+        with self.pulse.waiting():
+            dist.broadcast(found, 0)
+        return found.tolist()
+
     def of_all(self, value: Any) -> list[Any]:
         """The value of every rank, JSON, by rank."""
         if self.size == 1:
@@ -208,6 +234,18 @@ class Ranks:
                         "files and the same version of Graft"
                     )
 
+    def split_in_nodes(self) -> Ranks:
+        """These ranks, of which those of a node share the weights, and every node has all of them.
+
+        Raises ConfigError, on every rank, where there is one node, a rank alone on each, or not equally many on each.
+        """
+        own = int(os.environ.get("LOCAL_RANK", self.rank % self.on_machine)) == self.rank % self.on_machine
+        found = self.of_all([self.on_machine, own])
+        counts = [count for count, _ in found]
+        with self.agreeing():
+            check_nodes(counts, all(in_order for _, in_order in found))
+        return replace(self, node_ranks=self.on_machine)
+
     def check_shared(self, folder: Path) -> None:
         """RunError, on every rank, where one does not see what the first writes into a folder."""
         if self.size == 1:
@@ -238,6 +276,28 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def check_nodes(counts: Sequence[int], in_order: bool) -> None:
+    """Raise ConfigError where a model that is split over each node makes no sense; `counts` are of the node of each rank."""
+    each, size = counts[0], len(counts)
+    if min(counts) != max(counts) or size % each or not in_order:
+        order = "" if in_order else ", whose numbers do not follow one another"
+        raise ConfigError(
+            f"--layout hybrid needs equally many ranks on each node, with numbers in a row, found {min(counts)} on one node"
+            f"{order}, on others {max(counts)}, {size} in all; start them with torchrun --nproc-per-node N on every node, or "
+            "take --layout shard"
+        )
+    if each == size:
+        raise ConfigError(
+            f"--layout hybrid has the model once on each node, and all {size} ranks are on one; take --layout shard, or start "
+            "ranks on several nodes (torchrun --nnodes)"
+        )
+    if each == 1:
+        raise ConfigError(
+            f"--layout hybrid splits the model over the ranks of a node, and each of {size} nodes has one; take --layout "
+            "replicate, or --layout shard to split it over all nodes"
+        )
 
 
 def _token(folder: Path) -> str:

@@ -9,6 +9,12 @@
 
 Outside of a pass a split parameter is a DTensor, and nothing but this package handles one. Inside, modules have the whole
 weight, a plain Parameter. Of n ranks each has ceil(rows / n) rows, the last ones fewer or none: so FSDP2 splits.
+
+The n ranks are all, or those of a node (`Ranks.node_ranks`): then every node has all rows, weights are gathered within it, and
+gradients that are summed within it are summed over the nodes too.
+
+Rows of a unit may wait in the host's memory (`Piece.on_host`), trained ones with their gradients and moments: FSDP2 copies them
+to the GPU for each gather, and the summed rows of a gradient back.
 """
 
 # fully_shard gives a module another class, which the types do not follow.
@@ -48,8 +54,8 @@ def can_split() -> bool:
 
 def rows_of(count: int, ranks: Ranks) -> tuple[int, int]:
     """(first, last + 1) of `count` rows: those that this rank keeps."""
-    each = -(-count // ranks.size)
-    return min(ranks.rank * each, count), min((ranks.rank + 1) * each, count)
+    each = -(-count // ranks.parts)
+    return min(ranks.part * each, count), min((ranks.part + 1) * each, count)
 
 
 def is_split(tensor: object) -> bool:
@@ -72,20 +78,33 @@ def offset(tensor: Tensor) -> int:
 
 
 def sharing(tensor: Tensor) -> Ranks:
-    """The ranks that a tensor is split over."""
+    """The ranks that share a tensor: over which it is split, once or on each node."""
     if not is_split(tensor):
         return ALONE
     mesh: DeviceMesh = tensor.device_mesh
     return _ranks_of.get(mesh) or Ranks(mesh.get_local_rank(), mesh.size())
 
 
+def gathered_on(tensor: Tensor) -> torch.device:
+    """Where a tensor is when it is computed with: rows that wait in the host's memory are gathered on their rank's GPU."""
+    if not is_split(tensor):
+        return tensor.device
+    mesh: DeviceMesh = tensor.device_mesh
+    here = tensor.device.type == mesh.device_type
+    return tensor.device if here else torch.device(mesh.device_type, torch.cuda.current_device())
+
+
 def add_up_rows(tensors: Sequence[Tensor], values: Sequence[float]) -> list[float]:
-    """What each rank found in its rows of each tensor, added up over the ranks; of one that is not split, as it is."""
+    """What each rank found in its rows of each tensor, added up over the parts; of one that is not split, as it is.
+
+    The copies of other nodes do not count, and every rank gets the same bits.
+    """
     split = [is_split(tensor) for tensor in tensors]
     if not any(split):
         return list(values)
     ranks = sharing(tensors[split.index(True)])
-    sums = iter(ranks.total([value for value, is_part in zip(values, split) if is_part]))
+    own = [value if ranks.counted else 0.0 for value, is_part in zip(values, split) if is_part]
+    sums = iter(ranks.total(own))
     return [next(sums) if is_part else value for value, is_part in zip(values, split)]
 
 
@@ -95,6 +114,8 @@ def whole(tensor: Tensor) -> Tensor:
     if not is_split(tensor):
         return tensor
     found: Any = tensor
+    if found.device.type != found.device_mesh.device_type:  # rows on the host are gathered where all others are
+        found = _rows(local(tensor), found, found.device_mesh)
     with sharing(tensor).pulse.waiting():
         gathered: Tensor = found.full_tensor()
         if gathered.is_cuda:  # else the wait comes later, wherever the values are read
@@ -105,7 +126,7 @@ def whole(tensor: Tensor) -> Tensor:
 def everywhere(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:
     """Whether the rows of every rank pass a test, which all make; of a tensor that is not split, whether it passes."""
     passed = test(local(tensor))
-    return not any(add_up_rows([tensor], [float(not passed)]))
+    return not any(sharing(tensor).total([float(not passed)]))
 
 
 @dataclass(eq=False)
@@ -118,12 +139,18 @@ class Piece:
     """Of the whole parameter."""
     own: Tensor | None
     """Until FSDP2 has them."""
+    on_host: bool = False
+    """Whether they wait in the host's memory."""
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module], name: str, tensor: Tensor, ranks: Ranks) -> Piece:
+    def of(
+        cls, modules: Sequence[nn.Module], name: str, tensor: Tensor, ranks: Ranks, *, on_host: bool = False
+    ) -> Piece:
         """The piece of a whole tensor. The parameter has its shape and no values until the model is split."""
         first, last = rows_of(len(tensor), ranks)
-        piece = cls(modules, name, tuple(tensor.shape), tensor.detach()[first:last].clone())
+        own = tensor.detach()[first:last]
+        own = own.cpu() if on_host and tensor.device.type != "cpu" else own.clone()
+        piece = cls(modules, name, tuple(tensor.shape), own, on_host)
         piece._put(nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
         return piece
 
@@ -133,13 +160,13 @@ class Piece:
 
     def fill(self, mesh: DeviceMesh) -> None:
         """Give FSDP2's parameter its values."""
-        from torch.distributed.tensor import DTensor, Shard
-
         parameter = self.parameter
         assert self.own is not None
-        rows = DTensor.from_local(
-            self.own, mesh, [Shard(0)], run_check=False, shape=torch.Size(self.shape), stride=parameter.stride()
-        )
+        if self.own.device.type == mesh.device_type:
+            rows = _rows(self.own, parameter, mesh)
+        else:  # else they would be moved to the mesh's devices
+            rows = torch.empty_like(parameter, device=self.own.device)
+            local(rows).copy_(self.own)
         self._put(nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
     @property
@@ -191,6 +218,11 @@ class Unit:
     """When it is gathered: when its module is called, and again for the backward pass; when it is called alone; when the
     caller says so (`SplitWeights.gathered`); from the begin of a pass to its end."""
 
+    @property
+    def on_host(self) -> bool:
+        """Whether its rows wait in the host's memory: all of them, or none."""
+        return any(piece.on_host for piece in self.pieces)
+
 
 class SplitWeights:
     """The weights of one model, split over the ranks."""
@@ -200,14 +232,11 @@ class SplitWeights:
     ) -> None:
         """`units` are the innermost first; `rest` are pieces of no unit, gathered for a whole pass. What is in no piece
         stays whole on every rank."""
-        from torch.distributed.device_mesh import init_device_mesh
-
         self.ranks = ranks
         self._running = False
         self._by_hand: dict[nn.Module, Any] = {}
         self._open: set[nn.Module] = set()
-        mesh = init_device_mesh(device.type, (ranks.size,))
-        _ranks_of[mesh] = ranks
+        mesh = _mesh(ranks, device)
         pieces = [*(piece for unit in units for piece in unit.pieces), *rest]
         split = {piece.parameter for piece in pieces}
         kept = {parameter for parameter in model.parameters() if parameter not in split}
@@ -224,7 +253,7 @@ class SplitWeights:
                 through.append(module)
             if unit.when == "called":
                 module.register_forward_hook(_without_views)
-            _split(module, mesh, kept)
+            _split(module, mesh, kept, on_host=unit.on_host)
             if unit.when == "forward":
                 unit.modules[0].register_forward_pre_hook(partial(_gather, module))
                 unit.modules[0].register_forward_hook(partial(_free, module), always_call=True)
@@ -277,6 +306,27 @@ class SplitWeights:
             unit.reshard()
 
 
+def _rows(own: Tensor, like: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's rows as a tensor of the whole one's shape, split over a mesh; they are moved to its devices."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    lies = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
+    return DTensor.from_local(own, mesh, lies, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def _mesh(ranks: Ranks, device: torch.device) -> DeviceMesh:
+    """The ranks as FSDP2 takes them: (n,), or (nodes, ranks of a node), of which the second share the rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if ranks.parts == ranks.size:
+        mesh = init_device_mesh(device.type, (ranks.size,))
+    else:
+        sizes = (ranks.size // ranks.parts, ranks.parts)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("nodes", "rows"))
+    _ranks_of[mesh] = ranks
+    return mesh
+
+
 def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
     """A unit's output as tensors of their own: FSDP2 hooks on to them, and code that writes into a view would lose its hook."""
     if isinstance(output, Tensor):
@@ -294,11 +344,12 @@ def _free(unit: Any, *call: Any) -> None:
     unit.reshard()
 
 
-def _split(module: Any, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
+def _split(module: Any, mesh: DeviceMesh, kept: set[nn.Parameter], *, on_host: bool = False) -> None:
     """Let FSDP2 split a unit, summing gradients in float32 and dividing by nothing."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=kept)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if on_host else OffloadPolicy()
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=kept)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # else a multiplying sum, which gloo does not have

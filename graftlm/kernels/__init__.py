@@ -66,7 +66,7 @@ from graftlm.kernels.native.rows import DecodeAttention, DecodeRouting, Factors
 from graftlm.kernels.reference_adamw import Update, moments_in, stochastic_round, update_of
 from graftlm.kernels.routing import TABLE_TOKENS, Dropout, FactorTable, Routing, tiles_of
 from graftlm.kernels.stored import BLOCK, BLOCK_SIZES, GROUP, GgufBlocks, Int8, Nf4, Quantized, Weight, row_bytes
-from graftlm.kernels.transfer import to_device
+from graftlm.kernels.transfer import by_device, read_numbers, to_device
 
 __all__ = [
     "BLOCK",
@@ -101,6 +101,7 @@ __all__ = [
     "attention_backward",
     "backend",
     "blocks_dequantize",
+    "by_device",
     "causal_attention",
     "copy_together",
     "cross_entropy_in_place",
@@ -137,6 +138,7 @@ __all__ = [
     "moments_in",
     "nf4_dequantize",
     "nf4_quantize",
+    "read_numbers",
     "reads_blocks",
     "rms_norm",
     "rms_norm_backward",

@@ -1,11 +1,14 @@
-"""Small tensors of the host on a device: indices, positions, labels."""
+"""Small tensors of the host on a device (indices, positions, labels), and numbers of devices on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+_K = TypeVar("_K")
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -20,3 +23,20 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     joined = torch.cat([tensor.reshape(-1) for tensor in tensors]).pin_memory()
     parts = joined.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+def by_device(tensors: Mapping[_K, Tensor]) -> list[list[_K]]:
+    """The keys of tensors, those on one device together: some may be in the host's memory."""
+    found: dict[torch.device, list[_K]] = {}
+    for key, tensor in tensors.items():
+        found.setdefault(tensor.device, []).append(key)
+    return list(found.values())
+
+
+def read_numbers(numbers: Sequence[Tensor]) -> list[float]:
+    """Numbers (), all of a device read at once, for each read waits for it."""
+    found = [0.0] * len(numbers)
+    for here in by_device(dict(enumerate(numbers))):
+        for i, value in zip(here, torch.stack([numbers[i] for i in here]).tolist()):
+            found[i] = value
+    return found

@@ -59,6 +59,9 @@ class Split:
         return self.shards * self.copies
 
 
+WHOLE = Split(shards=1)
+
+
 def split_of(gpus: int, nodes: int, layout: LayoutName, offloaded: int = 0) -> Split:
     """How a layout lies on so many GPUs of each node."""
     if layout == "replicate":

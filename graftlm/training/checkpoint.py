@@ -48,10 +48,9 @@ _MOST_RANKS = 1 << 16
 _MOST_STATE_BYTES = 1 << 30  # it holds three numbers for each eval row
 # Options that change neither what is trained nor the numbers, so a run may go on with others.
 _FREE = {
-    "activation_checkpointing", "allow_change", "deterministic", "device", "keep_checkpoints", "layout",
-    "micro_batch_tokens", "offload_activations", "offload_optimizer", "optimizer_in_backward", "out", "rank_timeout", "ranks",
-    "resume",
-    "save_every", "save_precision", "track", "trust_remote_code",
+    "activation_checkpointing", "allow_change", "deterministic", "device", "keep_checkpoints", "layout", "micro_batch_tokens",
+    "offload_activations", "offload_layers", "offload_optimizer", "optimizer_in_backward", "out", "rank_timeout", "ranks",
+    "resume", "save_every", "save_precision", "track", "trust_remote_code",
 }  # fmt: skip
 _ADDED_LATER: dict[str, Any] = {"best_by": "loss"}
 """Options that checkpoints written before them do not hold, with the value they stood for; null needs no entry."""
@@ -65,7 +64,8 @@ def finite(tensor: Tensor) -> bool:
 def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int, ranks: Ranks = ALONE) -> Path:
     """Write a checkpoint of `trial` after its current step, with `extra` in its state; keeps the newest `keep` and the best.
 
-    Of several ranks each calls this: the first writes, and where ranks share what is trained, each its rows.
+    Of several ranks each calls this: the first writes, and where ranks share what is trained, each its rows, those of a node
+    if every node has all of them.
 
     Raises OSError or SafetensorError where it cannot be written (see `run_folder.writing`), RunError where another rank cannot,
     and Diverged for a tensor that is not finite; the older checkpoints are then as they were.
@@ -84,14 +84,14 @@ def save(run: Path, trial: Trial, extra: Mapping[str, Any], keep: int, ranks: Ra
         remove_leftovers(place.parent)  # half-written, by a process that was killed; the run folder is ours alone
     folder_of = atomic_folder(place, manifest=True) if sharing.size == 1 else written_by_all(place, sharing)
     with folder_of as folder:
-        if split:
+        if split and sharing.counted:
             rows = {f"value.{name}": tensor for name, tensor in tensors.items() if name in split}
             rows |= {key: tensor for key, tensor in moments.items() if key not in states}
-            write(folder / rows_file(sharing.rank, sharing.size), rows)
+            write(folder / rows_file(sharing.part, sharing.parts), rows)
         if ranks.first:
             write(folder / TRAINABLE, whole)
             write(folder / OPTIMIZER, states)
-            how = {} if sharing.size == 1 else {"ranks": sharing.size}
+            how = {} if sharing.size == 1 else {"ranks": sharing.parts}
             write_json(folder / STATE, {**_state_of(trial), **how, **extra})
     if ranks.first:
         write_best(run, trial)
@@ -153,31 +153,33 @@ def write_best(run: Path, trial: Trial) -> None:
         )
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is complete, or None when none was ever written; and what is wrong with newer ones.
+Newest = tuple[Path | None, list[str]]
+"""The newest checkpoint that is complete, or None when none was ever written; and what is wrong with newer ones."""
 
-    Raises RunError when there are some and every one is damaged.
+
+def newest(run: Path, ranks: Ranks = ALONE) -> Newest:
+    """The newest checkpoint that is complete. Of several ranks, which all call this, each reads a share of its files.
+
+    Raises RunError, on every rank, when there are some and every one is damaged.
     """
     problems: list[str] = []
-    for folder in reversed(_folders(run)):
-        problem = find_damage(folder)
+    names: list[str] = ranks.from_first(lambda: [folder.name for folder in reversed(_folders(run))])
+    for name in names:
+        folder = run / "checkpoints" / name
+        problem = _damage(folder, ranks)
         if problem is None:
             return folder, problems
-        problems.append(f"{folder.name}: {problem}")
-    if problems:
-        raise RunError(f"{run}: no checkpoint is whole ({'; '.join(problems)}); start over in another --out")
+        problems.append(f"{name}: {problem}")
+    with ranks.agreeing():
+        if problems:
+            raise RunError(f"{run}: no checkpoint is whole ({'; '.join(problems)}); start over in another --out")
     return None, problems
 
 
-def _newest_of_all(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
-    """`newest`, which of ranks that share what is trained the first alone looks for: it reads every file to its end."""
-
-    def look() -> list[Any]:
-        found, problems = newest(run)
-        return [found and found.name, problems]
-
-    name, problems = ranks.from_first(look)
-    return run / "checkpoints" / name if name else None, problems
+def _damage(folder: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank: each reads a share of its files, about equally many bytes."""
+    found = ranks.of_all(find_damage(folder, ranks.own))
+    return next((problem for problem in found if problem is not None), None)
 
 
 def describe_newest(run: Path) -> str:
@@ -260,7 +262,7 @@ def restore_best(run: Path, trial: Trial) -> str | None:
     if trial.best_evaluation is None or trial.best_evaluation.step == trial.step:
         return None
     folder = run / "checkpoints" / f"{trial.best_evaluation.step:06d}"
-    problem = trial.optimizer.sharing.from_first(lambda: find_damage(folder))
+    problem = _damage(folder, trial.optimizer.sharing)
     if problem is None:
         load_parameters(folder, trial)
     else:
@@ -325,27 +327,31 @@ def identify(
     return RunIdentity({**{name: value for name, value in resolved.items() if name not in _FREE}, **by_content})
 
 
-def compute_dtype_of(config: TrainConfig) -> ComputeDtype | None:
-    """The compute dtype of a run: the one asked for, else, where it goes on, the one it began with.
+def compute_dtype_of(config: TrainConfig, found: Newest | None = None) -> ComputeDtype | None:
+    """The compute dtype of a run: the one asked for, else, where it goes on, the one it began with, as its newest checkpoint
+    says; `found` where that was looked for already.
 
     None leaves it to the processor; so does a dtype that this one does not have, and `resume_from_checkpoint` then reports
     the difference.
     """
     if config.compute_dtype is not None or not config.resume:
         return config.compute_dtype
-    found, _ = newest(config.out)
-    began = None if found is None else renamed(read_state(found).get("identity") or {}).get("compute_dtype")
+    folder, _ = found or newest(config.out)
+    began = None if folder is None else renamed(read_state(folder).get("identity") or {}).get("compute_dtype")
     return None if began == "bf16-mixed" and not kernels.has_bf16_matmul() else began
 
 
-def resume_from_checkpoint(config: TrainConfig, trial: Trial, identity: RunIdentity, view: View) -> bool:
-    """Put the newest complete checkpoint into `trial`; False where none was ever written.
+def resume_from_checkpoint(
+    config: TrainConfig, trial: Trial, identity: RunIdentity, view: View, known: Newest | None = None
+) -> bool:
+    """Put the newest complete checkpoint, `known` where it was looked for already, into `trial`; False where none was ever
+    written.
 
     Raises RunError when there are some and none is complete, and for options, data or a base that are not the same any more;
     ConfigError for an --allow-change that names nothing.
     """
     allowed = _allowed(config.allow_change, identity)
-    found, damaged = _newest_of_all(config.out, trial.optimizer.sharing)
+    found, damaged = known or newest(config.out)
     for problem in damaged:
         view.note(f"passed over the damaged checkpoint {problem}")
     if found is None:

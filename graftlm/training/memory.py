@@ -26,6 +26,7 @@ from graftlm.base.precision import default_compute_dtype
 from graftlm.base.transformers_log import fails_in_the_model
 from graftlm.config import ComputeDtype, Precision, TrainConfig
 from graftlm.data.sampler import epoch_length
+from graftlm.distributed.group import Ranks
 from graftlm.errors import GraftError, ModelError, TrainingError
 from graftlm.formatting import size
 from graftlm.planning.activations import Workload
@@ -38,7 +39,7 @@ from graftlm.planning.method import NO_ADAPTER, AdapterShape, TrainingSetting, a
 from graftlm.planning.models import find
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.planning.plan import DEFAULT_MICRO_BATCH_TOKENS
-from graftlm.planning.rank_memory import Split, of_one_rank
+from graftlm.planning.rank_memory import WHOLE, Split, of_one_rank
 from graftlm.planning.shapes import ModelShape
 from graftlm.progress import working
 from graftlm.training.micro_batch import BatchItem, backward, collate, count_target_tokens, forward, micro_batches
@@ -115,7 +116,7 @@ def estimate(
         card = replace(card, memory=card.memory // ranks)
     shape, setting, adapted = (
         shape_of(config, base),
-        _setting(config, base.precision, base.compute_dtype),
+        setting_of(config, base.precision, base.compute_dtype),
         _adapted(base, adapters),
     )
     longest = max(d.tokens for trial in trials for d in trial.examples)
@@ -142,7 +143,8 @@ def estimate(
                 beside=beside,
                 answers=answers,
             )
-            took = of_one_rank(took, shape, load, Split(shards=base.structure.sharing.size))
+            on_host = 0 if card.kind == "cpu" else config.host_layers
+            took = of_one_rank(took, shape, load, split_over(base.structure.sharing, on_host))
             rank = max((adapter.plan.rank for adapter in adapters), default=1)
             case = PlanCase(shape=shape, targets=("all-linear",), rank=rank, load=load, card=card, fused=fused)
         found = MemoryEstimate(
@@ -160,9 +162,16 @@ def estimate(
     return found
 
 
-def fits_whole(config: TrainConfig, precision: Precision, device: torch.device, on_machine: int) -> bool:
-    """Whether a rank is expected to have room for the whole model and what is trained, with a small micro-batch; of the ranks
-    `on_machine` share a processor's memory. True where nothing is known of the model."""
+def split_over(ranks: Ranks, offloaded: int = 0) -> Split:
+    """How a model lies on the ranks that share its weights, with the rows of so many layers on the host."""
+    return Split(shards=ranks.parts, copies=ranks.size // ranks.parts, offloaded=offloaded)
+
+
+def fits(
+    config: TrainConfig, precision: Precision, device: torch.device, on_machine: int, split: Split = WHOLE
+) -> bool:
+    """Whether a rank is expected to have room for its part of the model and of what is trained, by default all, with a small
+    micro-batch; of the ranks `on_machine` share a processor's memory. True where nothing is known of the model."""
     card = local(str(device) if device.type == "cuda" else "cpu")
     usable = card.usable if card.kind != "cpu" else replace(card, memory=card.memory // on_machine).usable
     try:
@@ -170,13 +179,13 @@ def fits_whole(config: TrainConfig, precision: Precision, device: torch.device, 
         adapter = adapter_shape(shape, config.targets, config.rank, dora=config.dora)
     except GraftError:  # it is said, or does without a plan, when the base is loaded
         return True
-    setting = _setting(config, precision, config.compute_dtype or default_compute_dtype(device, training=True))
+    setting = setting_of(config, precision, config.compute_dtype or default_compute_dtype(device, training=True))
     small = Workload(
         tokens=MIN_MICRO_BATCH_TOKENS, target_tokens=MIN_MICRO_BATCH_TOKENS, longest=MIN_MICRO_BATCH_TOKENS
     )
     trained = NO_ADAPTER if config.method == "full" else adapter
     took = requirement(shape, setting, trained, small, card.kind, fused=False, fused_dequant=card.fused_dequant)
-    return took.training <= usable
+    return of_one_rank(took, shape, small, split).training <= usable
 
 
 def _answers(base: Base, scorer: Scorer) -> AnswerLoad:
@@ -202,7 +211,8 @@ def shape_of(config: TrainConfig, base: Base) -> ModelShape | None:
     return replace(shape, packs=base.packs, plain_head=base.structure.head_is_plain_matmul)
 
 
-def _setting(config: TrainConfig, precision: Precision, compute_dtype: ComputeDtype) -> TrainingSetting:
+def setting_of(config: TrainConfig, precision: Precision, compute_dtype: ComputeDtype) -> TrainingSetting:
+    """The method and its options as a plan counts them."""
     return TrainingSetting(
         key=config.method, label=config.method, method=config.method, precision=precision,
         compute_dtype="bfloat16" if compute_dtype == "bfloat16" else "float32", optimizer=config.optimizer,

@@ -90,9 +90,12 @@ class AdamW:
         """The 2-norm over all gradients, summed in float64 in a fixed order; after `step_in_backward`, over those it used."""
         if not self.in_backward:
             gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            squares = kernels.sums_of_squares([local(gradient) for gradient in gradients.values()])  # (n,)
-            self.squares = dict(zip(gradients, squares.unbind()))
-            found = add_up_rows(list(gradients.values()), squares.tolist())
+            self.squares, values = {}, {}
+            for names in kernels.by_device(gradients):
+                squares = kernels.sums_of_squares([local(gradients[name]) for name in names])  # (n,)
+                self.squares.update(zip(names, squares.unbind()))
+                values.update(zip(names, squares.tolist()))
+            found = add_up_rows(list(gradients.values()), [values[name] for name in gradients])
             self._square_values = dict(zip(gradients, found))
         return math.sqrt(math.fsum(self._square_values.values()))
 
@@ -193,7 +196,7 @@ class AdamW:
             if parameter.grad is not None:
                 taker(name)(parameter)
         if gate is None and self.sharing.size == 1:
-            self.take_squares(_read(list(self.squares.values())))
+            self.take_squares(kernels.read_numbers(list(self.squares.values())))
 
     def take_squares(self, values: Sequence[float]) -> None:
         """The numbers in `squares`, in their order, where somebody else has read them."""
@@ -241,11 +244,6 @@ class AdamW:
             for kind, tensor in moments[name].tensors().items():
                 tensor.copy_(converted.tensors()[kind])
         self.moments, self.steps = moments, steps
-
-
-def _read(numbers: Sequence[Tensor]) -> list[float]:
-    """Numbers () of one device, read at once."""
-    return torch.stack(list(numbers)).tolist() if numbers else []
 
 
 class _Kept(TypedDict):

@@ -46,7 +46,7 @@ from graftlm.heap import release_memory
 from graftlm.progress import working
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback
-from graftlm.training.checkpoint import RunIdentity, identify, resume_from_checkpoint
+from graftlm.training.checkpoint import Newest, RunIdentity, identify, resume_from_checkpoint
 from graftlm.training.logging import Recorder, open_trackers
 from graftlm.training.optimizer import AdamW, LRSchedule
 from graftlm.training.run_folder import SO_FAR, SUMMARY, MetricsFile, describe_inputs, environment, save_result, writing
@@ -87,8 +87,9 @@ class Session:
         self.trial: Trial = make_trial(base, config, adapter, slot, training_data.dataset, training_data.eval_dataset)
         self._open = True
 
-    def resume_from_checkpoint(self, micro_batch_tokens: int) -> None:
-        """Identify this run by content, and go on from its newest checkpoint where the config says so.
+    def resume_from_checkpoint(self, micro_batch_tokens: int, known: Newest | None = None) -> None:
+        """Identify this run by content, and go on from its newest checkpoint where the config says so; `known` where that was
+        looked for already.
 
         Raises RunError for a checkpoint of another run, or where there are some and none is complete.
         """
@@ -97,7 +98,9 @@ class Session:
         self.identity = identify(
             self.resolved, self.base, self.adapter, training_data.dataset, training_data.eval_dataset
         )
-        self.resumed = self.config.resume and resume_from_checkpoint(self.config, self.trial, self.identity, self.view)
+        self.resumed = self.config.resume and resume_from_checkpoint(
+            self.config, self.trial, self.identity, self.view, known
+        )
 
     def open_run_folder(self, plan: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         """Write what this run is, `plan` with it, and open its metrics; of several ranks, the first does. Raises RunError."""

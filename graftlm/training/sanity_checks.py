@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlm import kernels
 from graftlm.adapters.bank import LayerBank, LowRank
 from graftlm.base.loading import Base
 from graftlm.base.modules import StoredStack
@@ -57,9 +58,16 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
     Sum over all words of 32 bits (fewer where they do not divide the tensor) of word x odd number drawn for its place, in 64
     bits that wrap. With words of 64 bits a change of their highest bit would not depend on the place.
     """
-    if not tensors:
-        return []
     rows = [_words(tensor) for tensor in tensors]
+    found = [0] * len(rows)
+    for here in kernels.by_device(dict(enumerate(rows))):
+        for i, value in zip(here, _checksums([rows[i] for i in here])):
+            found[i] = value
+    return found
+
+
+def _checksums(rows: Sequence[Tensor]) -> list[int]:
+    """The same of words that are on one device."""
     device = rows[0].device
     block = _block(device)
     place = torch.arange(min(block, max(len(words) for words in rows)), dtype=torch.int64, device=device)
@@ -141,8 +149,10 @@ class UpdateCheck:
         found = checksums([*frozen.values(), *parameters.values()])
         self._frozen = dict(zip(frozen, found))
         self._before = dict(zip(parameters, found[len(frozen) :]))
-        device = next(iter(parameters.values())).device
-        self._observed = dict(zip(parameters, torch.zeros(len(parameters), 2, dtype=torch.float64, device=device)))
+        self._observed: dict[str, Tensor] = {}
+        for names in kernels.by_device(parameters):
+            device = parameters[names[0]].device
+            self._observed.update(zip(names, torch.zeros(len(names), 2, dtype=torch.float64, device=device)))
         """Of each tensor, on its device: whether a gradient was not zero (> 0); and whether some element's change must show
         (float32, > 0), or how many elements' changes should show (types that are rounded at random)."""
         self._views = _expert_views(base)
@@ -218,10 +228,11 @@ class UpdateCheck:
     def _read(self) -> tuple[set[str], dict[str, float], list[tuple[str, int]]]:
         """What was observed, read from the device once: the names that got a gradient; how much should show of each (see
         `_observed`); the experts that no token reached."""
-        first = self._ranks.first  # all ranks have the whole gradient of a tensor that is not split
-        seen = [t if first or is_split(self.parameters[name]) else t * 0 for name, t in self._observed.items()]
-        rows = [*seen, *(hit.double() for hit in self._reached.values())]
-        values = self._ranks.total(torch.cat(rows).tolist())
+        first, rows = self._ranks.first, self._ranks.counted  # whole gradients are on all ranks, rows once on each node
+        seen = [t if (rows if is_split(self.parameters[n]) else first) else t * 0 for n, t in self._observed.items()]
+        found = [*seen, *(hit.double() for hit in self._reached.values())]
+        together = len(kernels.by_device(dict(enumerate(found)))) == 1
+        values = self._ranks.total(torch.cat(found if together else [t.cpu() for t in found]).tolist())
         touched = {name for name, got in zip(self._observed, values[0::2]) if got}
         shown = dict(zip(self._observed, values[1::2]))
         missed: list[tuple[str, int]] = []

@@ -163,20 +163,21 @@ def _read(file: Path, info: TensorInfo, first: int, last: int) -> Tensor:
 
 @contextmanager
 def written_by_all(place: Path, ranks: Ranks) -> Iterator[Path]:
-    """A folder that every rank writes its rows into; the first renames it to `place`, with the checksums of all.
+    """A folder that ranks write their rows into; the first renames it to `place`, with the checksums of all.
 
     Every rank enters, and leaves once it is in place. Raises RunError, on every rank, where one of them cannot write.
     """
     sums: dict[str, dict[str, Any]] = {}
     with ExitStack() as held:
         name = ranks.from_first(lambda: _opened(held, place, sums))
-        folder, own = place.parent / name, rows_file(ranks.rank, ranks.size)
+        folder, own = place.parent / name, rows_file(ranks.part, ranks.parts)
         with ranks.agreeing():
             if not folder.is_dir():
                 raise RunError(f"{folder} is not there: --out must be on storage that all ranks share")
             try:
                 yield folder
-                sums[own] = {"bytes": (folder / own).stat().st_size, "sha256": sha256(folder / own)}
+                if ranks.counted:
+                    sums[own] = {"bytes": (folder / own).stat().st_size, "sha256": sha256(folder / own)}
             except OSError as error:
                 raise RunError(f"{folder} could not be written to ({error})") from None
         for entries in ranks.of_all(sums):

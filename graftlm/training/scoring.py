@@ -56,14 +56,19 @@ class Scorer:
 
     def __call__(self, base: Base, slot: int) -> float:
         """The score of what is in `slot` now. Raises ScoreError."""
+        return self.of(self.answers(base, slot))
+
+    def answers(self, base: Base, slot: int) -> list[str]:
+        """Greedy answers to all prompts through what is in `slot` now."""
         prompts = [prompt.prompt for prompt in self.prompts]
         with (
             computing_in(base, None, training=False),
             working("answering eval prompts", len(prompts), "prompts") as task,
         ):
-            answers = self.generate(
-                base, self.encoder, prompts, slot=slot, max_tokens=self.max_tokens, on_answers=task.to
-            )
+            return self.generate(base, self.encoder, prompts, slot=slot, max_tokens=self.max_tokens, on_answers=task.to)
+
+    def of(self, answers: Sequence[str]) -> float:
+        """The score of answers to all prompts. Raises ScoreError."""
         return self.score(answers, [prompt.references for prompt in self.prompts])
 
 

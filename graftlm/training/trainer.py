@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graftlm import kernels
 from graftlm.base.loading import Base
 from graftlm.distributed.group import ALONE, Ranks
 from graftlm.distributed.shard import is_split
@@ -249,10 +250,12 @@ class _StepLosses:
     def _read(self, also: Sequence[Tensor]) -> tuple[dict[int, float], list[BatchItem], list[float]]:
         """The same of this rank's examples."""
         if not self._sums:  # fewer examples than ranks
-            return {}, [], torch.stack(list(also)).tolist() if also else []
+            return {}, [], kernels.read_numbers(also)
         sums = torch.stack(self._sums) if len(self._sums) > 1 else self._sums[0].reshape(1)
-        joined = torch.cat([sums.double(), torch.stack(list(also))]) if also else sums
-        numbers: list[float] = joined.tolist()
+        if any(number.device != sums.device for number in also):  # of layers on the host
+            numbers = kernels.read_numbers([*sums.double().unbind(), *also])
+        else:
+            numbers = (torch.cat([sums.double(), torch.stack(list(also))]) if also else sums).tolist()
         values = iter(numbers[: len(self._sums)])
         by_slot: dict[int, float] = {}
         nonfinite: list[BatchItem] = []
@@ -309,13 +312,24 @@ def _evaluate(
         losses = tuple(_example_losses(base, trial, micro_batch_tokens, ranks))
     try:
         check_eval_is_finite(base, trial, losses)
-        scorer = trial.scorer
-        score = None if scorer is None else ranks.from_first(lambda: scorer(base, trial.slot))
+        score = _score(base, trial, ranks)
     except (Diverged, ScoreError) as error:
         _fail(trial, error, callback.on_failure)
         return
     evaluation = Evaluation(trial.step, losses, score)
     callback.on_evaluate(trial, evaluation, trial.record(evaluation))
+
+
+def _score(base: Base, trial: Trial, ranks: Ranks) -> float | None:
+    """The score of a trial's answers, from the first rank. Ranks that share the weights generate them together, in one pass."""
+    scorer = trial.scorer
+    if scorer is None:
+        return None
+    if base.structure.weights is None:
+        return ranks.from_first(lambda: scorer(base, trial.slot))
+    with torch.no_grad():
+        answers = base.structure.in_pass(lambda: scorer.answers(base, trial.slot))
+    return ranks.from_first(lambda: scorer.of(answers))
 
 
 def _example_losses(base: Base, trial: Trial, micro_batch_tokens: int, ranks: Ranks) -> list[ExampleLoss]:

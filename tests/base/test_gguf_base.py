@@ -18,11 +18,12 @@ from graftlm.base import gguf_loading
 from graftlm.base.checkpoint_layout import Checkpoint
 from graftlm.base.context import ForwardContext
 from graftlm.base.fingerprint import fingerprint
-from graftlm.base.loading import Base, checkpoint_precision, load_base, resolve
+from graftlm.base.loading import Base, checkpoint_precision, load_base, load_config, resolve
 from graftlm.base.precision import dequantize
 from graftlm.commands.generate import generate
 from graftlm.commands.train import train
 from graftlm.config import GenerateConfig, TrainConfig
+from graftlm.distributed.group import Ranks
 from graftlm.errors import ModelError
 from graftlm.gguf.folder import gguf_of
 from graftlm.kernels import GgufBlocks
@@ -130,6 +131,25 @@ def test_every_block_type_is_read_where_a_file_mixes_them(tmp_path: Path) -> Non
 def test_its_values_are_brought_to_another_precision(precision: str, tmp_path: Path) -> None:
     plain, file = files(tmp_path, "llama", "f32", **WIDE)
     assert torch.allclose(logits(load(file, precision)), logits(load(plain, precision)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["gguf", "nf4"])
+def test_each_rank_keeps_its_rows_of_a_tensor_as_soon_as_it_is_read(precision: Any, tmp_path: Path) -> None:
+    _, file = files(tmp_path, "llama", "q8_0", **MODELS["llama"])
+    place = resolve(str(file))
+    made = precision, torch.float32, torch.device("cpu")
+    whole = gguf_loading.load_gguf(place, load_config(place, False), *made)[1].all()
+    ranks = [
+        gguf_loading.load_gguf(place, load_config(place, False), *made, Ranks(rank, 3))[1].all() for rank in range(3)
+    ]
+    layers = {name: module.value for name, module in whole.items() if ".layers." in name}
+    assert len(layers) > 7
+    for name, expected in layers.items():
+        for part, tensor in ({"weight": expected} if isinstance(expected, Tensor) else expected.tensors()).items():
+            if tensor.ndim:
+                own = [piece.own for stored in ranks for piece in stored[name].pieces if piece.name == part]
+                assert torch.equal(torch.cat([rows for rows in own if rows is not None]), tensor)
+        assert all(parameter.is_meta for stored in ranks for parameter in stored[name].parameters())
 
 
 def test_the_fingerprint_is_that_of_the_tensors_wherever_the_file_lies(tmp_path: Path) -> None:

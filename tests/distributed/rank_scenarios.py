@@ -23,7 +23,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from graftlm import files
 from graftlm.base.context import ForwardContext
 from graftlm.base.loading import load_base
-from graftlm.commands import train as train_command
 from graftlm.commands.rank import naming
 from graftlm.commands.train import train
 from graftlm.config import TrainConfig
@@ -34,7 +33,8 @@ from graftlm.errors import DataError, Stopped
 from graftlm.kernels.moments import zero_moments
 from graftlm.kernels.self_check import sample
 from graftlm.segments import Segments
-from graftlm.training import checkpoint, trainer
+from graftlm.serving.engine import sampling
+from graftlm.training import checkpoint, layout, trainer
 from graftlm.training import optimizer as optimizers
 from graftlm.training.loss import weighted_loss
 from graftlm.training.optimizer import AdamW
@@ -52,18 +52,22 @@ def run(
     other: dict[str, Any] | None = None,
     bug: str | None = None,
     fault: dict[str, Any] | None = None,
+    nodes: int = 1,
 ) -> Any:
-    """A training run. The last rank gets a SIGTERM after a step, or has `other` options, where these are given; `bug` is one of
-    BUGS. With a `fault`, one of FAULTS on one rank, the ranks are watched."""
+    """A training run, on `nodes` nodes as far as the ranks are told. The last rank gets a SIGTERM after a step, or has `other`
+    options, where these are given; `bug` is one of BUGS. With a `fault`, one of FAULTS on one rank, the ranks are watched."""
     if fault is not None:
         ranks = replace(ranks, pulse=Pulse(5))
         with naming(ranks), _watched(ranks, Path(config["out"]).parent / "watch"):
             if ranks.rank == fault["rank"]:
                 FAULTS[fault["kind"]](fault["step"])
             return run(ranks, config)
+    ranks = replace(ranks, on_machine=ranks.size // nodes)
     last = ranks.rank == ranks.size - 1
-    if bug == "has_no_room_on_the_last_rank":
-        train_command.fits_whole = lambda *given: not last
+    if bug == "has_room_for_a_part_alone":
+        layout.fits = lambda *given: len(given) > 4  # it was asked about parts
+    elif bug == "has_no_room_on_the_last_rank":
+        layout.fits = lambda *given: not last
     elif bug is not None:
         BUGS[bug]()
     if stop_after is not None and last:
@@ -84,6 +88,20 @@ def stop_while_the_first_saves_slowly(ranks: Ranks, config: dict[str, Any]) -> l
     with pytest.raises(Stopped):
         run(ranks, config, stop_after=2)
     return [place.name for place in (Path(config["out"]) / "checkpoints").glob("[0-9]*")]
+
+
+def look_for_the_newest(ranks: Ranks, run: str) -> Any:
+    """The newest checkpoint of a run, what is wrong with newer ones, and which files this rank has read."""
+    read: list[str] = []
+    sha256 = files.sha256
+
+    def noted(path: Path) -> str:
+        read.append(f"{path.parent.name}/{path.name}")
+        return sha256(path)
+
+    files.sha256 = noted
+    found, problems = checkpoint.newest(Path(run), ranks)
+    return {"found": found and found.name, "problems": problems, "read": read}
 
 
 def one_fails(ranks: Ranks) -> None:
@@ -142,22 +160,28 @@ def optimizer_of_rows(ranks: Ranks, forgets_the_place: bool = False) -> Any:
     return {"same": same, "states": sorted(ours.moments)}
 
 
-def traffic_of_a_pass(ranks: Ranks, model: str) -> Any:
-    """Bytes that a full pass gathers and scatters, and what a rank keeps, for a model of its own."""
-    sent = {"gathered": 0, "scattered": 0}
+def traffic_of_a_pass(ranks: Ranks, model: str, nodes: int = 1) -> Any:
+    """Bytes that a full pass gathers and scatters among how many ranks, and sums over nodes, and what a rank keeps, for a
+    model of its own."""
+    sent = {"gathered": 0, "scattered": 0, "summed": 0}
+    among: set[int] = set()
 
     def counted(real: Any, what: str) -> Any:
         def call(*given: Any, **options: Any) -> Any:
             whole = given[0] if given else options["input"]  # what is gathered into, what is scattered
             sent[what] += whole.nbytes
+            among.add(options["group"].size())
             return real(*given, **options)
 
         return call
 
+    if nodes > 1:
+        ranks = replace(ranks, on_machine=ranks.size // nodes).split_in_nodes()
     base = load_base(model, precision="float32", device="cpu", ranks=ranks, trains_base=True)
     parameters = base.train_all()
     dist.all_gather_single = counted(dist.all_gather_single, "gathered")
     dist.reduce_scatter_single = counted(dist.reduce_scatter_single, "scattered")
+    dist.all_reduce = counted(dist.all_reduce, "summed")
     context = ForwardContext(Segments(lengths=(7,), slots=(0,)))
     ids = torch.arange(7)
 
@@ -168,10 +192,10 @@ def traffic_of_a_pass(ranks: Ranks, model: str) -> Any:
 
     base.structure.in_pass(passed).backward()
     split = {name: p for name, p in parameters.items() if shard.is_split(p)}
-    layers = sum(padded(p, ranks.size) for name, p in split.items() if ".layers." in name)
-    outer = sum(padded(p, ranks.size) for name, p in split.items() if ".layers." not in name)
+    layers = sum(padded(p, ranks.parts) for name, p in split.items() if ".layers." in name)
+    outer = sum(padded(p, ranks.parts) for name, p in split.items() if ".layers." not in name)
     kept = sum(shard.local(p).nbytes for p in split.values())
-    return {**sent, "layers": layers, "outer": outer, "kept": kept}
+    return {**sent, "layers": layers, "outer": outer, "kept": kept, "among": sorted(among)}
 
 
 def padded(parameter: Any, size: int) -> int:
@@ -223,9 +247,19 @@ def cannot_rename_its_folder() -> None:
     files._put = put_or_fail
 
 
+def samples_other_tokens_on_the_last_rank() -> None:
+    sample_all = sampling.sample_all
+
+    def sample_others(*given: Any) -> Any:
+        found = sample_all(*given)
+        return [(token + 1, logprobs) for token, logprobs in found] if dist.get_rank() else found
+
+    sampling.sample_all = sample_others
+
+
 BUGS = {bug.__name__: bug for bug in (
     averages, leaves_vectors_apart, steps_whole_tensors, makes_no_blank_pass, fills_the_disk_of_the_last_rank,
-    cannot_rename_its_folder,
+    cannot_rename_its_folder, samples_other_tokens_on_the_last_rank,
 )}  # fmt: skip
 """Mistakes that could be made and what could go wrong, made in this process."""
 

@@ -12,6 +12,7 @@ import torch
 from forked import Forks
 from safetensors.torch import load_file
 
+from graftlm.files import atomic_folder
 from graftlm.training.run_folder import read_metrics
 
 FULL = {"method": "full", "base_precision": "float32", "learning_rate": 1e-3}
@@ -19,7 +20,7 @@ FULL = {"method": "full", "base_precision": "float32", "learning_rate": 1e-3}
 
 def over(forks: Forks, count: int, place: Path, name: str = "ranks", **changes: Any) -> list[dict[str, Any]]:
     """What each rank of a tiny run in `place`/`name` returned or raised."""
-    how = {key: changes.pop(key) for key in ("stop_after", "other", "bug", "fault") if key in changes}
+    how = {key: changes.pop(key) for key in ("stop_after", "other", "bug", "fault", "nodes") if key in changes}
     config = {**tiny_run.options(place, **changes), "out": str(place / name)}
     return forks.run("run", count, place / f"{name}-ended-{len(list(place.iterdir()))}", config=config, **how)
 
@@ -32,12 +33,12 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] != "event"]
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, rel: float = 2e-5) -> None:
     """Losses, norms and weights of two runs are equal up to the order of sums."""
     for a, b in zip(lines_of(one), lines_of(other), strict=True):
         assert (a["step"], a["kind"], a["num_tokens"]) == (b["step"], b["kind"], b["num_tokens"])
         for key in {"loss", "eval_loss", "grad_norm", "eval_score"} & a.keys():
-            assert a[key] == pytest.approx(b[key], rel=2e-5), (a, b)
+            assert a[key] == pytest.approx(b[key], rel=rel), (a, b)
     (file,) = [*one.glob("adapter/adapter_model.safetensors"), *one.glob("model/model.safetensors")]
     weights, others = load_file(file), load_file(other / file.relative_to(one))
     assert weights.keys() == others.keys()
@@ -90,6 +91,26 @@ def test_a_run_goes_on_with_another_number_of_ranks(forks: Forks, tmp_path: Path
     assert "stopped after step 2 of 6" in ended[0]["error"]
     over(forks, 3, tmp_path, resume=True)
     assert_same(tmp_path / "alone", tmp_path / "ranks")
+
+
+def test_each_rank_reads_a_share_of_a_checkpoint_and_all_find_the_same(forks: Forks, tmp_path: Path) -> None:
+    for step in ("000001", "000002"):
+        with atomic_folder(tmp_path / "checkpoints" / step, manifest=True) as folder:
+            for i in range(5):
+                (folder / f"{i}.bin").write_bytes(bytes(1000 + 300 * i))
+    (tmp_path / "checkpoints" / "000002" / "3.bin").write_bytes(b"?" * 1900)
+    ended = [one["found"] for one in forks.run("look_for_the_newest", 3, tmp_path / "look", run=str(tmp_path))]
+    problems = ["000002: 3.bin has changed since it was written"]
+    assert [(one["found"], one["problems"]) for one in ended] == [("000001", problems)] * 3
+    read = [name for one in ended for name in one["read"]]
+    assert sorted(read) == sorted(set(read))  # none twice
+    assert {name for name in read if name.startswith("000001")} == {f"000001/{i}.bin" for i in range(5)}
+    assert all(sum(name.startswith("000001") for name in one["read"]) < 3 for one in ended)
+
+    (tmp_path / "checkpoints" / "000001" / "0.bin").unlink()
+    ended = forks.run("look_for_the_newest", 3, tmp_path / "again", run=str(tmp_path))
+    assert {(one["kind"], one["everywhere"]) for one in ended} == {("RunError", True)}
+    assert "000001: 0.bin is missing" in ended[2]["error"]
 
 
 def test_ranks_of_a_run_that_is_stopped_leave_once_the_first_has_saved(forks: Forks, tmp_path: Path) -> None:

@@ -398,6 +398,13 @@ def programs_of_a_thread(method: str = "lora") -> dict[str, Any]:
     return found[0]
 
 
+def host_layers(**given: Any) -> dict[str, Any]:
+    """Steps of a rank whose weights are split, some layers' rows on the host: `fake_ranks.py`."""
+    import fake_ranks  # FSDP2 takes seconds, which no other scenario needs
+
+    return fake_ranks.host_layers(**given)
+
+
 def warm_up() -> None:
     """Before the forks, what all of them would do again: imports, and fake tensors' answers for each operation."""
     with torch.no_grad():  # a backward pass would start threads, and no fork could have them

@@ -297,7 +297,10 @@ class Engine:
         if len(rows) < len(sequences):
             states = states[to_device([torch.tensor(rows)], states.device)[0]]
         row_logits = logits(self.base, states, [s.adapter_slot for s in ready]).float()  # (n, V)
-        for sequence, (token, logprobs) in zip(ready, sampling.sample_all(row_logits, ready)):
+        sampled = sampling.sample_all(row_logits, ready)
+        # Ranks that share the weights make the same passes, so that their answers must not differ by a rounding.
+        tokens = self.base.structure.sharing.of_first([token for token, _ in sampled])
+        for sequence, token, (_, logprobs) in zip(ready, tokens, sampled):
             self._append_token(sequence, token, logprobs, outputs)
 
     def _append_token(

@@ -33,6 +33,7 @@ from graftlm.base.kv_cache import PagedKVCache
 from graftlm.base.loading import Base
 from graftlm.base.modules import StoredStack
 from graftlm.segments import Segments
+from graftlm.serving.engine.native_decoder import SPLIT
 
 _log = logging.getLogger("graft.serve")
 
@@ -176,6 +177,8 @@ def graph_decoder_of(base: Base, cache: PagedKVCache, most: int) -> tuple[GraphD
     one."""
     if base.device.type != "cuda":
         return None, f"CUDA graphs are for GPUs; this is {base.device}"
+    if base.structure.weights is not None:
+        return None, SPLIT
     if base.keeps_state:
         return None, "a forward pass changes something in this model's modules"
     for layer, keys in cache.keys.items():

@@ -37,6 +37,9 @@ _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _LONG, _SEEN = 16, 1024  # segments longer than that which see more than that are answered faster by PyTorch's attention
 
 
+SPLIT = "ranks share this model's weights, which are gathered layer by layer"
+
+
 class _Other(Exception):
     """Why a model is none of the family."""
 
@@ -117,6 +120,8 @@ class NativeDecoder:
 
 def native_decoder_of(base: Base, store: PagedKVCache, positions: int) -> tuple[NativeDecoder | None, str]:
     """The layers of a base over `store`, for texts of up to `positions` tokens; or None, and why its own code runs."""
+    if base.structure.weights is not None:
+        return None, SPLIT
     if base.compute_dtype != "float32" or not kernels.has_decoder_stack(base.device):
         return None, f"layers in one call are for float32 on a CPU; this is {base.compute_dtype} on {base.device}"
     try:

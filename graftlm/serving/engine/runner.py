@@ -288,5 +288,5 @@ def logits(base: Base, states: Tensor, slots: Sequences[int]) -> Tensor:
     context = ForwardContext(Segments(lengths=(1,) * len(states), slots=tuple(slots)))
     if not base.structure.head_is_plain_matmul:
         return base.logits(states, context)
-    with context:
+    with base.structure.with_head(), context:
         return base.structure.head(states)
