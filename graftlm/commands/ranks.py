@@ -31,7 +31,7 @@ from graftlm.errors import ConfigError, GraftError, RunError, Stopped, TrainingE
 from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 from graftlm.training import checkpoint
-from graftlm.training.run_folder import SUMMARY
+from graftlm.training.run_files import SUMMARY
 from graftlm.training.view import View
 
 ENDED = "ended-{}.json"

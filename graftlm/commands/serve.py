@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError, nearest
+from graftlm.serving.http.listening import listen, url_host
 from graftlm.serving.vllm import export_for_vllm
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def serve(
     if config.engine == "vllm":
         return export_for_vllm(config, note)
     try:
-        from graftlm.serving.http.server import Server, build, listen, url_host
+        from graftlm.serving.http.server import Server, build
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette"):
             raise
@@ -45,7 +46,7 @@ def serve(
         gc.collect()
         gc.freeze()
         preloaded = [_named(built, name, config) for name in config.adapter]
-        server, sock = Server(built, config, note), listen(config)
+        server, sock = Server(built, config, note), listen(config.host, config.port)
         url = f"http://{url_host(config.host)}:{sock.getsockname()[1]}"
         built.state.async_engine.start()
         try:
