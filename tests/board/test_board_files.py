@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -444,7 +445,8 @@ def test_the_command_writes_a_page_and_refuses_what_it_cannot_mean(
     assert BoardConfig.build({}).folder == ("runs",)
 
 
-def test_the_command_serves_until_a_signal(original: Path) -> None:
+@pytest.mark.parametrize("where", ["a terminal", "a notebook"])
+def test_the_board_is_served_until_a_signal(original: Path, where: str) -> None:
     from graftlm.commands import board as command
 
     ready = threading.Event()
@@ -468,5 +470,16 @@ def test_the_command_serves_until_a_signal(original: Path) -> None:
 
     thread = threading.Thread(target=ask_and_end)
     thread.start()
-    assert command.board(config, begun) is None
+    if where == "a terminal":
+        assert command.board(config, begun) is None
+    else:
+
+        async def cell() -> (
+            None
+        ):  # a notebook runs a cell within its loop, and an interrupt is a KeyboardInterrupt there
+            assert command.board(config, begun) is None
+
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(cell())
+        loop.close()
     thread.join(20)

@@ -34,7 +34,7 @@ Board.views.runs = {
       const share = run.steps ? Math.min(1, run.step / run.steps) : null;
       row.box.setAttribute("aria-label", `Choose ${run.name}`);
       row.link.textContent = run.name;
-      row.about.textContent = [format.model(run.model), run.method, run.base_precision, run.rank && run.method !== "full" ? `rank ${run.rank}` : null,
+      row.about.textContent = [run.model?.split("/").pop(), run.method, run.base_precision, run.rank && run.method !== "full" ? `rank ${run.rank}` : null,
         run.learning_rate != null ? `lr ${format.short(run.learning_rate)}` : null].filter(Boolean).join(" · ");
       row.state.replaceChildren(Board.state(run.state, run.how), run.faults.length ? el("span", { class: "warn", title: run.faults.join("\n") }, "damaged") : "");
       row.steps.replaceChildren(run.steps ? `${format.count(run.step)} of ${format.count(run.steps)}` : format.count(run.step));
