@@ -110,7 +110,7 @@ def run(point: Point) -> dict[str, Any]:
     from graftlm.commands.train import train
     from graftlm.config import TrainConfig
     from graftlm.experiments.compare.capacity import measure
-    from graftlm.training.run_folder import read_metrics
+    from graftlm.training.run_files import read_metrics
 
     with tempfile.TemporaryDirectory() as place:
         lines = (E2E / "train.jsonl").read_text(encoding="utf-8").splitlines()

@@ -278,7 +278,8 @@ def performance(results: Results) -> str:
             figures = part.get("figures")
             if not name.startswith("train") or not figures or figures["subject"] in SHAPES:
                 continue
-            where[instructions] = f"{machine(part['machine'])}, {part['date'][:10]}"
+            found = part["machine"]
+            where[instructions] = f"{found['processor']}, {found['threads']} threads, {part['date'][:10]}"
             for method, sides in figures["results"].items():
                 speed, memory = peer(sides)
                 for side in sides.keys() & {"graft", "graft gguf"}:
@@ -292,14 +293,13 @@ def performance(results: Results) -> str:
         columns = [key for key in _COLUMNS if any(key in row for row in rows.values())]
         lines += [
             "Training on GSM8K: examples/s and peak memory relative to TRL+PEFT+bitsandbytes, the better of its float32 and "
-            f"bfloat16 ({'; '.join(where.values())}):",
+            f"bfloat16 ({'; '.join(dict.fromkeys(where.values()))}):",
             "",
             f"| | {' | '.join(_COLUMNS[key] for key in columns)} |",
             "|---|" + "---:|" * len(columns),
         ]
         for (title, instructions), row in rows.items():
-            name = title if len(where) == 1 else f"{title}, {instructions}"
-            lines.append(f"| {name} | {' | '.join(row.get(key, '') for key in columns)} |")
+            lines.append(f"| {title}, {instructions} | {' | '.join(row.get(key, '') for key in columns)} |")
         lines.append("")
     lines.append("[All figures](bench/results/cpu.md), [how they are measured](docs/performance.md).")
     return "\n".join(lines)

@@ -17,19 +17,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from graftlm.adapters.store import Store
-    from graftlm.api.calls import check, compare, merge, plan, serve, sweep, train
+    from graftlm.api.calls import board, check, compare, merge, plan, serve, sweep, train
     from graftlm.api.model import Model, load
     from graftlm.api.run import Run
     from graftlm.errors import GraftError, Stopped
     from graftlm.training.callbacks import Callback, EarlyStopping
 
 __all__ = [
-    "Callback", "EarlyStopping", "GraftError", "Model", "Run", "Stopped", "Store", "__version__", "check", "compare", "load",
-    "merge", "plan", "serve", "sweep", "train",
+    "Callback", "EarlyStopping", "GraftError", "Model", "Run", "Stopped", "Store", "__version__", "board", "check", "compare",
+    "load", "merge", "plan", "serve", "sweep", "train",
 ]  # fmt: skip
 
 _HOMES = {
-    **dict.fromkeys(("check", "compare", "merge", "plan", "serve", "sweep", "train"), "graftlm.api.calls"),
+    **dict.fromkeys(("board", "check", "compare", "merge", "plan", "serve", "sweep", "train"), "graftlm.api.calls"),
     **dict.fromkeys(("Model", "load"), "graftlm.api.model"),
     **dict.fromkeys(("Callback", "EarlyStopping"), "graftlm.training.callbacks"),
     **dict.fromkeys(("GraftError", "Stopped"), "graftlm.errors"),

@@ -146,7 +146,7 @@ def test_other_figures_give_another_section_and_leave_the_rest_of_the_page(secti
     assert written.startswith("before\n")
     assert written.endswith("\nafter")
     assert "old" not in written
-    assert ("| SmolLM2-135M-Instruct | 3.6x, 0.40x |" in written) == (section is report.README)
+    assert ("| SmolLM2-135M-Instruct, AVX2 | 3.6x, 0.40x |" in written) == (section is report.README)
     assert ("Not measured yet" in written) == (section is report.LADDER)  # it failed
     assert report.with_section(written, section, _results()) == written
     with pytest.raises(ValueError, match="lacks the marks"):

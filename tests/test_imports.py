@@ -33,6 +33,7 @@ FLOORS = [
     "training",
     "serving",
     "experiments",
+    "dashboard",
     "commands",
     "api",
     "cli",

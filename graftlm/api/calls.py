@@ -19,6 +19,7 @@ from graftlm import progress, terminal
 from graftlm.api.model import Model, folder_of, method_for
 from graftlm.api.run import Run
 from graftlm.config import (
+    BoardConfig,
     CheckConfig,
     CompareConfig,
     Config,
@@ -294,6 +295,20 @@ def serve(model: str | Path, **options: Any) -> Any:
         raise ConfigError(f"graft.serve loads the base itself, for answering; give '{model.name}', its name")
     config = ServeConfig.build({"model": str(model), **options})
     return command(config, note, lambda url, summary: note(str(summary.get("command") or f"ready      {url}")))
+
+
+def board(*folders: str | Path, **options: Any) -> Path | None:
+    """Show folders of runs, sweeps and comparisons, default `runs`, on one page until a signal.
+
+    Options are those of `graft board`. With `out="page.html"` the page with its present contents is written instead; returns
+    the file. Raises GraftError.
+    """
+    from graftlm.commands.board import board as command
+
+    console = terminal.console(stderr=True, soft_wrap=True)
+    given = {"folder": [str(folder) for folder in folders]} if folders else {}
+    config = BoardConfig.build({**given, **options})
+    return command(config, lambda url: console.print(f"ready      {url}", highlight=False, markup=False))
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from graftlm.experiments.reports import charts
 from graftlm.experiments.reports.charts import Line, loss_chart
 from graftlm.formatting import size
 from graftlm.jsonfile import read_json
-from graftlm.training.run_folder import SO_FAR, SUMMARY, read_metrics
+from graftlm.training.run_files import SO_FAR, SUMMARY, read_metrics
 
 
 class Run:

@@ -17,11 +17,11 @@ from graftlm import __version__
 from graftlm.cli.app import app
 
 # Each module adds its commands to the application on import; help lists them in this order.
-from graftlm.cli import train, generate, serve, chat, check, plan, compare, sweep, adapters, merge, demo as demo  # isort: skip
+from graftlm.cli import train, generate, serve, chat, check, plan, compare, sweep, adapters, board, merge, demo as demo  # isort: skip
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (train, generate, serve, chat, check, plan, compare, sweep, adapters, merge, demo)
+COMMANDS = (train, generate, serve, chat, check, plan, compare, sweep, adapters, board, merge, demo)
 
 
 def _version(wanted: bool) -> None:

@@ -29,7 +29,8 @@ from graftlm.files import write_json
 from graftlm.formatting import duration, size
 from graftlm.jsonfile import parse_json, read_json
 from graftlm.planning.plan import PlanReport
-from graftlm.training.run_folder import LOCK, locked
+from graftlm.training.run_files import LOCK
+from graftlm.training.run_folder import locked
 
 BATCH, RANK = 16, 16
 # Found by `graft compare` on this base and data, without --learning-rate.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.config import ServeConfig
 from graftlm.errors import ConfigError, ModelError, nearest
+from graftlm.serving.http.listening import listen, url_host
 from graftlm.serving.vllm import VllmFollower, export_for_vllm
 from graftlm.serving.vllm.client import VllmServer
 
@@ -45,7 +46,7 @@ def serve(
             follower.run()
         return None
     try:
-        from graftlm.serving.http.server import Server, build, listen, url_host
+        from graftlm.serving.http.server import Server, build
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette"):
             raise
@@ -61,7 +62,7 @@ def serve(
         gc.collect()
         gc.freeze()
         preloaded = [_named(built, name, config) for name in config.adapter]
-        server, sock = Server(built, config, note), listen(config)
+        server, sock = Server(built, config, note), listen(config.host, config.port)
         url = f"http://{url_host(config.host)}:{sock.getsockname()[1]}"
         built.state.async_engine.start()
         try:

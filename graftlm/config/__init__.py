@@ -11,6 +11,7 @@ these classes. A config is frozen and checked where it is built; an unknown key 
     PlanConfig       graft plan        memory and time of a run, before it is started
     CompareConfig    graft compare     full, LoRA and QLoRA side by side on one's own model and data
     SweepConfig      graft sweep       many trials on one base at once
+    BoardConfig      graft board       one page over folders of runs and a store
     MergeConfig      graft merge       adapters merged into their base: a plain model, or a GGUF file
     adapters.py      graft adapters    versions of adapters: a class for each subcommand
 """
@@ -29,6 +30,7 @@ from graftlm.config.adapters import (
     ShowConfig,
     VerifyConfig,
 )
+from graftlm.config.board import BoardConfig
 from graftlm.config.chat import ChatConfig
 from graftlm.config.check import CheckConfig
 from graftlm.config.compare import CompareConfig
@@ -41,8 +43,8 @@ from graftlm.config.sweep import ShowSweepConfig, SweepConfig
 from graftlm.config.train import TrainConfig
 
 __all__ = [
-    "AliasConfig", "ChatConfig", "CheckConfig", "CompareConfig", "ComputeDtype", "Config", "DiffConfig", "ExportConfig",
-    "GenerateConfig", "ImportConfig", "ListConfig", "MergeConfig", "Method", "PlanConfig", "Precision", "PublishConfig",
-    "PullConfig", "PushConfig", "RemoveConfig", "RollbackConfig", "ServeConfig", "ShowConfig", "ShowSweepConfig",
-    "SweepConfig", "TrainConfig", "VerifyConfig",
+    "AliasConfig", "BoardConfig", "ChatConfig", "CheckConfig", "CompareConfig", "ComputeDtype", "Config", "DiffConfig",
+    "ExportConfig", "GenerateConfig", "ImportConfig", "ListConfig", "MergeConfig", "Method", "PlanConfig", "Precision",
+    "PublishConfig", "PullConfig", "PushConfig", "RemoveConfig", "RollbackConfig", "ServeConfig", "ShowConfig",
+    "ShowSweepConfig", "SweepConfig", "TrainConfig", "VerifyConfig",
 ]  # fmt: skip

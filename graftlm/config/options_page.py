@@ -33,6 +33,7 @@ COMMANDS: tuple[tuple[str, type[Config]], ...] = (
     ("graft compare", configs.CompareConfig),
     ("graft sweep", configs.SweepConfig),
     ("graft sweep show", configs.ShowSweepConfig),
+    ("graft board", configs.BoardConfig),
     ("graft merge", MergeConfig),
     ("graft adapters publish", configs.PublishConfig),
     ("graft adapters list", configs.ListConfig),

@@ -18,7 +18,8 @@ from graftlm.errors import ConfigError, ScoreError, TrainingError
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks
 from graftlm.training.checkpoint import RunIdentity
-from graftlm.training.run_folder import MetricsFile, writing
+from graftlm.training.run_files import MetricsFile
+from graftlm.training.run_folder import writing
 from graftlm.training.trainer import StepResult, TrainerCallback
 from graftlm.training.trial import Evaluation, Trial
 from graftlm.training.view import View
@@ -30,9 +31,10 @@ class Recorder(TrainerCallback):
     def __init__(
         self, config: TrainConfig, trial: Trial, identity: RunIdentity, view: View, metrics: MetricsFile,
         trackers: Sequence[Tracker], callbacks: Sequence[Callback] = (), ranks: Ranks = ALONE,
+        *, samples: MetricsFile | None = None,
     ) -> None:  # fmt: skip
         self.config, self.trial, self.identity = config, trial, identity
-        self.view, self.metrics, self.trackers = view, metrics, trackers
+        self.view, self.metrics, self.samples, self.trackers = view, metrics, samples, trackers
         self.callbacks = Callbacks(callbacks)
         self.callbacks.begin(trial.watched, trial.best_by)
         self.ranks = ranks
@@ -69,6 +71,10 @@ class Recorder(TrainerCallback):
             **_progress(trial),
         }
         self._write({"step": evaluation.step, "kind": "eval", **values})
+        if self.samples is not None and trial.scorer is not None:
+            with writing(self.config.out):
+                for sample in trial.scorer.samples:
+                    self.samples.write({"step": evaluation.step, **sample})
         for tracker in self.trackers:
             named = {name.replace("eval_", "eval/", 1): value for name, value in scores.items()}
             tracker.log(evaluation.step, {"eval/loss": evaluation.loss, **named})
@@ -123,6 +129,8 @@ class Recorder(TrainerCallback):
     def close(self) -> None:
         """Close the metrics and the trackers: nothing more follows."""
         self.metrics.close()
+        if self.samples is not None:
+            self.samples.close()
         for tracker in self.trackers:
             tracker.close()
         self.trackers = ()

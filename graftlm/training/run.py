@@ -49,7 +49,8 @@ from graftlm.training.callbacks import Callback
 from graftlm.training.checkpoint import Newest, RunIdentity, identify, resume_from_checkpoint
 from graftlm.training.logging import Recorder, open_trackers
 from graftlm.training.optimizer import AdamW, LRSchedule
-from graftlm.training.run_folder import SO_FAR, SUMMARY, MetricsFile, describe_inputs, environment, save_result, writing
+from graftlm.training.run_files import METRICS, SAMPLES, SO_FAR, SUMMARY, MetricsFile
+from graftlm.training.run_folder import describe_inputs, environment, save_result, writing
 from graftlm.training.trial import Trial
 from graftlm.training.view import View
 
@@ -105,7 +106,7 @@ class Session:
     def open_run_folder(self, plan: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         """Write what this run is, `plan` with it, and open its metrics; of several ranks, the first does. Raises RunError."""
         config, out, step = self.config, self.config.out, self.trial.step
-        self.plan = dict(plan)
+        self.plan = {**plan, "steps": self.trial.sampler.steps}
         self.description = describe_inputs(
             config, self.base, self.training_data.encoder, self.training_data.dataset, self.training_data.eval_dataset
         )
@@ -114,12 +115,16 @@ class Session:
             write_json(out / "environment.json", environment())
             write_json(out / "data.json", self.description["data"])
             write_json(out / "plan.json", self.plan)
-            metrics = MetricsFile(out / "metrics.jsonl", step if self.resumed else None)
+            from_step = step if self.resumed else None
+            metrics = MetricsFile(out / METRICS, from_step)
+            samples = MetricsFile(out / SAMPLES, from_step) if self.trial.scorer is not None else None
             for change in self.identity.changes if self.resumed else ():
                 if change["step"] == step:
                     metrics.write({"step": step, "kind": "event", "event": "changed", **change})
             trackers = open_trackers(config.track, out, self.resolved)
-        self.recorder = Recorder(config, self.trial, self.identity, self.view, metrics, trackers, self.callbacks, ranks)
+        self.recorder = Recorder(
+            config, self.trial, self.identity, self.view, metrics, trackers, self.callbacks, ranks, samples=samples
+        )
 
     def finish(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """Put the best step back, save it as the result, and remove the checkpoint that stood for it; returns the summary.

@@ -3,6 +3,7 @@
 config.json        every option, resolved        plan.json       bytes and time, and what was measured
 environment.json   versions, hardware, dates     data.json       digest, rows, tokens, target tokens, template date
 metrics.jsonl      one object a line: step, kind (train | eval | event), loss or eval_loss, epoch, num_tokens, ...
+samples.jsonl      with --score: step, row, prompt, references and answer of a few eval prompts, at each evaluation
 evaluation.jsonl   per evaluation row: row id, target tokens, summed loss before and after
 checkpoints/       best.json                     adapter/ or model/
 summary.json       what the run was and did, as `graft train --json` prints it
@@ -11,11 +12,10 @@ summary.json       what the run was and did, as `graft train --json` prints it
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,15 +34,10 @@ from graftlm.base.saving import save_model, save_split_model
 from graftlm.config import TrainConfig
 from graftlm.data.dataset import Dataset
 from graftlm.errors import RunError
-from graftlm.files import atomic_folder, write_json, write_text
-from graftlm.jsonfile import parse_json
+from graftlm.files import atomic_folder, write_json
 from graftlm.training import checkpoint
+from graftlm.training.run_files import LOCK, write_lines
 from graftlm.training.trial import Trial
-
-LOCK = ".running"
-SUMMARY = "summary.json"
-SO_FAR = "{}-so-far"
-"""What the result of an interrupted run is called: `adapter-so-far` or `model-so-far`."""
 
 
 def environment() -> dict[str, Any]:
@@ -131,57 +126,6 @@ def writing(out: Path) -> Iterator[None]:
             f"{out} could not be written to ({error}); {checkpoint.describe_newest(out)}. "
             "Make room, and go on with the same command and --resume"
         ) from None
-
-
-class MetricsFile:
-    """metrics.jsonl, one line at once; a run that goes on drops the lines after the step it goes on from."""
-
-    def __init__(self, path: Path, from_step: int | None) -> None:
-        """`from_step` is None for a run that begins."""
-        kept: list[dict[str, Any]] = []
-        if from_step is not None and path.is_file():
-            kept = [line for line in read_metrics(path) if line.get("step", 0) <= from_step]
-        write_lines(path, kept)
-        self._stream = path.open("a", encoding="utf-8")
-
-    def write(self, line: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        with suppress(OSError):  # what could not be flushed was reported where it was written
-            self._stream.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl under today's names; one that was written before, or in part, reads the same."""
-    return [_todays(line) for line in read_lines(path)]
-
-
-def read_evaluation(path: Path) -> list[dict[str, Any]]:
-    """The lines of an evaluation.jsonl under today's names."""
-    return [_todays(line) for line in read_lines(path)]
-
-
-def _todays(line: dict[str, Any]) -> dict[str, Any]:
-    names = {"trained_tokens": "target_tokens"}
-    if line.get("kind") == "eval":
-        names |= {"loss": "eval_loss", "rows": "eval_examples"}
-    return {names.get(key, key): value for key, value in line.items()}
-
-
-def read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut short by a crash is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield parse_json(line)
-        except ValueError:
-            continue
-
-
-def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON-lines file in one piece. Raises OSError."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 # ---- the result ------------------------------------------------------------------------------------------------------

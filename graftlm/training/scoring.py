@@ -12,7 +12,7 @@ is no random state to disturb.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -28,6 +28,8 @@ from graftlm.progress import working
 from graftlm.scores import METRICS, Score, ScoreFunction, check_fits, find_score
 
 MOST_PROMPTS = 32  # by default: two batches of the engine
+SAMPLES_KEPT = 6
+"""Answers that an evaluation leaves in samples.jsonl."""
 _TRIED = 8  # rows whose references a score is tried on
 
 
@@ -53,6 +55,8 @@ class Scorer:
     max_tokens: int
     """Most tokens of an answer."""
     generate: Generate
+    samples: list[dict[str, object]] = field(default_factory=list[dict[str, object]], init=False)
+    """A few of the answers that were scored last, for samples.jsonl: row, prompt, references, answer."""
 
     def __call__(self, base: Base, slot: int) -> float:
         """The score of what is in `slot` now. Raises ScoreError."""
@@ -69,7 +73,14 @@ class Scorer:
 
     def of(self, answers: Sequence[str]) -> float:
         """The score of answers to all prompts. Raises ScoreError."""
+        self.samples[:] = [self._sample(prompt, answer) for prompt, answer in zip(self.prompts[:SAMPLES_KEPT], answers)]
         return self.score(answers, [prompt.references for prompt in self.prompts])
+
+    def _sample(self, prompt: EvalPrompt, answer: str) -> dict[str, object]:
+        text = self.encoder.tokenizer.decode(list(prompt.prompt), skip_special_tokens=True)
+        return {
+            "row": prompt.row, "prompt": str(text), "references": list(prompt.references[:3]), "answer": answer,
+        }  # fmt: skip
 
 
 def prepare_score(

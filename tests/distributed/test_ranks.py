@@ -13,7 +13,7 @@ from forked import Forks
 from safetensors.torch import load_file
 
 from graftlm.files import atomic_folder
-from graftlm.training.run_folder import read_metrics
+from graftlm.training.run_files import read_metrics
 
 FULL = {"method": "full", "base_precision": "float32", "learning_rate": 1e-3}
 

@@ -118,6 +118,29 @@ def test_a_score_is_logged_shown_and_summed_up(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "best.json").read_text())["eval_score"] == 4
 
 
+def test_an_evaluation_leaves_samples_of_the_answers_that_were_scored(tmp_path: Path, stop_after: Any) -> None:  # noqa: F811
+    seen: list[list[str]] = []
+
+    def mine(answers: list[str], references: list[str]) -> float:
+        if answers != references:
+            seen.append(answers)
+        return float(len(seen))
+
+    asked: dict[str, Any] = {"score": "mine:f", "score_prompts": 3, "score_max_tokens": 5, "eval_every": 2}
+    stop_after(3)
+    with pytest.raises(Stopped):
+        train(tmp_path, mine, **asked)
+    stop_after(99)
+    train(tmp_path, mine, resume=True, **asked)
+    found = lines(tmp_path / "run" / "samples.jsonl")
+    steps = [line["step"] for line in evals(tmp_path / "run")]
+    assert [line["step"] for line in found] == [step for step in steps for _ in range(3)], (
+        "three at each, none of them twice"
+    )
+    assert [line["answer"] for line in found] == [answer for answers in seen for answer in answers]
+    assert all(line["prompt"] and line["references"] and line["row"] for line in found)
+
+
 def test_a_score_that_is_called_like_something_else_hides_nothing(tmp_path: Path) -> None:
     for name in ("loss", "examples"):
         train(tmp_path, scripted([0, 100, 200, 300]), score=f"mine:{name}", out=str(tmp_path / name))

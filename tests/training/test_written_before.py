@@ -25,7 +25,7 @@ from graftlm.experiments.compare.run import run_once
 from graftlm.experiments.sweep.results import read
 from graftlm.experiments.sweep.study import Study
 from graftlm.experiments.workers import Worker
-from graftlm.training.run_folder import read_evaluation, read_metrics
+from graftlm.training.run_files import read_evaluation, read_metrics
 from graftlm.training.view import View
 
 BEFORE = Path(__file__).parents[1] / "data" / "written_by_0_1"

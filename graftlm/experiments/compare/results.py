@@ -24,7 +24,7 @@ from graftlm.experiments.compare.scoring import SCORES, read_scores
 from graftlm.experiments.compare.statistics import Floats, Interval, PairedBootstrap
 from graftlm.experiments.compare.verdict import Verdict, judge
 from graftlm.jsonfile import read_json
-from graftlm.training.run_folder import read_evaluation, read_metrics
+from graftlm.training.run_files import read_evaluation, read_metrics
 
 WHEN = {
     "full": "the last point of quality, or more data than an adapter holds; one model to serve, memory at hand",

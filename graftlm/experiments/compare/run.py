@@ -44,7 +44,7 @@ from graftlm.experiments.subprocess_run import score_in_subprocess, train_in_sub
 from graftlm.experiments.workers import Worker, spread
 from graftlm.files import write_json
 from graftlm.jsonfile import parse_json, read_json
-from graftlm.training.run_folder import LOCK
+from graftlm.training.run_files import LOCK
 
 if TYPE_CHECKING:
     from graftlm.experiments.compare.view import CompareView

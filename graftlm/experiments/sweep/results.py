@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,19 @@ from graftlm import terminal
 from graftlm.config.aliases import renamed
 from graftlm.config.sweep import Value
 from graftlm.errors import RunError
-from graftlm.experiments.sweep.study import (
+from graftlm.experiments.sweep.storage import (
     IDENTITY,
     JOURNAL,
     MARK,
     SURPLUS,
+    import_optuna,
     open_storage,
     redacted,
     storage_errors,
     trial_folder,
 )
 from graftlm.jsonfile import read_json
-from graftlm.training.run_folder import read_metrics
+from graftlm.training.run_files import METRICS, read_metrics
 
 Points = tuple[tuple[int, float], ...]
 
@@ -110,33 +111,44 @@ class SweepResult:
         }  # fmt: skip
 
 
-def read(folder: Path, storage: str | None = None) -> SweepResult:
-    """Read a sweep from its folder; `storage` where its address was not kept there. Raises RunError."""
-    import optuna
+def eval_losses(run: Path) -> Points:
+    """(step, eval loss) of a trial, from its run folder; none where it has no metrics."""
+    metrics = run / METRICS
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    return tuple((int(m["step"]), float(m["eval_loss"])) for m in lines if m["kind"] == "eval")
 
+
+def read(
+    folder: Path, storage: str | None = None, *, read_only: bool = False, losses: Callable[[Path], Points] = eval_losses
+) -> SweepResult:
+    """Read a sweep from its folder; `storage` where its address was not kept there. Raises RunError, ConfigError without
+    Optuna.
+
+    `losses` gives a trial's eval losses by its folder. `read_only` is for journals (`open_storage`).
+    """
     if not (folder / MARK).is_file():
         raise RunError(f"{folder} is not the folder of a sweep (it has no {MARK}); name the --out of one")
     mark = read_json(folder / MARK, RunError)
     where = storage or mark.get("storage")
     shown_storage = redacted(where or str(folder / JOURNAL))
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna = import_optuna()
     with storage_errors(shown_storage):
         try:
-            study = optuna.load_study(study_name=mark["name"], storage=open_storage(where, folder))
+            study = optuna.load_study(study_name=mark["name"], storage=open_storage(where, folder, read_only=read_only))
         except KeyError:
             hint = "" if where else "; if it lies on a server, name it with --storage"
             raise RunError(f"{shown_storage} holds no sweep '{mark['name']}'{hint}") from None
         trials = study.get_trials(deepcopy=False)
         options = renamed(study.user_attrs.get(IDENTITY, {}))
     space = renamed({name.replace("-", "_"): text for name, text in dict(options.get("search", {})).items()})
-    tried = tuple(_tried(t, space, folder) for t in trials if not t.user_attrs.get(SURPLUS))
+    tried = tuple(_tried(t, space, folder, losses) for t in trials if not t.user_attrs.get(SURPLUS))
     return SweepResult(
         name=mark["name"], model=str(mark.get("model")), folder=str(folder), storage=shown_storage, options=options,
         space=space, tried=tried,
     )  # fmt: skip
 
 
-def _tried(found: Any, space: Mapping[str, str], folder: Path) -> TrialResult:
+def _tried(found: Any, space: Mapping[str, str], folder: Path, losses: Callable[[Path], Points]) -> TrialResult:
     facts: dict[str, Any] = found.user_attrs
     params = renamed(found.params)
     why = facts.get("why")
@@ -144,9 +156,6 @@ def _tried(found: Any, space: Mapping[str, str], folder: Path) -> TrialResult:
     if state == "pruned" and not str(why).startswith("pruned"):
         state = "diverged"
     home = trial_folder(folder, found.number)
-    metrics = home / "metrics.jsonl"
-    lines = read_metrics(metrics) if metrics.is_file() else []
-    eval_losses = tuple((int(m["step"]), float(m["eval_loss"])) for m in lines if m["kind"] == "eval")
     last = max(found.intermediate_values, default=None)
     loss = found.value if state == "complete" else None if last is None else found.intermediate_values[last]
     return TrialResult(
@@ -160,5 +169,5 @@ def _tried(found: Any, space: Mapping[str, str], folder: Path) -> TrialResult:
         folder=str(home) if home.is_dir() else facts.get("folder"),
         digest=facts.get("digest"),
         why=why,
-        eval_losses=eval_losses,
+        eval_losses=losses(home),
     )

@@ -15,9 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +27,19 @@ from graftlm.config import SweepConfig
 from graftlm.config.aliases import FORMER, renamed
 from graftlm.config.fields import flag_name
 from graftlm.config.sweep import Choice, Range, Space, Value
-from graftlm.errors import ConfigError, RunError
+from graftlm.errors import RunError
+from graftlm.experiments.sweep.storage import (
+    IDENTITY,
+    JOURNAL,
+    MARK,
+    SURPLUS,
+    has_password,
+    import_optuna,
+    open_storage,
+    redacted,
+    storage_errors,
+    trial_folder,
+)
 from graftlm.files import write_json
 from graftlm.jsonfile import parse_json, read_json
 from graftlm.kernels.counter_rng import hash_words
@@ -38,10 +48,8 @@ from graftlm.training.run_folder import locked
 if TYPE_CHECKING:
     import optuna
 
-MARK = "sweep.json"
-JOURNAL = "sweep.journal"
 FOLDER_LOCK = ".turn"
-HOME, IDENTITY, WORKERS, SURPLUS = "home", "sweep", "workers", "surplus"
+HOME, WORKERS = "home", "workers"
 _BEGINNING = timedelta(minutes=5)
 """A trial without a folder for so long was begun by a process that died at that moment."""
 _REDUCTION = 3
@@ -89,7 +97,7 @@ class Study:
 
     def __init__(self, config: SweepConfig) -> None:
         """Open the storage, or make it. Raises ConfigError without Optuna, and RunError where it cannot be reached."""
-        optuna = _optuna()
+        optuna = import_optuna()
         self.config = config
         self.out = config.out
         self.where = redacted(config.storage or str(config.out / JOURNAL))
@@ -216,11 +224,6 @@ class Study:
         return held
 
 
-def trial_folder(out: Path, number: int) -> Path:
-    """The run folder of a trial."""
-    return out / "trials" / f"{number:04d}"
-
-
 # ---- the sweep's own folder ------------------------------------------------------------------------------------------
 
 
@@ -281,57 +284,6 @@ def _claim_folder(config: SweepConfig, name: str) -> str:
 # ---- Optuna ----------------------------------------------------------------------------------------------------------
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError(
-            "graft sweep searches with Optuna, which is not installed: pip install 'graftlm[sweep]'"
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    return optuna
-
-
-def open_storage(text: str | None, out: Path) -> Any:
-    """Optuna's storage of a URL, or of a journal file; the sweep's own journal where none is named."""
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
-    if text is not None and "://" in text:
-        patient = {"connect_args": {"timeout": 60}} if text.startswith("sqlite") else {"pool_pre_ping": True}
-        return optuna.storages.RDBStorage(text, engine_kwargs=patient)
-    return optuna.storages.JournalStorage(JournalFileBackend(str(text or out / JOURNAL)))
-
-
-@contextmanager
-def storage_errors(where: str) -> Iterator[None]:
-    """Raise RunError that names the storage instead of what its driver raises."""
-    try:
-        yield
-    except ImportError as error:  # Optuna's own names none
-        name = error.name or getattr(error.__cause__ or error.__context__, "name", None) or "of its driver"
-        raise RunError(f"storage {where} needs the package {name}; install it, or take another --storage") from None
-    except Exception as error:
-        module = type(error).__module__.split(".")[0]
-        if module not in ("sqlalchemy", "alembic", "optuna") and not isinstance(error, (OSError, ValueError)):
-            raise
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise RunError(
-            f"storage {where} cannot be reached or read: {redacted(first_line)[:200]}; look at --storage"
-        ) from None
-
-
-def has_password(text: str | None) -> bool:
-    """Whether a storage's URL holds a password."""
-    return bool(re.search(r"://[^/@]*:[^/@]+@", text or ""))
-
-
-def redacted(text: str) -> str:
-    """A storage's URL without its password."""
-    return re.sub(r"(://[^/@:]*):[^/@]+@", r"\1:***@", text)
-
-
 def _sampler(config: SweepConfig, seed: int) -> Any:
     from optuna import samplers
 
@@ -390,20 +342,3 @@ def grid_size(space: Space) -> int:
 
 def _plain(value: Any) -> Value:
     return value.item() if hasattr(value, "item") else value
-
-
-__all__ = [
-    "IDENTITY",
-    "JOURNAL",
-    "MARK",
-    "SURPLUS",
-    "ClaimedTrial",
-    "Study",
-    "claim_folder",
-    "grid_size",
-    "open_storage",
-    "redacted",
-    "storage_errors",
-    "trial_folder",
-    "trials_wanted",
-]

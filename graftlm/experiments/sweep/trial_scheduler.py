@@ -23,7 +23,7 @@ from graftlm.files import write_json
 from graftlm.jsonfile import read_json
 from graftlm.planning.peak_memory import PeakMemory
 from graftlm.training.run import Session
-from graftlm.training.run_folder import LOCK
+from graftlm.training.run_files import LOCK
 from graftlm.training.trainer import StepResult, TrainerCallback
 from graftlm.training.trial import Evaluation, Trial
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -211,25 +210,3 @@ class Server(uvicorn.Server):
                     self._note(f"stopped    {left} answers were not complete after {self._drain:g} s")
                 self.should_exit = True
         return await super().on_tick(counter)
-
-
-def listen(config: ServeConfig) -> socket.socket:
-    """A socket on the config's address. Raises ConfigError where that is taken or not this machine's."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    place = socket.socket(family, socket.SOCK_STREAM)
-    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        place.bind((config.host, config.port))
-    except OSError as error:
-        place.close()
-        raise ConfigError(
-            f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; take another --port"
-        ) from None
-    place.listen(2048)
-    place.setblocking(False)
-    return place
-
-
-def url_host(host: str) -> str:
-    """A host as a URL has it, one that can be reached."""
-    return f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host
