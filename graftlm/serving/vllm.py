@@ -80,6 +80,10 @@ def _command(config: ServeConfig, rank: int, adapters: int, modules: dict[str, P
     command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
     command += ["--max-cpu-loras", str(adapters), "--max-num-seqs", str(config.max_num_seqs)]
     command += ["--trust-remote-code"] if config.trust_remote_code else []
+    if config.tool_call_parser != "auto":  # vLLM finds none by itself
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
+    if config.reasoning_parser not in ("auto", "none"):
+        command += ["--reasoning-parser", config.reasoning_parser]
     return [*command, "--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())]
 
 
