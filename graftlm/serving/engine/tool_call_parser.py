@@ -15,6 +15,7 @@ The parser is a generator over the text that has come: it yields where it needs 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Generator
 from dataclasses import dataclass
@@ -184,16 +185,14 @@ class ToolCallParser:
         named = named and not self._text.startswith("{", at)
         head = yield from (self._named_head(at) if named else self._object_head(at))
         if head is None:
-            return None
+            return None if named else self._whole_object(at)
         try:
             name = head["name"] if named else parse_json(head["name"])
         except ValueError:
             return None
         if name not in self._names:
             return None
-        if self._most is None or self.calls < self._most:
-            self._index, self._started = self._started, self._started + 1
-            self._out.append(CallDelta(self._index, name=name))
+        self._begin(name)
         arguments = _Nesting(head.end())
         end = yield from self._close(arguments, tell=True)
         if end is None or not _is_object(self._text[head.end() : end]):
@@ -202,6 +201,28 @@ class ToolCallParser:
             return end
         whole = yield from self._close(_Nesting(end, depth=1))
         return whole if whole is not None and _is_object(self._text[at:whole]) else None
+
+    def _begin(self, name: str) -> None:
+        """Tell of a call, unless enough of them were told already."""
+        if self._most is None or self.calls < self._most:
+            self._index, self._started = self._started, self._started + 1
+            self._out.append(CallDelta(self._index, name=name))
+
+    def _whole_object(self, at: int) -> int | None:
+        """A call whose object has its keys in another order: it is told at its end, which has come if it comes at all."""
+        end = _Nesting(at).close(self._text) if self._text.startswith("{", at) else None
+        try:
+            found = parse_json(self._text[at:end]) if end is not None else None
+        except ValueError:
+            return None
+        arguments = found.get("arguments", found.get("parameters")) if isinstance(found, dict) else None
+        name = found.get("name") if isinstance(found, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(name, str) or name not in self._names:
+            return None
+        self._begin(name)
+        if self._index >= 0:
+            self._out.append(CallDelta(self._index, arguments=json.dumps(arguments, ensure_ascii=False)))
+        return end
 
     def _object_head(self, at: int) -> Generator[None, None, re.Match[str] | None]:
         """The beginning of {"name": ..., "arguments": ... ."""

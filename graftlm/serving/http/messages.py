@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, Tag, model_validator
+from pydantic import AfterValidator, Field, Tag, model_validator
 
 from graftlm.formatting import quote
 from graftlm.jsonfile import parse_json
@@ -13,8 +13,8 @@ from graftlm.serving.http.fields import Only, Read, Text, TextOrParts, fault
 MOST_CALLS = 1000
 TEXT_ONLY = "this server reads and writes text only"
 OLD_FUNCTIONS = "this is the older form of tools; write tools, tool_choice and tool_calls"
-_CallId = Annotated[str, Field(min_length=1, max_length=1000)]
-_FunctionName = Annotated[str, Field(min_length=1, max_length=128)]
+CallId = Annotated[str, Field(min_length=1, max_length=1000)]
+CalledName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class TextPart(Read):
@@ -34,31 +34,34 @@ _Parts = Annotated[list[TextPart], Field(max_length=10_000, fail_fast=True)]
 Content = Annotated[Annotated[Text, Tag("one")] | Annotated[_Parts, Tag("many")], TextOrParts]
 
 
-class CalledFunction(Read):
-    name: _FunctionName
-    arguments: Text
+def _object(arguments: str) -> str:
+    try:
+        whole = isinstance(parse_json(arguments or "{}"), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise fault(f"is {quote(arguments)}, and an object as JSON text is expected")
+    return arguments or "{}"
 
-    @model_validator(mode="after")
-    def _object(self) -> Self:
-        try:
-            whole = isinstance(parse_json(self.arguments or "{}"), dict)
-        except ValueError:
-            whole = False
-        if not whole:
-            raise fault(f"is {quote(self.arguments)}, and an object as JSON text is expected", "arguments")
-        return self
+
+CallArguments = Annotated[Text, AfterValidator(_object)]
+
+
+class CalledFunction(Read):
+    name: CalledName
+    arguments: CallArguments
 
 
 class ToolCall(Read):
     """A call in an assistant's message, as an answer has it."""
 
-    id: _CallId
+    id: CallId
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = Field(None, description="read and left aside: what a client puts together from a stream has it")
 
     def plain(self) -> dict[str, Any]:
-        function = {"name": self.function.name, "arguments": self.function.arguments or "{}"}
+        function = {"name": self.function.name, "arguments": self.function.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
@@ -73,7 +76,7 @@ class ChatMessage(Read):
     name: Annotated[str, Field(max_length=64)] | None = None
     reasoning_content: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_CALLS, fail_fast=True)] | None = None
-    tool_call_id: _CallId | None = None
+    tool_call_id: CallId | None = None
     refusal: Annotated[Any, Only(None, "", why="a refusal is no text for this model")] = None
     annotations: Annotated[Any, Only(None, [], why=TEXT_ONLY)] = None
     audio: Annotated[Any, Only(None, why=TEXT_ONLY)] = None

@@ -48,22 +48,10 @@ FunctionName = Annotated[str, AfterValidator(_function_name)]
 Parameters = Annotated[dict[str, Any], AfterValidator(_arguments)]
 
 
-class FunctionTool(BaseModel):
-    """A function that is offered. Keys beside these are part of what the model reads."""
+class _AsSent(BaseModel):
+    """Keeps what was sent, key by key. Keys that are not known are part of what the model reads."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-    name: FunctionName
-    description: Text | None = None
-    parameters: Parameters | None = None
-    strict: bool | None = Field(None, description="hold the arguments of every call to the schema in `parameters`")
-
-
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-    type: Literal["function"]
-    function: FunctionTool
     _sent: dict[str, Any] = PrivateAttr(default_factory=dict[str, Any])
 
     @model_validator(mode="wrap")
@@ -76,8 +64,21 @@ class Tool(BaseModel):
 
     @property
     def sent(self) -> dict[str, Any]:
-        """As it was sent, key by key."""
         return self._sent
+
+
+class FunctionTool(_AsSent):
+    """A function that is offered."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: Parameters | None = None
+    strict: bool | None = Field(None, description="hold the arguments of every call to the schema in `parameters`")
+
+
+class Tool(_AsSent):
+    type: Literal["function"]
+    function: FunctionTool
 
     @property
     def as_called(self) -> Function:
@@ -110,19 +111,20 @@ ToolChoice = Annotated[
 ]
 
 
-def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
-    """Raise a fault for a name that two functions have, or a choice of what is not there."""
+def check_tools(tools: Sequence[Tool], choice: ToolChoice | None, function: Sequence[str] = ("function",)) -> None:
+    """Raise a fault for a name that two functions have, or a choice of what is not there. `function`: where in a tool its
+    name is."""
     names: set[str] = set()
     for index, tool in enumerate(tools):
         if tool.function.name in names:
             raise fault(
                 f"is {quote(tool.function.name)}, and another function of this request has this name; rename one",
-                "tools", index, "function", "name",
+                "tools", index, *function, "name",
             )  # fmt: skip
         names.add(tool.function.name)
     if isinstance(choice, NamedTool) and choice.function.name not in names:
         known = f"tools has {', '.join(sorted(names))[:200]}" if names else "tools is missing or empty"
-        raise fault(f"is {quote(choice.function.name)}, and {known}", "tool_choice", "function", "name")
+        raise fault(f"is {quote(choice.function.name)}, and {known}", "tool_choice", *function, "name")
     if choice == "required" and not names:
         raise fault('is "required", and tools is missing or empty; give tools, or leave it out', "tool_choice")
 

@@ -304,3 +304,136 @@ def test_a_model_that_cannot_be_given_tools_says_why(server: tiny_server.Loopbac
     finally:
         encoders.base, kept.tokenizer.chat_template = kept, template
     assert type(kept)(kept.tokenizer, None, "text").style == "text"
+
+
+# ---- /v1/responses ---------------------------------------------------------------------------------------------------
+
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]  # type: ignore[dict-item]
+
+
+def respond(server: tiny_server.Loopback, given: Any, **more: Any) -> Any:
+    asked = {"model": "agent", "temperature": 0, "max_output_tokens": 80, "tools": FLAT, **more}
+    return server.openai().responses.create(input=given, **asked)
+
+
+def items_of(response: Any) -> list[tuple[Any, ...]]:
+    """Its items: calls with their arguments, texts."""
+    return [
+        (item.name, json.loads(item.arguments))
+        if item.type == "function_call"
+        else (item.type, "".join(part.text for part in item.content))
+        for item in response.output
+    ]
+
+
+def test_responses_are_the_answers_of_chats_as_items(server: tiny_server.Loopback) -> None:
+    for messages, content, calls in ANSWERS[:3]:
+        response = respond(server, messages[0]["content"])
+        assert items_of(response) == ([("message", content)] if content else []) + calls
+        assert (response.status, response.output_text) == ("completed", content or "")
+        chat = ask(server, messages).usage
+        assert (response.usage.input_tokens, response.usage.output_tokens) == (
+            chat.prompt_tokens,
+            chat.completion_tokens,
+        )
+    response = respond(server, [{"role": "user", "content": [{"type": "input_text", "text": "Hm?"}]}])
+    assert items_of(response) == [("reasoning", "Who asks?"), ("message", "Yes.")]
+    assert 0 < response.usage.output_tokens_details.reasoning_tokens < response.usage.output_tokens
+    short = respond(server, "Hour?", max_output_tokens=1)
+    assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_a_response_goes_on_with_the_items_that_the_client_got(server: tiny_server.Loopback) -> None:
+    said: list[Any] = [{"role": "user", "content": "Oslo?"}]
+    said += respond(server, said).output
+    said.append({"type": "function_call_output", "call_id": said[-1].call_id, "output": "rain"})
+    response = respond(server, said)
+    assert response.output_text == "It rains."
+    encoder = server.built.state.prompt_encoders.base.encoder
+    assert response.usage.input_tokens == len(encoder.prompt(ROWS[3][:3], TOOLS))
+    thought = respond(server, "Hm?").output
+    given = [{"role": "user", "content": "Hm?"}, *thought, {"role": "user", "content": "Oslo?"}]
+    used = respond(server, given, instructions="Be brief", max_output_tokens=1).usage
+    system = {"role": "system", "content": "Be brief"}
+    assert used.input_tokens == len(encoder.prompt([system, *ROWS[4], user("Oslo?")], TOOLS))
+
+
+@pytest.mark.parametrize("text", ["Oslo?", "Both?", "Hour?", "Hm?"])
+def test_the_events_of_a_response_put_together_are_the_response(server: tiny_server.Loopback, text: str) -> None:
+    events = list(respond(server, text, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == "response.completed"
+    assert events[0].response.status == "in_progress"
+    last = events[-1].response
+    assert items_of(last) == items_of(respond(server, text))
+    done = [event for event in events if event.type == "response.output_item.done"]
+    assert [event.output_index for event in done] == list(range(len(last.output)))
+    assert [event.item for event in done] == last.output
+    for index, item in enumerate(last.output):
+        own = [event for event in events if getattr(event, "item_id", None) == item.id]
+        assert {event.output_index for event in own} == {index}
+        told = "".join(event.delta for event in own if event.type.endswith(".delta"))
+        (whole,) = [event for event in own if event.type.endswith((".arguments.done", "_text.done", "arguments.done"))]
+        assert told == (item.arguments if item.type == "function_call" else item.content[0].text)
+        assert told == (whole.arguments if item.type == "function_call" else whole.text)
+    with server.openai().responses.stream(
+        model="agent", input=text, temperature=0, max_output_tokens=80, tools=FLAT
+    ) as stream:
+        assert items_of(stream.get_final_response()) == items_of(last)
+
+
+def test_a_responses_choice_of_tools_and_schema_are_kept(server: tiny_server.Loopback) -> None:
+    (item,) = respond(
+        server, "Oslo?", tool_choice={"type": "function", "name": "weather"}, parallel_tool_calls=False
+    ).output
+    assert (item.type, item.name) == ("function_call", "weather")
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    given = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    assert json.loads(respond(server, "Hm?", tools=[], text=given).output_text)["ok"] in (True, False)
+
+
+BAD_RESPONSES: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"store": True}, "store", "store is true, and this server stores no answers"),
+    ({"previous_response_id": "resp-1"}, "previous_response_id", "and this server stores no answers; send the whole"),
+    ({"background": True}, "background", "background is true"),
+    ({"input": []}, "input", "input has 0 items"),
+    ({"input": 5}, "input", "input is 5, and text, or a list of items is expected"),
+    ({"input": [{"type": "web_search_call"}]}, "input[0]", "input[0] is an object, and an item of type message, function"),
+    ({"input": [{"role": "human", "content": "x"}]}, "input[0].role", 'is "human", and'),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0].type",
+        'is "input_image", and this server reads and writes text only',
+    ),
+    (
+        {"input": [{"type": "function_call_output", "call_id": "z", "output": "x"}]}, "input[0].call_id",
+        'is "z", and no function_call before it has this id',
+    ),
+    ({"input": "x" * 3000}, "input", "the prompt has"),
+    ({"max_output_tokens": 9999}, "max_output_tokens", "together at most 256 fit"),
+    ({"tools": [WEATHER]}, "tools[0].name", "tools[0].name is missing"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type", 'is "web_search", and this server has no tools of its own'),
+    ({"tools": [FLAT[0], FLAT[0]]}, "tools[1].name", 'is "weather", and another function'),
+    ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", 'is "f", and tools has now, weather'),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", 'is missing, and type "json_schema"'),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}, "tools": []}, "text", "not supported"),
+    ({"reasoning": {"effort": "high"}}, "reasoning", "how much is reasoned is up to the model"),
+    ({"truncation": "auto"}, "truncation", "this server cuts no input"),
+]  # fmt: skip
+
+
+def test_what_is_wrong_with_a_response_is_told_by_its_field(server: tiny_server.Loopback) -> None:
+    good = {"model": "agent", "input": "Hm?", "max_output_tokens": 2, "tools": FLAT}
+    with server.client() as client:
+        for patch, param, text in BAD_RESPONSES:
+            found = client.post("/v1/responses", json=good | patch)
+            assert found.status_code == 400, (patch, found.text)
+            error = found.json()["error"]
+            assert error["param"] == param, error
+            assert text in error["message"], error
