@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from graftlm.serving.engine.answer_parser import AnswerParser, Piece, Reasoning
 from graftlm.serving.engine.prompts import PromptEncoder
-from graftlm.serving.engine.request import RequestOutput, TokenLogprobs
+from graftlm.serving.engine.request import RequestOutput
 from graftlm.serving.engine.tool_call_parser import CallDelta
+from graftlm.serving.http.logprobs_writer import Echo, LogprobsWriter
 
 _ID_LETTERS = string.ascii_letters + string.digits
 
@@ -58,13 +59,13 @@ class ResponseWriter:
     def __init__(
         self, kind: Literal["chat", "text"], model: str, fingerprint: str, prompts: PromptEncoder,
         parser: Callable[[], AnswerParser] = lambda: AnswerParser(None, None),
+        echo: Callable[[int], Echo | None] = lambda index: None,
     ) -> None:  # fmt: skip
-        """`parser` makes what reads the answer of one choice."""
+        """`parser` makes what reads the answer of one choice, `echo` gives the prompt that the text of a choice begins with."""
         self.chat = kind == "chat"
         self.id = new_id("chatcmpl" if self.chat else "cmpl")
-        self._prompts, self._parser = prompts, parser
+        self._parser, self._echo, self._logprobs = parser, echo, LogprobsWriter(prompts)
         self._common = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
-        self._offsets: dict[int, int] = {}
         self._parsers: dict[int, AnswerParser] = {}
 
     def whole(self, answers: Sequence[Sequence[RequestOutput]], used: dict[str, Any]) -> dict[str, Any]:
@@ -72,23 +73,30 @@ class ResponseWriter:
         choices: list[dict[str, Any]] = []
         for index, outputs in enumerate(answers):
             text = "".join(p.text for p in outputs)
+            reports = [c for p in outputs for c in p.logprobs]
             finish_reason: str | None = outputs[-1].finish_reason
             if self.chat:
                 parser = self._parser()
                 said: dict[str, Any] = {"message": _message(parser.push(text, last=True))}
                 finish_reason = _finish_reason(outputs[-1], parser)
+                logprobs = self._logprobs.of_chat(reports)
             else:
-                said = {"text": text}
-            reports = [c for p in outputs for c in p.logprobs]
-            choices.append(
-                {"index": index, **said, "logprobs": self._logprobs(index, reports), "finish_reason": finish_reason}
-            )
+                echo = self._echo(index)
+                said = {"text": echo.text + text if echo is not None else text}
+                logprobs = self._logprobs.of_text(index, reports, self._read(echo, outputs))
+            choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason})
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._common, "object": kind, "choices": choices, "usage": used}
 
-    def first(self, index: int, with_usage: bool) -> dict[str, Any]:
-        """The event of a stream of chats that begins choice `index`."""
-        return self._event(index, {"delta": {"role": "assistant", "content": ""}}, with_usage)
+    def first(self, index: int, output: RequestOutput, with_usage: bool) -> list[dict[str, Any]]:
+        """The event of a stream that begins choice `index`, before its first output; none for a text without echo."""
+        if self.chat:
+            return [self._event(index, {"delta": {"role": "assistant", "content": ""}}, with_usage)]
+        echo = self._echo(index)
+        if echo is None:
+            return []
+        logprobs = self._logprobs.of_text(index, [], self._read(echo, [output]))
+        return [self._event(index, {"text": echo.text}, with_usage, logprobs)]
 
     def chunks(self, index: int, output: RequestOutput, with_usage: bool) -> list[dict[str, Any]]:
         """The events of a stream for what is new of choice `index`; none where nothing is certain yet."""
@@ -99,9 +107,10 @@ class ResponseWriter:
             said: list[dict[str, Any]] = [{"delta": _delta(piece)} for piece in pieces if _delta(piece)]
             finish_reason = _finish_reason(output, parser)
             empty: dict[str, Any] = {"delta": {}}
+            logprobs = self._logprobs.of_chat(output.logprobs)
         else:
             said, empty = ([{"text": output.text}] if output.text else []), {"text": ""}
-        logprobs = self._logprobs(index, output.logprobs)
+            logprobs = self._logprobs.of_text(index, output.logprobs)
         if not said and (finish_reason is not None or logprobs is not None):
             said = [empty]
         last = len(said) - 1
@@ -110,51 +119,24 @@ class ResponseWriter:
             for i, one in enumerate(said)
         ]
 
+    def last(self, used: dict[str, Any]) -> dict[str, Any]:
+        """The event after the last choice that says what the answer cost."""
+        return {**self._chunk(), "choices": [], "usage": used}
+
+    def _read(self, echo: Echo | None, outputs: Sequence[RequestOutput]) -> Echo | None:
+        """An echo with its log probabilities, which the first answer to its prompt brings for all of them."""
+        if echo is not None:
+            echo.reports = next((p.prompt_logprobs for p in outputs if p.prompt_logprobs is not None), echo.reports)
+        return echo
+
     def _event(
         self, index: int, said: dict[str, Any], with_usage: bool, logprobs: Any = None, finish_reason: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._chunk(), "choices": [choice], **({"usage": None} if with_usage else {})}
 
-    def last(self, used: dict[str, Any]) -> dict[str, Any]:
-        """The event after the last choice that says what the answer cost."""
-        return {**self._chunk(), "choices": [], "usage": used}
-
     def _chunk(self) -> dict[str, Any]:
         return {**self._common, "object": "chat.completion.chunk" if self.chat else "text_completion"}
-
-    def _logprobs(self, index: int, reports: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        if not reports:
-            return None
-        if self.chat:
-            return {
-                "content": [
-                    {**self._token(c.token, c.logprob), "top_logprobs": [self._token(*pair) for pair in c.top]}
-                    for c in reports
-                ],
-                "refusal": None,
-            }
-        tokens = [self._text(c.token) for c in reports]
-        at = self._offsets.get(index, 0)
-        offsets: list[int] = []
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
-        self._offsets[index] = at
-        top = [{self._text(token): value for token, value in c.top} for c in reports]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [c.logprob for c in reports],
-            "top_logprobs": top,
-            "text_offset": offsets,
-        }
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
-
-    def _text(self, token: int) -> str:
-        return self._prompts.tokenizer.decode([token], skip_special_tokens=False)
 
 
 def _message(pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
@@ -22,6 +22,7 @@ from graftlm.serving.engine.request import Request as EngineRequest
 from graftlm.serving.http.answer_writer import new_id
 from graftlm.serving.http.api_keys import Tenant
 from graftlm.serving.http.dependencies import ApiError, ServerState, as_api_error, without_paths
+from graftlm.serving.http.logprobs_writer import Echo
 from graftlm.serving.http.middleware import PARSED
 from graftlm.serving.http.model_registry import ServedModel
 from graftlm.serving.http.protocol import ChatRequest, CompletionRequest
@@ -46,11 +47,17 @@ class Asked:
     """Makes what reads one answer."""
     guided_by: str = "response_format"
     """The field that has the schema of an answer."""
+    echoes: list[Echo] = field(default_factory=list[Echo])
+    """Each prompt, where answers begin with it."""
 
     @property
     def places(self) -> dict[str, int]:
         """By the id of an engine's request, the number of its first answer."""
         return {one.id: i * self.n for i, one in enumerate(self.requests)}
+
+    def echo(self, index: int) -> Echo | None:
+        """The prompt that answer `index` begins with, if it does."""
+        return self.echoes[index // self.n] if self.echoes else None
 
 
 async def ask_chat(
@@ -88,7 +95,9 @@ async def ask_texts(
     ids = await prompts_of(encoder, body.prompts)
     grammar = await _grammar(state, encoder, body.wanted_schema, None, opened=False, thinks=False)
     requests = _engine_requests(state, tenant, served, encoder, ids, body, grammar)
-    return Asked(served=served, encoder=encoder, requests=requests, n=body.n or 1)
+    texts = [given if isinstance(given, str) else encoder.show(given) for given in body.prompts] if body.echo else []
+    echoes = [Echo(text, one) for text, one in zip(texts, ids)]
+    return Asked(served=served, encoder=encoder, requests=requests, n=body.n or 1, echoes=echoes)
 
 
 async def _grammar(
@@ -124,6 +133,7 @@ def _engine_requests(
         engine_request(
             state, tenant, served, encoder, one, _max_tokens(state, body.max_new_tokens, len(one)), n=body.n or 1,
             sampling=sampling, stop_ids=stop_ids, stop=body.stops, logprobs=body.alternatives, grammar=grammar,
+            prompt_logprobs=body.logprobs if isinstance(body, CompletionRequest) and body.echo else None,
         )
         for one in ids
     ]  # fmt: skip

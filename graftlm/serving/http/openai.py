@@ -59,7 +59,7 @@ async def _answer(
     state: ServerState, request: Request, asked: Asked, body: ChatRequest | CompletionRequest
 ) -> Response:
     kind = "chat" if isinstance(body, ChatRequest) else "text"
-    writer = ResponseWriter(kind, body.model, state.fingerprint[:16], asked.encoder, asked.parser)
+    writer = ResponseWriter(kind, body.model, state.fingerprint[:16], asked.encoder, asked.parser, asked.echo)
     news = outputs_of(state, asked.requests, asked.served, asked.guided_by)
     place, headers = asked.places, version_headers(asked.served)
     async with aborted_on_disconnect(request, state, asked.requests):
@@ -122,9 +122,9 @@ async def _events(
         out: list[bytes] = []
         for output in outputs:
             index = place[output.id] + output.index
-            if writer.chat and index not in begun:
+            if index not in begun:
                 begun.add(index)
-                out.append(sse(writer.first(index, with_usage)))
+                out += [sse(chunk) for chunk in writer.first(index, output, with_usage)]
             if output.finish_reason is not None:
                 ends.append(output)
             out += [sse(chunk) for chunk in writer.chunks(index, output, with_usage)]

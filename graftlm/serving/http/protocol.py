@@ -161,7 +161,10 @@ class CompletionRequest(_GenerationRequest):
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    echo: Annotated[Any, Only(None, False, why="this server does not write the prompt again")] = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
+    echo: bool | None = Field(
+        None, description="begin the answer with the prompt; with logprobs, also with its tokens'"
+    )
     best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
     suffix: Annotated[Any, Only(None, "", why="this server writes nothing in front of a text")] = None
 
@@ -172,6 +175,11 @@ class CompletionRequest(_GenerationRequest):
                 f"is {self.best_of}, and n is {self.n or 1}: as many answers are written as are returned; leave it out",
                 "best_of",
             )
+        if self.max_tokens == 0 and not self.echo:
+            raise fault(
+                "is 0, and at least 1 is expected; with echo, 0 asks for the prompt alone", "max_tokens",
+                code="integer_below_min_value",
+            )  # fmt: skip
         return self
 
     @property

@@ -16,14 +16,15 @@ from pydantic import ValidationError
 
 from graftlm.data.rows import ROLES
 from graftlm.serving.http import messages as chat_messages
-from graftlm.serving.http import middleware, protocol
+from graftlm.serving.http import middleware, protocol, response_request
 
 ADMIN = "admin-key-1"
-CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+CHAT, TEXT, EMBED, RESPOND = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"model": "base", "messages": [{"role": "user", "content": "3: "}], "max_tokens": 2, "temperature": 0},
     TEXT: {"model": "base", "prompt": "3: ", "max_tokens": 2, "temperature": 0},
     EMBED: {"model": "base", "input": "3: "},
+    RESPOND: {"model": "base", "input": "3: ", "max_output_tokens": 2, "temperature": 0},
     "/v1/adapters/load": {"adapter": "says@1"},
     "/v1/adapters/unload": {"adapter": "alpha@7"},
     "/v1/adapters/alias": {"name": "says", "alias": "prod", "version": 1},
@@ -31,6 +32,7 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 MODELS = {
     CHAT: protocol.ChatRequest, TEXT: protocol.CompletionRequest, EMBED: protocol.EmbeddingRequest,
+    RESPOND: response_request.ResponseRequest,
     "/v1/adapters/load": protocol.AdapterRequest, "/v1/adapters/unload": protocol.AdapterRequest,
     "/v1/adapters/alias": protocol.AliasRequest, "/v1/adapters/rollback": protocol.RollbackRequest,
 }  # fmt: skip
@@ -182,7 +184,7 @@ TABLE: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"reasoning_effort": "high"}, "reasoning_effort", 'reasoning_effort is "high"'),
     (CHAT, {"functions": [{}]}, "functions", "functions is a list of 1 item, and this is the older form of tools"),
     (CHAT, {"echo": True}, "echo", "echo is no field of this request"),
-    (TEXT, {"echo": True}, "echo", "echo is true, and this server does not write the prompt again; leave it out"),
+    (TEXT, {"echo": "yes"}, "echo", 'echo is "yes", and true or false is expected'),
     (TEXT, {"suffix": "x"}, "suffix", 'suffix is "x"'),
     (TEXT, {"temprature": 1}, "temprature", "temprature is no field of this request, did you mean 'temperature'?"),
     (TEXT, {"\x00\n": 1}, '"\\u0000\\n"', "is no field of this request"),
@@ -323,11 +325,13 @@ def test_every_field_of_openais_client_is_known() -> None:
     from openai.types import embedding_create_params as embed
     from openai.types.chat import ChatCompletionAssistantMessageParam, ChatCompletionMessage
     from openai.types.chat import completion_create_params as chat
+    from openai.types.responses import response_create_params as respond
 
     for theirs, ours in (
         (chat.CompletionCreateParamsStreaming, protocol.ChatRequest),
         (text.CompletionCreateParamsStreaming, protocol.CompletionRequest),
         (embed.EmbeddingCreateParams, protocol.EmbeddingRequest),
+        (respond.ResponseCreateParamsStreaming, response_request.ResponseRequest),
         (ChatCompletionAssistantMessageParam, chat_messages.ChatMessage),
     ):
         assert get_type_hints(theirs).keys() <= ours.model_fields.keys(), theirs
