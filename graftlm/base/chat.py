@@ -116,6 +116,15 @@ class Encoder:
                 stops.update(self._backend.encode(text, add_special_tokens=False).ids[:1])
         return frozenset(stops)
 
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The stop tokens as the text that they have in a rendered conversation."""
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)))
+
+    def attempt(self, messages: Sequence[Message], tools: Tools | None = None, *, prompt: bool = False) -> str | None:
+        """The text of a conversation, with the generation prompt or without; None where the template refuses it."""
+        return self._template_for(tools).renderer.attempt(messages, tools, prompt=prompt)
+
     # ------------------------------------------------------------------------------------------------ one row
 
     def chat(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:

@@ -286,9 +286,9 @@ ANSWERS: dict[str, OptionAnswer] = {
         "structured_outputs_config",
         OptionAnswer(_ALWAYS_ON, None),
     ),
-    **_each(
-        "enable_auto_tool_choice tool_call_parser reasoning_parser",
-        OptionAnswer("tool calls and reasoning come back as the model writes them; leave it out", _NO),
+    "enable_auto_tool_choice": OptionAnswer(
+        "tool calls are read where a request has tools; their form is found in the chat template, or is --tool-call-parser",
+        _YES,
     ),
     **_each(
         "tensor_parallel_size pipeline_parallel_size data_parallel_size distributed_executor_backend",

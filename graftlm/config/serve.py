@@ -30,6 +30,8 @@ _FOR_VLLM = frozenset(
         "engine",
         "out",
         "follow",
+        "tool_call_parser",
+        "reasoning_parser",
     }
 )
 
@@ -65,6 +67,13 @@ class ServeConfig(Config):
     format: Literal["auto", "chat", "text"] = option(
         "auto", "chat applies the chat template; auto does what the adapter was trained with", group="server"
     )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = option(
+        "auto", "form of tool calls in answers, by vLLM's name; auto finds it in the chat template", group="server"
+    )
+    reasoning_parser: Literal["auto", "qwen3", "deepseek_r1", "none"] = option(
+        "auto", "how reasoning is told from content, by vLLM's name; auto does where the chat template has it; none never",
+        group="server",
+    )  # fmt: skip
     drain_seconds: float = option(
         30.0, "seconds that running requests have to finish after SIGTERM", group="server", ge=0, allow_inf_nan=False
     )

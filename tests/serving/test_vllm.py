@@ -114,6 +114,15 @@ def test_a_store_without_adapters_for_this_base_is_refused(tmp_path: Path) -> No
     assert not any((tmp_path / "out").glob("beta*"))
 
 
+def test_named_parsers_are_options_of_the_command(tmp_path: Path) -> None:
+    place = tiny_server.new_store(tmp_path)
+    given = {"store": place, "out": tmp_path / "out", "adapter": ["alpha"]}
+    parsers = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
+    command = export_for_vllm(config(**given, **parsers), lambda text: None)["command"]
+    assert " --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3 " in command
+    assert "-parser " not in export_for_vllm(config(**given), lambda text: None)["command"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

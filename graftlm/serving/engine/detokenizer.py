@@ -59,16 +59,17 @@ class Detokenizer:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        keep = 0 if last else self._overlap()
+        keep = 0 if last else overlap(self._held, self._stops)
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
-    def _overlap(self) -> int:
-        """Length of the longest end of the held text that is a proper beginning of a stop string."""
-        longest = max(map(len, self._stops)) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            end = self._held[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return size
-        return 0
+
+def overlap(text: str, words: Collection[str]) -> int:
+    """Length of the longest end of a text that is a proper beginning of one of some words."""
+    longest = max(map(len, words)) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        end = text[-size:]
+        if any(word.startswith(end) for word in words):
+            return size
+    return 0

@@ -285,12 +285,14 @@ class Engine:
 
     def _sample(self, sequences: list[Sequence], states: Tensor, outputs: list[RequestOutput]) -> None:
         """The next token of each sequence whose tokens are all computed; the embedding of each that wants that."""
-        rows = [i for i, s in enumerate(sequences) if s.num_uncomputed == 0 and not s.request.embed]
+        rows = [i for i, s in enumerate(sequences) if s.num_uncomputed == 0 and s.request.max_tokens > 0]
         for sequence in sequences:
             if sequence.request.embed and sequence.num_uncomputed == 0:
                 assert sequence.hidden_sum is not None
                 mean = sequence.hidden_sum / sequence.prompt_length  # (width,)
                 self._end(sequence, "stop", outputs, embedding=mean.tolist())
+            elif sequence.num_uncomputed == 0 and sequence.request.max_tokens == 0:
+                self._end(sequence, "length", outputs)
         if not rows:
             return
         ready = [sequences[i] for i in rows]
@@ -329,6 +331,7 @@ class Engine:
             elif sequence.num_generated >= request.max_tokens:
                 output.finish_reason = "length"
         if output.finish_reason is None:
+            output.prompt_logprobs = sequence.take_prompt_logprobs()
             outputs.append(output)
         else:
             self._deliver_last(sequence, output, outputs)
@@ -346,6 +349,7 @@ class Engine:
     def _deliver_last(self, sequence: Sequence, output: RequestOutput, outputs: list[RequestOutput]) -> None:
         """Deliver a sequence's last output, with its counts, and give up what it holds."""
         output.text += sequence.detokenizer.flush()
+        output.prompt_logprobs = sequence.take_prompt_logprobs()
         output.prompt_tokens = sequence.prompt_length
         output.cached_tokens = sequence.cached_prompt_tokens
         output.completion_tokens = sequence.num_generated

@@ -8,36 +8,51 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from graftlm.adapters import peft_format as adapter_format
 from graftlm.base.chat import Encoder
 from graftlm.base.loading import Base, load_tokenizer
-from graftlm.errors import DataError, ModelError
+from graftlm.base.template_render import Tools, message_of, probe_text
+from graftlm.errors import DataError, ModelError, RequestError
 from graftlm.jsonfile import read_json
+from graftlm.serving.engine.answer_parser import CLOSE, OPEN
+from graftlm.serving.engine.tool_call_forms import FORM_NAMES, CallForm, find_form, usual_form, writes_tools
 
 Style = Literal["chat", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parsers:
+    """How answers to chats are read: `auto` finds it in the chat template, other names are those of vLLM's parsers."""
+
+    tool_calls: str = "auto"
+    reasoning: str = "auto"
 
 
 class PromptEncoder:
     """Turns chats and texts into prompts for one base, or one adapter version on it."""
 
-    def __init__(self, tokenizer: Any, known: Mapping[str, Any] | None, style: str = "auto") -> None:
+    def __init__(
+        self, tokenizer: Any, known: Mapping[str, Any] | None, style: str = "auto", parsers: Parsers = Parsers()
+    ) -> None:
         """`known` is the manifest of the adapter, or of a tuned model; `style` may force chat or text."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self._parsers = tokenizer, parsers
         self.encoder = Encoder(tokenizer, date=((known or {}).get("template") or {}).get("date"))
         self.style: Style = choose_format(style, known, self.encoder)
         self.stop_ids = self.encoder.stop_ids
         self.hidden_ids = hidden_ids(self.encoder)
 
-    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def chat(self, messages: Sequence[dict[str, Any]], tools: Tools | None = None) -> list[int]:
         """The tokens that ask for the next assistant turn. One that knows texts only is given the contents as one text.
 
         Raises DataError for a conversation that the template refuses.
         """
         if self.style == "chat":
-            return self.encoder.prompt(messages)
+            return self.encoder.prompt(messages, tools)
         if not messages:
             raise DataError("a conversation needs at least one message")
         return self.text("\n".join(str(message.get("content") or "") for message in messages))
@@ -45,6 +60,48 @@ class PromptEncoder:
     def text(self, prompt: str) -> list[int]:
         """The tokens of a raw prompt."""
         return self.encoder.prompt_text(prompt)
+
+    @cached_property
+    def _form(self) -> CallForm | str:
+        """The form of tool calls, or why there is none."""
+        if self.style != "chat":
+            return "it is asked in plain text, since it has no chat template or was trained without (graft serve --format chat)"
+        if not writes_tools(self.encoder):
+            return "its chat template has no place for tools"
+        found = find_form(self.encoder)
+        name = next((one for one in FORM_NAMES if one == self._parsers.tool_calls), None)
+        if name is not None:
+            return found if found is not None and found.name == name else usual_form(name)
+        if found is None:
+            known = ", ".join(FORM_NAMES)
+            return (
+                f"its chat template writes calls in a form that this server does not read; it reads {known} "
+                "(graft serve --tool-call-parser)"
+            )
+        return found
+
+    def call_form(self) -> CallForm:
+        """The form in which this model writes tool calls. Raises RequestError where it cannot be given tools."""
+        if isinstance(self._form, str):
+            raise RequestError(f"this model cannot be given tools: {self._form}; leave tools out", field="tools")
+        return self._form
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether reasoning is told from content in answers: by name, or where the chat template has it."""
+        if self.style != "chat" or self._parsers.reasoning == "none":
+            return False
+        if self._parsers.reasoning != "auto":
+            return True
+        turn = {**message_of("assistant", probe_text(1)), "reasoning_content": probe_text(2)}
+        text = self.encoder.attempt([message_of("user", probe_text(0)), turn])
+        return CLOSE in self.encoder.template or (text is not None and CLOSE in text)
+
+    def opens_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether the answer to a prompt begins within reasoning: the prompt ends so, or `deepseek_r1` takes it so."""
+        if not self.thinks:
+            return False
+        return self._parsers.reasoning == "deepseek_r1" or self.show(prompt[-16:]).rstrip().endswith(OPEN)
 
     def show(self, ids: Sequence[int]) -> str:
         """Tokens as the text that a reader gets."""
@@ -76,9 +133,9 @@ class PromptEncoderCache:
 
     _MOST, _MOST_KINDS = 256, 32
 
-    def __init__(self, base: Base, style: str = "auto") -> None:
-        self._tokenizer, self._style = base.tokenizer, style
-        self.base = PromptEncoder(base.tokenizer, _tuned(base.folder), style)
+    def __init__(self, base: Base, style: str = "auto", parsers: Parsers = Parsers()) -> None:
+        self._tokenizer, self._style, self._parsers = base.tokenizer, style, parsers
+        self.base = PromptEncoder(base.tokenizer, _tuned(base.folder), style, parsers)
         self._of: OrderedDict[str, PromptEncoder] = OrderedDict()
         self._kinds: OrderedDict[str, PromptEncoder] = OrderedDict()
 
@@ -100,7 +157,11 @@ class PromptEncoderCache:
             own = manifest() if manifest is not None else adapter_format.inspect_folder(folder).manifest
             known = own or _tuned_or_none(self.base)
             listed = (folder / "tokenizer.json").is_file() if own is None else "tokenizer.json" in own["files"]
-            found = PromptEncoder(load_tokenizer(folder), known, self._style) if listed else self._like(known)
+            found = (
+                PromptEncoder(load_tokenizer(folder), known, self._style, self._parsers)
+                if listed
+                else self._like(known)
+            )
             self._of[digest] = found
             if len(self._of) > self._MOST:
                 self._of.popitem(last=False)
@@ -112,7 +173,7 @@ class PromptEncoderCache:
         kind = f"{((known or {}).get('template') or {}).get('date')} {sorted(formats)}"
         found = self._kinds.get(kind)
         if found is None:
-            found = self._kinds[kind] = PromptEncoder(self._tokenizer, known, self._style)
+            found = self._kinds[kind] = PromptEncoder(self._tokenizer, known, self._style, self._parsers)
             if len(self._kinds) > self._MOST_KINDS:
                 self._kinds.popitem(last=False)
         return found

@@ -66,7 +66,7 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     max_tokens: int = 16
-    """Most new tokens; 0 with `embed`."""
+    """Most new tokens; 0 with `embed`, or where only the prompt is asked about."""
     adapter: str = ""
     """Digest of an adapter version; empty for the bare base."""
     tenant: str = ""
@@ -79,6 +79,8 @@ class Request:
     """Tokens that are no part of the text: those that begin, end and pad."""
     logprobs: int | None = None
     """How many alternatives to report beside each token's own log probability; None for no report."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, from the second on; they are computed anew, whatever the prefix cache has."""
     grammar: Grammar | None = None
     embed: bool = False
     """Answer with the mean of the states before the head instead of tokens."""
@@ -106,6 +108,8 @@ class RequestOutput:
     text: str = ""
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt's tokens from the second on, in the first output of the first answer to it, where they were wanted."""
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -124,4 +128,5 @@ class RequestOutput:
             text=self.text + later.text,
             tokens=self.tokens + later.tokens,
             logprobs=self.logprobs + later.logprobs,
+            prompt_logprobs=later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs,
         )

@@ -30,8 +30,11 @@ from graftlm.segments import Segments
 from graftlm.serving.engine.graph_decoder import GraphDecoder, graph_decoder_of
 from graftlm.serving.engine.kv_cache import BlockPool, hash_block, hash_root
 from graftlm.serving.engine.native_decoder import NativeDecoder, native_decoder_of
+from graftlm.serving.engine.sampling import logprobs_of
 from graftlm.serving.engine.sequence import Sequence
 
+_PROMPT_ROWS = 64
+"""Tokens of a prompt whose logits are in memory at once."""
 Work = list[tuple[Sequence, int]]
 
 
@@ -80,12 +83,13 @@ class PagedRunner:
         if not self._batch_slots:
             return False
         size = self.blocks.size
-        reusable = (
-            0 if sequence.request.embed else (len(sequence.tokens) - 1) // size
-        )  # the last token is always computed
+        # The last token is always computed, and all of them where something of each is wanted.
+        wanted = sequence.request.embed or sequence.prompt_logprobs is not None
+        reusable = 0 if wanted else (len(sequence.tokens) - 1) // size
         self._hash_blocks(sequence, reusable)
         cached = self.blocks.find_cached_prefix(sequence.block_hashes[:reusable])
-        needed = -(-(len(sequence.tokens) + 1) // size) - len(cached)
+        new = min(sequence.request.max_tokens, 1)
+        needed = -(-(len(sequence.tokens) + new) // size) - len(cached)
         if needed > self.blocks.available:
             self.blocks.free(cached)
             return False
@@ -143,6 +147,7 @@ class PagedRunner:
         for sequence, n in work:
             start, end = end, end + n
             ends.append(end - 1)
+            report_prompt(self.base, sequence, hidden[start:end], sequence.num_computed)
             if sequence.request.embed:
                 total = hidden[start : start + n].sum(0, dtype=torch.float32)  # (width,)
                 sequence.hidden_sum = total if sequence.hidden_sum is None else sequence.hidden_sum + total
@@ -274,6 +279,7 @@ class StackedRunner:
         else:
             hidden = self.base.hidden(ids.reshape(-1), context).view(*ids.shape, -1)
         for sequence, states in zip(group.sequences, hidden):
+            report_prompt(self.base, sequence, states, computed)
             if sequence.request.embed:
                 sequence.hidden_sum = states.sum(0, dtype=torch.float32)
             sequence.num_computed = len(sequence.tokens)
@@ -281,6 +287,21 @@ class StackedRunner:
 
 
 ModelRunner = PagedRunner | StackedRunner
+
+
+def report_prompt(base: Base, sequence: Sequence, states: Tensor, first: int) -> None:
+    """Keep the log probabilities that a request wants of its prompt, from the states (n, width) of tokens from `first` on.
+
+    The state of a token tells of the next one. What was told before the sequence was preempted is not told again.
+    """
+    told, count = sequence.prompt_logprobs, sequence.request.prompt_logprobs
+    if told is None or count is None:
+        return
+    end = min(first + len(states), sequence.prompt_length - 1)
+    for at in range(max(first, len(told)), end, _PROMPT_ROWS):
+        until = min(at + _PROMPT_ROWS, end)
+        rows = logits(base, states[at - first : until - first], [sequence.adapter_slot] * (until - at))  # (n, V)
+        told += logprobs_of(rows, sequence.tokens[at + 1 : until + 1], count)
 
 
 def logits(base: Base, states: Tensor, slots: Sequences[int]) -> Tensor:

@@ -163,6 +163,19 @@ def _pick(p: Tensor, u: Tensor) -> Tensor:
     return (part * _PART + torch.minimum(place, last))[:, 0].clamp_max(m - 1)
 
 
+def logprobs_of(logits: Tensor, tokens: Sequences[int], count: int) -> list[TokenLogprobs]:
+    """The log probability of a token in each row of logits (n, V), and the `count` likeliest tokens with theirs."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)  # (n, V)
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]))  # (n, count)
+    own = logprobs.gather(1, _on(logits.device, list(tokens))[:, None])  # (n, 1)
+    read = torch.cat([own.double(), values.double(), ids.double()], dim=1).tolist()  # exactly what they were
+    size = values.shape[1]
+    return [
+        TokenLogprobs(token, row[0], tuple(zip(map(int, row[1 + size :]), row[1 : 1 + size])))
+        for token, row in zip(tokens, read)
+    ]
+
+
 def _logprobs(rows: Sequences[tuple[Tensor, int, int]]) -> list[TokenLogprobs]:
     """Of each (row of logits (V,), token, count): the token's log probability, and the `count` likeliest tokens with theirs.
 

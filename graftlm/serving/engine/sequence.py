@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from graftlm.serving.engine.detokenizer import Detokenizer
-from graftlm.serving.engine.request import Request
+from graftlm.serving.engine.request import Request, TokenLogprobs
 
 
 class Sequence:
@@ -41,8 +41,17 @@ class Sequence:
         """How often it was passed over in admission because its adapter found no slot."""
         self.hidden_sum: Tensor | None = None
         """Sum of the hidden states of an `embed` request, (width,) float32."""
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            [] if request.prompt_logprobs is not None and index == 0 else None
+        )
+        """Of the prompt's tokens from the second on, as far as they are computed; None where nobody wants them, or has them."""
         self.aborted = False
         self.done = False
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """The prompt's log probabilities, once."""
+        found, self.prompt_logprobs = self.prompt_logprobs, None
+        return found
 
     @property
     def prompt_length(self) -> int:

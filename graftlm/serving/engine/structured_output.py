@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import RequestError
+from graftlm.formatting import quote
 from graftlm.kernels import to_device
 from graftlm.serving.engine.schema_endings import endless
+from graftlm.serving.engine.tool_grammar import CallConstraint, calls_grammar, reasoned_json
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _MOST_SCHEMA = 100_000  # characters
@@ -31,14 +33,12 @@ class GrammarCompiler:
         self._bound: Any = None
         self._lock = threading.Lock()
 
-    def json(self, schema: dict[str, Any] | None = None) -> JsonGrammar:
-        """A grammar for JSON of `schema` (any object without one). Raises RequestError for one that cannot be followed."""
-        try:
-            from llguidance import LLMatcher
-        except ImportError:
-            raise _refused(
-                "JSON-schema output needs llguidance; install it on the server: pip install 'graftlm[serve]'"
-            ) from None
+    def json(self, schema: dict[str, Any] | None = None, *, opened: bool = False) -> JsonGrammar:
+        """A grammar for JSON of `schema` (any object without one), behind reasoning where the prompt has `opened` it.
+
+        Raises RequestError for one that cannot be followed.
+        """
+        LLMatcher = _matcher()
         wanted = ANY_OBJECT if schema is None else schema
         text = json.dumps(wanted)
         if len(text) > _MOST_SCHEMA:
@@ -57,11 +57,46 @@ class GrammarCompiler:
                 f"the schema has no answer that ends: {place[:200]} needs itself again and again; make a property optional, or "
                 "allow something else, such as null, by anyOf"
             )
-        found = JsonGrammar(bound, grammar, self._vocabulary)
+        found = self._begun(grammar)
+        return self._lark(reasoned_json(wanted, self._special())) if opened else found
+
+    def calls(self, wanted: CallConstraint, *, opened: bool = False, thinks: bool = False) -> JsonGrammar:
+        """A grammar for an answer that calls functions (`calls_grammar` says how). Raises RequestError for a schema that
+        cannot be followed, with its function's name."""
+        for function in wanted.functions:
+            try:
+                self.json(function.schema)
+            except RequestError as error:
+                raise RequestError(f"tools: function {quote(function.name)}: {error}", field="tools") from None
+        if wanted.instead is not None:
+            self.json(wanted.instead)
+        return self._lark(calls_grammar(wanted, self._special(), opened=opened, thinks=thinks))
+
+    def _lark(self, grammar: str) -> JsonGrammar:
+        """A grammar whose schemas can be followed each by itself."""
+        LLMatcher, bound = _matcher(), self._bind()
+        try:
+            compiled = LLMatcher.grammar_from_lark(grammar)
+            fault = LLMatcher.validate_grammar(compiled, bound)
+        except ValueError as error:
+            compiled, fault = "", str(error) or "it is no grammar"
+        if fault:
+            raise RequestError(f"the tools cannot be followed together: {_reason(fault)}", field="tools")
+        return self._begun(compiled)
+
+    def _begun(self, grammar: str) -> JsonGrammar:
+        """A grammar that was seen to begin."""
+        found = JsonGrammar(self._bind(), grammar, self._vocabulary)
         failure = found.start().begin()
         if failure:
             raise _refused(f"the schema cannot be followed: {failure}")
         return found
+
+    def _special(self) -> dict[str, int]:
+        """The tokens that are not written as text: llguidance takes some for it that a tokenizer does not."""
+        bound = self._bind()
+        added: dict[str, int] = self._tokenizer.get_added_vocab()
+        return {text: id for text, id in added.items() if id < self._vocabulary and bound.is_special_token(id)}
 
     def _bind(self) -> Any:
         """The tokenizer as llguidance reads it, made once: it takes a second."""
@@ -127,6 +162,16 @@ class GrammarMatcher:
         if failed:
             lines = self._matcher.get_error().strip().splitlines()
             self.failure = f"no token may come next ({lines[0][:200] if lines else 'the tokenizer has none for it'})"
+
+
+def _matcher() -> Any:
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise _refused(
+            "JSON-schema output needs llguidance; install it on the server: pip install 'graftlm[serve]'"
+        ) from None
+    return LLMatcher
 
 
 def _reason(fault: str) -> str:

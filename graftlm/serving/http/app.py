@@ -1,6 +1,6 @@
 """OpenAI's HTTP interface over the engine: the application that joins the routes, and nothing of models.
 
-    POST /v1/chat/completions   /v1/completions   /v1/embeddings         GET /v1/models   /v1/models/NAME
+    POST /v1/chat/completions   /v1/completions   /v1/responses   /v1/embeddings    GET /v1/models   /v1/models/NAME
     GET  /v1/adapters           POST /v1/adapters/load  unload  alias  rollback (an admin's key)
     GET  /  (a page)   /healthz   /readyz   /metrics   /openapi.json
 
@@ -25,6 +25,7 @@ from graftlm import __version__
 from graftlm.errors import GraftError
 from graftlm.serving.http import admin as administration
 from graftlm.serving.http import openai as answers
+from graftlm.serving.http import responses
 from graftlm.serving.http.dependencies import ApiError, OptionalTenantDep, ServerState, StateDep, as_api_error
 from graftlm.serving.http.invalid import explain
 from graftlm.serving.http.metrics import CONTENT_TYPE
@@ -39,6 +40,7 @@ from graftlm.serving.http.middleware import (
 router = APIRouter()
 _NAMES = {
     "/v1/chat/completions": {"prompt": "messages"}, "/v1/embeddings": {"prompt": "input"},
+    "/v1/responses": {"prompt": "input", "max_tokens": "max_output_tokens", "response_format": "text"},
     "/v1/adapters/load": {"model": "adapter"}, "/v1/adapters/unload": {"model": "adapter"},
 }  # fmt: skip
 """What the fields of a path are called, where not as everywhere."""
@@ -54,7 +56,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(GraftError, _graft_error)
     app.add_exception_handler(Exception, _unexpected)
-    for part in (answers.router, administration.router, router):
+    for part in (answers.router, responses.router, administration.router, router):
         app.include_router(part)
     return app
 

@@ -14,6 +14,8 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from graftlm.errors import nearest
 
+BRANCH = "#"
+"""How the name of a union's branch begins whose value is an object."""
 MOST_STOPS, MOST_PROMPTS, MOST_BIASES = 16, 256, 1024
 
 Text = Annotated[str, Field(max_length=10_000_000)]
@@ -63,7 +65,7 @@ class Only:
         raise PydanticCustomError("only", "{why}", {"why": self._why})
 
 
-def _expecting(kind: Any, expected: str) -> Discriminator:
+def expecting(kind: Any, expected: str) -> Discriminator:
     """Which branch of a union reads a value; `kind` returns its tag, or None where there is none."""
     return Discriminator(kind, custom_error_type="expected", custom_error_message=expected)
 
@@ -78,7 +80,7 @@ def _texts_or_ids(value: Any) -> str | None:
     return "ids" if isinstance(value[0], (int, float)) else "many ids" if isinstance(value[0], list) else "many"
 
 
-TextOrParts = _expecting(one_or_many, "text, or a list of parts")
+TextOrParts = expecting(one_or_many, "text, or a list of parts")
 # Whether an id is one of the model's vocabulary is told by who knows that (`openai.py`).
 _Ids = Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
 Prompt = Annotated[
@@ -86,12 +88,12 @@ Prompt = Annotated[
     | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag("many")]
     | Annotated[_Ids, Tag("ids")]
     | Annotated[list[_Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag("many ids")],
-    _expecting(_texts_or_ids, "text, a list of texts, a list of token ids, or a list of such lists"),
+    expecting(_texts_or_ids, "text, a list of texts, a list of token ids, or a list of such lists"),
 ]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stop = Annotated[
     Annotated[_Stop, Tag("one")] | Annotated[list[_Stop], Field(max_length=MOST_STOPS, fail_fast=True), Tag("many")],
-    _expecting(one_or_many, "text, or a list of texts"),
+    expecting(one_or_many, "text, or a list of texts"),
 ]
 
 

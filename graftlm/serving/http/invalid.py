@@ -15,6 +15,7 @@ from typing import Any
 
 from graftlm.formatting import QUOTED, plain_number, quote
 from graftlm.jsonfile import parse_json
+from graftlm.serving.http.fields import BRANCH
 
 _EXPECTED = {
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
@@ -91,11 +92,12 @@ def _way_out(kind: str, found: Any) -> str:
 
 
 def _place(loc: Sequence[str | int], body: Any) -> list[str | int]:
-    """The place in the body: `loc` without the names of branches of unions, which stand where the value is no object."""
+    """The place in the body: `loc` without the names of branches of unions, which stand where the value is no object, or
+    begin with BRANCH."""
     at: Any = body
     place: list[str | int] = []
     for part in loc:
-        if isinstance(part, str) and not isinstance(at, dict):
+        if isinstance(part, str) and (not isinstance(at, dict) or part.startswith(BRANCH)):
             continue
         place.append(part)
         try:

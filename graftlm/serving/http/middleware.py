@@ -30,7 +30,7 @@ from graftlm.serving.http import protocol
 from graftlm.serving.http.dependencies import ServerState, as_api_error
 from graftlm.serving.http.metrics import Metrics
 
-COMPLETION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+COMPLETION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"})
 PARSED = "graft.parsed"
 """Key of a request's scope: the function to call once the request is parsed."""
 _TENANT = "graft.tenant"

@@ -7,71 +7,19 @@ here (`user`, `metadata`, ...) are accepted and ignored. Beyond OpenAI's there a
 
 from __future__ import annotations
 
-import base64
 import secrets
-import struct
-import time
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, Tag, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from graftlm.config.fields import MOST_TEMPERATURE
-from graftlm.formatting import quote
-from graftlm.serving.engine.prompts import PromptEncoder
-from graftlm.serving.engine.request import RequestOutput, SamplingParams, TokenLogprobs
-from graftlm.serving.http.fields import Bias, LeftAside, Name, Only, Prompt, Read, Stop, Text, TextOrParts, fault
+from graftlm.serving.engine.request import SamplingParams
+from graftlm.serving.http.fields import Bias, LeftAside, Name, Only, Prompt, Read, Stop, Text, fault
+from graftlm.serving.http.messages import OLD_FUNCTIONS, TEXT_ONLY, Messages, check_answered
+from graftlm.serving.http.tools import ToolChoice, Tools, check_tools
 
 MOST_TOP, MOST_ANSWERS = 20, 128
 _MOST_SEED = (1 << 63) - 1
-_NO_TOOLS = "this server calls no tools"
-_TEXT_ONLY = "this server reads and writes text only"
-
-
-class TextPart(Read):
-    type: Literal["text"]
-    text: Text
-    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description="read and left aside")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kind(cls, given: Any) -> Any:  # told before the fields that another kind of part has
-        if isinstance(given, dict) and isinstance(given.get("type"), str) and given["type"] != "text":
-            raise fault(f'is {quote(given["type"])}, and {_TEXT_ONLY}; give parts of type "text"', "type")
-        return given
-
-
-_Parts = Annotated[list[TextPart], Field(max_length=10_000, fail_fast=True)]
-Content = Annotated[Annotated[Text, Tag("one")] | Annotated[_Parts, Tag("many")], TextOrParts]
-
-
-class ChatMessage(Read):
-    """One turn. Other parts of OpenAI's messages (images, sound, tool calls) are refused.
-
-    The message of an answer may be sent back as it came.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: Annotated[str, Field(max_length=64)] | None = None
-    refusal: Annotated[Any, Only(None, "", why="a refusal is no text for this model")] = None
-    annotations: Annotated[Any, Only(None, [], why=_TEXT_ONLY)] = None
-    audio: Annotated[Any, Only(None, why=_TEXT_ONLY)] = None
-    tool_calls: Annotated[Any, Only(None, [], why=_NO_TOOLS)] = None
-    tool_call_id: Annotated[Any, Only(None, why=_NO_TOOLS)] = None
-    function_call: Annotated[Any, Only(None, why=_NO_TOOLS)] = None
-
-    @model_validator(mode="after")
-    def _said(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise fault("is null or missing, and text, or a list of parts, is expected", "content", code="invalid_type")
-        return self
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates read it."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts or ())
-        return {"role": self.role, "content": text, **({"name": self.name} if self.name else {})}
 
 
 class StreamOptions(Read):
@@ -138,6 +86,12 @@ class _GenerationRequest(Read):
         """Stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def wanted_schema(self) -> Any:
+        """The schema that an answer is held to; None for none."""
+        form = self.response_format
+        return None if form is None or form.type == "text" else form.wanted
+
     def sampling(self) -> SamplingParams:
         """How tokens are sampled; without a seed by a random one."""
         return SamplingParams(
@@ -156,7 +110,7 @@ class _GenerationRequest(Read):
 class ChatRequest(_GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 30)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
@@ -166,13 +120,13 @@ class ChatRequest(_GenerationRequest):
     prompt_cache_key: LeftAside | None = None
     prompt_cache_retention: LeftAside | None = None
     prompt_cache_options: dict[str, Any] | None = Field(None, description="read and left aside")
-    tools: Annotated[Any, Only(None, [], why=_NO_TOOLS)] = None
-    tool_choice: Annotated[Any, Only(None, "none", "auto", why=_NO_TOOLS)] = None
-    parallel_tool_calls: bool | None = Field(None, description="read and left aside: there are no tools")
-    functions: Annotated[Any, Only(None, [], why=_NO_TOOLS)] = None
-    function_call: Annotated[Any, Only(None, "none", "auto", why=_NO_TOOLS)] = None
-    modalities: Annotated[Any, Only(None, ["text"], why=_TEXT_ONLY)] = None
-    audio: Annotated[Any, Only(None, why=_TEXT_ONLY)] = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = True
+    functions: Annotated[Any, Only(None, [], why=OLD_FUNCTIONS)] = None
+    function_call: Annotated[Any, Only(None, "none", "auto", why=OLD_FUNCTIONS)] = None
+    modalities: Annotated[Any, Only(None, ["text"], why=TEXT_ONLY)] = None
+    audio: Annotated[Any, Only(None, why=TEXT_ONLY)] = None
     prediction: Annotated[Any, Only(None, why="this server does not read predictions")] = None
     reasoning_effort: Annotated[Any, Only(None, "none", why="how much is reasoned is up to the model")] = None
     verbosity: Annotated[Any, Only(None, why="how much is written is up to the model and max_tokens")] = None
@@ -188,6 +142,8 @@ class ChatRequest(_GenerationRequest):
                 f"is {self.max_completion_tokens}, and max_tokens, which means the same, is {self.max_tokens}; give one",
                 "max_completion_tokens",
             )
+        check_tools(self.tools or (), self.tool_choice)
+        check_answered(self.messages)
         return self
 
     @property
@@ -205,7 +161,10 @@ class CompletionRequest(_GenerationRequest):
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    echo: Annotated[Any, Only(None, False, why="this server does not write the prompt again")] = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
+    echo: bool | None = Field(
+        None, description="begin the answer with the prompt; with logprobs, also with its tokens'"
+    )
     best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
     suffix: Annotated[Any, Only(None, "", why="this server writes nothing in front of a text")] = None
 
@@ -216,6 +175,11 @@ class CompletionRequest(_GenerationRequest):
                 f"is {self.best_of}, and n is {self.n or 1}: as many answers are written as are returned; leave it out",
                 "best_of",
             )
+        if self.max_tokens == 0 and not self.echo:
+            raise fault(
+                "is 0, and at least 1 is expected; with echo, 0 asks for the prompt alone", "max_tokens",
+                code="integer_below_min_value",
+            )  # fmt: skip
         return self
 
     @property
@@ -289,109 +253,3 @@ def error(message: str, type: str, code: str | None = None, param: str | None = 
     """An error as OpenAI writes it; what cannot be written as UTF-8 is replaced."""
     said = message.encode("utf-8", "replace").decode()
     return {"error": {"message": said, "type": type, "param": param, "code": code}}
-
-
-# ---- answers --------------------------------------------------------------------------------------------------------
-
-
-def new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"
-
-
-def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Tokens of a whole answer, from the last outputs of each of its prompts and choices."""
-    ends = [p for p in outputs if p.finish_reason is not None]
-    read = sum(p.prompt_tokens for p in ends if p.index == 0)
-    written = sum(p.completion_tokens for p in ends)
-    return {
-        "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
-        "prompt_tokens_details": {"cached_tokens": sum(p.cached_tokens for p in ends if p.index == 0)},
-    }  # fmt: skip
-
-
-class ResponseWriter:
-    """Writes one answer's objects: the same id, moment, model and fingerprint in all of them."""
-
-    def __init__(self, kind: Literal["chat", "text"], model: str, fingerprint: str, prompts: PromptEncoder) -> None:
-        self.chat = kind == "chat"
-        self.id = new_id("chatcmpl" if self.chat else "cmpl")
-        self._prompts = prompts
-        self._common = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
-        self._offsets: dict[int, int] = {}
-
-    def whole(self, answers: Sequence[Sequence[RequestOutput]], used: dict[str, Any]) -> dict[str, Any]:
-        """A complete answer; `answers` has the outputs of each choice."""
-        choices: list[dict[str, Any]] = []
-        for index, outputs in enumerate(answers):
-            text = "".join(p.text for p in outputs)
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            reports = [c for p in outputs for c in p.logprobs]
-            choices.append(
-                {
-                    "index": index,
-                    **said,
-                    "logprobs": self._logprobs(index, reports),
-                    "finish_reason": outputs[-1].finish_reason,
-                }
-            )
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._common, "object": kind, "choices": choices, "usage": used}
-
-    def chunk(self, index: int, output: RequestOutput | None, with_usage: bool) -> dict[str, Any]:
-        """One event of a stream; no output for the one that begins choice `index`."""
-        text = output.text if output is not None else ""
-        finish_reason = output.finish_reason if output is not None else None
-        if self.chat:
-            said: dict[str, Any] = {
-                "delta": {"role": "assistant", "content": ""} if output is None else ({"content": text} if text else {})
-            }
-        else:
-            said = {"text": text}
-        logprobs = self._logprobs(index, output.logprobs) if output is not None else None
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**self._chunk(), "choices": [choice], **({"usage": None} if with_usage else {})}
-
-    def last(self, used: dict[str, Any]) -> dict[str, Any]:
-        """The event after the last choice that says what the answer cost."""
-        return {**self._chunk(), "choices": [], "usage": used}
-
-    def _chunk(self) -> dict[str, Any]:
-        return {**self._common, "object": "chat.completion.chunk" if self.chat else "text_completion"}
-
-    def _logprobs(self, index: int, reports: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        if not reports:
-            return None
-        if self.chat:
-            return {
-                "content": [
-                    {**self._token(c.token, c.logprob), "top_logprobs": [self._token(*pair) for pair in c.top]}
-                    for c in reports
-                ],
-                "refusal": None,
-            }
-        tokens = [self._text(c.token) for c in reports]
-        at = self._offsets.get(index, 0)
-        offsets: list[int] = []
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
-        self._offsets[index] = at
-        top = [{self._text(token): value for token, value in c.top} for c in reports]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [c.logprob for c in reports],
-            "top_logprobs": top,
-            "text_offset": offsets,
-        }
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
-
-    def _text(self, token: int) -> str:
-        return self._prompts.tokenizer.decode([token], skip_special_tokens=False)
-
-
-def embedding(values: Sequence[float], encoding: str) -> list[float] | str:
-    """A vector as numbers, or as little-endian float32 in base 64, which OpenAI's client asks for."""
-    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode() if encoding == "base64" else list(values)

@@ -30,7 +30,7 @@ from graftlm.progress import working
 from graftlm.serving.engine.async_engine import AsyncEngine
 from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.kv_cache import USUAL_TOKENS, CacheSize, cache_size, free_memory
-from graftlm.serving.engine.prompts import PromptEncoderCache
+from graftlm.serving.engine.prompts import Parsers, PromptEncoderCache
 from graftlm.serving.engine.runner import PagedRunner
 from graftlm.serving.engine.scheduler import EngineLimits
 from graftlm.serving.http.api_keys import ApiKeys, read_api_keys
@@ -95,9 +95,10 @@ def build(config: ServeConfig, note: Note = lambda text: None) -> BuiltServer:
         decoding = prove_decoding(base)
         cache = _cache_size(config, base, decoding.layers)
         engine = Engine(base, plan(config, base, api_keys, cache.tokens), decoding=decoding, load=load)
+    parsers = Parsers(config.tool_call_parser, config.reasoning_parser)
     state = ServerState(
         async_engine=AsyncEngine(engine), model_registry=ModelRegistry(base_label(config.model), fingerprint, store),
-        api_keys=api_keys, prompt_encoders=PromptEncoderCache(base, config.format),
+        api_keys=api_keys, prompt_encoders=PromptEncoderCache(base, config.format, parsers),
         metrics=None, fingerprint=fingerprint, preloading=bool(config.adapter),  # type: ignore[arg-type]
         request_limits=RequestLimits(
             body_bytes=int(config.max_body_mb * 1e6), body_seconds=min(config.request_timeout, RequestLimits.body_seconds),

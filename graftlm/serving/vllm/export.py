@@ -127,6 +127,10 @@ def _command(config: ServeConfig, rank: int, modules: Mapping[str, Path]) -> lis
     command += ["--max-cpu-loras", str(len(modules)), "--max-num-seqs", str(config.on("cuda").max_num_seqs)]
     command += ["--no-enable-prefix-caching"] if follow else []
     command += ["--trust-remote-code"] if config.trust_remote_code else []
+    if config.tool_call_parser != "auto":  # vLLM finds none by itself
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
+    if config.reasoning_parser not in ("auto", "none"):
+        command += ["--reasoning-parser", config.reasoning_parser]
     return [*command, "--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())]
 
 

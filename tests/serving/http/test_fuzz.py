@@ -18,6 +18,17 @@ with warnings.catch_warnings():
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 ADMIN = "admin-key-1"
+FUNCTIONS: list[Any] = [
+    {"name": "f"}, {"name": "g", "parameters": {"type": "object", "properties": {"a": {"enum": [1]}}}, "strict": True},
+    {"name": "h", "parameters": {"$ref": "#"}}, {"name": "i", "parameters": {"required": 5}}, {"name": ""}, 5,
+]  # fmt: skip
+TOOLS: tuple[dict[str, Any], ...] = (
+    {},
+    *({"tools": [{"type": "function", "function": one} for one in FUNCTIONS[:count]]} for count in (1, 2, 3, 4, 5, 6)),
+    {"tools": [{"type": "function", "function": FUNCTIONS[1]}], "tool_choice": "required", "parallel_tool_calls": False},
+    {"tools": [{"type": "function", "function": FUNCTIONS[3]}], "tool_choice": "required"},
+    {"tools": [{"type": "function", "function": FUNCTIONS[0]}], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+)  # fmt: skip
 MODELS = ("base", "alpha", "says@prod", "says@2", "beta@1")
 
 
@@ -27,14 +38,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tiny_server.Loo
     keys = tiny_server.keys_file(
         place, {"name": "admin", "key": ADMIN, "admin": True}, {"name": "other", "key": "other-key-1"}
     )
-    options = {"max_output_tokens": 6, "max_queue": 40, "request_timeout": 20}
+    options = {"format": "chat", "max_output_tokens": 6, "max_queue": 40, "request_timeout": 20}
     with tiny_server.serving(store=str(tiny_server.new_store(place)), api_keys=str(keys), **options) as one:
         yield one
 
 
-def known(case: Any, model: str) -> None:
+def known(case: Any, model: str, tools: dict[str, Any]) -> None:
     """Name what is there, in whatever field a body has for it: nonsense alone gets no further than a 404."""
     if isinstance(case.body, dict):
+        if "messages" in case.body:
+            case.body |= tools
         for field in {"model", "adapter"} & case.body.keys():
             case.body[field] = model
         if "name" in case.body and "alias" in case.body:
@@ -51,10 +64,10 @@ def fuzz(server: tiny_server.Loopback, examples: int, seed: bool, part: int | No
     wanted = [checks.not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance]
     answered = 0
 
-    def one(case: Any, model: str | None) -> None:
+    def one(case: Any, model: str | None, tools: dict[str, Any]) -> None:
         nonlocal answered
         if model is not None:
-            known(case, model)
+            known(case, model, tools)
         response = case.call(headers={"Authorization": f"Bearer {ADMIN}"}, timeout=60)
         case.validate_response(response, checks=wanted)
         answered += response.status_code == 200
@@ -70,7 +83,8 @@ def fuzz(server: tiny_server.Loopback, examples: int, seed: bool, part: int | No
         for mode in schemathesis.GenerationMode:
             with contextlib.suppress(*([Unsatisfiable] if mode is schemathesis.GenerationMode.NEGATIVE else [])):
                 # Of what takes nothing at all nothing wrong can be asked.
-                rules(given(case=found.ok().as_strategy(generation_mode=mode), model=models)(one))()
+                cases = found.ok().as_strategy(generation_mode=mode)
+                rules(given(case=cases, model=models, tools=st.sampled_from(TOOLS))(one))()
     with server.client(ADMIN) as client:
         assert client.get("/readyz").status_code == 200
     assert server.built.state.async_engine.failures == 0, "no step of the engine failed"

@@ -15,14 +15,16 @@ import tiny_server
 from pydantic import ValidationError
 
 from graftlm.data.rows import ROLES
-from graftlm.serving.http import middleware, protocol
+from graftlm.serving.http import messages as chat_messages
+from graftlm.serving.http import middleware, protocol, response_request
 
 ADMIN = "admin-key-1"
-CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+CHAT, TEXT, EMBED, RESPOND = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"model": "base", "messages": [{"role": "user", "content": "3: "}], "max_tokens": 2, "temperature": 0},
     TEXT: {"model": "base", "prompt": "3: ", "max_tokens": 2, "temperature": 0},
     EMBED: {"model": "base", "input": "3: "},
+    RESPOND: {"model": "base", "input": "3: ", "max_output_tokens": 2, "temperature": 0},
     "/v1/adapters/load": {"adapter": "says@1"},
     "/v1/adapters/unload": {"adapter": "alpha@7"},
     "/v1/adapters/alias": {"name": "says", "alias": "prod", "version": 1},
@@ -30,6 +32,7 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 MODELS = {
     CHAT: protocol.ChatRequest, TEXT: protocol.CompletionRequest, EMBED: protocol.EmbeddingRequest,
+    RESPOND: response_request.ResponseRequest,
     "/v1/adapters/load": protocol.AdapterRequest, "/v1/adapters/unload": protocol.AdapterRequest,
     "/v1/adapters/alias": protocol.AliasRequest, "/v1/adapters/rollback": protocol.RollbackRequest,
 }  # fmt: skip
@@ -79,6 +82,7 @@ def schema(given: Any) -> dict[str, Any]:
 
 NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"], "additionalProperties": False}
 IMAGE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 TABLE: list[tuple[str, dict[str, Any], str | None, str]] = [
     # what is taken for something else elsewhere
     (TEXT, {"max_tokens": True}, "max_tokens", "max_tokens is true, and an integer is expected"),
@@ -170,16 +174,17 @@ TABLE: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, messages(IMAGE), "messages[0].content[1].type", 'is "image_url", and this server reads and writes text only'),
     (CHAT, messages(["x"]), "messages[0].content[0]", 'messages[0].content[0] is "x", and an object is expected'),
     (CHAT, messages([{"type": "text"}]), "messages[0].content[0].text", "messages[0].content[0].text is missing"),
-    (CHAT, messages("x", tool_calls=[{}]), "messages[0].tool_calls", "is a list of 1 item, and this server calls no tools"),
+    (CHAT, messages("x", tool_calls=[{}]), "messages[0].tool_calls[0].id", "messages[0].tool_calls[0].id is missing"),
     (CHAT, messages("x", colour="red"), "messages[0].colour", "messages[0].colour is no field of this request"),
     (CHAT, messages("x", name="n" * 65), "messages[0].name", "messages[0].name has 65 characters, and at most 64"),
     # what is not supported, and what is not known
-    (CHAT, {"tools": [{"type": "function"}]}, "tools", "is a list of 1 item, and this server calls no tools; leave it out"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice", 'tool_choice is "required", and this server calls no tools'),
+    (CHAT, {"tools": [TOOL]}, "tools", "this model cannot be given tools: it is asked in plain text, since it has no chat"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice", 'is "required", and tools is missing or empty; give tools'),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities", "this server reads and writes text only; leave it out"),
     (CHAT, {"reasoning_effort": "high"}, "reasoning_effort", 'reasoning_effort is "high"'),
+    (CHAT, {"functions": [{}]}, "functions", "functions is a list of 1 item, and this is the older form of tools"),
     (CHAT, {"echo": True}, "echo", "echo is no field of this request"),
-    (TEXT, {"echo": True}, "echo", "echo is true, and this server does not write the prompt again; leave it out"),
+    (TEXT, {"echo": "yes"}, "echo", 'echo is "yes", and true or false is expected'),
     (TEXT, {"suffix": "x"}, "suffix", 'suffix is "x"'),
     (TEXT, {"temprature": 1}, "temprature", "temprature is no field of this request, did you mean 'temperature'?"),
     (TEXT, {"\x00\n": 1}, '"\\u0000\\n"', "is no field of this request"),
@@ -320,19 +325,21 @@ def test_every_field_of_openais_client_is_known() -> None:
     from openai.types import embedding_create_params as embed
     from openai.types.chat import ChatCompletionAssistantMessageParam, ChatCompletionMessage
     from openai.types.chat import completion_create_params as chat
+    from openai.types.responses import response_create_params as respond
 
     for theirs, ours in (
         (chat.CompletionCreateParamsStreaming, protocol.ChatRequest),
         (text.CompletionCreateParamsStreaming, protocol.CompletionRequest),
         (embed.EmbeddingCreateParams, protocol.EmbeddingRequest),
-        (ChatCompletionAssistantMessageParam, protocol.ChatMessage),
+        (respond.ResponseCreateParamsStreaming, response_request.ResponseRequest),
+        (ChatCompletionAssistantMessageParam, chat_messages.ChatMessage),
     ):
         assert get_type_hints(theirs).keys() <= ours.model_fields.keys(), theirs
-    assert ChatCompletionMessage.model_fields.keys() <= protocol.ChatMessage.model_fields.keys()
+    assert ChatCompletionMessage.model_fields.keys() <= chat_messages.ChatMessage.model_fields.keys()
 
 
 def test_roles_are_those_of_training() -> None:
-    assert get_args(protocol.ChatMessage.model_fields["role"].annotation) == ROLES
+    assert get_args(chat_messages.ChatMessage.model_fields["role"].annotation) == ROLES
 
 
 @pytest.mark.parametrize(
