@@ -90,7 +90,8 @@ class AdamW:
         """The 2-norm over all gradients, summed in float64 in a fixed order; after `step_in_backward`, over those it used."""
         if not self.in_backward:
             gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            self.squares, values = {}, {}
+            self.squares = {}
+            values: dict[str, float] = {}
             for names in kernels.by_device(gradients):
                 squares = kernels.sums_of_squares([local(gradients[name]) for name in names])  # (n,)
                 self.squares.update(zip(names, squares.unbind()))
