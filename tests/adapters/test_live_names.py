@@ -81,6 +81,22 @@ def test_a_journal_that_cannot_be_read_for_a_moment_leaves_the_names_as_they_wer
     assert (prod(live), live.fault) == (2, "")
 
 
+def test_a_volume_that_is_lost_for_a_while_takes_no_name_away(
+    store: Store, live: LiveNames, clock: list[float]
+) -> None:
+    assert prod(live) == 1
+    store.root.rename(store.root.with_name("elsewhere"))
+    for _ in range(2):
+        clock[0] += 1
+        assert prod(live) == 1
+        assert live.fault.endswith("journal.jsonl is gone")
+    store.root.with_name("elsewhere").rename(store.root)
+    clock[0] += 1
+    assert (prod(live), live.fault) == (1, "")
+    store.alias("formal", "prod", 2)
+    assert prod(live) == 2
+
+
 def test_zeros_that_a_network_file_system_shows_before_the_bytes_are_read_again(
     store: Store, live: LiveNames, clock: list[float]
 ) -> None:

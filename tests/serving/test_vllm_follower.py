@@ -268,6 +268,26 @@ def test_a_load_that_fails_after_the_trial_brings_the_earlier_one_back(
     store.alias("formal", "prod", 2)
     assert any("CUDA out of memory. Until then formal@1 keeps the name" in note for note in following.step())
     assert vllm.versions() == IN_STEP
+    vllm.broken.add("formal@1")  # and the earlier one cannot be loaded again either
+    store.alias("terse", "prod", 1)
+    assert any("CUDA out of memory. Until then the name is not served" in note for note in following.step())
+    vllm.broken.clear()
+    monkeypatch.setattr(vllm, "_load", load)
+    following.step()
+    assert vllm.versions() == {**IN_STEP, "formal@prod": "formal@2", "terse@prod": "terse@1"}
+
+
+def test_a_full_disk_is_a_refusal(
+    store: Store, vllm: vllm_stub.VllmStub, following: Following, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    following.step()
+    monkeypatch.setattr(follower, "export_version", full)
+    store.alias("formal", "prod", 2)
+    assert any("No space left on device. Until then formal@1 keeps the name" in note for note in following.step())
+    assert vllm.versions() == IN_STEP
 
 
 def test_prefix_caching_is_mentioned_where_names_can_move(store: Store, vllm: vllm_stub.VllmStub, out: Path) -> None:
@@ -345,6 +365,29 @@ def test_a_store_that_cannot_be_read_for_a_moment_unloads_nothing(
     assert any(note.startswith("store      the names stay as they were") for note in notes)
     assert vllm.versions() == IN_STEP
     journal.write_bytes(whole)
+    store.root.rename(store.root.with_name("elsewhere"))
+    following.step()
+    assert vllm.versions() == IN_STEP
+    store.root.with_name("elsewhere").rename(store.root)
+
+
+def test_a_follower_that_has_not_read_its_store_yet_unloads_nothing(
+    store: Store, vllm: vllm_stub.VllmStub, following: Following, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following.step()
+    journal = store.bases()[0].journal.path
+    journal.write_bytes(journal.read_bytes().replace(b"formal", b"formel"))
+    again, pauses = Following(store, vllm, out), list[float]()
+
+    def pause(self: VllmFollower, seconds: float) -> None:
+        pauses.append(seconds)
+        self.stopping = len(pauses) == 3
+
+    monkeypatch.setattr(VllmFollower, "_pause", pause)
+    again.follower.run()
+    assert (vllm.versions(), len(pauses)) == (IN_STEP, 3)
+    (said,) = again.notes
+    assert "is damaged at line 1" in said
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------

@@ -38,21 +38,22 @@ class LiveNames:
     def names(self) -> dict[str, NamedAdapter]:
         """The names that have versions, as they are now; none where there is no journal yet.
 
-        A journal that cannot be read now, or is damaged now, leaves the names as they were. Raises StoreError if it never
-        was read.
+        A journal that is gone, cannot be read or is damaged now leaves the names as they were: Graft never removes one, but a
+        volume may be lost for a while. Raises StoreError if it never was read.
         """
         with self._lock:
             try:
                 seen, asked = self._state()
-                if seen is None:
-                    self._seen, self._all, self._names, self.fault = None, {}, {}, ""
-                elif seen != self._seen and (
-                    asked or not self.fault
-                ):  # what cannot be read is tried again once a second
+                if seen is None and self._seen is not None:
+                    raise StoreError(f"{self._journal.path} is gone")
+                again = asked or not self.fault  # what could not be read is tried again once a second
+                if seen is not None and seen != self._seen and again:
                     anew, events = self._follower.news()
                     self._all = apply_events({} if anew else self._all, events)
                     self._names = {key: name for key, name in self._all.items() if name.versions}
-                    self._seen, self.fault = seen, ""
+                    self._seen = seen
+                if seen == self._seen:
+                    self.fault = ""
             except StoreError as error:
                 self._follower = self._journal.follow()  # or the lines that were not understood would be passed over
                 if self._seen is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path, PurePath
 
 from graftlm.adapters.store import LiveNames, Store, Version, parse
@@ -47,6 +47,8 @@ class VllmFollower:
         self._out = config.out.absolute()
         self._base_versions = Store(config.store).base_versions(base_fingerprint(config))
         self._live = LiveNames(self._base_versions)
+        self._knows = False
+        """Whether the store was read; before that, no name is known to be gone."""
         self._wanted: dict[str, Version] = {}
         self._refused: dict[str, str] = {}
         """The digest of the version that was refused for a name."""
@@ -60,7 +62,8 @@ class VllmFollower:
         try:
             self._mark(False)
             while not self.stopping:
-                if self._look() or time.monotonic() >= due:
+                changed = self._look()
+                if self._knows and (changed or time.monotonic() >= due):
                     try:
                         self.compare()
                     except (VllmUnreachable, VllmRefused) as error:
@@ -90,12 +93,14 @@ class VllmFollower:
                 return
             if self._refused.get(name) == version.digest:
                 continue
+            served = name in there
             try:
                 self._serve(name, version, there)
             except VllmUnreachable:
                 raise
-            except GraftError as error:
-                self._refused[name] = version.digest
+            except (GraftError, OSError) as error:  # a full disk, too
+                if not served or name in there:  # else neither version is served, and it is tried in every comparison
+                    self._refused[name] = version.digest
                 self._note(f"refused    {self._explained(name, version, error, there.get(name))}")
         for name in [n for n, folder in there.items() if n not in self._wanted and self._is_ours(folder)]:
             self._take(name)
@@ -124,7 +129,7 @@ class VllmFollower:
         else:
             wanted = every_name(names, self._base_versions)
         changed = {n: v.digest for n, v in wanted.items()} != {n: v.digest for n, v in self._wanted.items()}
-        self._wanted = wanted
+        self._wanted, self._knows = wanted, True
         if changed:
             self._refused.clear()
         return changed
@@ -148,8 +153,11 @@ class VllmFollower:
             self._note(f"moved      {name}: {_label(before)} -> {version.label}")
         there[name] = str(folder)
 
-    def _replace(self, name: str, version: Version, folder: Path, before: str, there: Mapping[str, str]) -> None:
-        """Load `folder` in place of `before`, which keeps the name if the server refuses. Raises VllmRefused."""
+    def _replace(self, name: str, version: Version, folder: Path, before: str, there: dict[str, str]) -> None:
+        """Load `folder` in place of `before`, which keeps the name if the server refuses. Raises VllmRefused.
+
+        If the server then refuses `before` too, the name is taken out of `there`.
+        """
         trial = version.label if version.label not in there else None
         if trial is not None:
             self._server.load(trial, str(folder))
@@ -163,7 +171,10 @@ class VllmFollower:
             try:
                 self._server.load(name, str(folder))
             except VllmRefused:
-                self._server.load(name, before)
+                del there[name]
+                with contextlib.suppress(VllmRefused):
+                    self._server.load(name, before)
+                    there[name] = before
                 raise
         finally:
             if trial is not None:
@@ -197,7 +208,7 @@ class VllmFollower:
 
     # ---- what is said --------------------------------------------------------------------------------------------------
 
-    def _explained(self, name: str, version: Version, error: GraftError, before: str | None) -> str:
+    def _explained(self, name: str, version: Version, error: Exception, before: str | None) -> str:
         """A refusal with its way out, and what happens to the name meanwhile."""
         text = str(error)
         rank = _RANK.search(text)
