@@ -10,7 +10,7 @@ Not in it: CUDA's context, NCCL's buffers, the allocator's gaps, time.
     python bench/ranks.py --again          rows that are there are simulated anew too
     python bench/ranks.py --plan           nothing is simulated: only planned again, and the tables written
 
-It needs a C++ compiler. Models have all of their layers: a row of 70B takes one to three minutes of one core.
+It needs a C++ compiler. Models have all of their layers: a row of 70B takes one to two minutes of one core.
 """
 
 from __future__ import annotations
