@@ -19,8 +19,8 @@ from graftlm.base.loading import Base, load_tokenizer
 from graftlm.base.template_render import Tools, message_of, probe_text
 from graftlm.errors import DataError, ModelError, RequestError
 from graftlm.jsonfile import read_json
-from graftlm.serving.engine.answer_parser import CLOSE, OPEN
-from graftlm.serving.engine.tool_call_forms import FORM_NAMES, CallForm, find_form, usual_form, writes_tools
+from graftlm.serving.engine.answer_parser import CLOSE, OPEN, ReasoningName
+from graftlm.serving.engine.tool_call_forms import FORM_NAMES, CallForm, FormName, find_form, usual_form, writes_tools
 
 Style = Literal["chat", "text"]
 
@@ -29,8 +29,8 @@ Style = Literal["chat", "text"]
 class Parsers:
     """How answers to chats are read: `auto` finds it in the chat template, other names are those of vLLM's parsers."""
 
-    tool_calls: str = "auto"
-    reasoning: str = "auto"
+    tool_calls: FormName | Literal["auto"] = "auto"
+    reasoning: ReasoningName | Literal["auto", "none"] = "auto"
 
 
 class PromptEncoder:
@@ -69,8 +69,8 @@ class PromptEncoder:
         if not writes_tools(self.encoder):
             return "its chat template has no place for tools"
         found = find_form(self.encoder)
-        name = next((one for one in FORM_NAMES if one == self._parsers.tool_calls), None)
-        if name is not None:
+        name = self._parsers.tool_calls
+        if name != "auto":
             return found if found is not None and found.name == name else usual_form(name)
         if found is None:
             known = ", ".join(FORM_NAMES)
@@ -95,7 +95,8 @@ class PromptEncoder:
             return True
         turn = {**message_of("assistant", probe_text(1)), "reasoning_content": probe_text(2)}
         text = self.encoder.attempt([message_of("user", probe_text(0)), turn])
-        return CLOSE in self.encoder.template or (text is not None and CLOSE in text)
+        prompt = self.encoder.attempt([message_of("user", probe_text(0))], prompt=True) or ""
+        return CLOSE in self.encoder.template or CLOSE in (text or "") or prompt.rstrip().endswith(OPEN)
 
     def opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether the answer to a prompt begins within reasoning: the prompt ends so, or `deepseek_r1` takes it so."""

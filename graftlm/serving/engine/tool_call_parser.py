@@ -26,11 +26,11 @@ from graftlm.serving.engine.detokenizer import overlap
 from graftlm.serving.engine.tool_call_forms import FormName, usual_form
 
 _HEAD = re.compile(
-    r'\{\s*(?:"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*)*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*'
+    r'\{\s*(?:"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*)*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.){1,256}")\s*,\s*'
     r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-_NAMED_HEAD = re.compile(r'(?P<name>[^\s\[\]{}"]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)')
-_NAMED_PART = re.compile(r'[^\s\[\]{}"]+(?:\[[A-Z_]*\]?\w*)?(?:\[[A-Z]*\]?)?\s*')
+_NAMED_HEAD = re.compile(r'(?P<name>[^\s\[\]{}"]{1,256})(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)')
+_NAMED_PART = re.compile(r'[^\s\[\]{}"]{1,256}(?:\[[A-Z_]*\]?\w*)?(?:\[[A-Z]*\]?)?\s*')
 _JSON = frozenset(' \t\r\n{}[],:"+-.0123456789' + ascii_letters)
 _END, _PYTHON_TAG = "</tool_call>", "<|python_tag|>"
 

@@ -264,7 +264,8 @@ class ResponseRequest(Read):
                 end()
                 turn["reasoning_content"] = _text(item.content or item.summary) or None
             elif isinstance(item, FunctionCallItem):
-                call = ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
+                function = CalledFunction(name=item.name, arguments=item.arguments)
+                call = ToolCall(id=item.call_id, function=function, index=None)
                 turn.setdefault("tool_calls", []).append(call)
             elif isinstance(item, FunctionCallOutputItem):
                 end()

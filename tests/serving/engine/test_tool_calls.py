@@ -11,7 +11,9 @@ import pytest
 import trl_templates
 
 from graftlm.base.chat import Encoder
+from graftlm.errors import RequestError
 from graftlm.serving.engine.answer_parser import AnswerParser, Piece, Reasoning, ReasoningParser
+from graftlm.serving.engine.prompts import Parsers, PromptEncoder
 from graftlm.serving.engine.tool_call_forms import CallMarkup, find_form, usual_form, writes_tools
 from graftlm.serving.engine.tool_call_parser import CallDelta, ToolCallParser
 
@@ -239,6 +241,30 @@ def test_a_template_that_writes_no_tools_is_told_apart() -> None:
     assert not writes_tools(trl_templates.encoder_of("phi3"))
     assert writes_tools(trl_templates.encoder_of("llama3_2"))
     assert writes_tools(trl_templates.encoder_of("glm4moe"))
+
+
+def test_a_form_may_be_named_and_has_the_templates_own_markup_where_it_is_the_templates() -> None:
+    tokenizer = trl_templates.tokenizer_with(None)
+    assert PromptEncoder(tokenizer, None, "chat", Parsers("mistral")).call_form() == usual_form("mistral")
+    own = PromptEncoder(tokenizer, None, "chat", Parsers("hermes")).call_form()
+    assert own == PromptEncoder(tokenizer, None, "chat").call_form() != usual_form("hermes")
+    with pytest.raises(RequestError, match="it is asked in plain text"):
+        PromptEncoder(tokenizer, None, "text").call_form()
+
+
+def test_reasoning_is_looked_for_where_the_template_has_it_or_by_name() -> None:
+    def encoder(name: str, reasoning: Any = "auto") -> PromptEncoder:
+        source = (trl_templates.FOLDER / f"{name}.jinja").read_text()
+        return PromptEncoder(trl_templates.tokenizer_with(source), None, "auto", Parsers(reasoning=reasoning))
+
+    question = [trl_templates.user("Hi")]
+    for name, reasoning, thinks, opened in (
+        ("qwen3", "auto", True, False), ("qwen3", "none", False, False), ("phi3", "auto", False, False),
+        ("phi3", "qwen3", True, False), ("phi3", "deepseek_r1", True, True), ("qwen3_5_think", "auto", True, True),
+        ("deepseek_r1_distill", "auto", True, True),
+    ):  # fmt: skip
+        one = encoder(name, reasoning)
+        assert (one.thinks, one.opens_reasoning(one.chat(question))) == (thinks, opened), (name, reasoning)
 
 
 def test_what_training_shows_is_what_the_parser_reads() -> None:

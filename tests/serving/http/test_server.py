@@ -270,7 +270,7 @@ def test_every_bound_has_its_status_and_says_its_numbers(tmp_path: Path) -> None
         assert refused(max_tokens=31) == (400, "max_tokens is 31, this server generates at most 30")
         assert refused(n=5) == (400, "n is 5, and at most 4 completions may be queued")
         assert refused(temperature=-1)[0] == 400
-        assert refused(best_of=3)[0] == refused(echo=True)[0] == refused(suffix="x")[0] == refused(surprise=1)[0] == 400
+        assert refused(best_of=3)[0] == refused(echo=1)[0] == refused(suffix="x")[0] == refused(surprise=1)[0] == 400
         status, message = refused(prompt="x" * 3000)
         assert status == 413
         assert "this server reads at most 2000" in message

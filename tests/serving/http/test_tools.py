@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -286,7 +285,7 @@ def test_what_is_wrong_with_tools_is_told_by_its_field(server: tiny_server.Loopb
             assert text in error["message"], error
 
 
-def test_a_model_that_cannot_be_given_tools_says_why(server: tiny_server.Loopback, tmp_path: Path) -> None:
+def test_a_template_decides_on_tools_and_on_reasoning(server: tiny_server.Loopback) -> None:
     encoders = server.built.state.prompt_encoders
     good = {"model": "base", "messages": [user("Hm?")], "max_tokens": 2, "tools": TOOLS}
     kept, template = encoders.base, encoders.base.tokenizer.chat_template
@@ -301,9 +300,18 @@ def test_a_model_that_cannot_be_given_tools_says_why(server: tiny_server.Loopbac
                 found = client.post("/v1/chat/completions", json=good)
             assert (found.status_code, found.json()["error"]["param"]) == (400, "tools")
             assert text in found.json()["error"]["message"]
+        encoders.base.tokenizer.chat_template = (
+            "{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}"
+        )
+        encoders.base = type(kept)(kept.tokenizer, None)
+        for stream in (False, True):
+            given = {"model": "base", "max_tokens": 5, "tools": [], "stream": stream}
+            chunks = ask(server, [user("Hm?")], **given)
+            said = [c.choices[0].delta for c in chunks] if stream else [chunks.choices[0].message]
+            assert "".join(getattr(one, "reasoning_content", None) or "" for one in said)
+            assert not "".join(one.content or "" for one in said), "the answer begins within reasoning"
     finally:
         encoders.base, kept.tokenizer.chat_template = kept, template
-    assert type(kept)(kept.tokenizer, None, "text").style == "text"
 
 
 # ---- /v1/responses ---------------------------------------------------------------------------------------------------
