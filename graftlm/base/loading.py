@@ -274,14 +274,17 @@ def _one_line(error: Exception) -> str:
 
 
 def default_device(asked: str | None) -> torch.device:
-    """The asked device, else the first GPU, else the CPU."""
+    """The asked device, else the first GPU, else the CPU; a GPU's memory is allocated in segments that grow from then on."""
     if asked is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        kernels.expand_segments(device)
+        return device
     try:
         device = torch.device(asked)
     except RuntimeError:
         raise ModelError(f"unknown device '{asked}'; take cpu, cuda or cuda:N") from None
     if device.type == "cuda" and torch.cuda.is_available():
+        kernels.expand_segments(device)  # before anything of CUDA is initialized
         if (device.index or 0) >= torch.cuda.device_count():
             raise ModelError(
                 f"device '{asked}' is asked for, and there are {torch.cuda.device_count()}, counted from 0"

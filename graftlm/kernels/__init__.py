@@ -20,6 +20,7 @@
     adamw_steps   sums_of_squares                               the same for many
     copy_together                                               many small tensors, into those of another dtype
     to_device                                                   small tensors of the host, without waiting for a GPU
+    expand_segments                                             how PyTorch takes a GPU's memory
 
 `reference.py` defines the results; `native/` (C, for CPUs) and `triton/` (GPUs) are compared with it once, at first use, and
 not used, with one warning, if they are missing or differ. `backend(device)` says which one is used and why. These functions
@@ -56,6 +57,7 @@ from graftlm.kernels.fused import (
     rotary,
     rotary_backward,
 )  # fmt: skip
+from graftlm.kernels.gpu_allocator import expand_segments
 from graftlm.kernels.gpu_graph import Graphs
 from graftlm.kernels.moments import Moments, zero_moments
 from graftlm.kernels.multi_tensor import copy_together
@@ -106,6 +108,7 @@ __all__ = [
     "dropped",
     "drops_in_products",
     "embedding_rows",
+    "expand_segments",
     "gated",
     "gated_backward",
     "grouped_matmul",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import threading
 import types
@@ -25,11 +26,11 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase
 from graftlm import demo, kernels
 from graftlm.adapters.attach import AdapterPlan, attach, new_adapter, select_layers
 from graftlm.base.attention import causal
-from graftlm.base.loading import Base, load_base, load_tokenizer, random_base
+from graftlm.base.loading import Base, default_device, load_base, load_tokenizer, random_base
 from graftlm.config import TrainConfig
 from graftlm.data.dataset import Dataset, DatasetPart, make_example
 from graftlm.errors import TrainingError
-from graftlm.kernels import reference
+from graftlm.kernels import gpu_allocator, reference
 from graftlm.serving.engine.adapter_cache import pack_for_decoding
 from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.graph_decoder import GraphDecoder
@@ -166,6 +167,34 @@ def load(folder: str, precision: str, compute_dtype: str | None = None) -> dict[
             if module.compressed is not None:
                 tensors.update({f"{name}.{part}": value for part, value in module.compressed.tensors().items()})
         return {name: [str(tensor.device), str(tensor.dtype)] for name, tensor in tensors.items()}
+
+
+def allocator(kernel_of_wsl: str) -> dict[str, str]:
+    """The settings of PyTorch's allocator after a GPU was chosen: where something forbids others than there are, and where
+    nothing does."""
+    found: dict[str, str] = {}
+
+    def choose(name: str, device: str = "cuda:1") -> None:
+        default_device(device)
+        found[name] = torch._C._accelerator_getAllocatorSettings()
+
+    for variable in gpu_allocator.VARIABLES:
+        os.environ.pop(variable, None)
+    choose("initialized")
+    torch.cuda.is_initialized = lambda: False
+    for variable in gpu_allocator.VARIABLES:
+        os.environ[variable] = "max_split_size_mb:100"
+        choose(variable)
+        del os.environ[variable]
+    kernel = gpu_allocator._KERNEL  # pyright: ignore[reportPrivateUsage]
+    gpu_allocator._KERNEL = Path(kernel_of_wsl)  # pyright: ignore[reportPrivateUsage]
+    choose("WSL2")
+    gpu_allocator._KERNEL = kernel  # pyright: ignore[reportPrivateUsage]
+    choose("cpu", "cpu")
+    choose("nothing")
+    torch._C._accelerator_setAllocatorSettings("max_split_size_mb:100")
+    choose("chosen in Python")
+    return found
 
 
 def _engine(layers: int, adapters: int, *, cache_tokens: int = 4096, how: dict[str, Any]) -> Engine:

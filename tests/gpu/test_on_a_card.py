@@ -5,6 +5,7 @@ A budget is what the step asks for today; who lowers a count lowers its budget.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,17 @@ from fixtures import ROOT, Worker
 def test_a_checkpoint_loads_on_a_card_without_accelerate(card: Worker, architecture: str, precision: str) -> None:
     found = card.ask("load", folder=str(tiny.folder(architecture)), precision=precision)
     assert {device for device, _ in found.values()} == {"cuda:1"}, found
+
+
+def test_a_cards_memory_is_taken_in_segments_that_grow_unless_the_user_chose_otherwise(
+    card: Worker, tmp_path: Path
+) -> None:
+    kernel = tmp_path / "osrelease"
+    kernel.write_text("6.6.87.2-microsoft-standard-WSL2\n")
+    found = card.ask("allocator", kernel_of_wsl=str(kernel))
+    assert found.pop("nothing") == "expandable_segments:True"
+    assert found.pop("chosen in Python") == "max_split_size_mb:100"
+    assert found == dict.fromkeys(("initialized", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "WSL2", "cpu"), "")
 
 
 # ---- training ----
