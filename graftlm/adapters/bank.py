@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graftlm import kernels
-from graftlm.adapters.layer_adapter import LayerAdapter, LowRank, ModulesToSave, TrainableTokens, combined_norm
+from graftlm.adapters.dora import rescaled, row_norms
+from graftlm.adapters.layer_adapter import LayerAdapter, LowRank, ModulesToSave, TrainableTokens
 from graftlm.base import context
 from graftlm.base.embedding import StoredEmbedding
 from graftlm.base.modules import Stored, grouped_matmul, stored_matmul
@@ -214,6 +215,7 @@ class LayerBank:
     def __init__(self) -> None:
         self.adapters: dict[int, LayerAdapter] = _AdaptersBySlot()
         self._routing: tuple[Any, int, _InferenceRouting | None] | None = None
+        self._squares: Tensor | None = None
 
     def __call__(
         self, x: Tensor, module: Stored, weight: Weight, bias: Tensor | None, expert: int | None = None,
@@ -231,13 +233,14 @@ class LayerBank:
             if routing is not None:
                 return routing.matmul(x, weight, bias, module.bf16_matmul)
         used = [(self.adapters[slot], first, last) for slot, first, last in ranges if slot in self.adapters]
-        if all(isinstance(part, LowRank) and part.magnitude is None for part, _, _ in used):
+        if all(isinstance(part, LowRank) for part, _, _ in used):
             dropping = any(isinstance(part, LowRank) and part.dropout for part, _, _ in used)
             if expert is None and dropping and kernels.groups_lora(x.device):
                 alone = self.together(x, [module])
                 if alone is not None:
                     return alone[0] if bias is None else alone[0] + bias.to(alone[0].dtype)
             y = self._forward_lora(x, weight, used, expert, token_indices, module.bf16_matmul)
+            y = self._with_dora(y, weight, used)
             return y if bias is None else y + bias.to(y.dtype)
         parts = [
             self._forward_range(
@@ -251,13 +254,13 @@ class LayerBank:
     def together(self, x: Tensor, modules: Sequence[Stored]) -> list[Tensor] | None:
         """x (T, in) -> the output of each of `modules`, which get the same x, (T, out) without biases.
 
-        None unless one LoRA adapter without DoRA is on all of them, for all tokens, with the same dropout if any.
+        None unless one LoRA adapter is on all of them, for all tokens, with the same dropout if any.
         """
         ranges = _ranges(len(x), None)
         if len(ranges) != 1 or not len(x):
             return None
         found = [m.bank.adapters.get(ranges[0][0]) if isinstance(m.bank, LayerBank) else None for m in modules]
-        parts = [p for p in found if isinstance(p, LowRank) and p.magnitude is None and not p.experts]
+        parts = [p for p in found if isinstance(p, LowRank) and not p.experts]
         copies = parts[0].copies if parts else None
         if copies is None or len(parts) != len(modules) or len({(p.scale, p.A.dtype, p.dropout) for p in parts}) != 1:
             return None
@@ -272,7 +275,28 @@ class LayerBank:
             drops = kernels.Dropout(keys, tuple(p.dropout_key for p in parts), parts[0].dropout)
         B = [copies.of(part, x.dtype)[1] for part in parts]
         factors = (*(part.A for part in parts), *(part.B for part in parts))
-        return list(_LoRAGroup.apply(x, [m.value for m in modules], A, B, parts[0].scale, drops, *factors))  # pyright: ignore
+        ys: Any = _LoRAGroup.apply(x, [m.value for m in modules], A, B, parts[0].scale, drops, *factors)
+        banks: list[Any] = [m.bank for m in modules]
+        return [b._with_dora(y, m.value, [(p, 0, len(x))]) for y, b, m, p in zip(ys, banks, modules, parts)]
+
+    def _with_dora(self, y: Tensor, weight: Weight, used: Sequence[tuple[Any, int, int]]) -> Tensor:
+        """y (T, out) with each DoRA adapter's range (adapter, first, last) times m / |W + s B A|; differentiable."""
+        scaled = [(part, first, last) for part, first, last in used if part.magnitude is not None]
+        if not scaled:
+            return y
+        parts = list({id(part): part for part, _, _ in scaled}.values())
+        norms = [part.norm(weight, self._squares_of(weight), y.dtype) for part in parts]
+        ranges = [(parts.index(part), first, last) for part, first, last in scaled]
+        return rescaled(y, ranges, norms, [part.magnitude for part in parts])
+
+    def _squares_of(self, weight: Weight) -> Tensor:
+        """|w|^2 of each row (out,): kept for as long as adapters are here, under which the base stays as it is."""
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            return row_norms(weight).square()
+        if self._squares is None:
+            with torch.inference_mode(False):  # a step may save them for its backward pass
+                self._squares = row_norms(weight).square()
+        return self._squares
 
     def groups(self, x: Tensor) -> bool:
         """Whether `of_all` knows the current adapter: none, or one LoRA for all tokens, of a rank that can be grouped."""
@@ -307,8 +331,12 @@ class LayerBank:
         if len(low) == len(used):
             routes = kernels.DecodeRouting([(a, b) for _, a, b in low], [part.decode_factors for part, _, _ in low])
             found = _InferenceRouting(
-                routes, [(a, b, part.dora_scale(weight)) for part, a, b in low if part.magnitude is not None]
-            )
+                routes,
+                [
+                    (a, b, part.dora_scale(weight, self._squares_of(weight)))
+                    for part, a, b in low if part.magnitude is not None
+                ],
+            )  # fmt: skip
         self._routing = (ranges, changes, found)
         return found
 
@@ -358,8 +386,7 @@ class LayerBank:
             low_rank_input: Any = _Dropout.apply(x, use) if use.drops else x
             A, B = adapter.factors(None)
             y = y + adapter.scale * F.linear(F.linear(low_rank_input, A.to(x.dtype)), B.to(x.dtype))
-            if adapter.magnitude is not None:
-                y = y * (adapter.magnitude / combined_norm(weight, A, B, adapter.scale)).to(y.dtype)
+            y = self._with_dora(y, weight, [(adapter, 0, len(y))])
         return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from graftlm import kernels
+from graftlm.adapters.dora import combined_norm, row_norms
 from graftlm.adapters.factor_copies import FactorCopies
 from graftlm.base.modules import Stored, StoredStack
-from graftlm.base.precision import Weight, dequantize
+from graftlm.base.precision import Weight
 from graftlm.kernels.counter_rng import hash_words, uniform
 
 
@@ -94,13 +95,16 @@ class LowRank:
         """A, B and the scale in the form of decoding's kernels."""
         return kernels.Factors(self.A.detach(), self.B.detach(), self.scale)
 
-    def dora_scale(self, weight: Weight) -> Tensor:
+    def norm(self, weight: Weight, squares: Tensor, dtype: torch.dtype) -> Tensor:
+        """|w + s b A| of each row (out,), of W (out, in) whose rows have `squares` |w|^2, for an input of `dtype`."""
+        used = self.factors_in(dtype, None)
+        return combined_norm(squares, weight, self.A.float(), self.B.float(), self.scale, used[0] if used else None)
+
+    def dora_scale(self, weight: Weight, squares: Tensor) -> Tensor:
         """m / |W + s B A| (out,), for forward passes without gradients; cached, since a server's A and B do not change."""
         assert self.magnitude is not None
         if self._dora_scale is None:
-            self._dora_scale = self.magnitude.detach() / combined_norm(
-                weight, self.A.float(), self.B.float(), self.scale
-            )
+            self._dora_scale = self.magnitude.detach() / self.norm(weight, squares, torch.float32)
         return self._dora_scale
 
     def named(self) -> dict[str, nn.Parameter]:
@@ -167,7 +171,7 @@ def new_low_rank(
     B = torch.zeros(out_features, rows)
     magnitude = None
     if dora:
-        magnitude = nn.Parameter(torch.linalg.vector_norm(dequantize(module.whole, torch.float32), dim=1))
+        magnitude = nn.Parameter(row_norms(module.whole))
     return LowRank(
         A=nn.Parameter(A.to(device)),
         B=nn.Parameter(B.to(device)),
@@ -179,14 +183,3 @@ def new_low_rank(
         experts=experts,
         magnitude=magnitude,
     )
-
-
-@torch.no_grad()
-def combined_norm(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """|W + s B A| of each row, (out,), a constant to the gradient as DoRA's section 4.3 has it.
-
-    |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b for each row w of W and b of B, so B A (out, in) is never computed.
-    """
-    W = dequantize(weight, torch.float32)  # (out, in)
-    square = W.square().sum(1) + 2 * scale * ((W @ A.T) * B).sum(1) + scale**2 * ((B @ (A @ A.T)) * B).sum(1)
-    return square.clamp_min(0).sqrt()

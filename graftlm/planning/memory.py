@@ -155,7 +155,7 @@ def bytes_per_value(shape: ModelShape, setting: TrainingSetting) -> int:
 
 def _copied(shape: ModelShape, setting: TrainingSetting, device: Device) -> int:
     """Bytes of the copy of an adapter's value in the compute dtype that a GPU keeps (`adapters/factor_copies.py`)."""
-    if device != "cuda" or setting.dora or shape.mixture:
+    if device != "cuda" or shape.mixture:
         return 0
     return 2 if setting.compute_dtype == "bfloat16" else FLOAT32
 

@@ -171,8 +171,9 @@ def test_an_untrained_adapter_of_every_kind_leaves_the_base_as_it_is() -> None:
                 detach(base, slot=2)
 
 
-def test_dora_on_an_nf4_base_has_pefts_gradients_on_the_dequantized_weights(tmp_path: Path) -> None:
-    base = loaded(tiny.folder("llama"), "nf4")
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bfloat16"])
+def test_dora_on_a_stored_base_has_pefts_gradients_on_the_dequantized_weights(precision: str, tmp_path: Path) -> None:
+    base = loaded(tiny.folder("llama"), precision)
     adapter = tiny.adapted(base, dora=True, rank_stabilized=True)
     adapter_format.save(base, adapter, tmp_path, {})
     plain = tiny.plain(base.folder)

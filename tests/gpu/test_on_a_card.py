@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[dict[str, Any], Budget]] = {
     "lora with dropout": (
         {"method": "lora", "base_precision": "bfloat16", "lora_dropout": 0.1}, Budget(launches=(63, 28))
     ),
-    "dora": ({"method": "lora", "base_precision": "bfloat16", "dora": True}, Budget(launches=(306, 16))),
+    "dora": ({"method": "lora", "base_precision": "bfloat16", "dora": True}, Budget(launches=(168, 27))),
     "lora on int8": ({"method": "lora", "base_precision": "int8"}, Budget(launches=(77, 24))),
     "qlora": ({"method": "qlora", "base_precision": "nf4"}, Budget(launches=(77, 24))),
     "qlora, checkpointed": (

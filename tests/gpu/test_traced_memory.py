@@ -20,6 +20,7 @@ MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 RUNS: dict[str, tuple[Any, int, int, dict[str, Any]]] = {
     "qlora, checkpointed": ("qlora", 2048, 1, CHECKPOINTED),
     "lora": ("lora", 1024, 2, {}),
+    "dora": ("lora", 1024, 2, {"dora": True}),
     "full in float32": ("full", 1024, 1, {}),
     "full in bfloat16, checkpointed": ("full", 1024, 1, {**BF16, **CHECKPOINTED}),
     "activations on the host": ("qlora", 2048, 1, {**CHECKPOINTED, "offload_activations": True}),
