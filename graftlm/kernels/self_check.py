@@ -2,15 +2,17 @@
 
 A backend lists its operations, each with a check: a small, odd-shaped comparison that returns whether the results agree. The
 check runs before the first use of an operation on a kind of device. An operation that is missing, fails or differs is not
-used in this process, with one warning for each backend; the reference is used instead.
+used in this process, with one warning for each backend; the reference is used instead. Checks compare float32 with float32: a
+user may have chosen TF32 for PyTorch's matmuls, which would be another answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -48,8 +50,9 @@ class SelfCheck:
         reason = self._ready()
         if not reason:
             try:
-                if self._checks[operation](device):
-                    return True
+                with _float32_matmuls():
+                    if self._checks[operation](device):
+                        return True
                 reason = f"{operation} does not give the reference's answer on this machine"
             except Exception as error:
                 reason = f"{operation} failed its check: {error!r}"
@@ -62,6 +65,20 @@ class SelfCheck:
                 stacklevel=5,
             )
         return False
+
+
+@contextlib.contextmanager
+def _float32_matmuls() -> Iterator[None]:
+    """PyTorch's float32 matmuls are not rounded to TF32 or bfloat16 in here, whatever the user chose for them."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 # ---- parts of checks ----------------------------------------------------------------------------------------------
