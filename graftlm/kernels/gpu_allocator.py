@@ -11,6 +11,8 @@ They are Linux's; in WSL2 the first allocation fails with them on some cards (Py
 Set, and not run on a GPU.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import os
