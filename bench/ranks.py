@@ -84,14 +84,12 @@ def rows() -> list[Row]:
         Row(size="13b", tokens=2048, gpus=8, **full),
         Row(size="13b", tokens=2048, gpus=2, **lora),
         Row(size="70b", tokens=2048, gpus=8, **full, **eight),
-        Row(size="70b", tokens=2048, gpus=8, in_backward=True, **full, **eight),
         Row(size="70b", tokens=2048, **hybrid, **full, **eight),
         Row(size="70b", tokens=4096, gpus=8, nodes=8, **full),
         Row(size="70b", tokens=1024, gpus=2, **lora),
         Row(size="70b", tokens=2048, **hybrid, **lora),
         Row(size="70b", tokens=2048, gpus=2, method="lora", precision="int8"),
         Row(size="70b", tokens=1024, gpus=2, **qlora),
-        Row(size="70b", tokens=2048, gpus=8, **qlora),
         Row(size="70b", tokens=4096, gpus=8, nodes=8, **qlora),
     ]
 
