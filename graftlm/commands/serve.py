@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from graftlm.config import ServeConfig
-from graftlm.errors import ConfigError, nearest
+from graftlm.errors import ConfigError, ModelError, nearest
 from graftlm.serving.vllm import export_for_vllm
 
 if TYPE_CHECKING:
@@ -39,8 +39,13 @@ def serve(
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette"):
             raise
         raise ConfigError(f"graft serve needs {error.name}; install it with: pip install 'graftlm[serve]'") from None
+    from graftlm.base.loading import default_device
+
+    config = config.on(default_device(config.device).type)
     with _low_latency():
         built = build(config, note)
+        if built.base.device.type == "cuda":
+            plan_steps(built, config, note)
         # What there is now stays: a garbage collection over all of it would pause every request for a third of a second.
         gc.collect()
         gc.freeze()
@@ -56,6 +61,34 @@ def serve(
             sock.close()
             built.state.async_engine.close()
     return None
+
+
+def plan_steps(built: BuiltServer, config: ServeConfig, note: Note) -> None:
+    """Say what a step takes on a GPU; by default it has fewer tokens where it would take more than half of what is left."""
+    from graftlm.planning.instantiate import instantiate
+    from graftlm.serving.engine.graph_decoder import GraphDecoder
+    from graftlm.serving.engine.kv_cache import free_memory
+    from graftlm.serving.engine.step_memory import fitting, step_memory
+
+    engine, base = built.state.async_engine.engine, built.base
+    limits = engine.limits
+    given: dict[str, Any] = {
+        "tokens": limits.max_num_batched_tokens, "sequences": limits.max_num_seqs,
+        "value_bytes": base.activation_dtype.itemsize,
+        "graphs": isinstance(getattr(engine.runner, "decoder", None), GraphDecoder),
+    }  # fmt: skip
+    try:
+        shape = instantiate(base.model.config, config.trust_remote_code)
+    except ModelError as error:  # the base is loaded, and answers all the same
+        note(f"steps      {limits.max_num_batched_tokens:,} tokens at most; their memory is not known: {error}")
+        return
+    if "max_num_batched_tokens" in config.model_fields_set:
+        found = step_memory(shape, **given)
+    else:
+        found = fitting(shape, max(free_memory(base.device) - limits.adapter_bytes, 0) // 2, **given)
+        engine.limit_step(found.tokens)
+    graphs = f", CUDA graphs {found.graphs / 1e6:.0f} MB" if given["graphs"] else ""
+    note(f"steps      {found.tokens:,} tokens at most, {found.step / 1e6:.0f} MB{graphs} (estimated)")
 
 
 async def _run(server: Any, sock: Any, preload: Any) -> None:

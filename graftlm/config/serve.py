@@ -8,6 +8,11 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from graftlm.config.fields import ComputeDtype, Config, Names, Precision, flag_name, option
+from graftlm.errors import ConfigError
+
+GPU_SEQUENCES, GPU_STEP_TOKENS = 128, 4096
+"""The defaults of --max-num-seqs and --max-num-batched-tokens on a GPU, where a step over few tokens takes as long as one over
+many: it waits for the weights to be read, or for its launches."""
 
 # Options that the printed vllm command can express, or that only affect the export.
 _FOR_VLLM = frozenset(
@@ -74,10 +79,13 @@ class ServeConfig(Config):
     )
     max_queue: int = option(256, "most requests in the queue; beyond it the server returns 429", group="bounds", ge=1)
 
-    max_num_seqs: int = option(16, "most sequences in a batch", group="memory and speed", ge=1, le=4096)
-    max_num_batched_tokens: int = option(
-        256, "most tokens in one engine step, prefill and decode together", group="memory and speed", ge=1
+    max_num_seqs: int = option(
+        16, f"most sequences in a batch; on a GPU by default {GPU_SEQUENCES}", group="memory and speed", ge=1, le=4096
     )
+    max_num_batched_tokens: int = option(
+        256, f"most tokens in one engine step, prefill and decode together; on a GPU by default {GPU_STEP_TOKENS:,}, fewer "
+        "where memory is scarce", group="memory and speed", ge=1,
+    )  # fmt: skip
     kv_cache_gb: float | None = option(
         None, "memory for the KV cache, in GB; default what --max-num-seqs sequences can need, on a CPU 1,024 tokens for each "
         "and one text of the model's longest at least; at most a quarter of the free memory",
@@ -101,12 +109,34 @@ class ServeConfig(Config):
             self._fits_vllm()
         if self.engine == "embedded" and "out" in self.model_fields_set:
             raise ValueError("out: it is for --engine vllm only; leave it out")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max-num-batched-tokens: {self.max_num_batched_tokens} are too few for a batch of {self.max_num_seqs}, since "
-                "each sequence decodes one token a step"
-            )
+        if "max_num_batched_tokens" in self.model_fields_set and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(self._few_tokens)
         return self
+
+    @property
+    def _few_tokens(self) -> str:
+        return (
+            f"max-num-batched-tokens: {self.max_num_batched_tokens} are too few for a batch of {self.max_num_seqs}, since each "
+            "sequence decodes one token a step"
+        )
+
+    def on(self, device: str) -> ServeConfig:
+        """The same with the defaults of a kind of device, `cpu` or `cuda`, for what was not given.
+
+        Raises ConfigError for a batch of more sequences than a step has tokens.
+        """
+        changes: dict[str, int] = {}
+        if device == "cuda" and "max_num_batched_tokens" not in self.model_fields_set:
+            changes["max_num_batched_tokens"] = GPU_STEP_TOKENS
+        if device == "cuda" and "max_num_seqs" not in self.model_fields_set:
+            changes["max_num_seqs"] = min(
+                GPU_SEQUENCES, changes.get("max_num_batched_tokens", self.max_num_batched_tokens)
+            )
+        chosen = self.model_copy(update=changes)
+        chosen.model_fields_set.difference_update(changes)
+        if chosen.max_num_batched_tokens < chosen.max_num_seqs:
+            raise ConfigError(chosen._few_tokens)
+        return chosen
 
     def _fits_vllm(self) -> None:
         """Raise ValueError for options that the printed vllm command cannot express."""

@@ -47,10 +47,10 @@ def answer_logit_bytes(shape: ModelShape, load: AnswerLoad) -> int:
     return max(min(load.prompts, SEQUENCES), PROOF_TOKENS) * shape.vocabulary * FLOAT32
 
 
-def answer_workspace_bytes(shape: ModelShape, value_bytes: int) -> int:
-    """Bytes of one layer's states in a step over prompts: gate, up and their product, and around attention its queries, keys,
-    values and result."""
+def answer_workspace_bytes(shape: ModelShape, value_bytes: int, tokens: int = STEP_TOKENS) -> int:
+    """Bytes of one layer's states in a step of so many tokens: gate, up and their product, and around attention its queries,
+    keys, values and result."""
     experts = shape.experts_per_token if shape.mixture else 1
     feed_forward = 3 * shape.inner_width * experts + 2 * shape.width
     attention = 2 * shape.attention_width + 2 * shape.key_value_width + 2 * shape.width
-    return max(feed_forward, attention) * value_bytes * STEP_TOKENS
+    return max(feed_forward, attention) * value_bytes * tokens

@@ -78,7 +78,7 @@ def _command(config: ServeConfig, rank: int, adapters: int, modules: dict[str, P
         command += ["--dtype", config.base_precision]
     slots = min(config.max_loras, adapters)
     command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
-    command += ["--max-cpu-loras", str(adapters), "--max-num-seqs", str(config.max_num_seqs)]
+    command += ["--max-cpu-loras", str(adapters), "--max-num-seqs", str(config.on("cuda").max_num_seqs)]
     command += ["--trust-remote-code"] if config.trust_remote_code else []
     return [*command, "--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from graftlm.config import ChatConfig, CheckConfig, Config, GenerateConfig, TrainConfig
+from graftlm.config import ChatConfig, CheckConfig, Config, GenerateConfig, ServeConfig, TrainConfig
 from graftlm.errors import ConfigError
 
 NEEDED = {"model": "m", "data": "d.jsonl", "out": "o"}
@@ -251,3 +251,24 @@ def test_lists_come_from_commas_repeats_and_lists_and_brackets_hold_together() -
     assert built(targets="layers.[0,1].*").targets == ("layers.[0,1].*",)
     assert built(trainable_tokens="<a, b> ").trainable_tokens == ("<a, b> ",)  # a token is what it is
     assert built(data="a,b.jsonl").data == ("a,b.jsonl",)  # a file's name may hold a comma
+
+
+# ---- defaults of a device ----
+
+
+def test_a_server_has_its_devices_defaults_where_nothing_was_given() -> None:
+    def batch(device: str, **given: int) -> tuple[int, int]:
+        config = ServeConfig.build({"model": "m", **given}).on(device)
+        assert config.model_fields_set == {"model", *given}
+        return config.max_num_seqs, config.max_num_batched_tokens
+
+    assert batch("cpu") == (16, 256)
+    assert batch("cuda") == (128, 4096)
+    assert batch("cuda", max_num_seqs=300) == (300, 4096)
+    assert batch("cuda", max_num_batched_tokens=64) == (64, 64)
+    assert batch("cuda", max_num_batched_tokens=64, max_num_seqs=8) == (8, 64)
+    assert batch("cpu", max_num_seqs=8) == (8, 256)
+    with pytest.raises(ConfigError, match="256 are too few for a batch of 300"):
+        batch("cpu", max_num_seqs=300)
+    with pytest.raises(ConfigError, match="4 are too few for a batch of 16"):
+        batch("cuda", max_num_batched_tokens=4)

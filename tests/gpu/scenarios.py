@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import fake_card
 import numpy as np
 import torch
 from fake_card import FakeCard, hidden, most_pinned_bytes
@@ -27,16 +28,20 @@ from graftlm import demo, kernels
 from graftlm.adapters.attach import AdapterPlan, attach, new_adapter, select_layers
 from graftlm.base.attention import causal
 from graftlm.base.loading import Base, default_device, load_base, load_tokenizer, random_base
-from graftlm.config import TrainConfig
+from graftlm.commands.serve import plan_steps
+from graftlm.config import ServeConfig, TrainConfig
 from graftlm.data.dataset import Dataset, DatasetPart, make_example
 from graftlm.errors import TrainingError
 from graftlm.kernels import gpu_allocator, reference
+from graftlm.planning.instantiate import instantiate
 from graftlm.serving.engine.adapter_cache import pack_for_decoding
 from graftlm.serving.engine.engine import Engine
 from graftlm.serving.engine.graph_decoder import GraphDecoder
 from graftlm.serving.engine.request import Request, SamplingParams
 from graftlm.serving.engine.runner import PagedRunner
 from graftlm.serving.engine.scheduler import EngineLimits
+from graftlm.serving.engine.step_memory import step_memory
+from graftlm.serving.http.server import build
 from graftlm.training.run import make_adapter, make_trial, set_checkpointing
 from graftlm.training.sanity_checks import UpdateCheck
 from graftlm.training.trainer import optimizer_step
@@ -211,6 +216,48 @@ def _engine(layers: int, adapters: int, *, cache_tokens: int = 4096, how: dict[s
 def serve(layers: list[int], **given: Any) -> list[dict[str, Any]]:
     """Two traces with each number of layers: `prefill`, a step over all prompts; `decode`, a step that adds a token to each."""
     return [_served(count, **given) for count in layers]
+
+
+def steps_memory(model: dict[str, Any], tokens: int, sequences: int, prompt: int, **sampling: Any) -> dict[str, Any]:
+    """Bytes beyond base, KV cache and tables: the most in a step over prompts of `tokens` tokens in all; of the captured steps
+    the most, and what they keep. And what is estimated of both."""
+    with FakeCard() as card:
+        base = random_base(LlamaConfig(**model), _tokenizer(), precision="bfloat16", device="cuda")
+        limits = EngineLimits(cache_tokens=2 * tokens, max_num_batched_tokens=tokens, max_num_seqs=sequences)
+        engine = Engine(base, limits)
+        assert isinstance(engine.runner, PagedRunner)
+        assert isinstance(engine.runner.decoder, GraphDecoder)
+        held = card.bytes
+        card.reset()
+        engine.warm_up()
+        captured = {"most": card.trace.peak_bytes - held, "kept": card.bytes - held}
+        for i in range(tokens // prompt):
+            engine.add_request(
+                Request(id=f"r{i}", prompt=(3,) * prompt, max_tokens=4, sampling=SamplingParams(**sampling))
+            )
+        before = card.bytes
+        card.reset()
+        engine.step()
+        found = {"step": card.trace.peak_bytes - before, "captured": captured}
+        shape = instantiate(base.model.config)
+        planned = step_memory(shape, tokens=tokens, sequences=sequences, value_bytes=2, graphs=True)
+        return {**found, "planned_step": planned.step, "planned_graphs": planned.graphs}
+
+
+def build_server(folder: str, memory: int, **options: Any) -> dict[str, Any]:
+    """What `graft serve` says of a server with default options on a card with so many bytes, and its limits."""
+    fake_card.PROPERTIES.total_memory = memory
+    notes: list[str] = []
+    with FakeCard():
+        config = ServeConfig.build({"model": folder, **options}).on(default_device(None).type)
+        built = build(config, notes.append)
+        plan_steps(built, config, notes.append)
+        limits = built.state.async_engine.engine.limits
+        return {
+            "notes": notes,
+            "limits": vars(limits),
+            "scheduled": vars(built.state.async_engine.engine.scheduler.limits),
+        }
 
 
 _SAMPLING = {field.name for field in fields(SamplingParams)}

@@ -186,3 +186,34 @@ def test_a_long_prompt_over_a_cached_beginning_takes_bounded_memory(card: Worker
     traces = card.traces("chunk", cached=30_000, length=1024)
     assert traces["plain"].peak_bytes < 400 << 20, traces["plain"]
     assert traces["soft cap"].peak_bytes < 900 << 20, traces["soft cap"]
+
+
+@pytest.mark.parametrize(("width", "vocabulary", "sampling"), [
+    (512, 8000, {}), (256, 128_000, {"temperature": 0.7, "repetition_penalty": 1.2}),
+])  # fmt: skip
+def test_the_memory_of_steps_and_of_captured_graphs_is_what_is_estimated(
+    card: Worker, width: int, vocabulary: int, sampling: dict[str, float]
+) -> None:
+    model = {
+        "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 3, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "vocab_size": vocabulary, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    }  # fmt: skip
+    found = card.ask("steps_memory", model=model, tokens=4096, sequences=128, prompt=32, **sampling)
+    assert found["step"] == pytest.approx(found["planned_step"], rel=0.05), found
+    captured = found["captured"]
+    assert captured["most"] == pytest.approx(found["planned_graphs"], rel=0.05), found
+    assert captured["kept"] < found["planned_graphs"], "graphs share their pool"
+
+
+def test_a_server_on_a_card_takes_larger_batches_by_default_and_says_what_they_take(card: Worker) -> None:
+    folder = str(tiny.folder("llama"))
+    found = card.ask("build_server", folder=folder, memory=80 << 30)
+    assert (found["limits"]["max_num_seqs"], found["limits"]["max_num_batched_tokens"]) == (128, 4096)
+    # 2 MB are the states of 4,096 tokens, (3 x 44 + 4 x 28) values of two bytes each
+    assert found["notes"][-1] == "steps      4,096 tokens at most, 2 MB, CUDA graphs 0 MB (estimated)"
+    scarce = card.ask("build_server", folder=folder, memory=1 << 28, kv_cache_gb=1e-3)  # which adapters may take whole
+    assert (scarce["limits"]["max_num_seqs"], scarce["limits"]["max_num_batched_tokens"]) == (128, 256)
+    assert scarce["limits"] == scarce["scheduled"]
+    chosen = card.ask("build_server", folder=folder, memory=1 << 28, max_num_seqs=5, max_num_batched_tokens=400)
+    assert (chosen["limits"]["max_num_seqs"], chosen["limits"]["max_num_batched_tokens"]) == (5, 400)
+    assert "400 tokens at most" in chosen["notes"][-1]

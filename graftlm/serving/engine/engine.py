@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -95,6 +95,10 @@ class Engine:
         self._sequences_of: dict[str, list[Sequence]] = {}
         self._last_abort_check = -math.inf
         self._failed_loads = 0  # when that was
+
+    def limit_step(self, tokens: int) -> None:
+        """Take at most so many tokens in a step; before the first one."""
+        self.limits = self.scheduler.limits = replace(self.limits, max_num_batched_tokens=tokens)
 
     # ---- from any thread --------------------------------------------------------------------------------------------
 
