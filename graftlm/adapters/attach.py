@@ -251,7 +251,7 @@ def attach(base: Base, adapter: Adapter, slot: int = 1) -> None:
     assert slot > 0
     with _changing:
         _attach(base, adapter, slot)
-        base.adapter_changes += 1
+        _changed(base, slot)
 
 
 _changing = threading.Lock()
@@ -314,7 +314,12 @@ def detach(base: Base, slot: int = 1) -> None:
             embedding.bank.adapters.pop(slot, None)
             if not embedding.bank.adapters:
                 embedding.bank = None
-        base.adapter_changes += 1
+        _changed(base, slot)
+
+
+def _changed(base: Base, slot: int) -> None:
+    base.slot_changes[slot] = base.adapter_changes + 1  # first: who sees the number looks for the slots
+    base.adapter_changes += 1
 
 
 def _bank(module: Stored) -> LayerBank:

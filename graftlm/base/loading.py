@@ -86,6 +86,8 @@ class Base:
     one_pass: AbstractContextManager[object] = field(default_factory=threading.RLock)
     adapter_changes: int = 0
     """Number of times an adapter was attached or detached: data cached from the slots is valid while it stays the same."""
+    slot_changes: dict[int, int] = field(default_factory=dict[int, int])
+    """What `adapter_changes` was after the last of them in each slot."""
     fused: FusedCounts = field(default_factory=FusedCounts)
     """How many of its norms, gated activations and rotations run as fused operations."""
 
@@ -276,9 +278,7 @@ def _one_line(error: Exception) -> str:
 def default_device(asked: str | None) -> torch.device:
     """The asked device, else the first GPU, else the CPU; a GPU's memory is allocated in segments that grow from then on."""
     if asked is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        kernels.expand_segments(device)
-        return device
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
     except RuntimeError:

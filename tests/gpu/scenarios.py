@@ -25,7 +25,8 @@ from fake_card import FakeCard, hidden, most_pinned_bytes
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase
 
 from graftlm import demo, kernels
-from graftlm.adapters.attach import AdapterPlan, attach, new_adapter, select_layers
+from graftlm.adapters.attach import AdapterPlan, attach, detach, new_adapter, select_layers
+from graftlm.adapters.factor_tables import FactorTables
 from graftlm.base.attention import causal
 from graftlm.base.loading import Base, default_device, load_base, load_tokenizer, random_base
 from graftlm.commands.serve import plan_steps
@@ -326,6 +327,24 @@ def region(layers: int, adapters: int, experts: int = 0, **how: Any) -> dict[str
                 assert found is not None
                 assert found.shape[0] == n
         return {"runs": runs, "traces": traces}
+
+
+def tables(layers: int) -> dict[str, Any]:
+    """What a step of decoding writes to the adapters' tables: of three slots, of the same again, and after one has changed."""
+    with FakeCard() as card:
+        engine = _engine(layers, 3, how={"precision": "bfloat16"})
+        base = engine.base
+        found = FactorTables(base, entries=129)
+        written: dict[str, Any] = {}
+        for name in ("all", "none", "one"):
+            if name == "one":
+                detach(base, 2)
+                adapter = new_adapter(base, select_layers(base, ("attention",)), AdapterPlan(rank=16, alpha=32.0), 7)
+                attach(base, pack_for_decoding(adapter, base.activation_dtype), slot=2)
+            card.reset()
+            launched = card.record(lambda: found.entries_of({1, 2, 3}))
+            written[name] = {"launches": launched, "trace": card.trace.to_json()}
+        return written
 
 
 def attend(lengths: list[int], heads: int = 32, key_heads: int = 8, width: int = 128) -> dict[str, Any]:

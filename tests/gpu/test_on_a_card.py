@@ -168,6 +168,22 @@ def test_what_a_captured_step_launches_depends_on_the_number_of_its_rows_alone(
         assert not trace.copies, trace
 
 
+def test_of_the_adapters_tables_only_changed_slots_are_written_to_where_they_lay(card: Worker) -> None:
+    written = card.ask("tables", layers=2)
+    assert not written["none"]["launches"]
+    places: list[list[str]] = []
+    for name, slots in (("all", 3), ("one", 1)):
+        trace = Trace.from_json(written[name]["trace"])
+        launches = [launch for launch in written[name]["launches"] if not launch.startswith("_to_copy")]
+        assert [launch.split(" ")[0] for launch in launches] == ["index_copy_"] * 4, launches  # A, B, ranks, scales
+        assert all(f"(14, {slots})" in launch for launch in launches), launches  # seven linear layers each
+        assert not trace.synchronisations
+        assert not trace.pageable
+        assert trace.copies.total() == 5  # and which entries they are
+        places.append([launch.split("at ")[1].split("+")[0] for launch in launches])
+    assert places[0] == places[1]
+
+
 def test_a_mixture_whose_experts_are_taken_one_by_one_is_not_captured_and_the_reason_is_known(card: Worker) -> None:
     found = card.ask("region", layers=1, adapters=0, experts=4, precision="nf4")
     assert "are taken one by one" in found["reason"]

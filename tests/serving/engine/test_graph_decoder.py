@@ -346,6 +346,62 @@ def test_tables_have_room_for_the_adapters_of_a_step_however_many_there_were_bef
             detach(base, slot)
 
 
+def test_a_change_of_one_slot_leaves_the_others_entries_and_makes_its_own_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tiny_engine.base_of("llama")
+    tables = FactorTables(base, entries=4)
+    read: list[int] = []
+    rows = FactorTables._rows  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(FactorTables, "_rows", lambda self, slot, entry: read.append(slot) or rows(self, slot, entry))
+
+    def fields() -> dict[str, list[Tensor]]:
+        layers = [tables.of(module) for module in base.stored().values()]
+        known = [layer for layer in layers if layer is not None]
+        return {name: [getattr(layer, name) for layer in known] for name in ("A", "B", "ranks", "scale")}
+
+    def entry(number: int) -> list[float]:
+        return [float(tensor[number]) for parts in fields().values() for tensor in parts]
+
+    try:
+        for slot, rank in ((5, 3), (6, 4), (7, 5)):
+            attach(base, pack_for_decoding(tiny_engine.adapter_of(base, rank)), slot=slot)
+        first = tables.entries_of({5, 6, 7})
+        assert first is not None
+        assert first[1] == 5
+        before = {slot: entry(number) for slot, number in first[0].items()}
+        lies = [tensor.data_ptr() for parts in fields().values() for tensor in parts]
+        detach(base, 7)
+        attach(base, pack_for_decoding(tiny_engine.adapter_of(base, 2, targets=("attention",))), slot=7)
+        read.clear()
+        again = tables.entries_of({5, 6, 7})
+        assert again is not None
+        assert again[1] == 4
+        assert read == [7]
+        assert all(entry(again[0][slot]) == before[slot] for slot in (0, 5, 6))
+        assert entry(again[0][7]) != before[7]
+        assert lies == [tensor.data_ptr() for parts in fields().values() for tensor in parts]
+        anew = FactorTables(base, entries=4)
+        fresh = anew.entries_of({5, 6, 7})
+        assert fresh is not None
+        for module in base.stored().values():
+            one, other = tables.of(module), anew.of(module)
+            if one is None or other is None:
+                continue
+            for slot in (0, 5, 6, 7):
+                for name in ("A", "B", "ranks", "scale"):
+                    assert getattr(one, name)[again[0][slot]] == getattr(other, name)[fresh[0][slot]]
+        detach(base, 6)
+        read.clear()
+        assert tables.entries_of({5, 7}) is not None
+        assert not read
+        kept = [e for e in tables._known.values() if e.kept]  # pyright: ignore[reportPrivateUsage]
+        assert len(kept) == 2, "what is detached is not kept"
+    finally:
+        for slot in (5, 6, 7):
+            detach(base, slot)
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 17, 64, 100, 128, 500, 4096])
 def test_steps_are_captured_for_row_counts_of_which_one_is_near_above_each_number(most: int) -> None:
     counts = row_counts(most)
