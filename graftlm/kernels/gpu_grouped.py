@@ -1,7 +1,8 @@
 """The matmuls of all experts of a mixture in one launch, on a GPU: PyTorch's grouped matmul, whose bounds stay on the GPU.
 
-Cards before compute capability 9.0 (H100) have a loop in PyTorch that reads the bounds: there `usable` says no, and experts are
-taken one by one.
+That is so for compute capabilities 9.x and 10.x (H100, B200) alone. For other cards, the later 11.x and 12.x too, PyTorch has a
+loop that reads the bounds (`_grouped_mm_cuda`; its pull request 194227): there `usable` says no, and experts are taken one by
+one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 
 from graftlm.kernels.self_check import SelfCheck, close, sample
 
-FIRST_CAPABILITY = (9, 0)
+CAPABILITIES = (9, 10)
+"""Major compute capabilities of the cards that have it in one launch."""
 MULTIPLE = 8  # of every width: rows begin at multiples of 16 bytes
 
 
@@ -21,7 +23,7 @@ def usable(x: Tensor) -> bool:
     return (
         x.is_cuda
         and x.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= FIRST_CAPABILITY
+        and torch.cuda.get_device_capability(x.device)[0] in CAPABILITIES
         and self_check.allows("grouped_matmul", x.device)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,17 @@ def outcome(base: Base, segments: Segments, trained: Sequence[Tensor]) -> list[T
 
 def test_the_grouped_matmul_passes_its_check() -> None:
     assert gpu_grouped.check(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("capability", "usable"), [((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_experts_are_grouped_on_cards_where_pytorch_does_not_read_their_bounds(
+    capability: tuple[int, int], usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an RTX 5090 (12.0) it does, as before an H100: the host would wait, and no step could be captured."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gpu_grouped.self_check, "allows", lambda operation, device: True)
+    x: Any = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
+    assert gpu_grouped.usable(x) is usable
 
 
 @pytest.mark.parametrize("architecture", tiny.MIXTURES)
