@@ -161,8 +161,8 @@ def _together(plan: ModelPlan, report: PlanReport, where: Console) -> None:
         rows.append([label, found.words, f"{times}{load.tokens:,}", *(_cell(value) for value in values)])
     note = (
         "layout: the first that fits. replicate: the whole model on each GPU; hybrid: on each node, split over its GPUs; "
-        "shard: split over all, layers gathered as they run. micro-batch: tokens of one on each GPU. What graft train has of "
-        "these is in docs/distributed.md; the bytes were simulated, not measured."
+        "shard: split over all, layers gathered as they run. micro-batch: tokens of one on each GPU. graft train has all of "
+        "these (--layout); the bytes were simulated, not measured."
     )
     if several:
         note += " sent a step: to GPUs of the same node."

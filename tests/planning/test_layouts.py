@@ -264,7 +264,7 @@ def test_a_plan_over_nodes_says_what_goes_between_them_and_python_says_the_same(
     assert found.exit_code == 0, found.output
     assert "on 2 nodes of 8 x NVIDIA A100" in found.output
     assert "hybrid" in found.output
-    assert "to other nodes" in found.output
+    assert "to other" in found.output  # a narrow terminal has "nodes" in the next line
     # torchrun's names mean the same
     asked = ("llama-2-70b", "--gpu", "a100-80gb", "--nproc-per-node", "8", "--nnodes", "2", "--max-length", "1024")
     said = json.loads(run(*asked, "--activation-checkpointing", "--batch-size", "64", "--json").stdout)
