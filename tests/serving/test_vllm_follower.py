@@ -491,9 +491,11 @@ def test_one_adapter_that_cannot_be_exported_does_not_keep_the_follower_from_the
         ({"follow": "http://host:port"}, "is not the address of a server"),
         ({"follow": "http://host:8000/?a=b"}, "is not the address of a server"),
         ({"follow": "http://me:secret@host:8000"}, "the address holds a password; leave it out"),
+        ({"follow": "http://me:secret@host:port"}, "the address holds a password; leave it out"),
+        ({"follow": "http://me:secret@host:8000/?a=b"}, "the address holds a password; leave it out"),
         ({"follow": "http://host:8000", "engine": "embedded"}, "follow: it is for --engine vllm only"),
     ],
-    ids=["scheme", "port", "query", "password", "engine"],
+    ids=["scheme", "port", "query", "password", "password and port", "password and query", "engine"],
 )  # fmt: skip
 def test_an_address_that_cannot_be_followed_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")) as error:
