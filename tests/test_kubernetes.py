@@ -177,6 +177,13 @@ def test_the_command_of_vllm_is_the_one_that_graft_prints_with_room_for_more() -
     assert shared["mountPath"] == str(config.out), "vLLM is told the follower's path"
 
 
+def test_no_service_sets_a_variable_that_vllm_reads() -> None:
+    # For a Service `vllm` Kubernetes sets VLLM_PORT=tcp://..., with which vLLM does not start (vLLM #34199).
+    assert dict(PODS)["vllm/vllm"]["enableServiceLinks"] is False
+    for _, one in ALL:
+        assert one["kind"] != "Service" or not one["metadata"]["name"].startswith("vllm"), "other pods have links"
+
+
 def test_no_graft_container_runs_as_root_and_all_that_serve_have_limits() -> None:
     for where, spec in PODS:
         for container in containers(spec):

@@ -77,6 +77,8 @@ class TemplateRenderer:
             ) from error
         except jinja2.TemplateError as error:
             raise DataError(f"the model's chat template refuses this conversation: {error}{hint}") from error
+        except RecursionError:
+            raise DataError(f"the model's chat template calls itself without end on this conversation{hint}") from None
         except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
             name = type(error).__name__
             raise DataError(f"the model's chat template fails on this conversation ({name}: {error}){hint}") from error

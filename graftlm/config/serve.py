@@ -122,6 +122,8 @@ class ServeConfig(Config):
         """The address without a final `/v1`, as OpenAI's clients are given it. Raises ValueError."""
         if value is None:
             return None
+        if "@" in value:  # before anything that would show it
+            raise ValueError("follow: the address holds a password; leave it out, and give vLLM's key in VLLM_API_KEY")
         shown = f"follow: '{value[:200]}'"
         try:
             place = urlsplit(value)
@@ -131,8 +133,6 @@ class ServeConfig(Config):
             place = urlsplit("")
         if not good or place.query or place.fragment or any(c <= " " or c == "\x7f" for c in value):
             raise ValueError(f"{shown} is not the address of a server; give one such as http://127.0.0.1:8000")
-        if place.username is not None or place.password is not None:
-            raise ValueError("follow: the address holds a password; leave it out, and give vLLM's key in VLLM_API_KEY")
         return value.rstrip("/").removesuffix("/v1").rstrip("/")
 
     @model_validator(mode="after")

@@ -71,6 +71,14 @@ def test_a_template_that_is_not_jinja_is_refused() -> None:
         TemplateRenderer("{% for m in messages %}", {}, [], "2026-01-01")
 
 
+def test_a_template_that_calls_itself_without_end_refuses_the_conversation() -> None:
+    source = "{% macro m(x) %}{{ m(x) }}{% endmacro %}{% if messages[0].content == 'deep' %}{{ m(1) }}{% endif %}"
+    template = TemplateRenderer(source, {}, (), "2024-07-26")
+    assert template.render([{"role": "user", "content": "flat"}]) == ""
+    with pytest.raises(DataError, match="calls itself without end"):
+        template.render([{"role": "user", "content": "deep"}])
+
+
 def test_a_template_cannot_reach_into_python() -> None:
     for attack in (
         "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}",

@@ -212,6 +212,38 @@ def test_an_adapter_that_vllm_cannot_serve_stops_no_other(
     assert vllm.versions() == {**IN_STEP, "formal@prod": "formal@2"}
 
 
+def test_a_server_is_in_step_with_what_it_takes_and_not_while_it_has_nothing_or_less_than_before(
+    store: Store, vllm: vllm_stub.VllmStub, following: Following
+) -> None:
+    def in_step() -> bool:
+        following.step()
+        return (following.out / follower.IN_STEP).exists()
+
+    vllm.runtime_updating = False
+    assert not in_step(), "it has none"
+    vllm.runtime_updating, vllm.max_lora_rank = True, 8
+    vllm.restart(other="/elsewhere/other")
+    assert in_step()
+    assert "terse" not in vllm.versions(), "refused from the start"
+    vllm.max_lora_rank = 16
+    vllm.restart()
+    assert in_step()
+    vllm.broken.add("formal@2")
+    store.alias("formal", "prod", 2)
+    assert in_step(), "the earlier version keeps the name"
+    vllm.max_lora_rank = 8
+    vllm.restart()
+    assert not in_step(), "terse was there before"
+    store.remove("terse@1")
+    assert not in_step(), "formal was there before, too"
+    store.alias("formal", "prod", 1)
+    store.remove("formal@2")
+    assert in_step()
+    store.unalias("formal", "prod")
+    store.remove("formal@1")
+    assert in_step(), "there is nothing to have"
+
+
 def test_a_server_without_runtime_updating_or_without_the_folder_is_told_apart(
     vllm: vllm_stub.VllmStub, following: Following, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,9 +491,11 @@ def test_one_adapter_that_cannot_be_exported_does_not_keep_the_follower_from_the
         ({"follow": "http://host:port"}, "is not the address of a server"),
         ({"follow": "http://host:8000/?a=b"}, "is not the address of a server"),
         ({"follow": "http://me:secret@host:8000"}, "the address holds a password; leave it out"),
+        ({"follow": "http://me:secret@host:port"}, "the address holds a password; leave it out"),
+        ({"follow": "http://me:secret@host:8000/?a=b"}, "the address holds a password; leave it out"),
         ({"follow": "http://host:8000", "engine": "embedded"}, "follow: it is for --engine vllm only"),
     ],
-    ids=["scheme", "port", "query", "password", "engine"],
+    ids=["scheme", "port", "query", "password", "password and port", "password and query", "engine"],
 )  # fmt: skip
 def test_an_address_that_cannot_be_followed_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")) as error:

@@ -23,6 +23,7 @@ from graftlm.serving.engine.answer_parser import CLOSE, OPEN, ReasoningName
 from graftlm.serving.engine.tool_call_forms import FORM_NAMES, CallForm, FormName, find_form, usual_form, writes_tools
 
 Style = Literal["chat", "text"]
+_PLAIN_TEXT = "asked in plain text, since it has no chat template or was trained without (graft serve --format chat)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,16 @@ class PromptEncoder:
     def chat(self, messages: Sequence[dict[str, Any]], tools: Tools | None = None) -> list[int]:
         """The tokens that ask for the next assistant turn. One that knows texts only is given the contents as one text.
 
-        Raises DataError for a conversation that the template refuses.
+        Raises DataError for a conversation that the template refuses, RequestError for what plain text has no place for.
         """
         if self.style == "chat":
             return self.encoder.prompt(messages, tools)
+        for name in ("tool_calls", "reasoning_content"):
+            if any(message.get(name) for message in messages):
+                raise RequestError(
+                    f"a message has {name}, and this model is {_PLAIN_TEXT}; leave {name} out, or write it into the content",
+                    field="messages",
+                )
         if not messages:
             raise DataError("a conversation needs at least one message")
         return self.text("\n".join(str(message.get("content") or "") for message in messages))
@@ -65,7 +72,7 @@ class PromptEncoder:
     def _form(self) -> CallForm | str:
         """The form of tool calls, or why there is none."""
         if self.style != "chat":
-            return "it is asked in plain text, since it has no chat template or was trained without (graft serve --format chat)"
+            return f"it is {_PLAIN_TEXT}"
         if not writes_tools(self.encoder):
             return "its chat template has no place for tools"
         found = find_form(self.encoder)

@@ -301,7 +301,7 @@ def report_prompt(base: Base, sequence: Sequence, states: Tensor, first: int) ->
     for at in range(max(first, len(told)), end, _PROMPT_ROWS):
         until = min(at + _PROMPT_ROWS, end)
         rows = logits(base, states[at - first : until - first], [sequence.adapter_slot] * (until - at))  # (n, V)
-        told += logprobs_of(rows, sequence.tokens[at + 1 : until + 1], count)
+        told += logprobs_of(rows, sequence.tokens[at + 1 : until + 1], [count] * len(rows))
 
 
 def logits(base: Base, states: Tensor, slots: Sequences[int]) -> Tensor:

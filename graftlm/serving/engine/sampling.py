@@ -40,10 +40,11 @@ def sample_all(logits: Tensor, sequences: Sequences[Sequence]) -> list[tuple[int
     params = [s.request.sampling for s in sequences]
     numbers = [0.0 if p.greedy else uniform(p.seed, s.index, s.num_generated) for p, s in zip(params, sequences)]
     tokens = sample(logits, params, numbers)
-    counts = [s.request.logprobs for s in sequences]
-    wanted = [i for i, count in enumerate(counts) if count is not None]
-    found = _logprobs([(unchanged[i], tokens[i], counts[i] or 0) for i in wanted])
-    logprobs = dict(zip(wanted, found))
+    counts = {i: s.request.logprobs for i, s in enumerate(sequences) if s.request.logprobs is not None}
+    if not counts:
+        return [(token, None) for token in tokens]
+    rows = unchanged if len(counts) == len(sequences) else unchanged[_on(logits.device, list(counts), torch.int64)]
+    logprobs = dict(zip(counts, logprobs_of(rows, [tokens[i] for i in counts], list(counts.values()))))
     return [(token, logprobs.get(i)) for i, token in enumerate(tokens)]
 
 
@@ -163,36 +164,17 @@ def _pick(p: Tensor, u: Tensor) -> Tensor:
     return (part * _PART + torch.minimum(place, last))[:, 0].clamp_max(m - 1)
 
 
-def logprobs_of(logits: Tensor, tokens: Sequences[int], count: int) -> list[TokenLogprobs]:
-    """The log probability of a token in each row of logits (n, V), and the `count` likeliest tokens with theirs."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)  # (n, V)
-    values, ids = logprobs.topk(min(count, logprobs.shape[-1]))  # (n, count)
-    own = logprobs.gather(1, _on(logits.device, list(tokens))[:, None])  # (n, 1)
-    read = torch.cat([own.double(), values.double(), ids.double()], dim=1).tolist()  # exactly what they were
-    size = values.shape[1]
-    return [
-        TokenLogprobs(token, row[0], tuple(zip(map(int, row[1 + size :]), row[1 : 1 + size])))
-        for token, row in zip(tokens, read)
-    ]
-
-
-def _logprobs(rows: Sequences[tuple[Tensor, int, int]]) -> list[TokenLogprobs]:
-    """Of each (row of logits (V,), token, count): the token's log probability, and the `count` likeliest tokens with theirs.
+def logprobs_of(logits: Tensor, tokens: Sequences[int], counts: Sequences[int]) -> list[TokenLogprobs]:
+    """Of each row of logits (n, V): the log probability of its token, and its `count` likeliest tokens with theirs.
 
     All are read from the device at once.
     """
-    parts: list[Tensor] = []
-    for row, token, count in rows:
-        logprobs = torch.log_softmax(row.float(), dim=-1)
-        values, ids = logprobs.topk(min(count, len(logprobs)))
-        parts += [logprobs[token : token + 1].double(), ids.double(), values.double()]  # exactly what they were
-    read = torch.cat(parts).tolist() if parts else []
-    found: list[TokenLogprobs] = []
-    at = 0
-    for row, token, count in rows:
-        count = min(count, len(row))
-        ids = [int(number) for number in read[at + 1 : at + 1 + count]]
-        values = read[at + 1 + count : at + 1 + 2 * count]
-        found.append(TokenLogprobs(token, read[at], tuple(zip(ids, values))))
-        at += 1 + 2 * count
-    return found
+    logprobs = torch.log_softmax(logits.float(), dim=-1)  # (n, V)
+    values, ids = logprobs.topk(min(max(counts), logprobs.shape[-1]))  # (n, h)
+    own = logprobs.gather(1, _on(logits.device, list(tokens))[:, None])  # (n, 1)
+    read = torch.cat([own.double(), values.double(), ids.double()], dim=1).tolist()  # exactly what they were
+    h = values.shape[1]
+    return [
+        TokenLogprobs(token, row[0], tuple(zip(map(int, row[1 + h : 1 + h + count]), row[1 : 1 + h])))
+        for token, count, row in zip(tokens, counts, read)
+    ]

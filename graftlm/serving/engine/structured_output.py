@@ -33,8 +33,10 @@ class GrammarCompiler:
         self._bound: Any = None
         self._lock = threading.Lock()
 
-    def json(self, schema: dict[str, Any] | None = None, *, opened: bool = False) -> JsonGrammar:
-        """A grammar for JSON of `schema` (any object without one), behind reasoning where the prompt has `opened` it.
+    def json(self, schema: dict[str, Any] | None = None, *, opened: bool = False, thinks: bool = False) -> JsonGrammar:
+        """A grammar for JSON of `schema` (any object without one).
+
+        Reasoning goes on before it where the prompt has `opened` it, and may where the model `thinks`.
 
         Raises RequestError for one that cannot be followed.
         """
@@ -58,7 +60,9 @@ class GrammarCompiler:
                 "allow something else, such as null, by anyOf"
             )
         found = self._begun(grammar)
-        return self._lark(reasoned_json(wanted, self._special())) if opened else found
+        if not opened and not thinks:
+            return found
+        return self._lark(reasoned_json(wanted, self._special(), opened=opened, thinks=thinks), "response_format")
 
     def calls(self, wanted: CallConstraint, *, opened: bool = False, thinks: bool = False) -> JsonGrammar:
         """A grammar for an answer that calls functions (`calls_grammar` says how). Raises RequestError for a schema that
@@ -70,10 +74,10 @@ class GrammarCompiler:
                 raise RequestError(f"tools: function {quote(function.name)}: {error}", field="tools") from None
         if wanted.instead is not None:
             self.json(wanted.instead)
-        return self._lark(calls_grammar(wanted, self._special(), opened=opened, thinks=thinks))
+        return self._lark(calls_grammar(wanted, self._special(), opened=opened, thinks=thinks), "tools")
 
-    def _lark(self, grammar: str) -> JsonGrammar:
-        """A grammar whose schemas can be followed each by itself."""
+    def _lark(self, grammar: str, field: str) -> JsonGrammar:
+        """A grammar whose schemas can be followed each by itself; `field` asks for it."""
         LLMatcher, bound = _matcher(), self._bind()
         try:
             compiled = LLMatcher.grammar_from_lark(grammar)
@@ -81,7 +85,7 @@ class GrammarCompiler:
         except ValueError as error:
             compiled, fault = "", str(error) or "it is no grammar"
         if fault:
-            raise RequestError(f"the tools cannot be followed together: {_reason(fault)}", field="tools")
+            raise RequestError(f"what is asked for cannot be followed together: {_reason(fault)}", field=field)
         return self._begun(compiled)
 
     def _begun(self, grammar: str) -> JsonGrammar:

@@ -221,7 +221,7 @@ class ToolCallParser:
             return None
         self._begin(name)
         if self._index >= 0:
-            self._out.append(CallDelta(self._index, arguments=json.dumps(arguments, ensure_ascii=False)))
+            self._out.append(CallDelta(self._index, arguments=json.dumps(arguments)))
         return end
 
     def _object_head(self, at: int) -> Generator[None, None, re.Match[str] | None]:

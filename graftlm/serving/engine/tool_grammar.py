@@ -74,10 +74,10 @@ def calls_grammar(wanted: CallConstraint, special: Mapping[str, int], *, opened:
     return "\n".join(["%llguidance {}", *reasoning_rules("answer", special, opened=opened, thinks=thinks), *rules])
 
 
-def reasoned_json(schema: dict[str, Any], special: Mapping[str, int]) -> str:
-    """The grammar of JSON behind the reasoning that the prompt has opened."""
+def reasoned_json(schema: dict[str, Any], special: Mapping[str, int], *, opened: bool, thinks: bool) -> str:
+    """The grammar of JSON behind reasoning; `opened` and `thinks` as for calls."""
     rules = ["TEXT: /(.|\\n)*/", f"answer: {json_rule(schema, {'whitespace_flexible': False})}"]
-    return "\n".join(["%llguidance {}", *reasoning_rules("answer", special, opened=True, thinks=True), *rules])
+    return "\n".join(["%llguidance {}", *reasoning_rules("answer", special, opened=opened, thinks=thinks), *rules])
 
 
 def reasoning_rules(answer: str, special: Mapping[str, int], *, opened: bool, thinks: bool) -> list[str]:

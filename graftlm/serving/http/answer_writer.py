@@ -104,7 +104,7 @@ class ResponseWriter:
         if self.chat:
             parser = self._parsers.get(index) or self._parsers.setdefault(index, self._parser())
             pieces = parser.push(output.text, last=finish_reason is not None)
-            said: list[dict[str, Any]] = [{"delta": _delta(piece)} for piece in pieces if _delta(piece)]
+            said: list[dict[str, Any]] = [{"delta": delta} for delta in map(_delta, pieces) if delta]
             finish_reason = _finish_reason(output, parser)
             empty: dict[str, Any] = {"delta": {}}
             logprobs = self._logprobs.of_chat(output.logprobs)

@@ -69,7 +69,7 @@ async def ask_chat(
         encoder, body.tools or (), body.tool_choice, parallel=body.parallel_tool_calls is not False, schema=schema
     )
     messages = [message.plain() for message in body.messages]
-    length = sum(len(m.get("content", "")) for m in messages) + _PAGE * (offered is not None)
+    length = sum(map(_length, messages)) + _PAGE * (offered is not None)
     ids = await _encoded(length, lambda: encoder.chat(messages, offered.prompt if offered is not None else None))
     opened = encoder.opens_reasoning(ids)
 
@@ -116,7 +116,9 @@ async def _grammar(
             lambda: state.grammar_compiler(encoder).calls(constraint, opened=opened, thinks=thinks)
         )
     if schema is not None:
-        return await run_in_threadpool(lambda: state.grammar_compiler(encoder).json(schema, opened=opened))
+        return await run_in_threadpool(
+            lambda: state.grammar_compiler(encoder).json(schema, opened=opened, thinks=thinks)
+        )
     return None
 
 
@@ -166,11 +168,19 @@ async def prompts_of(encoder: PromptEncoder, given: list[str] | list[list[int]])
     return await _encoded(length, lambda: [p if isinstance(p, list) else encoder.text(p) for p in given])
 
 
+def _length(message: dict[str, Any]) -> int:
+    """About how many characters a message has, with those that a template writes around it."""
+    arguments = (call["function"]["arguments"] for call in message.get("tool_calls", ()))
+    texts = (message.get("content", ""), message.get("reasoning_content", ""), *arguments)
+    return sum(len(text) + _AROUND for text in texts if text)
+
+
 async def _encoded(length: int, encode: Callable[[], Any]) -> Any:
     """Text to tokens: of a short one here, of more than a page in a thread, since it would block the event loop."""
     return _encode(encode) if length <= _PAGE else await run_in_threadpool(_encode, encode)
 
 
+_AROUND = 20
 _PAGE = 4000  # characters, about a millisecond: less than a thread may wait for its turn beside the engine
 
 

@@ -74,6 +74,10 @@ def one_or_many(value: Any) -> str | None:
     return "one" if isinstance(value, str) else "many" if isinstance(value, list) else None
 
 
+def word_or_named(value: Any) -> str | None:
+    return "word" if isinstance(value, str) else f"{BRANCH}named" if isinstance(value, dict) else None
+
+
 def _texts_or_ids(value: Any) -> str | None:
     if not isinstance(value, list) or not value:
         return one_or_many(value)
@@ -81,7 +85,7 @@ def _texts_or_ids(value: Any) -> str | None:
 
 
 TextOrParts = expecting(one_or_many, "text, or a list of parts")
-# Whether an id is one of the model's vocabulary is told by who knows that (`openai.py`).
+# Whether an id is one of the model's vocabulary is told by who knows that (`Engine.check`).
 _Ids = Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
 Prompt = Annotated[
     Annotated[Text, Tag("one")]

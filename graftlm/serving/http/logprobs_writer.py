@@ -28,6 +28,9 @@ class LogprobsWriter:
     def __init__(self, prompts: PromptEncoder) -> None:
         self._prompts = prompts
         self._offsets: dict[int, int] = {}
+        self._texts: dict[
+            int, str
+        ] = {}  # of the tokens of this answer: a long prompt has the same ones again and again
 
     def of_chat(self, reports: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         """The tokens of a chat's answer; None for none."""
@@ -76,4 +79,7 @@ class LogprobsWriter:
         return {"token": text, "logprob": max(logprob, _LEAST), "bytes": list(text.encode("utf-8", "replace"))}
 
     def _text(self, token: int) -> str:
-        return self._prompts.tokenizer.decode([token], skip_special_tokens=False)
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._prompts.tokenizer.decode([token], skip_special_tokens=False)
+        return text

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from graftlm.errors import RequestError
 from graftlm.serving.engine.request import RequestOutput
@@ -67,7 +68,7 @@ async def _answer(
             # Nothing is sent before the first token, so that an error until then has its status.
             first = await anext(news)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(writer, place, first, news, with_usage)
+            events = _events(writer, place, first, news, with_usage, in_thread=bool(asked.echoes))
             return StreamingResponse(
                 events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-cache"}
             )
@@ -76,7 +77,11 @@ async def _answer(
             for output in outputs:
                 answers[place[output.id] + output.index].append(output)
     used = usage([p for outputs in answers for p in outputs])
-    return JSONResponse(writer.whole(answers, used), headers=headers)
+
+    def write() -> Response:
+        return JSONResponse(writer.whole(answers, used), headers=headers)
+
+    return await run_in_threadpool(write) if asked.echoes else write()
 
 
 @router.post("/v1/embeddings", responses=ERRORS, response_model=None)
@@ -113,8 +118,11 @@ async def _events(
     first: list[RequestOutput],
     news: AsyncIterator[list[RequestOutput]],
     with_usage: bool,
+    *,
+    in_thread: bool,
 ) -> AsyncIterator[bytes]:
-    """An answer as server-sent events."""
+    """An answer as server-sent events. `in_thread`: choices begin with their prompts, whose tokens and alternatives may be
+    so many that writing them would block the event loop."""
     ends: list[RequestOutput] = []
     begun: set[int] = set()
 
@@ -131,9 +139,10 @@ async def _events(
         return b"".join(out)
 
     try:
-        yield write(first)
+        yield await run_in_threadpool(write, first) if in_thread else write(first)
         async for outputs in news:
-            written = write(outputs)
+            begins = in_thread and any(place[output.id] + output.index not in begun for output in outputs)
+            written = await run_in_threadpool(write, outputs) if begins else write(outputs)
             if written:
                 yield written
         if with_usage:

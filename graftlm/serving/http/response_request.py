@@ -23,8 +23,10 @@ from graftlm.serving.http.fields import (
     expecting,
     fault,
     one_or_many,
+    word_or_named,
 )
 from graftlm.serving.http.messages import (
+    MOST_CALLS,
     TEXT_ONLY,
     CallArguments,
     CalledFunction,
@@ -34,7 +36,7 @@ from graftlm.serving.http.messages import (
     ToolCall,
 )
 from graftlm.serving.http.protocol import ChatRequest, JsonSchema, ResponseFormat
-from graftlm.serving.http.tools import FunctionTool, NamedFunction, NamedTool, Tool, check_tools
+from graftlm.serving.http.tools import MOST_TOOLS, FunctionTool, NamedFunction, NamedTool, Tool, check_tools
 
 _STORED = "this server stores no answers; send the whole conversation as input"
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
@@ -140,10 +142,6 @@ class FlatNamedTool(Read):
     name: Text
 
 
-def _word_or_named(value: Any) -> str | None:
-    return "word" if isinstance(value, str) else f"{BRANCH}named" if isinstance(value, dict) else None
-
-
 class TextFormat(Read):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] | None = None
@@ -178,12 +176,12 @@ class ResponseRequest(Read):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     stream: bool | None = False
     stream_options: dict[str, Any] | None = _ANY
-    tools: Annotated[list[FlatTool], Field(max_length=256, fail_fast=True)] | None = None
+    tools: Annotated[list[FlatTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("word")]
             | Annotated[FlatNamedTool, Tag(f"{BRANCH}named")],
-            expecting(_word_or_named, '"none", "auto", "required" or an object that names a function'),
+            expecting(word_or_named, '"none", "auto", "required" or an object that names a function'),
         ]
         | None
     ) = None
@@ -215,7 +213,14 @@ class ResponseRequest(Read):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         ids: set[str] = set()
+        calls = 0  # one after another, which are one message
         for index, item in enumerate(self.input if isinstance(self.input, list) else ()):
+            calls = calls + 1 if isinstance(item, FunctionCallItem) else 0
+            if calls > MOST_CALLS:
+                raise fault(
+                    f"is function_call {calls:,} in a row, and at most {MOST_CALLS:,} are read", "input", index,
+                    code="array_above_max_length",
+                )  # fmt: skip
             if isinstance(item, FunctionCallItem):
                 ids.add(item.call_id)
             elif isinstance(item, FunctionCallOutputItem) and item.call_id not in ids:
@@ -248,15 +253,19 @@ class ResponseRequest(Read):
         )  # fmt: skip
 
     def _messages(self) -> list[ChatMessage]:
-        """The items as messages: what an assistant thought, said and called one after another is one message."""
-        said = [ChatMessage(role="system", content=self.instructions)] if self.instructions is not None else []
+        """The items as messages: what an assistant thought, said and called one after another is one message.
+
+        Every part was read before, so nothing is checked again: here an error would be the server's.
+        """
+        new = ChatMessage.model_construct
+        said = [new(role="system", content=self.instructions)] if self.instructions is not None else []
         if isinstance(self.input, str):
-            return [*said, ChatMessage(role="user", content=self.input)]
+            return [*said, new(role="user", content=self.input)]
         turn: dict[str, Any] = {}
 
         def end() -> None:
             if turn:
-                said.append(ChatMessage(role="assistant", **turn))
+                said.append(new(role="assistant", **turn))
                 turn.clear()
 
         for item in self.input:
@@ -269,13 +278,13 @@ class ResponseRequest(Read):
                 turn.setdefault("tool_calls", []).append(call)
             elif isinstance(item, FunctionCallOutputItem):
                 end()
-                said.append(ChatMessage(role="tool", content=_text(item.output), tool_call_id=item.call_id))
+                said.append(new(role="tool", content=_text(item.output), tool_call_id=item.call_id))
             elif item.role == "assistant":
                 if "content" in turn or "tool_calls" in turn:
                     end()
                 turn["content"] = _text(item.content)
             else:
                 end()
-                said.append(ChatMessage(role=item.role, content=_text(item.content)))
+                said.append(new(role=item.role, content=_text(item.content)))
         end()
         return said

@@ -92,7 +92,6 @@ class ItemWriter:
         self._id, self._created = new_id("resp"), time.time()
         self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the last item, while it grows
-        self._call = -1  # the index of the call that it is
         self._broken: list[str] = []
         self._end: RequestOutput | None = None
         self.error: dict[str, Any] | None = None
@@ -122,7 +121,6 @@ class ItemWriter:
         events: list[Event] = []
         if piece.name:
             events += [*self._close(), *self._begin("function_call", piece.name)]
-            self._call = piece.index
         assert self._open is not None
         if piece.arguments:
             self._open["arguments"] += piece.arguments
@@ -157,7 +155,8 @@ class ItemWriter:
         item = self._open
         if item is None:
             return []
-        item["status"] = "incomplete" if self._cut_off else status
+        # A call that is closed without being broken is whole, also where the answer ends behind it.
+        item["status"] = "incomplete" if self._cut_off and item["type"] != "function_call" else status
         events: list[Event] = []
         if item["type"] == "function_call":
             events.append(

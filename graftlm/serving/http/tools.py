@@ -25,7 +25,7 @@ from graftlm.serving.engine.prompts import PromptEncoder
 from graftlm.serving.engine.tool_call_forms import CallForm
 from graftlm.serving.engine.tool_call_parser import ToolCallParser
 from graftlm.serving.engine.tool_grammar import CallConstraint, Function
-from graftlm.serving.http.fields import BRANCH, Read, Text, expecting, fault
+from graftlm.serving.http.fields import BRANCH, Read, Text, expecting, fault, word_or_named
 
 MOST_TOOLS = 256
 _NAMES = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.:/-")
@@ -101,13 +101,9 @@ class NamedTool(Read):
     function: NamedFunction
 
 
-def _word_or_named(value: Any) -> str | None:
-    return "word" if isinstance(value, str) else f"{BRANCH}named" if isinstance(value, dict) else None
-
-
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")] | Annotated[NamedTool, Tag(f"{BRANCH}named")],
-    expecting(_word_or_named, '"none", "auto", "required" or an object that names a function'),
+    expecting(word_or_named, '"none", "auto", "required" or an object that names a function'),
 ]
 
 

@@ -30,7 +30,12 @@ SERVER_SECONDS = 10.0
 """How often the server is, where the store has not changed."""
 LONGEST_WAIT = 15.0
 IN_STEP = ".in-step"
-"""A file in `--out` while the server has what the store has; a readiness probe can look for it."""
+"""A file in `--out` while the server has what the store has and it takes; a readiness probe can look for it.
+
+It is not there while the server has none of the store's names, or lacks one that it has had. A name that was refused from the
+start does not take it away, nor does a version that was refused where the earlier one keeps the name: one bad adapter would
+else take every pod out of service.
+"""
 _GONE = ""
 """In the place of a digest: the name is not in the store."""
 _RANK = re.compile(r"rank (\d+) is greater than max_lora_rank (\d+)")
@@ -52,6 +57,8 @@ class VllmFollower:
         self._wanted: dict[str, Version] = {}
         self._refused: dict[str, str] = {}
         """The digest of the version that was refused for a name."""
+        self._had: set[str] = set()
+        """The names of the store that the server was seen to have."""
         self._left: dict[str, str] | None = None
         """What the server had after the last comparison; None where it must be asked anew."""
         self._said = ""
@@ -85,6 +92,8 @@ class VllmFollower:
         if self._left is None:
             self._say(f"reached    {self._server.url}: {len(there)} adapters, {len(self._wanted)} names in the store")
             self._warn_of_prefixes()
+        if not self._in_step(there):
+            self._mark(False)
         if there != self._left:  # a restart, or somebody else's change: what was refused may be taken now
             self._refused.clear()
         self._left = None
@@ -105,7 +114,13 @@ class VllmFollower:
         for name in [n for n, folder in there.items() if n not in self._wanted and self._is_ours(folder)]:
             self._take(name)
         self._left = self._server.adapters()
-        self._mark(True)
+        self._mark(self._in_step(self._left))
+
+    def _in_step(self, there: dict[str, str]) -> bool:
+        """Whether the server has what of the store it takes (`IN_STEP` says what that is)."""
+        has = {name for name in self._wanted if self._is_ours(there.get(name, ""))}
+        self._had = (self._had & self._wanted.keys()) | has
+        return self._had == has and (bool(has) or not self._wanted)
 
     # ---- the store -----------------------------------------------------------------------------------------------------
 

@@ -54,6 +54,17 @@ def test_tokens_are_drawn_from_what_transformers_would_draw_from(s: SamplingPara
     assert float((share - want).abs().max()) <= 1.5 / draws
 
 
+def test_a_row_is_reported_alike_alone_and_among_others_that_want_more() -> None:
+    rows, tokens, counts = logits_of(4, 50), [3, 0, 49, 7], [2, 0, 60, 20]
+    found = sampling.logprobs_of(rows, tokens, counts)
+    assert [len(one.top) for one in found] == [2, 0, 50, 20]
+    for i, one in enumerate(found):
+        assert sampling.logprobs_of(rows[i : i + 1], tokens[i : i + 1], counts[i : i + 1]) == [one]
+        own = torch.log_softmax(rows[i], -1)
+        assert (one.token, one.logprob) == (tokens[i], own[tokens[i]].item())
+        assert list(one.top) == [(int(j), own[j].item()) for j in own.argsort(descending=True)[: counts[i]]]
+
+
 def test_a_row_is_drawn_alike_alone_and_among_others() -> None:
     rows = logits_of(9)
     kinds = [SamplingParams(temperature=0.5 + i / 4, top_k=[0, 5, 0][i % 3], top_p=[1.0, 0.9][i % 2]) for i in range(9)]

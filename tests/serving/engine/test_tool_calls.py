@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import tiny_run
 import trl_templates
 
 from graftlm.base.chat import Encoder
@@ -135,6 +136,15 @@ def test_a_good_call_behind_a_bad_one_is_found() -> None:
     for (form, bad), seed in itertools.product(BAD[:4], (None, 0, 1)):
         content, calls, broken = read(form, f"{bad}\n{HERMES}", seed)
         assert (content, calls, broken) == (bad, [("weather", PARIS)], set())
+
+
+def test_arguments_in_any_order_of_keys_are_text_that_can_be_sent() -> None:
+    parser = ToolCallParser("hermes", NAMES)
+    text = '<tool_call>{"arguments": {"city": "\\ud83d", "q": "Köln"}, "name": "weather"}</tool_call>'
+    parts = [part for part in [*parser.push(text), *parser.finish()] if isinstance(part, CallDelta)]
+    arguments = "".join(part.arguments for part in parts)
+    assert arguments.encode(), "half of a surrogate pair stays as JSON spells it"
+    assert json.loads(arguments) == {"city": "\ud83d", "q": "Köln"}
 
 
 def test_where_one_call_is_asked_for_the_first_is_returned() -> None:
@@ -265,6 +275,17 @@ def test_reasoning_is_looked_for_where_the_template_has_it_or_by_name() -> None:
     ):  # fmt: skip
         one = encoder(name, reasoning)
         assert (one.thinks, one.opens_reasoning(one.chat(question))) == (thinks, opened), (name, reasoning)
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "reasoning_content"])
+def test_plain_text_refuses_what_it_has_no_place_for(field: str) -> None:
+    encoder = PromptEncoder(tiny_run.byte_tokenizer(), None, "text")
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert encoder.chat(messages) == encoder.text("a\nb")
+    messages[1][field] = [{"id": "x", "function": {"name": "f", "arguments": "{}"}}] if field == "tool_calls" else "Hm"
+    with pytest.raises(RequestError, match=f"a message has {field}, and this model is asked in plain text") as error:
+        encoder.chat(messages)
+    assert error.value.field == "messages"
 
 
 def test_what_training_shows_is_what_the_parser_reads() -> None:

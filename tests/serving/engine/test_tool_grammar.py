@@ -144,6 +144,12 @@ def test_reasoning_that_the_prompt_opened_goes_first(compiler: Any) -> None:
         (False, False, f"<think>Hm</think>{CALLS['hermes']}", False),
     ):
         assert allows(compiler, compiler.calls(wanted, opened=opened, thinks=thinks), text) == allowed, (opened, text)
+    for thinks, text, allowed in (
+        (True, '<think>Hm</think>{"city":"Oslo","days":2}', True),
+        (True, '{"city":"Oslo","days":2}', True),
+        (False, '<think>Hm</think>{"city":"Oslo","days":2}', False),
+    ):
+        assert allows(compiler, compiler.json(SCHEMA, thinks=thinks), text) == allowed, (thinks, text)
     grammar = compiler.json(SCHEMA, opened=True)
     text = 'So, {"city"?\n</think>\n\n{"city":"Oslo","days":2}'
     assert allows(compiler, grammar, text)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ import tiny_run
 import tiny_server
 import torch
 from peft import PeftModel
+
+from graftlm.serving.http.logprobs_writer import LogprobsWriter
 
 MODELS = ("base", "alpha")
 
@@ -81,6 +86,32 @@ def test_an_echo_comes_with_every_answer_whole_and_streamed(server: tiny_server.
     plain = echoed(server, "alpha", "3: ", max_tokens=3, logprobs=None).choices[0]
     assert (plain.text, plain.logprobs) == ("3: ALP", None)
     assert echoed(server, "alpha", "3: ", logprobs=None).choices[0].text == "3: "
+
+
+def test_the_tokens_of_a_prompt_are_written_beside_the_event_loop_and_decoded_once(
+    server: tiny_server.Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_loop: list[bool] = []
+    decoded: Counter[int] = Counter()
+    write, text_of = LogprobsWriter.of_text, LogprobsWriter._text
+
+    def watched(self: LogprobsWriter, index: int, reports: Any, echo: Any = None) -> Any:
+        with contextlib.suppress(RuntimeError):
+            if echo is not None:
+                on_loop.append(False)
+                on_loop[-1] = asyncio.get_running_loop() is not None
+        return write(self, index, reports, echo)
+
+    def counted(self: LogprobsWriter, token: int) -> str:
+        decoded[token] += token not in self._texts
+        return text_of(self, token)
+
+    monkeypatch.setattr(LogprobsWriter, "of_text", watched)
+    monkeypatch.setattr(LogprobsWriter, "_text", counted)
+    echoed(server, "alpha", "3: 3: 3: ", n=2, max_tokens=1, logprobs=5)
+    assert max(decoded.values()) == 1
+    list(echoed(server, "alpha", ["3: ", "4: "], max_tokens=2, stream=True))
+    assert on_loop == [False] * 4
 
 
 def test_lm_eval_runs_against_the_server_unchanged(

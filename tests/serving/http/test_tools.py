@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from graftlm.adapters.store import Store
 from graftlm.base.chat import Encoder
+from graftlm.serving.engine.prompts import PromptEncoder
 
 WEATHER = {
     "type": "function",
@@ -392,6 +394,40 @@ def test_the_events_of_a_response_put_together_are_the_response(server: tiny_ser
         assert items_of(stream.get_final_response()) == items_of(last)
 
 
+def test_a_call_is_complete_where_the_answer_ends_behind_it(server: tiny_server.Loopback) -> None:
+    needed = ask(server, [user("Oslo?")]).usage.completion_tokens
+    for most in range(1, needed):
+        response = respond(server, "Oslo?", max_output_tokens=most)
+        for item in response.output:
+            assert item.type != "function_call" or (item.status, json.loads(item.arguments)) == (
+                "completed", {"city": "Oslo"},
+            )  # fmt: skip
+    assert (response.status, response.output[0].type) == ("incomplete", "function_call")
+
+
+def test_a_long_conversation_is_encoded_beside_the_event_loop(
+    server: tiny_server.Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_loop: list[bool] = []
+    encode = PromptEncoder.chat
+
+    def watched(self: PromptEncoder, *given: Any) -> list[int]:
+        try:
+            on_loop.append(asyncio.get_running_loop() is not None)
+        except RuntimeError:
+            on_loop.append(False)
+        return encode(self, *given)
+
+    monkeypatch.setattr(PromptEncoder, "chat", watched)
+    long = "x" * 5000
+    called = {"id": "call00000", "type": "function", "function": {"name": "now", "arguments": json.dumps({"a": long})}}
+    for said in ({"reasoning_content": long, "content": "Yes."}, {"tool_calls": [called]}, {"content": "Yes."}):
+        body = {"model": "agent", "messages": [user("Hm?"), {"role": "assistant", **said}], "max_tokens": 1}
+        with server.client() as client:
+            client.post("/v1/chat/completions", json=body)
+    assert on_loop == [False, False, True]
+
+
 def test_a_responses_choice_of_tools_and_schema_are_kept(server: tiny_server.Loopback) -> None:
     (item,) = respond(
         server, "Oslo?", tool_choice={"type": "function", "name": "weather"}, parallel_tool_calls=False
@@ -422,6 +458,10 @@ BAD_RESPONSES: list[tuple[dict[str, Any], str | None, str]] = [
     (
         {"input": [{"type": "function_call_output", "call_id": "z", "output": "x"}]}, "input[0].call_id",
         'is "z", and no function_call before it has this id',
+    ),
+    (
+        {"input": [{"type": "function_call", "call_id": "z", "name": "f", "arguments": "{}"}] * 1001}, "input[1000]",
+        "is function_call 1,001 in a row, and at most 1,000 are read",
     ),
     ({"input": "x" * 3000}, "input", "the prompt has"),
     ({"max_output_tokens": 9999}, "max_output_tokens", "together at most 256 fit"),
