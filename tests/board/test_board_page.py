@@ -304,6 +304,19 @@ def test_runs_that_go_on_keep_their_places_and_a_dead_board_is_said(opened: Open
         expect(page.locator("#live")).to_have_text("the board does not answer", timeout=9000)
 
 
+def test_a_history_that_is_open_stays_open_while_its_adapter_changes(opened: Open, tmp_path: Path) -> None:
+    store = Store(tmp_path / "adapters")
+    store.publish(stores.run(tmp_path / "a", 1), "formal")
+    store.alias("formal", "prod", 1)
+    (tmp_path / "runs").mkdir()
+    with files.board(tmp_path / "runs", store=store.root) as board:
+        page = opened("#/adapters", url=board.url + "/")
+        page.get_by_text("History of aliases").click()
+        expect(page.get_by_text(re.compile("prod → 1"))).to_be_visible()
+        store.alias("formal", "test", 1)
+        expect(page.get_by_text(re.compile("test → 1"))).to_be_visible(timeout=9000)
+
+
 def test_rows_keep_the_focus_while_the_folders_are_read_again(opened: Open, place: Path) -> None:
     page = opened()
     page.get_by_role("link", name="first", exact=True).focus()

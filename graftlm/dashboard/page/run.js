@@ -138,7 +138,7 @@ Board.views.side = {
           try {
             const [{ value, changed }, curve] = await Promise.all([Board.data.get(`runs/${run.id}`), Board.data.curve(run.id)]);
             if (!value || !curve) return [false, false];
-            const grown = !run.curve || run.curve.columns.step.at(-1) !== curve.columns.step.at(-1) || run.curve.evals.length !== curve.evals.length;
+            const grown = !run.curve || run.curve.generation !== curve.generation || run.curve.columns.step.at(-1) !== curve.columns.step.at(-1) || run.curve.evals.length !== curve.evals.length;
             Object.assign(run, { value, curve, name: value.name });
             return [changed, grown];
           } catch (error) {

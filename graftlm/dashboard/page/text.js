@@ -48,15 +48,18 @@ Board.format = (() => {
 })();
 
 /* Fills a part of the page where what it shows has changed. Elsewhere an open list, the focus, the scroll and a selection stay as they
-   are; in a part that is made anew the focus and the scroll come back. */
+   are; in a part that is made anew the lists that were open, the focus and the scroll come back. */
 Board.fill = (node, shown, make) => {
   const text = JSON.stringify(shown);
   if (node.shown === text) return;
   node.shown = text;
   const reached = () => [...node.querySelectorAll("a, button, select, input, textarea, summary, [tabindex]")];
+  const lists = () => [...node.querySelectorAll("details")].map(list => [list, list.querySelector("summary").textContent]);
+  const open = new Set(lists().filter(([list]) => list.open).map(([, name]) => name));
   const scrolled = [...node.querySelectorAll(".scroll")].map(one => one.scrollLeft);
   const active = node.contains(document.activeElement) ? document.activeElement : null, at = reached().indexOf(active);
   node.replaceChildren(...[make()].flat().filter(Boolean));
+  for (const [list, name] of lists()) list.open = open.has(name);
   node.querySelectorAll(".scroll").forEach((one, i) => { if (scrolled[i]) one.scrollLeft = scrolled[i]; });
   if (!active) return;
   const same = reached().find(one => active.id ? one.id === active.id : active.hasAttribute("href") && one.getAttribute("href") === active.getAttribute("href"));
