@@ -7,9 +7,11 @@ silently keeps the last value of a duplicate key. Here all of these are ValueErr
 from __future__ import annotations
 
 import json
+import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from graftlm.errors import GraftError
 
@@ -70,22 +72,29 @@ class RowParser:
         return value, end
 
 
-def read_json(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of at most `most` bytes. Raises the given error, which names the file."""
-    found = read_json_value(path, raises, most=most)
+def read_json(
+    path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES, stream: BinaryIO | None = None
+) -> dict[str, Any]:
+    """The object in a JSON file of at most `most` bytes. Raises the given error, which names the file.
+
+    `stream` is the file where it is open already.
+    """
+    found = read_json_value(path, raises, most=most, stream=stream)
     if not isinstance(found, dict):
         raise raises(f"{path} holds a {type(found).__name__}, expected an object; it is damaged")
     return found
 
 
-def read_json_value(path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES) -> Any:
+def read_json_value(
+    path: Path, raises: type[GraftError], *, most: int = MAX_JSON_BYTES, stream: BinaryIO | None = None
+) -> Any:
     """The value in a JSON file of at most `most` bytes. Raises the given error, which names the file and the position."""
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if stream is None else os.fstat(stream.fileno()).st_size
         if size > most:
             raise raises(f"{path} has {size:,} bytes, and at most {most:,} are read; it is not what its name says")
-        with path.open("rb") as stream:
-            return parse_json(stream.read(most + 1))
+        with path.open("rb") if stream is None else nullcontext(stream) as opened:
+            return parse_json(opened.read(most + 1))
     except OSError as error:
         raise raises(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from graftlm.config.fields import Config, Sources, flag_name, option
+from graftlm.config.fields import Config, Sources, flag_name, option, server_address
 
 
 class BoardConfig(Config):
@@ -16,7 +15,7 @@ class BoardConfig(Config):
 
     folder: Sources = option(
         ("runs",),
-        "folders with runs, sweeps and comparisons, at any depth; nothing outside them is read",
+        "folders with runs, sweeps and comparisons, up to 8 levels deep; nothing outside them is read",
         argument=True,
     )
     store: Path | None = option(
@@ -32,16 +31,13 @@ class BoardConfig(Config):
         None, "write the page with its present contents to this file instead of serving it", group="one file"
     )
 
+    @field_validator("server")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        return None if value is None else server_address(value, "give its key on the page")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.server is not None:
-            try:
-                place = urlsplit(self.server)
-                good = place.scheme in ("http", "https") and bool(place.hostname) and (place.port or 1) > 0
-            except ValueError:
-                good = False
-            if not good:
-                raise ValueError(f"server: '{self.server}' is no address; write it as http://127.0.0.1:8000")
         useless = sorted(self.model_fields_set & {"server", "host", "port"})
         if self.out is not None and useless:
             raise ValueError(

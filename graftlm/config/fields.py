@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -46,6 +47,24 @@ def plain_number(text: str) -> float:
     if not _NUMBER.fullmatch(text):
         raise ValueError(f"'{text}' is no number")
     return float(text)
+
+
+def server_address(value: str, key: str) -> str:
+    """The address of a server, without a final `/v1`, as OpenAI's clients are given it; `key` says where its key is given.
+
+    Raises ValueError for what is none, and for one with a user or a password in it, which would be shown and kept.
+    """
+    if "@" in value:  # before anything that would show it
+        raise ValueError(f"the address holds a password; leave it out, and {key}")
+    try:
+        place = urlsplit(value)
+        good = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+    except ValueError:  # a port that is no number, brackets that do not close
+        good = False
+        place = urlsplit("")
+    if not good or place.query or place.fragment or any(c <= " " or c == "\x7f" for c in value):
+        raise ValueError(f"'{value[:200]}' is not the address of a server; give one such as http://127.0.0.1:8000")
+    return value.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _split(value: Any) -> Any:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import field_validator, model_validator
 
-from graftlm.config.fields import ComputeDtype, Config, Names, Precision, flag_name, option
+from graftlm.config.fields import ComputeDtype, Config, Names, Precision, flag_name, option, server_address
 from graftlm.errors import ConfigError
 
 GPU_SEQUENCES, GPU_STEP_TOKENS = 128, 4096
@@ -120,20 +119,7 @@ class ServeConfig(Config):
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         """The address without a final `/v1`, as OpenAI's clients are given it. Raises ValueError."""
-        if value is None:
-            return None
-        if "@" in value:  # before anything that would show it
-            raise ValueError("follow: the address holds a password; leave it out, and give vLLM's key in VLLM_API_KEY")
-        shown = f"follow: '{value[:200]}'"
-        try:
-            place = urlsplit(value)
-            good = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
-        except ValueError:  # a port that is no number, brackets that do not close
-            good = False
-            place = urlsplit("")
-        if not good or place.query or place.fragment or any(c <= " " or c == "\x7f" for c in value):
-            raise ValueError(f"{shown} is not the address of a server; give one such as http://127.0.0.1:8000")
-        return value.rstrip("/").removesuffix("/v1").rstrip("/")
+        return None if value is None else server_address(value, "give vLLM's key in VLLM_API_KEY")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

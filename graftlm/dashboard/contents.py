@@ -21,7 +21,7 @@ from typing import Any
 from graftlm.dashboard import lineage
 from graftlm.dashboard.experiments import REPORT, SweepReader, comparison
 from graftlm.dashboard.folders import Folders, Item, Scan
-from graftlm.dashboard.runs import RunReader
+from graftlm.dashboard.runs import OUTCOME, RunReader
 from graftlm.errors import GraftError
 from graftlm.experiments.sweep.results import Points
 
@@ -48,8 +48,8 @@ class Contents:
             scan = self._look()
             lines = {item.id: self._line(item) for item in scan.of("run")}
             return {
-                "folders": [root.name or str(root) for root in self.folders.roots], "cut": scan.cut,
-                "runs": list(lines.values()), "server": self.server is not None, "store": self.store is not None,
+                "cut": scan.cut, "runs": list(lines.values()), "server": self.server is not None,
+                "store": self.store is not None,
                 "sweeps": [self._group(item, scan, lines) for item in scan.of("sweep")],
                 "comparisons": [self._group(item, scan, lines) for item in scan.of("comparison")],
             }  # fmt: skip
@@ -84,11 +84,13 @@ class Contents:
             if item is None or item.kind != "sweep":
                 return None
             reader = self._sweeps.setdefault(id, SweepReader(item, self.folders))
-            lines = [
-                {**self._line(run), "config": self._open(run).config, "folder": str(run.folder)}
-                for run in scan.parts(item)
-            ]
+            lines = [self._trial(run) for run in scan.parts(item)]
             return reader.value(lines, self._losses)
+
+    def _trial(self, run: Item) -> dict[str, Any]:
+        line, reader = self._line(run), self._open(run)
+        more = {"config": reader.config, "outcome": reader.file(OUTCOME), "folder": str(run.folder)}
+        return {**line, **more}
 
     def comparison(self, id: str) -> dict[str, Any] | None:
         """A comparison with its methods."""
@@ -114,7 +116,8 @@ class Contents:
         if item is None or item.kind == "run":
             return None
         try:
-            return self.folders.checked(item.folder / REPORT).read_bytes()
+            with self.folders.opened(item.folder / REPORT) as stream:
+                return stream.read()
         except (GraftError, OSError):
             return None
 

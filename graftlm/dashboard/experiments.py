@@ -8,16 +8,19 @@ differ, and their eval losses.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from graftlm.dashboard.folders import COMPARISON_MARK, Folders, Item, object_in
+from graftlm.dashboard.run_state import in_use
 from graftlm.dashboard.runs import number, text
 from graftlm.errors import GraftError
 from graftlm.experiments.sweep.results import Points, SweepResult, read
-from graftlm.experiments.sweep.storage import JOURNAL, MARK, redacted
+from graftlm.experiments.sweep.storage import JOURNAL, MARK, ended_early, trial_folder
+from graftlm.training.run_files import LOCK
 
 Line = dict[str, Any]
 """A run's line of the list (`runs.py`)."""
@@ -39,12 +42,12 @@ class SweepReader:
         best = min((t for t in trials if t["state"] == "complete" and t["loss"] is not None), key=_loss, default=None)
         space = dict(found.space) if found is not None else {}
         names = list(space) or list(dict.fromkeys(name for t in trials for name in t["params"]))
+        wanted = found.wanted if found is not None else None
         return {
             "id": self.item.id, "name": self.item.name, "model": text(mark.get("model")),
-            "storage": redacted(str(mark.get("storage") or JOURNAL)), "faults": [why] if why else [],
-            "space": space, "options": names, "trials": trials, "best": best["number"] if best else None,
-            "wanted": number(found.options.get("trials")) if found is not None else None,
-            "running": any(t["state"] == "running" for t in trials), "report": _report(self.item, self.folders),
+            "state": _state(trials, wanted), "faults": [why] if why else [], "space": space, "options": names,
+            "trials": trials, "best": best["number"] if best else None, "wanted": wanted,
+            "report": _report(self.item, self.folders),
         }  # fmt: skip
 
     def _read(self, mark: Mapping[str, Any], losses: Callable[[Path], Points]) -> tuple[SweepResult | None, str | None]:
@@ -69,15 +72,31 @@ class SweepReader:
         return self._journal[1], self._journal[2]
 
 
+def _state(trials: Sequence[Mapping[str, Any]], wanted: int | None) -> str | None:
+    """The state of a sweep; None where none is running and it is not known how many there are to be."""
+    if any(trial["state"] == "running" for trial in trials):
+        return "running"
+    if wanted is None:
+        return None
+    return "finished" if sum(trial["state"] != "lost" for trial in trials) >= wanted else "stopped"
+
+
+_TAKEN_OVER = "the sweep's next worker takes it over"
+
+
 def _tried(found: SweepResult, lines: Sequence[Line], losses: Callable[[Path], Points]) -> list[dict[str, Any]]:
     runs = {line["role"]: line for line in lines}
     trials: list[dict[str, Any]] = []
     for tried in found.tried:
-        line = runs.get(f"trials/{tried.number:04d}")
+        folder = trial_folder(Path(found.folder), tried.number)
+        line = runs.get(str(folder.relative_to(found.folder)))
         state, why = tried.state, tried.why
         if state == "running" and line is not None and line["state"] in ("failed", "stopped"):
-            state, why = "lost", f"{line['how']}; the sweep's next worker takes it over"
-        evals = losses(Path(found.folder) / "trials" / f"{tried.number:04d}")
+            state, why = "lost", f"{line['how']}; {_TAKEN_OVER}"
+        # A trial of another machine's worker has no folder here.
+        elif state == "running" and line is None and folder.is_dir() and not in_use(folder / LOCK, None, time.time()):
+            state, why = "lost", f"its process has gone before it could write its options; {_TAKEN_OVER}"
+        evals = losses(folder)
         loss = tried.loss if tried.loss is not None else min((loss for step, loss in evals if step > 0), default=None)
         trials.append({
             **{k: v for k, v in asdict(tried).items() if k not in ("folder", "eval_losses")},
@@ -89,12 +108,19 @@ def _tried(found: SweepResult, lines: Sequence[Line], losses: Callable[[Path], P
 _STATES = {"finished": "complete", "running": "running", "stopped": "lost", "failed": "failed"}
 
 
+def _state_in(line: Line) -> str:
+    """The state of a trial that its run folder says."""
+    if line["outcome"].get("state") == "pruned" and line["state"] in ("stopped", "failed"):
+        return ended_early(line["outcome"].get("why"))
+    return _STATES[line["state"]]
+
+
 def _from_folders(lines: Sequence[Line], losses: Callable[[Path], Points]) -> list[dict[str, Any]]:
     ordered = sorted(lines, key=lambda line: line["role"])
     differing = differences([line["config"] for line in ordered])
     return [
         {
-            "number": i, "state": _STATES[line["state"]], "params": {n: line["config"].get(n) for n in differing},
+            "number": i, "state": _state_in(line), "params": {n: line["config"].get(n) for n in differing},
             "loss": line["eval_best"], "loss_before": line["eval_before"], "steps": line["step"], "seconds": None,
             "digest": line["adapter"], "why": line["how"], "run": line["id"], "evals": losses(Path(line["folder"])),
         }
@@ -119,6 +145,8 @@ def comparison(item: Item, folders: Folders, lines: Sequence[Line]) -> dict[str,
     found, fault = object_in(item.folder / COMPARISON_MARK, folders)
     asked, verdict, data, failed = (_object(found.get(key)) for key in ("asked", "verdict", "data", "failed"))
     methods = [line for line in found.get("lines") or () if isinstance(line, dict)]
+    written = max((line["modified"] for line in lines if line["modified"] is not None), default=None)
+    running = any(line["state"] == "running" for line in lines) or in_use(item.folder / LOCK, written, time.time())
     shown = ("name", "method", "trained", "trainable_parameters", "base_parameters", "base_precision", "peak_planned",
              "peak_measured", "idle", "saved_bytes", "learning_rate", "loss_before", "loss", "losses", "std", "share",
              "share_interval", "task_score", "task_score_before", "general_before", "general_after", "tokens_per_second",
@@ -129,7 +157,7 @@ def comparison(item: Item, folders: Folders, lines: Sequence[Line]) -> dict[str,
         "seeds": number(asked.get("seeds")), "metric": text(asked.get("metric")),
         "reference": text(found.get("reference")), "methods": [{k: line.get(k) for k in shown} for line in methods],
         "verdict": verdict, "failed": failed, "data": data,
-        "done": bool(methods), "running": any(line["state"] == "running" for line in lines),
+        "done": bool(methods), "running": running,
         "runs": [line["id"] for line in lines], "report": _report(item, folders),
     }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """The folders of a board: what may be read, and which runs, sweeps and comparisons lie there.
 
 An item is asked for by its id, a digest of its place, and found in the last scan: no path ever comes from a request. A scan
-follows no links, and `checked` refuses a file that is a link, lies behind one, or is no plain file (reading a pipe would
-never end). So nothing outside the folders can be read, whatever they hold.
+follows no links, and `checked` and `opened` refuse a file that is a link, lies behind one, or is no plain file (reading a pipe
+would never end). So nothing outside the folders can be read, whatever they hold.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from graftlm.errors import ConfigError, RunError
 from graftlm.experiments.sweep.storage import MARK as SWEEP_MARK
@@ -39,7 +40,7 @@ class Item:
     role: str = ""
     """What it is there: `trials/0003`, `runs/lora/seed-0`."""
 
-    @property
+    @cached_property
     def id(self) -> str:
         return hashlib.sha256(str(self.folder).encode(errors="surrogateescape")).hexdigest()[:16]
 
@@ -79,18 +80,29 @@ class Folders:
         scan, left = Scan(), [MOST_FOLDERS]
         for root in self.roots:
             shown = root.name or str(root)
-            for item in _walk(root, shown if len(self.roots) > 1 else "", shown, None, 0, left):
+            for item in _walk(root, shown if len(self.roots) > 1 else "", shown, None, 0, left, scan):
                 scan.items[item.id] = item
                 if len(scan.items) >= MOST_ITEMS:
                     scan.cut = True
                     return scan
-        scan.cut = left[0] <= 0
+        scan.cut = scan.cut or left[0] <= 0
         return scan
 
     def checked(self, path: Path) -> Path:
         """The path of a file that may be read. Raises RunError for any other."""
         root = next((root for root in self.roots if path.is_relative_to(root)), None)
         return checked_below(path, root)
+
+    def opened(self, path: Path) -> BinaryIO:
+        """A file that may be read, open: of what is open it is sure that it is a plain file. Raises RunError for any other."""
+        try:
+            descriptor = os.open(self.checked(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:  # it has gone, or became a link since it was looked at
+            raise RunError(f"{path.name} cannot be read: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise RunError(f"{path.name} is no plain file and is not read")
+        return os.fdopen(descriptor, "rb")
 
 
 def checked_below(path: Path, root: Path | None) -> Path:
@@ -117,13 +129,14 @@ def object_in(path: Path, folders: Folders) -> tuple[dict[str, Any], str | None]
     if not os.path.lexists(path):
         return {}, None
     try:
-        return read_json(folders.checked(path), RunError), None
+        with folders.opened(path) as stream:
+            return read_json(path, RunError, stream=stream), None
     except RunError as error:
         return {}, str(error).replace(str(path), path.name)
 
 
 def _walk(
-    folder: Path, name: str, shown: str, group: tuple[Item, Path] | None, depth: int, left: list[int]
+    folder: Path, name: str, shown: str, group: tuple[Item, Path] | None, depth: int, left: list[int], scan: Scan
 ) -> Iterator[Item]:
     left[0] -= 1
     if left[0] <= 0:
@@ -145,8 +158,9 @@ def _walk(
             item = Item("sweep" if kind == "sweep" else "comparison", folder, label)
             yield item
             group = (item, folder)
+    below = [entry for entry in below if not entry.startswith(".")]
     if depth >= MOST_DEPTH:
+        scan.cut = scan.cut or bool(below)
         return
     for entry in below:
-        if not entry.startswith("."):
-            yield from _walk(folder / entry, f"{name}/{entry}" if name else entry, shown, group, depth + 1, left)
+        yield from _walk(folder / entry, f"{name}/{entry}" if name else entry, shown, group, depth + 1, left, scan)

@@ -22,7 +22,7 @@ def adapters(root: Path, runs: Mapping[str, str]) -> dict[str, Any]:
     try:
         bases = store.bases()
     except (GraftError, OSError) as error:
-        return {"store": str(root), "faults": [str(error)], "names": []}
+        return {"store": root.name, "faults": [str(error).replace(str(root), root.name)], "names": []}
     versions: list[tuple[Version, str]] = []
     histories: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for base in bases:
@@ -34,9 +34,13 @@ def adapters(root: Path, runs: Mapping[str, str]) -> dict[str, Any]:
                     versions.append((base.version(entry, name.pointing_at(number)), base.fingerprint))
                 histories[base.fingerprint, name.name] = name.history
         except RunError as error:
-            faults.append(str(error))
+            faults.append(str(error).replace(str(root), root.name))
         except (GraftError, KeyError, TypeError, ValueError, AttributeError) as error:
-            said = str(error) if isinstance(error, GraftError) else "its journal is not what Graft writes"
+            said = (
+                str(error).replace(str(root), root.name)
+                if isinstance(error, GraftError)
+                else "its journal is not what Graft writes"
+            )
             faults.append(f"base {base.fingerprint[:12]}: {said}")
     labels = {version.digest: version.label for version, _ in reversed(versions)}
     for fingerprint, name in dict.fromkeys((fingerprint, version.name) for version, fingerprint in versions):
@@ -47,7 +51,7 @@ def adapters(root: Path, runs: Mapping[str, str]) -> dict[str, Any]:
             "versions": [_version(v, labels, [one for one, _ in versions], runs) for v in reversed(own)],
             "history": list(reversed(histories.get((fingerprint, name), [])[-20:])),
         })  # fmt: skip
-    return {"store": str(root), "faults": faults, "names": sorted(names, key=lambda n: (n["name"], n["fingerprint"]))}
+    return {"store": root.name, "faults": faults, "names": sorted(names, key=lambda n: (n["name"], n["fingerprint"]))}
 
 
 def _version(

@@ -8,12 +8,14 @@ only the last points change, until w doubles.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import time
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,6 +32,10 @@ _LONGEST = 1 << 20
 _MOST_STEP = 1 << 53
 _STEP, _OTHER = b'"kind": "train"', b'"kind": "e'
 """How a run writes the lines of steps, and those of evaluations and events."""
+_COMPARED = 256
+"""Bytes before the end of what was read, by which a new file with the number of an old one is told from it."""
+_GENERATIONS = itertools.count(time.time_ns() // 1_000_000)
+"""Begins with the time, so that no generation of a board that was started again is one that a page knows."""
 _BATCH = 256
 """Lines that are parsed together."""
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "num_tokens")
@@ -44,7 +50,7 @@ class CurvePoints:
     first: int
     """Index of the first point that is here."""
     columns: dict[str, list[float | None]]
-    """step (last of the point), loss, low, high, learning_rate, grad_norm, rate (tokens/s), tokens, hours."""
+    """step (last of the point), loss, low, high, learning_rate, grad_norm (highest), rate (tokens/s), tokens, hours."""
 
 
 @dataclass
@@ -54,10 +60,8 @@ class MetricsLog:
     path: Path
     folders: Folders
     parse: bool = False
-    version: int = 0
-    """Counts changes."""
     generation: int = 0
-    """Counts how often the file was begun anew, as by a run that goes on from a checkpoint."""
+    """Another for each object, and whenever the file was begun anew, as by a run that goes on from a checkpoint."""
     evals: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     last: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -71,41 +75,52 @@ class MetricsLog:
 
     def __post_init__(self) -> None:
         self._file: tuple[int, int] | None = None
+        self._mark: object = None
         self._begin()
 
     def _begin(self) -> None:
         self._offset, self._rest, self._skipping = 0, b"", False
         self.evals, self.events, self.last, self.damaged = [], [], {}, 0
         self._columns = {name: array("d") for name in COLUMNS}
-        self._tail = b""
-        self.generation += 1
-        self.version += 1
+        self._tail = self._last = b""
+        self.generation = next(_GENERATIONS)
 
     def refresh(self, *, parse: bool = False) -> None:
         """Read what is new. `parse` from now on every line."""
+        again = parse and not self.parse
         try:
-            status = self.folders.checked(self.path).stat()
+            status = self.folders.checked(self.path).lstat()
+            self.fault, self.modified = None, status.st_mtime
+            mark = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if mark == self._mark and not again:
+                return
+            with self.folders.opened(self.path) as stream:
+                self._read(stream, again)
+            self._mark = mark
         except RunError as error:
             self.fault = str(error) if os.path.lexists(self.path) else None
-            return
-        self.fault, self.modified = None, status.st_mtime
-        again = parse and not self.parse
-        if again or self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:
-            self.parse = self.parse or parse
-            self._file = (status.st_dev, status.st_ino)
-            self._begin()
-        if status.st_size <= self._offset:
-            return
-        try:
-            with open(os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
-                stream.seek(self._offset)
-                while block := stream.read(_BLOCK):
-                    self._offset += len(block)
-                    self._feed(block)
         except OSError as error:
             self.fault = f"{self.path.name} cannot be read: {error.strerror}"
         self._read_tail()
-        self.version += 1
+
+    def _read(self, stream: BinaryIO, again: bool) -> None:
+        """Read what is new of the open file; all of it where it is another, or `again`."""
+        status = os.fstat(stream.fileno())
+        file = (status.st_dev, status.st_ino)
+        if again or file != self._file or status.st_size < self._offset or not self._goes_on(stream):
+            self.parse = self.parse or again
+            self._file = file
+            self._begin()
+        stream.seek(self._offset)
+        while block := stream.read(_BLOCK):
+            self._offset += len(block)
+            self._last = (self._last + block if len(block) < _COMPARED else block)[-_COMPARED:]
+            self._feed(block)
+
+    def _goes_on(self, stream: BinaryIO) -> bool:
+        """Whether the file still has what was read of it last."""
+        stream.seek(self._offset - len(self._last))
+        return stream.read(len(self._last)) == self._last
 
     def _feed(self, block: bytes) -> None:
         whole, _, self._rest = (self._rest + block).rpartition(b"\n")
@@ -218,7 +233,7 @@ class MetricsLog:
                 "low": np.fmin.reduceat(column["loss"], starts),
                 "high": np.fmax.reduceat(column["loss"], starts),
                 "learning_rate": column["learning_rate"][ends],
-                "grad_norm": np.add.reduceat(column["grad_norm"], starts) / counts,
+                "grad_norm": np.fmax.reduceat(column["grad_norm"], starts),  # a mean hides the spike of one step
                 "rate": tokens / seconds,
                 "tokens": column["num_tokens"][ends],
                 "hours": np.cumsum(seconds) / 3600,

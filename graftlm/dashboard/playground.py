@@ -33,6 +33,7 @@ class Playground:
     """Hands requests on to an OpenAI-compatible server."""
 
     url: str
+    """Its address, as `BoardConfig` has checked it: without `/v1`, and without a password."""
 
     async def models(self, request: Request) -> Response:
         """The names that the server answers to."""
@@ -47,7 +48,7 @@ class Playground:
             names = [str(model["id"]) for model in parse_json(body)["data"]]
         except (ValueError, KeyError, TypeError):
             return _error(502, f"{self.url} does not list its models as OpenAI's interface does")
-        return Response(encode({"models": names, "url": self.url}), media_type="application/json")
+        return Response(encode({"models": names}), media_type="application/json")
 
     async def chat(self, request: Request) -> Response:
         """An answer as it is written, in OpenAI's server-sent events."""
@@ -97,10 +98,9 @@ class Playground:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
         if key := request.headers.get("authorization"):
             headers["Authorization"] = key
-        before = place.path.rstrip("/").removesuffix("/v1")
 
         def exchange() -> http.client.HTTPResponse:
-            connection.request(method, f"{before}/v1{path}", body, headers)
+            connection.request(method, f"{place.path}/v1{path}", body, headers)
             return connection.getresponse()
 
         try:

@@ -10,18 +10,19 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from graftlm.config.aliases import renamed, renamed_summary
 from graftlm.dashboard.folders import Folders, Item, object_in
 from graftlm.dashboard.metrics_log import MetricsLog
 from graftlm.dashboard.run_state import run_state
 from graftlm.errors import RunError
+from graftlm.formatting import size
 from graftlm.jsonfile import parse_json
 from graftlm.training.run_files import CONFIG, DATA, ENVIRONMENT, METRICS, PLAN, SAMPLES, SUMMARY
 
 OUTCOME = "result.json"
-"""What a comparison leaves in the folders of its runs."""
+"""What a comparison and a sweep leave in the folders of their runs."""
 MOST_SAMPLE_BYTES = 4 << 20
 MOST_EVENTS = 50
 _FILES = (CONFIG, PLAN, DATA, ENVIRONMENT, SUMMARY, OUTCOME)
@@ -36,6 +37,8 @@ class RunReader:
     _read: dict[str, tuple[object, dict[str, Any], str | None]] = field(
         default_factory=dict[str, tuple[object, dict[str, Any], "str | None"]]
     )
+
+    _sampled: tuple[object, list[dict[str, Any]], list[str]] | None = None
 
     def __post_init__(self) -> None:
         self.log = MetricsLog(self.item.folder / METRICS, self.folders)
@@ -107,10 +110,10 @@ class RunReader:
 
     def everything(self) -> dict[str, Any]:
         """The line, the files as they are, evaluations, events and samples."""
-        samples, fault = self._samples()
+        samples, left_out = self._samples()
         line = self.line()
         return {
-            **line, "faults": [*line["faults"], *([fault] if fault else [])],
+            **line, "faults": [*line["faults"], *left_out],
             "config": self.config, "summary": self.summary, "plan": self.file(PLAN), "data": self.file(DATA),
             "environment": self.file(ENVIRONMENT), "evals": self.log.evals, "events": self.log.events[-MOST_EVENTS:],
             "samples": samples,
@@ -129,25 +132,40 @@ class RunReader:
         """Steps of the whole run; of one written before plan.json held them, where the options say so."""
         return number(plan.get("steps")) or number(config.get("steps"))
 
-    def _samples(self) -> tuple[list[dict[str, Any]], str | None]:
+    def _samples(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The samples, and what of them is not shown; read again where the file has changed."""
         path = self.item.folder / SAMPLES
-        if not os.path.lexists(path):
-            return [], None
         try:
-            with self.folders.checked(path).open("rb") as stream:
-                lines = stream.read(MOST_SAMPLE_BYTES).split(b"\n")[:-1]
+            status = self.folders.checked(path).lstat()
+            mark = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if self._sampled is None or self._sampled[0] != mark:
+                with self.folders.opened(path) as stream:
+                    self._sampled = (mark, *_samples_in(stream))
         except (OSError, RunError) as error:
-            return [], str(error)
-        found: list[dict[str, Any]] = []
-        for line in lines:
-            try:
-                value = parse_json(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict) and isinstance(value.get("step"), int):
-                found.append(value)
-        damaged = len(lines) - len(found)
-        return found, f"{damaged:,} of {len(lines):,} lines of {SAMPLES} cannot be read" if damaged else None
+            return [], [str(error)] if os.path.lexists(path) else []
+        return self._sampled[1:]
+
+
+def _samples_in(stream: BinaryIO) -> tuple[list[dict[str, Any]], list[str]]:
+    """The samples at the end of a file, at most `MOST_SAMPLE_BYTES` of it, and what is left out."""
+    whole = os.fstat(stream.fileno()).st_size
+    begin = max(0, whole - MOST_SAMPLE_BYTES)
+    stream.seek(begin)
+    lines = stream.read(MOST_SAMPLE_BYTES).split(b"\n")[1 if begin else 0 : -1]
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            value = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value)
+    said: list[str] = []
+    if damaged := len(lines) - len(found):
+        said.append(f"{damaged:,} of {len(lines):,} lines of {SAMPLES} cannot be read")
+    if begin:
+        said.append(f"{SAMPLES} has {size(whole)}; shown are the samples in its last {size(MOST_SAMPLE_BYTES)}")
+    return found, said
 
 
 def number(value: Any) -> float | None:

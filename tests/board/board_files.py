@@ -14,9 +14,11 @@ from typing import Any
 
 import uvicorn
 
+from graftlm.config import SweepConfig
 from graftlm.dashboard.app import create_app
 from graftlm.dashboard.contents import Contents
 from graftlm.dashboard.folders import Folders
+from graftlm.experiments.sweep.study import Study
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 
@@ -53,7 +55,7 @@ def run(
     folder: Path, steps: int = 400, *, done: bool = True, total: int | None = None, bottom: float = 1.2, **config: Any
 ) -> Path:
     """A run's folder: with its result where it is `done`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     total = total or steps
     options = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -135,36 +137,28 @@ def samples(
                 )
 
 
-def sweep(folder: Path, trials: int = 6) -> Path:
-    """A sweep's folder: an Optuna journal as `graft sweep` writes it, and a run folder for each trial."""
-    import optuna
-
-    from graftlm.experiments.sweep.storage import IDENTITY, open_storage
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    folder.mkdir(parents=True)
-    mark = {"written_by": "graft sweep", "home": "h", "name": folder.name, "model": "demo", "storage": None}
-    (folder / "sweep.json").write_text(json.dumps(mark))
-    study = optuna.create_study(
-        storage=open_storage(None, folder), study_name=folder.name, sampler=optuna.samplers.RandomSampler(0)
-    )
-    search = {"learning-rate": "1e-4..1e-2", "rank": "4..64"}
-    study.set_user_attr(IDENTITY, {"trials": trials + 2, "search": search})
-    spread = {
-        "learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
-        "rank": optuna.distributions.IntDistribution(4, 64, log=True),
-    }
+def sweep(folder: Path, trials: int = 6, *, storage: str | None = None) -> Path:
+    """A sweep's folder as `graft sweep` writes it: two more trials are wanted, and the last one has lost its worker."""
+    config = sweep_config(folder, trials + 2, storage)
+    study = Study(config)
+    study.identify({"base": "b", "data": "d"})
     for number in range(trials):
-        trial = study.ask(spread)
-        rate, rank = trial.params["learning_rate"], trial.params["rank"]
+        claim = study.next()
+        assert claim is not None
+        rate, rank = float(claim.params["learning_rate"]), int(claim.params["rank"])
         loss = 1.3 + 0.4 * (math.log10(rate) + 2.8) ** 2 + 0.3 / rank
-        for name, value in (("home", "h"), ("loss_before", 3.2), ("steps", 80)):
-            trial.set_user_attr(name, value)
         last = number == trials - 1
-        run(folder / "trials" / f"{number:04d}", 80, done=not last, bottom=loss - 0.08, learning_rate=rate, rank=rank)
-        if not last:
-            study.tell(trial, loss)
+        run(claim.folder, 80, done=not last, bottom=loss - 0.08, learning_rate=rate, rank=rank)
+        if last:
+            claim.release()
+        else:
+            claim.report_result("complete", loss, loss_before=3.2, steps=80)
     return folder
+
+
+def sweep_config(folder: Path, trials: int, storage: str | None = None) -> SweepConfig:
+    given = {"search": {"learning-rate": "1e-4..1e-2", "rank": "4..64"}, "sampler": "random", "data": ["train.jsonl"]}
+    return SweepConfig.build({**given, "model": "demo", "trials": trials, "storage": storage, "out": str(folder)})
 
 
 def comparison(folder: Path) -> Path:

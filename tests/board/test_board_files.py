@@ -26,13 +26,15 @@ import graftlm
 from graftlm.adapters.store import Store
 from graftlm.cli import app
 from graftlm.config import BoardConfig
-from graftlm.dashboard import metrics_log
+from graftlm.dashboard import metrics_log, runs
 from graftlm.dashboard.contents import Contents
 from graftlm.dashboard.folders import Folders
 from graftlm.dashboard.metrics_log import MOST_POINTS, MetricsLog
 from graftlm.dashboard.page import encode
-from graftlm.errors import ConfigError, StoreError
+from graftlm.errors import ConfigError, RunError, StoreError
 from graftlm.experiments.sweep.results import read
+from graftlm.experiments.sweep.storage import has_password, redacted
+from graftlm.experiments.sweep.study import Study
 from graftlm.jsonfile import parse_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
@@ -63,6 +65,107 @@ def test_a_run_is_running_while_a_process_holds_its_lock(tmp_path: Path) -> None
     assert found["state"] == "failed", "the process lives, and has another file open"
     assert "no process holds it" in found["how"]
     assert "after step 5" in found["how"]
+
+
+def went_on(folder: Path) -> None:
+    """The run was stopped at step 5 and resumed."""
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "kind": "event", "event": "stopped", "signal": 15}\n')
+        stream.write(files.step_line(6) + files.step_line(7))
+
+
+def lost(folder: Path) -> None:
+    """Its process was killed long ago."""
+    (folder / ".running").write_text("999999")
+    for file in (folder, folder / ".running", folder / "metrics.jsonl"):
+        if file.exists():
+            os.utime(file, (1e9, 1e9))
+
+
+def test_a_lock_of_another_users_process_counts_while_the_run_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = files.run(tmp_path / "one", 5, total=9, done=False)
+    (folder / ".running").write_text("1")
+
+    def refused(place: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(place))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    found = only(contents(tmp_path))
+    assert found["state"] == "running"
+    assert "process 1 is another user's, so whether it holds the lock cannot be seen" in found["how"]
+    os.utime(folder / "metrics.jsonl", (1e9, 1e9))  # the number of a killed run may be another process's by now
+    found = only(contents(tmp_path))
+    assert found["state"] == "failed"
+    assert "process 1, another user's, may not hold it" in found["how"]
+
+
+def test_a_comparison_is_running_between_two_of_its_runs(tmp_path: Path) -> None:
+    folder = files.comparison(tmp_path / "methods")
+    board = contents(tmp_path)
+    id = board.overview()["comparisons"][0]["id"]
+    lock = folder / ".running"
+    lock.write_text(str(os.getpid()))
+    os.utime(lock, (1e9, 1e9))
+    for metrics in folder.rglob("metrics.jsonl"):
+        os.utime(metrics, (1e9, 1e9))
+
+    def running() -> bool:
+        found = board.comparison(id)
+        assert found is not None
+        return found["running"]
+
+    with lock.open():
+        assert running()
+    board = contents(tmp_path)
+    assert not running(), "killed: its lock is left"
+
+
+def sweep_in(place: Path) -> dict[str, Any]:
+    board = contents(place)
+    found = board.sweep(board.overview()["sweeps"][0]["id"])
+    assert found is not None
+    return found
+
+
+def test_a_sweep_is_finished_once_it_has_the_trials_that_its_last_start_wanted(tmp_path: Path) -> None:
+    folder = files.sweep(tmp_path / "search", 3)
+    found = sweep_in(tmp_path)
+    assert (found["wanted"], found["state"]) == (5, "stopped")
+    assert [trial["state"] for trial in found["trials"]] == ["complete", "complete", "lost"]
+    study = Study(files.sweep_config(folder, 2))  # the same command with fewer trials
+    study.identify({"base": "b", "data": "d"})
+    assert (sweep_in(tmp_path)["wanted"], sweep_in(tmp_path)["state"]) == (2, "finished")
+    study = Study(files.sweep_config(folder, 9))
+    study.identify({"base": "b", "data": "d"})
+    assert read(folder, read_only=True).wanted == 9
+    again, begun = study.next(), study.next()  # the lost one, and one that has no options yet
+    assert again is not None
+    assert begun is not None
+    assert sorted(p.name for p in begun.folder.iterdir()) == [".running"]
+    assert sweep_in(tmp_path)["trials"][-1]["state"] == sweep_in(tmp_path)["state"] == "running"
+    begun.release()
+    lost(begun.folder)
+    assert sweep_in(tmp_path)["trials"][-1]["state"] == "lost"
+    again.release()
+    assert sweep_in(tmp_path)["state"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:se/cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://:secret@host/db", "postgresql://:***@host/db"),
+        ("mysql://host/db?user=me&password=secret&ssl=1", "mysql://host/db?user=me&password=***&ssl=1"),
+        ("postgresql://host:5432/db", None),
+        ("sqlite:////a/b@c:d.db", None),
+        ("runs/a:b@c.journal", None),
+    ],
+)
+def test_a_storages_password_is_neither_kept_nor_shown(url: str, shown: str | None) -> None:
+    assert has_password(url) == (shown is not None)
+    assert redacted(f"connecting to {url} has failed") == f"connecting to {shown or url} has failed"
 
 
 def test_the_board_never_takes_the_lock_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +216,18 @@ def test_the_board_never_takes_the_lock_of_a_run(tmp_path: Path, monkeypatch: py
         ),
         (lambda f: (f / ".running").write_text("no number"), "running", "its process is not on this machine"),
         (lambda f: None, "failed", "ended by an error after step 5"),
+        (
+            lambda f: (f / "result.json").write_text('{"state": "pruned", "why": "pruned after step 5 of 9"}'),
+            "stopped",
+            "pruned after step 5 of 9",
+        ),
+        (
+            lambda f: (f / "result.json").write_text('{"state": "pruned", "why": "the loss is nan at step 5"}'),
+            "failed",
+            "the loss is nan at step 5",
+        ),
+        (lambda f: went_on(f), "failed", "ended by an error after step 7"),
+        (lambda f: (went_on(f), (f / "adapter-so-far").mkdir(), lost(f)), "failed", "killed or crashed after step 7"),
     ],
 )
 def test_how_a_run_ended_is_known_from_its_files(tmp_path: Path, change: Any, state: str, how: str) -> None:
@@ -139,6 +254,7 @@ def test_a_curve_has_a_bounded_number_of_points_and_the_means_of_all_steps(tmp_p
     for i, step in enumerate(columns["step"]):
         own = [line for line in train if line["step"] // width == step // width]
         assert columns["loss"][i] == pytest.approx(np.mean([line["loss"] for line in own]), rel=1e-5)
+        assert columns["grad_norm"][i] == pytest.approx(max(line["grad_norm"] for line in own), rel=1e-5)
         assert columns["low"][i] == pytest.approx(min(line["loss"] for line in own), rel=1e-5)
         assert columns["rate"][i] == pytest.approx(
             sum(x["tokens"] for x in own) / sum(x["seconds"] for x in own), rel=1e-5
@@ -215,6 +331,27 @@ def test_a_run_that_goes_on_from_a_checkpoint_begins_its_curve_anew(tmp_path: Pa
     assert after["columns"]["step"][-1] < 30
 
 
+def test_a_new_file_with_the_number_of_the_old_one_begins_the_curve_anew(tmp_path: Path) -> None:
+    metrics = files.run(tmp_path / "one", 50, done=False) / "metrics.jsonl"
+    log = MetricsLog(metrics, Folders([tmp_path]))
+    log.refresh(parse=True)
+    before = log.generation
+    inode = metrics.stat().st_ino
+    for steps in (50, 90):  # of the same length, and longer
+        metrics.write_text("".join(files.step_line(step, bottom=2.2, steps=steps) for step in range(1, steps + 1)))
+        if steps == 50:
+            metrics.write_bytes(metrics.read_bytes().ljust(log._offset, b"\n")[: log._offset])  # pyright: ignore[reportPrivateUsage]
+        assert metrics.stat().st_ino == inode
+        log.refresh(parse=True)
+        assert log.generation > before
+        before = log.generation
+        assert log.curve().columns["step"][-1] == steps
+        assert log.evals == []
+    again = MetricsLog(metrics, Folders([tmp_path]))
+    assert again.generation > log.generation, "a board that is started again has other ones"
+    assert again.generation > 1e12
+
+
 # ---- damaged files ---------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +412,36 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(found["faults"]), "the page names files, not places of the machine"
 
 
+def test_of_many_samples_the_last_are_shown_and_read_again_only_where_they_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = files.run(tmp_path / "one", 3)
+    files.samples(folder, tuple(range(100)))
+    monkeypatch.setattr(runs, "MOST_SAMPLE_BYTES", 3000)
+    board = contents(tmp_path)
+    id = only(board)["id"]
+    opened: list[Path] = []
+    real = Folders.opened
+
+    def counted(self: Folders, path: Path) -> Any:
+        opened.append(path)
+        return real(self, path)
+
+    monkeypatch.setattr(Folders, "opened", counted)
+    found = board.run(id)
+    assert found is not None
+    assert found["samples"][-1]["step"] == 99
+    assert len(found["samples"]) < 20
+    assert any("shown are the samples in its last" in fault for fault in found["faults"])
+    assert opened == [folder / "samples.jsonl"]
+    assert board.run(id) == found
+    assert len(opened) == 1
+    files.samples(folder, (5,))
+    found = board.run(id)
+    assert found is not None
+    assert ({sample["step"] for sample in found["samples"]}, found["faults"]) == ({5}, [])
+
+
 # ---- nothing else ----------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +471,27 @@ def test_nothing_outside_the_folders_is_read(tmp_path: Path) -> None:
     assert board.report(board.overview()["sweeps"][0]["id"]) is None
 
 
+def test_what_becomes_a_link_or_a_pipe_while_it_is_looked_at_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Folders, "checked", lambda self, path: path)  # it was a plain file a moment ago
+    for name in ("link", "pipe"):
+        with pytest.raises(RunError, match=f"{name} "):
+            Folders([tmp_path]).opened(tmp_path / name)
+
+
+def test_folders_that_lie_too_deep_are_said(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*"12345678")
+    files.run(deep, 1)
+    found = contents(tmp_path).overview()
+    assert (len(found["runs"]), found["cut"]) == (1, False)
+    files.run(deep.parent / "other" / "run", 1)
+    found = contents(tmp_path).overview()
+    assert (len(found["runs"]), found["cut"]) == (1, True)
+
+
 def test_a_board_writes_nothing(original: Path) -> None:
     def state() -> dict[str, Any]:
         return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(original.rglob("*"))}
@@ -328,13 +516,16 @@ def test_a_sweep_in_a_database_is_what_its_folders_say(original: Path, tmp_path:
     shutil.copytree(original / "runs" / "search", tmp_path / "search")
     mark = json.loads((tmp_path / "search" / "sweep.json").read_text())
     (tmp_path / "search" / "sweep.json").write_text(json.dumps({**mark, "storage": "postgresql://me:word@host/db"}))
+    ended = {"state": "pruned", "why": "pruned after step 80 of 90"}
+    (tmp_path / "search" / "trials" / "0002" / "result.json").write_text(json.dumps(ended))
     board = contents(tmp_path)
     found = board.sweep(board.overview()["sweeps"][0]["id"])
     assert found is not None
     assert "does not open" in found["faults"][0]
     assert "word" not in encode(found)
+    assert (found["wanted"], found["state"]) == (None, None), "nobody knows how many there are to be"
     assert set(found["options"]) == {"learning_rate", "rank"}
-    assert [t["state"] for t in found["trials"]][:2] == ["complete", "complete"]
+    assert [t["state"] for t in found["trials"]] == ["complete", "complete", "pruned"]
 
 
 def test_a_version_leads_to_the_run_that_made_it(tmp_path: Path) -> None:
@@ -436,13 +627,15 @@ def test_the_command_writes_a_page_and_refuses_what_it_cannot_mean(
         ({"folder": ["nowhere"]}, "nowhere is not there; name a folder that holds runs"),
         ({"folder": ["page.html"]}, "page.html is a file"),
         ({"out": "x.html", "port": 80}, "--port does nothing"),
-        ({"server": "localhost:8000"}, "write it as http://127.0.0.1:8000"),
+        ({"server": "localhost:8000"}, "is not the address of a server; give one such as http://127.0.0.1:8000"),
+        ({"server": "http://me:word@host"}, "the address holds a password; leave it out, and give its key on the page"),
     ):
         with pytest.raises(ConfigError, match=said):
             graftlm.board(**given)
     with pytest.raises(StoreError, match="no store of adapters"):
         graftlm.board(original / "runs", store=tmp_path)
     assert BoardConfig.build({}).folder == ("runs",)
+    assert BoardConfig.build({"server": "http://host:80/some/v1/"}).server == "http://host:80/some"
 
 
 @pytest.mark.parametrize("where", ["a terminal", "a notebook"])

@@ -5,8 +5,9 @@ Board.views.adapters = {
   title: "Adapters",
   open(main) {
     const { el, format } = Board;
-    const list = el("div");
-    main.replaceChildren(el("h1", {}, "Adapters"), list);
+    const head = el("div"), list = el("div");
+    const sections = new Map();  // by name and base
+    main.replaceChildren(el("h1", {}, "Adapters"), head, list);
 
     const anchor = label => `adapter-${label}`;
     const go = label => el("button", { type: "button", class: "link", onclick: () => { const row = document.getElementById(anchor(label)); row?.scrollIntoView({ block: "center" }); row?.focus(); } }, label);
@@ -37,10 +38,15 @@ Board.views.adapters = {
         if (!about.store) { list.replaceChildren(el("p", { class: "empty" }, "No store: name one with --store. graft adapters publish makes one.")); return; }
         const { value, changed } = await Board.data.get("adapters");
         if (!changed) return;
-        list.replaceChildren(el("p", { class: "note" }, value.store), ...[Board.faults(value.faults)].filter(Boolean),
-          ...(value.names.length ? value.names.map(name => el("section", { class: "adapter" },
-            el("div", { class: "title" }, el("h2", {}, name.name), el("span", { class: "soft" }, `on ${format.model(name.base)} `, el("code", { title: name.fingerprint }, name.fingerprint.slice(0, 12)))), versions(name), history(name)))
-            : [el("p", { class: "empty" }, "The store is empty.")]));
+        Board.fill(head, [value.store, value.faults, value.names.length], () => [el("p", { class: "note" }, value.store), Board.faults(value.faults),
+          !value.names.length && el("p", { class: "empty" }, "The store is empty.")]);
+        const shown = value.names.map(name => {
+          const key = `${name.fingerprint} ${name.name}`;
+          if (!sections.has(key)) sections.set(key, el("section", { class: "adapter" }));
+          Board.fill(sections.get(key), name, () => [el("div", { class: "title" }, el("h2", {}, name.name), el("span", { class: "soft" }, `on ${format.model(name.base)} `, el("code", { title: name.fingerprint }, name.fingerprint.slice(0, 12)))), versions(name), history(name)]);
+          return sections.get(key);
+        });
+        if (shown.length !== list.children.length || shown.some((node, i) => list.children[i] !== node)) list.replaceChildren(...shown);
       },
     };
   },

@@ -114,7 +114,7 @@ Board.charts = (() => {
     }
     if (!tables.length) return null;
     return {
-      data: joined(tables), series: [{ label: X[x] }, ...lines], bands, legend, xName: X[x], shape: [x, Object.keys(lossScale(all)).length],
+      data: joined(tables), series: [{ label: X[x] }, ...lines], bands, legend, xName: X[x], shape: [x, Object.keys(lossScale(all)).length, shown.map(run => run.curve.width)],
       scales: { x: { time: false }, y: lossScale(all) },
       axes: [axis(X[x], "x", { values: (u, ticks) => ticks.map(tick), ...(x === "hours" ? {} : { incrs: WHOLE }) }), axis("nats a token", "y", { values: (u, ticks) => ticks.map(tick) })],
       label: shown.map(run => `${run.name}: ${describe(run.curve)}`).join("; "),
@@ -133,16 +133,17 @@ Board.charts = (() => {
       after && `eval loss ${Board.format.loss(after[1])} at step ${after[0]}`].filter(Boolean).join(", ");
   }
 
-  /* One column of one run or several: learning rate, tokens/s, gradient norm. */
-  function column(runs, name, label, { x = "step" } = {}) {
+  /* One column of one run or several: learning rate, tokens/s, gradient norm; `of` says which of its steps a point shows. */
+  function column(runs, name, label, { x = "step", of } = {}) {
     const shown = runs.filter(run => run.curve?.columns.step.length && run.curve.columns[name].some(value => value != null));
     if (!shown.length) return null;
+    const alone = shown.length === 1, width = shown[0].curve.width;
     return {
-      data: joined(shown.map(({ curve }) => [curve.columns[x], curve.columns[name]])), xName: X[x], shape: x,
+      data: joined(shown.map(({ curve }) => [curve.columns[x], curve.columns[name]])), xName: X[x], shape: [x, alone && shown[0].curve.width],
       series: [{ label: X[x] }, ...shown.map(run => ({ label: shown.length > 1 ? run.name : label, stroke: series(run.index), width: 1.6, points: { show: run.curve.columns.step.length < 2 }, spanGaps: true }))],
       scales: { x: { time: false }, y: { range: (u, low, high) => [Math.min(0, low), high > 0 ? high * 1.08 : 1] } },
       axes: [axis(X[x], "x", { values: (u, ticks) => ticks.map(tick), ...(x === "hours" ? {} : { incrs: WHOLE }) }), axis(label, "y", { values: (u, ticks) => ticks.map(tick) })],
-      legend: shown.length > 1 ? shown.map(run => [run.index, run.name]) : [],
+      legend: !alone ? shown.map(run => [run.index, run.name]) : of && width > 1 ? [[shown[0].index, `${label}, ${of} of ${width} steps`]] : [],
       label: shown.map(run => `${run.name} ${Board.format.short(run.curve.columns[name].at(-1))}`).join(", "),
     };
   }
@@ -154,14 +155,15 @@ Board.charts = (() => {
     let low = Infinity;
     const falling = line ? sorted.map(point => (low = Math.min(low, point.y))) : null;
     const strong = sorted.map(point => point === sorted.find(one => one.key === best) ? point.y : null);
+    const scale = lossScale(sorted.map(point => point.y));
     const places = categories ? (u, ticks) => ticks.map(value => Number.isInteger(value) ? categories[value] ?? "" : "") : (u, ticks) => ticks.map(tick);
     const edge = categories ? { range: [-0.5, categories.length - 0.5] } : x.log ? { distr: 3 } : { range: (u, from, to) => { const room = (to - from || 1) * 0.06; return [from - room, to + room]; } };
     return {
-      data: [sorted.map(point => point.x), sorted.map(point => point.y), strong, ...(falling ? [falling] : [])], xName: x.name || "at", shape: [categories, best],
+      data: [sorted.map(point => point.x), sorted.map(point => point.y), strong, ...(falling ? [falling] : [])], xName: x.name || "at", shape: [categories, best, x.log, Object.keys(scale).length],
       series: [{}, { label: "loss", stroke: "transparent", paths: () => null, points: { show: true, size: 8, fill: faint(series(0), 0.55), stroke: faint(series(0), 0.55) } },
         { label: "best", stroke: "transparent", paths: () => null, points: { show: true, size: 11, fill: series(1), stroke: series(1) } },
         ...(falling ? [{ label: "best so far", stroke: series(1), width: 1.6, paths: uPlot.paths.stepped({ align: 1 }), points: { show: false } }] : [])],
-      scales: { x: { time: false, ...edge }, y: lossScale(sorted.map(point => point.y)) },
+      scales: { x: { time: false, ...edge }, y: scale },
       axes: [axis(x.label, "x", { values: places, ...(x.whole ? { incrs: WHOLE } : {}), ...(categories ? { splits: categories.map((_, i) => i) } : {}) }), axis(label, "y", { values: (u, ticks) => ticks.map(tick) })],
       legend: [[0, "a trial", "dot"], ...(best != null ? [[1, "the best", "dot"]] : []), ...(falling ? [[1, "best so far"]] : [])],
       label: `${sorted.length} points, lowest ${Board.format.loss(Math.min(...sorted.map(point => point.y)))}`,

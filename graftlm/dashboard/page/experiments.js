@@ -9,11 +9,10 @@ Board.groupList = (name, words) => ({
     main.replaceChildren(el("h1", {}, words.title), list);
     return {
       async refresh() {
-        const { value, changed } = await Board.data.get("overview");
-        if (!changed && list.children.length) return;
-        const rows = value[name].map(one => [el("a", { href: `#/${words.one}/${one.id}` }, one.name), format.model(one.model),
+        const { value } = await Board.data.get("overview");
+        const shown = value[name].map(one => [[one.id, one.name], format.model(one.model),
           ["running", "finished", "stopped", "failed"].filter(state => one.states[state]).map(state => `${one.states[state]} ${state}`).join(", ") || format.none, format.loss(one.best), format.ago(one.modified)]);
-        list.replaceChildren(rows.length ? Board.table([{ text: words.one }, { text: "model" }, { text: words.parts }, { text: "lowest eval loss", right: true }, { text: "last written", right: true }], rows, { caption: words.title })
+        Board.fill(list, shown, () => shown.length ? Board.table([{ text: words.one }, { text: "model" }, { text: words.parts }, { text: "lowest eval loss", right: true }, { text: "last written", right: true }], shown.map(([[id, text], ...cells]) => [el("a", { href: `#/${words.one}/${id}` }, text), ...cells]), { caption: words.title })
           : el("p", { class: "empty" }, words.none));
       },
     };
@@ -76,16 +75,16 @@ Board.views.sweep = {
       document.title = `${found.name} · Graft board`;
       const counts = ["complete", "running", "pruned", "diverged", "failed", "lost"].map(state => [found.trials.filter(t => t.state === state).length, state]).filter(([count]) => count);
       const best = found.trials.find(trial => trial.number === found.best);
-      head.replaceChildren(el("p", { class: "back" }, el("a", { href: "#/sweeps" }, "Sweeps")), el("div", { class: "title" }, el("h1", {}, found.name), Board.state(found.running ? "running" : found.wanted && found.trials.filter(t => t.state !== "lost").length < found.wanted ? "stopped" : "finished")),
-        el("p", { class: "note" }, [counts.map(([count, state]) => `${count} ${state}`).join(", ") || "no trial yet", found.wanted ? `${found.wanted} wanted` : null, Object.entries(found.space).map(([name, text]) => `${flag(name)} ${text}`).join(", ") || null].filter(Boolean).join("; ")),
-        ...[Board.faults(found.faults), best && el("p", { class: "headline" }, `Best so far: trial ${best.number}, eval loss ${format.loss(best.loss)}${best.loss_before != null ? `, ${format.loss(best.loss_before)} before` : ""}. `,
-          found.options.map(name => `${flag(name)} ${format.value(best.params[name])}`).join(", ")), found.report && !Board.data.fixed && el("p", {}, el("a", { href: `reports/${id}`, target: "_blank", rel: "noopener" }, "Its report"))].filter(Boolean));
+      Board.fill(head, { ...found, trials: [counts, best] }, () => [el("p", { class: "back" }, el("a", { href: "#/sweeps" }, "Sweeps")), el("div", { class: "title" }, el("h1", {}, found.name), found.state && Board.state(found.state)),
+        el("p", { class: "note" }, [counts.map(([count, state]) => `${count} ${state}`).join(", ") || "no trial yet", found.wanted ? `${found.wanted} wanted` : "how many are wanted is not known", Object.entries(found.space).map(([name, text]) => `${flag(name)} ${text}`).join(", ") || null].filter(Boolean).join("; ")),
+        Board.faults(found.faults), best && el("p", { class: "headline" }, `Best so far: trial ${best.number}, eval loss ${format.loss(best.loss)}${best.loss_before != null ? `, ${format.loss(best.loss_before)} before` : ""}. `,
+          found.options.map(name => `${flag(name)} ${format.value(best.params[name])}`).join(", ")), found.report && !Board.data.fixed && el("p", {}, el("a", { href: `reports/${id}`, target: "_blank", rel: "noopener" }, "Its report"))]);
       charted();
       const sorted = [...found.trials].sort((a, b) => order === "loss" ? (a.loss ?? Infinity) - (b.loss ?? Infinity) || a.number - b.number : a.number - b.number);
-      trials.replaceChildren(el("div", { class: "title" }, el("h2", {}, "Trials"), el("label", { class: "inline" }, "Order", el("select", { id: "order", onchange: event => { order = event.target.value; show(); document.getElementById("order").focus(); } },
+      Board.fill(trials, [order, found.best, found.options, sorted.map(({ evals, ...trial }) => trial)], () => [el("div", { class: "title" }, el("h2", {}, "Trials"), el("label", { class: "inline" }, "Order", el("select", { id: "order", onchange: event => { order = event.target.value; show(); } },
         [["loss", "by loss"], ["number", "by number"]].map(([value, text]) => el("option", { value, selected: value === order }, text))))),
         Board.table([{ text: "trial" }, { text: "state" }, ...found.options.map(name => ({ text: flag(name), right: true })), { text: "loss before", right: true }, { text: "loss", right: true }, { text: "steps", right: true }],
-          sorted.map(t => ({ attributes: { class: t.number === found.best ? "best" : null }, cells: [t.run ? el("a", { href: `#/run/${t.run}` }, String(t.number)) : String(t.number), Board.state(t.state, t.why), ...found.options.map(name => format.value(t.params[name])), format.loss(t.loss_before), format.loss(t.loss), format.count(t.steps)] })), { caption: "Trials" }));
+          sorted.map(t => ({ attributes: { class: t.number === found.best ? "best" : null }, cells: [t.run ? el("a", { href: `#/run/${t.run}` }, String(t.number)) : String(t.number), Board.state(t.state, t.why), ...found.options.map(name => format.value(t.params[name])), format.loss(t.loss_before), format.loss(t.loss), format.count(t.steps)] })), { caption: "Trials" })]);
     }
 
     return {
@@ -125,29 +124,29 @@ Board.views.comparison = {
     function show() {
       document.title = `${found.name} · Graft board`;
       const verdict = found.verdict, sentences = Array.isArray(verdict.sentences) ? verdict.sentences : [];
-      head.replaceChildren(el("p", { class: "back" }, el("a", { href: "#/comparisons" }, "Comparisons")), el("div", { class: "title" }, el("h1", {}, found.name), Board.state(found.running ? "running" : found.done ? "finished" : "stopped")),
+      Board.fill(head, { ...found, methods: null, runs: null }, () => [el("p", { class: "back" }, el("a", { href: "#/comparisons" }, "Comparisons")), el("div", { class: "title" }, el("h1", {}, found.name), Board.state(found.running ? "running" : found.done ? "finished" : "stopped")),
         el("p", { class: "note" }, [found.model && `on ${format.model(found.model)}`, found.seeds && `${found.seeds} seed${found.seeds === 1 ? "" : "s"}`, found.data.eval_rows && `${format.count(found.data.eval_rows)} eval rows`].filter(Boolean).join(", ")),
-        ...[Board.faults(found.faults)].filter(Boolean),
+        Board.faults(found.faults),
         found.done ? el("section", { class: `verdict${verdict.certain ? "" : " open"}` }, el("p", { class: "headline" }, verdict.choice ? verdict.certain ? `Take ${verdict.choice}.` : `Cannot tell; ${verdict.choice} until more is known.` : "No method is better than the untrained base."),
           el("ul", {}, sentences.map(text => el("li", {}, String(text))))) : el("p", { class: "note" }, "The verdict is there once all methods have run."),
         ...Object.entries(found.failed).map(([name, why]) => el("p", {}, el("strong", {}, name), ` is missing: ${why}`)),
-        ...[found.report && !Board.data.fixed && el("p", {}, el("a", { href: `reports/${id}`, target: "_blank", rel: "noopener" }, "Its report"))].filter(Boolean));
+        found.report && !Board.data.fixed && el("p", {}, el("a", { href: `reports/${id}`, target: "_blank", rel: "noopener" }, "Its report"))]);
       drawn.hidden = !found.done;
-      memory.replaceChildren(el("figcaption", {}, el("h3", {}, "Peak memory")), Board.memoryBars(found.methods.map(m => ({ name: String(m.name), planned: whole(m.peak_planned), idle: whole(m.idle), measured: whole(m.peak_measured) }))) ?? "");
+      Board.fill(memory, found.methods, () => [el("figcaption", {}, el("h3", {}, "Peak memory")), Board.memoryBars(found.methods.map(m => ({ name: String(m.name), planned: whole(m.peak_planned), idle: whole(m.idle), measured: whole(m.peak_measured) })))]);
       const pm = (value, std) => format.loss(value) + (whole(std) != null ? ` ± ${std.toFixed(4)}` : "");
-      methods.replaceChildren(...(found.methods.length ? [el("h2", {}, "Methods"), Board.table(
+      Board.fill(methods, [found.reference, found.methods], () => found.methods.length ? [el("h2", {}, "Methods"), Board.table(
         [{ text: "method" }, { text: "trained", right: true }, { text: "learning rate", right: true }, { text: "loss before", right: true }, { text: "loss after", right: true }, { text: `share of ${found.reference ?? "the best"}'s gain`, right: true }, { text: "memory planned", right: true }, { text: "measured", right: true }, { text: "saved", right: true }, { text: "tokens/s", right: true }, { text: "time", right: true }],
         found.methods.map(m => [String(m.name), format.count(m.trainable_parameters), format.short(m.learning_rate), format.loss(m.loss_before), pm(m.loss, m.std),
           whole(m.share) == null ? format.none : `${format.percent(m.share)}${interval(m).low != null && m.name !== found.reference ? ` (${interval(m).low.toFixed(1)} to ${interval(m).high.toFixed(1)})` : ""}`,
-          format.bytes(m.peak_planned), format.bytes(m.peak_measured), format.bytes(m.saved_bytes), format.count(m.tokens_per_second), format.duration(m.seconds)]), { caption: "Methods" })] : []));
+          format.bytes(m.peak_planned), format.bytes(m.peak_measured), format.bytes(m.saved_bytes), format.count(m.tokens_per_second), format.duration(m.seconds)]), { caption: "Methods" })] : []);
     }
 
     function showRuns(all) {
       const own = all.filter(run => found.runs.includes(run.id));
       const trained = own.filter(run => run.role.startsWith("runs/"));
-      runs.replaceChildren(...(own.length ? [el("div", { class: "title" }, el("h2", {}, "Runs"), trained.length > 1 && el("a", { class: "button", href: `#/side/${trained.slice(0, 8).map(run => run.id).join(",")}` }, "Side by side")),
+      Board.fill(runs, own, () => own.length ? [el("div", { class: "title" }, el("h2", {}, "Runs"), trained.length > 1 && el("a", { class: "button", href: `#/side/${trained.slice(0, 8).map(run => run.id).join(",")}` }, "Side by side")),
         Board.table([{ text: "run" }, { text: "state" }, { text: "steps", right: true }, { text: "learning rate", right: true }, { text: "eval loss", right: true }],
-          own.map(run => [el("a", { href: `#/run/${run.id}` }, run.role || run.name), Board.state(run.state, run.how), format.count(run.step), format.short(run.learning_rate), format.loss(run.eval_best)]), { caption: "Runs" })] : []));
+          own.map(run => [el("a", { href: `#/run/${run.id}` }, run.role || run.name), Board.state(run.state, run.how), format.count(run.step), format.short(run.learning_rate), format.loss(run.eval_best)]), { caption: "Runs" })] : []);
     }
 
     return {

@@ -23,55 +23,62 @@ Board.views.run = {
     const { el, format, charts } = Board;
     const own = { name: "", curve: null, index: 0 };
     let x = "step";
-    const head = el("div"), facts = el("div"), evals = el("div"), samples = el("div"), options = el("div"), memory = el("div");
+    const head = el("div"), facts = el("div"), evals = el("div"), samples = el("div"), memory = el("div");
+    const lists = Object.fromEntries(["Options", "Data", "Plan", "Summary", "Machine", "Events"].map(name => {
+      const list = el("dl", { class: "all" });
+      return [name, [el("details", { id: `part-${name}`, hidden: true }, el("summary", {}, name), list), list]];
+    }));
     const figures = [
       charts.figure("Loss", () => charts.losses([own], { x }), { height: 320, wide: true }),
       charts.figure("Learning rate", () => charts.column([own], "learning_rate", "learning rate", { x }), { height: 180 }),
       charts.figure("Tokens/s", () => charts.column([own], "rate", "tokens/s", { x }), { height: 180 }),
-      charts.figure("Gradient norm", () => charts.column([own], "grad_norm", "gradient norm", { x }), { height: 180 }),
+      charts.figure("Gradient norm", () => charts.column([own], "grad_norm", "gradient norm", { x, of: "highest" }), { height: 180 }),
     ];
     main.replaceChildren(head, facts,
       el("div", { class: "controls" }, Board.xChoice("over", value => { x = value; figures.forEach(figure => figure.draw()); })),
-      el("div", { class: "figures" }, figures.map(figure => figure.node)), memory, samples, evals, options);
+      el("div", { class: "figures" }, figures.map(figure => figure.node)), memory, samples, evals, el("div", {}, Object.values(lists).map(([whole]) => whole)));
 
     function show(run) {
       document.title = `${run.name} · Graft board`;
       own.name = run.name;
-      head.replaceChildren(el("p", { class: "back" }, el("a", { href: "#/runs" }, "Runs"), run.parent && " / ", run.parent && el("a", { href: `#/group/${run.parent}` }, "its sweep or comparison")),
-        el("div", { class: "title" }, el("h1", {}, run.name), Board.state(run.state)), el("p", { class: "note" }, run.how), ...[Board.faults(run.faults)].filter(Boolean));
-      facts.replaceChildren(Board.facts([
+      Board.fill(head, [run.name, run.parent, run.state, run.how, run.faults], () => [el("p", { class: "back" }, el("a", { href: "#/runs" }, "Runs"), run.parent && " / ", run.parent && el("a", { href: `#/group/${run.parent}` }, "its sweep or comparison")),
+        el("div", { class: "title" }, el("h1", {}, run.name), Board.state(run.state)), el("p", { class: "note" }, run.how), Board.faults(run.faults)]);
+      const pairs = [
         ["model", format.model(run.model)], ["method", run.method], ["base stored as", run.base_precision], ["rank", run.method === "full" ? null : format.value(run.rank)],
         ["steps", run.steps ? `${format.count(run.step)} of ${format.count(run.steps)}` : format.count(run.step)],
         ["training loss", format.loss(run.loss)], ["eval loss before", format.loss(run.eval_before)],
         ["eval loss, best", run.eval_best == null ? null : `${format.loss(run.eval_best)}${run.eval_best_step != null ? ` at step ${format.count(run.eval_best_step)}` : ""}`],
         [run.score || "score", run.score_best == null ? null : format.short(run.score_best)],
         ["learning rate", format.short(run.learning_rate)], ["tokens/s", format.count(run.rate)], ["started", format.day(run.started)], ["last written", format.ago(run.modified)],
-      ]));
-      const bars = Board.memoryBars([{ planned: run.memory_planned, idle: run.memory_idle, measured: run.memory_measured }]);
-      memory.replaceChildren(...(bars ? [el("h2", {}, "Peak memory"), bars] : []));
+      ];
+      Board.fill(facts, pairs, () => Board.facts(pairs));
+      const used = { planned: run.memory_planned, idle: run.memory_idle, measured: run.memory_measured };
+      Board.fill(memory, used, () => { const bars = Board.memoryBars([used]); return bars && [el("h2", {}, "Peak memory"), bars]; });
       showSamples(run.samples);
-      evals.replaceChildren(...(run.evals.length ? [el("h2", {}, "Evaluations"), Board.table(
+      Board.fill(evals, run.evals, () => run.evals.length ? [el("h2", {}, "Evaluations"), Board.table(
         [{ text: "step", right: true }, { text: "eval loss", right: true }, { text: "score", right: true }, { text: "tokens read", right: true }],
-        run.evals.map(e => [format.count(e.step), format.loss(e.eval_loss), format.short(e.eval_score), format.count(e.num_tokens)]), { caption: "Evaluations", kind: "narrow" })] : []));
-      options.replaceChildren(...[["Options", run.config], ["Data", run.data], ["Plan", run.plan], ["Summary", run.summary], ["Machine", run.environment], ["Events", Object.assign({}, run.events)]]
-        .filter(([, value]) => value && Object.keys(value).length).map(([name, value]) => el("details", { id: `part-${name}`, open: opened.has(name), ontoggle: event => { event.target.open ? opened.add(name) : opened.delete(name); } },
-          el("summary", {}, name), el("dl", { class: "all" }, Object.entries(value).map(([key, one]) => el("div", {}, el("dt", {}, key), el("dd", {}, format.value(one))))))));
+        run.evals.map(e => [format.count(e.step), format.loss(e.eval_loss), format.short(e.eval_score), format.count(e.num_tokens)]), { caption: "Evaluations", kind: "narrow" })] : []);
+      for (const [name, value] of [["Options", run.config], ["Data", run.data], ["Plan", run.plan], ["Summary", run.summary], ["Machine", run.environment], ["Events", Object.assign({}, run.events)]]) {
+        const [whole, list] = lists[name];
+        whole.hidden = !value || !Object.keys(value).length;
+        Board.fill(list, value, () => Object.entries(value ?? {}).map(([key, one]) => el("div", {}, el("dt", {}, key), el("dd", {}, format.value(one)))));
+      }
     }
-    const opened = new Set();
 
     let step = null;
-    function showSamples(found) {
-      if (!found.length) { samples.replaceChildren(); return; }
+    function showSamples(found) { Board.fill(samples, [found, step], () => samplesOf(found)); }
+    function samplesOf(found) {
+      if (!found.length) return [];
       const steps = [...new Set(found.map(sample => sample.step))];
       if (!steps.includes(step)) step = null;
       const at = step ?? steps.at(-1);
-      const choice = el("select", { id: "sample-step", onchange: event => { step = Number(event.target.value); showSamples(found); document.getElementById("sample-step").focus(); } },
+      const choice = el("select", { id: "sample-step", onchange: event => { step = Number(event.target.value); showSamples(found); } },
         steps.map(one => el("option", { value: one, selected: one === at }, `step ${one}`)));
-      samples.replaceChildren(el("div", { class: "title" }, el("h2", {}, "Samples"), el("label", { class: "inline" }, "Evaluation at", choice)),
+      return [el("div", { class: "title" }, el("h2", {}, "Samples"), el("label", { class: "inline" }, "Evaluation at", choice)),
         el("div", { class: "samples" }, found.filter(sample => sample.step === at).map(sample => el("article", { class: "sample" },
           el("h3", {}, "prompt"), el("p", { class: "text" }, String(sample.prompt ?? "")),
           el("h3", {}, "answer"), el("p", { class: "text answer" }, String(sample.answer ?? "")),
-          el("h3", {}, "reference"), el("p", { class: "text soft" }, (Array.isArray(sample.references) ? sample.references : []).join("\n"))))));
+          el("h3", {}, "reference"), el("p", { class: "text soft" }, (Array.isArray(sample.references) ? sample.references : []).join("\n")))))];
     }
 
     return {
@@ -113,16 +120,16 @@ Board.views.side = {
     }
     function show() {
       const known = runs.filter(run => run.value);
-      table.replaceChildren(Board.table([{ text: "run" }, { text: "state" }, { text: "steps", right: true }, { text: "eval loss before", right: true }, { text: "best", right: true }, { text: "at step", right: true }, { text: "tokens/s", right: true }, { text: "peak memory", right: true }],
-        known.map(run => { const v = run.value; return [name(run), Board.state(v.state, v.how), format.count(v.step), format.loss(v.eval_before), format.loss(v.eval_best), format.count(v.eval_best_step), format.count(v.rate), format.bytes(v.memory_measured ?? v.memory_planned)]; }), { caption: "Chosen runs" }));
+      Board.fill(table, known.map(run => run.value), () => Board.table([{ text: "run" }, { text: "state" }, { text: "steps", right: true }, { text: "eval loss before", right: true }, { text: "best", right: true }, { text: "at step", right: true }, { text: "tokens/s", right: true }, { text: "peak memory", right: true }],
+        known.map(run => { const v = run.value; return [name(run), Board.state(v.state, v.how), format.count(v.step), format.loss(v.eval_before), format.loss(v.eval_best), format.count(v.eval_best_step), format.count(v.rate), format.memory(v)]; }), { caption: "Chosen runs" }));
       const keys = [...new Set(known.flatMap(run => Object.keys(run.value.config)))].filter(key => key !== "out");
       const text = (run, key) => format.value(run.value.config[key]);
       const differing = keys.filter(key => new Set(known.map(run => text(run, key))).size > 1);
       const shown = everything ? keys : differing;
-      differ.replaceChildren(el("div", { class: "title" }, el("h2", {}, everything ? "Options" : `Options that differ (${differing.length} of ${keys.length})`),
-        el("button", { type: "button", class: "quiet", id: "all-options", onclick: () => { everything = !everything; show(); document.getElementById("all-options").focus(); } }, everything ? "Only differences" : "All options")),
+      Board.fill(differ, [everything, differing, known.map(run => [run.name, run.value.config])], () => [el("div", { class: "title" }, el("h2", {}, everything ? "Options" : `Options that differ (${differing.length} of ${keys.length})`),
+        el("button", { type: "button", class: "quiet", id: "all-options", onclick: () => { everything = !everything; show(); } }, everything ? "Only differences" : "All options")),
         shown.length ? Board.table([{ text: "option" }, ...known.map(run => ({ text: run.name }))], shown.map(key => ({ attributes: { class: differing.includes(key) ? "differs" : null }, cells: [key.replaceAll("_", "-"), ...known.map(run => text(run, key))] })), { caption: "Options", kind: "options" })
-          : el("p", { class: "note" }, "Their options are the same."));
+          : el("p", { class: "note" }, "Their options are the same.")]);
     }
 
     return {
@@ -130,10 +137,14 @@ Board.views.side = {
         const changes = await Promise.all(runs.map(async run => {
           try {
             const [{ value, changed }, curve] = await Promise.all([Board.data.get(`runs/${run.id}`), Board.data.curve(run.id)]);
-            const grown = !run.curve || run.curve.columns.step.at(-1) !== curve.columns.step.at(-1) || run.curve.evals.length !== curve.evals.length;
+            if (!value || !curve) return [false, false];
+            const grown = !run.curve || run.curve.generation !== curve.generation || run.curve.columns.step.at(-1) !== curve.columns.step.at(-1) || run.curve.evals.length !== curve.evals.length;
             Object.assign(run, { value, curve, name: value.name });
             return [changed, grown];
-          } catch { return [false, false]; }
+          } catch (error) {
+            if (error instanceof TypeError) throw error;  // the board does not answer, as opposed to: this run is not there
+            return [false, false];
+          }
         }));
         if (!runs.some(run => run.value)) throw new Error("none of these runs is in the folders");
         if (changes.some(([changed]) => changed)) show();

@@ -46,7 +46,7 @@ Board.views.runs = {
       row.evals.replaceChildren(run.eval_best == null && run.eval_before == null ? format.none
         : run.eval_before != null && run.eval_best != null ? el("span", {}, el("span", { class: "soft" }, `${format.loss(run.eval_before)} → `), format.loss(run.eval_best)) : format.loss(run.eval_best ?? run.eval_before));
       row.rate.textContent = format.count(run.rate);
-      row.memory.textContent = format.bytes(run.memory_measured ?? run.memory_planned) + (run.memory_measured == null && run.memory_planned != null ? " planned" : "");
+      row.memory.textContent = format.memory(run);
       row.when.textContent = format.ago(run.modified);
     }
 
@@ -74,11 +74,12 @@ Board.views.runs = {
     function show() {
       const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
       const order = { running: 0 };
+      const newest = (a, b) => (b.started ?? "").localeCompare(a.started ?? "", "en");  // not by what they wrote last, or rows swap at each look
       const own = runs.some(run => !run.parent);
       if (!begun && runs.length) { begun = true; if (!own) scope.value = "all"; }
       const shown = runs.filter(run => (scope.value === "all" || !run.parent) && (state.value === "any state" || run.state === state.value)
         && words.every(word => [run.name, run.model, run.method].join(" ").toLowerCase().includes(word)))
-        .sort((a, b) => (order[a.state] ?? 1) - (order[b.state] ?? 1) || (b.modified ?? 0) - (a.modified ?? 0) || a.name.localeCompare(b.name, "en"));
+        .sort((a, b) => (order[a.state] ?? 1) - (order[b.state] ?? 1) || (a.state === "running" ? newest(a, b) : (b.modified ?? 0) - (a.modified ?? 0)) || a.name.localeCompare(b.name, "en"));
       const wanted = shown.map(run => {
         if (!rows.has(run.id)) rows.set(run.id, make(run));
         const row = rows.get(run.id);

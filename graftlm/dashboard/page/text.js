@@ -30,6 +30,7 @@ Board.format = (() => {
     while (Math.abs(value) >= 1000 && unit < 4) { value /= 1000; unit += 1; }
     return `${unit ? value.toFixed(1) : value.toFixed(0)} ${["B", "kB", "MB", "GB", "TB"][unit]}`;
   };
+  const memory = run => bytes(run.memory_measured ?? run.memory_planned) + (run.memory_measured == null && run.memory_planned != null ? " planned" : "");
   const ago = seconds => {
     if (!isNumber(seconds)) return none;
     const age = Math.max(0, Date.now() / 1000 - seconds);
@@ -43,8 +44,27 @@ Board.format = (() => {
   const percent = found => isNumber(found) ? `${(100 * found).toFixed(1)} %` : none;
   const model = name => name == null ? none : String(name).split("/").length > 2 ? String(name).split("/").pop() : String(name);
   const day = text => text == null ? none : String(text).slice(0, 16).replace("T", " ");
-  return { isNumber, none, loss, count, short, bytes, ago, duration, value, percent, model, day };
+  return { isNumber, none, loss, count, short, bytes, memory, ago, duration, value, percent, model, day };
 })();
+
+/* Fills a part of the page where what it shows has changed. Elsewhere an open list, the focus, the scroll and a selection stay as they
+   are; in a part that is made anew the lists that were open, the focus and the scroll come back. */
+Board.fill = (node, shown, make) => {
+  const text = JSON.stringify(shown);
+  if (node.shown === text) return;
+  node.shown = text;
+  const reached = () => [...node.querySelectorAll("a, button, select, input, textarea, summary, [tabindex]")];
+  const lists = () => [...node.querySelectorAll("details")].map(list => [list, list.querySelector("summary").textContent]);
+  const open = new Set(lists().filter(([list]) => list.open).map(([, name]) => name));
+  const scrolled = [...node.querySelectorAll(".scroll")].map(one => one.scrollLeft);
+  const active = node.contains(document.activeElement) ? document.activeElement : null, at = reached().indexOf(active);
+  node.replaceChildren(...[make()].flat().filter(Boolean));
+  for (const [list, name] of lists()) list.open = open.has(name);
+  node.querySelectorAll(".scroll").forEach((one, i) => { if (scrolled[i]) one.scrollLeft = scrolled[i]; });
+  if (!active) return;
+  const same = reached().find(one => active.id ? one.id === active.id : active.hasAttribute("href") && one.getAttribute("href") === active.getAttribute("href"));
+  (same ?? reached()[at])?.focus({ preventScroll: true });
+};
 
 /* A table that is a list of cards on a phone: each cell knows its heading. */
 Board.table = (heads, rows, { caption, kind = "" } = {}) => {

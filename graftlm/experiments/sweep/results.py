@@ -20,6 +20,8 @@ from graftlm.experiments.sweep.storage import (
     JOURNAL,
     MARK,
     SURPLUS,
+    WANTED,
+    ended_early,
     import_optuna,
     open_storage,
     redacted,
@@ -70,6 +72,8 @@ class SweepResult:
     space: Mapping[str, str]
     """The search space, by option, as it was written."""
     tried: tuple[TrialResult, ...]
+    wanted: int | None = None
+    """Trials that it has in the end, as it was started last; None for a sweep written before this was kept."""
 
     def __repr__(self) -> str:
         return terminal.as_text(self._draw)
@@ -106,7 +110,7 @@ class SweepResult:
         best = self.best
         return {
             "name": self.name, "model": self.model, "folder": self.folder, "storage": self.storage, "asked": dict(self.options),
-            "space": dict(self.space), "best": None if best is None else best.number,
+            "space": dict(self.space), "wanted": self.wanted, "best": None if best is None else best.number,
             "trials": [asdict(t) for t in self.tried],
         }  # fmt: skip
 
@@ -139,12 +143,13 @@ def read(
             hint = "" if where else "; if it lies on a server, name it with --storage"
             raise RunError(f"{shown_storage} holds no sweep '{mark['name']}'{hint}") from None
         trials = study.get_trials(deepcopy=False)
-        options = renamed(study.user_attrs.get(IDENTITY, {}))
+        attributes = study.user_attrs
+        options, wanted = renamed(attributes.get(IDENTITY, {})), attributes.get(WANTED)
     space = renamed({name.replace("-", "_"): text for name, text in dict(options.get("search", {})).items()})
     tried = tuple(_tried(t, space, folder, losses) for t in trials if not t.user_attrs.get(SURPLUS))
     return SweepResult(
         name=mark["name"], model=str(mark.get("model")), folder=str(folder), storage=shown_storage, options=options,
-        space=space, tried=tried,
+        space=space, tried=tried, wanted=wanted if isinstance(wanted, int) else None,
     )  # fmt: skip
 
 
@@ -153,8 +158,8 @@ def _tried(found: Any, space: Mapping[str, str], folder: Path, losses: Callable[
     params = renamed(found.params)
     why = facts.get("why")
     state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(found.state.name, "running")
-    if state == "pruned" and not str(why).startswith("pruned"):
-        state = "diverged"
+    if state == "pruned":
+        state = ended_early(why)
     home = trial_folder(folder, found.number)
     last = max(found.intermediate_values, default=None)
     loss = found.value if state == "complete" else None if last is None else found.intermediate_values[last]

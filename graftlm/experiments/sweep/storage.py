@@ -7,20 +7,25 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from graftlm.errors import ConfigError, RunError
 from graftlm.jsonfile import parse_json
 
 MARK = "sweep.json"
 JOURNAL = "sweep.journal"
-IDENTITY, SURPLUS = "sweep", "surplus"
-"""What the study keeps of the sweep as a whole, and of a trial that was begun by one worker too many."""
+IDENTITY, WANTED, SURPLUS = "sweep", "wanted", "surplus"
+"""What the study keeps: its options, how many trials it has in the end, and which trial one worker too many has begun."""
 
 
 def trial_folder(out: Path, number: int) -> Path:
     """The run folder of a trial."""
     return out / "trials" / f"{number:04d}"
+
+
+def ended_early(why: object) -> Literal["pruned", "diverged"]:
+    """What ended a trial before its last step, by the reason that is kept; the search is told `pruned` of both."""
+    return "pruned" if str(why).startswith("pruned") else "diverged"
 
 
 def import_optuna() -> Any:
@@ -87,9 +92,10 @@ def storage_errors(where: str) -> Iterator[None]:
 
 def has_password(text: str | None) -> bool:
     """Whether a storage's URL holds a password."""
-    return bool(re.search(r"://[^/@]*:[^/@]+@", text or ""))
+    return redacted(text or "") != (text or "")
 
 
 def redacted(text: str) -> str:
-    """A storage's URL without its password."""
-    return re.sub(r"(://[^/@:]*):[^/@]+@", r"\1:***@", text)
+    """A storage's URL without its password, which ends at the `@` and may hold a `/`, or is one of the parameters."""
+    text = re.sub(r"(://[^/@:\s]*):(?!\*\*\*@)[^@\s]+@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|sslpassword)=)[^&\s\"']+", r"\1***", text)

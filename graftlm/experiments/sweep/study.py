@@ -33,6 +33,7 @@ from graftlm.experiments.sweep.storage import (
     JOURNAL,
     MARK,
     SURPLUS,
+    WANTED,
     has_password,
     import_optuna,
     open_storage,
@@ -130,6 +131,7 @@ class Study:
                 if self.study.get_trials(deepcopy=False):
                     raise RunError(f"'{self.name}' in {self.where} is a study of another program; give another --name")
                 self.study.set_user_attr(IDENTITY, now)
+                self.study.set_user_attr(WANTED, self.wanted)
                 return
         searched = [name for name in dict(known.get("search") or {}) if name.replace("-", "_") in FORMER]
         if searched:
@@ -148,6 +150,8 @@ class Study:
             raise RunError(
                 f"'{self.name}' in {self.where} is another sweep: {said}. Take the same options, or another --name and --out"
             )
+        with storage_errors(self.where):  # the last start says how many trials there are to be
+            self.study.set_user_attr(WANTED, self.wanted)
 
     # ---- trials ----
 
@@ -265,20 +269,25 @@ def _claim_folder(config: SweepConfig, name: str) -> str:
     held = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     if not held:
         home = uuid.uuid4().hex
-        kept = None if has_password(config.storage) else config.storage
         write_json(out / MARK, {
-            "written_by": "graft sweep", "home": home, "name": name, "model": config.model, "storage": kept,
+            "written_by": "graft sweep", "home": home, "name": name, "model": config.model, "storage": _kept(config.storage),
         })  # fmt: skip
         return home
     if MARK not in held:
         raise RunError(f"--out {out} holds '{held[0]}', which no sweep wrote; take another folder")
     mark = read_json(out / MARK, RunError)
-    for key, now in (("name", name), ("storage", None if has_password(config.storage) else config.storage)):
-        if mark.get(key) != now:
-            raise RunError(
-                f"--out {out} belongs to a sweep with {key} {mark.get(key)!r}, now {now!r}; take another --out"
-            )
+    for key, known, now in (
+        ("name", mark.get("name"), name),
+        ("storage", _kept(mark.get("storage")), _kept(config.storage)),
+    ):
+        if known != now:
+            raise RunError(f"--out {out} belongs to a sweep with {key} {known!r}, now {now!r}; take another --out")
     return str(mark["home"])
+
+
+def _kept(storage: str | None) -> str | None:
+    """What a sweep's folder keeps of the address of its storage: nothing where that holds a password."""
+    return None if has_password(storage) else storage
 
 
 # ---- Optuna ----------------------------------------------------------------------------------------------------------

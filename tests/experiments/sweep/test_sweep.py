@@ -23,6 +23,8 @@ from graftlm.commands import sweep as command
 from graftlm.commands.sweep import sweep
 from graftlm.commands.train import train as train_alone
 from graftlm.config import SweepConfig, TrainConfig
+from graftlm.dashboard.contents import Contents
+from graftlm.dashboard.folders import Folders
 from graftlm.distributed.group import Ranks
 from graftlm.errors import ConfigError, DataError, Diverged, RunError, Stopped, TrainingError
 from graftlm.experiments.sweep import concurrency, study, trial_scheduler
@@ -126,6 +128,15 @@ def test_a_trial_that_diverges_ends_alone_and_changes_nothing_for_the_others(tmp
     states = {t.params["learning_rate"]: t for t in found.tried}
     assert [states[rate].state for rate in (0.003, 1e30, 0.02)] == ["complete", "diverged", "complete"]
     assert "not finite" in str(states[1e30].why) or "nan" in str(states[1e30].why)
+    shown = Contents(Folders([tmp_path / "sweep"]))
+    overview = shown.overview()
+    of_board = shown.sweep(overview["sweeps"][0]["id"])
+    assert of_board is not None
+    assert (found.wanted, of_board["wanted"], of_board["state"]) == (3, 3, "finished")
+    assert {(run["state"], run["how"]) for run in overview["runs"]} == {
+        ("finished", "its result is saved"),
+        ("failed", states[1e30].why),
+    }
     for rate in (0.003, 0.02):
         by_itself = alone(states[rate].folder or "", tmp_path / f"alone-{rate}")
         together = tiny_run.lines(Path(states[rate].folder or "") / "metrics.jsonl")
@@ -435,6 +446,17 @@ def test_a_storage_that_cannot_be_reached_is_said_without_its_password(tmp_path:
     with pytest.raises(RunError, match=said) as caught:
         swept(tmp_path, storage=storage)
     assert "secret" not in str(caught.value)
+
+
+def test_a_folder_that_has_kept_a_password_before_is_still_its_sweeps(tmp_path: Path) -> None:
+    url = "postgresql://me:se/cret@host/sweeps"
+    given = {"search": {"rank": "2|5"}, "model": "demo", "data": ["a.jsonl"], "out": str(tmp_path / "sweep")}
+    config = SweepConfig.build({**given, "storage": url})
+    home = study.claim_folder(config)
+    mark = json.loads((config.out / "sweep.json").read_text())
+    assert mark["storage"] is None
+    (config.out / "sweep.json").write_text(json.dumps({**mark, "storage": url}))  # as it was written without seeing it
+    assert study.claim_folder(config) == home
 
 
 def test_a_storage_or_folder_of_another_sweep_is_refused_with_both_values(tmp_path: Path) -> None:
