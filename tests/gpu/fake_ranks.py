@@ -6,6 +6,7 @@ at once, and the end of a backward pass, for which PyTorch's engine would ask th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,5 +125,7 @@ def host_layers(method: str, precision: Any, layers: int, host_layers: int, **op
                 trial.optimizer.moments[n].device.type for n, p in trial.parameters.items()
                 if shard.is_split(p) and (owners[id(p)] in waiting) == where
             })  # fmt: skip
+        on_host = next(layer for layer in model.model.layers if layer in waiting)
+        found["device"] = replace(base, model=on_host).device.type  # as of a base whose first parameter is on the host
         found["whole"] = sorted({shard.whole(p).device.type for p in split.values()})
         return {**found, "pinned": card.pinned, "trace": card.trace.to_json()}
