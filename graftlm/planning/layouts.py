@@ -10,7 +10,7 @@ The first that fits is taken, with the largest micro-batch that does: each asks 
 GPU holds is in `rank_memory.py`; NCCL's buffers come on top. It sends or receives (n - 1) / n of what n GPUs gather, and of
 what they add up, twice that where each of them gets the whole sum. All of it goes around a ring, in which a node's last GPU
 alone sends to the next node: of what N GPUs on each of several nodes send, a part of 1 / N leaves the node. An offloaded
-layer's part crosses PCIe twice a micro-batch. `graft train` has all of them.
+layer's part crosses PCIe twice a micro-batch, in full training its gradients once. `graft train` has all of them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Layout:
     bytes: int
     """On each GPU, at the highest moment."""
     host: int
-    """Of each GPU's parts in the host's memory."""
+    """Of each GPU's parts in the host's memory, in blocks as they are pinned."""
     within: int
     """Sent by each GPU to others of its node in an optimizer step."""
     between: int
