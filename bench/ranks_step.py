@@ -7,7 +7,7 @@ node in it, "between": to those of other nodes}. With "--where", also what is he
 that made it. Each row runs in a fork, since a card cannot be taken out of a process again.
 
 The step is the product's: its splitting, its passes, its sums, its optimizer. Stand-ins are the card's tensors, its streams
-(all has happened at once), the collectives, of which the bytes are counted as a ring sends them, and the storages that FSDP2
+(`fake_fsdp.py`), the collectives, of which the bytes are counted as a ring sends them, and the storages that FSDP2
 empties and fills again, whose bytes the fake card has to be told.
 """
 
@@ -20,7 +20,6 @@ import os
 import subprocess
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +43,18 @@ import fake_card  # noqa: E402
 
 fake_card.install()
 
+import fake_fsdp  # noqa: E402
 import scenarios  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_state  # noqa: E402
+from torch.distributed.fsdp._fully_shard import _fsdp_param  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
-from graftlm.base import loading  # noqa: E402
 from graftlm.base.loading import Base  # noqa: E402
-from graftlm.base.random_init import random_stored_model  # noqa: E402
-from graftlm.base.splitting import split_weights  # noqa: E402
 from graftlm.distributed.group import Ranks  # noqa: E402
 from graftlm.kernels import reference  # noqa: E402
 from graftlm.training import trainer  # noqa: E402
-
-_waiting: list[Any] = []
 
 
 class Card(fake_card.FakeCard):
@@ -101,25 +96,7 @@ def lines() -> str:
     return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(found))
 
 
-_OF_THE_CARD = {"ranks_step.py", "fake_card.py", "_pytree.py", "eval_frame.py", "_compile.py"}
-
-
-class Stream(fake_card._Stream):
-    """Streams and events of a card on which everything has happened at once."""
-
-    def __init__(self, device: Any = None, priority: int = 0) -> None:
-        self.device = device
-
-    def record_event(self, event: Any = None) -> Event:
-        return Event()
-
-
-class Event:
-    def __init__(self, *given: Any, **options: Any) -> None: ...
-
-    def record(self, *given: Any) -> None: ...
-
-    def wait(self, *given: Any) -> None: ...
+_OF_THE_CARD = {"ranks_step.py", "fake_card.py", "fake_fsdp.py", "_pytree.py", "eval_frame.py", "_compile.py"}
 
 
 class Sending:
@@ -157,41 +134,19 @@ class Sending:
 
 
 def install(card: Card) -> None:
-    """PyTorch's FSDP2 on the fake card."""
-    torch.cuda.Stream = torch.cuda.current_stream = torch.accelerator.current_stream = Stream  # type: ignore[assignment]
-    torch.cuda.Event = Event  # type: ignore[assignment,misc]
+    """PyTorch's FSDP2 on the fake card, which counts what it empties and fills."""
+    fake_fsdp.install()
     _fsdp_param.alloc_storage = lambda tensor: card.resize(tensor, tensor.numel() * tensor.itemsize)
     _fsdp_param.free_storage = lambda tensor: card.resize(tensor, 0)
 
-    def at_the_end(state: Any) -> None:  # the engine would ask the card for its streams
-        if not state._state_ctx.post_backward_final_callback_queued:
-            state._state_ctx.post_backward_final_callback_queued = True
-            _waiting.append(state._root_post_backward_final_callback)
-
-    _fsdp_state.FSDPState._register_root_post_backward_final_callback = at_the_end  # type: ignore[method-assign]
-    backward = trainer.backward
-
-    def to_the_end(loss: torch.Tensor) -> None:
-        backward(loss)
-        while _waiting:
-            _waiting.pop()()
-
-    trainer.backward = to_the_end
-
 
 def split_base(row: dict[str, Any]) -> Base:
-    """A base of random weights that the row's ranks share, as `load_base` makes one of a checkpoint's."""
+    """A base of random weights that the row's ranks share."""
     size, nodes = row["ranks"], row["nodes"]
     hybrid = {"node_ranks": size // nodes} if row["layout"] == "hybrid" else {}
-    ranks, device, precision = Ranks(0, size, size // nodes, **hybrid), torch.device("cuda"), row["precision"]
-    model, replacements = random_stored_model(LlamaConfig(**row["config"]), precision, torch.bfloat16, device, 0)
-    host = {"host_layers": row["offloaded"]} if row["offloaded"] else {}
-    weights = split_weights(model, replacements, ranks, device, trained=row["method"] == "full", **host)
-    understood = partial(
-        loading._understood, "random", Path(), model, replacements, scenarios._tokenizer(), precision, "bfloat16", True, [],
-    )  # fmt: skip
-    with torch.no_grad():
-        return weights.run(partial(loading._with_its_head, understood, weights, model))
+    ranks, config = Ranks(0, size, size // nodes, **hybrid), LlamaConfig(**row["config"])
+    trained = row["method"] == "full"
+    return fake_fsdp.split_base(config, row["precision"], ranks, trained=trained, host_layers=row["offloaded"])
 
 
 def step(row: dict[str, Any], where: bool = False) -> dict[str, int]:

@@ -42,7 +42,7 @@ from graftlm.base.transformers_versions import is_known_type, missing_class, own
 from graftlm.config import ComputeDtype, Precision
 from graftlm.config.fields import is_gguf
 from graftlm.distributed.group import ALONE, Ranks
-from graftlm.distributed.shard import SplitWeights
+from graftlm.distributed.shard import SplitWeights, gathered_on
 from graftlm.errors import ModelError
 from graftlm.gguf.folder import folder_of, gguf_of
 from graftlm.heap import mmap_allocations, trim_heap
@@ -93,7 +93,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return gathered_on(next(self.model.parameters()))
 
     @property
     def activation_dtype(self) -> torch.dtype:

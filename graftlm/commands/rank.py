@@ -70,10 +70,11 @@ def naming(ranks: Ranks) -> Iterator[None]:
 
 
 def _of_rank(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The config with the rank's own GPU; on a processor, which the ranks share, each takes its part of the threads."""
+    """The config with the rank's own GPU. Each takes its part of the processor's threads, which the ranks on a machine share:
+    with a GPU too, for the steps of weights in the host's memory."""
     device = default_device(config.device)
+    ranks.take_threads()
     if device.type == "cpu":
-        ranks.take_threads()
         return config
     own = f"{device.type}:{os.environ.get('LOCAL_RANK', '0')}"
     return config.model_copy(update={"device": str(default_device(own))})  # one GPU is refused from a user alone

@@ -42,15 +42,6 @@ def train_over_ranks(config: TrainConfig) -> dict[str, Any]:
 
         return among_others(started_for(config, there))
     if config.ranks == 1:
-        if config.asks_for_host_layers:
-            raise ConfigError(
-                f"--offload-layers {config.offload_layers} is for weights that ranks share, and there is one rank; give "
-                "--ranks N with --layout shard, or leave it out"
-            )
-        if config.splits_model:
-            raise ConfigError(
-                f"--layout {config.layout} splits a model over ranks, and there is one; give --ranks N, or leave it out"
-            )
         from graftlm.commands.train import train
 
         return train(config)

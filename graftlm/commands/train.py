@@ -34,7 +34,7 @@ from graftlm.training import checkpoint
 from graftlm.training.callbacks import Callback, Callbacks, EarlyStopping
 from graftlm.training.checkpoint import Newest, compute_dtype_of
 from graftlm.training.determinism import deterministic_algorithms
-from graftlm.training.layout import choose_layout
+from graftlm.training.layout import check_alone, choose_layout
 from graftlm.training.logging import Follower, check_trackers, signals
 from graftlm.training.memory import dry_run, estimate
 from graftlm.training.run import (
@@ -140,6 +140,7 @@ class _Inputs:
 
 def _check_inputs(config: TrainConfig, given: Given, ranks: Ranks, held: ExitStack) -> _Inputs:
     """Look at all that a run needs before the base is loaded, and lock its folder; `held` frees it. Raises GraftError."""
+    check_alone(config)
     check_trackers(config.track)
     callbacks = list(given.callbacks)
     if config.early_stopping is not None:

@@ -138,7 +138,7 @@ class Piece:
     shape: tuple[int, ...]
     """Of the whole parameter."""
     own: Tensor | None
-    """Until FSDP2 has them."""
+    """Until FSDP2's parameter has them."""
     on_host: bool = False
     """Whether they wait in the host's memory."""
 
@@ -167,6 +167,7 @@ class Piece:
         else:  # else they would be moved to the mesh's devices
             rows = torch.empty_like(parameter, device=self.own.device)
             local(rows).copy_(self.own)
+        self.own = None  # it pads those of a rank with fewer rows, in a copy; those on the host were copied
         self._put(nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
     @property
@@ -267,8 +268,6 @@ class SplitWeights:
         self._root.set_reduce_scatter_unused_params(True)
         with torch.no_grad():
             self.run(lambda: None)  # FSDP2 takes over the values that were filled in
-        for piece in pieces:
-            piece.own = None  # it pads those of a rank with fewer rows, in a copy
 
     def run(self, call: Callable[[], _T]) -> _T:
         """What `call` returns, run as one pass; a pass within a pass is a part of it. Every rank makes the same passes."""

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,8 @@ _UNITS = {
 }
 # CUDA's context with cuBLAS's workspaces; measured between 0.4 and 0.6 GB since Ampere.
 CONTEXT_BYTES = 600_000_000
+# NCCL's buffers, of a communicator of several ranks on each card; from experience.
+NCCL_BYTES = 400_000_000
 # What PyTorch's caching allocator holds beyond the tensors in use: its blocks are cut to sizes and not always filled.
 HELD_BY_CACHE = 0.04
 # A processor's memory is everybody's: the system, and this process before it has loaded anything.
@@ -80,6 +82,13 @@ class Card:
         if self.kind == "mps":
             return int(self.memory * SHARED_PART - INTERPRETER_BYTES)
         return self.memory - SYSTEM_BYTES - INTERPRETER_BYTES
+
+    def of_one_rank(self, ranks: int, on_machine: int = 1) -> Card:
+        """What one of several ranks has of it: a GPU but for NCCL's buffers, or its part of a processor's memory, which the
+        ranks `on_machine` share."""
+        if self.kind == "cpu":
+            return replace(self, memory=self.memory // on_machine)
+        return replace(self, memory=self.memory - NCCL_BYTES) if self.kind == "cuda" and ranks > 1 else self
 
     @property
     def compute_dtype(self) -> Literal["float32", "bfloat16"]:

@@ -10,7 +10,7 @@ The first that fits is taken, with the largest micro-batch that does: each asks 
 GPU holds is in `rank_memory.py`; NCCL's buffers come on top. It sends or receives (n - 1) / n of what n GPUs gather, and of
 what they add up, twice that where each of them gets the whole sum. All of it goes around a ring, in which a node's last GPU
 alone sends to the next node: of what N GPUs on each of several nodes send, a part of 1 / N leaves the node. An offloaded
-layer's part crosses PCIe twice a micro-batch. `graft train` has all of them.
+layer's part crosses PCIe twice a micro-batch, in full training its gradients once. `graft train` has all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from graftlm.planning.activations import FLOAT32, Workload
+from graftlm.planning.hardware import NCCL_BYTES
 from graftlm.planning.method import TrainingSetting
 from graftlm.planning.rank_memory import LayoutName, SplitSizes, of_one_rank, split_of
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from graftlm.planning.fitting import PlanCase
 
 GPUS_OF_A_NODE, MOST_GPUS = 8, 64  # of which `cards_needed` counts with
-NCCL_BYTES = 400_000_000  # of a communicator's buffers on each card; from experience, as the context's in `hardware.py`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Layout:
     bytes: int
     """On each GPU, at the highest moment."""
     host: int
-    """Of each GPU's parts in the host's memory."""
+    """Of each GPU's parts in the host's memory, in blocks as they are pinned."""
     within: int
     """Sent by each GPU to others of its node in an optimizer step."""
     between: int
@@ -136,14 +136,16 @@ def layout_of(case: PlanCase, setting: TrainingSetting, cluster: Cluster) -> Lay
     if found is not None or "shard" not in layout_names(setting, cluster):
         return found
     fitting = [
-        layout for load in loads if (layout := _offloaded(replace(case, load=load), setting, cluster)) is not None
+        layout
+        for load in loads
+        if (layout := with_host_layers(replace(case, load=load), setting, cluster, "shard")) is not None
     ]
     return min(fitting, key=lambda layout: layout.copied + layout.sent, default=None)
 
 
 def layout_names(setting: TrainingSetting, cluster: Cluster) -> list[LayoutName]:
     """The layouts that a training can have, in the order in which they are tried."""
-    if cluster.ranks == 1 or setting.precision == "gguf":
+    if cluster.ranks == 1:
         return ["replicate"]
     names: list[LayoutName] = [] if setting.optimizer_in_backward else ["replicate"]  # frees gradients before their sum
     return [*names, *(["hybrid"] if min(cluster.gpus, cluster.nodes) > 1 else []), "shard"]
@@ -174,15 +176,16 @@ def _without_host(
     return None
 
 
-def _offloaded(case: PlanCase, setting: TrainingSetting, cluster: Cluster) -> Layout | None:
-    """Split over all GPUs, with as few layers on the host as fit; None where all of them are too many."""
-    low, high = 1, case.shape.layers
-    found = laid_out(case, setting, cluster, "shard", high)
+def with_host_layers(case: PlanCase, setting: TrainingSetting, cluster: Cluster, name: LayoutName) -> Layout | None:
+    """A layout that splits the model, with as few layers on the host as fit; None where even all of them there are too few.
+    `case.load` is the micro-batch of each GPU, and how many of them it has in a step."""
+    low, high = 0, case.shape.layers
+    found = laid_out(case, setting, cluster, name, high)
     if found.bytes > case.card.usable:
         return None
     while low < high:
         middle = (low + high) // 2
-        tried = laid_out(case, setting, cluster, "shard", middle)
+        tried = laid_out(case, setting, cluster, name, middle)
         if tried.bytes <= case.card.usable:
             found, high = tried, middle
         else:

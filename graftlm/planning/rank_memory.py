@@ -26,6 +26,8 @@ from typing import Literal
 
 from graftlm.planning.activations import FLOAT32, Workload
 from graftlm.planning.memory import (
+    NF4_BLOCK,
+    NF4_GROUP,
     MemoryParts,
     MemoryRequirement,
     bytes_per_value,
@@ -34,7 +36,7 @@ from graftlm.planning.memory import (
     weight_bytes,
 )
 from graftlm.planning.method import TrainingSetting
-from graftlm.planning.shapes import ModelShape
+from graftlm.planning.shapes import ModelShape, Weights
 
 SUMMED_AT_ONCE = 4 << 25  # bytes of gradients that are added up at once: `distributed/group.py`
 
@@ -82,7 +84,7 @@ class SplitSizes:
     head: int
     """0 where it is tied to the embedding."""
     whole: int
-    """Of what every rank has: vectors, routers."""
+    """Of what every rank has: vectors, routers; of a GGUF file also embedding and head."""
     layer_values: int
     matrix_values: int
     """Of a layer's largest matrix."""
@@ -98,8 +100,7 @@ class SplitSizes:
         wide = 4.0 if setting.precision == "float32" else 2.0
         stored = sum(stored_bytes(w, setting.precision) for w in split)
         if setting.precision == "gguf":  # the file's blocks, alike for all matrices
-            wide = shape.gguf_bytes / shape.parameters
-            stored = int(values * wide)
+            stored, wide = int(values * shape.gguf_bytes / shape.parameters), 0.0  # embedding and head are not split
         layers = max(1, shape.layers)
         embedding, head = int(shape.embedding * wide), int(shape.head * wide)
         return cls(
@@ -131,21 +132,41 @@ def of_one_rank(took: MemoryRequirement, shape: ModelShape, load: Workload, spli
     sizes = step.sizes
     beside = took.loading - weight_bytes(shape, setting)
     gathered = max(3 * sizes.layer, sizes.layer + 2 * max(sizes.head, sizes.embedding))
-    states = optimizer_bytes(took.trained, setting) if setting.offload_optimizer else 0
+    states = optimizer_bytes(took.trained, setting) if setting.offload_optimizer and setting.full else 0
     return replace(
         _highest(took, step.trained() if setting.full else step.frozen()),
-        loading=took.loading if setting.precision == "gguf" else step.held + max(beside, gathered),
-        host=took.host - states + states // split.shards + _host_bytes(sizes, setting, split),
+        loading=step.held + max(beside, gathered),
+        host=took.host - states + states // split.shards + _host_bytes(shape, setting, split),
     )
 
 
-def _host_bytes(sizes: SplitSizes, setting: TrainingSetting, split: Split) -> int:
+def _host_bytes(shape: ModelShape, setting: TrainingSetting, split: Split) -> int:
     """Bytes of offloaded layers in the host's memory, of one rank: its rows, and where they are trained their gradients and
-    moments."""
-    values = split.offloaded * sizes.layer_values
-    states = optimizer_bytes(values, setting) if setting.full and not setting.offload_optimizer else 0
-    gradients = 0 if setting.optimizer_in_backward else values * sizes.value
-    return math.ceil((split.offloaded * sizes.layer + gradients + states) / split.shards)
+    moments. Rows and gradients are pinned, each tensor in a block of a power of two (PyTorch's `CachingHostAllocator`)."""
+    found = 0.0
+    for weights in shape.weights if split.offloaded else ():
+        if weights.part == "router":
+            continue
+        values = weights.values // weights.count
+        pinned = _tensors(shape, weights, setting)
+        if setting.full and not setting.optimizer_in_backward:
+            pinned.append(values * bytes_per_value(shape, setting))
+        states = optimizer_bytes(values, setting) if setting.full and not setting.offload_optimizer else 0
+        one = sum(1 << (math.ceil(size / split.shards) - 1).bit_length() for size in pinned) + states / split.shards
+        found += one * weights.count * split.offloaded / max(1, shape.layers)
+    return math.ceil(found)
+
+
+def _tensors(shape: ModelShape, weights: Weights, setting: TrainingSetting) -> list[int]:
+    """Bytes of the tensors of one stored matrix that are split: codes and scales are tensors of their own."""
+    values = weights.values // weights.count
+    if setting.precision == "gguf":
+        return [math.ceil(values * shape.gguf_bytes / shape.parameters)]
+    if setting.precision == "nf4":
+        return [values // 2, values // NF4_BLOCK, 4 * values // (NF4_BLOCK * NF4_GROUP)]
+    if setting.precision == "int8":
+        return [values, 4 * values // weights.inner]
+    return [stored_bytes(weights, setting.precision) // weights.count]
 
 
 def _highest(took: MemoryRequirement, moments: dict[str, MemoryParts]) -> MemoryRequirement:
@@ -179,6 +200,7 @@ class _StepOfRank:
             "backward": replace(found["backward"], gathered=self.running),
             "end": replace(found["end"], gathered=self.running),
             "update": _summing(found["update"], self.took.trained),
+            **self._answers({"weights": self.held}),
         }
 
     def trained(self) -> dict[str, MemoryParts]:
@@ -203,7 +225,16 @@ class _StepOfRank:
                 gradients=self._rows(sizes.layers, own) + sizes.outer_values * sizes.value,
             ),
             "update": _summing(update, vectors),
+            **self._answers(held),
         }  # fmt: skip
+
+    def _answers(self, held: dict[str, int]) -> dict[str, MemoryParts]:
+        """While answers are generated, if any are: a forward pass for each of their tokens gathers what others do."""
+        found = self.took.moments.get("answers")
+        if found is None:
+            return {}
+        gathered = max(parts.gathered for parts in self._forward(found).values())
+        return {"answers": replace(found, **held, gathered=gathered)}
 
     def _forward(self, loss: MemoryParts) -> dict[str, MemoryParts]:
         """Of a forward pass; `loss` has what is there while the logits are, but what is gathered."""

@@ -111,9 +111,7 @@ def estimate(
     whole memory, not from what happens to be free, so the same command on the same machine makes the same
     micro-batches. `spare` are trained values of adapters that may come later; `ranks` share a processor's memory.
     """
-    card = local(str(base.device) if base.device.type == "cuda" else "cpu")
-    if card.kind == "cpu":
-        card = replace(card, memory=card.memory // ranks)
+    card = local(str(base.device) if base.device.type == "cuda" else "cpu").of_one_rank(config.ranks, ranks)
     shape, setting, adapted = (
         shape_of(config, base),
         setting_of(config, base.precision, base.compute_dtype),
@@ -172,8 +170,8 @@ def fits(
 ) -> bool:
     """Whether a rank is expected to have room for its part of the model and of what is trained, by default all, with a small
     micro-batch; of the ranks `on_machine` share a processor's memory. True where nothing is known of the model."""
-    card = local(str(device) if device.type == "cuda" else "cpu")
-    usable = card.usable if card.kind != "cpu" else replace(card, memory=card.memory // on_machine).usable
+    card = local(str(device) if device.type == "cuda" else "cpu").of_one_rank(config.ranks, on_machine)
+    split = split if card.kind == "cuda" else replace(split, offloaded=0)  # its memory is the host's
     try:
         shape = find(config.model, trust_remote_code=config.trust_remote_code).shape
         adapter = adapter_shape(shape, config.targets, config.rank, dora=config.dora)
@@ -185,7 +183,7 @@ def fits(
     )
     trained = NO_ADAPTER if config.method == "full" else adapter
     took = requirement(shape, setting, trained, small, card.kind, fused=False, fused_dequant=card.fused_dequant)
-    return of_one_rank(took, shape, small, split).training <= usable
+    return of_one_rank(took, shape, small, split).training <= card.usable
 
 
 def _answers(base: Base, scorer: Scorer) -> AnswerLoad:

@@ -217,7 +217,8 @@ class AdamW:
     def state(self) -> dict[str, Tensor]:
         """The states as plain tensors, for a checkpoint: `mean.NAME`, `square.NAME`, in 8 bits also `mean_scale.NAME`, ..."""
         for device in {p.device for p in self.parameters.values()} if self.state_device is not None else ():
-            torch.cuda.synchronize(device)  # what is still on its way back to the host
+            if device.type == "cuda":  # rows on the host are stepped there
+                torch.cuda.synchronize(device)  # what is still on its way back to the host
         return {f"{kind}.{name}": t for name, moments in self.moments.items() for kind, t in moments.tensors().items()}
 
     def load(self, state: Mapping[str, Tensor], steps: int) -> None:

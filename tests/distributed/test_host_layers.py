@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tiny_run
@@ -14,9 +17,11 @@ from test_shard import IN_BACKWARD, QLORA, of_first
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from graftlm.base.splitting import modules_on_host
+from graftlm.commands import rank
 from graftlm.commands.ranks import train_over_ranks
 from graftlm.config import TrainConfig
 from graftlm.distributed.group import Ranks
+from graftlm.distributed.shard import Piece
 from graftlm.errors import ConfigError, ModelError
 from graftlm.planning.activations import Workload
 from graftlm.planning.fitting import PlanCase
@@ -109,7 +114,8 @@ def test_auto_takes_as_many_layers_as_the_plan_of_so_many_cards(
     found = layout.planned_host_layers(config, "nf4", gpu, Ranks(size=2))
     load = Workload(tokens=1024, target_tokens=1023, longest=1024, micro_batches=2, small=True)
     shape = find("llama-2-70b").shape
-    case = PlanCase(shape=shape, targets=config.targets, rank=16, load=load, card=card("rtx-4090"), fused=False)
+    fused = find_spec("triton") is not None
+    case = PlanCase(shape=shape, targets=config.targets, rank=16, load=load, card=card("rtx-4090"), fused=fused)
     planned = layout_of(case, setting_of(config, "nf4", "bfloat16"), Cluster(gpus=2))
     assert planned is not None
     assert (found, planned.name) == (planned.offloaded, "shard")
@@ -118,3 +124,24 @@ def test_auto_takes_as_many_layers_as_the_plan_of_so_many_cards(
     assert layout.planned_host_layers(config, "nf4", gpu, Ranks(size=1)) == 80  # nothing fits
     asked = TrainConfig.build({**options, "offload_layers": "7"})
     assert layout.planned_host_layers(asked, "nf4", gpu, Ranks(size=2)) == 7
+
+
+def test_rows_on_the_host_are_there_once_when_fsdp2_has_them() -> None:
+    module = torch.nn.Linear(3, 5, bias=False)
+    values = module.weight.detach().clone()
+    piece = Piece.of([module], "weight", module.weight, Ranks(), on_host=True)
+    piece.fill(cast(Any, SimpleNamespace(device_type="cuda")))
+    assert piece.own is None
+    assert torch.equal(module.weight, values)
+
+
+def test_a_rank_with_a_gpu_takes_its_part_of_the_processor_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(rank, "default_device", lambda asked: torch.device(asked or "cuda"))
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    config = TrainConfig.build(tiny_run.options(tmp_path, ranks=4, device="cuda"))
+    of_rank: Any = rank._of_rank  # pyright: ignore[reportPrivateUsage]
+    assert of_rank(config, Ranks(1, 4, 4)).device == "cuda:1"
+    assert taken == [3]

@@ -1,55 +1,27 @@
 """A rank whose weights are split by FSDP2, on the fake card: the others are not there, and what is sent to them goes nowhere.
 
-The splitting, the passes and the optimizer's step are Graft's own. Stand-ins are streams and events, on which all has happened
-at once, and the end of a backward pass, for which PyTorch's engine would ask the card for its streams.
+The stand-ins are those of `fake_fsdp.py`.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import fake_card
+import fake_fsdp
 import scenarios
-import torch
 import torch.distributed as dist
 from fake_card import FakeCard
-from torch.distributed.fsdp._fully_shard import _fsdp_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
-from graftlm.base import loading
-from graftlm.base.loading import Base
-from graftlm.base.random_init import random_stored_model
-from graftlm.base.splitting import modules_on_host, split_weights
+from graftlm.base.splitting import modules_on_host
 from graftlm.distributed import shard
 from graftlm.distributed.group import Ranks
 from graftlm.training import trainer
 from graftlm.training.sanity_checks import UpdateCheck
 
 RANKS = 2
-_waiting: list[Any] = []
-
-
-class _Stream(fake_card._Stream):
-    def __init__(self, device: Any = None, priority: int = 0) -> None:
-        self.device = device
-
-    def record_event(self, event: Any = None) -> Any:
-        return _Event()
-
-    def synchronize(self) -> None: ...
-
-
-class _Event:
-    def __init__(self, *given: Any, **options: Any) -> None: ...
-
-    def record(self, *given: Any) -> None: ...
-
-    def wait(self, *given: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
 
 
 class _Card(FakeCard):
@@ -74,23 +46,7 @@ def _install() -> None:
     """A process group of one rank that is there, and PyTorch's FSDP2 on the fake card."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     dist.all_gather_single = dist.reduce_scatter_single = dist.all_reduce = _sent  # type: ignore[assignment]
-    torch.cuda.Stream = torch.cuda.current_stream = torch.accelerator.current_stream = _Stream  # type: ignore[assignment]
-    torch.cuda.Event = _Event  # type: ignore[assignment,misc]
-
-    def at_the_end(state: Any) -> None:
-        if not state._state_ctx.post_backward_final_callback_queued:
-            state._state_ctx.post_backward_final_callback_queued = True
-            _waiting.append(state._root_post_backward_final_callback)
-
-    _fsdp_state.FSDPState._register_root_post_backward_final_callback = at_the_end  # type: ignore[method-assign]
-    backward = trainer.backward
-
-    def to_the_end(loss: torch.Tensor) -> None:
-        backward(loss)
-        while _waiting:
-            _waiting.pop()()
-
-    trainer.backward = to_the_end
+    fake_fsdp.install()
 
 
 def host_layers(method: str, precision: Any, layers: int, host_layers: int, **options: Any) -> dict[str, Any]:
@@ -98,16 +54,11 @@ def host_layers(method: str, precision: Any, layers: int, host_layers: int, **op
     _install()
     with _Card() as card:
         config = LlamaConfig(**scenarios._SIZES, num_hidden_layers=layers)
-        ranks, device = Ranks(0, RANKS), torch.device("cuda")
-        model, replacements = random_stored_model(config, precision, torch.bfloat16, device, 0)
-        waiting = modules_on_host(model, host_layers)
-        weights = split_weights(model, replacements, ranks, device, trained=method == "full", host_layers=host_layers)
-        tokenizer = scenarios._tokenizer()
-        understood = partial(
-            loading._understood, "random", Path(), model, replacements, tokenizer, precision, "bfloat16", True, []
+        base = fake_fsdp.split_base(
+            config, precision, Ranks(0, RANKS), trained=method == "full", host_layers=host_layers
         )
-        with torch.no_grad():
-            base: Base = weights.run(partial(loading._with_its_head, understood, weights, model))
+        model: Any = base.model
+        waiting = modules_on_host(model, host_layers)
         trial = scenarios._trial(base, method, [40], options)
         check = UpdateCheck(base, trial.parameters, trial.optimizer.epsilon)
         found: dict[str, Any] = {}
@@ -124,5 +75,7 @@ def host_layers(method: str, precision: Any, layers: int, host_layers: int, **op
                 trial.optimizer.moments[n].device.type for n, p in trial.parameters.items()
                 if shard.is_split(p) and (owners[id(p)] in waiting) == where
             })  # fmt: skip
+        on_host = next(layer for layer in model.model.layers if layer in waiting)
+        found["device"] = replace(base, model=on_host).device.type  # as of a base whose first parameter is on the host
         found["whole"] = sorted({shard.whole(p).device.type for p in split.values()})
         return {**found, "pinned": card.pinned, "trace": card.trace.to_json()}

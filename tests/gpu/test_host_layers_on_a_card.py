@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_rows_and_states_of_a_layer_on_the_host_are_there_and_all_others_on_the_card(card: Worker, method: str) -> None:
     found = card.ask("host_layers", layers=2, host_layers=1, **METHODS[method])
     assert (found["host"], found["card"], found["whole"]) == (["cpu"], ["cuda"], ["cuda"])
+    assert found["device"] == "cuda"
     assert found["pinned"] >= found["host_bytes"] > 100_000  # else each copy would wait
     trained = METHODS[method]["method"] == "full"
     assert found["host_states"] == (["cpu"] if trained else [])

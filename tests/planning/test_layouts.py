@@ -17,10 +17,10 @@ from graftlm.cli import app
 from graftlm.config import PlanConfig
 from graftlm.errors import ConfigError
 from graftlm.planning.activations import Workload
+from graftlm.planning.answers import AnswerLoad
 from graftlm.planning.fitting import PlanCase
-from graftlm.planning.hardware import card
+from graftlm.planning.hardware import NCCL_BYTES, card
 from graftlm.planning.layouts import (
-    NCCL_BYTES,
     Cluster,
     Layout,
     cards_needed,
@@ -29,6 +29,7 @@ from graftlm.planning.layouts import (
     layout_of,
     loads_of_one,
 )
+from graftlm.planning.memory import requirement
 from graftlm.planning.method import METHODS, TrainingSetting
 from graftlm.planning.models import find
 from graftlm.planning.rank_memory import Split, SplitSizes, of_one_rank
@@ -39,6 +40,11 @@ BY_KEY = {m.key: m for m in METHODS}
 SIMULATED = Path(__file__).parents[2] / "bench" / "results" / "ranks.json"
 
 
+LLAMA_2_7B = {
+    "q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096), "gate": (11008, 4096), "up": (11008, 4096),
+    "down": (4096, 11008),
+}  # fmt: skip
+"""The matrices of a layer."""
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
 
@@ -184,8 +190,8 @@ def test_qlora_of_70b_fits_two_cards_of_24_gb_only_with_layers_on_the_host_and_w
     assert found.offloaded > 0
     assert found.bytes <= here.card.usable < sharded(here, setting, 2, found.offloaded - 1).bytes
     part = here.of(setting).parts.weights / here.shape.layers / 2
-    assert found.host == pytest.approx(found.offloaded * part, rel=0.05)
-    assert found.copied == 2 * found.host
+    assert found.copied == pytest.approx(2 * found.offloaded * part, rel=0.05)
+    assert found.copied / 2 < found.host < found.copied
     assert found.words == f"shard, {found.offloaded} layers on the host (--offload-layers {found.offloaded})"
     assert cards_needed(here, setting) == 4
 
@@ -313,3 +319,56 @@ def test_a_head_is_gathered_in_its_own_type_beside_the_last_layer_s_buffer() -> 
     layer = SplitSizes.of(shape, found.setting).layer
     assert found.moments["head"].gathered == 2 * head + layer
     assert found.moments["loss"].gathered == head + layer
+
+
+def test_rows_on_the_host_take_pinned_blocks_of_powers_of_two() -> None:
+    here, setting = case("llama-2-7b", 2048, "h100"), how("lora")
+    layer = {name: 2 * out * inner // 2 for name, (out, inner) in LLAMA_2_7B.items()}  # bytes of a rank's rows of two
+    blocks = sum(1 << (size - 1).bit_length() for size in layer.values())
+    assert sharded(here, setting, 2, 3).host == 3 * blocks
+    assert blocks > sum(layer.values())
+    full = replace(
+        how("full-8bit"), compute_dtype="bfloat16"
+    )  # gradients in 16 bits, and moments, which are not pinned
+    states = 2 * (1 + 4 / 256) * sum(layer.values()) / 2
+    assert sharded(here, full, 2, 3).host == pytest.approx(3 * (2 * blocks + states), abs=3)
+
+
+def test_offloaded_states_of_an_adapter_are_whole_on_each_rank_and_those_of_full_training_are_split() -> None:
+    for key, shards in (("lora", 1), ("full-bfloat16", 2)):
+        here, setting = case("llama-2-7b", 2048, "h100"), replace(how(key), offload_optimizer=True)
+        alone = here.of(setting)
+        assert alone.host == 2 * 4 * alone.trained
+        assert of_one_rank(alone, here.shape, here.load, Split(shards=2)).host == alone.host // shards
+
+
+@pytest.mark.parametrize("key", ["qlora", "full-8bit"])
+def test_answers_gather_layers_as_a_forward_pass_does_and_leave_no_gradients(key: str) -> None:
+    here, setting = case("llama-2-70b", 2048, "h100"), how(key)
+    answers = AnswerLoad(prompts=16, longest=4096)
+    adapter = here.adapter_shape(setting)
+    alone = requirement(here.shape, setting, adapter, here.load, "cuda", fused=True, answers=answers)
+    found = of_one_rank(alone, here.shape, here.load, Split(shards=8))
+    sizes, while_answering = SplitSizes.of(here.shape, setting), found.moments["answers"]
+    assert while_answering.gathered == max(3 * sizes.layer, sizes.layer + 2 * sizes.head, 2 * sizes.embedding)
+    assert (while_answering.weights, while_answering.gradients) == (found.moments["loss"].weights, 0)
+    assert while_answering.optimizer == found.moments["update"].optimizer
+    assert while_answering.kv_cache == alone.moments["answers"].kv_cache > 0
+    without = requirement(here.shape, setting, adapter, here.load, "cuda", fused=True)
+    assert "answers" not in of_one_rank(without, here.shape, here.load, Split(shards=8)).moments
+
+
+def test_a_gguf_file_s_layers_are_split_and_its_embedding_and_head_are_whole_on_each_rank() -> None:
+    here, setting = case("llama-2-70b", 1024, "rtx-4090"), replace(how("lora"), precision="gguf")
+    here = replace(here, shape=replace(here.shape, gguf_bytes=39_000_000_000))
+    sizes = SplitSizes.of(here.shape, setting)
+    outer = 39_000_000_000 * (here.shape.embedding + here.shape.head) / here.shape.parameters
+    assert (sizes.embedding, sizes.head) == (0, 0)
+    assert outer < sizes.whole < 1.1 * outer
+    assert sizes.layers * sizes.layer + sizes.whole == pytest.approx(39_000_000_000, abs=100)
+    found = of_one_rank(here.of(setting), here.shape, here.load, Split(shards=4))
+    assert found.loading < 39_000_000_000 / 3
+    assert layout_names(setting, Cluster(gpus=2, nodes=2)) == ["replicate", "hybrid", "shard"]
+    layout = layout_of(here, setting, Cluster(gpus=4))
+    assert layout is not None
+    assert (layout.name, layout.offloaded) == ("shard", 0)

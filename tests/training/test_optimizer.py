@@ -319,3 +319,14 @@ def test_a_constant_learning_rate_stays_at_its_peak() -> None:
     schedule = LRSchedule(peak=0.5, kind="constant", warmup_steps=1, steps=9)
     assert [schedule(step) for step in range(1, 9)] == [0.5] * 8
     assert schedule(0) == 0.25
+
+
+def test_states_of_weights_that_are_in_the_host_s_memory_are_saved_without_a_gpu_to_wait_for() -> None:
+    own = parameters()
+    kept = AdamW(
+        own, beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.0, state_device=torch.device("cpu")
+    )  # as --offload-optimizer has it; with --offload-layers some weights are there too
+    for name, gradient in gradients(0).items():
+        own[name].grad = gradient
+    kept.step(0.1)
+    assert {key.partition(".")[2] for key in kept.state()} == set(SHAPES)
